@@ -1,0 +1,5 @@
+"""Build of dsdistill; everything that is not the native extension lives in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
