@@ -1,0 +1,83 @@
+"""Rules between fields. Pure: what needs a file, a model or the world size is checked where that is at hand."""
+
+import difflib
+
+from dsdistill.config.errors import UserError
+
+# Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (tests compare with its source).
+DEEPSPEED_KEYS = frozenset(
+    """
+    activation_checkpointing aio amp autotuning bfloat16 checkpoint comms_logger communication_data_type
+    compile compression_training csv_monitor curriculum_learning data_efficiency data_types
+    dataloader_drop_last disable_allgather dump_state eigenvalue elasticity flops_profiler
+    gradient_predivide_factor graph_harvesting hybrid_engine load_universal_checkpoint memory_breakdown
+    monitor_config pipeline prescale_gradients progressive_layer_drop quantize_training seed
+    seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensor_parallel
+    tensorboard use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
+
+# Settings DeepSpeed knows too but that belong to fields of ours: two places for one thing disagree one day.
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "gradient_clipping": "train.clip",
+    "fp16": "train.dtype",
+    "bf16": "train.dtype",
+    "optimizer": "train.learning_rate and train.weight_decay",
+    "scheduler": "train.scheduler",
+}
+
+
+def nearest(word: str, known) -> str:
+    """' (did you mean X?)' or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def check(config) -> None:
+    """Raise UserError for settings that contradict each other."""
+    terms = config.terms.named()
+    if not terms:
+        raise UserError("terms", "no term with a weight above 0", "at least one of task, soft_label, hidden, attention, pairwise")
+    matching = [name for name in terms if name != "task"]
+    if matching and config.teacher is None:
+        raise UserError(f"terms.{matching[0]}", "no teacher", "a teacher section, or terms.task alone")
+    if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is None \
+            and config.teacher.config is None:
+        raise UserError("teacher", "neither path, recipe nor config", "one of them")
+    _check_student(config)
+    if config.task == "regression" and config.terms.soft_label is not None:
+        raise UserError("terms.soft_label", "task regression", "classification or causal_lm (a score is no distribution)")
+    if config.train.batch_size % config.train.micro_batch_size:
+        raise UserError(
+            "train.batch_size",
+            config.train.batch_size,
+            f"a multiple of train.micro_batch_size ({config.train.micro_batch_size})",
+        )
+    _check_deepspeed(config.deepspeed)
+
+
+def _check_student(config) -> None:
+    student = config.student
+    if student.from_teacher is not None and config.teacher is None:
+        raise UserError("student.from_teacher", "no teacher", "a teacher section")
+    if student.path is None and student.config is None and student.from_teacher is None:
+        raise UserError("student", "neither path, config nor from_teacher", "at least one of them")
+    if student.path is not None and student.from_teacher is not None:
+        raise UserError("student", "both path and from_teacher", "one of them")
+
+
+def _check_deepspeed(settings: dict) -> None:
+    for key in settings:
+        if key in OWNED:
+            raise UserError(f"deepspeed.{key}", "a setting that dsdistill makes itself", f"{OWNED[key]} in its place")
+        if key not in DEEPSPEED_KEYS:
+            raise UserError(f"deepspeed.{key}", "an unknown DeepSpeed key", "a known one" + nearest(key, DEEPSPEED_KEYS))
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError("deepspeed.zero_optimization", type(zero).__name__, "a mapping")
+    if "stage" in zero:
+        raise UserError("deepspeed.zero_optimization.stage", zero["stage"], "student.zero_stage in its place")

@@ -1,0 +1,12 @@
+"""The one exception a user's mistake raises."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used.
+
+    Its message is one line that names the place (file, key, column), what was got and what is expected.
+    The command line prints that line and exits with code 2; anything else that escapes is a bug of ours.
+    """
+
+    def __init__(self, place: str, got: object, expected: str):
+        super().__init__(f"{place}: got {got}, expected {expected}".replace("\n", " "))

@@ -1,0 +1,122 @@
+"""From files and key=value to a Config; every mistake is one line that names file and key."""
+
+import os
+from collections.abc import Sequence
+from typing import get_args
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dsdistill.config.checks import nearest
+from dsdistill.config.errors import UserError
+from dsdistill.config.schema import Config, Section
+
+
+def load(sources: Sequence[str]) -> Config:
+    """Merge files and overrides from left to right.
+
+    sources: YAML files (each adds to or replaces what came before) and key=value overrides, where keys are
+    dotted and values are YAML: ["configs/quickstart.yaml", "train.steps=5"].
+    """
+    if not sources or _is_override(sources[0]):
+        raise UserError("config", sources[0] if sources else "nothing", "a YAML file first, then key=value overrides")
+    merged, origin = OmegaConf.create({}), sources[0]
+    for source in sources:
+        try:
+            if _is_override(source):
+                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([source]))
+            else:
+                merged = OmegaConf.merge(merged, _read(source))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(source, _first_line(error), "valid YAML" if not _is_override(source) else "key=value") from None
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(origin, _first_line(error), "interpolations that resolve") from None
+    return build(plain, origin)
+
+
+def build(settings: dict, origin: str = "config") -> Config:
+    """A Config from plain settings; `origin` names the file in messages."""
+    try:
+        return Config.model_validate(settings)
+    except UserError as error:  # from checks
+        raise _at(origin, error) from None
+    except pydantic.ValidationError as error:
+        raise _explain(origin, error.errors()) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _is_override(source: str) -> bool:
+    return "=" in source and not os.path.exists(source)
+
+
+def _read(path: str):
+    if not os.path.isfile(path):
+        raise UserError(path, "no such file", "a YAML file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = OmegaConf.load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, _first_line(error), "a readable UTF-8 file") from None
+    if not OmegaConf.is_dict(settings):
+        raise UserError(path, "a list or a single value", "a mapping of settings")
+    return settings
+
+
+def _first_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    text = getattr(error, "problem", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"{text} (line {mark.line + 1})" if mark else text
+
+
+def _at(origin: str, error: UserError) -> UserError:
+    located = UserError.__new__(UserError)
+    ValueError.__init__(located, f"{origin}: {error}")
+    return located
+
+
+def _explain(origin: str, errors: list[dict]) -> UserError:
+    """One line for the first place where pydantic found something."""
+    first = errors[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, UserError):
+        return _at(origin, inner)
+    path = _readable(first["loc"])
+    place = f"{origin}: {path or 'top level'}"
+    got = repr(first["input"])
+    got = got if len(got) <= 60 else got[:57] + "..."
+    if first["type"] == "extra_forbidden":
+        *parents, key = first["loc"]
+        known = _section(parents).model_fields
+        hint = nearest(str(key), known) or f" ({', '.join(known)})"
+        return UserError(place, f"an unknown key with {got}", "a known key" + hint)
+    if first["type"] == "missing":
+        return UserError(place, "nothing", "a value, this key is needed")
+    if path.endswith(".layers"):  # a union: pydantic reports each of its branches
+        return UserError(place, got, "uniform, skip, last, or a list of [student, teacher] pairs counted from 1")
+    message = first["msg"].lower()
+    for noise in ("input should be ", "a valid ", " should match", " should have", " after validation"):
+        message = message.replace(noise, "")
+    return UserError(place, got, message)
+
+
+def _readable(location: tuple) -> str:
+    """Dotted path without the names of pydantic's union branches."""
+    return ".".join(str(part) for part in location if isinstance(part, int) or str(part).isidentifier())
+
+
+def _section(parents: list) -> type[Section]:
+    """The section model that a path of field names leads to."""
+    section = Config
+    for name in parents:
+        annotation = section.model_fields[name].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
+    return section

@@ -1,0 +1,206 @@
+"""Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch.
+
+Layers are counted from 1; layer 0 is the output of the embeddings (losses as published count so too).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
+LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
+# Where a student layer finds its teacher layer; an explicit map lists [student, teacher] pairs.
+LayerMap = Literal["uniform", "skip", "last"] | LayerPairs
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """Where a run lives and how often it speaks."""
+
+    name: str = Field(default="run", pattern=r"^[\w.-]+$", description="name of the run, used for its folder")
+    dir: str | None = Field(default=None, description="run folder; default runs/NAME")
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="seed of everything random")
+    resume: Literal["auto", "never"] = Field(
+        default="auto", description="auto: go on from the newest checkpoint that verifies; never: refuse a used folder"
+    )
+    log_every: Positive = Field(default=10, description="optimizer steps between two lines of metrics.jsonl")
+    evaluate_every: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="optimizer steps between two evaluations on the dev set; 0: only at the end"
+    )
+    save_every: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="optimizer steps between two checkpoints; 0: only at the end"
+    )
+    keep: Positive = Field(default=2, description="newest checkpoints kept")
+    baseline: bool = Field(
+        default=False,
+        description="afterwards train the same student on the task alone, and report both side by side",
+    )
+
+
+class Data(Section):
+    """Labelled texts (or plain text for causal language models)."""
+
+    source: str = Field(
+        default="docstrings",
+        description="docstrings (built in), files, or the name of a hub data set such as nyu-mll/glue",
+    )
+    subset: str | None = Field(default=None, description="subset of a hub data set, such as sst2")
+    root: str | None = Field(default=None, description="folder that relative train and dev paths start from")
+    train: str = Field(default="train", description="file (tsv, csv, jsonl, parquet, txt; .gz too) or hub split")
+    dev: str = Field(default="dev", description="file or hub split to evaluate on")
+    text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
+        default=("text",), description="columns of the text, or of the two texts of a pair"
+    )
+    label: str | None = Field(default="label", description="column of the label; null for causal_lm")
+    labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
+        default=None, description="names of the classes in order; default: those of the train set, sorted"
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(default=128, description="longest sequence, tokens")
+    max_train: Positive | None = Field(default=None, description="train examples used, from the front; default all")
+    max_dev: Positive | None = Field(default=None, description="dev examples used, from the front; default all")
+    cache: str = Field(default="runs/cache", description="folder for what is costly to make again")
+
+
+class Model(Section):
+    path: str | None = Field(default=None, description="hub id, local folder, or minilm (the PyPI package)")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="architecture (model_type and what differs from its defaults): alone it makes a random model; "
+        "beside path it lets checks run offline and overrides dropout and the like",
+    )
+
+
+class Teacher(Model):
+    """The frozen model to learn from."""
+
+    recipe: str | None = Field(
+        default=None, description="config that trains this teacher first, where path is absent (kept and reused)"
+    )
+    zero_stage: Literal[0, 3] = Field(default=3, description="0: whole on every rank; 3: sharded over the ranks")
+    residency: Literal["auto", "tight", "overlap"] = Field(
+        default="auto",
+        description="of a sharded teacher, what a rank holds beside its shard: tight, one layer; overlap, two, so "
+        "that gathering hides behind compute; auto: tight on CPU, overlap on GPU",
+    )
+
+
+class Student(Model):
+    """The model that is trained."""
+
+    from_teacher: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="teacher layers, counted from 1, that become the student's layers (equal width)"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights")
+    gradient_checkpointing: bool = Field(default=False, description="recompute layers in backward to save memory")
+
+
+class Term(Section):
+    weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
+
+
+class Task(Term):
+    """Cross-entropy against the labels (squared error for regression)."""
+
+
+class SoftLabel(Term):
+    """Divergence of the output distributions at temperature τ."""
+
+    temperature: Annotated[float, Field(gt=0)] = Field(default=2.0, description="τ, divides the logits of both")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="teacher's share in jsd's mixture")
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="teacher's share in skew_kl's mixture")
+    scale_tau2: bool = Field(default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)")
+
+
+class Layered(Term):
+    layers: LayerMap = Field(default="uniform", description="uniform, skip, last, or [student, teacher] pairs")
+    layer_agg: Literal["mean", "sum"] = Field(default="mean", description="over the mapped layers")
+
+
+class Hidden(Layered):
+    """Hidden states, projected to the teacher's width where the widths differ."""
+
+    divergence: Literal["mse", "cosine"] = "mse"
+    embedding: bool = Field(default=True, description="also match the embeddings' output (layer 0 with layer 0)")
+    projector: Literal["auto", "linear"] = Field(
+        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
+    )
+
+
+class Attention(Layered):
+    """Attention from queries and keys, never as a whole matrix."""
+
+    divergence: Literal["kl", "mse", "score_mse"] = "kl"
+    heads: Literal["match", "mean"] = Field(default="match", description="mean: average over heads, for unequal counts")
+
+
+class Pairwise(Layered):
+    """Structure: how the tokens of a sequence relate to each other."""
+
+    layers: LayerMap = "last"
+    relation: Literal["cosine", "dot", "distance"] = "cosine"
+
+
+class Terms(Section):
+    """The loss: a weighted sum of the terms that are named."""
+
+    task: Task | None = None
+    soft_label: SoftLabel | None = None
+    hidden: Hidden | None = None
+    attention: Attention | None = None
+    pairwise: Pairwise | None = None
+
+    def named(self) -> dict[str, Term]:
+        return {name: term for name, term in self if term is not None and term.weight > 0}
+
+
+class Train(Section):
+    """Optimisation. Batch sizes count examples."""
+
+    steps: Positive | None = Field(default=None, description="optimizer steps; default: epochs decide")
+    epochs: Positive = Field(default=1, description="passes over the train set, where steps is not given")
+    batch_size: Positive = Field(default=32, description="examples an optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(default=8, description="examples a rank handles at once")
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    weight_decay: NonNegative = 0.01
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
+        default="linear", description="learning-rate schedule, by its transformers name"
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="fraction of the steps")
+    clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of weights in forward; fp16: GPU only")
+    backend: Literal["auto", "reference", "chunked", "cpp", "triton", "cuda"] = Field(
+        default="auto", description="of the alignment operators"
+    )
+
+
+class Config(Section):
+    """One run."""
+
+    task: Literal["classification", "regression", "causal_lm"] = "classification"
+    run: Run = Run()
+    data: Data = Data()
+    teacher: Teacher | None = None
+    student: Student
+    terms: Terms = Terms(task=Task())
+    train: Train = Train()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further DeepSpeed settings of the student's engine: offload, communication, monitors",
+    )
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run.name}"
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        from dsdistill.config.checks import check  # the cross-field rules fill a file of their own
+
+        check(self)
+        return self

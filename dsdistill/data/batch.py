@@ -1,0 +1,37 @@
+"""What one forward pass reads."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples of N tokens, padded on the right.
+
+    A row without a valid token is filler: it keeps the ranks in step (every rank runs the same number of
+    forward passes) and counts in no loss and no metric.
+    """
+
+    input_ids: Tensor  # (B, N) int64
+    mask: Tensor  # (B, N) bool, True = valid
+    labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 next-token text; see below
+    token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
+    ids: tuple[str, ...] = ()  # of the examples; filler rows have ""
+
+    # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
+    # be predicted (padding). A class or score of a filler row is NO_LABEL too.
+
+    @property
+    def rows(self) -> Tensor:
+        """(B,) bool: rows that are examples."""
+        return self.mask.any(dim=1)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
+        )
