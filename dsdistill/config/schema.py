@@ -63,6 +63,9 @@ class Data(Section):
     max_length: Annotated[int, Field(ge=2)] = Field(default=128, description="longest sequence, tokens")
     max_train: Positive | None = Field(default=None, description="train examples used, from the front; default all")
     max_dev: Positive | None = Field(default=None, description="dev examples used, from the front; default all")
+    tokenizer: str | None = Field(
+        default=None, description="hub id or folder; default: the teacher's, else the student's"
+    )
     cache: str = Field(default="runs/cache", description="folder for what is costly to make again")
 
 

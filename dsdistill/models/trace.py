@@ -1,0 +1,36 @@
+"""What one forward pass leaves behind for the alignment terms."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which keys a query of one layer may see, padding aside."""
+
+    causal: bool
+    window: int | None  # a key counts at distance < window; None: everywhere
+
+
+@dataclass(frozen=True)
+class AttentionTrace:
+    """What one attention layer computed its probabilities from (after rotary embedding)."""
+
+    query: Tensor  # (B, H, N, D)
+    key: Tensor  # (B, H_kv, N, D), H_kv divides H
+    value: Tensor  # (B, H_kv, N, D_v)
+    scale: float  # the scores are scale · query · keyᵀ
+    geometry: Geometry
+
+
+@dataclass
+class Trace:
+    """Layers count from 1; hidden[0] is the embeddings' output, hidden[L] comes before any final norm."""
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # (B, N, D)
+    attention: dict[int, AttentionTrace] = field(default_factory=dict)
+    logits: Tensor | None = None  # (B, C) of classifiers and regressors
+    output: Tensor | None = None  # (B, N, D) of language models: what their head reads
+    head: Tensor | None = None  # (V, D)
+    head_bias: Tensor | None = None  # (V,)
