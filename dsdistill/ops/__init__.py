@@ -1,0 +1,22 @@
+"""Alignment operators: tensors in, one scalar loss out, no N×N or tokens×V tensor whole.
+
+Each folder holds one operator: `op.py` the public function, `reference.py` the definition in plain PyTorch,
+`chunked.py` plain PyTorch in row chunks with gradients computed in the forward pass.
+"""
+
+from dsdistill.ops.attention.op import attention_alignment, relation_heads
+from dsdistill.ops.hidden.op import hidden_alignment
+from dsdistill.ops.library import available_backends
+from dsdistill.ops.pairwise.op import pairwise_alignment
+from dsdistill.ops.soft_label.op import logit_alignment, soft_label_alignment, token_cross_entropy
+
+__all__ = [
+    "attention_alignment",
+    "available_backends",
+    "hidden_alignment",
+    "logit_alignment",
+    "pairwise_alignment",
+    "relation_heads",
+    "soft_label_alignment",
+    "token_cross_entropy",
+]

@@ -1,0 +1,182 @@
+"""Attention alignment in plain PyTorch, a block of queries at a time; raw scores by an identity over N.
+
+Gradients with respect to the student's scores S of one row, with P = softmax(S):
+  kl         dS = P_S − P_T
+  mse        dS = 2 P_S ∘ (P_S − P_T − r),  r = Σ_j P_S (P_S − P_T)
+  score_mse  dS = 2 (S_S − S_T)
+then dQ = scale · dS K and dK = scale · dSᵀ Q, all in the forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.attention.pairs import Pairs
+
+# Elements of one score block of one model: 8 MiB in float32.
+BLOCK_ELEMENTS = 1 << 21
+MAX_ROWS, MIN_ROWS = 64, 16
+
+
+def attention_total(
+    needs: Sequence[bool],
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    *,
+    pairs: Pairs,
+    divergence: str,
+    student_scale: float,
+    teacher_scale: float,
+    heads: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The same sum as `reference.attention_total`, and its gradients at the student's query and key if needed."""
+    masked = None if pairs.mask is None else ~pairs.mask[:, None, :, None]
+    tensors = []
+    for x in (student_query, student_key, teacher_query, teacher_key):
+        x = x.detach().to(dtype)
+        tensors.append(x if masked is None else x.masked_fill(masked, 0))
+    width = max(student_query.shape[-1], teacher_query.shape[-1])
+    if divergence == "score_mse" and pairs.unrestricted and pairs.tokens >= 2 * width:
+        return _score_mse_by_identity(needs, *tensors, student_scale, teacher_scale)
+    return _by_rows(needs, *tensors, pairs, divergence, student_scale, teacher_scale, heads)
+
+
+def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, heads):
+    batch, head_count, tokens, _ = q_s.shape
+    widest = max(head_count, q_t.shape[1])
+    rows = min(tokens, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // max(1, widest * tokens))))
+    group = max(1, BLOCK_ELEMENTS // max(1, widest * rows * tokens))
+
+    total = q_s.new_zeros(())
+    d_query = torch.zeros_like(q_s) if needs[0] else None
+    d_key = torch.zeros_like(k_s) if needs[1] else None
+    for first in range(0, batch, group):
+        sequences = slice(first, min(first + group, batch))
+        for start in range(0, tokens, rows):
+            stop = min(start + rows, tokens)
+            queries, keys = slice(start, stop), slice(*pairs.keys(start, stop))
+            exists = pairs.block(queries, keys, sequences, q_s.device)
+            raw_s = _scores(q_s[sequences, :, queries], k_s[sequences, :, keys], scale_s)
+            raw_t = _scores(q_t[sequences, :, queries], k_t[sequences, :, keys], scale_t)
+            value, d_scores = _divergence(raw_s, raw_t, exists, divergence, heads, any(needs))
+            total += value
+            if d_scores is None:
+                continue
+            d_scores = _grouped(d_scores.mul_(scale_s), k_s.shape[1])
+            if needs[0]:
+                d_block = d_scores @ k_s[sequences, :, keys]
+                d_query[sequences, :, queries] = d_block.view(d_query[sequences, :, queries].shape)
+            if needs[1]:
+                d_key[sequences, :, keys] += d_scores.transpose(-1, -2) @ _grouped(
+                    q_s[sequences, :, queries], k_s.shape[1]
+                )
+    return total, (d_query, d_key)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """(b, H, R, *) → (b, H_kv, H/H_kv · R, *): the query heads that share a key head become its rows."""
+    return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """(b, H, R, K) raw scores of one block."""
+    shape = (*query.shape[:3], key.shape[2])
+    return (_grouped(query, key.shape[1]) @ key.transpose(-1, -2)).view(shape).mul_(scale)
+
+
+def _log_softmax(raw: Tensor, exists: Tensor | None) -> Tensor:
+    """log softmax over existing keys; 0 where a pair does not exist."""
+    if exists is None:
+        return raw.log_softmax(-1)
+    raw = raw.masked_fill_(~exists, -torch.inf).masked_fill_(~exists.any(-1, keepdim=True), 0)
+    return raw.log_softmax(-1).masked_fill_(~exists, 0)
+
+
+def _divergence(raw_s, raw_t, exists, divergence, heads, with_gradient):
+    """Sum over one block, and the gradient at the student's raw scores (None when not asked for)."""
+    if divergence == "score_mse":
+        difference = raw_s.sub_(raw_t)
+        if exists is not None:
+            difference.masked_fill_(~exists, 0)
+        value = difference.square().sum()
+        return value, difference.mul_(2) if with_gradient else None
+
+    log_s, log_t = _log_softmax(raw_s, exists), _log_softmax(raw_t, exists)
+    if heads == "mean":
+        return _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient)
+    p_s, p_t = log_s.exp(), log_t.exp()
+    if exists is not None:
+        p_s.masked_fill_(~exists, 0)
+        p_t.masked_fill_(~exists, 0)
+    if divergence == "kl":
+        value = (log_t.sub_(log_s).mul_(p_t)).sum()
+        return value, p_s.sub_(p_t) if with_gradient else None
+    difference = p_t.neg_().add_(p_s)
+    value = difference.square().sum()
+    if not with_gradient:
+        return value, None
+    mean = (difference * p_s).sum(-1, keepdim=True)
+    return value, difference.sub_(mean).mul_(p_s).mul_(2)
+
+
+def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
+    """Divergence of the head-averaged probabilities.
+
+    With P̄ = (1/H) Σ_h P_h and g = ∂L/∂P̄_S: dS_h = P_h ∘ (g − Σ_j P_h g) / H. For kl, g P_h / H = −P̄_T ρ_h with
+    ρ_h = P_h / (H P̄_S), which lies in [0, 1] however small both are.
+    """
+    head_count = log_s.shape[1]
+    log_mean_s = (log_s - math.log(head_count)).logsumexp(1, keepdim=True)
+    log_mean_t = (log_t - math.log(log_t.shape[1])).logsumexp(1, keepdim=True)
+    mean_s, mean_t = log_mean_s.exp(), log_mean_t.exp()
+    if exists is not None:
+        mean_s.masked_fill_(~exists, 0)
+        mean_t.masked_fill_(~exists, 0)
+    if divergence == "kl":
+        value = (mean_t * (log_mean_t - log_mean_s)).sum()
+    else:
+        value = (mean_s - mean_t).square().sum()
+    if not with_gradient:
+        return value, None
+    p_s = log_s.exp()
+    if exists is not None:
+        p_s.masked_fill_(~exists, 0)
+    if divergence == "kl":
+        pulled = (log_s - log_mean_s - math.log(head_count)).exp() * -mean_t
+    else:
+        pulled = p_s * (2 / head_count) * (mean_s - mean_t)
+    return value, pulled - p_s * pulled.sum(-1, keepdim=True)
+
+
+def _score_mse_by_identity(needs, q_s, k_s, q_t, k_t, scale_s, scale_t):
+    """‖Q_S K_Sᵀ − Q_T K_Tᵀ‖² = ⟨QSᵀQS, KSᵀKS⟩ − 2⟨QTᵀQS, KTᵀKS⟩ + ⟨QTᵀQT, KTᵀKT⟩: O(N D²) instead of O(N² D).
+
+    Masked tokens are zero vectors, so they add nothing. The difference cancels in the value when the models
+    agree (hence the clamp), not in the gradients, which are differences of N×D matrices.
+    """
+    heads, kv_heads = q_s.shape[1], k_s.shape[1]
+    q_s, q_t = q_s * scale_s, q_t * scale_t
+    k_s = k_s.repeat_interleave(heads // kv_heads, dim=1)
+    k_t = k_t.repeat_interleave(heads // k_t.shape[1], dim=1)
+
+    key_ss, key_ts = k_s.transpose(-1, -2) @ k_s, k_t.transpose(-1, -2) @ k_s
+    query_ss, query_ts = q_s.transpose(-1, -2) @ q_s, q_t.transpose(-1, -2) @ q_s
+    own = (query_ss * key_ss).sum((-1, -2))
+    cross = (query_ts * key_ts).sum((-1, -2))
+    teacher = ((q_t.transpose(-1, -2) @ q_t) * (k_t.transpose(-1, -2) @ k_t)).sum((-1, -2))
+    total = ((own - cross) + (teacher - cross)).clamp_min(0).sum()
+
+    d_query = d_key = None
+    if needs[0]:
+        d_query = (q_s @ key_ss).sub_(q_t @ key_ts).mul_(2 * scale_s)
+    if needs[1]:
+        d_key = (k_s @ query_ss).sub_(k_t @ query_ts).mul_(2)
+        d_key = d_key.unflatten(1, (kv_heads, -1)).sum(2)
+    return total, (d_query, d_key)

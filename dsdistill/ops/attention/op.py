@@ -1,0 +1,180 @@
+"""Public attention alignment: checks, normalisation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.attention import chunked, reference
+from dsdistill.ops.attention.pairs import Pairs
+from dsdistill.ops.common import (
+    REDUCTIONS,
+    accumulate_dtype,
+    check_choice,
+    check_device,
+    check_mask,
+    check_tensor,
+    safe_divide,
+    with_stored_gradients,
+    without_autocast,
+)
+from dsdistill.ops.library import choose_backend
+
+DIVERGENCES = ("kl", "mse", "score_mse")
+HEADS = ("match", "mean")
+
+
+def attention_alignment(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    divergence: str = "kl",
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    heads: str = "match",
+    window: int | None = None,
+    segments: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Distance between the student's and the teacher's attention, without building either matrix whole.
+
+    With A = softmax(scale · Q Kᵀ) of one head over the keys that a query sees:
+      "kl"         Σ_j A_T log(A_T / A_S), in nats; mean over valid rows × heads (MiniLM, Wang et al. 2020, Eq. 4)
+      "mse"        (A_S − A_T)²; mean over existing entries × heads
+      "score_mse"  (S_S − S_T)² of the scores before the softmax; mean over existing entries × heads
+                   (TinyBERT, Jiao et al. 2020, Eq. 7, over valid entries only)
+
+    Args:
+        student_query, teacher_query: (B, H, N, D); D may differ between the models.
+        student_key, teacher_key: (B, H_kv, N, D), H_kv dividing H; key head k serves the query heads
+            k·H/H_kv … as `repeat_interleave` would, on either side independently.
+        mask: (B, N) bool, True = valid. A masked token is neither a row nor a column. Default: all valid.
+        causal: a query sees keys at its own and earlier positions only.
+        student_scale, teacher_scale: factor of the scores; default 1/√D of that model.
+        heads: "match" compares head by head (equal H); "mean" compares the probabilities averaged over heads
+            (H may differ; not for "score_mse"; the divisors above then lack the factor H).
+        window: a key counts at distance < window tokens, in both models.
+        segments: (B, N) integers; attention stays within equal numbers (packed sequences).
+        reduction: "mean" divides as above; "sum" does not divide.
+        backend: "auto", "reference", "chunked" or "cpp".
+
+    Returns:
+        Scalar, float32 (float64 if any input is). Gradients flow to the student's query and key only.
+        With nothing valid it is 0, connected to the graph.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name, or a backend that cannot run this call.
+    """
+    check_tensor("student_query", student_query, {"B": None, "H": None, "N": None, "D": None})
+    batch, head_count, tokens, width = student_query.shape
+    check_tensor(
+        "student_key", student_key, {"B": batch, "H_kv": None, "N": tokens, "D": width}, like=student_query
+    )
+    teacher_heads = head_count if heads == "match" else None
+    check_tensor(
+        "teacher_query",
+        teacher_query,
+        {"B": batch, "H": teacher_heads, "N": tokens, "D": None},
+        like=student_query,
+    )
+    check_tensor(
+        "teacher_key",
+        teacher_key,
+        {"B": batch, "H_kv": None, "N": tokens, "D": teacher_query.shape[3]},
+        like=student_query,
+    )
+    for name, query, key in (
+        ("student", student_query, student_key),
+        ("teacher", teacher_query, teacher_key),
+    ):
+        if query.shape[1] % max(1, key.shape[1]):
+            raise ValueError(f"{name}_key: got H_kv={key.shape[1]}, expected a divisor of H={query.shape[1]}")
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("heads", heads, HEADS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if heads == "mean" and divergence == "score_mse":
+        raise ValueError(
+            "heads='mean' averages probabilities; divergence 'score_mse' has none, expected 'kl' or 'mse'"
+        )
+    check_mask(mask, (batch, tokens), student_query)
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1 token")
+    if segments is not None:
+        if tuple(segments.shape) != (batch, tokens) or segments.is_floating_point() or segments.is_complex():
+            raise ValueError(
+                f"segments: got {tuple(segments.shape)} {segments.dtype}, expected ({batch}, {tokens}) integers"
+            )
+        check_device("segments", segments, student_query)
+
+    tensors = (student_query, student_key, teacher_query, teacher_key)
+    pairs = Pairs(tokens, mask, causal, window, segments)
+    setting = {
+        "pairs": pairs,
+        "divergence": divergence,
+        "student_scale": width**-0.5 if student_scale is None else float(student_scale),
+        "teacher_scale": teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
+        "heads": heads,
+        "dtype": accumulate_dtype(*tensors),
+    }
+    chosen = _choose(backend, student_query)
+    count = (
+        _count(pairs, batch, head_count, divergence, heads, student_query.device)
+        if reduction == "mean"
+        else None
+    )
+    with without_autocast(student_query.device):
+        if chosen == "reference":
+            total = reference.attention_total(*tensors, **setting)
+            return total if count is None else safe_divide(total, count)
+        return with_stored_gradients(
+            lambda needs: chunked.attention_total(needs, *tensors, **setting), tensors[:2], count
+        )
+
+
+def _choose(backend: str, like: Tensor) -> str:
+    return choose_backend(
+        "attention_alignment",
+        backend,
+        preference=("chunked", "reference"),
+        missing={},
+        detail=f"{like.device.type} {like.dtype}",
+    )
+
+
+def _count(pairs: Pairs, batch: int, heads: int, divergence: str, how: str, device: torch.device) -> Tensor:
+    """What "mean" divides by: valid rows (kl) or existing entries, times the heads compared."""
+    if divergence != "kl":
+        count = pairs.count(batch, device)
+    elif pairs.mask is None:
+        count = torch.tensor(batch * pairs.tokens, device=device)
+    else:
+        count = pairs.mask.sum()
+    return count * heads if how == "match" else count
+
+
+def relation_heads(x: Tensor, heads: int) -> Tensor:
+    """Heads joined and split anew, so that models of different head counts can be compared (MiniLMv2).
+
+    Args:
+        x: (B, H, N, D) queries, keys or values.
+        heads: number of relation heads; must divide H·D.
+
+    Returns:
+        (B, heads, N, H·D/heads), a view where the layout allows it.
+
+    Raises:
+        ValueError: `x` is not four-dimensional, or `heads` does not divide H·D.
+    Source: MiniLMv2, Wang et al. 2021, section 3.1.
+    """
+    check_tensor("x", x, {"B": None, "H": None, "N": None, "D": None})
+    joined = x.shape[1] * x.shape[3]
+    if heads < 1 or joined % heads:
+        raise ValueError(
+            f"heads: got {heads}, expected a divisor of H·D = {x.shape[1]}·{x.shape[3]} = {joined}"
+        )
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], heads, joined // heads).transpose(1, 2)

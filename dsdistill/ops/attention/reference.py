@@ -1,0 +1,73 @@
+"""Definition of attention alignment in plain PyTorch: whole N×N matrices, any floating dtype.
+
+With A = softmax(scale · Q Kᵀ) over the keys that a query sees:
+  kl         Σ_rows Σ_j A_T log(A_T / A_S)          MiniLM, Wang et al. 2020, Eq. 4
+  mse        Σ_rows Σ_j (A_S − A_T)²
+  score_mse  Σ_rows Σ_j (S_S − S_T)², S = scale · Q Kᵀ before the softmax    TinyBERT, Jiao et al. 2020, Eq. 7
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.attention.pairs import Pairs
+
+
+def scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """(B, H, N, N) raw scores; masked tokens count as zero vectors, so that NaN in padding is never read."""
+    if mask is not None:
+        hidden = ~mask[:, None, :, None]
+        query, key = query.masked_fill(hidden, 0), key.masked_fill(hidden, 0)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return query @ key.transpose(-1, -2) * scale
+
+
+def log_attention(raw: Tensor, exists: Tensor | None) -> Tensor:
+    """log softmax over the existing keys; rows without any are 0 throughout."""
+    if exists is None:
+        return raw.log_softmax(-1)
+    raw = raw.masked_fill(~exists, -torch.inf).masked_fill(~exists.any(-1, keepdim=True), 0)
+    # −∞ out of the softmax must not meet a subtraction or a product: their gradients are NaN.
+    return raw.log_softmax(-1).masked_fill(~exists, 0)
+
+
+def mean_over_heads(log_probability: Tensor) -> Tensor:
+    """Logarithm of the head-averaged probability, (B, 1, N, N)."""
+    return (log_probability - math.log(log_probability.shape[1])).logsumexp(1, keepdim=True)
+
+
+def attention_total(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    *,
+    pairs: Pairs,
+    divergence: str,
+    student_scale: float,
+    teacher_scale: float,
+    heads: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sum over sequences, heads, queries and keys, before any division. Shapes as `attention_alignment`."""
+    teacher_query, teacher_key = teacher_query.detach(), teacher_key.detach()
+    raw_student = scores(student_query.to(dtype), student_key.to(dtype), student_scale, pairs.mask)
+    raw_teacher = scores(teacher_query.to(dtype), teacher_key.to(dtype), teacher_scale, pairs.mask)
+    everything = slice(0, pairs.tokens)
+    exists = pairs.block(everything, everything, slice(None), student_query.device)
+
+    if divergence == "score_mse":
+        difference = raw_student - raw_teacher
+        return (difference if exists is None else difference.masked_fill(~exists, 0)).square().sum()
+
+    log_student, log_teacher = log_attention(raw_student, exists), log_attention(raw_teacher, exists)
+    if heads == "mean":
+        log_student, log_teacher = mean_over_heads(log_student), mean_over_heads(log_teacher)
+    if divergence == "kl":
+        rows = log_teacher.exp() * (log_teacher - log_student)
+    else:
+        rows = (log_student.exp() - log_teacher.exp()).square()
+    return (rows if exists is None else rows.masked_fill(~exists, 0)).sum()

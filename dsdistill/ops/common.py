@@ -1,0 +1,161 @@
+"""What every operator shares: checks at the public boundary and gradients kept from the forward pass.
+
+Shape letters: B sequences, H heads, N tokens of a sequence, D features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+REDUCTIONS = ("mean", "sum")
+
+# A vector shorter than this has no direction: its cosine with anything is 0 and it gets no gradient.
+NORM_FLOOR = 1e-12
+
+# compute(needs) -> (total, one gradient of the total for each needed input, None for the others)
+Compute = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
+
+
+def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: half-precision inputs are summed in float32."""
+    return (
+        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_tensor(
+    name: str, tensor: Tensor, expected: dict[str, int | None], *, like: Tensor | None = None
+) -> None:
+    """Raise ValueError unless `tensor` is floating, of the expected shape, and on the device of `like`.
+
+    expected: shape letters in order with their sizes, None where any size will do.
+    """
+    sizes = tuple(expected.values())
+    if tensor.dim() != len(sizes) or any(
+        e is not None and g != e for g, e in zip(tensor.shape, sizes, strict=True)
+    ):
+        letters = ", ".join(k if v is None else f"{k}={v}" for k, v in expected.items())
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({letters})")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
+    if like is not None:
+        check_device(name, tensor, like)
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {like.device} as the student's tensors"
+        )
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "mask") -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name}: got dtype {mask.dtype}, expected torch.bool (True = valid)")
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(mask.shape)}, expected {tuple(shape)}")
+    check_device(name, mask, like)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, expected a number in [{low}, {high}]")
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Operators choose their own precision: autocast would turn their float32 sums into bfloat16."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def row_weights(mask: Tensor | None, weights: Tensor | None, shape: tuple[int, int], dtype, device) -> Tensor:
+    """Weight of each token, (B, N): `weights` (1 without) where valid, 0 where masked."""
+    weights = torch.ones(shape, dtype=dtype, device=device) if weights is None else weights.detach().to(dtype)
+    return weights if mask is None else weights.masked_fill(~mask, 0)
+
+
+def zero_masked(x_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
+    """`x` with masked tokens set to 0, so that nothing written in padding, NaN included, is ever read."""
+    return x_BND if mask_BN is None else x_BND.masked_fill(~mask_BN[..., None], 0)
+
+
+def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / ‖x‖ over the last axis and 1/‖x‖ (both 0 below NORM_FLOOR), differentiable without NaN."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    has_direction = norm > NORM_FLOOR
+    inverse = torch.where(has_direction, 1 / torch.where(has_direction, norm, 1), 0)
+    return x * inverse, inverse
+
+
+def unit_vectors_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient at x of a function of x/‖x‖: the part of `grad_unit` orthogonal to the unit vector, over ‖x‖."""
+    return (grad_unit - unit * (grad_unit * unit).sum(-1, keepdim=True)) * inverse
+
+
+def safe_divide(total: Tensor, count: Tensor) -> Tensor:
+    """total / count, and total itself (which is then 0) where nothing was counted."""
+    return total / torch.where(count > 0, count, 1).to(total.dtype)
+
+
+def storage_dtype(x: Tensor) -> torch.dtype:
+    """Type in which the gradient of `x` waits for backward.
+
+    float16 gradients wait in float32: they are not normalised yet and could leave float16's range.
+    """
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def with_stored_gradients(compute: Compute, inputs: Sequence[Tensor | None], count: Tensor | None) -> Tensor:
+    """total / count (total itself for None), with the gradients that `compute` found during the forward pass.
+
+    The teacher is frozen and the loss a scalar, so the gradient of the total is known up to one factor when
+    the value is. It waits unnormalised (1/count could underflow half precision) and backward multiplies it.
+    `compute` is told which gradients are needed and must skip the others.
+    """
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    if any(needs):
+        return _StoredGradients.apply(compute, needs, count, *inputs)
+    with torch.no_grad():
+        total, _ = compute(needs)
+        return total if count is None else safe_divide(total, count)
+
+
+class _StoredGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, compute, needs, count, *inputs):
+        total, gradients = compute(needs)
+        ctx.gradients = [
+            None if g is None else g.to(storage_dtype(x)) for g, x in zip(gradients, inputs, strict=True)
+        ]
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.count = count
+        return total if count is None else safe_divide(total, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward ran a second time through an alignment loss whose gradients were already handed over; "
+                "pass retain_graph=True to the first backward"
+            )
+        gradients = ctx.gradients
+        scale = upstream if ctx.count is None else safe_divide(upstream, ctx.count)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            scaled = [None if g is None else g * scale.to(g.device) for g in gradients]
+        else:
+            # The tensors are this node's own and nobody will ask again: no second copy.
+            ctx.gradients = None
+            scaled = [None if g is None else g.mul_(scale) for g in gradients]
+        out = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        return None, None, None, *out

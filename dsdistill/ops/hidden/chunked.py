@@ -1,0 +1,72 @@
+"""Hidden-state alignment in plain PyTorch, a block of tokens at a time, gradients in the same pass.
+
+With g = ∂L/∂y of the projected student y = W h + b: dh = g W, dW = Σ_t g hᵀ, db = Σ_t g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import storage_dtype, unit_vectors, unit_vectors_backward
+
+# Elements of one block of the projected student: 4 MiB in float32.
+BLOCK_ELEMENTS = 1 << 20
+MIN_TOKENS = 64
+
+
+def hidden_total(
+    needs: Sequence[bool],
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    *,
+    weights: Tensor,
+    mask: Tensor | None,
+    divergence: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The same sum as `reference.hidden_total`, and its gradients at student, projection and bias if needed."""
+    x = student.detach().flatten(0, 1)
+    target = teacher.detach().flatten(0, 1)
+    weights = weights.flatten()
+    masked = None if mask is None else ~mask.flatten()[:, None]
+    matrix = None if projection is None else projection.detach().to(dtype)
+    offset = None if bias is None else bias.detach().to(dtype)
+
+    total = weights.new_zeros(())
+    d_student = torch.empty(x.shape, dtype=storage_dtype(x), device=x.device) if needs[0] else None
+    d_projection = torch.zeros_like(matrix) if needs[1] else None
+    d_bias = torch.zeros_like(offset) if needs[2] else None
+    step = max(MIN_TOKENS, BLOCK_ELEMENTS // max(1, target.shape[1]))
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        hidden, wanted = x[rows].to(dtype), target[rows].to(dtype)
+        if masked is not None:
+            hidden, wanted = hidden.masked_fill(masked[rows], 0), wanted.masked_fill(masked[rows], 0)
+        projected = hidden if matrix is None else torch.nn.functional.linear(hidden, matrix, offset)
+        value, gradient = _divergence(projected, wanted, weights[rows, None], divergence, any(needs))
+        total += value
+        if needs[0]:
+            d_student[rows] = gradient if matrix is None else gradient @ matrix
+        if needs[1]:
+            d_projection.addmm_(gradient.t(), hidden)
+        if needs[2]:
+            d_bias += gradient.sum(0)
+    return total, (None if d_student is None else d_student.view(student.shape), d_projection, d_bias)
+
+
+def _divergence(projected: Tensor, wanted: Tensor, weights: Tensor, divergence: str, with_gradient: bool):
+    """Sum over a block of tokens, and its gradient at `projected` (None when not asked for)."""
+    if divergence == "mse":
+        difference = projected - wanted
+        weighted = difference * weights
+        value = torch.dot(weighted.flatten(), difference.flatten())
+        return value, weighted.mul_(2) if with_gradient else None
+    unit, inverse = unit_vectors(projected)
+    direction, _ = unit_vectors(wanted)
+    value = (weights[:, 0] * (1 - (unit * direction).sum(-1))).sum()
+    return value, unit_vectors_backward(direction * -weights, unit, inverse) if with_gradient else None

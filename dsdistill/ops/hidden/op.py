@@ -1,0 +1,99 @@
+"""Public hidden-state alignment: checks, normalisation, choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsdistill.ops.common import (
+    REDUCTIONS,
+    accumulate_dtype,
+    check_choice,
+    check_mask,
+    check_tensor,
+    row_weights,
+    safe_divide,
+    with_stored_gradients,
+    without_autocast,
+)
+from dsdistill.ops.hidden import chunked, reference
+from dsdistill.ops.library import choose_backend
+
+DIVERGENCES = ("mse", "cosine")
+
+
+def hidden_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    projection: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    divergence: str = "mse",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Distance between hidden states, the student's projected to the teacher's width: y = W h_S + b.
+
+      "mse"     Σ_t w_t ‖y − h_T‖², divided by D_t · Σ w (TinyBERT, Jiao et al. 2020, Eq. 8)
+      "cosine"  Σ_t w_t (1 − cos(y, h_T)), divided by Σ w (DistilBERT, Sanh et al. 2019); a vector shorter than
+                1e-12 has cosine 0
+
+    Args:
+        student: (B, N, D_s). teacher: (B, N, D_t).
+        projection: (D_t, D_s), as nn.Linear holds its weight. Without it D_s must equal D_t.
+        bias: (D_t,), only with a projection.
+        mask: (B, N) bool, True = valid. Default: all valid.
+        weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1 for each token.
+        reduction: "mean" divides as above, sums over valid tokens; "sum" does not divide.
+        backend: "auto", "reference", "chunked" or "cpp".
+
+    Returns:
+        Scalar, float32 (float64 if any input is), with gradients to `student`, `projection` and `bias`. With
+        nothing valid it is 0, connected to the graph.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name, or a backend that cannot run this call.
+    """
+    check_tensor("student", student, {"B": None, "N": None, "D_s": None})
+    batch, tokens, width = student.shape
+    check_tensor("teacher", teacher, {"B": batch, "N": tokens, "D_t": None}, like=student)
+    teacher_width = teacher.shape[2]
+    if projection is not None:
+        check_tensor("projection", projection, {"D_t": teacher_width, "D_s": width}, like=student)
+    elif width != teacher_width:
+        raise ValueError(
+            f"projection: got None, expected (D_t={teacher_width}, D_s={width}) for unequal widths"
+        )
+    if bias is not None:
+        if projection is None:
+            raise ValueError("bias: got one without a projection, expected both or neither")
+        check_tensor("bias", bias, {"D_t": teacher_width}, like=student)
+    check_mask(mask, (batch, tokens), student)
+    if weights is not None:
+        check_tensor("weights", weights, {"B": batch, "N": tokens}, like=student)
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dtype = accumulate_dtype(student, teacher, projection, bias)
+    chosen = choose_backend(
+        "hidden_alignment",
+        backend,
+        preference=("chunked", "reference"),
+        missing={},
+        detail=f"{student.device.type} {student.dtype}",
+    )
+    inputs = (student, projection, bias)
+    with without_autocast(student.device):
+        token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
+        setting = {"weights": token_weights, "mask": mask, "divergence": divergence, "dtype": dtype}
+        count = None
+        if reduction == "mean":
+            count = token_weights.sum() * (teacher_width if divergence == "mse" else 1)
+        if chosen == "reference":
+            total = reference.hidden_total(student, teacher, projection, bias, **setting)
+            return total if count is None else safe_divide(total, count)
+        return with_stored_gradients(
+            lambda needs: chunked.hidden_total(needs, student, teacher, projection, bias, **setting),
+            inputs,
+            count,
+        )

@@ -1,0 +1,143 @@
+"""Pairwise alignment in plain PyTorch: a block of rows at a time, or by an identity over N.
+
+The relation matrices are symmetric, so a row block carries its tokens' whole gradient. With Δ = R_S − R_T and
+rows u (x itself for dot, x/‖x‖ for cosine): du_i = 4 Σ_j w_i w_j Δ_ij u_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import unit_vectors, unit_vectors_backward, zero_masked
+
+# Elements of one block of one relation matrix: 8 MiB in float32.
+BLOCK_ELEMENTS = 1 << 21
+MAX_ROWS, MIN_ROWS = 256, 16
+
+# The identity costs 2·N·D² a product against N²·D of the rows: from about N = 2.5 D it is cheaper.
+IDENTITY_TOKENS_PER_FEATURE = 2.5
+
+
+def pairwise_total(
+    needs: Sequence[bool],
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weights: Tensor,
+    mask: Tensor | None,
+    relation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor | None]]:
+    """The same sum as `reference.pairwise_total`, and its gradient at the student if needed."""
+    x_s = zero_masked(student.detach().to(dtype), mask)
+    x_t = zero_masked(teacher.detach().to(dtype), mask)
+    if relation == "distance":
+        return _distance(needs[0], x_s, x_t, weights, mask)
+
+    rows_s, rows_t, inverse = x_s, x_t, None
+    if relation == "cosine":
+        rows_s, inverse = unit_vectors(x_s)
+        rows_t, _ = unit_vectors(x_t)
+    if use_identity(student.shape[1], student.shape[2], teacher.shape[2]):
+        total, gradient = _by_identity(needs[0], rows_s, rows_t, weights)
+    else:
+        total, gradient = _by_rows(needs[0], rows_s, rows_t, weights)
+    if gradient is not None and relation == "cosine":
+        gradient = unit_vectors_backward(gradient, rows_s, inverse)
+    return total, (gradient,)
+
+
+def use_identity(tokens: int, student_width: int, teacher_width: int) -> bool:
+    return tokens >= IDENTITY_TOKENS_PER_FEATURE * max(student_width, teacher_width)
+
+
+def _by_identity(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tensor):
+    """‖U_S U_Sᵀ − U_T U_Tᵀ‖² = ‖U_SᵀU_S‖² − 2‖U_TᵀU_S‖² + ‖U_TᵀU_T‖², rows scaled by √w.
+
+    The value cancels where the models agree (hence the clamp); the gradient does not.
+    """
+    root = weights.sqrt()[..., None]
+    u_s, u_t = rows_s * root, rows_t * root
+    gram_ss, gram_ts = u_s.transpose(-1, -2) @ u_s, u_t.transpose(-1, -2) @ u_s
+    own, cross = gram_ss.square().sum((1, 2)), gram_ts.square().sum((1, 2))
+    teacher = (u_t.transpose(-1, -2) @ u_t).square().sum((1, 2))
+    total = ((own - cross) + (teacher - cross)).clamp_min(0).sum()
+    if not with_gradient:
+        return total, None
+    return total, (u_s @ gram_ss).sub_(u_t @ gram_ts).mul_(4 * root)
+
+
+def _blocks(batch: int, tokens: int):
+    """(sequences, rows) slices whose relation blocks hold about BLOCK_ELEMENTS."""
+    rows = min(tokens, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // max(1, tokens))))
+    group = max(1, BLOCK_ELEMENTS // max(1, rows * tokens))
+    for first in range(0, batch, group):
+        for start in range(0, tokens, rows):
+            yield slice(first, min(first + group, batch)), slice(start, min(start + rows, tokens))
+
+
+def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tensor):
+    total = rows_s.new_zeros(())
+    gradient = torch.empty_like(rows_s) if with_gradient else None
+    for batch, rows in _blocks(*weights.shape):
+        difference = rows_s[batch, rows] @ rows_s[batch].transpose(-1, -2)
+        difference.sub_(rows_t[batch, rows] @ rows_t[batch].transpose(-1, -2))
+        pair_weights = weights[batch, rows, None] * weights[batch, None, :]
+        weighted = pair_weights.mul_(difference)
+        total += torch.dot(weighted.flatten(), difference.flatten())
+        if with_gradient:
+            gradient[batch, rows] = (weighted @ rows_s[batch]).mul_(4)
+    return total, gradient
+
+
+def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, mask: Tensor | None):
+    """RKD-D. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
+    A = Σ w_i w_j ℓ' d:  ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
+    """
+    mean_s, positive = _mean_positive(x_s, mask)
+    mean_t, _ = _mean_positive(x_t, mask)
+    total = x_s.new_zeros(())
+    slope_term = torch.empty_like(x_s) if with_gradient else None
+    direction_term = torch.empty_like(x_s) if with_gradient else None
+    slope_sum = torch.zeros_like(mean_s)
+    for batch, rows in _blocks(*weights.shape):
+        distance = _distances(x_s, mask, batch, rows)
+        difference = (distance / mean_s[batch]).sub_(_distances(x_t, mask, batch, rows).div_(mean_t[batch]))
+        slope = difference.clamp(-1, 1)
+        pair_weights = weights[batch, rows, None] * weights[batch, None, :]
+        # Smooth-L1 with β = 1 is ℓ' (Δ − ℓ'/2) for the clamped slope ℓ'.
+        total += (pair_weights * slope * difference.sub_(slope / 2)).sum()
+        if not with_gradient:
+            continue
+        slope.mul_(pair_weights)
+        slope_sum[batch] += (slope * distance).sum((1, 2), keepdim=True)
+        inverse = torch.where(distance > 0, 1 / distance, 0)
+        for term, pull in ((slope_term, slope.mul_(inverse)), (direction_term, inverse)):
+            term[batch, rows] = pull.sum(-1, keepdim=True) * x_s[batch, rows] - pull @ x_s[batch]
+    if not with_gradient:
+        return total, (None,)
+    gradient = (
+        slope_term.div_(mean_s).sub_(direction_term.mul_(slope_sum / (mean_s.square() * positive))).mul_(2)
+    )
+    return total, (gradient,)
+
+
+def _distances(x: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
+    distance = torch.cdist(x[batch, rows], x[batch], compute_mode="donot_use_mm_for_euclid_dist")
+    if mask is not None:
+        distance.masked_fill_(~(mask[batch, rows, None] & mask[batch, None, :]), 0)
+    return distance
+
+
+def _mean_positive(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean positive distance of each sequence (1 without any) and how many there are (at least 1), (B, 1, 1)."""
+    total = x.new_zeros(x.shape[0], 1, 1)
+    positive = torch.zeros_like(total)
+    for batch, rows in _blocks(x.shape[0], x.shape[1]):
+        distance = _distances(x, mask, batch, rows)
+        total[batch] += distance.sum((1, 2), keepdim=True)
+        positive[batch] += (distance > 0).sum((1, 2), keepdim=True)
+    return torch.where(positive > 0, total / positive.clamp(min=1), 1), positive.clamp(min=1)

@@ -1,0 +1,89 @@
+"""Public pairwise alignment: checks, normalisation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import (
+    REDUCTIONS,
+    accumulate_dtype,
+    check_choice,
+    check_mask,
+    check_tensor,
+    row_weights,
+    safe_divide,
+    with_stored_gradients,
+    without_autocast,
+)
+from dsdistill.ops.library import choose_backend
+from dsdistill.ops.pairwise import chunked, reference
+
+RELATIONS = ("cosine", "dot", "distance")
+
+
+def pairwise_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    relation: str = "cosine",
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Distance between the two models' geometries: how each sees the units of a sequence relative to each other.
+
+    Σ_ij w_i w_j (R_S − R_T)²_ij over all pairs of a sequence, averaged over sequences with a valid unit.
+      "cosine"    R = cosine of x_i and x_j; a vector shorter than 1e-12 has cosine 0 with everything
+      "dot"       R = x_i · x_j
+      "distance"  R = ‖x_i − x_j‖ ÷ its mean over the sequence's positive distances, and smooth-L1 with β = 1 in
+                  place of the square (RKD-D, Park et al. 2019, Eq. 6–8)
+    No projection is needed where the widths differ: only relations are compared.
+
+    Args:
+        student: (B, N, D_s). teacher: (B, N, D_t).
+        mask: (B, N) bool, True = valid. Default: all valid.
+        weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1/n_b with n_b the valid units of
+            the sequence, so that each sequence is a mean over its pairs.
+        reduction: "mean" over sequences with a valid unit, or "sum" over sequences.
+        backend: "auto", "reference", "chunked" or "cpp".
+
+    Returns:
+        Scalar, float32 (float64 if any input is), with gradients to `student` only. With nothing valid it is 0,
+        connected to the graph. From N ≥ 2.5 max(D) cosine and dot are computed without any N×N block; their
+        value is then exact relative to ‖R_S‖² + ‖R_T‖², and clamped at 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name, or a backend that cannot run this call.
+    """
+    check_tensor("student", student, {"B": None, "N": None, "D_s": None})
+    batch, tokens, _ = student.shape
+    check_tensor("teacher", teacher, {"B": batch, "N": tokens, "D_t": None}, like=student)
+    check_mask(mask, (batch, tokens), student)
+    if weights is not None:
+        check_tensor("weights", weights, {"B": batch, "N": tokens}, like=student)
+    check_choice("relation", relation, RELATIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dtype = accumulate_dtype(student, teacher)
+    chosen = choose_backend(
+        "pairwise_alignment",
+        backend,
+        preference=("chunked", "reference"),
+        missing={},
+        detail=f"{student.device.type} {student.dtype}",
+    )
+    with without_autocast(student.device):
+        token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
+        if weights is None:
+            token_weights = token_weights / token_weights.sum(1, keepdim=True).clamp(min=1)
+        count = None
+        if reduction == "mean":
+            count = torch.tensor(batch, device=student.device) if mask is None else mask.any(1).sum()
+        setting = {"weights": token_weights, "mask": mask, "relation": relation, "dtype": dtype}
+        if chosen == "reference":
+            total = reference.pairwise_total(student, teacher, **setting)
+            return total if count is None else safe_divide(total, count)
+        return with_stored_gradients(
+            lambda needs: chunked.pairwise_total(needs, student, teacher, **setting), (student,), count
+        )

@@ -1,0 +1,54 @@
+"""Definition of pairwise alignment in plain PyTorch: whole N×N relation matrices, any floating dtype.
+
+Per sequence, with relation matrices R_S and R_T and token weights w (0 where masked):
+  cosine, dot   Σ_ij w_i w_j (R_S − R_T)²_ij
+  distance      Σ_ij w_i w_j ℓ((R_S − R_T)_ij), R = ‖x_i − x_j‖ ÷ its mean over positive entries,
+                ℓ = smooth-L1 with β = 1                       RKD-D, Park et al. 2019, Eq. 6–8
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsdistill.ops.common import unit_vectors, zero_masked
+
+
+def distances(x_BND: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, N, N) Euclidean distances by subtraction, each sequence divided by its mean positive distance."""
+    distance = torch.cdist(x_BND, x_BND, compute_mode="donot_use_mm_for_euclid_dist")
+    if mask is not None:
+        distance = distance.masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0)
+    positive = (distance > 0).sum((1, 2), keepdim=True)
+    total = distance.sum((1, 2), keepdim=True)
+    mean = torch.where(positive > 0, total / positive.clamp(min=1), 1)
+    return distance / mean
+
+
+def relations(x_BND: Tensor, mask: Tensor | None, relation: str) -> Tensor:
+    """(B, N, N) relation matrix of one model."""
+    x_BND = zero_masked(x_BND, mask)
+    if relation == "distance":
+        return distances(x_BND, mask)
+    if relation == "cosine":
+        x_BND, _ = unit_vectors(x_BND)
+    return x_BND @ x_BND.transpose(-1, -2)
+
+
+def pairwise_total(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weights: Tensor,
+    mask: Tensor | None,
+    relation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sum over sequences, before any division. weights: (B, N), 0 where masked."""
+    relation_s = relations(student.to(dtype), mask, relation)
+    relation_t = relations(teacher.detach().to(dtype), mask, relation)
+    pair_weights = weights[:, :, None] * weights[:, None, :]
+    if relation == "distance":
+        return (pair_weights * F.smooth_l1_loss(relation_s, relation_t, reduction="none")).sum()
+    return (pair_weights * (relation_s - relation_t).square()).sum()

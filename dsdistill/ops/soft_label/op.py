@@ -1,0 +1,222 @@
+"""Public soft-label losses: checks, normalisation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import (
+    REDUCTIONS,
+    accumulate_dtype,
+    check_choice,
+    check_device,
+    check_mask,
+    check_range,
+    check_tensor,
+    safe_divide,
+    with_stored_gradients,
+    without_autocast,
+)
+from dsdistill.ops.library import choose_backend
+from dsdistill.ops.soft_label import chunked, reference
+from dsdistill.ops.soft_label.divergence import DIVERGENCES
+
+
+def soft_label_alignment(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence between the models' predictions over the vocabulary, from the hidden states before their heads.
+
+    p = softmax(z_T / τ) and q = softmax(z_S / τ) with z = hidden headᵀ + bias; formulas and sources stand in
+    `soft_label/divergence.py`. No τ² factor: multiply by τ² to keep gradients comparable between temperatures
+    (Hinton et al. 2015).
+
+    Args:
+        student_hidden: (B, N, D_s). student_head: (V, D_s), as nn.Linear holds its weight. student_bias: (V,).
+        teacher_hidden: (B, N, D_t). teacher_head: (V, D_t). teacher_bias: (V,).
+        mask: (B, N) bool, True = the token counts. Default: all.
+        temperature: τ > 0.
+        divergence: "forward_kl", "reverse_kl", "jsd", "skew_kl" (all in nats) or "tvd".
+        beta: teacher's share in jsd's mixture. alpha: teacher's share in skew_kl's. Both in [0, 1].
+        reduction: "mean" over valid tokens, or "sum".
+        backend: "auto", "reference" or "chunked".
+
+    Returns:
+        Scalar, float32 (float64 if any input is), with gradients to the student's hidden states, head and bias
+        (each only if it requires them). With nothing valid it is 0, connected to the graph.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name, or heads of unequal vocabulary. Heads padded to unequal
+            sizes must be sliced to the common vocabulary: a padding row would receive probability.
+    """
+    check_tensor("student_hidden", student_hidden, {"B": None, "N": None, "D_s": None})
+    batch, tokens, width = student_hidden.shape
+    check_tensor(
+        "teacher_hidden", teacher_hidden, {"B": batch, "N": tokens, "D_t": None}, like=student_hidden
+    )
+    check_tensor("student_head", student_head, {"V": None, "D_s": width}, like=student_hidden)
+    check_tensor(
+        "teacher_head", teacher_head, {"V": None, "D_t": teacher_hidden.shape[2]}, like=student_hidden
+    )
+    vocabulary = student_head.shape[0]
+    if teacher_head.shape[0] != vocabulary:
+        raise ValueError(
+            f"student_head, teacher_head: got vocabularies of {vocabulary} and {teacher_head.shape[0]}, expected "
+            "equal ones; slice both heads to the tokens that both models have"
+        )
+    for name, bias in (("student_bias", student_bias), ("teacher_bias", teacher_bias)):
+        if bias is not None:
+            check_tensor(name, bias, {"V": vocabulary}, like=student_hidden)
+    check_mask(mask, (batch, tokens), student_hidden)
+    formula = _check_formula(temperature, divergence, beta, alpha)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+    tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
+    setting = {"mask": mask, "dtype": accumulate_dtype(*tensors), **formula}
+    chosen = _choose("soft_label_alignment", backend, student_hidden)
+    with without_autocast(student_hidden.device):
+        count = None
+        if reduction == "mean":
+            count = torch.tensor(batch * tokens, device=student_hidden.device) if mask is None else mask.sum()
+        if chosen == "reference":
+            total = reference.soft_label_total(*tensors, **setting)
+            return total if count is None else safe_divide(total, count)
+        return with_stored_gradients(
+            lambda needs: chunked.soft_label_total(needs, *tensors, **setting),
+            (student_hidden, student_head, student_bias),
+            count,
+        )
+
+
+def token_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of the next token, in nats, from the hidden states before the output layer.
+
+    Args:
+        hidden: (B, N, D). head: (V, D), as nn.Linear holds its weight. bias: (V,).
+        labels: (B, N) int64 in [0, V) or `ignore_index`, aligned with `hidden`: labels[b, n] is what
+            hidden[b, n] should predict. Nothing is shifted here.
+        reduction: "mean" over tokens whose label is not `ignore_index`, or "sum".
+        backend: "auto", "reference" or "chunked".
+
+    Returns:
+        Scalar, float32 (float64 if any input is), with gradients to hidden, head and bias (each only if it
+        requires them). With every label ignored it is 0, connected to the graph.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name.
+    """
+    check_tensor("hidden", hidden, {"B": None, "N": None, "D": None})
+    batch, tokens, width = hidden.shape
+    check_tensor("head", head, {"V": None, "D": width}, like=hidden)
+    if bias is not None:
+        check_tensor("bias", bias, {"V": head.shape[0]}, like=hidden)
+    if tuple(labels.shape) != (batch, tokens) or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels: got {tuple(labels.shape)} {labels.dtype}, expected ({batch}, {tokens}) int64"
+        )
+    check_device("labels", labels, hidden)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dtype = accumulate_dtype(hidden, head, bias)
+    chosen = _choose("token_cross_entropy", backend, hidden)
+    with without_autocast(hidden.device):
+        count = (labels != ignore_index).sum() if reduction == "mean" else None
+        setting = {"ignore_index": ignore_index, "dtype": dtype}
+        if chosen == "reference":
+            total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
+            return total if count is None else safe_divide(total, count)
+        return with_stored_gradients(
+            lambda needs: chunked.cross_entropy_total(needs, hidden, head, labels, bias, **setting),
+            (hidden, head, bias),
+            count,
+        )
+
+
+def logit_alignment(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    reduction: str = "mean",
+) -> Tensor:
+    """The same divergences between logits that already exist, such as a classifier's.
+
+    Args:
+        student_logits, teacher_logits: (..., C). mask: (...) bool, True = the row counts.
+        The rest as `soft_label_alignment`; "mean" divides by the valid rows.
+
+    Returns:
+        Scalar, float32 (float64 if any input is), with gradients to `student_logits`. With nothing valid it is 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name.
+    """
+    if student_logits.dim() < 1:
+        raise ValueError("student_logits: got a scalar, expected (..., C)")
+    shape = {f"axis {i}": size for i, size in enumerate(student_logits.shape)}
+    check_tensor("student_logits", student_logits, shape)
+    check_tensor("teacher_logits", teacher_logits, shape, like=student_logits)
+    check_mask(mask, tuple(student_logits.shape[:-1]), student_logits)
+    formula = _check_formula(temperature, divergence, beta, alpha)
+    check_choice("reduction", reduction, REDUCTIONS)
+    dtype = accumulate_dtype(student_logits, teacher_logits)
+    with without_autocast(student_logits.device):
+        if mask is not None:
+            student_logits = student_logits.masked_fill(~mask[..., None], 0)
+            teacher_logits = teacher_logits.masked_fill(~mask[..., None], 0)
+        rows = reference.logit_rows(student_logits.to(dtype), teacher_logits.to(dtype), mask, **formula)
+        if reduction == "sum":
+            return rows.sum()
+        count = torch.tensor(rows.numel(), device=rows.device) if mask is None else mask.sum()
+        return safe_divide(rows.sum(), count)
+
+
+def _check_formula(temperature: float, divergence: str, beta: float, alpha: float) -> dict:
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_range("beta", beta, 0, 1)
+    check_range("alpha", alpha, 0, 1)
+    return {
+        "temperature": float(temperature),
+        "divergence": divergence,
+        "beta": float(beta),
+        "alpha": float(alpha),
+    }
+
+
+def _choose(operator: str, backend: str, like: Tensor) -> str:
+    return choose_backend(
+        operator,
+        backend,
+        preference=("chunked", "reference"),
+        missing={
+            name: "soft labels have only 'reference' and 'chunked'" for name in ("cpp", "triton", "cuda")
+        },
+        detail=f"{like.device.type} {like.dtype}",
+    )

@@ -1,0 +1,69 @@
+"""Definition of the soft-label losses in plain PyTorch: whole logits, any floating dtype."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsdistill.ops.common import zero_masked
+from dsdistill.ops.soft_label.divergence import divergence_rows
+
+
+def logits(hidden: Tensor, head: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def logit_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    *,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    alpha: float,
+) -> Tensor:
+    """Divergence of each row of (..., V) logits, 0 where masked."""
+    log_q = (student_logits / temperature).log_softmax(-1)
+    log_p = (teacher_logits.detach() / temperature).log_softmax(-1)
+    rows = divergence_rows(log_p, log_q, divergence, beta, alpha)
+    return rows if mask is None else rows.masked_fill(~mask, 0)
+
+
+def soft_label_total(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    *,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    **formula,
+) -> Tensor:
+    """Sum over valid tokens, before any division. Shapes as `soft_label_alignment`; formula as `logit_rows`."""
+    student_logits = logits(zero_masked(student_hidden, mask), student_head, student_bias, dtype)
+    with torch.no_grad():
+        teacher_logits = logits(zero_masked(teacher_hidden, mask), teacher_head, teacher_bias, dtype)
+    return logit_rows(student_logits, teacher_logits, mask, **formula).sum()
+
+
+def cross_entropy_total(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Σ −log softmax(hidden headᵀ + bias)[label] over tokens whose label is not `ignore_index`."""
+    hidden = zero_masked(hidden, labels != ignore_index)
+    return F.cross_entropy(
+        logits(hidden, head, bias, dtype).flatten(0, -2),
+        labels.flatten(),
+        ignore_index=ignore_index,
+        reduction="sum",
+    )
