@@ -21,6 +21,7 @@ class Batch:
     labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 next-token text; see below
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
     ids: tuple[str, ...] = ()  # of the examples; filler rows have ""
+    index: Tensor | None = None  # (B,) int64 place in the data set, so that order can be restored; filler -1
 
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
     # be predicted (padding). A class or score of a filler row is NO_LABEL too.

@@ -1,0 +1,21 @@
+"""Sources, tokenising, and the order in which every rank sees the examples."""
+
+from dsdistill.data.batch import NO_LABEL, Batch
+from dsdistill.data.examples import Data, Examples, Rows
+from dsdistill.data.load import load, read, tokenize
+from dsdistill.data.loader import Loader, collate, evaluation_batches, restore
+
+__all__ = [
+    "NO_LABEL",
+    "Batch",
+    "Data",
+    "Examples",
+    "Loader",
+    "Rows",
+    "collate",
+    "evaluation_batches",
+    "load",
+    "read",
+    "restore",
+    "tokenize",
+]

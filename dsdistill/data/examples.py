@@ -1,0 +1,52 @@
+"""What passes from the sources to the loader: rows of text, then examples of tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n checked rows of one split, before any tokenizer."""
+
+    place: str  # where they come from, for messages
+    texts: list[tuple[str, ...]]  # one text, or the two of a pair
+    labels: list[int] | list[float] | None  # class index | score | None for causal_lm
+    ids: Sequence[str]
+    limit: int | None = None  # causal_lm: blocks to keep (only the tokenizer can count them)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """n tokenised examples, laid end to end: example i is tokens[starts[i]:starts[i + 1]], never empty."""
+
+    tokens: Tensor  # (tokens of all examples,) int32
+    starts: Tensor  # (n + 1,) int64
+    labels: Tensor | None  # (n,) int64 class | (n,) float32 score | None: causal_lm, tokens are labels
+    ids: Sequence[str]
+    token_types: Tensor | None = None  # like tokens, uint8
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) int64: tokens of each example."""
+        return self.starts.diff()
+
+
+@dataclass(frozen=True)
+class Data(Generic[T]):
+    """Both splits, as Rows or as Examples, and the names of the classes in the order of their indices."""
+
+    train: T
+    dev: T
+    labels: tuple[str, ...]  # () unless the task is classification

@@ -1,0 +1,137 @@
+"""Which examples each step, rank and micro-batch sees.
+
+The rows of a step depend on (seed, epoch, step, batch_size) alone, never on how many ranks or micro-batches
+share them: another machine trains on the same batches, and a resumed run asks for step k without replaying
+the k before.
+"""
+
+from collections.abc import Iterator
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.batch import NO_LABEL, Batch
+from dsdistill.data.examples import Examples
+
+
+def collate(examples: Examples, rows: list[int], pad_id: int) -> Batch:
+    """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row."""
+    if not rows:
+        return _filler(examples, pad_id)
+    width = int(examples.lengths[rows].max())
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        start, end = examples.starts[row], examples.starts[row + 1]
+        length = int(end - start)
+        input_ids[i, :length] = examples.tokens[start:end]
+        mask[i, :length] = True
+        if token_types is not None:
+            token_types[i, :length] = examples.token_types[start:end]
+    labels = input_ids.masked_fill(~mask, NO_LABEL) if examples.labels is None else examples.labels[rows]
+    ids = tuple(examples.ids[row] for row in rows)
+    return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows))
+
+
+def _filler(examples: Examples, pad_id: int) -> Batch:
+    # Two tokens wide, so that logits shifted against next-token labels are not an empty tensor.
+    input_ids = torch.full((1, 2), pad_id, dtype=torch.int64)
+    if examples.labels is None:
+        labels = torch.full_like(input_ids, NO_LABEL)
+    else:
+        labels = torch.full((1,), NO_LABEL, dtype=examples.labels.dtype)
+    token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]))
+
+
+class Loader:
+    """The micro-batches of one rank, by epoch and step.
+
+    Args:
+        examples: the train set.
+        batch_size: examples of a step over all ranks; the last step of an epoch may have fewer.
+        micro_batch_size: most examples of one micro-batch.
+        world_size, rank: number of ranks, and which of them this is.
+        seed: of the order.
+        pad_id: token that fills rows up on the right.
+
+    Raises:
+        UserError: batch_size is not a multiple of micro_batch_size × world_size.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        micro_batch_size: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        pad_id: int,
+    ):
+        at_once = micro_batch_size * world_size  # rows
+        if batch_size % at_once:
+            raise UserError(
+                "train.batch_size",
+                batch_size,
+                f"a multiple of {at_once} (train.micro_batch_size {micro_batch_size} × {world_size} ranks)",
+            )
+        self.examples, self.batch_size, self.world_size, self.rank = examples, batch_size, world_size, rank
+        self.seed, self.pad_id = seed, pad_id
+        self.accumulation = batch_size // at_once  # micro-batches a step on each rank
+        self.steps_per_epoch = ceil(len(examples) / batch_size)
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def rows(self, epoch: int, step: int) -> np.ndarray:
+        """(≤ batch_size,) int64: the examples of a step over all ranks, in no meaningful order."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+            self._epoch = epoch
+        return self._order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def step(self, epoch: int, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step (both counted from 0): `accumulation` of them on every rank.
+
+        A ragged step is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
+        """
+        rows = self.rows(epoch, step)
+        # Rows of like length share a micro-batch (less padding), and so do the micro-batches that the ranks
+        # handle at the same time (less waiting).
+        rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
+        slots = np.array_split(rows, self.accumulation * self.world_size)
+        return [
+            collate(self.examples, slot.tolist(), self.pad_id) for slot in slots[self.rank :: self.world_size]
+        ]
+
+
+def evaluation_batches(
+    examples: Examples, micro_batch_size: int, world_size: int, rank: int, pad_id: int
+) -> Iterator[Batch]:
+    """This rank's share of one pass over the examples: each example on exactly one rank, once.
+
+    Every rank gets the same number of batches (the last may be filler). Examples come by length, longest
+    first, so that memory runs out at once or never; `restore` gives them back their order.
+    """
+    order = np.argsort(-examples.lengths.numpy(), kind="stable").tolist()
+    batches = ceil(len(order) / (micro_batch_size * world_size))
+    for i in range(batches):
+        start = (i * world_size + rank) * micro_batch_size
+        yield collate(examples, order[start : start + micro_batch_size], pad_id)
+
+
+def restore(values: Tensor, index: Tensor) -> Tensor:
+    """Values of all batches of all ranks, (n, …), in the order of the data set and without fillers.
+
+    Args:
+        values: (n, …), one for each row of the batches.
+        index: (n,) int64, `Batch.index` of the same rows.
+    """
+    real = index >= 0
+    return values[real][index[real].argsort()]
