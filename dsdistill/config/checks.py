@@ -41,23 +41,35 @@ def check(config) -> None:
     """Raise UserError for settings that contradict each other."""
     terms = config.terms.named()
     if not terms:
-        raise UserError("terms", "no term with a weight above 0", "at least one of task, soft_label, hidden, attention, pairwise")
+        raise UserError(
+            "terms",
+            "no term with a weight above 0",
+            "at least one of task, soft_label, hidden, attention, pairwise",
+        )
     matching = [name for name in terms if name != "task"]
     if matching and config.teacher is None:
         raise UserError(f"terms.{matching[0]}", "no teacher", "a teacher section, or terms.task alone")
-    if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is None \
-            and config.teacher.config is None:
+    if (
+        config.teacher is not None
+        and config.teacher.path is None
+        and config.teacher.recipe is None
+        and config.teacher.config is None
+    ):
         raise UserError("teacher", "neither path, recipe nor config", "one of them")
     _check_student(config)
     if config.task == "regression" and config.terms.soft_label is not None:
-        raise UserError("terms.soft_label", "task regression", "classification or causal_lm (a score is no distribution)")
+        raise UserError(
+            "terms.soft_label", "task regression", "classification or causal_lm (a score is no distribution)"
+        )
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             "train.batch_size",
             config.train.batch_size,
             f"a multiple of train.micro_batch_size ({config.train.micro_batch_size})",
         )
-    _check_deepspeed(config.deepspeed)
+    _check_deepspeed(config.student.deepspeed, "student")
+    if config.teacher is not None:
+        _check_deepspeed(config.teacher.deepspeed, "teacher")
 
 
 def _check_student(config) -> None:
@@ -70,14 +82,19 @@ def _check_student(config) -> None:
         raise UserError("student", "both path and from_teacher", "one of them")
 
 
-def _check_deepspeed(settings: dict) -> None:
+def _check_deepspeed(settings: dict, model: str) -> None:
+    place = f"{model}.deepspeed"
     for key in settings:
         if key in OWNED:
-            raise UserError(f"deepspeed.{key}", "a setting that dsdistill makes itself", f"{OWNED[key]} in its place")
+            raise UserError(
+                f"{place}.{key}", "a setting that dsdistill makes itself", f"{OWNED[key]} in its place"
+            )
         if key not in DEEPSPEED_KEYS:
-            raise UserError(f"deepspeed.{key}", "an unknown DeepSpeed key", "a known one" + nearest(key, DEEPSPEED_KEYS))
+            raise UserError(
+                f"{place}.{key}", "an unknown DeepSpeed key", "a known one" + nearest(key, DEEPSPEED_KEYS)
+            )
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise UserError("deepspeed.zero_optimization", type(zero).__name__, "a mapping")
+        raise UserError(f"{place}.zero_optimization", type(zero).__name__, "a mapping")
     if "stage" in zero:
-        raise UserError("deepspeed.zero_optimization.stage", zero["stage"], "student.zero_stage in its place")
+        raise UserError(f"{place}.zero_optimization.stage", zero["stage"], f"{model}.zero_stage in its place")

@@ -21,7 +21,9 @@ def load(sources: Sequence[str]) -> Config:
     dotted and values are YAML: ["configs/quickstart.yaml", "train.steps=5"].
     """
     if not sources or _is_override(sources[0]):
-        raise UserError("config", sources[0] if sources else "nothing", "a YAML file first, then key=value overrides")
+        raise UserError(
+            "config", sources[0] if sources else "nothing", "a YAML file first, then key=value overrides"
+        )
     merged, origin = OmegaConf.create({}), sources[0]
     for source in sources:
         try:
@@ -30,7 +32,9 @@ def load(sources: Sequence[str]) -> Config:
             else:
                 merged = OmegaConf.merge(merged, _read(source))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(source, _first_line(error), "valid YAML" if not _is_override(source) else "key=value") from None
+            raise UserError(
+                source, _first_line(error), "valid YAML" if not _is_override(source) else "key=value"
+            ) from None
     try:
         plain = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -72,7 +76,9 @@ def _read(path: str):
 
 def _first_line(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    text = getattr(error, "problem", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
+    text = getattr(error, "problem", None) or next(
+        iter(str(error).strip().splitlines()), type(error).__name__
+    )
     return f"{text} (line {mark.line + 1})" if mark else text
 
 
@@ -100,7 +106,9 @@ def _explain(origin: str, errors: list[dict]) -> UserError:
     if first["type"] == "missing":
         return UserError(place, "nothing", "a value, this key is needed")
     if path.endswith(".layers"):  # a union: pydantic reports each of its branches
-        return UserError(place, got, "uniform, skip, last, or a list of [student, teacher] pairs counted from 1")
+        return UserError(
+            place, got, "uniform, skip, last, or a list of [student, teacher] pairs counted from 1"
+        )
     message = first["msg"].lower()
     for noise in ("input should be ", "a valid ", " should match", " should have", " after validation"):
         message = message.replace(noise, "")

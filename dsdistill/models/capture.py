@@ -21,7 +21,9 @@ ATTENTION = "dsdistill"  # the name to give models as attn_implementation
 _recording: "Capture | None" = None  # at most one model runs under capture at a time
 
 
-def attention_trace(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict) -> AttentionTrace:
+def attention_trace(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict
+) -> AttentionTrace:
     """What the library's attention call with these arguments means."""
     causal = options.get("is_causal")
     if causal is None:
@@ -72,7 +74,9 @@ class Capture:
         self._calls = 0
         layers = layer_list(model)
         if self.hidden and layers is None:
-            raise ValueError(f"{type(model).__name__}: no list of {model.config.num_hidden_layers} layers to hook")
+            raise ValueError(
+                f"{type(model).__name__}: no list of {model.config.num_hidden_layers} layers to hook"
+            )
         if 0 in self.hidden:
             layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True)
         for index in self.hidden - {0}:
@@ -108,15 +112,3 @@ class Capture:
                 self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]
 
         return hook
-
-
-def visible(mask: Tensor, geometry: Geometry) -> Tensor:
-    """(B, N, N) bool: which keys each query may see; mask (B, N) bool, True = valid."""
-    position = torch.arange(mask.shape[1], device=mask.device)
-    distance = position[:, None] - position[None, :]
-    allowed = torch.ones_like(distance, dtype=torch.bool)
-    if geometry.causal:
-        allowed &= distance >= 0
-    if geometry.window is not None:
-        allowed &= distance.abs() < geometry.window
-    return allowed & mask[:, None, :]

@@ -9,12 +9,14 @@ captured tensors do not tell the whole story.
 import copy
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from dsdistill.config import UserError
-from dsdistill.models.capture import Capture, attention_trace, layer_list, visible
+from dsdistill.models.capture import Capture, attention_trace, layer_list
+from dsdistill.models.trace import Geometry
 
 _RECOMPUTED = "dsdistill_recomputed"
 _LENGTH = 12  # tokens of the probe's sequence; longer than its windows
@@ -26,7 +28,11 @@ _calls = 0
 def _recomputed_attention(module, query, key, value, attention_mask, **options):
     global _calls
     _calls += 1
-    for extra in ("softcap", "s_aux", "position_bias"):  # too weak to show in the small copy's output, perhaps
+    for extra in (
+        "softcap",
+        "s_aux",
+        "position_bias",
+    ):  # too weak to show in the small copy's output, perhaps
         if options.get(extra) is not None:
             raise ValueError(f"its attention takes {extra}")
     layer = attention_trace(module, query, key, value, options)
@@ -34,7 +40,7 @@ def _recomputed_attention(module, query, key, value, attention_mask, **options):
     valid[0, -3:] = False  # the padding that probe() gives
     groups = query.shape[1] // key.shape[1]
     scores = layer.scale * query @ repeat_kv(key, groups).transpose(-1, -2)
-    scores = scores.masked_fill(~visible(valid, layer.geometry)[:, None], float("-inf"))
+    scores = scores.masked_fill(~_visible(valid, layer.geometry)[:, None], float("-inf"))
     return (scores.softmax(-1) @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), None
 
 
@@ -61,7 +67,9 @@ def probe(config: PretrainedConfig, place: str, *, attention: bool, hidden: bool
         try:
             eager = AutoModel.from_config(small, attn_implementation="eager").float().eval()
         except ValueError as error:
-            raise UserError(place, f"model type {name} ({error})", "an encoder or decoder of transformers") from None
+            raise UserError(
+                place, f"model type {name} ({error})", "an encoder or decoder of transformers"
+            ) from None
         # Fresh query and key weights are so small that every probability is nearly 1/N: sharpen them.
         with torch.no_grad():
             for parameter in eager.parameters():
@@ -69,7 +77,9 @@ def probe(config: PretrainedConfig, place: str, *, attention: bool, hidden: bool
                     parameter.mul_(4.0)
     if hidden and layer_list(eager) is None:
         raise UserError(
-            place, f"model type {name}, which holds no list of its layers", "a model whose layers can be hooked"
+            place,
+            f"model type {name}, which holds no list of its layers",
+            "a model whose layers can be hooked",
         )
     with torch.no_grad():
         if hidden:
@@ -82,7 +92,9 @@ def probe(config: PretrainedConfig, place: str, *, attention: bool, hidden: bool
             eager.set_attn_implementation(_RECOMPUTED)
             got = eager(**inputs).last_hidden_state
         except ValueError as error:
-            raise UserError(place, f"model type {name} ({error})", "a model with interchangeable attention") from None
+            raise UserError(
+                place, f"model type {name} ({error})", "a model with interchangeable attention"
+            ) from None
     if _calls != small.num_hidden_layers:
         raise UserError(
             place,
@@ -131,3 +143,15 @@ def _small_copy(config: PretrainedConfig) -> PretrainedConfig:
     if getattr(small, "sliding_window", None):
         small.sliding_window = _WINDOW
     return small
+
+
+def _visible(mask: Tensor, geometry: Geometry) -> Tensor:
+    """(B, N, N) bool: which keys each query may see; mask (B, N) bool, True = valid."""
+    position = torch.arange(mask.shape[1], device=mask.device)
+    distance = position[:, None] - position[None, :]
+    allowed = torch.ones_like(distance, dtype=torch.bool)
+    if geometry.causal:
+        allowed &= distance >= 0
+    if geometry.window is not None:
+        allowed &= distance.abs() < geometry.window
+    return allowed & mask[:, None, :]

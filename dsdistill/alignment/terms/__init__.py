@@ -1,0 +1,18 @@
+"""The summands of the loss, by the name they have in a config."""
+
+from dsdistill.alignment.terms.attention import AttentionTerm
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
+from dsdistill.alignment.terms.hidden import HiddenTerm
+from dsdistill.alignment.terms.pairwise import PairwiseTerm
+from dsdistill.alignment.terms.soft_label import SoftLabelTerm
+from dsdistill.alignment.terms.task import TaskTerm
+
+TERMS: dict[str, type[AlignmentTerm]] = {
+    "task": TaskTerm,
+    "soft_label": SoftLabelTerm,
+    "hidden": HiddenTerm,
+    "attention": AttentionTerm,
+    "pairwise": PairwiseTerm,
+}
+
+__all__ = ["TERMS", "AlignmentTerm", "Pair", "Shape"]

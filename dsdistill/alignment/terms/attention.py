@@ -1,0 +1,71 @@
+"""Attention of mapped layers, from queries and keys."""
+
+import torch
+
+from dsdistill.alignment.layer_map import layer_map
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.config import UserError
+from dsdistill.config.schema import Attention
+from dsdistill.ops import attention_alignment
+from dsdistill.ops.attention.pairs import Pairs
+
+
+class AttentionTerm(AlignmentTerm):
+    """KL of the probabilities (MiniLM), their squared difference, or that of the raw scores (TinyBERT)."""
+
+    def __init__(self, config: Attention, pair: Pair):
+        super().__init__(config, pair)
+        self._map_layers(
+            layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.attention.layers"),
+            config.layer_agg,
+        )
+        self.student_attention = frozenset(student for student, _ in self.layers)
+        self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
+        mine, other = pair.student.heads, pair.teacher.heads
+        if config.heads == "match" and mine != other:
+            raise UserError(
+                "terms.attention.heads", f"match for {mine} student and {other} teacher heads", "heads: mean"
+            )
+        if config.heads == "mean" and config.divergence == "score_mse":
+            raise UserError("terms.attention.divergence", "score_mse with heads: mean", "kl or mse")
+        self.heads = mine if config.heads == "match" else 1
+
+    def counts(self, batch, geometry):
+        if self.config.divergence == "kl":
+            return (self.heads * batch.mask.sum()).double().expand(self.parts)
+        entries = {}  # layers of one geometry share their count
+        for layer, _ in self.layers:
+            shape = geometry[layer]
+            if shape not in entries:
+                pairs = Pairs(batch.mask.shape[1], batch.mask, shape.causal, shape.window, segments=None)
+                entries[shape] = self.heads * pairs.count(len(batch.mask), batch.mask.device).double()
+        return torch.stack([entries[geometry[layer]] for layer, _ in self.layers])
+
+    def sums(self, student, teacher, batch):
+        sums = []
+        for layer, other_layer in self.layers:
+            mine, other = student.attention[layer], teacher.attention[other_layer]
+            if mine.geometry != other.geometry:
+                raise UserError(
+                    "terms.attention.layers",
+                    f"student layer {layer} with {mine.geometry} and teacher layer {other_layer} with {other.geometry}",
+                    "pairs of layers that see the same keys",
+                )
+            sums.append(
+                attention_alignment(
+                    mine.query,
+                    mine.key,
+                    other.query,
+                    other.key,
+                    mask=batch.mask,
+                    causal=mine.geometry.causal,
+                    window=mine.geometry.window,
+                    student_scale=mine.scale,
+                    teacher_scale=other.scale,
+                    divergence=self.config.divergence,
+                    heads=self.config.heads,
+                    reduction="sum",
+                    backend=self.pair.backend,
+                )
+            )
+        return torch.stack(sums)

@@ -1,0 +1,69 @@
+"""What every term of the loss is."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dsdistill.config.schema import Term as TermConfig
+from dsdistill.data.batch import Batch
+from dsdistill.models.trace import Geometry, Trace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a term must know of one model before it sees a trace."""
+
+    depth: int  # layers
+    width: int  # of the hidden states
+    heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Student and teacher of one run, as the terms see them."""
+
+    student: Shape
+    teacher: Shape | None
+    task: str  # classification | regression | causal_lm
+    backend: str  # of the operators
+    tokens: int = 0  # entries of the tokenizer
+
+
+class AlignmentTerm(nn.Module):
+    """One summand of the loss, for each of its parts (mapped layers) a sum and the count to divide it by.
+
+    Sum and count are apart because the loss divides by counts over all ranks and accumulation steps: the same
+    global batch then gives the same loss however it is split.
+    """
+
+    weight: float
+    parts: int = 1  # sums and counts that the term returns
+    factor: float = 1.0  # of the summed parts: 1/parts for a mean over layers
+    student_hidden: frozenset[int] = (
+        frozenset()
+    )  # layers the traces must hold, counted from 1, 0 = embeddings
+    teacher_hidden: frozenset[int] = frozenset()
+    student_attention: frozenset[int] = frozenset()
+    teacher_attention: frozenset[int] = frozenset()
+    needs_teacher: bool = True
+
+    def __init__(self, config: TermConfig, pair: Pair):
+        super().__init__()
+        self.config, self.pair, self.weight = config, pair, config.weight
+
+    def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
+        """(parts,) float64: what each sum is divided by, from the batch alone.
+
+        geometry: of the student's attention layers, by layer.
+        """
+        raise NotImplementedError
+
+    def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
+        """(parts,) float32 with gradients to the student: undivided, unweighted."""
+        raise NotImplementedError
+
+    def _map_layers(self, pairs: tuple[tuple[int, int], ...], agg: str) -> None:
+        self.layers = pairs
+        self.parts = len(pairs)
+        self.factor = 1 / len(pairs) if agg == "mean" else 1.0

@@ -1,0 +1,52 @@
+"""Hidden states of mapped layers (Jiao et al. 2020, TinyBERT, equations 8 and 9)."""
+
+import torch
+from torch import nn
+
+from dsdistill.alignment.layer_map import layer_map
+from dsdistill.alignment.projector import Projector
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.config.schema import Hidden
+from dsdistill.ops import hidden_alignment
+
+
+class HiddenTerm(AlignmentTerm):
+    """Mean squared or cosine distance over valid tokens, the student projected to the teacher's width.
+
+    Each mapped layer has a projector of its own; the paper's code shares one.
+    """
+
+    def __init__(self, config: Hidden, pair: Pair):
+        super().__init__(config, pair)
+        mapped = layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.hidden.layers")
+        self._map_layers(((0, 0), *mapped) if config.embedding else mapped, config.layer_agg)
+        self.student_hidden = frozenset(student for student, _ in self.layers)
+        self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
+        project = config.projector == "linear" or pair.student.width != pair.teacher.width
+        self.projectors = (
+            nn.ModuleList(Projector(pair.student.width, pair.teacher.width) for _ in self.layers)
+            if project
+            else None
+        )
+
+    def counts(self, batch, geometry):
+        count = batch.mask.sum().double()
+        if self.config.divergence == "mse":
+            count = count * self.pair.teacher.width
+        return count.expand(self.parts)
+
+    def sums(self, student, teacher, batch):
+        sums = []
+        for index, (mine, other) in enumerate(self.layers):
+            align = hidden_alignment if self.projectors is None else self.projectors[index]
+            sums.append(
+                align(
+                    student.hidden[mine],
+                    teacher.hidden[other],
+                    mask=batch.mask,
+                    divergence=self.config.divergence,
+                    reduction="sum",
+                    backend=self.pair.backend,
+                )
+            )
+        return torch.stack(sums)
