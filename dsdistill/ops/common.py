@@ -110,7 +110,8 @@ def safe_divide(total: Tensor, count: Tensor) -> Tensor:
 def storage_dtype(x: Tensor) -> torch.dtype:
     """Type in which the gradient of `x` waits for backward.
 
-    float16 gradients wait in float32: they are not normalised yet and could leave float16's range.
+    float16 gradients wait in float32, where neither 1/count nor a loss scale that is still to come leaves the
+    range of the type.
     """
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
@@ -118,9 +119,8 @@ def storage_dtype(x: Tensor) -> torch.dtype:
 def with_stored_gradients(compute: Compute, inputs: Sequence[Tensor | None], count: Tensor | None) -> Tensor:
     """total / count (total itself for None), with the gradients that `compute` found during the forward pass.
 
-    The teacher is frozen and the loss a scalar, so the gradient of the total is known up to one factor when
-    the value is. It waits unnormalised (1/count could underflow half precision) and backward multiplies it.
-    `compute` is told which gradients are needed and must skip the others.
+    The teacher is frozen and the loss a scalar, so its gradient is known when its value is, up to the factor
+    that backward brings. `compute` is told which gradients are needed and must skip the others.
     """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if any(needs):
@@ -134,28 +134,30 @@ class _StoredGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, compute, needs, count, *inputs):
         total, gradients = compute(needs)
+        one = torch.ones_like(total)
+        factor = one if count is None else safe_divide(one, count)
         ctx.gradients = [
-            None if g is None else g.to(storage_dtype(x)) for g, x in zip(gradients, inputs, strict=True)
+            # Divided before it is rounded to half precision, so that it is rounded once.
+            None if g is None else (g if count is None else g.mul_(factor)).to(storage_dtype(x))
+            for g, x in zip(gradients, inputs, strict=True)
         ]
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.count = count
-        return total if count is None else safe_divide(total, count)
+        return total * factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward ran a second time through an alignment loss whose gradients were already handed over; "
+                "backward ran a second time through an alignment loss that had handed over its gradients; "
                 "pass retain_graph=True to the first backward"
             )
         gradients = ctx.gradients
-        scale = upstream if ctx.count is None else safe_divide(upstream, ctx.count)
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            scaled = [None if g is None else g * scale.to(g.device) for g in gradients]
+            scaled = [None if g is None else g * upstream for g in gradients]
         else:
             # The tensors are this node's own and nobody will ask again: no second copy.
             ctx.gradients = None
-            scaled = [None if g is None else g.mul_(scale) for g in gradients]
+            scaled = [None if g is None else g.mul_(upstream) for g in gradients]
         out = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
         return None, None, None, *out

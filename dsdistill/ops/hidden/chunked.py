@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.common import storage_dtype, unit_vectors, unit_vectors_backward
+from dsdistill.ops.common import unit_vectors, unit_vectors_backward
 
 # Elements of one block of the projected student: 4 MiB in float32.
 BLOCK_ELEMENTS = 1 << 20
@@ -38,7 +38,7 @@ def hidden_total(
     offset = None if bias is None else bias.detach().to(dtype)
 
     total = weights.new_zeros(())
-    d_student = torch.empty(x.shape, dtype=storage_dtype(x), device=x.device) if needs[0] else None
+    d_student = torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None
     d_projection = torch.zeros_like(matrix) if needs[1] else None
     d_bias = torch.zeros_like(offset) if needs[2] else None
     step = max(MIN_TOKENS, BLOCK_ELEMENTS // max(1, target.shape[1]))

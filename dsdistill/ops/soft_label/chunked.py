@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.common import storage_dtype
 from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
 
 # Elements of one block of logits: 16 MiB in float32.
@@ -107,7 +106,7 @@ def _over_blocks(
     """Σ over blocks of counted tokens of `block(logits, token indices, with gradient)`, and the gradients."""
     flat = hidden.detach().flatten(0, 1)
     total = torch.zeros((), dtype=head.dtype, device=flat.device)
-    d_hidden = torch.zeros(flat.shape, dtype=storage_dtype(hidden), device=flat.device) if needs[0] else None
+    d_hidden = torch.zeros(flat.shape, dtype=head.dtype, device=flat.device) if needs[0] else None
     d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device) if needs[1] else None
     d_bias = torch.zeros_like(head.bias) if needs[2] else None
     indices = torch.arange(flat.shape[0], device=flat.device) if counted is None else counted.nonzero()[:, 0]
@@ -119,7 +118,7 @@ def _over_blocks(
         value, gradient = block(head.logits(rows), tokens, any(needs))
         total += value
         if needs[0]:
-            d_hidden[tokens] = head.product(gradient, head.matrix).to(d_hidden.dtype)
+            d_hidden[tokens] = head.product(gradient, head.matrix)
         if needs[1]:
             if head.native:
                 d_matrix += head.product(gradient.t(), rows)
