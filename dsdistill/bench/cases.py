@@ -90,7 +90,11 @@ def attention_cases() -> Iterator[Case]:
             ("scattered-causal", attention_tensors(), {"mask": scattered, "causal": True}),
             ("window", attention_tensors(tokens=131, heads=2), {"window": 9}),
             ("window-causal", attention_tensors(tokens=131, heads=2), {"window": 70, "causal": True}),
-            ("packed", attention_tensors(), {"segments": segments, "mask": scattered, "causal": True, "window": 4}),
+            (
+                "packed",
+                attention_tensors(),
+                {"segments": segments, "mask": scattered, "causal": True, "window": 4},
+            ),
             ("grouped", attention_tensors(kv=2, t_kv=1, t_width=24, tokens=65), {}),
             ("grouped-ragged", attention_tensors(heads=6, kv=3, t_kv=2, t_width=8), {"mask": _ragged(2, 33)}),
             ("scales", attention_tensors(), {"student_scale": 0.5, "teacher_scale": 0.1, "reduction": "sum"}),
@@ -156,8 +160,12 @@ def hidden_cases() -> Iterator[Case]:
         yield Case("hidden", f"{divergence}-plain", same, options)
         yield Case("hidden", f"{divergence}-ragged", {**same, "mask": _ragged(2, 33)}, options)
         yield Case("hidden", f"{divergence}-projected", projected, options)
-        yield Case("hidden", f"{divergence}-bias", {**projected, "bias": bias, "mask": _ragged(3, 37)}, options)
-        yield Case("hidden", f"{divergence}-weighted", {**projected, "bias": bias, "weights": weights}, options)
+        yield Case(
+            "hidden", f"{divergence}-bias", {**projected, "bias": bias, "mask": _ragged(3, 37)}, options
+        )
+        yield Case(
+            "hidden", f"{divergence}-weighted", {**projected, "bias": bias, "weights": weights}, options
+        )
         summed = {**options, "reduction": "sum"}
         masked = {**projected, "weights": weights, "mask": _ragged(3, 37)}
         yield Case("hidden", f"{divergence}-weighted-sum", masked, summed)
@@ -180,7 +188,9 @@ def soft_label_cases() -> Iterator[Case]:
         warm = {**options, "temperature": 2.5, "beta": 0.3, "alpha": 0.2}
         yield Case("soft-label", f"{divergence}-warm", masked, warm, native=False)
         peaked = {**tensors, "student_head": tensors["student_head"] * 6}
-        yield Case("soft-label", f"{divergence}-peaked", peaked, {**options, "reduction": "sum"}, native=False)
+        yield Case(
+            "soft-label", f"{divergence}-peaked", peaked, {**options, "reduction": "sum"}, native=False
+        )
     labels = torch.randint(61, (2, 33), generator=torch.Generator().manual_seed(6))
     entropy = {"hidden": tensors["student_hidden"], "head": tensors["student_head"], "labels": labels}
     yield Case("cross-entropy", "plain", entropy, native=False)

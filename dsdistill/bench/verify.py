@@ -111,7 +111,10 @@ def check_parity(case: Case, backend: str, dtype: torch.dtype) -> float:
         if gradient.dtype != dtype:
             raise Mismatch(f"gradient of {name}: dtype {gradient.dtype}, expected {dtype}")
         truth = true_gradients[name]
-        ratio = max(ratio, require(f"gradient of {name}", gradient, truth, same_gradients[name], gradient_size(case, truth)))
+        ratio = max(
+            ratio,
+            require(f"gradient of {name}", gradient, truth, same_gradients[name], gradient_size(case, truth)),
+        )
     return ratio
 
 
@@ -141,10 +144,15 @@ def check_padding(case: Case, backend: str, dtype: torch.dtype, extra: int = 5) 
         if axis is not None:
             padding = gradient.narrow(axis, tokens, extra)
             if not torch.equal(padding, torch.zeros_like(padding)):
-                raise Mismatch(f"gradient of {name}: padding received {padding.abs().max().item()}, expected 0")
+                raise Mismatch(
+                    f"gradient of {name}: padding received {padding.abs().max().item()}, expected 0"
+                )
             gradient = gradient.narrow(axis, 0, tokens)
         truth = true_gradients[name]
-        ratio = max(ratio, require(f"gradient of {name}", gradient, truth, same_gradients[name], gradient_size(case, truth)))
+        ratio = max(
+            ratio,
+            require(f"gradient of {name}", gradient, truth, same_gradients[name], gradient_size(case, truth)),
+        )
     return ratio
 
 
@@ -199,7 +207,9 @@ def check_nothing_valid(case: Case, backend: str, dtype: torch.dtype) -> float:
         raise Mismatch(f"nothing valid: loss {loss.item()}, expected 0")
     for name, gradient in gradients.items():
         if not torch.equal(gradient, torch.zeros_like(gradient)):
-            raise Mismatch(f"nothing valid: gradient of {name} reaches {gradient.abs().max().item()}, expected 0")
+            raise Mismatch(
+                f"nothing valid: gradient of {name} reaches {gradient.abs().max().item()}, expected 0"
+            )
     return 0.0
 
 

@@ -139,10 +139,9 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
     if exists is not None:
         mean_s.masked_fill_(~exists, 0)
         mean_t.masked_fill_(~exists, 0)
-    if divergence == "kl":
-        value = (mean_t * (log_mean_t - log_mean_s)).sum()
-    else:
-        value = (mean_s - mean_t).square().sum()
+    value = (
+        (mean_t * (log_mean_t - log_mean_s)).sum() if divergence == "kl" else (mean_s - mean_t).square().sum()
+    )
     if not with_gradient:
         return value, None
     p_s = log_s.exp()

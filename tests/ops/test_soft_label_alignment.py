@@ -1,0 +1,142 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operator_checks import BACKENDS, every_check, gradient_cases, run_check, run_gradcheck
+
+from dsdistill.ops import logit_alignment, soft_label_alignment, token_cross_entropy
+from dsdistill.ops.soft_label.divergence import DIVERGENCES
+
+PLAIN = tuple(backend for backend in BACKENDS if backend in ("reference", "chunked"))
+
+
+@every_check("soft-label")
+def test_check(check, case, backend, dtype):
+    run_check(check, case, backend, dtype)
+
+
+@every_check("cross-entropy")
+def test_cross_entropy_check(check, case, backend, dtype):
+    run_check(check, case, backend, dtype)
+
+
+@gradient_cases("soft-label", *(f"{d}-warm" for d in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")))
+def test_gradcheck(case, backend):
+    run_gradcheck(case, backend)
+
+
+@gradient_cases("cross-entropy", "plain", "ragged")
+def test_cross_entropy_gradcheck(case, backend):
+    run_gradcheck(case, backend)
+
+
+def entropy_terms(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+P, Q = (0.5, 0.5), (0.25, 0.75)
+BY_HAND = {
+    "forward_kl": entropy_terms(P, Q),
+    "reverse_kl": entropy_terms(Q, P),
+    # β = 0.25: m = 0.25 p + 0.75 q.
+    "jsd": 0.25 * entropy_terms(P, (0.3125, 0.6875)) + 0.75 * entropy_terms(Q, (0.3125, 0.6875)),
+    # α = 0.2: 0.2 p + 0.8 q.
+    "skew_kl": entropy_terms(P, (0.3, 0.7)),
+    "tvd": 0.25,
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_by_hand(divergence):
+    # Temperature 2 halves the logits: z = 2 log of the probabilities wanted.
+    logits_s, logits_t = 2 * torch.tensor(Q).log(), 2 * torch.tensor(P).log()
+    loss = logit_alignment(
+        logits_s, logits_t, divergence=divergence, temperature=2.0, beta=0.25, alpha=0.2, reduction="sum"
+    )
+    assert loss.item() == pytest.approx(BY_HAND[divergence], rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_heads_equal_their_logits(backend, divergence):
+    torch.manual_seed(0)
+    hidden_s, hidden_t = torch.randn(2, 5, 3), torch.randn(2, 5, 4)
+    head_s, head_t = torch.randn(11, 3), torch.randn(11, 4)
+    options = {"divergence": divergence, "temperature": 3.0}
+    expected = logit_alignment(hidden_s @ head_s.T, hidden_t @ head_t.T, **options)
+    loss = soft_label_alignment(hidden_s, head_s, hidden_t, head_t, **options, backend=backend)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_bounds_and_symmetry():
+    torch.manual_seed(0)
+    student, teacher = 20 * torch.randn(50, 9), 20 * torch.randn(50, 9)
+    assert logit_alignment(student, teacher, divergence="skew_kl", alpha=0.1).item() <= math.log(10)
+    there = logit_alignment(student, teacher, divergence="jsd", beta=0.5)
+    back = logit_alignment(teacher, student, divergence="jsd", beta=0.5)
+    torch.testing.assert_close(there, back)
+    assert logit_alignment(student, teacher, divergence="tvd").item() <= 1
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_logits_are_never_read(divergence):
+    torch.manual_seed(0)
+    student = torch.randn(4, 6, requires_grad=True)
+    teacher = torch.randn(4, 6)
+    mask = torch.tensor([True, False, True, False])
+    expected = logit_alignment(student[mask], teacher[mask], divergence=divergence)
+    with torch.no_grad():
+        student[1] = math.nan
+        teacher[3] = math.inf
+    loss = logit_alignment(student, teacher, mask=mask, divergence=divergence)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert torch.isfinite(student.grad).all()
+    assert not student.grad[~mask].any()
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_cross_entropy_is_pytorchs(backend):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 40, 8), torch.randn(101, 8)
+    labels = torch.randint(101, (2, 40))
+    labels[0, :7] = -100
+    expected = F.cross_entropy((hidden @ head.T).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(token_cross_entropy(hidden, head, labels, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_frozen_head_gets_no_gradient(backend):
+    hidden, head = torch.randn(1, 5, 3, requires_grad=True), torch.randn(7, 3)
+    soft_label_alignment(hidden, head, torch.randn(1, 5, 4), torch.randn(7, 4), backend=backend).backward()
+    assert head.grad is None
+    assert hidden.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_head": torch.randn(12, 4)}, "vocabularies of 11 and 12"),
+        ({"student_head": torch.randn(11, 4)}, "D_s=3"),
+        ({"temperature": 0.0}, "above 0"),
+        ({"divergence": "kl"}, "'forward_kl'"),
+        ({"beta": 1.5}, "beta"),
+        ({"student_bias": torch.randn(10)}, "V=11"),
+        ({"backend": "cpp"}, "only 'reference' and 'chunked'"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    arguments = {
+        "student_hidden": torch.randn(2, 5, 3),
+        "student_head": torch.randn(11, 3),
+        "teacher_hidden": torch.randn(2, 5, 4),
+        "teacher_head": torch.randn(11, 4),
+    } | changes
+    with pytest.raises(ValueError, match=message):
+        soft_label_alignment(**arguments)
+
+
+def test_labels_must_be_whole_numbers_of_the_right_shape():
+    with pytest.raises(ValueError, match="int64"):
+        token_cross_entropy(torch.randn(1, 4, 3), torch.randn(7, 3), torch.zeros(1, 4))
