@@ -1,2 +1,174 @@
-def table(split, cache):
-    raise NotImplementedError
+"""The built-in data set: docstrings of installed packages, labelled with the package they come from.
+
+Every machine that runs dsdistill has these packages, so it needs no network and no download. Sources are parsed and
+never imported. The names of the packages are masked in the texts, and no module has texts in both splits.
+"""
+
+import ast
+import gc
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.table import Table
+
+# Classes: the standard library, and packages that our dependencies always bring.
+PACKAGES = (
+    "deepspeed",
+    "huggingface_hub",
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "pandas",
+    "python",
+    "sympy",
+    "torch",
+    "transformers",
+)
+PER_PACKAGE = 1500  # most texts of one class
+DEV_PERCENT = 12  # modules in the dev split
+LENGTH = range(40, 401)  # characters
+
+# Tests and vendored packages speak of something else than their package.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "_vendor"}
+
+# What would give the label away: names as part of any word, aliases as words of their own (np.dot, ds_config).
+NAMES = re.compile(
+    "deep ?speed|hugging ?face|matplotlib|py(?:plot|lab)|networkx|numpy|pandas|python|sympy|torch|transformers|🤗"
+    "|(?<![a-z0-9])(?:ds|hf|mpl|np|nx|pd|plt)(?![a-z0-9])",
+    re.IGNORECASE,
+)
+MASK = "library"
+# :class:`Tensor`, underlined headings: house style would give the label away too.
+MARKUP = re.compile(r":[\w:+-]+:`|`|[-=~^#]{3,}")
+
+
+def table(split: str, cache: str) -> Table:
+    """The rows of one split: columns id ("module:name"), text, label.
+
+    Read from the cache folder where it has them (some seconds of parsing otherwise).
+
+    Raises:
+        UserError: no such split, or a package is missing.
+    """
+    if split not in ("train", "dev"):
+        raise UserError("data.train and data.dev", f"{split!r} with source docstrings", "train and dev")
+    path = Path(cache, f"docstrings-{_key()}.jsonl")
+    if not path.is_file():
+        _write(path, collect())
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == split]
+    columns = {name: [row[name] for row in rows] for name in ("id", "text", "label")}
+    return Table(f"docstrings {split}", columns, range(1, len(rows) + 1), "row")
+
+
+def collect() -> list[dict[str, str]]:
+    """All rows, {"split", "id", "text", "label"}, in an order that depends on the texts alone."""
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees are large and free of cycles: collecting them doubles the time
+    try:
+        return _collect()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _collect() -> list[dict[str, str]]:
+    rows, seen = [], set()
+    for package in PACKAGES:
+        found = 0
+        for module, path in _modules(package):
+            if found >= PER_PACKAGE:
+                break
+            # Another hash than that of the order, in which the first modules would all be of one split.
+            split = "dev" if int(_hash(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
+            for name, docstring in _docstrings(path):
+                text = clean(docstring)
+                letters = re.sub("[^a-z]+", "", text.lower())  # near copies would cross the splits
+                if len(text) in LENGTH and letters not in seen:
+                    seen.add(letters)
+                    found += 1
+                    rows.append({"split": split, "id": f"{module}:{name}", "text": text, "label": package})
+    return sorted(rows, key=lambda row: _hash(row["text"]))
+
+
+def clean(docstring: str) -> str:
+    """The first paragraph on one line, without markup and with package names masked."""
+    paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
+    return " ".join(NAMES.sub(MASK, MARKUP.sub("", paragraph)).split())
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+
+
+def _modules(package: str) -> list[tuple[str, Path]]:
+    """Names and files of a package's modules, by the hash of their names."""
+    root = _folder(package)
+    modules = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        for file in files:
+            if file.endswith(".py"):
+                path = Path(folder, file)
+                parts = [package, *path.relative_to(root).with_suffix("").parts]
+                modules.append((".".join(parts).removesuffix(".__init__"), path))
+    return sorted(modules, key=lambda module: _hash(module[0]))
+
+
+def _folder(package: str) -> Path:
+    if package == "python":
+        return Path(sysconfig.get_path("stdlib"))
+    return Path(importlib.util.find_spec(package).submodule_search_locations[0])
+
+
+def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and docstring of the module, its classes, functions and methods."""
+    try:
+        stack = [("", ast.parse(path.read_bytes()))]
+    except (SyntaxError, ValueError):  # templates and samples of broken code
+        return
+    while stack:
+        name, node = stack.pop()
+        docstring = ast.get_docstring(node, clean=False)
+        if docstring:
+            yield name, docstring
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            stack += [
+                (f"{name}.{child.name}".lstrip("."), child)
+                for child in node.body
+                if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            ]
+
+
+def _key() -> str:
+    """Changes with every version and with this file."""
+    versions = [_version(package) for package in PACKAGES]
+    return _hash(" ".join([*versions, Path(__file__).read_text(encoding="utf-8")]))[:16]
+
+
+def _version(package: str) -> str:
+    if package == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        got = f"docstrings, for which package {package} is missing"
+        raise UserError("data.source", got, "an installation with all of dsdistill's dependencies") from error
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    # Other ranks and runs may write the same file now: each makes its own, and the last to finish wins whole.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(file.name, path)
