@@ -1,0 +1,119 @@
+"""Figures of merit of predictions. Pure functions of tensors or arrays, float64 inside, plain floats out.
+
+Small formulas are written out: of our dependencies none offers them without scikit-learn or SciPy, which the tests
+use as oracles.
+"""
+
+import math
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+
+def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Fraction of equal entries; both (n,) class indices."""
+    predicted, labels = _pair(predicted, labels)
+    return (predicted == labels).double().mean().item()
+
+
+def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Mean F1 over the classes that occur in either; both (n,) class indices.
+
+    F1 = 2 hits / (predicted + labelled), so it needs no case for precision or recall of 0 / 0.
+    """
+    confusion = _confusion(*_pair(predicted, labels))
+    occurring = confusion.sum(0) + confusion.sum(1)
+    scores = 2 * confusion.diag() / occurring
+    return scores[occurring > 0].mean().item()
+
+
+def mcc(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Matthews correlation of (n,) class indices, any number of classes (Gorodkin 2004).
+
+    0 where either is constant: the formula gives 0 / 0, and a constant guess tells nothing.
+    """
+    confusion = _confusion(*_pair(predicted, labels))
+    n, hits = confusion.sum(), confusion.diag().sum()
+    labelled, guessed = confusion.sum(1), confusion.sum(0)
+    spread = (n**2 - (labelled**2).sum()) * (n**2 - (guessed**2).sum())
+    if spread == 0:
+        return 0.0
+    return ((hits * n - labelled @ guessed) / spread.sqrt()).item()
+
+
+def kl(teacher_logits: ArrayLike, student_logits: ArrayLike) -> float:
+    """Mean KL(teacher ‖ student) of the n distributions, nats, temperature 1; both (n, C)."""
+    teacher, student = _pair(teacher_logits, student_logits, logits=True)
+    # Log-probabilities of both: -inf logits (a class ruled out by both) give 0 · (−inf + inf), which is 0 here.
+    log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
+    terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(-1).mean().item()
+
+
+def agreement(teacher_logits: ArrayLike, student_logits: ArrayLike) -> float:
+    """Fraction of the n examples on which both choose the same class; both (n, C)."""
+    teacher, student = _pair(teacher_logits, student_logits, logits=True)
+    return accuracy(teacher.argmax(-1), student.argmax(-1))
+
+
+def pearson(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Linear correlation of (n,) scores, −1 to 1.
+
+    0 where either is constant: the correlation is 0 / 0 there, and a student that gives every pair the same score
+    has learned nothing.
+    """
+    x, y = (values.double() for values in _pair(predicted, labels))
+    # Constant is judged by equality: after centring, rounding leaves noise that would correlate with anything.
+    if (x == x[0]).all() or (y == y[0]).all():
+        return 0.0
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+
+
+def spearman(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """Pearson correlation of the ranks (ties share their mean rank) of (n,) scores; 0 where either is constant."""
+    return pearson(*map(_ranks, _pair(predicted, labels)))
+
+
+def perplexity(nll: float, count: int) -> float:
+    """exp(nll / count).
+
+    Args:
+        nll: negative log-likelihood of all predicted tokens together, nats.
+        count: number of predicted tokens.
+    """
+    if count < 1:
+        raise ValueError(f"perplexity of {count} tokens, expected at least 1")
+    try:
+        return math.exp(nll / count)
+    except OverflowError:
+        return math.inf
+
+
+def _pair(first: ArrayLike, second: ArrayLike, logits: bool = False) -> tuple[Tensor, Tensor]:
+    """Both as tensors of one shape, finite; a logit may be −inf (a class ruled out)."""
+    first, second = torch.as_tensor(first).cpu(), torch.as_tensor(second).cpu()
+    if first.shape != second.shape or not first.numel():
+        raise ValueError(
+            f"shapes {tuple(first.shape)} and {tuple(second.shape)}, expected equal and not empty"
+        )
+    for values in (first, second):
+        bad = ~values.isfinite() & ~(values.isneginf() & logits)
+        if bad.any():
+            raise ValueError(
+                f"{int(bad.sum())} of {values.numel()} values are NaN or infinite, expected none"
+            )
+    return first, second
+
+
+def _confusion(predicted: Tensor, labels: Tensor) -> Tensor:
+    """(C, C) float64: examples of each class (row) by the class they were given (column)."""
+    classes = int(max(predicted.max(), labels.max())) + 1
+    pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
+    return pairs.view(classes, classes).double()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0)
+    return (last - (counts - 1) / 2)[inverse]
