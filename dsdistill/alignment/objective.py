@@ -28,6 +28,7 @@ class Objective(nn.Module):
 
     def __init__(self, terms: Terms, pair: Pair):
         super().__init__()
+        self.task = pair.task
         self.terms = nn.ModuleDict(
             {name: TERMS[name](config, pair) for name, config in terms.named().items()}
         )
@@ -58,3 +59,7 @@ class Objective(nn.Module):
             raw.append(value.detach())
             total = total + term.weight * value
         return Loss(total, torch.stack(raw))
+
+    def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
+        """(terms,) each term's sum over this micro-batch, undivided: what evaluation adds up."""
+        return torch.stack([term.factor * term.sums(student, teacher, batch).sum() for term in self.terms.values()])

@@ -1,0 +1,5 @@
+"""python -m dsdistill"""
+
+from dsdistill.cli import main
+
+main()

@@ -1,0 +1,118 @@
+"""The command line. Each command imports what it needs when it runs, so that --help is instant."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from dsdistill import __version__
+from dsdistill.config import UserError, load
+
+app = typer.Typer(
+    name="dsdistill",
+    help="Distil a large transformer teacher into a small student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigFiles = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG [FILE|KEY=VALUE]...",
+        help="A YAML file, then any number of further YAML files and key=value overrides, the last word winning: "
+        "configs/quickstart.yaml configs/deepspeed/zero3.yaml train.steps=100",
+        show_default=False,
+    ),
+]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    # The deepspeed launcher puts this before the command, and everybody else leaves it alone.
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+):
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    settings: ConfigFiles,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the config by itself, print it resolved, and stop.")
+    ] = False,
+):
+    """Distil (or, without a teacher, fine-tune) as CONFIG says.
+
+    One process: dsdistill train CONFIG. Several: deepspeed --num_gpus 8 --module dsdistill train CONFIG.
+    """
+    config = load(settings)
+    if dry_run:
+        from dsdistill.config import dump
+
+        typer.echo(dump(config), nl=False)
+        return
+    _quiet_libraries()
+    from dsdistill.engine.run import train as run
+    from dsdistill.report import show
+
+    summary = run(config)
+    if _first():
+        show(config.run_dir, summary)
+
+
+@app.command()
+def evaluate(run: RunPath):
+    """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
+    _quiet_libraries()
+    from dsdistill.engine.run import evaluate_run
+    from dsdistill.report import show
+
+    summary = evaluate_run(run)
+    if _first():
+        show(run, summary)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
+):
+    """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
+    _quiet_libraries()
+    from dsdistill.engine.export import export as write
+
+    write(run, out)
+    typer.echo(f"student of {run} written to {out}")
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _quiet_libraries() -> None:
+    """Their notes are for their developers; ours go to standard error, from the first rank alone."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("dsdistill").setLevel(logging.INFO if _first() else logging.ERROR)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        if _first():
+            print(f"dsdistill: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,141 @@
+"""Checkpoints that survive a kill at any moment.
+
+RUN/checkpoints/step-N/ holds what DeepSpeed saved, each rank's random state and a manifest of every file's size
+and hash. RUN/checkpoints/newest names the folder to resume from. DeepSpeed's own `latest` is not used: it can
+point at a checkpoint that was still being written. Here the manifest is written after all ranks are done, and
+the pointer moves only then, atomically; where what it names does not verify, resuming falls back to the newest
+checkpoint that does.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+from dsdistill.engine.ranks import Ranks
+
+log = logging.getLogger("dsdistill")
+
+FOLDER = "checkpoints"
+_MANIFEST = "manifest.json"
+_POINTER = "newest"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) -> None:
+    """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`."""
+    folder = os.path.join(run_dir, FOLDER)
+    tag = f"step-{step:08d}"
+    target = os.path.join(folder, tag)
+    if ranks.first:
+        shutil.rmtree(target, ignore_errors=True)  # what a killed run left half-written
+        os.makedirs(target)
+    ranks.barrier()
+    engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=False)
+    torch.save(random_state(), os.path.join(target, f"random-{ranks.rank}.pt"))
+    ranks.barrier()
+    if ranks.first:
+        _write(
+            os.path.join(target, "state.json"),
+            json.dumps(state | {"step": step, "world_size": ranks.world_size}),
+        )
+        manifest = {name: _fingerprint(os.path.join(target, name)) for name in _files(target)}
+        _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
+        _write(os.path.join(folder, _POINTER), tag)
+        for old in sorted(_tags(folder))[:-keep]:
+            shutil.rmtree(os.path.join(folder, old))
+    ranks.barrier()
+
+
+def newest(run_dir: str) -> str | None:
+    """Tag of the newest checkpoint that verifies, or None; says so when it had to pass one over."""
+    folder = os.path.join(run_dir, FOLDER)
+    for tag in dict.fromkeys([*_pointed(folder), *sorted(_tags(folder), reverse=True)]):
+        reason = damage(os.path.join(folder, tag))
+        if reason is None:
+            return tag
+        log.warning("checkpoint %s is passed over: %s", tag, reason)
+    return None
+
+
+def damage(folder: str) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (OSError, ValueError):
+        return "no complete manifest (the save was interrupted)"
+    for name, expected in manifest.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            return f"{name} is missing"
+        if os.path.getsize(path) != expected["size"] or _fingerprint(path) != expected:
+            return f"{name} has changed"
+    return None
+
+
+def load(engine, run_dir: str, tag: str, ranks: Ranks) -> dict:
+    """Restore the engine and this rank's random state; returns the saved `state`."""
+    folder = os.path.join(run_dir, FOLDER)
+    engine.load_checkpoint(folder, tag=tag)
+    set_random_state(torch.load(os.path.join(folder, tag, f"random-{ranks.rank}.pt"), weights_only=True))
+    return read_state(run_dir, tag)
+
+
+def read_state(run_dir: str, tag: str) -> dict:
+    with open(os.path.join(run_dir, FOLDER, tag, "state.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """State of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _pointed(folder: str) -> list[str]:
+    """The tag that the pointer names, where there is one."""
+    try:
+        with open(os.path.join(folder, _POINTER), encoding="utf-8") as file:
+            tag = file.read().strip()
+    except (OSError, ValueError):
+        return []
+    return [tag] if _STEP.fullmatch(tag) else []
+
+
+def _tags(folder: str) -> list[str]:
+    return [name for name in os.listdir(folder) if _STEP.fullmatch(name)] if os.path.isdir(folder) else []
+
+
+def _files(folder: str) -> Iterator[str]:
+    for base, _, names in os.walk(folder):
+        for name in sorted(names):
+            yield os.path.relpath(os.path.join(base, name), folder)
+
+
+def _fingerprint(path: str) -> dict:
+    with open(path, "rb") as file:
+        return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _write(path: str, text: str) -> None:
+    """Whole or not at all."""
+    partial = path + ".partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

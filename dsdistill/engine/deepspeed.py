@@ -1,0 +1,179 @@
+"""All that touches DeepSpeed: starting it, the two engines, what they save."""
+
+import contextlib
+import datetime
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsdistill.config.schema import Config
+from dsdistill.engine.ranks import Ranks, environment
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences its search
+os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+import deepspeed
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers.integrations import HfDeepSpeedConfig
+
+MINUTES = 10  # a collective that takes longer is an error
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start() -> Ranks:
+    """Join the process group; call stop() at the end."""
+    environment()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Only tensor-parallel inference uses this extension, and it costs a minute of compilation at first use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(minutes=MINUTES),
+            auto_mpi_discovery=False,
+            verbose=False,
+        )
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group: without it some runs end in a crash after their work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _precision(dtype: str) -> dict:
+    return {"bf16": {"enabled": dtype == "bf16"}, "fp16": {"enabled": dtype == "fp16"}}
+
+
+def _merge(ours: dict, users: dict) -> dict:
+    merged = dict(ours)
+    for key, value in users.items():
+        merged[key] = (
+            _merge(merged[key], value)
+            if isinstance(merged.get(key), dict) and isinstance(value, dict)
+            else value
+        )
+    return merged
+
+
+def teacher_settings(config: Config, largest_layer: int, device: torch.device) -> dict:
+    """DeepSpeed settings of a sharded teacher.
+
+    largest_layer: parameters of its largest layer. DeepSpeed's defaults would keep almost all of a model of
+    BERT's size gathered; these limits keep its shard and one layer (tight) or two (overlap) on a rank.
+    """
+    overlap = config.teacher.residency == "overlap" or (
+        config.teacher.residency == "auto" and device.type == "cuda"
+    )
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 2 * largest_layer if overlap else 0,
+        "stage3_prefetch_bucket_size": largest_layer if overlap else 0,
+    }
+    ours = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **_precision(config.train.dtype)}
+    return _merge(ours, config.teacher.deepspeed)
+
+
+def shard_teacher(
+    load: Callable[[], nn.Module], config: Config, largest_layer: int, device: torch.device
+) -> Callable:
+    """A ZeRO-3 engine around the module that load() makes; the weights are sharded while they are read."""
+    settings = teacher_settings(config, largest_layer, device)
+    sharding = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
+    try:
+        module = load()
+    finally:
+        del sharding  # or the student would be sharded as this says
+    module.eval().requires_grad_(False)
+    with _quiet():
+        engine, *_ = deepspeed.initialize(model=module, config=settings)
+    engine.eval()
+    return engine
+
+
+def gathered(parameters: list[nn.Parameter]):
+    """A context in which the parameters are whole on every rank, sharded or not."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+def student_settings(config: Config, world_size: int) -> dict:
+    train = config.train
+    ours = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.batch_size // (train.micro_batch_size * world_size),
+        "gradient_clipping": train.clip,
+        "zero_optimization": {"stage": config.student.zero_stage},
+        "steps_per_print": 10**9,
+        **_precision(train.dtype),
+    }
+    return _merge(ours, config.student.deepspeed)
+
+
+def student_engine(
+    module: nn.Module,
+    external: list[nn.Parameter],
+    config: Config,
+    ranks: Ranks,
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+):
+    """The engine that trains `module`.
+
+    external: parameters that the module uses outside their own submodule's forward (ZeRO-3 must know them).
+    """
+    settings = student_settings(config, ranks.world_size)
+    groups = [
+        {
+            "params": [p for p in module.parameters() if p.dim() > 1],
+            "weight_decay": config.train.weight_decay,
+        },
+        {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
+    ]
+    optimizer = _optimizer(settings)(
+        [group for group in groups if group["params"]], lr=config.train.learning_rate
+    )
+    with _quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=settings,
+            dist_init_required=False,
+        )
+    if config.student.zero_stage == 3:
+        for parameter in external:
+            deepspeed.zero.register_external_parameter(module, parameter)
+    return engine
+
+
+def _optimizer(settings: dict) -> type[torch.optim.Optimizer]:
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
+        return torch.optim.AdamW
+    return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
+
+
+def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
+    """The float32 weights of a checkpoint that this project's own run wrote, by name in the student's module."""
+    return get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag)
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,51 @@
+"""From a run to a plain model folder, with nothing of the distillation left in it."""
+
+import os
+import shutil
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from dsdistill import config as configs
+from dsdistill.config import Config, UserError
+from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.engine.run_folder import CONFIG, RunFolder
+
+INIT = "init"  # in a run folder: the student's architecture, tokenizer and, where cut from a teacher, weights
+
+
+def read_run(path: str) -> tuple[Config, str]:
+    """Config and newest good checkpoint of a run folder."""
+    folder = RunFolder(path)
+    if not os.path.isfile(folder / CONFIG):
+        raise UserError(
+            path, f"a folder without {CONFIG}" if os.path.isdir(path) else "no such folder", "a run folder"
+        )
+    tag = checkpoint.newest(path)
+    if tag is None:
+        raise UserError(path, "a run without a checkpoint that verifies", "a run that saved at least one")
+    return configs.load([folder / CONFIG]), tag
+
+
+def export(run: str, out: str) -> None:
+    """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer included.
+
+    The folder appears whole or not at all. Raises UserError where `out` holds something already.
+    """
+    config, tag = read_run(run)
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
+    init = os.path.join(run, INIT)
+    family = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
+    model = family.from_config(AutoConfig.from_pretrained(init), dtype=torch.float32)
+    prefix = "body.model." if config.task == "causal_lm" else "body."
+    saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
+    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    model.load_state_dict(weights, strict=True)
+    partial = out.rstrip("/") + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(init).save_pretrained(partial)
+    if os.path.isdir(out):
+        os.rmdir(out)
+    os.replace(partial, out)

@@ -1,0 +1,65 @@
+"""The module that DeepSpeed wraps: student, projectors and objective."""
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dsdistill.alignment.objective import Objective
+from dsdistill.data.batch import Batch
+from dsdistill.models.build import Headless
+from dsdistill.models.capture import Capture
+from dsdistill.models.forward import trace
+from dsdistill.models.trace import Trace
+
+
+class StudentModule(nn.Module):
+    """Everything trainable in one module, so that every parameter is gathered and saved by the same hooks."""
+
+    def __init__(
+        self, model: PreTrainedModel, objective: Objective, evaluation: Objective, place: str = "student"
+    ):
+        super().__init__()
+        language = objective.task == "causal_lm"
+        self.body = Headless(model, place) if language else model
+        self.objective = objective
+        self.evaluation = evaluation  # what evaluate() measures; holds no parameters
+        self._model = [model]  # in a list: `body` already registers it
+        self.capture = Capture(
+            model, objective.layers("student_hidden"), objective.layers("student_attention")
+        )
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model[0]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Used outside their own module's forward, by the terms of language models."""
+        if not isinstance(self.body, Headless):
+            return []
+        head = self.model.get_output_embeddings()
+        return [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+
+    def trace(self, batch: Batch) -> Trace:
+        found = trace(self.body, self.model, self.capture, batch)
+        if isinstance(self.body, Headless):
+            head = self.model.get_output_embeddings()
+            found.head, found.head_bias = head.weight, head.bias
+        return found
+
+    def forward(self, batch: Batch, teacher: Trace | None = None, counts: Tensor | None = None):
+        """With counts: (loss with gradients, (terms,) raw values). Without: what evaluation reads, see below.
+
+        Without counts: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective
+        for language models.
+        """
+        student = self.trace(batch)
+        if counts is None:
+            return (
+                student.logits
+                if student.logits is not None
+                else self.evaluation.sums(student, teacher, batch)
+            )
+        loss = self.objective(student, teacher, batch, counts)
+        # Ties the loss to the model's end: with ZeRO-3 and checkpointing a loss on captured tensors alone crashes
+        # in backward. One value a row, so that the sum cannot overflow in fp16.
+        end = student.logits if student.logits is not None else student.output[:, 0]
+        return loss.total + 0.0 * end[:, 0].float().sum(), loss.raw

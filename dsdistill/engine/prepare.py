@@ -1,0 +1,182 @@
+"""Everything that can be refused is refused here, before any weight is loaded."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dsdistill import config as configs
+from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.terms import Pair, Shape
+from dsdistill.config import Config, UserError
+from dsdistill.config.schema import SoftLabel, Task, Terms
+from dsdistill.data import Data, Examples, load
+from dsdistill.models.build import architecture, cut_architecture, for_task, load_tokenizer
+from dsdistill.models.probe import probe
+
+
+@dataclass
+class Prepared:
+    """A config whose parts fit together."""
+
+    config: Config
+    recipe: "Prepared | None"  # the run that trains the teacher first
+    tokenizer: PreTrainedTokenizerBase
+    data: Data[Examples]
+    student: PretrainedConfig
+    teacher: PretrainedConfig | None
+    pair: Pair
+    objective: Objective
+    evaluation: Objective  # task and, with a teacher, KL at τ = 1
+
+
+def prepare(config: Config, world_size: int) -> Prepared:
+    """Resolve architectures, tokenizer and data, and check them against each other.
+
+    Raises UserError for the first thing that does not fit.
+    """
+    check_ranks(config, world_size)
+    recipe = None
+    if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
+        recipe = prepare(configs.load([config.teacher.recipe]), world_size)
+        if recipe.config.task != config.task:
+            raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
+    teacher = _teacher_architecture(config, recipe)
+    student = _student_architecture(config, teacher)
+    objective_layers(config, student, teacher)
+    tokenizer = _tokenizer(config, recipe)
+    for place, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            _check_sizes(config, model, tokenizer, place)
+    probe_models(config, student, teacher)
+    data = load(config.data, config.task, tokenizer)
+    if teacher is not None and config.task == "classification" and config.terms.soft_label is not None:
+        _check_classes(data.labels, teacher if recipe is None else None, recipe)
+    for model in (student, teacher):
+        if model is not None:
+            for_task(model, config.task, data.labels, tokenizer.pad_token_id)
+    pair = make_pair(config, student, teacher, len(tokenizer))
+    evaluation = Terms(
+        task=Task(),
+        soft_label=SoftLabel(temperature=1.0) if teacher is not None and config.task == "causal_lm" else None,
+    )
+    return Prepared(
+        config,
+        recipe,
+        tokenizer,
+        data,
+        student,
+        teacher,
+        pair,
+        Objective(config.terms, pair),
+        Objective(evaluation, pair),
+    )
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    at_once = config.train.micro_batch_size * world_size
+    if config.train.batch_size % at_once:
+        raise UserError(
+            "train.batch_size",
+            config.train.batch_size,
+            f"a multiple of train.micro_batch_size × ranks = {config.train.micro_batch_size} × {world_size}",
+        )
+    if config.train.dtype == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
+
+
+def _teacher_architecture(config: Config, recipe: Prepared | None) -> PretrainedConfig | None:
+    if config.teacher is None:
+        return None
+    if recipe is not None:
+        return type(recipe.student).from_dict(recipe.student.to_dict())
+    return architecture(config.teacher.path, config.teacher.config, "teacher")
+
+
+def _student_architecture(config: Config, teacher: PretrainedConfig | None) -> PretrainedConfig:
+    student = config.student
+    if student.from_teacher is not None:
+        return cut_architecture(teacher, student.from_teacher, student.config, "student")
+    return architecture(student.path, student.config, "student")
+
+
+def shape(model: PretrainedConfig) -> Shape:
+    return Shape(model.num_hidden_layers, model.hidden_size, model.num_attention_heads, model.vocab_size)
+
+
+def make_pair(
+    config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int
+) -> Pair:
+    return Pair(shape(student), teacher and shape(teacher), config.task, config.train.backend, tokens)
+
+
+def objective_layers(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    """Layer maps, heads and depths, from the architectures alone."""
+    tokens = min(model.vocab_size for model in (student, teacher) if model is not None)
+    with torch.device("meta"):  # projectors are made again later, this one is for its checks
+        Objective(config.terms, make_pair(config, student, teacher, tokens))
+
+
+def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
+    if config.data.tokenizer is not None:
+        return load_tokenizer(config.data.tokenizer, "data.tokenizer")
+    if recipe is not None:
+        return recipe.tokenizer
+    teacher = config.teacher.path if config.teacher is not None else None
+    paths = [
+        (place, path) for place, path in (("teacher", teacher), ("student", config.student.path)) if path
+    ]
+    if not paths:
+        raise UserError(
+            "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
+        )
+    found = [load_tokenizer(path, f"{place}.path") for place, path in paths]
+    if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
+        raise UserError(
+            "student.path",
+            f"a tokenizer of {len(found[1])} entries unlike the teacher's {len(found[0])}",
+            "the same one",
+        )
+    return found[0]
+
+
+def _check_sizes(
+    config: Config, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str
+) -> None:
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"{place}.config.vocab_size",
+            model.vocab_size,
+            f"at least the tokenizer's {len(tokenizer)} entries",
+        )
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa and its family start counting positions after the padding token.
+        usable = positions - 2 if "roberta" in model.model_type else positions
+        if config.data.max_length > usable:
+            raise UserError(
+                "data.max_length", config.data.max_length, f"at most the {place}'s {usable} positions"
+            )
+
+
+def probe_models(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    terms = config.terms.named()
+    attention, hidden = "attention" in terms, bool({"hidden", "pairwise"} & set(terms))
+    for place, model in (("student", student), ("teacher", teacher)):
+        if model is not None and (attention or hidden):
+            probe(model, place, attention=attention, hidden=hidden)
+
+
+def _check_classes(
+    labels: tuple[str, ...], teacher: PretrainedConfig | None, recipe: Prepared | None
+) -> None:
+    """The teacher's classes must be the data's, in the same order."""
+    if recipe is not None:
+        theirs = recipe.data.labels
+    else:
+        theirs = tuple(str(teacher.id2label[index]) for index in sorted(teacher.id2label))
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
+    if len(theirs) != len(labels) or (not unnamed and theirs != labels):
+        raise UserError(
+            "teacher", f"a teacher of the classes {list(theirs)[:8]}", f"the data's {list(labels)[:8]}"
+        )

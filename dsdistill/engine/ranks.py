@@ -1,0 +1,69 @@
+"""The processes of a run and what they tell each other."""
+
+import contextlib
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is among how many, and where it computes."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place; the same on every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value: object) -> list:
+        """One small picklable object of every rank, on every rank, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """Rank 0 goes through the block first, the others when it is done: they find what it left in a cache."""
+        if not self.first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.barrier()
+
+
+def environment() -> None:
+    """What torch.distributed reads, where no launcher has set it: one rank on this machine."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def launched_rank() -> int:
+    """This process's rank by its launcher, before anything is initialised."""
+    return int(os.environ.get("RANK", "0"))

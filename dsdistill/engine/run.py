@@ -1,0 +1,186 @@
+"""A whole run: the teacher's own run where a recipe names one, the student's, a baseline's, the summary."""
+
+import copy
+import gc
+import hashlib
+import logging
+import os
+import shutil
+import time
+
+import torch
+
+from dsdistill import config as configs
+from dsdistill.config import Config
+from dsdistill.config.schema import Run, Task, Terms
+from dsdistill.engine import deepspeed
+from dsdistill.engine.export import INIT, export
+from dsdistill.engine.prepare import Prepared, prepare
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import RunFolder, check_writable
+from dsdistill.engine.teacher import Teacher
+from dsdistill.engine.train import Trainer, peak_memory_mib
+from dsdistill.models.build import build, copy_layers
+
+log = logging.getLogger("dsdistill")
+
+TEACHERS = "runs/teachers"
+
+
+def train(config: Config) -> dict:
+    """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
+    folder = RunFolder(config.run_dir)
+    check_writable(folder.path)
+    done = folder.summary()
+    ranks = deepspeed.start()
+    try:
+        with ranks.first_alone():
+            prepared = prepare(config, ranks.world_size)
+            if ranks.first:
+                folder.open(config)
+        if done is not None:
+            log.info("%s is finished; nothing to do", folder.path)
+            return done
+        if prepared.recipe is not None:
+            _use_recipe(prepared, ranks)
+        summary = _distil(prepared, folder, ranks)
+        ranks.barrier()
+        return summary
+    finally:
+        deepspeed.stop()
+
+
+def _use_recipe(prepared: Prepared, ranks: Ranks) -> None:
+    """Point the config at the teacher its recipe makes, training it unless it is there already."""
+    recipe = prepared.recipe
+    home = os.path.join(TEACHERS, _fingerprint(recipe))
+    model = os.path.join(home, "model")
+    if not ranks.gather(os.path.isdir(model))[0]:
+        log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
+        recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home))
+        folder = RunFolder(home)
+        if ranks.first:
+            folder.open(recipe.config)
+        if recipe.recipe is not None:
+            _use_recipe(recipe, ranks)
+        _distil(recipe, folder, ranks)
+        if ranks.first:
+            export(home, model)
+        ranks.barrier()
+    prepared.config = _with(prepared.config, teacher=_with(prepared.config.teacher, path=model, recipe=None))
+
+
+def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
+    config, started = prepared.config, time.time()
+    init = _student_init(prepared, folder, ranks)
+    teacher = None
+    if config.teacher is not None:
+        teacher = Teacher(config, prepared.teacher, prepared.objective, ranks)
+    student = Trainer(prepared, init, teacher if prepared.objective.needs_teacher else None, teacher, ranks)
+    student.run(folder)
+    scores = student.evaluate()
+    models = {}
+    if teacher is not None:
+        models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}
+    models["student"] = _row(scores["student"], student)
+    steps = student.steps
+    if config.run.baseline:
+        del student  # its engine, before the next one is made
+        gc.collect()
+        models["baseline"] = _baseline(prepared, init, folder, teacher, ranks)
+    summary = {
+        "name": config.run.name,
+        "task": config.task,
+        "steps": steps,
+        "world_size": ranks.world_size,
+        "zero_stage": {
+            "teacher": config.teacher.zero_stage if config.teacher is not None else None,
+            "student": config.student.zero_stage,
+        },
+        "terms": list(prepared.objective.terms),
+        "models": models,
+        "peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks))),
+        "seconds": round(time.time() - started, 1),
+        "versions": {"torch": torch.__version__, "dsdistill": _version()},
+    }
+    if ranks.first:
+        folder.write_summary(summary)
+    return summary
+
+
+def _baseline(
+    prepared: Prepared, init: str | None, folder: RunFolder, teacher: Teacher, ranks: Ranks
+) -> dict:
+    """The same student, steps and data on the task alone."""
+    log.info("training the baseline: the same student without distillation")
+    config = prepared.config
+    alone = copy.copy(prepared)
+    home = RunFolder(folder / "baseline")
+    alone.config = _with(
+        config,
+        terms=Terms(task=Task()),
+        run=_with(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
+    )
+    alone.objective = type(prepared.objective)(alone.config.terms, prepared.pair)
+    if ranks.first:
+        home.open(alone.config)
+    student = Trainer(alone, init, None, teacher, ranks)
+    student.run(home)
+    return _row(student.evaluate()["student"], student)
+
+
+def _row(scores: dict, trainer: Trainer) -> dict:
+    progress = trainer.progress
+    return {
+        **scores,
+        "parameters": trainer.parameters,
+        "training_tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+    }
+
+
+def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | None:
+    """Write RUN/init; returns where the student's first weights lie (None: random).
+
+    One rank reads the whole teacher for this, once; the others load what it cut out.
+    """
+    target, config = folder / INIT, prepared.config
+    with ranks.first_alone():
+        if ranks.first and not os.path.isdir(target):
+            partial = target + ".partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            if config.student.from_teacher is not None:
+                torch.manual_seed(config.run.seed)
+                student = build(prepared.student, None, config.task, "student", needs_head=False)
+                teacher = build(
+                    prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
+                )
+                copy_layers(student, teacher, config.student.from_teacher)
+                student.save_pretrained(partial)
+            else:
+                prepared.student.save_pretrained(partial)
+            prepared.tokenizer.save_pretrained(partial)
+            os.replace(partial, target)
+    return target if config.student.from_teacher is not None else config.student.path
+
+
+def _fingerprint(prepared: Prepared) -> str:
+    """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
+    digest = hashlib.sha256()
+    neutral = _with(prepared.config, run=Run(seed=prepared.config.run.seed))
+    digest.update(configs.dump(neutral).encode())
+    for part in (prepared.data.train, prepared.data.dev):
+        for tensor in (part.tokens, part.starts, part.labels):
+            if tensor is not None:
+                digest.update(tensor.numpy().tobytes())
+    return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
+
+
+def _with(section, **changes):
+    """A frozen config section with some fields changed."""
+    return section.model_copy(update=changes)
+
+
+def _version() -> str:
+    from dsdistill import __version__
+
+    return __version__

@@ -1,0 +1,110 @@
+"""The folder of a run: its resolved config, its log, its summary."""
+
+import json
+import os
+
+from dsdistill import config as configs
+from dsdistill.config import Config, UserError
+
+CONFIG, METRICS, SUMMARY, PLOT = "config.yaml", "metrics.jsonl", "summary.json", "loss.png"
+
+# Settings that may change between a run and its continuation: they do not touch what is computed.
+_FREE = (
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.log_every",
+    "run.evaluate_every",
+    "run.save_every",
+    "run.keep",
+)
+
+
+class RunFolder:
+    """Written by rank 0 alone; read by all."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __truediv__(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def open(self, config: Config) -> None:
+        """Make the folder, or check that what lies there is an earlier part of this run; write the config."""
+        check_writable(self.path)
+        if os.path.exists(self / CONFIG):
+            if config.run.resume == "never":
+                raise UserError(
+                    "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
+                )
+            _compare(configs.load([self / CONFIG]), config, self / CONFIG)
+        with open(self / CONFIG, "w", encoding="utf-8") as file:
+            file.write(configs.dump(config))
+
+    def summary(self) -> dict | None:
+        """The summary of a finished run, or None."""
+        try:
+            with open(self / SUMMARY, encoding="utf-8") as file:
+                return json.load(file)
+        except (OSError, ValueError):
+            return None
+
+    def write_summary(self, summary: dict) -> None:
+        partial = self / (SUMMARY + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(summary, file, indent=2)
+            file.write("\n")
+        os.replace(partial, self / SUMMARY)
+
+    def log(self, record: dict) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of steps after `step`: a resumed run computes them again."""
+        if not os.path.exists(self / METRICS):
+            return
+        kept = []
+        with open(self / METRICS, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except ValueError:  # the line that a kill cut short
+                    continue
+        partial = self / (METRICS + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        os.replace(partial, self / METRICS)
+
+
+def check_writable(folder: str) -> None:
+    """Raise UserError unless a run could write there."""
+    trial = os.path.join(folder, ".writable")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with open(trial, "w"):
+            pass
+        os.remove(trial)
+    except OSError as error:
+        raise UserError("run.dir", f"{folder} ({error.strerror})", "a folder that can be written") from None
+
+
+def _compare(old: Config, new: Config, place: str) -> None:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    for key in before | after:
+        if key not in _FREE and before.get(key) != after.get(key):
+            raise UserError(
+                f"{place}: {key}", after.get(key), f"{before.get(key)} as this run began, or another run.name"
+            )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,75 @@
+"""The frozen teacher: whole on every rank, or sharded by ZeRO-3."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PretrainedConfig
+
+from dsdistill.alignment.objective import Objective
+from dsdistill.config.schema import Config
+from dsdistill.data.batch import Batch
+from dsdistill.engine import deepspeed
+from dsdistill.engine.ranks import Ranks
+from dsdistill.models.build import Headless, build
+from dsdistill.models.capture import Capture, layer_list
+from dsdistill.models.forward import trace
+from dsdistill.models.trace import Trace
+
+
+class Teacher:
+    """Makes traces; holds no gradient and draws no random number (dropout is off)."""
+
+    def __init__(self, config: Config, architecture: PretrainedConfig, objective: Objective, ranks: Ranks):
+        path = config.teacher.path
+        needs_head = "soft_label" in objective.terms
+
+        def load() -> torch.nn.Module:
+            model = build(architecture, path, config.task, "teacher", needs_head=needs_head)
+            model.config.use_cache = False
+            return Headless(model, "teacher") if config.task == "causal_lm" else model
+
+        if config.teacher.zero_stage == 3:
+            self.call = deepspeed.shard_teacher(
+                load, config, _largest_layer(architecture, config.task), ranks.device
+            )
+            module = self.call.module
+        else:
+            self.call = (
+                load().to(ranks.device, deepspeed.DTYPES[config.train.dtype]).eval().requires_grad_(False)
+            )
+            module = self.call
+        self.model = module.model if isinstance(module, Headless) else module
+        self.headless = isinstance(module, Headless)
+        self.capture = Capture(
+            self.model, objective.layers("teacher_hidden"), objective.layers("teacher_attention")
+        )
+
+    @contextmanager
+    def trace(self, batch: Batch) -> Iterator[Trace]:
+        """The trace of a batch; a language model's head is whole on this rank inside the context only."""
+        with torch.no_grad():
+            found = trace(self.call, self.model, self.capture, batch)
+        if not self.headless:
+            yield found
+            return
+        head = self.model.get_output_embeddings()
+        with deepspeed.gathered([p for p in (head.weight, head.bias) if p is not None]):
+            found.head, found.head_bias = head.weight, head.bias
+            yield found
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Whole parameters, tied ones once, sharded or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+
+def _largest_layer(architecture: PretrainedConfig, task: str) -> int:
+    """Parameters of the largest block, from a model without weights."""
+    with torch.device("meta"):
+        model = build(architecture, None, task, "teacher", needs_head=False)
+    return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layer_list(model))
