@@ -2,8 +2,8 @@
 
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.examples import Data, Examples, Rows
-from dsdistill.data.load import load, read, tokenize
 from dsdistill.data.loader import Loader, collate, evaluation_batches, restore
+from dsdistill.data.tokens import load, read, tokenize
 
 __all__ = [
     "NO_LABEL",

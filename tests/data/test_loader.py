@@ -1,0 +1,144 @@
+import itertools
+
+import pytest
+import torch
+
+from dsdistill.config.errors import UserError
+from dsdistill.data import NO_LABEL, Examples, Loader, collate, evaluation_batches, restore
+
+PAD = 99
+SHARES = [(1, 24), (1, 8), (2, 4), (3, 2), (4, 6), (24, 1)]  # ranks, micro-batch: all divide steps of 24
+
+
+def examples(n, labels=torch.int64, token_types=False):
+    """Example i has 1 + i % 5 tokens, all of them i, and label i."""
+    lengths = torch.arange(n) % 5 + 1
+    tokens = torch.arange(n).repeat_interleave(lengths).to(torch.int32)
+    return Examples(
+        tokens=tokens,
+        starts=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+        labels=None if labels is None else torch.arange(n).to(labels),
+        ids=[f"row {i}" for i in range(n)],
+        token_types=(tokens % 2).to(torch.uint8) if token_types else None,
+    )
+
+
+def loaders(n, world_size, micro_batch_size, seed=3):
+    data = examples(n)
+    return [Loader(data, 24, micro_batch_size, world_size, rank, seed, PAD) for rank in range(world_size)]
+
+
+def seen(batches):
+    """Places in the data set of the rows that are examples, after checking that each row holds its example."""
+    places = []
+    for batch in batches:
+        for row, place in enumerate(batch.index.tolist()):
+            if place < 0:
+                assert not batch.mask[row].any() and batch.ids[row] == ""
+                continue
+            assert batch.rows[row] and batch.ids[row] == f"row {place}" and batch.labels[row] == place
+            assert batch.input_ids[row][batch.mask[row]].tolist() == [place] * (place % 5 + 1)
+            places.append(place)
+    return places
+
+
+@pytest.mark.parametrize("world_size, micro_batch_size", SHARES)
+@pytest.mark.parametrize("n", [3, 24, 61, 96])
+def test_steps_hold_the_same_rows_however_they_are_shared(n, world_size, micro_batch_size):
+    reference = loaders(n, 1, 24)[0]
+    ranks = loaders(n, world_size, micro_batch_size)
+    assert {rank.steps_per_epoch for rank in ranks} == {reference.steps_per_epoch} == {-(-n // 24)}
+    whole = []
+    for step in range(reference.steps_per_epoch):
+        shares = [rank.step(5, step) for rank in ranks]
+        assert {len(share) for share in shares} == {24 // (world_size * micro_batch_size)}
+        rows = seen(itertools.chain(*shares))
+        assert sorted(rows) == sorted(seen(reference.step(5, step)))
+        filled = [int(batch.rows.sum()) for batch in itertools.chain(*shares)]
+        assert max(filled) <= micro_batch_size and max(filled) - min(filled) <= 1
+        whole += rows
+    assert sorted(whole) == list(range(n))
+
+
+def test_ragged_step_of_one_row_fills_the_other_ranks():
+    ranks = loaders(25, 4, 6)
+    last = [rank.step(0, 1) for rank in ranks]
+    assert [int(batches[0].rows.sum()) for batches in last] == [1, 0, 0, 0]
+    filler = last[1][0]
+    assert filler.mask.shape == (1, 2) and filler.input_ids.tolist() == [[PAD, PAD]]
+    assert filler.labels.tolist() == [NO_LABEL] and filler.index.tolist() == [-1]
+
+
+def test_order_is_random_access_and_depends_on_epoch_and_seed():
+    loader = loaders(61, 1, 8)[0]
+    forward = {(epoch, step): seen(loader.step(epoch, step)) for epoch in (0, 1) for step in range(3)}
+    for (epoch, step), rows in reversed(forward.items()):
+        assert seen(loaders(61, 1, 8)[0].step(epoch, step)) == rows
+        assert seen(loader.step(epoch, step)) == rows
+    assert forward[0, 0] != forward[1, 0]
+    assert seen(loaders(61, 1, 8, seed=4)[0].step(0, 0)) != forward[0, 0]
+    assert set(loader.rows(0, 0)) != set(loader.rows(1, 0))
+
+
+def test_order_is_pinned():
+    # A run resumed after an update must go on with the same order.
+    assert loaders(61, 1, 8)[0].rows(0, 0)[:6].tolist() == [22, 0, 3, 50, 38, 2]
+
+
+def test_rows_of_like_length_share_a_micro_batch():
+    batches = loaders(96, 1, 4)[0].step(0, 0)
+    widths = [batch.input_ids.shape[1] for batch in batches]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+
+
+def test_step_outside_the_epoch():
+    with pytest.raises(IndexError, match="step 3 of an epoch of 3 steps"):
+        loaders(61, 1, 8)[0].step(0, 3)
+
+
+def test_indivisible_batch():
+    with pytest.raises(UserError, match=r"train.batch_size: got 24, expected a multiple of 20"):
+        Loader(examples(61), 24, 4, 5, 0, 0, PAD)
+
+
+@pytest.mark.parametrize("world_size, micro_batch_size", SHARES)
+@pytest.mark.parametrize("n", [1, 24, 61])
+def test_evaluation_sees_each_example_once_and_restores_order(n, world_size, micro_batch_size):
+    data = examples(n)
+    shares = [
+        list(evaluation_batches(data, micro_batch_size, world_size, rank, PAD)) for rank in range(world_size)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    batches = list(itertools.chain(*shares))
+    assert sorted(seen(batches)) == list(range(n))
+    assert all(len(batch.index) <= micro_batch_size for batch in batches)
+    index = torch.cat([batch.index for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    assert restore(labels, index).tolist() == list(range(n))
+    assert restore(labels[:, None].expand(-1, 3), index).shape == (n, 3)
+
+
+def test_collate_by_hand():
+    batch = collate(examples(9, token_types=True), [2, 5, 3], PAD)
+    assert batch.input_ids.tolist() == [[2, 2, 2, PAD], [5, PAD, PAD, PAD], [3, 3, 3, 3]]
+    assert batch.mask.int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert batch.token_types.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert batch.input_ids.dtype == batch.token_types.dtype == batch.labels.dtype == torch.int64
+    assert batch.mask.dtype == torch.bool
+    assert batch.ids == ("row 2", "row 5", "row 3")
+
+
+@pytest.mark.parametrize("labels, filler", [(torch.float32, [-100.0]), (None, [[-100, -100]])])
+def test_collate_labels(labels, filler):
+    data = examples(9, labels)
+    batch = collate(data, [1, 0], PAD)
+    assert batch.labels.tolist() == ([1.0, 0.0] if labels else [[1, 1], [0, NO_LABEL]])
+    empty = collate(data, [], PAD)
+    assert empty.labels.tolist() == filler and empty.labels.dtype == batch.labels.dtype
+
+
+def test_moving_a_batch_keeps_every_field():
+    batch = collate(examples(9, token_types=True), [2, 5], PAD)
+    moved = batch.to("meta")
+    tensors = (moved.input_ids, moved.mask, moved.labels, moved.token_types, moved.index)
+    assert all(tensor.device.type == "meta" for tensor in tensors) and moved.ids == batch.ids
