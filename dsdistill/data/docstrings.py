@@ -34,7 +34,8 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-PER_PACKAGE = 1500  # most texts of one class
+PER_PACKAGE = 1500  # texts of one class, where it has as many
+PER_MODULE = 60  # most texts of one module, lest few modules make the dev split
 DEV_PERCENT = 12  # modules in the dev split
 LENGTH = range(40, 401)  # characters
 
@@ -43,13 +44,14 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to
 
 # What would give the label away: names as part of any word, aliases as words of their own (np.dot, ds_config).
 NAMES = re.compile(
-    "deep ?speed|hugging ?face|matplotlib|py(?:plot|lab)|networkx|numpy|pandas|python|sympy|torch|transformers|🤗"
+    "deep ?speed|hugging ?face|🤗|matplotlib|py(?:plot|lab)|networkx|numpy|pandas|python|sympy|(?:py)?torch"
+    "|transformers"
     "|(?<![a-z0-9])(?:ds|hf|mpl|np|nx|pd|plt)(?![a-z0-9])",
     re.IGNORECASE,
 )
 MASK = "library"
 # :class:`Tensor`, underlined headings: house style would give the label away too.
-MARKUP = re.compile(r":[\w:+-]+:`|`|[-=~^#]{3,}")
+MARKUP = re.compile(r":[\w:+-]+:`~?|`|[-=~^#]{3,}")
 
 
 def table(split: str, cache: str) -> Table:
@@ -91,10 +93,11 @@ def _collect() -> list[dict[str, str]]:
                 break
             # Another hash than that of the order, in which the first modules would all be of one split.
             split = "dev" if int(_hash(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
+            most = min(found + PER_MODULE, PER_PACKAGE)
             for name, docstring in _docstrings(path):
                 text = clean(docstring)
                 letters = re.sub("[^a-z]+", "", text.lower())  # near copies would cross the splits
-                if len(text) in LENGTH and letters not in seen:
+                if len(text) in LENGTH and letters not in seen and found < most:
                     seen.add(letters)
                     found += 1
                     rows.append({"split": split, "id": f"{module}:{name}", "text": text, "label": package})
