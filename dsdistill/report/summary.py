@@ -1,0 +1,89 @@
+"""What a run came to, as text."""
+
+from typing import Any
+
+# Column titles of the scores that evaluation gives, in the order of the table; any other keeps its own name.
+TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "mcc": "MCC",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "perplexity": "perplexity",
+    "agreement": "agreement",
+    "kl": "KL to teacher",
+    "parameters": "parameters",
+    "tokens_per_second": "tokens/s",
+    "training_tokens_per_second": "training tokens/s",
+}
+MODELS = ("teacher", "student", "baseline")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The models of a run side by side, at most 100 columns wide for the scores of one task.
+
+    Args:
+        summary: of summary.json: `models` (teacher, student, baseline: name of a score → number; any may be absent)
+            and, where known, name, task, steps, world_size, seconds and peak_memory_mib (of a rank).
+    """
+    models = {name: summary["models"][name] for name in MODELS if name in summary["models"]}
+    found = {score for scores in models.values() for score in scores}
+    scores = [score for score in TITLES if score in found] + sorted(found - TITLES.keys())
+    rows = [["", *(TITLES.get(score, score) for score in scores)]]
+    rows += [[name, *(_value(score, has.get(score)) for score in scores)] for name, has in models.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([_title(summary), "", *lines, *_notes(summary, found)])
+
+
+def _title(summary: dict[str, Any]) -> str:
+    facts = [summary.get("name", "run"), summary.get("task")]
+    if "steps" in summary:
+        ranks = summary.get("world_size", 1)
+        facts.append(f"{summary['steps']} steps on {ranks} process{'es' * (ranks > 1)}")
+    if "seconds" in summary:
+        facts.append(_duration(summary["seconds"]))
+    if "peak_memory_mib" in summary:
+        facts.append(f"{summary['peak_memory_mib']:,} MiB at most a process")
+    return " | ".join(fact for fact in facts if fact)
+
+
+def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
+    notes = []
+    if "kl" in found:
+        unit = "token" if summary.get("task") == "causal_lm" else "example"
+        notes.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
+    if "tokens_per_second" in found:
+        notes.append("tokens/s: forward passes on the dev set, all processes together")
+    return ["", *notes] if notes else []
+
+
+def _value(score: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if score == "parameters":
+        return _count(value)
+    if score.endswith("tokens_per_second"):
+        return f"{value:,.0f}"
+    if score in ("kl", "perplexity"):
+        return f"{value:.4g}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
