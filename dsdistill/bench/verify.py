@@ -24,7 +24,7 @@ from dsdistill.ops import available_backends
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Units in the last place, relative to the RMS of the truth. Half precision: gradients are rounded once at the end.
-SLACK_ULPS = {torch.float64: 4096, torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
+SLACK_ULPS = {torch.float64: 4096, torch.float32: 64, torch.bfloat16: 2, torch.float16: 2}
 
 
 class Mismatch(AssertionError):
@@ -33,9 +33,7 @@ class Mismatch(AssertionError):
 
 def runnable(case: Case, backend: str, dtype: torch.dtype) -> bool:
     """Whether `backend` must be able to run `case` in `dtype` on a CPU."""
-    if backend == "cpp":
-        return case.native and dtype != torch.float16
-    return True
+    return case.native or backend != "cpp"
 
 
 def cast(case: Case, dtype: torch.dtype) -> Case:

@@ -130,19 +130,31 @@ def with_stored_gradients(compute: Compute, inputs: Sequence[Tensor | None], cou
         return total if count is None else safe_divide(total, count)
 
 
+def with_native_gradients(operator, arguments: Sequence, inputs: Sequence[Tensor | None]) -> Tensor:
+    """Loss of a compiled operator that divides by its own count and is told last which gradients to return."""
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    if torch.compiler.is_compiling() or not any(needs):
+        return operator(*arguments, *needs)[0]
+
+    def compute(_):
+        loss, *gradients = operator(*arguments, *needs)
+        return loss, [g if need else None for g, need in zip(gradients, needs, strict=True)]
+
+    return _StoredGradients.apply(compute, needs, None, *inputs)
+
+
 class _StoredGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, compute, needs, count, *inputs):
         total, gradients = compute(needs)
-        one = torch.ones_like(total)
-        factor = one if count is None else safe_divide(one, count)
+        factor = None if count is None else safe_divide(torch.ones_like(total), count)
         ctx.gradients = [
             # Divided before it is rounded to half precision, so that it is rounded once.
-            None if g is None else (g if count is None else g.mul_(factor)).to(storage_dtype(x))
+            None if g is None else (g if factor is None else g.mul_(factor)).to(storage_dtype(x))
             for g, x in zip(gradients, inputs, strict=True)
         ]
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return total * factor
+        return total if factor is None else total * factor
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Sequence
 
@@ -25,13 +26,42 @@ def extension():
             error,
         )
         return None
+    for operator in ("attention",):
+        importlib.import_module(f"dsdistill.ops.{operator}.native").register()
     return _C
+
+
+def register_gradients(name: str, *, arguments: int, differentiable: Sequence[int]) -> None:
+    """Autograd of an operator that returns its loss, then the gradient at each of its differentiable arguments."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output[1:])
+        ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in differentiable]
+        ctx.mark_non_differentiable(*output[1:])
+
+    def backward(ctx, upstream, *_):
+        found = [None] * arguments
+        for index, gradient, dtype in zip(differentiable, ctx.saved_tensors, ctx.dtypes, strict=True):
+            if ctx.needs_input_grad[index] and gradient.numel():
+                found[index] = (gradient * upstream).to(dtype)
+        return tuple(found)
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
 
 
 def available_backends() -> tuple[str, ...]:
     """Backends that can run here for at least one operator and device."""
     native = ("cpp",) if extension() is not None else ()
     return ("reference", "chunked", *native)
+
+
+def native_lack(like: torch.Tensor) -> str | None:
+    """Why the "cpp" backend cannot take tensors like this one; None if it can."""
+    if like.device.type != "cpu":
+        return f"it needs CPU tensors, these are on {like.device}"
+    if extension() is None:
+        return "the native operators were not built at installation"
+    return None
 
 
 @functools.cache

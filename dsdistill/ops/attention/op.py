@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsdistill.ops.attention import chunked, reference
+from dsdistill.ops.attention import chunked, native, reference
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.common import (
     REDUCTIONS,
@@ -15,10 +15,11 @@ from dsdistill.ops.common import (
     check_mask,
     check_tensor,
     safe_divide,
+    with_native_gradients,
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.library import choose_backend
+from dsdistill.ops.library import choose_backend, native_lack
 
 DIVERGENCES = ("kl", "mse", "score_mse")
 HEADS = ("match", "mean")
@@ -113,21 +114,26 @@ def attention_alignment(
 
     tensors = (student_query, student_key, teacher_query, teacher_key)
     pairs = Pairs(tokens, mask, causal, window, segments)
+    scales = (
+        width**-0.5 if student_scale is None else float(student_scale),
+        teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
+    )
     setting = {
         "pairs": pairs,
         "divergence": divergence,
-        "student_scale": width**-0.5 if student_scale is None else float(student_scale),
-        "teacher_scale": teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
+        "student_scale": scales[0],
+        "teacher_scale": scales[1],
         "heads": heads,
         "dtype": accumulate_dtype(*tensors),
     }
-    chosen = _choose(backend, student_query)
-    count = (
-        _count(pairs, batch, head_count, divergence, heads, student_query.device)
-        if reduction == "mean"
-        else None
-    )
+    chosen = _choose(backend, student_query, setting)
     with without_autocast(student_query.device):
+        if chosen == "cpp":
+            given = native.arguments(tensors, pairs, divergence, *scales, reduction)
+            return with_native_gradients(torch.ops.dsdistill.attention_alignment, given, tensors[:2])
+        count = None
+        if reduction == "mean":
+            count = _count(pairs, batch, head_count, divergence, heads, student_query.device)
         if chosen == "reference":
             total = reference.attention_total(*tensors, **setting)
             return total if count is None else safe_divide(total, count)
@@ -136,13 +142,21 @@ def attention_alignment(
         )
 
 
-def _choose(backend: str, like: Tensor) -> str:
+def _choose(backend: str, like: Tensor, setting: dict) -> str:
+    preference, missing = ["chunked", "reference"], {}
+    lack = native_lack(like)
+    if setting["heads"] == "mean":
+        lack = lack or "heads='mean' has no native kernel"
+    if lack:
+        missing["cpp"] = lack
+    else:
+        preference.insert(0, "cpp")
     return choose_backend(
         "attention_alignment",
         backend,
-        preference=("chunked", "reference"),
-        missing={},
-        detail=f"{like.device.type} {like.dtype}",
+        preference=preference,
+        missing=missing,
+        detail=f"{like.device.type} {like.dtype}, {setting['divergence']}",
     )
 
 

@@ -1,0 +1,41 @@
+// The instruction sets that were built, and the one that runs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dsd {
+
+enum class InstructionSet : int { portable, avx2, avx512 };
+
+const char* name_of(InstructionSet set);
+
+// Built into this library and present in this processor, the plainest first.
+std::vector<InstructionSet> usable_instruction_sets();
+
+// The best usable one, or what DSDISTILL_ISA or choose_instruction_set names.
+InstructionSet instruction_set();
+
+// Throws std::invalid_argument for a name that is unknown or not usable here.
+void choose_instruction_set(const std::string& name);
+
+// The build of a kernel for the instruction set that runs.
+template <class Kernel>
+const Kernel& select(const Kernel& portable, const Kernel* avx2, const Kernel* avx512) {
+  switch (instruction_set()) {
+    case InstructionSet::avx512:
+      return *avx512;
+    case InstructionSet::avx2:
+      return *avx2;
+    default:
+      return portable;
+  }
+}
+
+#ifdef DSD_X86
+#define DSD_SELECT(kernel) ::dsd::select(::dsd::portable::kernel, &::dsd::avx2::kernel, &::dsd::avx512::kernel)
+#else
+#define DSD_SELECT(kernel) (::dsd::portable::kernel)
+#endif
+
+}  // namespace dsd

@@ -1,0 +1,39 @@
+// Operator schemas, and the extension module for what is no operator.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "attention/bind.h"
+#include "common/dispatch.h"
+
+STABLE_TORCH_LIBRARY(dsdistill, m) {
+  // Loss and gradients in one pass; the gradients are empty where they are not asked for.
+  m.def(
+      "attention_alignment(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
+      "Tensor? mask, Tensor? segments, int divergence, float student_scale, float teacher_scale, bool causal, "
+      "int window, bool mean, bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dsdistill, CPU, m) {
+  m.impl("attention_alignment", TORCH_BOX(&dsd::attention_alignment_cpu));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native operators of dsdistill, registered as torch.ops.dsdistill by importing this module.";
+  m.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (dsd::InstructionSet set : dsd::usable_instruction_sets()) names.push_back(dsd::name_of(set));
+        return names;
+      },
+      "Instruction sets built here that this processor has, the plainest first.");
+  m.def(
+      "instruction_set", [] { return std::string(dsd::name_of(dsd::instruction_set())); },
+      "The instruction set that runs: the best, or what the variable DSDISTILL_ISA names.");
+  m.def("choose_instruction_set", &dsd::choose_instruction_set, pybind11::arg("name"),
+        "Run another instruction set. Raises ValueError for one that is not usable here.");
+  m.def("attention_workspace_bytes", &dsd::attention_workspace_bytes, pybind11::arg("tokens"),
+        pybind11::arg("student_width"), pybind11::arg("teacher_width"),
+        "Workspace of one thread of attention_alignment in float32, in bytes.");
+}

@@ -1,0 +1,45 @@
+"""Attention alignment by the compiled operator `torch.ops.dsdistill.attention_alignment` (csrc/attention)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import accumulate_dtype, storage_dtype
+from dsdistill.ops.library import register_gradients
+
+DIVERGENCE_CODES = {"kl": 0, "mse": 1, "score_mse": 2}
+
+
+def arguments(tensors: Sequence[Tensor], pairs, divergence, student_scale, teacher_scale, reduction) -> tuple:
+    """The operator's arguments up to its last two, which ask for gradients."""
+    segments = None if pairs.segments is None else pairs.segments.to(torch.int64).contiguous()
+    return (
+        *tensors,
+        pairs.mask,
+        segments,
+        DIVERGENCE_CODES[divergence],
+        student_scale,
+        teacher_scale,
+        pairs.causal,
+        -1 if pairs.window is None else pairs.window,
+        reduction == "mean",
+    )
+
+
+def register() -> None:
+    """Shapes for tracing, and autograd for callers that use the operator directly."""
+
+    @torch.library.register_fake("dsdistill::attention_alignment")
+    def _fake(student_query, student_key, teacher_query, teacher_key, *rest):
+        query_gradient, key_gradient = rest[-2:]
+        tensors = (student_query, student_key, teacher_query, teacher_key)
+        return (
+            student_query.new_empty((), dtype=accumulate_dtype(*tensors)),
+            student_query.new_empty(student_query.shape if query_gradient else 0, dtype=storage_dtype(student_query)),
+            student_key.new_empty(student_key.shape if key_gradient else 0, dtype=storage_dtype(student_key)),
+        )
+
+    register_gradients("dsdistill::attention_alignment", arguments=14, differentiable=(0, 1))
