@@ -1,0 +1,114 @@
+"""Tiny real models, a tokenizer and labelled text that every test folder may use; no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = (
+    "the a of tensor value shape list file node graph sum mean row column index returns raises given "
+    "whether each first last open close read write sorted empty matrix vector batch token layer head"
+).split()
+
+
+def sentence(rng: random.Random, longest: int = 24) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(2, longest)))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory) -> Path:
+    """A WordPiece tokenizer of a few dozen words, as a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: index for index, word in enumerate(special + WORDS)}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **dict(zip(names, special, strict=True)))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """train.tsv (37 rows: a ragged last batch at 8) and dev.tsv (11 rows), texts of 2 to 24 words, 3 classes."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    for name, rows in (("train", 37), ("dev", 11)):
+        lines = ["text\tlabel\tscore"]
+        lines += [f"{sentence(rng)}\t{'abc'[i % 3]}\t{rng.random():.3f}" for i in range(rows)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(sentence(rng) for _ in range(120))
+    for name in ("train", "dev"):
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
+    """teacher/ (4 layers of 48) and student/ (2 layers of 32): classifiers of 3 classes with peaked attention."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    labels = {"num_labels": 3, "id2label": dict(enumerate("abc")), "label2id": {c: i for i, c in enumerate("abc")}}
+    for seed, (name, changes) in enumerate(
+        (("teacher", {}), ("student", {"hidden_size": 32, "num_hidden_layers": 2}))
+    ):
+        torch.manual_seed(seed)
+        settings = BERT | changes | labels
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model = AutoModelForSequenceClassification.from_config(config)
+        with torch.no_grad():
+            # As initialised all outputs are nearly uniform and errors would hide in them.
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.mul_(4.0)
+            model.classifier.weight.mul_(8.0)
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def settings(models_dir, data_dir, tmp_path) -> dict:
+    """A whole config as plain settings: every term on, tiny models, 10 steps of 8 examples."""
+    return {
+        "run": {"name": "test", "dir": str(tmp_path / "run"), "log_every": 1},
+        "data": {
+            "source": "files",
+            "train": str(data_dir / "train.tsv"),
+            "dev": str(data_dir / "dev.tsv"),
+            "max_length": 32,
+            "cache": str(tmp_path / "cache"),
+        },
+        "teacher": {"path": str(models_dir / "teacher"), "zero_stage": 3},
+        "student": {"path": str(models_dir / "student"), "zero_stage": 2},
+        "terms": {"task": {}, "soft_label": {}, "hidden": {}, "attention": {}, "pairwise": {"layers": "uniform"}},
+        "train": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
+    }

@@ -1,0 +1,35 @@
+"""Start real ranks the way users do."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(*arguments: object, ranks: int = 2, timeout: int = 400) -> subprocess.CompletedProcess:
+    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank."""
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_configs(paths: list[Path], ranks: int = 2) -> None:
+    """Run the configs on real ranks; fails with their output unless all came to their end."""
+    done = launch(WORKER, *paths, ranks=ranks)
+    assert done.returncode == 0 and "all configs done" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]

@@ -1,0 +1,20 @@
+"""Runs several configs one after the other in one set of ranks: the launcher's start-up is paid once.
+
+    deepspeed --num_gpus 2 worker.py CONFIG.yaml ...
+"""
+
+import sys
+
+from dsdistill.config import load
+from dsdistill.engine import deepspeed
+from dsdistill.engine.run import run
+
+if __name__ == "__main__":
+    ranks = deepspeed.start()
+    try:
+        for path in (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")):
+            run(load([path]), ranks)
+        if ranks.first:
+            print("all configs done", flush=True)
+    finally:
+        deepspeed.stop()
