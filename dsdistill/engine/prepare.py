@@ -50,8 +50,9 @@ def prepare(config: Config, world_size: int) -> Prepared:
             _check_sizes(config, model, tokenizer, place)
     probe_models(config, student, teacher)
     data = load(config.data, config.task, tokenizer)
-    if teacher is not None and config.task == "classification" and config.terms.soft_label is not None:
-        _check_classes(data.labels, teacher if recipe is None else None, recipe)
+    trained = recipe is not None or (teacher is not None and config.teacher.path is not None)
+    if trained and config.task == "classification" and config.terms.soft_label is not None:
+        _check_classes(data.labels, teacher, recipe)
     for model in (student, teacher):
         if model is not None:
             for_task(model, config.task, data.labels, tokenizer.pad_token_id)
@@ -60,6 +61,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
         task=Task(),
         soft_label=SoftLabel(temperature=1.0) if teacher is not None and config.task == "causal_lm" else None,
     )
+    torch.manual_seed(config.run.seed)  # of the projectors
     return Prepared(
         config,
         recipe,

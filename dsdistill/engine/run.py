@@ -29,25 +29,30 @@ TEACHERS = "runs/teachers"
 
 def train(config: Config) -> dict:
     """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
-    folder = RunFolder(config.run_dir)
-    check_writable(folder.path)
-    done = folder.summary()
+    check_writable(config.run_dir)
     ranks = deepspeed.start()
     try:
-        with ranks.first_alone():
-            prepared = prepare(config, ranks.world_size)
-            if ranks.first:
-                folder.open(config)
-        if done is not None:
-            log.info("%s is finished; nothing to do", folder.path)
-            return done
-        if prepared.recipe is not None:
-            _use_recipe(prepared, ranks)
-        summary = _distil(prepared, folder, ranks)
-        ranks.barrier()
-        return summary
+        return run(config, ranks)
     finally:
         deepspeed.stop()
+
+
+def run(config: Config, ranks: Ranks) -> dict:
+    """Train and evaluate as `config` says; a run that is finished already only gives its summary."""
+    folder = RunFolder(config.run_dir)
+    with ranks.first_alone():
+        done = folder.summary()
+        prepared = prepare(config, ranks.world_size)
+        if ranks.first:
+            folder.open(config)
+    if done is not None:
+        log.info("%s is finished; nothing to do", folder.path)
+        return done
+    if prepared.recipe is not None:
+        _use_recipe(prepared, ranks)
+    summary = _distil(prepared, folder, ranks)
+    ranks.barrier()
+    return summary
 
 
 def _use_recipe(prepared: Prepared, ranks: Ranks) -> None:

@@ -25,6 +25,7 @@ class Teacher:
         needs_head = "soft_label" in objective.terms
 
         def load() -> torch.nn.Module:
+            torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
             model = build(architecture, path, config.task, "teacher", needs_head=needs_head)
             model.config.use_cache = False
             return Headless(model, "teacher") if config.task == "causal_lm" else model

@@ -129,7 +129,6 @@ class Trainer:
         """Train to the last step, resuming where a checkpoint verifies."""
         config, every = self.config.run, self.config.run.save_every
         self._resume(folder)
-        weights = self.module.objective.weights
         bar = tqdm(
             total=self.steps,
             initial=self.progress.step,
@@ -144,6 +143,7 @@ class Trainer:
         while self.progress.step < self.steps:
             started = time.perf_counter()
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
+            rate = self.engine.get_lr()[0]
             raw = self.train_step(batches)
             tokens = self.ranks.sum(
                 torch.tensor(sum(int(b.mask.sum()) for b in batches), device=self.ranks.device)
@@ -153,13 +153,13 @@ class Trainer:
             self.progress.step += 1
             bad = 0 if bool(raw.isfinite().all()) else bad + 1
             if bad == BAD_STEPS:
-                values = dict(zip(weights, raw.tolist(), strict=True))
+                values = dict(zip(self.module.objective.terms, raw.tolist(), strict=True))
                 raise TrainingError(
                     f"step {self.progress.step}: {bad} losses in a row are not finite: {values}"
                 )
             step, last = self.progress.step, self.progress.step == self.steps
             if step % config.log_every == 0 or last:
-                self._log(folder, raw, weights, bar)
+                self._log(folder, raw, rate, bar)
             bar.update()
             if config.evaluate_every and step % config.evaluate_every == 0 and not last:
                 scores = self.evaluate()["student"]
@@ -178,7 +178,8 @@ class Trainer:
         if self.ranks.first:
             folder.rewind(self.progress.step)
 
-    def _log(self, folder: RunFolder, raw: Tensor, weights: dict[str, float], bar: tqdm) -> None:
+    def _log(self, folder: RunFolder, raw: Tensor, rate: float, bar: tqdm) -> None:
+        weights = self.module.objective.weights
         terms = {
             name: {"raw": value, "weighted": weight * value}
             for (name, weight), value in zip(weights.items(), raw.tolist(), strict=True)
@@ -189,7 +190,7 @@ class Trainer:
             "step": self.progress.step,
             "loss": loss,
             "terms": terms,
-            "learning_rate": self.engine.get_lr()[0],
+            "learning_rate": rate,
             "grad_norm": None if norm is None else float(norm),
             "tokens_per_second": round(self.progress.tokens / self.progress.seconds, 1),
             "peak_memory_mib": peak_memory_mib(self.ranks),
