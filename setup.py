@@ -26,7 +26,7 @@ if X86:
 KERNELS = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.name != "cpu.cpp")
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast", *(["-DDSD_X86"] if X86 else [])]
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast", "-fno-math-errno", *(["-DDSD_X86"] if X86 else [])]
 EXTRA = os.environ.get("DSDISTILL_CFLAGS", "").split()  # e.g. -fsanitize=address
 
 

@@ -5,6 +5,7 @@
 
 #include "attention/bind.h"
 #include "common/dispatch.h"
+#include "pairwise/bind.h"
 
 STABLE_TORCH_LIBRARY(dsdistill, m) {
   // Loss and gradients in one pass; the gradients are empty where they are not asked for.
@@ -12,10 +13,14 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
       "attention_alignment(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
       "Tensor? mask, Tensor? segments, int divergence, float student_scale, float teacher_scale, bool causal, "
       "int window, bool mean, bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pairwise_alignment(Tensor student, Tensor teacher, Tensor? mask, Tensor weights, int relation, bool mean, "
+      "bool gradient) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsdistill, CPU, m) {
   m.impl("attention_alignment", TORCH_BOX(&dsd::attention_alignment_cpu));
+  m.impl("pairwise_alignment", TORCH_BOX(&dsd::pairwise_alignment_cpu));
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -36,4 +41,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_workspace_bytes", &dsd::attention_workspace_bytes, pybind11::arg("tokens"),
         pybind11::arg("student_width"), pybind11::arg("teacher_width"),
         "Workspace of one thread of attention_alignment in float32, in bytes.");
+  m.def("pairwise_workspace_bytes", &dsd::pairwise_workspace_bytes, pybind11::arg("tokens"),
+        pybind11::arg("student_width"), pybind11::arg("teacher_width"),
+        "Workspace of one thread of pairwise_alignment in float32, in bytes.");
 }

@@ -13,11 +13,12 @@ from dsdistill.ops.common import (
     check_tensor,
     row_weights,
     safe_divide,
+    with_native_gradients,
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.library import choose_backend
-from dsdistill.ops.pairwise import chunked, reference
+from dsdistill.ops.library import choose_backend, native_lack
+from dsdistill.ops.pairwise import chunked, native, reference
 
 RELATIONS = ("cosine", "dot", "distance")
 
@@ -66,17 +67,14 @@ def pairwise_alignment(
     check_choice("relation", relation, RELATIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher)
-    chosen = choose_backend(
-        "pairwise_alignment",
-        backend,
-        preference=("chunked", "reference"),
-        missing={},
-        detail=f"{student.device.type} {student.dtype}",
-    )
+    chosen = _choose(backend, student, teacher, relation)
     with without_autocast(student.device):
         token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
         if weights is None:
             token_weights = token_weights / token_weights.sum(1, keepdim=True).clamp(min=1)
+        if chosen == "cpp":
+            given = native.arguments(student, teacher, mask, token_weights, relation, reduction)
+            return with_native_gradients(torch.ops.dsdistill.pairwise_alignment, given, (student,))
         count = None
         if reduction == "mean":
             count = torch.tensor(batch, device=student.device) if mask is None else mask.any(1).sum()
@@ -87,3 +85,21 @@ def pairwise_alignment(
         return with_stored_gradients(
             lambda needs: chunked.pairwise_total(needs, student, teacher, **setting), (student,), count
         )
+
+
+def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str) -> str:
+    preference, missing = ["chunked", "reference"], {}
+    lack = native_lack(student)
+    if lack:
+        missing["cpp"] = lack
+    else:
+        # From here on the identity of `chunked` needs fewer products than half a matrix does.
+        by_identity = relation != "distance" and chunked.use_identity(*student.shape[1:], teacher.shape[2])
+        preference.insert(1 if by_identity else 0, "cpp")
+    return choose_backend(
+        "pairwise_alignment",
+        backend,
+        preference=preference,
+        missing=missing,
+        detail=f"{student.device.type} {student.dtype}, {relation}, N={student.shape[1]}",
+    )

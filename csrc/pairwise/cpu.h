@@ -1,0 +1,53 @@
+// Pairwise alignment on a CPU: what the kernel is told and the entry points of its builds.
+#pragma once
+
+#include "../common/source.h"
+
+namespace dsd {
+
+enum class Relation : int { cosine, dot, distance };
+
+struct PairwiseArguments {
+  Source student, teacher;  // (B, N, D), axes 1 to 3 of the source
+  int64_t batch, tokens, student_width, teacher_width;
+  // Valid tokens of each sequence, in order: positions[b · tokens + i], i < counts[b].
+  const int64_t* positions;
+  const int64_t* counts;
+  const double* weights;  // (B, N)
+  Relation relation;
+  bool gradient;
+  double coefficient;  // of the gradient
+  void* d_student;     // contiguous, zero at masked tokens beforehand
+  Type d_student_type;
+  int64_t shares;  // tasks for each sequence
+  // For each task: loss, and for distances the sum of positive ones, their number (student, teacher), Σ slope·d.
+  double* values;
+  void* accumulators;  // gradient_elements(…) for each task, or null
+  // Distances only, for each sequence: mean positive distance of student and teacher, number of the student's.
+  const double* means;
+};
+
+// Figures of one task in `values`.
+enum : int64_t { LOSS, SUM_S, COUNT_S, SUM_T, COUNT_T, SLOPE, FIGURES };
+
+struct PairwiseKernel {
+  int64_t (*workspace_bytes)(const PairwiseArguments&, bool float64);
+  int64_t (*gradient_elements)(const PairwiseArguments&, bool float64);
+  // Sums of distances (before `means` is known), for tasks first … last − 1.
+  void (*measure)(const PairwiseArguments&, bool float64, int64_t first, int64_t last, void* workspace);
+  // Loss and accumulated gradients of tasks first … last − 1.
+  void (*run)(const PairwiseArguments&, bool float64, int64_t first, int64_t last, void* workspace);
+  // Gradients of sequences first … last − 1 from their tasks' accumulators.
+  void (*finish)(const PairwiseArguments&, bool float64, int64_t first, int64_t last, void* workspace);
+};
+
+#define DSD_DECLARE(isa)                       \
+  namespace isa {                              \
+  extern const PairwiseKernel pairwise_kernel; \
+  }
+DSD_DECLARE(portable)
+DSD_DECLARE(avx2)
+DSD_DECLARE(avx512)
+#undef DSD_DECLARE
+
+}  // namespace dsd
