@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -51,12 +52,8 @@ def locate(path: str, place: str) -> str:
     if path == "minilm":
         return _minilm(place)
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise UserError(
-                place, f"folder {path} without config.json", "a folder that save_pretrained wrote"
-            )
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise UserError(place, f"no such folder: {path}", "a local folder, a hub id or minilm")
     return path
 
@@ -92,6 +89,10 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
 
 def _read(path: str, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig | None:
     source = locate(path, f"{place}.path")
+    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
+        raise UserError(
+            f"{place}.path", f"folder {path} without config.json", "a folder that save_pretrained wrote"
+        )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
@@ -211,8 +212,9 @@ def for_task(
 
 
 def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
+    source = locate(path, place)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(path, place), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(
             place, f"{path} ({_first_line(error)})", "a folder or hub id with a tokenizer"
@@ -240,16 +242,17 @@ def build(
     family = auto_class(task)
     if path is None:
         return family.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+    source = locate(path, f"{place}.path")
     try:
         model, info = family.from_pretrained(
-            locate(path, f"{place}.path"),
+            source,
             config=config,
             attn_implementation=ATTENTION,
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{place}.path", f"{path} ({_first_line(error)})", "loadable weights") from None
     body = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in body for parameter in module.parameters()}
