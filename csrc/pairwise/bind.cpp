@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> pairwise_alignment_cpu(Tensor student, Tensor teacher
   std::vector<double> values(size_t(tasks * FIGURES), 0.0);
   a.values = values.data();
   std::optional<Workspace> accumulators;
-  if (gradient) {
+  if (a.shares > 1 && gradient) {
     accumulators.emplace(tasks * kernel.gradient_elements(a, float64) * (float64 ? 8 : 4));
     a.accumulators = accumulators->get();
   }
@@ -55,20 +55,13 @@ std::tuple<Tensor, Tensor> pairwise_alignment_cpu(Tensor student, Tensor teacher
   };
 
   std::vector<double> means(size_t(a.batch * 3), 1.0);
-  if (a.relation == Relation::distance) {
+  a.means = means.data();
+  if (a.shares > 1 && a.relation == Relation::distance) {
     over(tasks, kernel.measure);
-    for (int64_t b = 0; b < a.batch; ++b) {
-      double sums[FIGURES] = {};
-      for (int64_t share = 0; share < a.shares; ++share)
-        for (int64_t f = 0; f < FIGURES; ++f) sums[f] += values[size_t((b * a.shares + share) * FIGURES + f)];
-      if (sums[COUNT_S] > 0) means[size_t(b * 3)] = sums[SUM_S] / sums[COUNT_S];
-      if (sums[COUNT_T] > 0) means[size_t(b * 3 + 1)] = sums[SUM_T] / sums[COUNT_T];
-      means[size_t(b * 3 + 2)] = std::max(1.0, sums[COUNT_S]);
-    }
-    a.means = means.data();
+    for (int64_t b = 0; b < a.batch; ++b) mean_distances(a, b);
   }
   over(tasks, kernel.run);
-  if (gradient) over(a.batch, kernel.finish);
+  if (a.shares > 1 && gradient) over(a.batch, kernel.finish);
   double total = 0;
   for (int64_t task = 0; task < tasks; ++task) total += values[size_t(task * FIGURES + LOSS)];
   return {scalar_like(student, total * a.coefficient, float64), d_student};
@@ -77,6 +70,7 @@ std::tuple<Tensor, Tensor> pairwise_alignment_cpu(Tensor student, Tensor teacher
 int64_t pairwise_workspace_bytes(int64_t tokens, int64_t student_width, int64_t teacher_width) {
   PairwiseArguments a{};
   a.tokens = tokens, a.student_width = student_width, a.teacher_width = teacher_width;
+  a.shares = 1, a.gradient = true;
   return DSD_SELECT(pairwise_kernel).workspace_bytes(a, false);
 }
 

@@ -5,8 +5,9 @@
 //                dx_i = 2 Σ_j [w_i w_j ℓ' / μ − A / (μ² P)] (x_i − x_j) / d_ij,  A = Σ w w ℓ' d, P positive pairs
 //
 // A row block meets every later token once: the pair (i, j) adds to both gradients, so each relation is computed
-// once instead of twice. Distances are sums of squared differences, exact for equal vectors, where the expansion
-// ‖x‖² + ‖y‖² − 2xy is not. Tasks are shares of a sequence's blocks with accumulators of their own.
+// once instead of twice. Distances come from ‖x‖² + ‖y‖² − 2xy of centred vectors; where that cancels, from the
+// differences themselves, so that equal vectors are at distance 0. Tasks are shares of a sequence's blocks with
+// accumulators of their own.
 #include "cpu.h"
 
 #include "../common/gemm.h"
@@ -19,9 +20,12 @@ namespace {
 constexpr int64_t DEPTH_BLOCK = 128;
 constexpr double SHORTEST = 1e-12;
 
+// Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
+constexpr double CLOSE = 1.0 / 64;
+
 template <class T>
 struct Layout {
-  int64_t rows, score_stride, width_s, width_t;
+  int64_t rows, score_stride, width_s, width_t, own_gradient;
 
   explicit Layout(const PairwiseArguments& a) {
     rows = round_up(a.tokens, TILE_COLUMNS<T>) + round_up(BLOCK_ROWS, TILE_COLUMNS<T>);
@@ -29,40 +33,16 @@ struct Layout {
     // A feature of ones behind the student's: its products are the row sums that distances need.
     width_s = round_up(a.student_width + (a.relation == Relation::distance), TILE_COLUMNS<T>);
     width_t = round_up(a.teacher_width, TILE_COLUMNS<T>);
+    own_gradient = a.gradient && a.shares == 1 ? gradient_elements(a) : 0;
   }
   int64_t gradient_elements(const PairwiseArguments& a) const {
     return rows * width_s * (a.relation == Relation::distance ? 2 : 1);
   }
   int64_t elements() const {
     return 2 * rows * (width_s + width_t) + BLOCK_ROWS * larger(width_s, width_t) + 2 * BLOCK_ROWS * score_stride +
-           2 * rows;
+           4 * rows + width_s + width_t + own_gradient;
   }
 };
-
-// c[r][:] (+)= Σ_k (a[k][r] − b[k][:])², laid out as in `tile`.
-template <class T>
-inline void distance_tile(int64_t depth, const T* a, const T* b, T* c, int64_t c_row, bool accumulate) {
-  Vec<T> sum[TILE_ROWS][TILE_VECTORS];
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < TILE_ROWS; ++r)
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < TILE_VECTORS; ++v)
-      sum[r][v] = accumulate ? load(c + r * c_row + v * lanes<T>) : Vec<T>{};
-  for (int64_t k = 0; k < depth; ++k, a += TILE_ROWS, b += TILE_COLUMNS<T>) {
-    const Vec<T> right[TILE_VECTORS] = {load(b), load(b + lanes<T>)};
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < TILE_ROWS; ++r)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < TILE_VECTORS; ++v) {
-        const Vec<T> difference = a[r] - right[v];
-        sum[r][v] += difference * difference;
-      }
-  }
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < TILE_ROWS; ++r)
-#pragma GCC unroll 2
-    for (int64_t v = 0; v < TILE_VECTORS; ++v) store(c + r * c_row + v * lanes<T>, sum[r][v]);
-}
 
 template <class T>
 T dot(const T* x, const T* y, int64_t n) {
@@ -71,6 +51,19 @@ T dot(const T* x, const T* y, int64_t n) {
   for (; i + lanes<T> <= n; i += lanes<T>) sum += load(x + i) * load(y + i);
   T total = sum_lanes<T>(sum);
   for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+template <class T>
+T squared_distance(const T* x, const T* y, int64_t n) {
+  Vec<T> sum{};
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) {
+    const Vec<T> difference = load(x + i) - load(y + i);
+    sum += difference * difference;
+  }
+  T total = sum_lanes<T>(sum);
+  for (; i < n; ++i) total += (x[i] - y[i]) * (x[i] - y[i]);
   return total;
 }
 
@@ -94,23 +87,54 @@ class Task {
     scores_t = scores_s + BLOCK_ROWS * layout.score_stride;
     weights = scores_t + BLOCK_ROWS * layout.score_stride;
     inverse = weights + layout.rows;
+    squares_s = inverse + layout.rows;
+    squares_t = squares_s + layout.rows;
+    mean = squares_t + layout.rows;
+    own_gradient = mean + larger(layout.width_s, layout.width_t);
   }
 
+  // A share of a sequence; the whole of it, its gradient included, where it has one share.
   void run(int64_t task, bool measure_only) {
     b = task / a.shares;
+    share = task % a.shares;
     count = a.counts[b];
     figures = a.values + task * FIGURES;
+    const bool whole = a.shares == 1;
     read(a.student, a.student_width, layout.width_s, rows_s, true);
     read(a.teacher, a.teacher_width, layout.width_t, rows_t, false);
     pack(rows_s, a.student_width, layout.width_s, panels_s);
     pack(rows_t, a.teacher_width, layout.width_t, panels_t);
+    if (a.relation == Relation::distance && (whole || measure_only)) {
+      blocks(true);
+      if (measure_only) return;
+      mean_distances(a, b);
+    }
     for (int64_t i = 0; i < layout.rows; ++i)
       weights[i] = i < count ? T(a.weights[b * a.tokens + a.positions[b * a.tokens + i]]) : T(0);
-    gradient = a.gradient && !measure_only
-                   ? static_cast<T*>(a.accumulators) + task * layout.gradient_elements(a)
-                   : nullptr;
-    if (gradient) memset(gradient, 0, size_t(layout.gradient_elements(a)) * sizeof(T));
-    const int64_t share = task % a.shares;
+    const int64_t size = layout.gradient_elements(a);
+    gradient = nullptr;
+    if (a.gradient) {
+      gradient = whole ? own_gradient : static_cast<T*>(a.accumulators) + task * size;
+      memset(gradient, 0, size_t(size) * sizeof(T));
+    }
+    blocks(false);
+    if (whole && a.gradient) write_gradient(gradient);
+  }
+
+  // The gradient of one sequence out of its shares' sums.
+  void finish(int64_t sequence) {
+    b = sequence;
+    count = a.counts[b];
+    const int64_t size = layout.gradient_elements(a);
+    T* sums = static_cast<T*>(a.accumulators) + b * a.shares * size;
+    for (int64_t other = 1; other < a.shares; ++other)
+      for (int64_t i = 0; i < size; ++i) sums[i] += sums[other * size + i];
+    read(a.student, a.student_width, layout.width_s, rows_s, true);
+    write_gradient(sums);
+  }
+
+ private:
+  void blocks(bool measure_only) {
     for (int64_t k = 0, start = 0; start < count; ++k, start += BLOCK_ROWS) {
       // Earlier blocks meet more tokens: shares take them in turn, there and back.
       const int64_t turn = k % a.shares, taker = k / a.shares % 2 ? a.shares - 1 - turn : turn;
@@ -118,15 +142,7 @@ class Task {
     }
   }
 
-  // The gradient of one sequence out of its tasks' sums.
-  void finish(int64_t sequence) {
-    b = sequence;
-    count = a.counts[b];
-    const int64_t size = layout.gradient_elements(a);
-    T* sums = static_cast<T*>(a.accumulators) + b * a.shares * size;
-    for (int64_t share = 1; share < a.shares; ++share)
-      for (int64_t i = 0; i < size; ++i) sums[i] += sums[share * size + i];
-    read(a.student, a.student_width, layout.width_s, rows_s, true);
+  void write_gradient(T* sums) {
     for (int64_t i = 0; i < count; ++i) {
       T *x = rows_s + i * layout.width_s, *g = sums + i * layout.width_s;
       if (a.relation == Relation::distance) {
@@ -142,13 +158,12 @@ class Task {
     }
   }
 
- private:
   // g becomes Σ_j pull_ij (x_i − x_j) of the slopes over μ less that of the directions times A / (μ² P).
   void distance_gradient(const T* x, T* g, const T* directions) const {
     double slope = 0;
-    for (int64_t share = 0; share < a.shares; ++share) slope += a.values[(b * a.shares + share) * FIGURES + SLOPE];
-    const double mean = a.means[b * 3], positive = a.means[b * 3 + 2];
-    const T by_slope = T(1 / mean), by_direction = T(slope / (mean * mean * positive));
+    for (int64_t k = 0; k < a.shares; ++k) slope += a.values[(b * a.shares + k) * FIGURES + SLOPE];
+    const double mu = a.means[b * 3], positive = a.means[b * 3 + 2];
+    const T by_slope = T(1 / mu), by_direction = T(slope / (mu * mu * positive));
     const int64_t ones = a.student_width;
     for (int64_t d = 0; d < a.student_width; ++d)
       g[d] = (g[ones] * x[d] - g[d]) * by_slope - (directions[ones] * x[d] - directions[d]) * by_direction;
@@ -170,25 +185,33 @@ class Task {
       }
       if (a.relation == Relation::distance && student && i < count) row[width] = 1;
     }
-    if (a.relation == Relation::distance) centre(rows, width, padded);
+    if (a.relation == Relation::distance) {
+      centre(rows, width, padded);
+      T* squares = student ? squares_s : squares_t;
+      for (int64_t i = 0; i < count; ++i) squares[i] = dot(rows + i * padded, rows + i * padded, width);
+    }
   }
 
   // Distances do not change, and differences of sums lose less.
   void centre(T* rows, int64_t width, int64_t padded) const {
-    for (int64_t d = 0; d < width; ++d) {
-      double mean = 0;
-      for (int64_t i = 0; i < count; ++i) mean += double(rows[i * padded + d]);
-      mean /= double(larger(count, 1));
-      for (int64_t i = 0; i < count; ++i) rows[i * padded + d] -= T(mean);
-    }
+    for (int64_t d = 0; d < width; ++d) mean[d] = 0;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < width; ++d) mean[d] += rows[i * padded + d];
+    const T share = T(1) / T(larger(count, 1));
+    for (int64_t d = 0; d < width; ++d) mean[d] *= share;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < width; ++d) rows[i * padded + d] -= mean[d];
   }
 
   // Rows as columns: panels[panel][d][TILE_COLUMNS].
   void pack(const T* rows, int64_t width, int64_t padded, T* panels) const {
     const int64_t panel = TILE_COLUMNS<T>;
+    // A few features at a time, so that the columns being written stay in the cache.
     for (int64_t j = 0; j < layout.rows; j += panel)
-      for (int64_t c = 0; c < panel; ++c)
-        for (int64_t d = 0; d < width; ++d) panels[j * width + d * panel + c] = rows[(j + c) * padded + d];
+      for (int64_t from = 0; from < width; from += 16)
+        for (int64_t c = 0; c < panel; ++c)
+          for (int64_t d = from; d < smaller(from + 16, width); ++d)
+            panels[j * width + d * panel + c] = rows[(j + c) * padded + d];
   }
 
   void block(int64_t start, int64_t stop, bool measure_only) {
@@ -200,8 +223,8 @@ class Task {
       T *s = scores_s + i * layout.score_stride + (start - first), *t = scores_t + (s - scores_s);
       const int64_t own = stop - start, later = count - stop;
       if (a.relation == Relation::distance) {
-        roots(s, own + later);
-        roots(t, own + later);
+        distances(s, start + i, start, own + later, rows_s, layout.width_s, a.student_width, squares_s);
+        distances(t, start + i, start, own + later, rows_t, layout.width_t, a.teacher_width, squares_t);
         if (measure_only) {
           measure(s, own, 1, SUM_S), measure(s + own, later, 2, SUM_S);
           measure(t, own, 1, SUM_T), measure(t + own, later, 2, SUM_T);
@@ -220,7 +243,7 @@ class Task {
       accumulate(scores_t, gradient + layout.rows * layout.width_s, start, rows, first);
   }
 
-  // Relations (squared distances) of a row block to the tokens first … last − 1.
+  // Scalar products of a row block with the tokens first … last − 1.
   void relate(const T* rows, int64_t padded, int64_t width, const T* panels, int64_t start, int64_t padded_rows,
               int64_t first, int64_t last, T* scores) const {
     interleave_rows(rows + start * padded, padded, padded_rows, width, tiles);
@@ -230,9 +253,7 @@ class Task {
         for (int64_t i = 0; i < padded_rows; i += TILE_ROWS) {
           const T *left = tiles + i * width + k * TILE_ROWS, *right = panels + j * width + k * TILE_COLUMNS<T>;
           T* out = scores + i * layout.score_stride + (j - first);
-          if (a.relation == Relation::distance)
-            distance_tile<T>(depth, left, right, out, layout.score_stride, k > 0);
-          else if (k > 0)
+          if (k > 0)
             tile<T, true>(depth, left, TILE_ROWS, 1, right, TILE_COLUMNS<T>, out, layout.score_stride);
           else
             tile<T, false>(depth, left, TILE_ROWS, 1, right, TILE_COLUMNS<T>, out, layout.score_stride);
@@ -240,7 +261,14 @@ class Task {
     }
   }
 
-  static void roots(T* x, int64_t n) {
+  // Scalar products x of token i with n tokens from `start` on become distances.
+  void distances(T* x, int64_t i, int64_t start, int64_t n, const T* rows, int64_t padded, int64_t width,
+                 const T* squares) const {
+    const T own = squares[i];
+    for (int64_t j = 0; j < n; ++j) x[j] = own + squares[start + j] - 2 * x[j];
+    for (int64_t j = 0; j < n; ++j)
+      if (!(x[j] > T(CLOSE) * (own + squares[start + j])))
+        x[j] = squared_distance(rows + i * padded, rows + (start + j) * padded, width);
     for (int64_t j = 0; j < n; ++j) x[j] = std::sqrt(x[j]);
   }
 
@@ -273,19 +301,31 @@ class Task {
   // Smooth-L1 of distances; slope / d takes the place of s and 1 / d of t.
   void compare_distances(T* s, T* t, const T* w, T own, int64_t n, double times) {
     const T by_s = T(1 / a.means[b * 3]), by_t = T(1 / a.means[b * 3 + 1]);
-    double loss = 0, slopes = 0;
-    for (int64_t j = 0; j < n; ++j) {
+    Vec<T> losses{}, slopes{};
+    T loss_rest = 0, slope_rest = 0;
+    int64_t j = 0;
+    for (; j + lanes<T> <= n; j += lanes<T>) {
+      const Vec<T> d = load(s + j), difference = d * by_s - load(t + j) * by_t;
+      const Vec<T> one = broadcast(T(1));
+      Vec<T> slope = difference > one ? one : difference;
+      slope = slope < -one ? -one : slope;
+      const Vec<T> weighted = own * load(w + j) * slope, inverse_distance = d > 0 ? 1 / d : Vec<T>{};
+      losses += weighted * (difference - slope / 2);
+      slopes += weighted * d;
+      store(s + j, weighted * inverse_distance);
+      store(t + j, inverse_distance);
+    }
+    for (; j < n; ++j) {
       const T d = s[j], difference = d * by_s - t[j] * by_t;
       const T slope = difference > 1 ? T(1) : difference < -1 ? T(-1) : difference;
-      const T weighted = own * w[j] * slope;
-      const T inverse_distance = d > 0 ? 1 / d : T(0);
-      loss += double(weighted * (difference - slope / 2));
-      slopes += double(weighted * d);
+      const T weighted = own * w[j] * slope, inverse_distance = d > 0 ? 1 / d : T(0);
+      loss_rest += weighted * (difference - slope / 2);
+      slope_rest += weighted * d;
       s[j] = weighted * inverse_distance;
       t[j] = inverse_distance;
     }
-    figures[LOSS] += times * loss;
-    figures[SLOPE] += times * slopes;
+    figures[LOSS] += times * double(sum_lanes<T>(losses) + loss_rest);
+    figures[SLOPE] += times * double(sum_lanes<T>(slopes) + slope_rest);
   }
 
   // sums_i += Σ_{j ≥ start} pull_ij x_j for the block's rows, sums_j += Σ_i pull_ij x_i for tokens after it.
@@ -313,9 +353,10 @@ class Task {
 
   const PairwiseArguments& a;
   const Layout<T> layout;
-  int64_t b = 0, count = 0;
+  int64_t b = 0, count = 0, share = 0;
   double* figures = nullptr;
-  T *rows_s, *rows_t, *panels_s, *panels_t, *tiles, *scores_s, *scores_t, *weights, *inverse, *gradient = nullptr;
+  T *rows_s, *rows_t, *panels_s, *panels_t, *tiles, *scores_s, *scores_t, *weights, *inverse, *squares_s, *squares_t;
+  T *mean, *own_gradient, *gradient = nullptr;
 };
 
 template <class T>

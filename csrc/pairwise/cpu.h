@@ -19,16 +19,27 @@ struct PairwiseArguments {
   double coefficient;  // of the gradient
   void* d_student;     // contiguous, zero at masked tokens beforehand
   Type d_student_type;
-  int64_t shares;  // tasks for each sequence
+  int64_t shares;  // tasks for each sequence; with one, `run` measures and finishes by itself
   // For each task: loss, and for distances the sum of positive ones, their number (student, teacher), Σ slope·d.
   double* values;
-  void* accumulators;  // gradient_elements(…) for each task, or null
+  void* accumulators;  // several shares: gradient_elements(…) for each task
   // Distances only, for each sequence: mean positive distance of student and teacher, number of the student's.
-  const double* means;
+  double* means;
 };
 
 // Figures of one task in `values`.
 enum : int64_t { LOSS, SUM_S, COUNT_S, SUM_T, COUNT_T, SLOPE, FIGURES };
+
+// Fills `means` of one sequence from its tasks' sums; 1 where no distance is positive.
+static inline void mean_distances(const PairwiseArguments& a, int64_t b) {
+  double sums[FIGURES] = {};
+  for (int64_t share = 0; share < a.shares; ++share)
+    for (int64_t f = 0; f < FIGURES; ++f) sums[f] += a.values[(b * a.shares + share) * FIGURES + f];
+  double* means = a.means + b * 3;
+  means[0] = sums[COUNT_S] > 0 ? sums[SUM_S] / sums[COUNT_S] : 1;
+  means[1] = sums[COUNT_T] > 0 ? sums[SUM_T] / sums[COUNT_T] : 1;
+  means[2] = sums[COUNT_S] > 1 ? sums[COUNT_S] : 1;
+}
 
 struct PairwiseKernel {
   int64_t (*workspace_bytes)(const PairwiseArguments&, bool float64);
