@@ -102,12 +102,12 @@ class Loader:
         A ragged step is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
         """
         rows = self.rows(epoch, step)
-        # Rows of like length share a micro-batch (less padding), and so do the micro-batches that the ranks
-        # handle at the same time (less waiting).
+        # Rows of like length share a micro-batch (less padding) and are dealt out to the ranks one by one: the
+        # ranks get equally much to do and do not wait for each other.
         rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
-        slots = np.array_split(rows, self.accumulation * self.world_size)
+        moments = np.array_split(rows, self.accumulation)
         return [
-            collate(self.examples, slot.tolist(), self.pad_id) for slot in slots[self.rank :: self.world_size]
+            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id) for moment in moments
         ]
 
 

@@ -48,12 +48,12 @@ def prepare(config: Config, world_size: int) -> Prepared:
             raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
     teacher = _teacher_architecture(config, recipe)
     student = _student_architecture(config, teacher)
-    objective_layers(config, student, teacher)
+    objective = objective_layers(config, student, teacher)
     tokenizer = _tokenizer(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_sizes(config, model, tokenizer, place)
-    probe_models(config, student, teacher)
+    probe_models(config, student, teacher, objective)
     data = load(config.data, config.task, tokenizer)
     if config.task == "classification" and _teacher_classifies(config, teacher, recipe):
         _check_classes(data.labels, teacher, recipe)
@@ -116,11 +116,13 @@ def make_pair(
     return Pair(shape(student), teacher and shape(teacher), config.task, config.train.backend, tokens)
 
 
-def objective_layers(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    """Layer maps, heads and depths, from the architectures alone."""
+def objective_layers(
+    config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None
+) -> Objective:
+    """The objective without weights: checks layer maps, heads and depths, from the architectures alone."""
     tokens = min(model.vocab_size for model in (student, teacher) if model is not None)
-    with torch.device("meta"):  # projectors are made again later, this one is for its checks
-        Objective(config.terms, make_pair(config, student, teacher, tokens))
+    with torch.device("meta"):
+        return Objective(config.terms, make_pair(config, student, teacher, tokens))
 
 
 def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
@@ -166,12 +168,17 @@ def _check_sizes(
             )
 
 
-def probe_models(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
-    terms = config.terms.named()
-    attention, hidden = "attention" in terms, bool({"hidden", "pairwise"} & set(terms))
-    for place, model in (("student", student), ("teacher", teacher)):
-        if model is not None:
-            probe(model, config.task, place, attention=attention, hidden=hidden)
+def probe_models(
+    config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, objective: Objective
+) -> None:
+    attention, hidden = "attention" in objective.terms, bool({"hidden", "pairwise"} & set(objective.terms))
+    seen = [
+        probe(model, config.task, place, attention=attention, hidden=hidden)
+        for place, model in (("student", student), ("teacher", teacher))
+        if model is not None
+    ]
+    if attention:
+        objective.terms["attention"].check_geometry(*seen)
     if config.student.from_teacher is not None:
         check_cut(student, teacher, config.student.from_teacher, config.task, "student")
 
