@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dsdistill.config import UserError
 from dsdistill.models.build import Headless, auto_class
-from dsdistill.models.capture import Capture, attention_trace, layer_list
+from dsdistill.models.capture import ATTENTION, Capture, attention_trace, layer_list
 from dsdistill.models.trace import Geometry
 
 _RECOMPUTED = "dsdistill_recomputed"
@@ -45,10 +45,13 @@ AttentionInterface.register(_RECOMPUTED, _recomputed_attention)
 AttentionMaskInterface.register(_RECOMPUTED, sdpa_mask)
 
 
-def probe(config: PretrainedConfig, task: str, place: str, *, attention: bool, hidden: bool) -> None:
+def probe(
+    config: PretrainedConfig, task: str, place: str, *, attention: bool, hidden: bool
+) -> dict[int, Geometry]:
     """Raise UserError where the model cannot do the task, or where Capture would miss or misread what terms need.
 
     config: architecture of the model; place: the config key to name; attention, hidden: what is needed.
+    Returns which keys each layer sees, by layer counted from 1 (nothing without `attention`).
     """
     name = config.model_type
     if config.is_encoder_decoder:
@@ -64,8 +67,10 @@ def probe(config: PretrainedConfig, task: str, place: str, *, attention: bool, h
                 _probe_language(model, place)
             if hidden:
                 _probe_hidden(model, place)
-            if attention:
-                _probe_attention(model, place)
+            if not attention:
+                return {}
+            _probe_attention(model, place)
+            return _geometry(config, task)
         except UserError:
             raise
         except Exception as error:  # whatever an unknown architecture trips over
@@ -163,11 +168,32 @@ def _probe_attention(model: PreTrainedModel, place: str) -> None:
         )
 
 
-def _small_copy(config: PretrainedConfig) -> PretrainedConfig:
-    """The architecture with few layers, tokens and feed-forward units; heads and head widths stay."""
-    small = copy.deepcopy(config)
+def _geometry(config: PretrainedConfig, task: str) -> dict[int, Geometry]:
+    """Of every layer, from a small copy that keeps the windows."""
+    model = (
+        auto_class(task).from_config(_small_copy(config, window=None), attn_implementation=ATTENTION).eval()
+    )
+    capture = Capture(model)
+    with capture.recording():
+        model.base_model(**_inputs())
+    by_kind = dict(zip(_kinds(config), capture.geometry.values(), strict=True))
+    types = getattr(config, "layer_types", None) or [next(iter(by_kind))] * config.num_hidden_layers
+    return {layer: by_kind[kind] for layer, kind in enumerate(types, start=1)}
+
+
+def _kinds(config: PretrainedConfig) -> list[str]:
+    """Of the small copy's layers: one of each, but two at least, or a model that shares its layer would pass."""
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
-    kinds = kinds if len(kinds) > 1 else kinds * 2  # with one layer, a model that shares its layer would pass
+    return kinds if len(kinds) > 1 else kinds * 2
+
+
+def _small_copy(config: PretrainedConfig, window: int | None = _WINDOW) -> PretrainedConfig:
+    """The architecture with few layers, tokens and feed-forward units; heads and head widths stay.
+
+    window: of its sliding layers; None leaves the architecture's own.
+    """
+    small = copy.deepcopy(config)
+    kinds = _kinds(config)
     small.num_hidden_layers = len(kinds)
     if getattr(config, "layer_types", None):
         small.layer_types = kinds
@@ -182,9 +208,9 @@ def _small_copy(config: PretrainedConfig) -> PretrainedConfig:
     for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"):
         if isinstance(getattr(small, dropout, None), float):
             setattr(small, dropout, 0.0)
-    for window in ("sliding_window", "attention_chunk_size"):
-        if getattr(small, window, None):
-            setattr(small, window, _WINDOW)
+    for key in ("sliding_window", "attention_chunk_size"):
+        if window is not None and getattr(small, key, None):
+            setattr(small, key, window)
     small.use_cache = False
     return small
 

@@ -12,6 +12,10 @@ class Geometry:
     causal: bool
     window: int | None  # a key counts at distance < window; None: everywhere
 
+    def __str__(self) -> str:
+        order = "causal" if self.causal else "two-sided"
+        return f"{order} attention" + (f" in a window of {self.window}" if self.window else "")
+
 
 @dataclass(frozen=True)
 class AttentionTrace:

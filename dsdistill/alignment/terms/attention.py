@@ -6,6 +6,7 @@ from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.config import UserError
 from dsdistill.config.schema import Attention
+from dsdistill.models.trace import Geometry
 from dsdistill.ops import attention_alignment
 from dsdistill.ops.attention.pairs import Pairs
 
@@ -30,6 +31,16 @@ class AttentionTerm(AlignmentTerm):
             raise UserError("terms.attention.divergence", "score_mse with heads: mean", "kl or mse")
         self.heads = mine if config.heads == "match" else 1
 
+    def check_geometry(self, student: dict[int, Geometry], teacher: dict[int, Geometry]) -> None:
+        """Raise UserError unless mapped layers see the same keys; both by layer."""
+        for layer, other in self.layers:
+            if student[layer] != teacher[other]:
+                raise UserError(
+                    "terms.attention.layers",
+                    f"student layer {layer} with {student[layer]} and teacher layer {other} with {teacher[other]}",
+                    "pairs of layers that see the same keys",
+                )
+
     def counts(self, batch, geometry):
         if self.config.divergence == "kl":
             return (self.heads * batch.mask.sum()).double().expand(self.parts)
@@ -42,15 +53,10 @@ class AttentionTerm(AlignmentTerm):
         return torch.stack([entries[geometry[layer]] for layer, _ in self.layers])
 
     def sums(self, student, teacher, batch):
+        self.check_geometry(*({n: t.geometry for n, t in of.attention.items()} for of in (student, teacher)))
         sums = []
         for layer, other_layer in self.layers:
             mine, other = student.attention[layer], teacher.attention[other_layer]
-            if mine.geometry != other.geometry:
-                raise UserError(
-                    "terms.attention.layers",
-                    f"student layer {layer} with {mine.geometry} and teacher layer {other_layer} with {other.geometry}",
-                    "pairs of layers that see the same keys",
-                )
             sums.append(
                 attention_alignment(
                     mine.query,
