@@ -5,6 +5,7 @@
 
 #include "attention/bind.h"
 #include "common/dispatch.h"
+#include "hidden/bind.h"
 #include "pairwise/bind.h"
 
 STABLE_TORCH_LIBRARY(dsdistill, m) {
@@ -16,11 +17,16 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
   m.def(
       "pairwise_alignment(Tensor student, Tensor teacher, Tensor? mask, Tensor weights, int relation, bool mean, "
       "bool gradient) -> (Tensor, Tensor)");
+  m.def(
+      "hidden_alignment(Tensor student, Tensor teacher, Tensor? projection, Tensor? bias, Tensor? mask, "
+      "Tensor weights, int divergence, bool mean, bool student_gradient, bool projection_gradient, "
+      "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsdistill, CPU, m) {
   m.impl("attention_alignment", TORCH_BOX(&dsd::attention_alignment_cpu));
   m.impl("pairwise_alignment", TORCH_BOX(&dsd::pairwise_alignment_cpu));
+  m.impl("hidden_alignment", TORCH_BOX(&dsd::hidden_alignment_cpu));
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -44,4 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pairwise_workspace_bytes", &dsd::pairwise_workspace_bytes, pybind11::arg("tokens"),
         pybind11::arg("student_width"), pybind11::arg("teacher_width"),
         "Workspace of one thread of pairwise_alignment in float32, in bytes.");
+  m.def("hidden_workspace_bytes", &dsd::hidden_workspace_bytes, pybind11::arg("student_width"),
+        pybind11::arg("teacher_width"), "Workspace of one thread of hidden_alignment in float32, in bytes.");
 }

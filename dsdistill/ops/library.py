@@ -26,7 +26,7 @@ def extension():
             error,
         )
         return None
-    for operator in ("attention", "pairwise"):
+    for operator in ("attention", "pairwise", "hidden"):
         importlib.import_module(f"dsdistill.ops.{operator}.native").register()
     return _C
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dsdistill.ops.common import (
@@ -12,11 +13,12 @@ from dsdistill.ops.common import (
     check_tensor,
     row_weights,
     safe_divide,
+    with_native_gradients,
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.hidden import chunked, reference
-from dsdistill.ops.library import choose_backend
+from dsdistill.ops.hidden import chunked, native, reference
+from dsdistill.ops.library import choose_backend, native_lack
 
 DIVERGENCES = ("mse", "cosine")
 
@@ -75,16 +77,13 @@ def hidden_alignment(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher, projection, bias)
-    chosen = choose_backend(
-        "hidden_alignment",
-        backend,
-        preference=("chunked", "reference"),
-        missing={},
-        detail=f"{student.device.type} {student.dtype}",
-    )
+    chosen = _choose(backend, student)
     inputs = (student, projection, bias)
     with without_autocast(student.device):
         token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
+        if chosen == "cpp":
+            given = native.arguments(student, teacher, projection, bias, mask, token_weights, divergence, reduction)
+            return with_native_gradients(torch.ops.dsdistill.hidden_alignment, given, inputs)
         setting = {"weights": token_weights, "mask": mask, "divergence": divergence, "dtype": dtype}
         count = None
         if reduction == "mean":
@@ -97,3 +96,19 @@ def hidden_alignment(
             inputs,
             count,
         )
+
+
+def _choose(backend: str, like: Tensor) -> str:
+    preference, missing = ["chunked", "reference"], {}
+    lack = native_lack(like)
+    if lack:
+        missing["cpp"] = lack
+    else:
+        preference.insert(0, "cpp")
+    return choose_backend(
+        "hidden_alignment",
+        backend,
+        preference=preference,
+        missing=missing,
+        detail=f"{like.device.type} {like.dtype}",
+    )

@@ -1,0 +1,32 @@
+"""Hidden-state alignment by the compiled operator `torch.ops.dsdistill.hidden_alignment` (csrc/hidden)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import accumulate_dtype, storage_dtype
+from dsdistill.ops.library import register_gradients
+
+DIVERGENCE_CODES = {"mse": 0, "cosine": 1}
+
+
+def arguments(student, teacher, projection, bias, mask, weights: Tensor, divergence: str, reduction: str) -> tuple:
+    """The operator's arguments up to its last three, which ask for gradients."""
+    weights = weights.to(torch.float64).contiguous()
+    return student, teacher, projection, bias, mask, weights, DIVERGENCE_CODES[divergence], reduction == "mean"
+
+
+def register() -> None:
+    """Shapes for tracing, and autograd for callers that use the operator directly."""
+
+    @torch.library.register_fake("dsdistill::hidden_alignment")
+    def _fake(student, teacher, projection, bias, mask, weights, divergence, mean, *wanted):
+        def gradient(x, want):
+            like = student if x is None else x
+            return like.new_empty(like.shape if want and x is not None else 0, dtype=storage_dtype(like))
+
+        loss = student.new_empty((), dtype=accumulate_dtype(student, teacher, projection, bias))
+        return loss, *(gradient(x, want) for x, want in zip((student, projection, bias), wanted, strict=True))
+
+    register_gradients("dsdistill::hidden_alignment", arguments=11, differentiable=(0, 2, 3))
