@@ -12,7 +12,9 @@ def keep_freed_memory() -> None:
     By default each large tensor costs fresh pages, faulted in one by one, at every step: on a laptop that
     more than halves the speed of training. Does nothing elsewhere, or where the user tuned malloc already.
     """
-    if any(name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")):
+    if any(
+        name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -3,13 +3,13 @@
 import os
 import shutil
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.run_folder import CONFIG, RunFolder
+from dsdistill.models.build import build
 
 INIT = "init"  # in a run folder: the student's architecture, tokenizer and, where cut from a teacher, weights
 
@@ -27,6 +27,18 @@ def read_run(path: str) -> tuple[Config, str]:
     return configs.load([folder / CONFIG]), tag
 
 
+def load_student(run: str, config: Config, tag: str) -> PreTrainedModel:
+    """The student of a checkpoint, in float32 on the CPU."""
+    model = build(
+        AutoConfig.from_pretrained(os.path.join(run, INIT)), None, config.task, "student", needs_head=False
+    )
+    prefix = "body.model." if config.task == "causal_lm" else "body."
+    saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
+    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
 def export(run: str, out: str) -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer included.
 
@@ -35,17 +47,11 @@ def export(run: str, out: str) -> None:
     config, tag = read_run(run)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
-    init = os.path.join(run, INIT)
-    family = AutoModelForCausalLM if config.task == "causal_lm" else AutoModelForSequenceClassification
-    model = family.from_config(AutoConfig.from_pretrained(init), dtype=torch.float32)
-    prefix = "body.model." if config.task == "causal_lm" else "body."
-    saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
-    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-    model.load_state_dict(weights, strict=True)
+    model = load_student(run, config, tag)
     partial = out.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(init).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(os.path.join(run, INIT)).save_pretrained(partial)
     if os.path.isdir(out):
         os.rmdir(out)
     os.replace(partial, out)

@@ -14,12 +14,13 @@ from dsdistill import config as configs
 from dsdistill.config import Config
 from dsdistill.config.schema import Run, Task, Terms
 from dsdistill.engine import deepspeed
-from dsdistill.engine.export import INIT, export
+from dsdistill.engine.export import INIT, export, load_student, read_run
+from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, prepare
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import RunFolder, check_writable
 from dsdistill.engine.teacher import Teacher
-from dsdistill.engine.train import Trainer, peak_memory_mib
+from dsdistill.engine.train import Trainer, peak_memory_mib, score
 from dsdistill.models.build import build, copy_layers
 
 log = logging.getLogger("dsdistill")
@@ -45,7 +46,7 @@ def run(config: Config, ranks: Ranks) -> dict:
         prepared = prepare(config, ranks.world_size)
         if ranks.first:
             folder.open(config)
-    if done is not None:
+    if done is not None and done.get("finished"):
         log.info("%s is finished; nothing to do", folder.path)
         return done
     if prepared.recipe is not None:
@@ -53,6 +54,34 @@ def run(config: Config, ranks: Ranks) -> dict:
     summary = _distil(prepared, folder, ranks)
     ranks.barrier()
     return summary
+
+
+def evaluate_run(path: str) -> dict:
+    """Score the newest checkpoint of a run on its dev set; returns (and writes) its summary with those scores."""
+    config, tag = read_run(path)
+    folder = RunFolder(path)
+    ranks = deepspeed.start()
+    try:
+        with ranks.first_alone():
+            prepared = prepare(config, ranks.world_size)
+        if prepared.recipe is not None:
+            _use_recipe(prepared, ranks)
+        teacher = None
+        if config.teacher is not None:
+            teacher = Teacher(prepared.config, prepared.teacher, prepared.objective, ranks)
+        model = load_student(path, config, tag)
+        module = StudentModule(model, prepared.objective, prepared.evaluation).to(ranks.device).eval()
+        scores = score(module, teacher, prepared, ranks)
+        summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
+        for name, found in scores.items():
+            summary["models"].setdefault(name, {}).update(found)
+        summary["evaluated"] = tag
+        ranks.barrier()
+        if ranks.first:
+            folder.write_summary(summary)
+        return summary
+    finally:
+        deepspeed.stop()
 
 
 def _use_recipe(prepared: Prepared, ranks: Ranks) -> None:
@@ -106,6 +135,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
         "models": models,
         "peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks))),
         "seconds": round(time.time() - started, 1),
+        "finished": True,
         "versions": {"torch": torch.__version__, "dsdistill": _version()},
     }
     if ranks.first:

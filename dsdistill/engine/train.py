@@ -4,6 +4,7 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -202,24 +203,34 @@ class Trainer:
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Scores of student and teacher on the dev set."""
         self.engine.eval()
-        batches = evaluation_batches(
-            self.prepared.data.dev,
-            self.config.train.micro_batch_size,
-            self.ranks.world_size,
-            self.ranks.rank,
-            self.prepared.tokenizer.pad_token_id,
-        )
-        with torch.no_grad():
-            scores = evaluate(
-                lambda batch, trace: self.engine(batch, trace),
-                self.judge.trace if self.judge is not None else None,
-                lambda trace, batch: self.prepared.evaluation.terms["task"].sums(trace, None, batch),
-                (batch.to(self.ranks.device) for batch in batches),
-                task=self.config.task,
-                gather=self.ranks.gather,
-            )
+        scores = score(self.engine, self.judge, self.prepared, self.ranks)
         self.engine.train()
         return scores
+
+
+def score(
+    student: Callable, teacher: Teacher | None, prepared: Prepared, ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """Scores on the dev set.
+
+    student: a StudentModule in eval mode, or the engine around one.
+    """
+    batches = evaluation_batches(
+        prepared.data.dev,
+        prepared.config.train.micro_batch_size,
+        ranks.world_size,
+        ranks.rank,
+        prepared.tokenizer.pad_token_id,
+    )
+    with torch.no_grad():
+        return evaluate(
+            student,
+            teacher.trace if teacher is not None else None,
+            lambda trace, batch: prepared.evaluation.terms["task"].sums(trace, None, batch),
+            (batch.to(ranks.device) for batch in batches),
+            task=prepared.config.task,
+            gather=ranks.gather,
+        )
 
 
 def peak_memory_mib(ranks: Ranks) -> int:

@@ -15,8 +15,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(*arguments: object, ranks: int = 2, timeout: int = 400) -> subprocess.CompletedProcess:
-    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank."""
+def launch_command(*arguments: object, ranks: int = 2) -> tuple[list[str], dict[str, str]]:
+    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank: command and environment."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
     environment = os.environ | {
@@ -24,12 +24,20 @@ def launch(*arguments: object, ranks: int = 2, timeout: int = 400) -> subprocess
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+    return list(map(str, command)), environment
+
+
+def launch(*arguments: object, ranks: int = 2, timeout: int = 400) -> subprocess.CompletedProcess:
+    command, environment = launch_command(*arguments, ranks=ranks)
     return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
-def run_configs(paths: list[Path], ranks: int = 2) -> None:
-    """Run the configs on real ranks; fails with their output unless all came to their end."""
+def run_configs(paths: list[Path], ranks: int = 2) -> str:
+    """Run the configs on real ranks; fails with their output unless all came to their end. Returns the log."""
     done = launch(WORKER, *paths, ranks=ranks)
-    assert done.returncode == 0 and "all configs done" in done.stdout, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0 and "all configs done" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-6000:]
+    )
+    return done.stderr

@@ -48,7 +48,9 @@ def plain_run(settings: dict, projectors: list[torch.Tensor], batches: list) -> 
     """Losses of every step, term by term, of AdamW over the given whole batches."""
 
     def model(section):
-        found = AutoModelForSequenceClassification.from_pretrained(section["path"], attn_implementation="eager")
+        found = AutoModelForSequenceClassification.from_pretrained(
+            section["path"], attn_implementation="eager"
+        )
         return found.float()
 
     teacher, student = model(settings["teacher"]).eval(), model(settings["student"]).train()

@@ -1,6 +1,6 @@
 """Counts, on every rank, the teacher's parameters that are whole at any moment of a forward pass.
 
-    deepspeed --num_gpus 2 residency_worker.py CONFIG.yaml OUT.json
+deepspeed --num_gpus 2 residency_worker.py CONFIG.yaml OUT.json
 """
 
 import json

@@ -40,7 +40,13 @@ def losses(module_tmp, models_dir, data_dir):
         },
         "teacher": {"path": str(models_dir / "teacher"), "zero_stage": 3},
         "student": {"path": str(models_dir / "student")},
-        "terms": {"task": {}, "soft_label": {}, "hidden": {}, "attention": {}, "pairwise": {"layers": "uniform"}},
+        "terms": {
+            "task": {},
+            "soft_label": {},
+            "hidden": {},
+            "attention": {},
+            "pairwise": {"layers": "uniform"},
+        },
         "train": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-3},
     }
     paths, found = [], {}

@@ -1,0 +1,132 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dsdistill.config import UserError
+from dsdistill.engine import checkpoint
+from dsdistill.engine.export import read_run
+from tests.engine.launch import WORKER, launch_command, run_configs
+
+
+def losses(run_dir: Path) -> list[dict]:
+    """Every logged step but what the clock and the memory make different."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: line[key] for key in ("step", "loss", "terms", "learning_rate", "grad_norm")}
+        for line in lines
+        if "loss" in line
+    ]
+
+
+def write(settings: dict, folder: Path, name: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings | {"run": settings["run"] | {"dir": str(folder / name)}}))
+    return path
+
+
+def steps_done(run_dir: Path) -> int:
+    log = run_dir / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def kill_at(path: Path, run_dir: Path, step: int) -> None:
+    """Start the run and kill its ranks, without warning, once it has logged `step` steps."""
+    command, environment = launch_command(WORKER, path)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.time() + 120
+        while steps_done(run_dir) < step:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.time() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def with_dropout(settings):
+    """40 steps with dropout on: a resume must restore each rank's random state too."""
+    settings["student"]["config"] = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    settings["run"] |= {"save_every": 4, "keep": 3}
+    settings["train"] |= {"epochs": 8, "micro_batch_size": 2}
+    return settings
+
+
+def test_resume_is_exact(with_dropout, tmp_path):
+    undisturbed = write(with_dropout, tmp_path, "undisturbed")
+    killed = write(with_dropout, tmp_path, "killed")
+    kill_at(killed, tmp_path / "killed", step=14)
+    done_before = steps_done(tmp_path / "killed")
+    assert 14 <= done_before < 40
+    # The newest checkpoint is damaged as well: the one before it must serve.
+    tags = sorted(p.name for p in (tmp_path / "killed" / checkpoint.FOLDER).glob("step-*"))
+    newest = tmp_path / "killed" / checkpoint.FOLDER / tags[-1]
+    largest = max((p for p in newest.iterdir()), key=lambda p: p.stat().st_size)
+    with largest.open("r+b") as file:
+        file.seek(largest.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+    log = run_configs([undisturbed, killed])
+    assert f"{tags[-1]} is passed over: {largest.name} has changed" in log
+    assert f"resuming from {tags[-2]}" in log
+
+    expected, got = losses(tmp_path / "undisturbed"), losses(tmp_path / "killed")
+    assert [line["step"] for line in got] == list(range(1, 41))
+    assert got == expected
+    scores = [
+        json.loads((tmp_path / name / "summary.json").read_text())["models"]
+        for name in ("undisturbed", "killed")
+    ]
+    assert scores[0]["student"]["kl"] == scores[1]["student"]["kl"]
+
+
+def make_checkpoint(run: Path, step: int) -> Path:
+    """A finished checkpoint in the layout of checkpoint.save, with one small file."""
+
+    class Engine:
+        def save_checkpoint(self, folder, tag, **options):
+            (Path(folder) / tag / "weights.bin").write_bytes(bytes(range(256)) * step)
+
+    class Ranks:
+        first, rank, world_size = True, 0, 1
+
+        def barrier(self):
+            pass
+
+    checkpoint.save(Engine(), str(run), step, {}, Ranks(), keep=2)
+    return run / checkpoint.FOLDER / f"step-{step:08d}"
+
+
+def test_newest_skips_what_does_not_verify(tmp_path):
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    assert checkpoint.newest(str(tmp_path)) == second.name
+    (second / "weights.bin").write_bytes(b"short")
+    assert checkpoint.newest(str(tmp_path)) == first.name
+    (first / "manifest.json").unlink()  # as a kill during the save leaves it
+    assert checkpoint.newest(str(tmp_path)) is None
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10):
+        make_checkpoint(tmp_path, step)
+    kept = sorted(p.name for p in (tmp_path / checkpoint.FOLDER).glob("step-*"))
+    assert kept == ["step-00000002", "step-00000010"]
+
+
+def test_a_run_without_checkpoint_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("student: {path: minilm}\n")
+    with pytest.raises(UserError, match="without a checkpoint"):
+        read_run(str(tmp_path))
