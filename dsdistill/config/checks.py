@@ -4,17 +4,18 @@ import difflib
 
 from dsdistill.config.errors import UserError
 
-# Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (tests compare with its source).
+# Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
     """
-    activation_checkpointing aio amp autotuning bfloat16 checkpoint comms_logger communication_data_type
+    activation_checkpointing aio autotuning checkpoint comet comms_logger communication_data_type
     compile compression_training csv_monitor curriculum_learning data_efficiency data_types
-    dataloader_drop_last disable_allgather dump_state eigenvalue elasticity flops_profiler
-    gradient_predivide_factor graph_harvesting hybrid_engine load_universal_checkpoint memory_breakdown
-    monitor_config pipeline prescale_gradients progressive_layer_drop quantize_training seed
-    seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensor_parallel
-    tensorboard use_data_before_expert_parallelism use_node_local_storage wall_clock_breakdown wandb
-    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue
+    elasticity expert_parallel flops_profiler gradient_allreduce_op gradient_predivide_factor
+    graph_harvesting hybrid_engine log_level memory_breakdown nebula pipeline prescale_gradients
+    progressive_layer_drop quantize_training seq_parallel_communication_data_type sparse_attention
+    sparse_gradients steps_per_print tensor_parallel tensorboard timers
+    use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
     """.split()
 )
 
@@ -23,9 +24,13 @@ OWNED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
+    "managed_gradient_accumulation": "train.batch_size and train.micro_batch_size",
     "gradient_clipping": "train.clip",
     "fp16": "train.dtype",
     "bf16": "train.dtype",
+    "bfloat16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
     "optimizer": "train.learning_rate and train.weight_decay",
     "scheduler": "train.scheduler",
 }
@@ -57,7 +62,7 @@ def check(config) -> None:
     ):
         raise UserError("teacher", "neither path, recipe nor config", "one of them")
     _check_student(config)
-    if config.task == "regression" and config.terms.soft_label is not None:
+    if config.task == "regression" and "soft_label" in terms:
         raise UserError(
             "terms.soft_label", "task regression", "classification or causal_lm (a score is no distribution)"
         )

@@ -89,8 +89,8 @@ def _at(origin: str, error: UserError) -> UserError:
 
 
 def _explain(origin: str, errors: list[dict]) -> UserError:
-    """One line for the first place where pydantic found something."""
-    first = errors[0]
+    """One line for one of the places where pydantic found something: a misspelt key first, as it may explain more."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, UserError):
         return _at(origin, inner)
@@ -102,7 +102,8 @@ def _explain(origin: str, errors: list[dict]) -> UserError:
         *parents, key = first["loc"]
         known = _section(parents).model_fields
         hint = nearest(str(key), known) or f" ({', '.join(known)})"
-        return UserError(place, f"an unknown key with {got}", "a known key" + hint)
+        dotted = ".".join(map(str, first["loc"]))
+        return UserError(f"{origin}: {dotted}", f"an unknown key with {got}", "a known key" + hint)
     if first["type"] == "missing":
         return UserError(place, "nothing", "a value, this key is needed")
     if path.endswith(".layers"):  # a union: pydantic reports each of its branches

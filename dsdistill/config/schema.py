@@ -135,7 +135,11 @@ class SoftLabel(Term):
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="τ, divides the logits of both"
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = Field(
+        default="forward_kl",
+        description="forward_kl: KL(teacher‖student); reverse_kl, jsd (generalised), skew_kl: nats too; "
+        "tvd: total variation, 0 to 1",
+    )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="teacher's share in jsd's mixture"
     )
@@ -157,7 +161,9 @@ class Layered(Term):
 class Hidden(Layered):
     """Hidden states, projected to the teacher's width where the widths differ."""
 
-    divergence: Literal["mse", "cosine"] = "mse"
+    divergence: Literal["mse", "cosine"] = Field(
+        default="mse", description="mse: a value of a token's state; cosine: 1 − cosine of a token's states"
+    )
     embedding: bool = Field(
         default=True, description="also match the embeddings' output (layer 0 with layer 0)"
     )
@@ -169,7 +175,11 @@ class Hidden(Layered):
 class Attention(Layered):
     """Attention from queries and keys, never as a whole matrix."""
 
-    divergence: Literal["kl", "mse", "score_mse"] = "kl"
+    divergence: Literal["kl", "mse", "score_mse"] = Field(
+        default="kl",
+        description="kl: of each row of probabilities, nats (MiniLM); mse: of probabilities; score_mse: of the "
+        "scores before softmax (TinyBERT)",
+    )
     heads: Literal["match", "mean"] = Field(
         default="match", description="mean: average over heads, for unequal counts"
     )
@@ -178,8 +188,11 @@ class Attention(Layered):
 class Pairwise(Layered):
     """Structure: how the tokens of a sequence relate to each other."""
 
-    layers: LayerMap = "last"
-    relation: Literal["cosine", "dot", "distance"] = "cosine"
+    layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
+    relation: Literal["cosine", "dot", "distance"] = Field(
+        default="cosine",
+        description="of two tokens' states; distance is relative to the sequence's mean (RKD)",
+    )
 
 
 class Terms(Section):
@@ -202,8 +215,12 @@ class Train(Section):
     epochs: Positive = Field(default=1, description="passes over the train set, where steps is not given")
     batch_size: Positive = Field(default=32, description="examples an optimizer step, over all ranks")
     micro_batch_size: Positive = Field(default=8, description="examples a rank handles at once")
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    weight_decay: NonNegative = 0.01
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=5e-5, description="highest, after warm-up; of AdamW"
+    )
+    weight_decay: NonNegative = Field(
+        default=0.01, description="of AdamW, on matrices alone (no biases, no norms)"
+    )
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
         default="linear", description="learning-rate schedule, by its transformers name"
     )
@@ -220,7 +237,9 @@ class Train(Section):
 class Config(Section):
     """One run."""
 
-    task: Literal["classification", "regression", "causal_lm"] = "classification"
+    task: Literal["classification", "regression", "causal_lm"] = Field(
+        default="classification", description="what the models are to do: it decides their heads and metrics"
+    )
     run: Run = Run()
     data: Data = Data()
     teacher: Teacher | None = None

@@ -1,0 +1,135 @@
+"""Tiny real models under an objective, fed step by step as training does."""
+
+from dataclasses import replace
+
+import torch
+from transformers import AutoConfig
+
+from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.terms import Pair
+from dsdistill.config.schema import Terms
+from dsdistill.data.batch import NO_LABEL, Batch
+from dsdistill.engine.module import StudentModule
+from dsdistill.engine.prepare import shape
+from dsdistill.models.build import Headless, build, for_task
+from dsdistill.models.capture import Capture
+from dsdistill.models.forward import trace
+from dsdistill.models.trace import Trace
+from tests.models.families import FAMILIES, peaked
+
+LENGTHS = (14, 9, 3, 1, 12, 7)
+ALL_TERMS = {
+    "task": {},
+    "soft_label": {},
+    "hidden": {"weight": 0.7},
+    "attention": {"weight": 1.3, "heads": "mean"},
+    "pairwise": {"layers": "uniform"},
+}
+
+
+def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 60, (len(lengths), width), generator=generator)
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    ids = ids.masked_fill(~mask, 0)
+    if task == "causal_lm":
+        labels = ids.masked_fill(~mask, NO_LABEL)
+    elif task == "regression":
+        labels = torch.randn(len(lengths), generator=generator)
+    else:
+        labels = torch.randint(0, 3, (len(lengths),), generator=generator)
+    return Batch(ids, mask, labels, index=torch.arange(len(lengths)))
+
+
+def rows(batch: Batch, chosen: list[int]) -> Batch:
+    """Some of its rows, cut to the longest of them."""
+    width = max(2, int(batch.mask[chosen].sum(1).max()))
+    labels = batch.labels[chosen]
+    return Batch(
+        batch.input_ids[chosen, :width],
+        batch.mask[chosen, :width],
+        labels[:, :width] if labels.dim() == 2 else labels,
+        index=batch.index[chosen],
+    )
+
+
+def padded(batch: Batch, extra: int) -> Batch:
+    def widen(values, fill):
+        return torch.nn.functional.pad(values, (0, extra), value=fill)
+
+    labels = widen(batch.labels, NO_LABEL) if batch.labels.dim() == 2 else batch.labels
+    return replace(batch, input_ids=widen(batch.input_ids, 0), mask=widen(batch.mask, False), labels=labels)
+
+
+def with_filler(batch: Batch, count: int) -> Batch:
+    """Rows without a valid token, before and after the others."""
+
+    def add(values, fill):
+        filler = values.new_full((count, *values.shape[1:]), fill)
+        return torch.cat([filler, values, filler])
+
+    return Batch(
+        add(batch.input_ids, 0),
+        add(batch.mask, False),
+        add(batch.labels, NO_LABEL),
+        index=add(batch.index, -1),
+    )
+
+
+class Rig:
+    """A teacher and a student of one family (or two), and the objective between them."""
+
+    def __init__(
+        self,
+        family: str,
+        task: str = "classification",
+        terms: dict | None = None,
+        student: dict | None = None,
+        teacher: dict | None = None,
+        student_family: str | None = None,
+        tokens: int = 60,
+    ):
+        self.task = task
+        models = []
+        for seed, (kind, changes) in enumerate(((student_family or family, student), (family, teacher))):
+            config = AutoConfig.for_model(kind, **FAMILIES[kind] | (changes or {}))
+            torch.manual_seed(seed)
+            model = build(for_task(config, task, ("a", "b", "c"), 0), None, task, "student", needs_head=False)
+            model.config.use_cache = False
+            models.append(peaked(model, 6.0))
+        self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
+        self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens)
+        torch.manual_seed(7)
+        self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)
+        self.module = StudentModule(self.student, self.objective, Objective(Terms(task={}), self.pair))
+        self.capture = Capture(
+            self.teacher, self.objective.layers("teacher_hidden"), self.objective.layers("teacher_attention")
+        )
+        self.call = Headless(self.teacher, "teacher") if task == "causal_lm" else self.teacher
+
+    def teacher_trace(self, batch: Batch) -> Trace:
+        with torch.no_grad():
+            found = trace(self.call, self.teacher, self.capture, batch)
+        if self.task == "causal_lm":
+            head = self.teacher.get_output_embeddings()
+            found.head, found.head_bias = head.weight, head.bias
+        return found
+
+    def counts(self, batches: list[Batch]):
+        if not self.module.capture.geometry:
+            with torch.no_grad():
+                self.module.trace(batches[0])
+        geometry = self.module.capture.geometry
+        return torch.stack([self.objective.counts(batch, geometry) for batch in batches]).sum(0)
+
+    def step(self, *batches: Batch):
+        """(total, raw by term, gradients by name) of one step over these micro-batches."""
+        counts = self.counts(list(batches))
+        self.module.zero_grad()
+        total, raw = 0.0, 0.0
+        for batch in batches:
+            loss, terms = self.module(batch, self.teacher_trace(batch), counts)
+            loss.backward()
+            total, raw = total + loss.item(), raw + terms.double()
+        gradients = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}
+        return total, dict(zip(self.objective.terms, raw.tolist(), strict=True)), gradients

@@ -1,0 +1,132 @@
+"""One global batch is one loss and one gradient, however it is padded, ordered, split or filled up."""
+
+import pytest
+import torch
+
+from tests.alignment.rig import ALL_TERMS, Rig, make_batch, padded, rows, with_filler
+
+REGRESSION = {name: term for name, term in ALL_TERMS.items() if name != "soft_label"}
+SMALL_BERT = {"hidden_size": 24, "num_hidden_layers": 2}
+SMALL_LLAMA = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3}
+CASES = {
+    "bert": ("bert", "classification", ALL_TERMS, SMALL_BERT),
+    "bert-cosine": (
+        "bert",
+        "classification",
+        ALL_TERMS
+        | {
+            "hidden": {"divergence": "cosine", "layer_agg": "sum"},
+            "attention": {"divergence": "score_mse"},
+            "pairwise": {"relation": "distance"},
+        },
+        SMALL_BERT,
+    ),
+    "modernbert-mse": (
+        "modernbert",
+        "classification",
+        ALL_TERMS | {"attention": {"divergence": "mse", "layers": [[1, 1], [2, 2]]}},
+        {"hidden_size": 24, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "llama-classifier": ("llama", "classification", ALL_TERMS, SMALL_LLAMA),
+    "roberta-regression": ("roberta", "regression", REGRESSION, SMALL_BERT),
+    "gpt2-language": ("gpt2", "causal_lm", ALL_TERMS, {"n_embd": 24, "n_layer": 2}),
+    "llama-language": ("llama", "causal_lm", ALL_TERMS, SMALL_LLAMA),
+    "qwen2-language-mse": (
+        "qwen2",
+        "causal_lm",
+        ALL_TERMS
+        | {
+            "attention": {"divergence": "mse", "layers": [[1, 1], [2, 2]]},
+            "soft_label": {"divergence": "jsd"},
+        },
+        {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    family, task, terms, student = CASES[request.param]
+    rig = Rig(family, task, terms, student)
+    batch = make_batch(task)
+    return rig, batch, rig.step(batch)
+
+
+def assert_same(found, expected):
+    total, raw, gradients = expected
+    assert found[0] == pytest.approx(total, rel=1e-5)
+    assert found[1] == pytest.approx(raw, rel=1e-5, abs=1e-8)
+    assert found[2].keys() == gradients.keys()
+    whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    for name, gradient in gradients.items():
+        # Some gradients are 0 but for rounding (of key biases), so a share of the whole is allowed.
+        error, size = (found[2][name] - gradient).norm(), gradient.norm()
+        assert error <= 1e-5 * size + 1e-6 * whole, f"{name}: {error} of {size}, all {whole}"
+
+
+def test_the_case_says_something(case):
+    """Every term and nearly every parameter takes part, or invariance would hold for nothing."""
+    rig, _, (total, raw, gradients) = case
+    assert set(raw) == set(rig.objective.terms)
+    assert all(value > 1e-3 for value in raw.values()), raw
+    assert total == pytest.approx(
+        sum(weight * raw[name] for name, weight in rig.objective.weights.items()), rel=1e-5
+    )
+    silent = [name for name, gradient in gradients.items() if not gradient.any()]
+    assert not [name for name in silent if "position" not in name], silent
+    assert {
+        name for name in gradients if "projectors" in name
+    } or rig.pair.student.width == rig.pair.teacher.width
+
+
+def test_extra_padding(case):
+    rig, batch, expected = case
+    assert_same(rig.step(padded(batch, 5)), expected)
+
+
+def test_order(case):
+    rig, batch, expected = case
+    order = [4, 0, 5, 3, 1, 2]
+    assert_same(rig.step(rows(batch, order)), expected)
+
+
+@pytest.mark.parametrize(
+    "split", [[[0, 1, 2], [3, 4, 5]], [[3], [2, 5], [0, 1, 4]], [[i] for i in range(6)]], ids=len
+)
+def test_micro_batches(case, split):
+    rig, batch, expected = case
+    assert_same(rig.step(*(rows(batch, chosen) for chosen in split)), expected)
+
+
+def test_filler_rows(case):
+    rig, batch, expected = case
+    assert_same(rig.step(with_filler(batch, 2)), expected)
+
+
+def test_a_micro_batch_of_filler_alone(case):
+    """What a rank gets when there are fewer rows than ranks."""
+    rig, batch, expected = case
+    filler = rows(with_filler(batch, 1), [0])
+    assert not filler.rows.any()
+    assert_same(rig.step(filler, batch), expected)
+    counts = rig.counts([batch])
+    loss, raw = rig.module(filler, rig.teacher_trace(filler), counts)
+    loss.backward()
+    assert loss.item() == 0 and not raw.any()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in rig.module.parameters())
+
+
+def test_nothing_valid_at_all(case):
+    rig, batch, _ = case
+    filler = rows(with_filler(batch, 1), [0])
+    total, raw, gradients = rig.step(filler)
+    assert total == 0 and not any(raw.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_wrong_count_is_seen(case):
+    """The same check fails when each micro-batch divides by its own count: the split matters."""
+    rig, batch, (total, _, _) = case
+    halves = [rows(batch, [0, 1, 2]), rows(batch, [3, 4, 5])]
+    losses = [rig.step(half)[0] for half in halves]
+    assert sum(losses) / 2 != pytest.approx(total, rel=1e-4)

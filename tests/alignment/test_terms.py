@@ -1,0 +1,281 @@
+"""Each term against its definition, computed from the library's own maps, states and logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsdistill.config import UserError
+from tests.alignment.rig import ALL_TERMS, LENGTHS, Rig, make_batch
+
+STUDENT = {
+    "bert": {"hidden_size": 24, "num_hidden_layers": 2},
+    "llama": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "mistral": {"num_hidden_layers": 2},
+}
+N, ROWS = sum(LENGTHS), len(LENGTHS)
+
+
+def outputs(model, batch):
+    """Of the library's eager attention: logits, hidden states (before any final norm), attention maps."""
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    last = []
+    layers = (
+        model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.encoder.layer
+    )
+    hook = layers[-1].register_forward_hook(
+        lambda m, a, o: last.append(o if isinstance(o, torch.Tensor) else o[0])
+    )
+    with torch.no_grad():
+        found = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask.long(),
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+    hook.remove()
+    model.set_attn_implementation(implementation)
+    return found.logits, (*found.hidden_states[:-1], last[0]), found.attentions
+
+
+def run(family, terms, task="classification", **options):
+    rig = Rig(family, task, terms, STUDENT[family], **options)
+    batch = make_batch(task)
+    raw = rig.step(batch)[1]
+    return rig, batch, raw, outputs(rig.student, batch), outputs(rig.teacher, batch)
+
+
+def rows_of(values, batch):
+    return values[batch.mask]
+
+
+class TestTask:
+    def test_classification(self):
+        _, batch, raw, (logits, *_), _ = run("bert", {"task": {}})
+        assert raw["task"] == pytest.approx(F.cross_entropy(logits, batch.labels).item(), rel=1e-5)
+
+    def test_regression(self):
+        rig = Rig("bert", "regression", {"task": {}}, STUDENT["bert"])
+        batch = make_batch("regression")
+        expected = F.mse_loss(outputs(rig.student, batch)[0][:, 0], batch.labels)
+        assert rig.step(batch)[1]["task"] == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_causal_lm(self):
+        _, batch, raw, (logits, *_), _ = run("llama", {"task": {}}, task="causal_lm")
+        expected = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100
+        )
+        assert raw["task"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def kl(teacher, student, temperature):
+    """(…) KL of softmax(z/τ), summed over classes."""
+    p, q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class TestSoftLabel:
+    @pytest.mark.parametrize(("scale_tau2", "factor"), [(True, 9.0), (False, 1.0)])
+    def test_classification(self, scale_tau2, factor):
+        terms = {"soft_label": {"temperature": 3.0, "scale_tau2": scale_tau2}}
+        _, _, raw, student, teacher = run("bert", terms)
+        assert raw["soft_label"] == pytest.approx(
+            factor * kl(teacher[0], student[0], 3.0).mean().item(), rel=1e-4
+        )
+
+    def test_causal_lm(self):
+        _, batch, raw, student, teacher = run("llama", {"soft_label": {}}, task="causal_lm")
+        predicts = batch.mask[:, 1:]
+        expected = 4 * kl(teacher[0][:, :-1], student[0][:, :-1], 2.0)[predicts].mean()
+        assert raw["soft_label"] == pytest.approx(expected.item(), rel=1e-4)
+
+    @pytest.mark.parametrize(("student", "teacher"), [(64, 72), (72, 64)])
+    def test_heads_padded_to_different_widths(self, student, teacher):
+        """Padding rows of a head belong to no token: they take part in neither distribution."""
+        rig = Rig(
+            "llama",
+            "causal_lm",
+            {"soft_label": {}},
+            STUDENT["llama"] | {"vocab_size": student},
+            {"vocab_size": teacher},
+            tokens=60,
+        )
+        batch = make_batch("causal_lm")
+        mine, other = (outputs(model, batch)[0][:, :-1, :60] for model in (rig.student, rig.teacher))
+        expected = 4 * kl(other, mine, 2.0)[batch.mask[:, 1:]].mean()
+        assert rig.step(batch)[1]["soft_label"] == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_a_head_smaller_than_the_tokenizer(self):
+        with pytest.raises(UserError, match=r"vocabularies of 64 \(student\) and 72 \(teacher\)"):
+            Rig("llama", "causal_lm", {"soft_label": {}}, {}, {"vocab_size": 72}, tokens=70)
+
+
+class TestHidden:
+    @pytest.mark.parametrize("agg", ["mean", "sum"])
+    @pytest.mark.parametrize("embedding", [True, False])
+    @pytest.mark.parametrize("divergence", ["mse", "cosine"])
+    def test_projected(self, divergence, embedding, agg):
+        terms = {"hidden": {"divergence": divergence, "embedding": embedding, "layer_agg": agg}}
+        rig, batch, raw, student, teacher = run("bert", terms)
+        pairs = [(0, 0)] * embedding + [(1, 2), (2, 3)]  # 1.5 rounds up
+        assert rig.objective.terms["hidden"].layers == tuple(pairs)
+        projectors = rig.objective.terms["hidden"].projectors
+        assert len(projectors) == len(pairs)
+        losses = []
+        for (s, t), projector in zip(pairs, projectors, strict=True):
+            mine, other = rows_of(student[1][s] @ projector.weight.T, batch), rows_of(teacher[1][t], batch)
+            cosine = 1 - F.cosine_similarity(mine, other, dim=-1).mean()
+            losses.append(F.mse_loss(mine, other) if divergence == "mse" else cosine)
+        expected = torch.stack(losses).sum() / (len(pairs) if agg == "mean" else 1)
+        assert raw["hidden"] == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_equal_width_needs_no_projector(self):
+        rig, batch, raw, student, teacher = run("mistral", {"hidden": {"layers": "last", "embedding": False}})
+        assert rig.objective.terms["hidden"].projectors is None
+        expected = F.mse_loss(rows_of(student[1][2], batch), rows_of(teacher[1][3], batch))
+        assert raw["hidden"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+class TestAttention:
+    @pytest.mark.parametrize("family", ["bert", "mistral"])
+    @pytest.mark.parametrize("heads", ["match", "mean"])
+    @pytest.mark.parametrize("divergence", ["kl", "mse"])
+    def test_probabilities(self, family, heads, divergence):
+        terms = {"attention": {"divergence": divergence, "heads": heads}}
+        rig, batch, raw, student, teacher = run(family, terms)
+        found = []
+        for s, t in rig.objective.terms["attention"].layers:
+            mine, other = student[2][s - 1], teacher[2][t - 1]
+            if heads == "mean":
+                mine, other = mine.mean(1, keepdim=True), other.mean(1, keepdim=True)
+            query, key = batch.mask[:, None, :, None], batch.mask[:, None, None, :]
+            if divergence == "kl":
+                ratio = (other.clamp_min(1e-30).log() - mine.clamp_min(1e-30).log()).masked_fill(
+                    other == 0, 0.0
+                )
+                found.append(
+                    (other * ratio).sum(-1).masked_fill(~batch.mask[:, None], 0).sum() / (N * mine.shape[1])
+                )
+            else:
+                allowed = (query & key).expand_as(mine).clone()
+                if family == "mistral":
+                    distance = torch.arange(14)[:, None] - torch.arange(14)
+                    allowed &= (distance >= 0) & (distance < 4)
+                found.append((mine - other)[allowed].square().sum() / allowed.sum())
+        assert raw["attention"] == pytest.approx(torch.stack(found).mean().item(), rel=1e-4)
+
+    def test_raw_scores(self):
+        """Log-probabilities are scores up to a constant of each row, which tells a shifted map from an equal one."""
+        rig, batch, raw, *_ = run("bert", {"attention": {"divergence": "score_mse", "layers": [[1, 3]]}})
+        mine = rig.module.trace(batch).attention[1]
+        other = rig.teacher_trace(batch).attention[3]
+        scores = [
+            trace.query @ trace.key.transpose(-1, -2) / math.sqrt(trace.query.shape[-1])
+            for trace in (mine, other)
+        ]
+        allowed = (batch.mask[:, None, :, None] & batch.mask[:, None, None, :]).expand_as(scores[0])
+        expected = (scores[0] - scores[1])[allowed].square().mean()
+        assert raw["attention"] == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_unequal_heads(self):
+        with pytest.raises(UserError, match="match for 6 student and 4 teacher heads, expected heads: mean"):
+            Rig("llama", terms={"attention": {}}, student=STUDENT["llama"])
+        with pytest.raises(UserError, match="score_mse with heads: mean"):
+            Rig("bert", terms={"attention": {"heads": "mean", "divergence": "score_mse"}})
+
+    @pytest.mark.parametrize(
+        ("families", "student", "teacher"),
+        [
+            (("bert", "llama"), {}, {}),
+            (("mistral", "mistral"), {"sliding_window": 3}, {}),
+            (("mistral", "mistral"), {"sliding_window": None}, {}),
+        ],
+        ids=["order", "window", "no window"],
+    )
+    def test_layers_that_see_different_keys(self, families, student, teacher):
+        rig = Rig(
+            families[1], "classification", {"attention": {}}, student, teacher, student_family=families[0]
+        )
+        with pytest.raises(
+            UserError, match=r"^terms.attention.layers: got student layer 1 with .* attention"
+        ):
+            rig.step(make_batch("classification"))
+
+
+class TestPairwise:
+    @pytest.mark.parametrize("relation", ["cosine", "dot"])
+    def test_definition(self, relation):
+        rig, batch, raw, student, teacher = run("bert", {"pairwise": {"relation": relation}})
+        assert rig.objective.terms["pairwise"].layers == ((2, 3),)
+        total = 0.0
+        for mine, other, valid in zip(student[1][2], teacher[1][3], batch.mask, strict=True):
+            grams = []
+            for states in (mine[valid].double(), other[valid].double()):
+                states = F.normalize(states, dim=-1) if relation == "cosine" else states
+                grams.append(states @ states.T)
+            total += (grams[0] - grams[1]).square().mean().item()
+        assert raw["pairwise"] == pytest.approx(total / ROWS, rel=1e-4)
+
+
+class TestObjective:
+    def test_weights_and_total(self):
+        terms = {"task": {"weight": 2.0}, "hidden": {"weight": 0.5}, "pairwise": {"weight": 0.0}}
+        rig = Rig("bert", terms=terms, student=STUDENT["bert"])
+        assert rig.objective.weights == {"task": 2.0, "hidden": 0.5}
+        total, raw, _ = rig.step(make_batch("classification"))
+        assert total == pytest.approx(2 * raw["task"] + raw["hidden"] / 2, rel=1e-6)
+        alone = Rig("bert", terms={"task": {}}, student=STUDENT["bert"])
+        assert rig.objective.needs_teacher and not alone.objective.needs_teacher
+
+    def test_layers_to_capture(self):
+        terms = {
+            "hidden": {"layers": "last"},
+            "pairwise": {"layers": [[1, 1]]},
+            "attention": {"layers": [[2, 1]]},
+        }
+        objective = Rig("bert", terms=terms, student=STUDENT["bert"] | {"num_attention_heads": 4}).objective
+        assert objective.layers("student_hidden") == {0, 1, 2}
+        assert objective.layers("teacher_hidden") == {0, 1, 3}
+        assert objective.layers("student_attention") == {2}
+        assert objective.layers("teacher_attention") == {1}
+
+    @pytest.mark.parametrize(
+        ("family", "task", "divergence", "expected"),
+        [
+            ("bert", "classification", "kl", 4 * N),
+            ("bert", "classification", "mse", 4 * sum(n * n for n in LENGTHS)),
+            ("llama", "causal_lm", "mse", 4 * sum(n * (n + 1) // 2 for n in LENGTHS)),
+            ("mistral", "causal_lm", "mse", 4 * sum(min(i + 1, 4) for n in LENGTHS for i in range(n))),
+        ],
+    )
+    def test_counts(self, family, task, divergence, expected):
+        terms = ALL_TERMS | {"attention": {"divergence": divergence}, "pairwise": {"layers": "last"}}
+        rig = Rig(family, task, terms, {"num_hidden_layers": 2})
+        examples = sum(n - 1 for n in LENGTHS) if task == "causal_lm" else ROWS
+        counts = rig.counts([make_batch(task)])
+        assert counts.dtype == torch.float64
+        assert counts.tolist() == [examples, examples, *[32 * N] * 3, *[expected] * 2, ROWS]
+
+    @pytest.mark.parametrize(
+        ("family", "task"), [("bert", "classification"), *[(f, "causal_lm") for f in ("gpt2", "qwen2")]]
+    )
+    def test_a_perfect_student_has_nothing_to_learn(self, family, task):
+        terms = ALL_TERMS | {
+            "hidden": {"projector": "linear"},
+            "attention": {"divergence": "kl"},
+            "soft_label": {"divergence": "forward_kl"},
+        }
+        rig = Rig(family, task, terms)
+        batch = make_batch(task)
+        far = rig.step(batch)[1]
+        rig.student.load_state_dict(rig.teacher.state_dict())
+        with torch.no_grad():
+            for projector in rig.objective.terms["hidden"].projectors:
+                torch.nn.init.eye_(projector.weight)
+        near = rig.step(batch)[1]
+        for name in ("soft_label", "hidden", "attention", "pairwise"):
+            assert far[name] > 1e-3, name
+            assert abs(near[name]) < 1e-6 * far[name] + 1e-7, f"{name}: {near[name]} beside {far[name]}"
+        assert near["task"] > 0.1
