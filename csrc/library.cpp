@@ -15,11 +15,11 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
       "Tensor? mask, Tensor? segments, int divergence, float student_scale, float teacher_scale, bool causal, "
       "int window, bool mean, bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "pairwise_alignment(Tensor student, Tensor teacher, Tensor? mask, Tensor weights, int relation, bool mean, "
+      "pairwise_alignment(Tensor student, Tensor teacher, Tensor? mask, Tensor? weights, int relation, bool mean, "
       "bool gradient) -> (Tensor, Tensor)");
   m.def(
       "hidden_alignment(Tensor student, Tensor teacher, Tensor? projection, Tensor? bias, Tensor? mask, "
-      "Tensor weights, int divergence, bool mean, bool student_gradient, bool projection_gradient, "
+      "Tensor? weights, int divergence, bool mean, bool student_gradient, bool projection_gradient, "
       "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

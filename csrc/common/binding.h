@@ -72,6 +72,15 @@ inline void check_shape(const char* name, const Tensor& x, const std::vector<int
   check(false, out.str() + ")");
 }
 
+// Token weights (B, N), or null.
+inline const double* weights_of(const std::optional<Tensor>& weights, int64_t batch, int64_t tokens) {
+  if (!weights) return nullptr;
+  check_shape("weights", *weights, {batch, tokens});
+  check(weights->scalar_type() == ScalarType::Double && weights->is_contiguous(),
+        "weights: expected contiguous float64");
+  return static_cast<const double*>(weights->const_data_ptr());
+}
+
 inline bool is_float64(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
 // Gradients of float16 tensors stay in float32 until backward has applied the loss scale.

@@ -11,7 +11,7 @@ namespace dsd {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(
     Tensor student, Tensor teacher, std::optional<Tensor> projection, std::optional<Tensor> bias,
-    std::optional<Tensor> mask, Tensor weights, int64_t divergence, bool mean, bool student_gradient,
+    std::optional<Tensor> mask, std::optional<Tensor> weights, int64_t divergence, bool mean, bool student_gradient,
     bool projection_gradient, bool bias_gradient) {
   HiddenArguments a{};
   a.student = source_of("student", student, 3);
@@ -19,9 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(
   const int64_t batch = student.size(0);
   a.tokens = student.size(1), a.student_width = student.size(2), a.teacher_width = teacher.size(2);
   check_shape("teacher", teacher, {batch, a.tokens, a.teacher_width});
-  check_shape("weights", weights, {batch, a.tokens});
-  check(weights.scalar_type() == ScalarType::Double && weights.is_contiguous(),
-        "weights: expected contiguous float64");
+  a.weights = weights_of(weights, batch, a.tokens);
   check(divergence == 0 || divergence == 1, "divergence: expected 0 (mse) or 1 (cosine)");
   bool float64 = is_float64(student) || is_float64(teacher);
   if (projection) {
@@ -40,12 +38,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(
   const ValidTokens valid(mask, batch, a.tokens);
   std::vector<int64_t> tokens;
   tokens.reserve(size_t(valid.total()));
-  a.weights = static_cast<const double*>(weights.const_data_ptr());
   double weight = 0;
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < valid.counts[size_t(b)]; ++i) {
       tokens.push_back(b * a.tokens + valid.positions[size_t(b * a.tokens + i)]);
-      weight += a.weights[tokens.back()];
+      weight += a.weights ? a.weights[tokens.back()] : 1;
     }
   a.valid = tokens.data();
   a.count = int64_t(tokens.size());

@@ -102,7 +102,7 @@ class Share {
       const int64_t token = a.valid[start + i];
       read_run<T>(a.teacher, offset(a.teacher, token), a.teacher.stride[3], a.teacher_width, T(1), target);
       T* y = projected + i * projected_stride;
-      const T weight = T(a.weights[token]);
+      const T weight = a.weights ? T(a.weights[token]) : T(1);
       value += a.divergence == HiddenDivergence::mse ? squares(y, weight) : cosine(y, weight, gradient);
     }
     if (!gradient) return value;

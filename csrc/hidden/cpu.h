@@ -14,7 +14,7 @@ struct HiddenArguments {
   // Valid tokens: sequence · N + position, `count` of them.
   const int64_t* valid;
   int64_t count;
-  const double* weights;  // (B, N)
+  const double* weights;  // (B, N), or null for 1
   HiddenDivergence divergence;
   double coefficient;  // of the gradients
   // Contiguous, d_student zero at masked tokens beforehand; null where no gradient is wanted.

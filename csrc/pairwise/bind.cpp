@@ -10,21 +10,19 @@
 namespace dsd {
 
 std::tuple<Tensor, Tensor> pairwise_alignment_cpu(Tensor student, Tensor teacher, std::optional<Tensor> mask,
-                                                  Tensor weights, int64_t relation, bool mean, bool gradient) {
+                                                  std::optional<Tensor> weights, int64_t relation, bool mean,
+                                                  bool gradient) {
   PairwiseArguments a{};
   a.student = source_of("student", student, 3);
   a.teacher = source_of("teacher", teacher, 3);
   a.batch = student.size(0), a.tokens = student.size(1);
   a.student_width = student.size(2), a.teacher_width = teacher.size(2);
   check_shape("teacher", teacher, {a.batch, a.tokens, a.teacher_width});
-  check_shape("weights", weights, {a.batch, a.tokens});
-  check(weights.scalar_type() == ScalarType::Double && weights.is_contiguous(),
-        "weights: expected contiguous float64");
   check(relation >= 0 && relation <= 2, "relation: expected 0 (cosine), 1 (dot) or 2 (distance)");
   const ValidTokens valid(mask, a.batch, a.tokens);
   a.positions = valid.positions.data();
   a.counts = valid.counts.data();
-  a.weights = static_cast<const double*>(weights.const_data_ptr());
+  a.weights = weights_of(weights, a.batch, a.tokens);
   a.relation = Relation(relation);
   a.gradient = gradient;
   const int64_t used = std::count_if(valid.counts.begin(), valid.counts.end(), [](int64_t n) { return n > 0; });

@@ -110,7 +110,9 @@ class Task {
       mean_distances(a, b);
     }
     for (int64_t i = 0; i < layout.rows; ++i)
-      weights[i] = i < count ? T(a.weights[b * a.tokens + a.positions[b * a.tokens + i]]) : T(0);
+      weights[i] = i >= count  ? T(0)
+                   : a.weights ? T(a.weights[b * a.tokens + a.positions[b * a.tokens + i]])
+                               : T(1) / T(count);
     const int64_t size = layout.gradient_elements(a);
     gradient = nullptr;
     if (a.gradient) {

@@ -13,7 +13,7 @@ struct PairwiseArguments {
   // Valid tokens of each sequence, in order: positions[b · tokens + i], i < counts[b].
   const int64_t* positions;
   const int64_t* counts;
-  const double* weights;  // (B, N)
+  const double* weights;  // (B, N), or null for 1 / counts[b]
   Relation relation;
   bool gradient;
   double coefficient;  // of the gradient

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
@@ -14,9 +15,12 @@ BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 logger = logging.getLogger("dsdistill")
 
 
-@functools.cache
-def extension():
-    """The compiled module `dsdistill._C`, whose import registers the native operators; None if absent."""
+_extension: ModuleType | None = None
+
+
+def load_extension() -> None:
+    """Import `dsdistill._C`, which registers the native operators; warn if it was not built. Run once, by `ops`."""
+    global _extension
     try:
         from dsdistill import _C
     except ImportError as error:
@@ -25,10 +29,15 @@ def extension():
             "Reinstall with a C++ compiler to build them.",
             error,
         )
-        return None
+        return
     for operator in ("attention", "pairwise", "hidden"):
         importlib.import_module(f"dsdistill.ops.{operator}.native").register()
-    return _C
+    _extension = _C
+
+
+def extension() -> ModuleType | None:
+    """The compiled module; None if it was not built."""
+    return _extension
 
 
 def register_gradients(name: str, *, arguments: int, differentiable: Sequence[int]) -> None:

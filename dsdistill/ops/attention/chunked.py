@@ -22,6 +22,11 @@ BLOCK_ELEMENTS = 1 << 21
 MAX_ROWS, MIN_ROWS = 64, 16
 
 
+def identity_wins(pairs: Pairs, width: int) -> bool:
+    """Whether raw scores are cheaper by the identity, O(N D²), than by the native kernel, O(N² D)."""
+    return pairs.unrestricted and pairs.tokens >= 6 * width
+
+
 def attention_total(
     needs: Sequence[bool],
     student_query: Tensor,

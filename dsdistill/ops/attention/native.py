@@ -38,7 +38,9 @@ def register() -> None:
         tensors = (student_query, student_key, teacher_query, teacher_key)
         return (
             student_query.new_empty((), dtype=accumulate_dtype(*tensors)),
-            student_query.new_empty(student_query.shape if query_gradient else 0, dtype=storage_dtype(student_query)),
+            student_query.new_empty(
+                student_query.shape if query_gradient else 0, dtype=storage_dtype(student_query)
+            ),
             student_key.new_empty(student_key.shape if key_gradient else 0, dtype=storage_dtype(student_key)),
         )
 

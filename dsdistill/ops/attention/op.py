@@ -126,7 +126,7 @@ def attention_alignment(
         "heads": heads,
         "dtype": accumulate_dtype(*tensors),
     }
-    chosen = _choose(backend, student_query, setting)
+    chosen = _choose(backend, student_query, teacher_query.shape[3], setting)
     with without_autocast(student_query.device):
         if chosen == "cpp":
             given = native.arguments(tensors, pairs, divergence, *scales, reduction)
@@ -142,7 +142,7 @@ def attention_alignment(
         )
 
 
-def _choose(backend: str, like: Tensor, setting: dict) -> str:
+def _choose(backend: str, like: Tensor, teacher_width: int, setting: dict) -> str:
     preference, missing = ["chunked", "reference"], {}
     lack = native_lack(like)
     if setting["heads"] == "mean":
@@ -150,7 +150,10 @@ def _choose(backend: str, like: Tensor, setting: dict) -> str:
     if lack:
         missing["cpp"] = lack
     else:
-        preference.insert(0, "cpp")
+        by_identity = setting["divergence"] == "score_mse" and chunked.identity_wins(
+            setting["pairs"], max(like.shape[3], teacher_width)
+        )
+        preference.insert(1 if by_identity else 0, "cpp")
     return choose_backend(
         "attention_alignment",
         backend,

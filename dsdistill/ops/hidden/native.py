@@ -11,10 +11,22 @@ from dsdistill.ops.library import register_gradients
 DIVERGENCE_CODES = {"mse": 0, "cosine": 1}
 
 
-def arguments(student, teacher, projection, bias, mask, weights: Tensor, divergence: str, reduction: str) -> tuple:
+def arguments(
+    student, teacher, projection, bias, mask, weights: Tensor | None, divergence: str, reduction: str
+) -> tuple:
     """The operator's arguments up to its last three, which ask for gradients."""
-    weights = weights.to(torch.float64).contiguous()
-    return student, teacher, projection, bias, mask, weights, DIVERGENCE_CODES[divergence], reduction == "mean"
+    if weights is not None:
+        weights = weights.detach().to(torch.float64).contiguous()
+    return (
+        student,
+        teacher,
+        projection,
+        bias,
+        mask,
+        weights,
+        DIVERGENCE_CODES[divergence],
+        reduction == "mean",
+    )
 
 
 def register() -> None:

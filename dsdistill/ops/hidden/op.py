@@ -21,6 +21,7 @@ from dsdistill.ops.hidden import chunked, native, reference
 from dsdistill.ops.library import choose_backend, native_lack
 
 DIVERGENCES = ("mse", "cosine")
+FEW_TOKENS = 512
 
 
 def hidden_alignment(
@@ -77,13 +78,13 @@ def hidden_alignment(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher, projection, bias)
-    chosen = _choose(backend, student)
+    chosen = _choose(backend, student, projection)
     inputs = (student, projection, bias)
     with without_autocast(student.device):
-        token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
         if chosen == "cpp":
-            given = native.arguments(student, teacher, projection, bias, mask, token_weights, divergence, reduction)
+            given = native.arguments(student, teacher, projection, bias, mask, weights, divergence, reduction)
             return with_native_gradients(torch.ops.dsdistill.hidden_alignment, given, inputs)
+        token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
         setting = {"weights": token_weights, "mask": mask, "divergence": divergence, "dtype": dtype}
         count = None
         if reduction == "mean":
@@ -98,11 +99,14 @@ def hidden_alignment(
         )
 
 
-def _choose(backend: str, like: Tensor) -> str:
+def _choose(backend: str, like: Tensor, projection: Tensor | None) -> str:
     preference, missing = ["chunked", "reference"], {}
     lack = native_lack(like)
     if lack:
         missing["cpp"] = lack
+    elif projection is not None and like.shape[0] * like.shape[1] < FEW_TOKENS:
+        # Packing the projection would cost more than the fused pass saves; so few tokens need no blocks either.
+        preference = ["reference", "cpp", "chunked"]
     else:
         preference.insert(0, "cpp")
     return choose_backend(

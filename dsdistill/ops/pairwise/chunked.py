@@ -17,6 +17,9 @@ from dsdistill.ops.common import unit_vectors, unit_vectors_backward, zero_maske
 BLOCK_ELEMENTS = 1 << 21
 MAX_ROWS, MIN_ROWS = 256, 16
 
+# Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
+CLOSE = 1 / 64
+
 # The identity costs 2·N·D² a product against N²·D of the rows: from about N = 2.5 D it is cheaper.
 IDENTITY_TOKENS_PER_FEATURE = 2.5
 
@@ -97,15 +100,19 @@ def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, ma
     """RKD-D. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
     A = Σ w_i w_j ℓ' d:  ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
     """
-    mean_s, positive = _mean_positive(x_s, mask)
-    mean_t, _ = _mean_positive(x_t, mask)
+    x_s, x_t = _centred(x_s, mask), _centred(x_t, mask)
+    squares_s, squares_t = x_s.square().sum(-1), x_t.square().sum(-1)
+    mean_s, positive = _mean_positive(x_s, squares_s, mask)
+    mean_t, _ = _mean_positive(x_t, squares_t, mask)
     total = x_s.new_zeros(())
     slope_term = torch.empty_like(x_s) if with_gradient else None
     direction_term = torch.empty_like(x_s) if with_gradient else None
     slope_sum = torch.zeros_like(mean_s)
     for batch, rows in _blocks(*weights.shape):
-        distance = _distances(x_s, mask, batch, rows)
-        difference = (distance / mean_s[batch]).sub_(_distances(x_t, mask, batch, rows).div_(mean_t[batch]))
+        distance = _distances(x_s, squares_s, mask, batch, rows)
+        difference = (distance / mean_s[batch]).sub_(
+            _distances(x_t, squares_t, mask, batch, rows).div_(mean_t[batch])
+        )
         slope = difference.clamp(-1, 1)
         pair_weights = weights[batch, rows, None] * weights[batch, None, :]
         # Smooth-L1 with β = 1 is ℓ' (Δ − ℓ'/2) for the clamped slope ℓ'.
@@ -125,19 +132,39 @@ def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, ma
     return total, (gradient,)
 
 
-def _distances(x: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
-    distance = torch.cdist(x[batch, rows], x[batch], compute_mode="donot_use_mm_for_euclid_dist")
+def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` less the mean of its valid tokens, masked ones still 0: distances stay, and less cancels."""
+    if mask is None:
+        return x - x.mean(1, keepdim=True)
+    count = mask.sum(1).clamp(min=1)[:, None, None]
+    return (x - x.sum(1, keepdim=True) / count).masked_fill(~mask[..., None], 0)
+
+
+def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
+    """(b, R, N) distances of a block; x centred, squares its squared norms (B, N).
+
+    ‖x‖² + ‖y‖² − 2xy, and the differences themselves for pairs where that cancels (the diagonal, twins).
+    """
+    left, right = x[batch, rows], x[batch]
+    size = squares[batch, rows, None] + squares[batch, None, :]
+    distance = torch.baddbmm(size, left, right.transpose(-1, -2), alpha=-2)
+    where, i, j = (distance < CLOSE * size).nonzero(as_tuple=True)
+    if where.numel() * x.shape[2] > BLOCK_ELEMENTS:
+        distance = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+    else:
+        distance[where, i, j] = (left[where, i] - right[where, j]).square().sum(-1)
+        distance.sqrt_()
     if mask is not None:
         distance.masked_fill_(~(mask[batch, rows, None] & mask[batch, None, :]), 0)
     return distance
 
 
-def _mean_positive(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mean_positive(x: Tensor, squares: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean positive distance of each sequence (1 without any) and how many there are (at least 1), (B, 1, 1)."""
     total = x.new_zeros(x.shape[0], 1, 1)
     positive = torch.zeros_like(total)
     for batch, rows in _blocks(x.shape[0], x.shape[1]):
-        distance = _distances(x, mask, batch, rows)
+        distance = _distances(x, squares, mask, batch, rows)
         total[batch] += distance.sum((1, 2), keepdim=True)
         positive[batch] += (distance > 0).sum((1, 2), keepdim=True)
     return torch.where(positive > 0, total / positive.clamp(min=1), 1), positive.clamp(min=1)

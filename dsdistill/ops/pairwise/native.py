@@ -12,10 +12,16 @@ RELATION_CODES = {"cosine": 0, "dot": 1, "distance": 2}
 
 
 def arguments(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, weights: Tensor, relation: str, reduction: str
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    relation: str,
+    reduction: str,
 ) -> tuple:
     """The operator's arguments up to its last, which asks for the gradient."""
-    weights = weights.to(torch.float64).contiguous()
+    if weights is not None:
+        weights = weights.detach().to(torch.float64).contiguous()
     return student, teacher, mask, weights, RELATION_CODES[relation], reduction == "mean"
 
 

@@ -69,12 +69,12 @@ def pairwise_alignment(
     dtype = accumulate_dtype(student, teacher)
     chosen = _choose(backend, student, teacher, relation)
     with without_autocast(student.device):
+        if chosen == "cpp":
+            given = native.arguments(student, teacher, mask, weights, relation, reduction)
+            return with_native_gradients(torch.ops.dsdistill.pairwise_alignment, given, (student,))
         token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
         if weights is None:
             token_weights = token_weights / token_weights.sum(1, keepdim=True).clamp(min=1)
-        if chosen == "cpp":
-            given = native.arguments(student, teacher, mask, token_weights, relation, reduction)
-            return with_native_gradients(torch.ops.dsdistill.pairwise_alignment, given, (student,))
         count = None
         if reduction == "mean":
             count = torch.tensor(batch, device=student.device) if mask is None else mask.any(1).sum()

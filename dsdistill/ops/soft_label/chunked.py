@@ -63,10 +63,11 @@ def soft_label_total(
     def block(z_s: Tensor, tokens: Tensor, with_gradient: bool):
         log_q = z_s.div_(temperature).log_softmax(-1)
         log_p = teacher.logits(teacher_hidden[tokens]).div_(temperature).log_softmax(-1)
-        value = divergence_rows(log_p, log_q, divergence, beta, alpha).sum()
+        p = log_p.exp()
+        value = divergence_rows(log_p, log_q, p, divergence, beta, alpha).sum()
         if not with_gradient:
             return value, None
-        return value, logit_gradient(log_p, log_q, divergence, beta, alpha).div_(temperature)
+        return value, logit_gradient(log_p, log_q, p, divergence, beta, alpha).div_(temperature)
 
     return _over_blocks(needs, student_hidden, student, None if mask is None else mask.flatten(), block)
 

@@ -25,30 +25,37 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
-def divergence_rows(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
-    """Divergence of each row, in nats (tvd: a share). log_p, log_q: (..., V) log probabilities → (...)."""
+def divergence_rows(
+    log_p: Tensor, log_q: Tensor, p: Tensor, divergence: str, beta: float, alpha: float
+) -> Tensor:
+    """Divergence of each row, in nats (tvd: a share).
+
+    log_p, log_q: (..., V) log probabilities of teacher and student; p = exp(log_p). Returns (...).
+    """
     if divergence == "forward_kl":
-        terms = log_p.exp() * (log_p - log_q)
+        terms = p * (log_p - log_q)
     elif divergence == "reverse_kl":
         terms = log_q.exp() * (log_q - log_p)
     elif divergence == "jsd":
         log_m = log_mixture(log_p, log_q, beta)
-        terms = beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
+        terms = beta * p * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)
     elif divergence == "skew_kl":
-        terms = log_p.exp() * (log_p - log_mixture(log_p, log_q, alpha))
+        terms = p * (log_p - log_mixture(log_p, log_q, alpha))
     else:
-        terms = 0.5 * (log_p.exp() - log_q.exp()).abs()
+        terms = 0.5 * (p - log_q.exp()).abs()
     return terms.sum(-1)
 
 
-def logit_gradient(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, alpha: float) -> Tensor:
-    """Gradient of `divergence_rows` at z_S / τ: G − q Σ G with G = ∂D/∂ log q, (..., V).
+def logit_gradient(
+    log_p: Tensor, log_q: Tensor, p: Tensor, divergence: str, beta: float, alpha: float
+) -> Tensor:
+    """Gradient of `divergence_rows` at z_S / τ: G − q Σ G with G = ∂D/∂ log q, (..., V). Not differentiable itself.
 
     In jsd the derivative through m vanishes: −βp(1 − β)/m + (1 − β)(1 − q(1 − β)/m) = 0.
     """
     q = log_q.exp()
     if divergence == "forward_kl":
-        return q - log_p.exp()
+        return q.sub_(p)
     if divergence == "reverse_kl":
         inner = q * (log_q - log_p)
     elif divergence == "jsd":
@@ -57,5 +64,5 @@ def logit_gradient(log_p: Tensor, log_q: Tensor, divergence: str, beta: float, a
         # p q / m as exp of a difference of logarithms, finite however small m is.
         inner = (alpha - 1) * (log_p + log_q - log_mixture(log_p, log_q, alpha)).exp()
     else:
-        inner = 0.5 * q * (q - log_p.exp()).sign()
+        inner = 0.5 * q * (q - p).sign()
     return inner - q * inner.sum(-1, keepdim=True)

@@ -27,7 +27,7 @@ def logit_rows(
     """Divergence of each row of (..., V) logits, 0 where masked."""
     log_q = (student_logits / temperature).log_softmax(-1)
     log_p = (teacher_logits.detach() / temperature).log_softmax(-1)
-    rows = divergence_rows(log_p, log_q, divergence, beta, alpha)
+    rows = divergence_rows(log_p, log_q, log_p.exp(), divergence, beta, alpha)
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
