@@ -38,6 +38,7 @@ class RunFolder:
                     "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
                 )
             _compare(configs.load([self / CONFIG]), config, self / CONFIG)
+        os.makedirs(self.path, exist_ok=True)
         with open(self / CONFIG, "w", encoding="utf-8") as file:
             file.write(configs.dump(config))
 
@@ -80,15 +81,14 @@ class RunFolder:
 
 
 def check_writable(folder: str) -> None:
-    """Raise UserError unless a run could write there."""
-    trial = os.path.join(folder, ".writable")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(trial, "w"):
-            pass
-        os.remove(trial)
-    except OSError as error:
-        raise UserError("run.dir", f"{folder} ({error.strerror})", "a folder that can be written") from None
+    """Raise UserError unless a run could write there; makes nothing, so that a refused run leaves nothing behind."""
+    place = os.path.abspath(folder)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise UserError("run.dir", f"{folder} ({place} is no folder)", "a folder that can be written")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError("run.dir", f"{folder} ({place} is read-only)", "a folder that can be written")
 
 
 def _compare(old: Config, new: Config, place: str) -> None:
