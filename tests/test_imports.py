@@ -1,0 +1,139 @@
+"""The shape of the package: who imports whom, what importing costs, how long files are; and that configs load."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from dsdistill import cli
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dsdistill"
+
+# Which folders each may import, from the top down; config is a leaf that any may import except ops.
+ARROWS = {
+    "cli": {"report", "bench", "evaluation", "engine", "config"},
+    "engine": {"evaluation", "alignment", "models", "data", "config"},
+    "evaluation": {"alignment", "models", "data", "config"},
+    "alignment": {"ops", "models", "data.batch", "config"},
+    "bench": {"ops", "engine", "config"},
+    "models": {"data.batch", "config"},
+    "data": {"config"},
+    "report": {"config"},
+    "ops": {"_C"},  # the native extension
+    "config": set(),
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+LONGEST = 500  # lines of a file
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Modules that a file imports anywhere, also inside functions, by their full names."""
+    found = []
+    here = [*path.relative_to(ROOT).with_suffix("").parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*here[: -node.level], node.module or ""]) if node.level else node.module
+            # `from dsdistill.engine import checkpoint` names a module too.
+            found += [f"{base}.{name.name}" for name in node.names]
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    folder = folder_of(path)
+    for name in imports(path):
+        ours = name.split(".")[1:] if name.split(".")[0] == "dsdistill" else None
+        if not ours or ours[0] in (folder, "__version__"):
+            continue
+        allowed = any(ours[: len(target.split("."))] == target.split(".") for target in ARROWS[folder])
+        assert allowed, f"{folder} imports {name}"
+
+
+def test_every_folder_has_its_arrows():
+    assert {folder_of(path) for path in FILES} <= ARROWS.keys()
+    assert {"ops", "alignment", "models", "data", "config", "engine", "evaluation", "report"} <= {
+        folder_of(path) for path in FILES
+    }
+
+
+def test_deepspeed_is_imported_in_one_place():
+    where = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(n.split(".")[0] == "deepspeed" for n in imports(path))
+    }
+    assert where == {"engine/deepspeed.py"}
+
+
+def test_importing_the_package_is_light():
+    """Neither CUDA nor DeepSpeed; --help does not even need torch."""
+    script = (
+        "import json, sys; import dsdistill, dsdistill.cli; light = sorted(sys.modules);"
+        "import dsdistill.ops, dsdistill.alignment.objective, dsdistill.models.probe, dsdistill.data;"
+        "import torch; print(json.dumps([light, sorted(sys.modules), torch.cuda.is_initialized()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    light, heavy, initialised = json.loads(done.stdout.splitlines()[-1])
+    assert not {"torch", "transformers", "deepspeed", "datasets", "matplotlib"} & set(light)
+    assert "torch" in heavy and "deepspeed" not in heavy
+    assert not initialised
+
+
+SOURCES = [
+    path
+    for folder in ("dsdistill", "csrc", "tests", "launch")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".cpp", ".cu", ".cuh", ".h", ".sh"}
+]
+
+
+def test_no_file_is_long():
+    lengths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("\n") for path in SOURCES}
+    assert len(lengths) > 100
+    assert not {name: length for name, length in lengths.items() if length > LONGEST}
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys):
+    """Those in deepspeed/ are fragments that follow another config."""
+    sources = [path]
+    if path.parent.name == "deepspeed":
+        sources.insert(0, ROOT / "configs" / "quickstart.yaml")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["dsdistill", "train", *map(str, sources), "--dry-run"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed = capsys.readouterr()
+    assert caught.value.code in (0, None), printed.err
+    resolved = yaml.safe_load(printed.out)
+    given = OmegaConf.to_container(OmegaConf.load(path))
+    assert given, "an empty config"
+    for section, settings in given.items():
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            if not isinstance(value, dict):
+                assert resolved[section][key] == value
+
+
+def test_the_quickstart_is_there():
+    assert ROOT / "configs" / "quickstart.yaml" in CONFIGS
