@@ -7,4 +7,5 @@ gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 ranks=2
 if [ "$gpus" = 1 ]; then ranks=1; fi # two ranks cannot share one GPU
 say "distilling on $ranks rank(s): configs/quickstart.yaml (results in runs/quickstart)"
-exec deepspeed --num_gpus "$ranks" --module dsdistill train configs/quickstart.yaml "$@"
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+exec deepspeed --num_gpus "$ranks" --master_port "$port" --module dsdistill train configs/quickstart.yaml "$@"

@@ -1,6 +1,6 @@
 """The loss: a weighted sum of terms, each divided by counts over the whole step."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what modules return
     """Of one micro-batch, in units of the whole step: over all its micro-batches and ranks they add up."""
 
     total: Tensor  # scalar with gradients
@@ -61,5 +60,9 @@ class Objective(nn.Module):
         return Loss(total, torch.stack(raw))
 
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """(terms,) each term's sum over this micro-batch, undivided: what evaluation adds up."""
-        return torch.stack([term.factor * term.sums(student, teacher, batch).sum() for term in self.terms.values()])
+        """(terms,) each term's sum over this micro-batch, undivided: what evaluation adds up.
+
+        Without a teacher only of the terms that need none.
+        """
+        terms = [term for term in self.terms.values() if teacher is not None or not term.needs_teacher]
+        return torch.stack([term.factor * term.sums(student, teacher, batch).sum() for term in terms])

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import io
 import logging
 import os
 import warnings
@@ -176,7 +177,8 @@ def _optimizer(settings: dict) -> Callable[..., torch.optim.Optimizer]:
 
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
     """The float32 weights of a checkpoint that this project's own run wrote, by name in the student's module."""
-    return get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints a lot
+        return get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# All GPUs of this node: ./launch/node.sh CONFIG.yaml [FILE.yaml | KEY=VALUE ...]
+#   ./launch/node.sh configs/bert_large_to_6.yaml configs/deepspeed/zero3.yaml
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 1 ] || { echo "dsdistill: launch/node.sh: got nothing, expected CONFIG.yaml [KEY=VALUE ...]" >&2; exit 2; }
+[ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
+
+gpus=$(nvidia-smi -L | wc -l)
+# The host's cores, shared out; NUMA pinning would need numactl and deepspeed's --bind_cores_to_rank.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / gpus))}
+exec deepspeed --num_gpus "$gpus" --module dsdistill train "$@"
