@@ -177,7 +177,10 @@ def _optimizer(settings: dict) -> Callable[..., torch.optim.Optimizer]:
 
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
     """The float32 weights of a checkpoint that this project's own run wrote, by name in the student's module."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints a lot
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # it prints a lot
         return get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag)
 
 

@@ -11,8 +11,16 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load
-from dsdistill.models.build import architecture, check_cut, cut_architecture, for_task, load_tokenizer
+from dsdistill.models.build import (
+    architecture,
+    check_cut,
+    cut_architecture,
+    for_task,
+    load_tokenizer,
+    override,
+)
 from dsdistill.models.probe import probe
+from dsdistill.models.trace import Geometry
 
 # RoBERTa and its family start counting positions after the padding token.
 _POSITIONS_AFTER_PADDING = frozenset(
@@ -33,6 +41,8 @@ class Prepared:
     pair: Pair
     objective: Objective
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
+    geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
+    judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
 
 
 def prepare(config: Config, world_size: int) -> Prepared:
@@ -53,9 +63,10 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_sizes(config, model, tokenizer, place)
-    probe_models(config, student, teacher, objective)
+    geometry = probe_models(config, student, teacher, objective)
     data = load(config.data, config.task, tokenizer)
-    if config.task == "classification" and _teacher_classifies(config, teacher, recipe):
+    judged = _has_head(config, teacher, recipe)
+    if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)
     for model in (student, teacher):
         if model is not None:
@@ -63,7 +74,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     pair = make_pair(config, student, teacher, len(tokenizer))
     evaluation = Terms(
         task=Task(),
-        soft_label=SoftLabel(temperature=1.0) if teacher is not None and config.task == "causal_lm" else None,
+        soft_label=SoftLabel(temperature=1.0) if judged and config.task == "causal_lm" else None,
     )
     torch.manual_seed(config.run.seed)  # of the projectors
     return Prepared(
@@ -76,6 +87,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
         pair,
         Objective(config.terms, pair),
         Objective(evaluation, pair),
+        geometry,
+        judged,
     )
 
 
@@ -95,7 +108,8 @@ def _teacher_architecture(config: Config, recipe: Prepared | None) -> Pretrained
     if config.teacher is None:
         return None
     if recipe is not None:
-        return type(recipe.student).from_dict(recipe.student.to_dict())
+        made = type(recipe.student).from_dict(recipe.student.to_dict())
+        return override(made, config.teacher.config or {}, "teacher")
     return architecture(config.teacher.path, config.teacher.config, "teacher")
 
 
@@ -170,7 +184,8 @@ def _check_sizes(
 
 def probe_models(
     config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, objective: Objective
-) -> None:
+) -> dict[int, Geometry]:
+    """Check that what the terms need can be captured; returns which keys each student layer sees."""
     attention, hidden = "attention" in objective.terms, bool({"hidden", "pairwise"} & set(objective.terms))
     seen = [
         probe(model, config.task, place, attention=attention, hidden=hidden)
@@ -181,16 +196,18 @@ def probe_models(
         objective.terms["attention"].check_geometry(*seen)
     if config.student.from_teacher is not None:
         check_cut(student, teacher, config.student.from_teacher, config.task, "student")
+    return seen[0]
 
 
-def _teacher_classifies(config: Config, teacher: PretrainedConfig | None, recipe: Prepared | None) -> bool:
-    """Whether it has classes of its own: a teacher of hidden states alone may have no head yet."""
-    if recipe is not None:
-        return True
-    if teacher is None or config.teacher.path is None:
+def _has_head(config: Config, teacher: PretrainedConfig | None, recipe: Prepared | None) -> bool:
+    """Whether the teacher's head is trained for the task: a teacher of hidden states alone may have none yet."""
+    if teacher is None:
         return False
-    trained = any("SequenceClassification" in name for name in teacher.architectures or ())
-    return trained or "soft_label" in config.terms.named()
+    if recipe is not None or config.task == "causal_lm" or "soft_label" in config.terms.named():
+        return True
+    return config.teacher.path is not None and any(
+        "SequenceClassification" in name for name in teacher.architectures or ()
+    )
 
 
 def _check_classes(

@@ -67,7 +67,7 @@ def evaluate_run(path: str) -> dict:
         if prepared.recipe is not None:
             _use_recipe(prepared, ranks)
         teacher = None
-        if config.teacher is not None:
+        if prepared.judged:
             teacher = Teacher(prepared.config, prepared.teacher, prepared.objective, ranks)
         model = load_student(path, config, tag)
         module = StudentModule(model, prepared.objective, prepared.evaluation).to(ranks.device).eval()
@@ -110,18 +110,19 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config, prepared.teacher, prepared.objective, ranks)
-    student = Trainer(prepared, init, teacher if prepared.objective.needs_teacher else None, teacher, ranks)
+    judge = teacher if prepared.judged else None
+    student = Trainer(prepared, init, teacher if prepared.objective.needs_teacher else None, judge, ranks)
     student.run(folder)
     scores = student.evaluate()
     models = {}
-    if teacher is not None:
+    if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}
     models["student"] = _row(scores["student"], student)
     steps = student.steps
     if config.run.baseline:
         del student  # its engine, before the next one is made
         gc.collect()
-        models["baseline"] = _baseline(prepared, init, folder, teacher, ranks)
+        models["baseline"] = _baseline(prepared, init, folder, judge, ranks)
     summary = {
         "name": config.run.name,
         "task": config.task,
@@ -144,7 +145,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
 
 
 def _baseline(
-    prepared: Prepared, init: str | None, folder: RunFolder, teacher: Teacher, ranks: Ranks
+    prepared: Prepared, init: str | None, folder: RunFolder, judge: Teacher | None, ranks: Ranks
 ) -> dict:
     """The same student, steps and data on the task alone."""
     log.info("training the baseline: the same student without distillation")
@@ -159,7 +160,7 @@ def _baseline(
     alone.objective = type(prepared.objective)(alone.config.terms, prepared.pair)
     if ranks.first:
         home.open(alone.config)
-    student = Trainer(alone, init, None, teacher, ranks)
+    student = Trainer(alone, init, None, judge, ranks)
     student.run(home)
     return _row(student.evaluate()["student"], student)
 

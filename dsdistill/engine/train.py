@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
 from dsdistill.data import Batch, Loader, evaluation_batches
@@ -67,6 +68,7 @@ class Trainer:
         model = build(prepared.student, init, config.task, "student", needs_head=False)
         model.config.use_cache = False
         if config.student.gradient_checkpointing:
+            # Newer transformers have another name for it, 5.17 knows this one alone.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = count_parameters(model)
         objective = prepared.objective.requires_grad_(True)
@@ -99,8 +101,9 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> Tensor:
         """One optimizer step over this rank's micro-batches; (terms,) float64 raw values of the whole step."""
         batches = [batch.to(self.ranks.device) for batch in batches]
-        objective, geometry = self.module.objective, self._geometry(batches[0])
-        counts = self.ranks.sum(torch.stack([objective.counts(batch, geometry) for batch in batches]).sum(0))
+        objective = self.module.objective
+        counts = torch.stack([objective.counts(batch, self.prepared.geometry) for batch in batches]).sum(0)
+        counts = self.ranks.sum(counts)
         raw = torch.zeros(len(objective.terms), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             loss, terms = self._loss(batch, counts)
@@ -116,18 +119,12 @@ class Trainer:
         with self.teacher.trace(batch) as trace:
             return self.engine(batch, trace, counts)
 
-    def _geometry(self, batch: Batch):
-        """Which keys each student layer sees; a first forward pass finds out where a term must know."""
-        capture = self.module.capture
-        if capture.attention and not capture.geometry:
-            self.engine.eval()
-            with torch.no_grad():
-                self.engine(batch)
-            self.engine.train()
-        return capture.geometry
-
     def run(self, folder: RunFolder) -> None:
         """Train to the last step, resuming where a checkpoint verifies."""
+        with logging_redirect_tqdm():  # lines of the log above the bar, not in it
+            self._run(folder)
+
+    def _run(self, folder: RunFolder) -> None:
         config, every = self.config.run, self.config.run.save_every
         self._resume(folder)
         bar = tqdm(

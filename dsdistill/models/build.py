@@ -79,7 +79,7 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
     """
     found = _read(path, overrides, place) if path is not None else None
     found = (
-        _from_scratch(overrides or {}, place) if found is None else _override(found, overrides or {}, place)
+        _from_scratch(overrides or {}, place) if found is None else override(found, overrides or {}, place)
     )
     for name in _NEEDED:
         if not isinstance(getattr(found, name, None), int):
@@ -123,7 +123,8 @@ def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedCo
         raise UserError(f"{place}.config", " ".join(str(error).split()), f"settings of {kind}") from None
 
 
-def _override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
+def override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
+    """`found` with the settings of a `config:` beside it, which may restate the weights' shapes but not change them."""
     _refuse_unknown(found, overrides, place)
     usual = {alias: name for name, alias in found.attribute_map.items()}  # n_layer is num_hidden_layers
     for key, value in overrides.items():
@@ -167,7 +168,7 @@ def cut_architecture(
     if alias:
         settings[alias] = settings.pop("num_hidden_layers")
     kind = settings.pop("model_type")
-    return _override(_configured(kind, settings, place), overrides or {}, place)
+    return override(_configured(kind, settings, place), overrides or {}, place)
 
 
 def check_cut(
