@@ -22,8 +22,9 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // c[r][:] (+)= Σ_k a[k·a_step + r·a_row] · b[k·b_step + :] for TILE_ROWS × TILE_COLUMNS elements.
+// Never inlined: inside a large function GCC keeps other values in registers and spills the sums at every step.
 template <class T, bool ACCUMULATE>
-inline void tile(int64_t depth, const T* a, int64_t a_step, int64_t a_row, const T* b, int64_t b_step, T* c,
+__attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t a_step, int64_t a_row, const T* b, int64_t b_step, T* c,
                  int64_t c_row) {
   Vec<T> sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
