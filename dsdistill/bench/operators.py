@@ -1,0 +1,338 @@
+"""Microbenchmark of the operators: time, memory, arithmetic and ratios, after a green check.
+
+Every contender of a row runs in turn within one process, so that a noisy machine troubles all alike. Eager and
+torch.compile run the operator's definition (`reference`). A contender that fails its check is not timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dsdistill.bench import verify
+from dsdistill.bench.cases import FUNCTIONS
+from dsdistill.ops import available_backends
+from dsdistill.ops.library import extension
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTENDERS = ("eager", "compile", "chunked", "cpp")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One measured call. flops and bytes: of the definition, forward and backward, each tensor touched once."""
+
+    operator: str
+    label: str
+    student: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    options: dict
+    flops: float
+    bytes: float
+
+    def loss(self, backend: str) -> Tensor:
+        given = dict(zip(self.names, (*self.student, *self.fixed), strict=True))
+        return FUNCTIONS[self.operator](**given, **self.options, backend=backend)
+
+
+def attention_work(
+    batch=4, heads=12, tokens=1024, width=64, divergence="kl", causal=False, dtype=torch.float32
+):
+    tensors = [torch.randn(batch, heads, tokens, width).to(dtype) for _ in range(4)]
+    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    return Work(
+        "attention",
+        f"{divergence} B{batch} H{heads} N{tokens} D{width}{' causal' if causal else ''}",
+        tuple(x.requires_grad_() for x in tensors[:2]),
+        tuple(tensors[2:]),
+        ("student_query", "student_key", "teacher_query", "teacher_key"),
+        {"divergence": divergence, "causal": causal},
+        8 * batch * heads * pairs * width,
+        6 * tensors[0].numel() * tensors[0].element_size(),
+    )
+
+
+def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
+    student, teacher = (
+        torch.randn(batch, tokens, width).to(dtype),
+        torch.randn(batch, tokens, width).to(dtype),
+    )
+    return Work(
+        "pairwise",
+        f"{relation} B{batch} N{tokens} D{width}",
+        (student.requires_grad_(),),
+        (teacher,),
+        ("student", "teacher"),
+        {"relation": relation},
+        8 * batch * tokens**2 * width,
+        3 * student.numel() * student.element_size(),
+    )
+
+
+def hidden_work(tokens=2048, width=768, teacher_width=1024, divergence="mse", dtype=torch.float32):
+    student, teacher = (
+        torch.randn(1, tokens, width).to(dtype),
+        torch.randn(1, tokens, teacher_width).to(dtype),
+    )
+    projection = (torch.randn(teacher_width, width) * width**-0.5).to(dtype)
+    return Work(
+        "hidden",
+        f"{divergence} {tokens} tokens {width}→{teacher_width}",
+        (student.requires_grad_(), projection.requires_grad_()),
+        (teacher,),
+        ("student", "projection", "teacher"),
+        {"divergence": divergence},
+        6 * tokens * width * teacher_width,
+        (2 * student.numel() + teacher.numel() + 2 * projection.numel()) * student.element_size(),
+    )
+
+
+def soft_label_work(tokens=512, vocabulary=30522, width=768, divergence="forward_kl", dtype=torch.float32):
+    hidden = [torch.randn(1, tokens, width).to(dtype) for _ in range(2)]
+    heads = [(torch.randn(vocabulary, width) * width**-0.5).to(dtype) for _ in range(2)]
+    return Work(
+        "soft-label",
+        f"{divergence} {tokens} tokens V{vocabulary} D{width}",
+        (hidden[0].requires_grad_(), heads[0].requires_grad_()),
+        (hidden[1], heads[1]),
+        ("student_hidden", "student_head", "teacher_hidden", "teacher_head"),
+        {"divergence": divergence},
+        8 * tokens * vocabulary * width,
+        (3 * hidden[0].numel() + 3 * heads[0].numel()) * hidden[0].element_size(),
+    )
+
+
+WORKS: dict[str, Callable[..., Work]] = {
+    "attention": attention_work,
+    "pairwise": pairwise_work,
+    "hidden": hidden_work,
+    "soft-label": soft_label_work,
+}
+
+
+def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
+    """The first failing parity case of a backend; None if every case passes."""
+    for case in verify.all_cases():
+        if case.operator == operator and verify.runnable(case, backend, dtype):
+            try:
+                verify.check_parity(case, backend, dtype)
+            except verify.Mismatch as error:
+                return f"{case.name}: {error}"
+    return None
+
+
+def roofline() -> tuple[float, float]:
+    """This process's matrix products, FLOP/s in float32, and copies, byte/s."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    big = torch.randn(1 << 24)
+    out = torch.empty_like(big)
+    products = min(_seconds(lambda: a @ b) for _ in range(10))
+    copies = min(_seconds(lambda: out.copy_(big)) for _ in range(10))
+    return 2 * 1024**3 / products, 2 * big.numel() * 4 / copies
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def contender(work: Work, name: str) -> Callable[[], Tensor]:
+    if name == "compile":
+        return torch.compile(lambda: work.loss("reference"))
+    return lambda: work.loss("reference" if name == "eager" else name)
+
+
+def step(work: Work, loss: Callable[[], Tensor]) -> None:
+    torch.autograd.grad(loss(), work.student)
+
+
+def measure(work: Work, names: Sequence[str], repeats: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Median seconds of forward without gradients and of forward with backward, contenders in turn."""
+    calls = {name: contender(work, name) for name in names}
+    times = {name: {"forward": [], "both": []} for name in names}
+    for name in names:  # warm-up, and compilation
+        step(work, calls[name])
+    limit = time.perf_counter() + seconds
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() > limit:
+            break
+        for name in names:
+            with torch.no_grad():
+                times[name]["forward"].append(_seconds(calls[name]))
+            times[name]["both"].append(_seconds(lambda name=name: step(work, calls[name])))
+    return {
+        name: {kind: statistics.median(values) for kind, values in found.items()}
+        for name, found in times.items()
+    }
+
+
+MEMORY_SCRIPT = """
+import sys, json
+from dsdistill.bench import operators
+print(operators.peak_of(*json.loads(sys.argv[1])))
+"""
+
+
+def resident(field: str) -> float:
+    """MiB of this process: "VmRSS" now or "VmHWM" at its peak. (getrusage would carry over the parent's peak.)"""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def peak_of(operator: str, options: dict, dtype: str, name: str) -> float:
+    """MiB above the inputs and the returned gradients during one step. For a process of its own."""
+    # A small call first: libraries and thread pools are not the operator's.
+    small = {"soft-label": {"tokens": 16, "vocabulary": 64, "width": 16}}.get(operator, {"tokens": 16})
+    warm = WORKS[operator](**small, dtype=DTYPES[dtype])
+    step(warm, contender(warm, name))
+    work = WORKS[operator](**options, dtype=DTYPES[dtype])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    step(work, contender(work, name))
+    returned = sum(x.numel() * x.element_size() for x in work.student) / 2**20
+    return resident("VmHWM") - before - returned
+
+
+def peak_memory(operator: str, options: dict, dtype: str, name: str) -> float | None:
+    """`peak_of` in a fresh process, where no earlier peak hides it; None for compile, which is mostly compiler,
+    and where /proc is missing."""
+    if name == "compile" or not Path("/proc/self/clear_refs").exists():
+        return None
+    argument = json.dumps([operator, options, dtype, name])
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, argument], capture_output=True, text=True, check=True
+    )
+    return float(run.stdout.split()[-1])
+
+
+def machine() -> dict:
+    native = extension()
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return {
+        "processor": model,
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.instruction_set() if native else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "allocator": {
+            name: os.environ.get(name, "default")
+            for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+        },
+    }
+
+
+def run_bench(
+    operator: str = "attention",
+    *,
+    options: dict | None = None,
+    dtype: str = "float32",
+    backends: Sequence[str] | None = None,
+    repeats: int = 20,
+    seconds: float = 60.0,
+    memory: bool = True,
+    json_path: str | Path | None = None,
+    plot_path: str | Path | None = None,
+) -> int:
+    """Measure one operator and print a table. Returns 0, or 1 if a contender failed its check.
+
+    operator: "attention", "pairwise", "hidden" or "soft-label". options: sizes, as the keyword arguments of that
+    operator's `*_work` function. backends: among "eager", "compile", "chunked", "cpp". seconds: time after which
+    no further repeat begins.
+    """
+    if operator not in WORKS:
+        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(map(repr, WORKS))}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
+    unknown = set(backends or ()) - set(CONTENDERS)
+    if unknown:
+        raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(CONTENDERS)}")
+    options = options or {}
+    present = {"eager", "compile", *available_backends()}
+    if operator == "soft-label":
+        present.discard("cpp")
+    names = [name for name in backends or CONTENDERS if name in present]
+    failures = {}
+    for name in names:
+        failure = None if name in ("eager", "compile") else checked(operator, name, DTYPES[dtype])
+        if failure:
+            failures[name] = failure
+    names = [name for name in names if name not in failures]
+    work = WORKS[operator](**options, dtype=DTYPES[dtype])
+    flops, bandwidth = roofline()
+    times = measure(work, names, repeats, seconds)
+    floor = max(work.flops / flops, work.bytes / bandwidth)
+    rows = []
+    for name in names:
+        row = {"backend": name, **times[name], "roofline": floor / times[name]["both"]}
+        row["memory_mib"] = peak_memory(operator, options, dtype, name) if memory else None
+        for rival in ("eager", "compile"):
+            row[f"vs_{rival}"] = times[rival]["both"] / times[name]["both"] if rival in times else None
+        rows.append(row)
+    found = {
+        "machine": machine(),
+        "operator": operator,
+        "work": work.label,
+        "dtype": dtype,
+        "flops": work.flops,
+    }
+    found |= {"bytes": work.bytes, "measured_flops": flops, "measured_bandwidth": bandwidth}
+    found |= {"rows": rows, "failures": failures}
+    _print(found)
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(found, indent=1))
+    if plot_path is not None:
+        _plot(found, plot_path)
+    return int(bool(failures))
+
+
+def _print(found: dict) -> None:
+    for key, value in found["machine"].items():
+        print(f"{key}: {value}")
+    print(f"{found['operator']} {found['work']} {found['dtype']}: {found['flops'] / 1e9:.2f} GFLOP, ", end="")
+    print(f"{found['bytes'] / 2**20:.1f} MiB; roofline ", end="")
+    print(f"{found['measured_flops'] / 1e9:.0f} GFLOP/s, {found['measured_bandwidth'] / 1e9:.1f} GB/s")
+    print(f"{'backend':10} {'forward ms':>11} {'fwd+bwd ms':>11} {'vs eager':>9} {'vs compile':>11} ", end="")
+    print(f"{'roofline':>9} {'extra MiB':>10}")
+    for row in found["rows"]:
+        ratios = ["–" if row[key] is None else f"{row[key]:.2f}×" for key in ("vs_eager", "vs_compile")]
+        memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
+        print(f"{row['backend']:10} {row['forward'] * 1e3:11.2f} {row['both'] * 1e3:11.2f} ", end="")
+        print(f"{ratios[0]:>9} {ratios[1]:>11} {row['roofline']:9.0%} {memory:>10}")
+    for name, failure in found["failures"].items():
+        print(f"{name}: not timed, its check failed: {failure}")
+
+
+def _plot(found: dict, path: str | Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    names = [row["backend"] for row in found["rows"]]
+    bars = axes.bar(names, [row["both"] * 1e3 for row in found["rows"]])
+    axes.bar_label(bars, fmt="%.1f")
+    axes.set_ylabel("forward + backward, ms")
+    axes.set_title(f"{found['operator']} {found['work']} {found['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
