@@ -94,6 +94,73 @@ def export(
     typer.echo(f"student of {run} written to {out}")
 
 
+@app.command()
+def verify(
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the rows there.")
+    ] = None,
+):
+    """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
+    _quiet_libraries()
+    from dsdistill.bench.verify import run_verify
+
+    raise typer.Exit(run_verify(json))
+
+
+@app.command()
+def bench(
+    operator: Annotated[
+        str,
+        typer.Argument(
+            metavar="OPERATOR", help="attention, pairwise, hidden or soft-label.", show_default=False
+        ),
+    ],
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            "--shapes",
+            metavar="NAME=VALUE,...",
+            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    backends: Annotated[
+        str | None,
+        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp."),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
+    ] = None,
+    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
+):
+    """Time an operator against eager PyTorch and torch.compile, in one process, after a green check."""
+    _quiet_libraries()
+    import yaml
+
+    from dsdistill.bench.operators import run_bench
+
+    options = {}
+    for part in shapes.split(",") if shapes else ():
+        name, found, value = part.partition("=")
+        if not found:
+            raise UserError("--shapes", part, "NAME=VALUE")
+        options[name.strip()] = yaml.safe_load(value)
+    try:
+        code = run_bench(
+            operator,
+            options=options,
+            dtype=dtype,
+            backends=backends.split(",") if backends else None,
+            json_path=json,
+            plot_path=plot,
+        )
+    except ValueError as error:  # a name or size that the operator does not take
+        place, _, rest = str(error).partition(": got ")
+        got, _, expected = rest.partition(", expected ")
+        raise UserError(f"bench {place}", got or error, expected or "another") from None
+    raise typer.Exit(code)
+
+
 def _first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
