@@ -26,7 +26,8 @@ if X86:
 KERNELS = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.name != "cpu.cpp")
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast", "-fno-math-errno", *(["-DDSD_X86"] if X86 else [])]
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS += ["-DDSD_X86"] if X86 else []
 EXTRA = os.environ.get("DSDISTILL_CFLAGS", "").split()  # e.g. -fsanitize=address
 
 
@@ -38,7 +39,9 @@ class BuildNative(build_ext):
             import pybind11
             from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError as error:
-            self.warn(f"no native operators: {error}. Install with --no-build-isolation beside torch to build them.")
+            self.warn(
+                f"no native operators: {error}. Install with --no-build-isolation beside torch to build them."
+            )
             return
         torch_flags = [*(f"-I{path}" for path in (*include_paths(), pybind11.get_include()))]
         torch_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Wno-attributes"]

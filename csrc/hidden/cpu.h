@@ -32,7 +32,7 @@ struct HiddenKernel {
   int64_t (*workspace_bytes)(const HiddenArguments&, bool float64);
   int64_t (*packed_elements)(const HiddenArguments&, bool float64);
   int64_t (*partial_elements)(const HiddenArguments&, bool float64);
-  // Packs rows first … last − 1 of the projection, in units of `pack_rows`.
+  // Packs panels first … last − 1 of the projection's output features, of `pack_units` in all.
   void (*pack)(const HiddenArguments&, bool float64, int64_t first, int64_t last);
   int64_t (*pack_units)(const HiddenArguments&, bool float64);
   void (*run)(const HiddenArguments&, bool float64, int64_t share, void* workspace);
