@@ -7,6 +7,7 @@ torch.compile run the operator's definition (`reference`). A contender that fail
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import os
 import platform
@@ -24,10 +25,14 @@ from torch import Tensor
 from dsdistill.bench import verify
 from dsdistill.bench.cases import FUNCTIONS
 from dsdistill.ops import available_backends
+from dsdistill.ops.attention.pairs import Pairs
+from dsdistill.ops.attention.reference import attention_total
 from dsdistill.ops.library import extension
 
+# Contenders that the others are compared with.
+RIVALS = ("eager", "eager-half", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTENDERS = ("eager", "compile", "chunked", "cpp")
+CONTENDERS = ("eager", "eager-half", "compile", "chunked", "cpp")
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,24 @@ def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch
     )
 
 
-def hidden_work(tokens=2048, width=768, teacher_width=1024, divergence="mse", dtype=torch.float32):
+def hidden_work(
+    tokens=2048, width=768, teacher_width=1024, projected=True, divergence="mse", dtype=torch.float32
+):
     student, teacher = (
         torch.randn(1, tokens, width).to(dtype),
-        torch.randn(1, tokens, teacher_width).to(dtype),
+        torch.randn(1, tokens, teacher_width if projected else width).to(dtype),
     )
+    if not projected:
+        return Work(
+            "hidden",
+            f"{divergence} {tokens} tokens {width}",
+            (student.requires_grad_(),),
+            (teacher,),
+            ("student", "teacher"),
+            {"divergence": divergence},
+            4 * tokens * width,
+            3 * student.numel() * student.element_size(),
+        )
     projection = (torch.randn(teacher_width, width) * width**-0.5).to(dtype)
     return Work(
         "hidden",
@@ -150,7 +168,29 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def attention_in_half(work: Work) -> Tensor:
+    """What a model in half precision computes by itself: products, softmax and loss in the inputs' type."""
+    batch, heads, tokens, width = work.student[0].shape
+    options = work.options
+    total = attention_total(
+        *work.student,
+        *work.fixed,
+        pairs=Pairs(tokens, None, options["causal"], None, None),
+        divergence=options["divergence"],
+        student_scale=width**-0.5,
+        teacher_scale=width**-0.5,
+        heads="match",
+        dtype=work.student[0].dtype,
+    )
+    return total / (batch * heads * tokens)
+
+
+HALF = {"attention": attention_in_half}
+
+
 def contender(work: Work, name: str) -> Callable[[], Tensor]:
+    if name == "eager-half":
+        return lambda: HALF[work.operator](work)
     if name == "compile":
         return torch.compile(lambda: work.loss("reference"))
     return lambda: work.loss("reference" if name == "eager" else name)
@@ -255,9 +295,19 @@ def run_bench(
 ) -> int:
     """Measure one operator and print a table. Returns 0, or 1 if a contender failed its check.
 
-    operator: "attention", "pairwise", "hidden" or "soft-label". options: sizes, as the keyword arguments of that
-    operator's `*_work` function. backends: among "eager", "compile", "chunked", "cpp". seconds: time after which
-    no further repeat begins.
+    Args:
+        operator: "attention", "pairwise", "hidden" or "soft-label".
+        options: sizes and choices of the measured call, all optional; `--shapes NAME=VALUE,...` on the command line:
+            attention   batch, heads, tokens, width, divergence (kl, mse, score_mse), causal
+            pairwise    batch, tokens, width, relation (cosine, dot, distance)
+            hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
+            soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
+        backends: among "eager", "eager-half", "compile", "chunked", "cpp". "eager" is the definition with float32
+            sums; "eager-half" all of it in the inputs' half precision.
+        seconds: time after which no further repeat begins.
+
+    Raises:
+        ValueError: an operator, dtype, backend or option that does not exist.
     """
     if operator not in WORKS:
         raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(map(repr, WORKS))}")
@@ -267,13 +317,21 @@ def run_bench(
     if unknown:
         raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(CONTENDERS)}")
     options = options or {}
+    known = [name for name in inspect.signature(WORKS[operator]).parameters if name != "dtype"]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
     present = {"eager", "compile", *available_backends()}
+    if dtype != "float32" and operator in HALF:
+        present.add("eager-half")
     if operator == "soft-label":
         present.discard("cpp")
     names = [name for name in backends or CONTENDERS if name in present]
     failures = {}
     for name in names:
-        failure = None if name in ("eager", "compile") else checked(operator, name, DTYPES[dtype])
+        failure = (
+            None if name.startswith("eager") or name == "compile" else checked(operator, name, DTYPES[dtype])
+        )
         if failure:
             failures[name] = failure
     names = [name for name in names if name not in failures]
@@ -285,7 +343,7 @@ def run_bench(
     for name in names:
         row = {"backend": name, **times[name], "roofline": floor / times[name]["both"]}
         row["memory_mib"] = peak_memory(operator, options, dtype, name) if memory else None
-        for rival in ("eager", "compile"):
+        for rival in RIVALS:
             row[f"vs_{rival}"] = times[rival]["both"] / times[name]["both"] if rival in times else None
         rows.append(row)
     found = {
@@ -311,13 +369,14 @@ def _print(found: dict) -> None:
     print(f"{found['operator']} {found['work']} {found['dtype']}: {found['flops'] / 1e9:.2f} GFLOP, ", end="")
     print(f"{found['bytes'] / 2**20:.1f} MiB; roofline ", end="")
     print(f"{found['measured_flops'] / 1e9:.0f} GFLOP/s, {found['measured_bandwidth'] / 1e9:.1f} GB/s")
-    print(f"{'backend':10} {'forward ms':>11} {'fwd+bwd ms':>11} {'vs eager':>9} {'vs compile':>11} ", end="")
-    print(f"{'roofline':>9} {'extra MiB':>10}")
+    rivals = [name for name in RIVALS if any(row[f"vs_{name}"] is not None for row in found["rows"])]
+    print(f"{'backend':10} {'forward ms':>11} {'fwd+bwd ms':>11} ", end="")
+    print(*(f"{'vs ' + name:>14}" for name in rivals), f"{'roofline':>9} {'extra MiB':>10}")
     for row in found["rows"]:
-        ratios = ["–" if row[key] is None else f"{row[key]:.2f}×" for key in ("vs_eager", "vs_compile")]
+        ratios = [f"{row[f'vs_{name}']:13.2f}×" for name in rivals]
         memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
         print(f"{row['backend']:10} {row['forward'] * 1e3:11.2f} {row['both'] * 1e3:11.2f} ", end="")
-        print(f"{ratios[0]:>9} {ratios[1]:>11} {row['roofline']:9.0%} {memory:>10}")
+        print(*ratios, f"{row['roofline']:9.0%} {memory:>10}")
     for name, failure in found["failures"].items():
         print(f"{name}: not timed, its check failed: {failure}")
 

@@ -79,18 +79,17 @@ def _announce(message: str) -> None:
 
 
 def choose_backend(
-    operator: str, requested: str, *, preference: Sequence[str], missing: dict[str, str], detail: str
+    operator: str, requested: str, *, preference: Sequence[str], missing: dict[str, str]
 ) -> str:
     """The backend to run.
 
     requested: "auto" or a backend's name.
     preference: backends that can run this call, the fastest first; "auto" takes the first.
     missing: for every other backend, what it lacks; an explicit request for one raises ValueError with it.
-    detail: device and dtype, for the log line that "auto" writes once for each choice.
     """
     if requested == "auto":
-        if not torch.compiler.is_compiling():
-            _announce(f"{operator}: backend 'auto' takes {preference[0]!r} for {detail}")
+        if not torch.compiler.is_compiling():  # logged once for each operator and choice, whatever the shapes
+            _announce(f"{operator}: backend 'auto' takes {preference[0]!r}")
         return preference[0]
     if requested not in BACKENDS:
         raise ValueError(

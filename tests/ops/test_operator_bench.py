@@ -40,3 +40,5 @@ def test_unknown_names_are_named():
         operators.run_bench("softmax")
     with pytest.raises(ValueError, match="float32"):
         operators.run_bench("pairwise", dtype="int8")
+    with pytest.raises(ValueError, match="option: got 'batch', expected one of 'tokens', 'width'"):
+        operators.run_bench("hidden", options={"tokens": 8, "batch": 1})

@@ -159,7 +159,6 @@ def _choose(backend: str, like: Tensor, teacher_width: int, setting: dict) -> st
         backend,
         preference=preference,
         missing=missing,
-        detail=f"{like.device.type} {like.dtype}, {setting['divergence']}",
     )
 
 

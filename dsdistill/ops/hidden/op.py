@@ -114,5 +114,4 @@ def _choose(backend: str, like: Tensor, projection: Tensor | None) -> str:
         backend,
         preference=preference,
         missing=missing,
-        detail=f"{like.device.type} {like.dtype}",
     )

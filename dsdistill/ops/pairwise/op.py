@@ -101,5 +101,4 @@ def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str) -> st
         backend,
         preference=preference,
         missing=missing,
-        detail=f"{student.device.type} {student.dtype}, {relation}, N={student.shape[1]}",
     )

@@ -218,5 +218,4 @@ def _choose(operator: str, backend: str, like: Tensor) -> str:
         missing={
             name: "soft labels have only 'reference' and 'chunked'" for name in ("cpp", "triton", "cuda")
         },
-        detail=f"{like.device.type} {like.dtype}",
     )
