@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+say() { printf '== %s\n' "$*" >&2; }
 fail() { printf 'dsdistill: %s\n' "$*" >&2; exit 2; }
 
 python=${PYTHON:-python3}

@@ -1,0 +1,35 @@
+"""The launch scripts: what they say when misused, and that they are valid shell."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "multinode.slurm", LAUNCH.parent / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_is_valid_shell(script):
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", ["node.sh", "multinode.slurm"])
+def test_a_missing_config_is_one_line(script):
+    done = subprocess.run(["bash", str(LAUNCH / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "expected CONFIG.yaml" in done.stderr
+
+
+def test_an_old_python_is_refused(tmp_path):
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
+    old.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(old)}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "setup.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "Python 3.9.2, expected Python 3.11" in done.stderr
