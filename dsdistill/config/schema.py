@@ -113,7 +113,7 @@ class Student(Model):
         default=None,
         description="teacher layers, counted from 1, that become the student's layers (equal width)",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    zero_stage: Literal[1, 2, 3] = Field(
         default=2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights"
     )
     gradient_checkpointing: bool = Field(

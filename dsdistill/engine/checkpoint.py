@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from dsdistill.config import UserError
 from dsdistill.engine.ranks import Ranks
 
 log = logging.getLogger("dsdistill")
@@ -47,7 +48,8 @@ def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) 
         manifest = {name: _fingerprint(os.path.join(target, name)) for name in _files(target)}
         _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
         _write(os.path.join(folder, _POINTER), tag)
-        for old in sorted(_tags(folder))[:-keep]:
+        kept = sorted(name for name in _tags(folder) if name <= tag)[-keep:]  # later ones were passed over
+        for old in set(_tags(folder)) - set(kept):
             shutil.rmtree(os.path.join(folder, old))
     ranks.barrier()
 
@@ -90,6 +92,21 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks) -> dict:
 def read_state(run_dir: str, tag: str) -> dict:
     with open(os.path.join(run_dir, FOLDER, tag, "state.json"), encoding="utf-8") as file:
         return json.load(file)
+
+
+def check_ranks(run_dir: str, world_size: int) -> None:
+    """Raise UserError where a checkpoint was written by another number of ranks: its shards fit no other."""
+    for tag in _tags(os.path.join(run_dir, FOLDER)):
+        try:
+            wrote = read_state(run_dir, tag)["world_size"]
+        except (OSError, ValueError):  # a save that was interrupted
+            continue
+        if wrote != world_size:
+            raise UserError(
+                f"{run_dir}, {tag}",
+                f"{world_size} rank(s)",
+                f"{wrote}, as it was saved by, or another run.name",
+            )
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ import deepspeed
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from transformers.integrations import HfDeepSpeedConfig
 
-MINUTES = 10  # a collective that takes longer is an error
+MINUTES = 60  # a collective that takes longer is an error; rank 0 may download and tokenise alone meanwhile
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsdistill.config import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -42,14 +44,28 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_alone(self):
-        """Rank 0 goes through the block first, the others when it is done: they find what it left in a cache."""
+        """Rank 0 goes through the block first, the others when it is done: they find what it left in a cache.
+
+        Where rank 0 fails the others fail too: they would wait for it in vain, or drown its one line.
+        """
         if not self.first:
-            self.barrier()
+            failure = self.gather(None)[0]
+            if failure is not None:
+                refused, message = failure
+                raise (
+                    UserError("rank 0", message, "no failure")
+                    if refused
+                    else RuntimeError(f"rank 0: {message}")
+                )
+        failure = None
         try:
             yield
+        except BaseException as error:
+            failure = (isinstance(error, UserError), f"{type(error).__name__}: {error}")
+            raise
         finally:
             if self.first:
-                self.barrier()
+                self.gather(failure)
 
 
 def environment() -> None:

@@ -13,7 +13,7 @@ import torch
 from dsdistill import config as configs
 from dsdistill.config import Config
 from dsdistill.config.schema import Run, Task, Terms
-from dsdistill.engine import deepspeed
+from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.export import INIT, export, load_student, read_run
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, prepare
@@ -43,10 +43,13 @@ def run(config: Config, ranks: Ranks) -> dict:
     folder = RunFolder(config.run_dir)
     with ranks.first_alone():
         done = folder.summary()
+        finished = done is not None and done.get("finished", False)
         prepared = prepare(config, ranks.world_size)
+        if not finished:
+            checkpoint.check_ranks(folder.path, ranks.world_size)
         if ranks.first:
             folder.open(config)
-    if done is not None and done.get("finished"):
+    if finished:
         log.info("%s is finished; nothing to do", folder.path)
         return done
     if prepared.recipe is not None:
@@ -91,16 +94,19 @@ def _use_recipe(prepared: Prepared, ranks: Ranks) -> None:
     model = os.path.join(home, "model")
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
-        recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home))
+        recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
         folder = RunFolder(home)
-        if ranks.first:
-            folder.open(recipe.config)
+        with ranks.first_alone():
+            checkpoint.check_ranks(home, ranks.world_size)
+            if ranks.first:
+                folder.open(recipe.config)
         if recipe.recipe is not None:
             _use_recipe(recipe, ranks)
         _distil(recipe, folder, ranks)
-        if ranks.first:
-            export(home, model)
-        ranks.barrier()
+        gc.collect()  # its engine, before the next ones are made
+        with ranks.first_alone():
+            if ranks.first:
+                export(home, model)
     prepared.config = _with(prepared.config, teacher=_with(prepared.config.teacher, path=model, recipe=None))
 
 
@@ -118,7 +124,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}
     models["student"] = _row(scores["student"], student)
-    steps = student.steps
+    steps, peak = student.steps, max(ranks.gather(peak_memory_mib(ranks)))
     if config.run.baseline:
         del student  # its engine, before the next one is made
         gc.collect()
@@ -134,7 +140,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
         },
         "terms": list(prepared.objective.terms),
         "models": models,
-        "peak_memory_mib": max(ranks.gather(peak_memory_mib(ranks))),
+        "peak_memory_mib": peak,
         "seconds": round(time.time() - started, 1),
         "finished": True,
         "versions": {"torch": torch.__version__, "dsdistill": _version()},

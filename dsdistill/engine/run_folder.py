@@ -39,8 +39,10 @@ class RunFolder:
                 )
             _compare(configs.load([self / CONFIG]), config, self / CONFIG)
         os.makedirs(self.path, exist_ok=True)
-        with open(self / CONFIG, "w", encoding="utf-8") as file:
+        partial = self / (CONFIG + ".partial")
+        with open(partial, "w", encoding="utf-8") as file:
             file.write(configs.dump(config))
+        os.replace(partial, self / CONFIG)
 
     def summary(self) -> dict | None:
         """The summary of a finished run, or None."""

@@ -36,10 +36,11 @@ class Teacher:
             )
             module = self.call.module
         else:
-            self.call = (
-                load().to(ranks.device, deepspeed.DTYPES[config.train.dtype]).eval().requires_grad_(False)
-            )
-            module = self.call
+            module = load().to(ranks.device).eval().requires_grad_(False)
+            # Parameters alone: rotary frequencies, which are buffers, would turn positions if they were rounded.
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(deepspeed.DTYPES[config.train.dtype])
+            self.call = module
         self.model = module.model if isinstance(module, Headless) else module
         self.headless = isinstance(module, Headless)
         self.capture = Capture(
@@ -70,7 +71,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def _largest_layer(architecture: PretrainedConfig, task: str) -> int:
-    """Parameters of the largest block, from a model without weights."""
+    """Parameters of the largest block (of all, where it has no list of them), from a model without weights."""
     with torch.device("meta"):
         model = build(architecture, None, task, "teacher", needs_head=False)
-    return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layer_list(model))
+    return max(map(count_parameters, layer_list(model) or [model]))

@@ -86,6 +86,8 @@ class Trainer:
         self.engine = deepspeed.student_engine(
             self.module.to(ranks.device), self.module.head_parameters(), config, ranks, self._schedule
         )
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # a run of the teacher's recipe may have come before
         torch.manual_seed(config.run.seed + ranks.rank)  # dropout differs between ranks
         self.progress = Progress()
 
@@ -143,19 +145,16 @@ class Trainer:
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
             rate = self.engine.get_lr()[0]
             raw = self.train_step(batches)
-            tokens = self.ranks.sum(
-                torch.tensor(sum(int(b.mask.sum()) for b in batches), device=self.ranks.device)
-            )
+            tokens = torch.tensor(sum(int(b.mask.sum()) for b in batches), device=self.ranks.device)
+            # Waits for the GPU, so it comes before the clock is read.
+            self.progress.tokens += int(self.ranks.sum(tokens))
             self.progress.seconds += time.perf_counter() - started
-            self.progress.tokens += int(tokens)
             self.progress.step += 1
-            bad = 0 if bool(raw.isfinite().all()) else bad + 1
-            if bad == BAD_STEPS:
-                values = dict(zip(self.module.objective.terms, raw.tolist(), strict=True))
-                raise TrainingError(
-                    f"step {self.progress.step}: {bad} losses in a row are not finite: {values}"
-                )
             step, last = self.progress.step, self.progress.step == self.steps
+            bad = 0 if bool(raw.isfinite().all()) else bad + 1
+            if bad == BAD_STEPS or (bad and last):
+                values = dict(zip(self.module.objective.terms, raw.tolist(), strict=True))
+                raise TrainingError(f"step {step}: {bad} loss(es) in a row are not finite: {values}")
             if step % config.log_every == 0 or last:
                 self._log(folder, raw, rate, bar)
             bar.update()
@@ -163,7 +162,8 @@ class Trainer:
                 scores = self.evaluate()["student"]
                 if self.ranks.first:
                     folder.log({"step": step, "evaluation": scores})
-            if last or (every and step % every == 0):
+                self._monitor({f"Dev/{name}": value for name, value in scores.items()})
+            if last or (every and step % every == 0 and not bad):  # never weights that a bad loss has touched
                 checkpoint.save(self.engine, folder.path, step, vars(self.progress), self.ranks, config.keep)
         bar.close()
 
@@ -196,6 +196,15 @@ class Trainer:
         bar.set_postfix(loss=f"{loss:.4g}")
         if self.ranks.first:
             folder.log(record)
+        self._monitor(
+            {"Train/loss": loss} | {f"Train/{name}": term["weighted"] for name, term in terms.items()}
+        )
+
+    def _monitor(self, values: dict[str, float]) -> None:
+        """To TensorBoard, W&B and the like, where student.deepspeed turns one on: DeepSpeed tells them rates alone."""
+        if self.engine.monitor.enabled:
+            step = self.progress.step * self.config.train.batch_size  # DeepSpeed's axis: examples
+            self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Scores of student and teacher on the dev set."""

@@ -108,7 +108,7 @@ class TestMessages:
             ("terms.hidden.layers=[[0,1]]", ["terms.hidden.layers", "counted from 1"]),
             ("terms.hidden.layers=[]", ["terms.hidden.layers", "counted from 1"]),
             ("terms.hidden.layers=[[1,2,3]]", ["terms.hidden.layers", "pairs"]),
-            ("student.zero_stage=4", ["student.zero_stage", "4", "0, 1, 2 or 3"]),
+            ("student.zero_stage=4", ["student.zero_stage", "4", "1, 2 or 3"]),
             ("teacher.zero_stage=2", ["teacher.zero_stage", "2", "0 or 3"]),
             ("data.text=text", ["data.text", "'text'", "tuple"]),
             ("data.text=[a,b,c]", ["data.text", "2 items"]),

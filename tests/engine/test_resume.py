@@ -13,7 +13,7 @@ import yaml
 from dsdistill.config import UserError
 from dsdistill.engine import checkpoint
 from dsdistill.engine.export import read_run
-from tests.engine.launch import WORKER, launch_command, run_configs
+from tests.engine.launch import WORKER, launch, launch_command, run_configs
 
 
 def losses(run_dir: Path) -> list[dict]:
@@ -130,3 +130,30 @@ def test_a_run_without_checkpoint_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("student: {path: minilm}\n")
     with pytest.raises(UserError, match="without a checkpoint"):
         read_run(str(tmp_path))
+
+
+def test_a_passed_over_checkpoint_is_not_kept_for_a_good_one(tmp_path):
+    """After a resume from before it, the damaged one is the highest, and stays so until steps reach it again."""
+    for step in (4, 5, 8):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / checkpoint.FOLDER / "step-00000008" / "weights.bin").write_bytes(b"short")
+    make_checkpoint(tmp_path, 6)
+    kept = sorted(p.name for p in (tmp_path / checkpoint.FOLDER).glob("step-*"))
+    assert kept == ["step-00000005", "step-00000006"]
+
+
+def test_another_number_of_ranks_is_refused(tmp_path):
+    checkpoint.check_ranks(str(tmp_path), 2)
+    make_checkpoint(tmp_path, 1)
+    checkpoint.check_ranks(str(tmp_path), 1)
+    with pytest.raises(UserError, match=r"step-00000001: got 2 rank\(s\), expected 1"):
+        checkpoint.check_ranks(str(tmp_path), 2)
+
+
+def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(settings, tmp_path):
+    settings["run"] |= {"save_every": 1, "keep": 9}
+    settings["train"] |= {"learning_rate": 1e30, "clip": 0.0, "warmup": 0.0}
+    done = launch(WORKER, write(settings, tmp_path, "run"))
+    assert done.returncode != 0 and "3 loss(es) in a row are not finite" in done.stderr
+    tags = [p.name for p in (tmp_path / "run" / checkpoint.FOLDER).glob("step-*")]
+    assert tags == ["step-00000001"]  # its loss was taken before the first update

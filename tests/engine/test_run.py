@@ -10,7 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.engine.launch import run_configs
+from dsdistill.config.load import build as build_config
+from dsdistill.engine.run_folder import RunFolder
+from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 
 
@@ -42,6 +44,9 @@ def test_recipe_baseline_evaluate_export(settings, home):
     settings["teacher"] = {"recipe": "teacher.yaml", "zero_stage": 3}
     settings["student"] = {"from_teacher": [2, 4]}
     settings["run"]["baseline"] = True
+    settings["student"]["deepspeed"] = {
+        "csv_monitor": {"enabled": True, "output_path": str(home / "monitor")}
+    }
     log = run_configs([write(home / "config.yaml", settings)])
     assert "training the teacher of teacher.yaml" in log
 
@@ -58,6 +63,11 @@ def test_recipe_baseline_evaluate_export(settings, home):
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert set(lines[0]["terms"]) == {"task", "soft_label", "hidden", "attention", "pairwise"}
     assert all(line["grad_norm"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    # A monitor of DeepSpeed's gets every term of the student's run, then the baseline's loss.
+    watched = {path.stem: path.read_text().split()[1:] for path in (home / "monitor").rglob("Train_*.csv")}
+    assert {"Train_loss", *(f"Train_{name}" for name in lines[0]["terms"])} <= set(watched)
+    for row, line in zip(watched["Train_loss"], lines, strict=False):
+        assert row.split(",") == [str(8 * line["step"]), str(line["loss"])]
     # Distilling brings the student nearer to the teacher than the labels alone do.
     assert summary["models"]["student"]["kl"] < summary["models"]["baseline"]["kl"]
 
@@ -146,3 +156,12 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
     summary = json.loads((home / paths[2][-1].stem / "summary.json").read_text())
     for scores in summary["models"].values():
         assert 1 < scores["perplexity"] < 100
+
+
+def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):
+    """Only rank 0 opens the run folder: the others must not wait for it, nor fail for want of it."""
+    RunFolder(settings["run"]["dir"]).open(build_config(settings))
+    done = launch("--module", "dsdistill", "train", write(home / "config.yaml", settings), "train.epochs=3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dsdistill: ")]
+    assert len(lines) == 1 and "train.epochs: got 3, expected 2 as this run began" in lines[0]

@@ -1,0 +1,53 @@
+"""A teacher by itself, in this process."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from dsdistill.alignment.objective import Objective
+from dsdistill.config.load import build as build_config
+from dsdistill.engine.prepare import prepare
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.teacher import Teacher, _largest_layer
+from tests.conftest import BERT
+
+DECODER = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
+def test_a_replicated_teacher_keeps_its_rotary_frequencies(settings, data_dir, tokenizer_dir):
+    """In bfloat16 the weights are rounded; rounded frequencies would turn far positions by radians."""
+    settings |= {
+        "task": "causal_lm",
+        "teacher": {"config": DECODER, "zero_stage": 0},
+        "student": {"config": DECODER},
+    }
+    settings["data"] |= {
+        "train": str(data_dir / "train.txt"),
+        "dev": str(data_dir / "dev.txt"),
+        "tokenizer": str(tokenizer_dir),
+    }
+    settings["train"]["dtype"] = "bf16"
+    prepared = prepare(build_config(settings), world_size=1)
+    objective: Objective = prepared.objective
+    teacher = Teacher(prepared.config, prepared.teacher, objective, Ranks(0, 1, torch.device("cpu")))
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
+    frequencies = teacher.model.model.rotary_emb.inv_freq
+    expected = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+def test_largest_layer(kind):
+    """A model that shares one layer has no list of them: then all of it counts."""
+    model = AutoConfig.for_model(kind, **{key: value for key, value in BERT.items() if key != "model_type"})
+    width, inner = 48, 64
+    layer = 4 * (width**2 + width) + 2 * width * inner + width + inner + 4 * width
+    found = _largest_layer(model, "classification")
+    assert found == layer if kind == "bert" else found > layer
