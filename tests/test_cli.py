@@ -284,6 +284,15 @@ class TestFiles:
         tokenizer.write_text(tokenizer.read_text().replace('"tensor"', '"rotnet"'))
         assert "student.path: got a tokenizer of" in refused("train", config({"student.path": str(path)}))
 
+    def test_a_student_with_another_tokenizer_than_the_recipe(self, config, refused, models_dir, tmp_path):
+        path = shutil.copytree(models_dir / "student", tmp_path / "student")
+        tokenizer = path / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text().replace('"tensor"', '"rotnet"'))
+        teacher = str(models_dir / "teacher")
+        config({"teacher": None, "student": {"path": teacher}, "terms": {"task": {}}}, "teacher.yaml")
+        changes = {"teacher": {"recipe": "teacher.yaml"}, "student.path": str(path)}
+        assert "student.path: got a tokenizer of" in refused("train", config(changes))
+
     def test_a_model_folder_without_a_tokenizer(self, config, refused, models_dir, tmp_path):
         path = shutil.copytree(models_dir / "teacher", tmp_path / "teacher")
         for file in path.glob("tokenizer*"):

@@ -142,17 +142,16 @@ def objective_layers(
 def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer, "data.tokenizer")
-    if recipe is not None:
-        return recipe.tokenizer
     teacher = config.teacher.path if config.teacher is not None else None
     paths = [
         (place, path) for place, path in (("teacher", teacher), ("student", config.student.path)) if path
     ]
-    if not paths:
+    if not paths and recipe is None:
         raise UserError(
             "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
         )
-    found = [load_tokenizer(path, f"{place}.path") for place, path in paths]
+    found = [recipe.tokenizer] if recipe is not None else []
+    found += [load_tokenizer(path, f"{place}.path") for place, path in paths]
     if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
         raise UserError(
             "student.path",
