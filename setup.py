@@ -22,6 +22,7 @@ INSTRUCTION_SETS = {"portable": (16, [])}
 if X86:
     INSTRUCTION_SETS["avx2"] = (32, ["-mavx2", "-mfma"])
     INSTRUCTION_SETS["avx512"] = (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"])
+    INSTRUCTION_SETS["avx512_bf16"] = (64, [*INSTRUCTION_SETS["avx512"][1], "-mavx512bf16"])
 
 KERNELS = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.name != "cpu.cpp")

@@ -13,6 +13,9 @@
 #include "cpu.h"
 
 #include "../common/gemm.h"
+#include "heads.h"
+#include "pairs.h"
+#include "rows.h"
 
 namespace dsd {
 namespace DSD_ISA {
@@ -81,82 +84,15 @@ void pack_rows(const Source& source, int64_t base, const int64_t* positions, int
   }
 }
 
-// One row of scores of both models over columns [0, width): returns the row's loss, leaves dS in `s`.
-template <class T>
-double row_kl(T* s, T* t, int64_t width, bool gradient) {
-  constexpr int64_t L = lanes<T>;
-  Vec<T> max_s = broadcast(absent<T>), max_t = max_s;
-  for (int64_t j = 0; j < width; j += L) {
-    max_s = maximum<T>(max_s, load(s + j));
-    max_t = maximum<T>(max_t, load(t + j));
-  }
-  const T top_s = max_lanes<T>(max_s), top_t = max_lanes<T>(max_t);
-  Vec<T> sum_s{}, sum_t{}, difference{};
-  for (int64_t j = 0; j < width; j += L) {
-    const Vec<T> low_s = load(s + j) - top_s, low_t = load(t + j) - top_t;
-    const Vec<T> e_s = exp_nonpositive(low_s), e_t = exp_nonpositive(low_t);
-    sum_s += e_s;
-    sum_t += e_t;
-    difference += e_t * (low_t - low_s);
-    store(s + j, e_s);
-    store(t + j, e_t);
-  }
-  const T z_s = sum_lanes<T>(sum_s), z_t = sum_lanes<T>(sum_t);
-  if (gradient) {
-    const T inverse_s = 1 / z_s, inverse_t = 1 / z_t;
-    for (int64_t j = 0; j < width; j += L) store(s + j, load(s + j) * inverse_s - load(t + j) * inverse_t);
-  }
-  return double(sum_lanes<T>(difference)) / double(z_t) - (log(double(z_t)) - log(double(z_s)));
-}
-
-template <class T>
-double row_mse(T* s, T* t, int64_t width, bool gradient) {
-  constexpr int64_t L = lanes<T>;
-  Vec<T> max_s = broadcast(absent<T>), max_t = max_s;
-  for (int64_t j = 0; j < width; j += L) {
-    max_s = maximum<T>(max_s, load(s + j));
-    max_t = maximum<T>(max_t, load(t + j));
-  }
-  const T top_s = max_lanes<T>(max_s), top_t = max_lanes<T>(max_t);
-  Vec<T> sum_s{}, sum_t{};
-  for (int64_t j = 0; j < width; j += L) {
-    const Vec<T> e_s = exp_nonpositive(load(s + j) - top_s), e_t = exp_nonpositive(load(t + j) - top_t);
-    sum_s += e_s;
-    sum_t += e_t;
-    store(s + j, e_s);
-    store(t + j, e_t);
-  }
-  const T inverse_s = 1 / sum_lanes<T>(sum_s), inverse_t = 1 / sum_lanes<T>(sum_t);
-  Vec<T> squares{}, mean{};
-  for (int64_t j = 0; j < width; j += L) {
-    const Vec<T> p = load(s + j) * inverse_s, difference = p - load(t + j) * inverse_t;
-    squares += difference * difference;
-    mean += p * difference;
-    store(s + j, p);
-    store(t + j, difference);
-  }
-  if (gradient) {
-    const T r = sum_lanes<T>(mean);
-    for (int64_t j = 0; j < width; j += L) store(s + j, 2 * load(s + j) * (load(t + j) - r));
-  }
-  return double(sum_lanes<T>(squares));
-}
-
-template <class T>
-double row_score_mse(T* s, T* t, int64_t width) {
-  Vec<T> squares{};
-  for (int64_t j = 0; j < width; j += lanes<T>) {
-    const Vec<T> difference = load(s + j) - load(t + j);
-    squares += difference * difference;
-    store(s + j, 2 * difference);
-  }
-  return double(sum_lanes<T>(squares));
+// Of the summed key gradients: queries are packed with their scale in units of log 2, as pairs without any scale.
+inline double key_factor(const AttentionArguments& a) {
+  return uses_pairs(a) ? a.coefficient * a.student_scale : a.coefficient / score_unit(a);
 }
 
 template <class T>
 class Task {
  public:
-  Task(const AttentionArguments& arguments, T* workspace) : a(arguments), layout(arguments) {
+  Task(const AttentionArguments& arguments, T* workspace) : a(arguments), sight(arguments), layout(arguments) {
     query = workspace;
     query_tiles = query + layout.query_elements;
     teacher_tiles = query_tiles + layout.query_elements;
@@ -170,61 +106,39 @@ class Task {
     scratch = d_query + layout.d_query_elements;
   }
 
-  void run(int64_t task) {
-    const int64_t share = task % a.shares, key_head = task / a.shares % a.student_kv_heads;
-    const int64_t b = task / a.shares / a.student_kv_heads;
-    const int64_t* positions = a.positions + b * a.tokens;
-    const int64_t count = a.counts[b], columns = round_up(count, TILE_COLUMNS<T>);
-    const int64_t group = a.heads / a.student_kv_heads;
+  void begin(int64_t task, int64_t b, int64_t key_head, const int64_t* positions, int64_t count) {
+    const int64_t columns = round_up(count, TILE_COLUMNS<T>);
     d_key = a.shares > 1 ? static_cast<T*>(a.key_gradients) + task * layout.key_gradient_elements : own_d_key;
     if (a.d_key) memset(d_key, 0, size_t(columns * layout.student_row_width) * sizeof(T));
-    double value = 0;
-    if (count > 0) {
-      const int64_t base = b * a.student_key.stride[0] + key_head * a.student_key.stride[1];
-      pack_panels<T>(a.student_key, base, positions, count, columns, a.student_width, panels_s, scratch);
-      if (a.d_query)
-        pack_rows<T>(a.student_key, base, positions, count, columns, a.student_width, layout.student_tile_width,
-                     T(1), key_rows);
-      int64_t packed_teacher = -1;
-      for (int64_t h = key_head * group; h < (key_head + 1) * group; ++h) {
-        const int64_t teacher_head = h / (a.heads / a.teacher_kv_heads);
-        if (teacher_head != packed_teacher) {
-          pack_panels<T>(a.teacher_key, b * a.teacher_key.stride[0] + teacher_head * a.teacher_key.stride[1],
-                         positions, count, columns, a.teacher_width, panels_t, scratch);
-          packed_teacher = teacher_head;
-        }
-        // Shares take every so-many-th block: with causal order later blocks cost more.
-        for (int64_t start = share * BLOCK_ROWS; start < count; start += a.shares * BLOCK_ROWS)
-          value += block(b, h, positions, count, start, smaller(start + BLOCK_ROWS, count));
-      }
-    }
-    a.values[task] = value;
-    if (a.d_key && a.shares == 1) write_key(b, key_head, d_key, positions, count);
+    const int64_t base = b * a.student_key.stride[0] + key_head * a.student_key.stride[1];
+    pack_panels<T>(a.student_key, base, positions, count, columns, a.student_width, panels_s, scratch);
+    if (a.d_query)
+      pack_rows<T>(a.student_key, base, positions, count, columns, a.student_width, layout.student_tile_width, T(1),
+                   key_rows);
   }
 
-  // Gradients of one key head, kept as columns, written as rows of the valid tokens.
-  void write_key(int64_t b, int64_t key_head, const T* columns, const int64_t* positions, int64_t count) {
-    const int64_t panel = TILE_COLUMNS<T>;
-    for (int64_t j = 0; j < count; ++j) {
-      const T* column = columns + (j / panel) * panel * layout.student_row_width + j % panel;
-      for (int64_t d = 0; d < a.student_width; ++d) scratch[d] = column[d * panel];
-      const int64_t row = (b * a.student_kv_heads + key_head) * a.tokens + positions[j];
-      write_run<T>(a.d_key, a.d_key_type, row * a.student_width, a.student_width, T(a.coefficient), scratch);
-    }
+  void pack_teacher_key(int64_t b, int64_t head, const int64_t* positions, int64_t count) {
+    const int64_t base = b * a.teacher_key.stride[0] + head * a.teacher_key.stride[1];
+    pack_panels<T>(a.teacher_key, base, positions, count, round_up(count, TILE_COLUMNS<T>), a.teacher_width, panels_t,
+                   scratch);
   }
 
- private:
+  void write_key(int64_t b, int64_t key_head, const int64_t* positions, int64_t count) {
+    write_key_gradient<T>(a, d_key, layout.student_row_width, T(key_factor(a)), b, key_head, positions, count,
+                          scratch);
+  }
+
   double block(int64_t b, int64_t h, const int64_t* positions, int64_t count, int64_t start, int64_t stop) {
     const int64_t rows = stop - start, padded_rows = round_up(rows, TILE_ROWS);
     // Keys that any query of the block sees, widened to whole panels.
     const int64_t panel = TILE_COLUMNS<T>;
-    const int64_t first = first_key(positions, count, start, start) / panel * panel;
-    const int64_t last = round_up(last_key(positions, count, stop - 1, stop), panel);
+    const int64_t first = sight.first(positions, count, start, start) / panel * panel;
+    const int64_t last = round_up(sight.last(positions, count, stop - 1, stop), panel);
     const int64_t width = last - first;
 
     const Source& source = a.student_query;
     pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], positions + start, rows, padded_rows,
-                 a.student_width, layout.student_row_width, T(a.student_scale), query);
+                 a.student_width, layout.student_row_width, T(a.student_scale * score_unit(a)), query);
     interleave_rows(query, layout.student_row_width, padded_rows, a.student_width, query_tiles);
     product_of_scores(query_tiles, panels_s, a.student_width, first, last, padded_rows, scores_s);
     pack_teacher(b, h, positions + start, rows, padded_rows);
@@ -235,17 +149,17 @@ class Task {
     int64_t row_first = start, row_last = start;
     for (int64_t i = start; i < stop; ++i) {
       T *s = scores_s + (i - start) * layout.score_stride, *t = scores_t + (i - start) * layout.score_stride;
-      row_first = first_key(positions, count, i, row_first);
-      row_last = last_key(positions, count, i, row_last);
-      hide(s, t, first, last, row_first, row_last);
-      if (a.segments) hide_other_segments(b, positions, i, row_first, row_last, s - first, t - first);
+      row_first = sight.first(positions, count, i, row_first);
+      row_last = sight.last(positions, count, i, row_last);
+      sight.hide(b, positions, i, first, last, row_first, row_last, s, t);
       if (a.divergence == Divergence::kl)
-        value += row_kl<T>(s, t, width, gradient);
+        value += row<T, Divergence::kl>(s, t, width, gradient);
       else if (a.divergence == Divergence::mse)
-        value += row_mse<T>(s, t, width, gradient);
+        value += row<T, Divergence::mse>(s, t, width, gradient);
       else
-        value += row_score_mse<T>(s, t, width);
+        value += row<T, Divergence::score_mse>(s, t, width, gradient);
     }
+    if (!gradient) return value;
     for (int64_t i = rows; i < padded_rows; ++i)
       memset(scores_s + i * layout.score_stride, 0, size_t(width) * sizeof(T));
 
@@ -261,45 +175,16 @@ class Task {
     return value;
   }
 
+ private:
   void pack_teacher(int64_t b, int64_t h, const int64_t* positions, int64_t rows, int64_t padded_rows) {
     const Source& source = a.teacher_query;
     const int64_t base = b * source.stride[0] + h * source.stride[1];
     for (int64_t i = 0; i < padded_rows; i += TILE_ROWS) {
       const int64_t present = larger(0, smaller(TILE_ROWS, rows - i));
       pack_rows<T>(source, base, positions + i, present, TILE_ROWS, a.teacher_width, a.teacher_width,
-                   T(a.teacher_scale), scratch);
+                   T(a.teacher_scale * score_unit(a)), scratch);
       interleave_rows(scratch, a.teacher_width, TILE_ROWS, a.teacher_width, teacher_tiles + i * a.teacher_width);
     }
-  }
-
-  // First key that query i sees; ranges only move forward, so the search starts at the previous one.
-  int64_t first_key(const int64_t* positions, int64_t count, int64_t i, int64_t from) const {
-    if (a.window >= a.tokens) return 0;
-    int64_t j = from;
-    while (j > 0 && positions[i] - positions[j - 1] < a.window) --j;
-    while (j < count && positions[i] - positions[j] >= a.window) ++j;
-    return j;
-  }
-  int64_t last_key(const int64_t* positions, int64_t count, int64_t i, int64_t from) const {
-    if (a.causal) return i + 1;
-    if (a.window >= a.tokens) return count;
-    int64_t j = larger(from, i + 1);
-    while (j < count && positions[j] - positions[i] < a.window) ++j;
-    return j;
-  }
-
-  void hide(T* s, T* t, int64_t first, int64_t last, int64_t row_first, int64_t row_last) const {
-    for (int64_t j = first; j < row_first; ++j) s[j - first] = t[j - first] = absent<T>;
-    for (int64_t j = row_last; j < last; ++j) s[j - first] = t[j - first] = absent<T>;
-  }
-
-  // s and t are indexed by key here.
-  void hide_other_segments(int64_t b, const int64_t* positions, int64_t i, int64_t first, int64_t last, T* s,
-                           T* t) const {
-    const int64_t* segments = a.segments + b * a.tokens;
-    const int64_t own = segments[positions[i]];
-    for (int64_t j = first; j < last; ++j)
-      if (segments[positions[j]] != own) s[j] = t[j] = absent<T>;
   }
 
   void product_of_scores(const T* tiles, const T* panels, int64_t depth, int64_t first, int64_t last, int64_t rows,
@@ -338,6 +223,7 @@ class Task {
   }
 
   const AttentionArguments& a;
+  const Sight sight;
   const Layout<T> layout;
   T *query, *query_tiles, *teacher_tiles, *scores_s, *scores_t, *panels_s, *panels_t, *key_rows, *own_d_key;
   T *d_query, *d_key, *scratch;
@@ -346,7 +232,7 @@ class Task {
 template <class T>
 void run_tasks(const AttentionArguments& a, int64_t first, int64_t last, void* workspace) {
   Task<T> task(a, static_cast<T*>(workspace));
-  for (int64_t i = first; i < last; ++i) task.run(i);
+  for (int64_t i = first; i < last; ++i) run_task(a, task, i);
 }
 
 template <class T>
@@ -367,19 +253,29 @@ void merge_shares(const AttentionArguments& a, int64_t first, int64_t last) {
           for (int64_t share = 0; share < a.shares; ++share)
             row[d] += parts[share * layout.key_gradient_elements + column + (from + d) * panel];
         }
-        write_run<T>(a.d_key, a.d_key_type, out + from, length, T(a.coefficient), row);
+        write_run<T>(a.d_key, a.d_key_type, out + from, length, T(key_factor(a)), row);
       }
     }
   }
 }
 
 int64_t workspace_bytes(const AttentionArguments& a, bool float64) {
+#ifdef __AVX512BF16__
+  if (uses_pairs(a)) return PairLayout(a).elements() * 4;
+#endif
   return float64 ? Layout<double>(a).elements() * 8 : Layout<float>(a).elements() * 4;
 }
 int64_t key_gradient_elements(const AttentionArguments& a, bool float64) {
   return float64 ? Layout<double>(a).key_gradient_elements : Layout<float>(a).key_gradient_elements;
 }
 void run(const AttentionArguments& a, bool float64, int64_t first, int64_t last, void* workspace) {
+#ifdef __AVX512BF16__
+  if (uses_pairs(a)) {
+    PairTask task(a, workspace);
+    for (int64_t i = first; i < last; ++i) run_task(a, task, i);
+    return;
+  }
+#endif
   float64 ? run_tasks<double>(a, first, last, workspace) : run_tasks<float>(a, first, last, workspace);
 }
 void merge(const AttentionArguments& a, bool float64, int64_t first, int64_t last) {

@@ -13,8 +13,9 @@ bool present(InstructionSet set) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (set == InstructionSet::avx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return avx512 && (set == InstructionSet::avx512 || __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
 #endif
@@ -41,6 +42,8 @@ std::atomic<int>& chosen() {
 
 const char* name_of(InstructionSet set) {
   switch (set) {
+    case InstructionSet::avx512_bf16:
+      return "avx512_bf16";
     case InstructionSet::avx512:
       return "avx512";
     case InstructionSet::avx2:
@@ -52,7 +55,8 @@ const char* name_of(InstructionSet set) {
 
 std::vector<InstructionSet> usable_instruction_sets() {
   std::vector<InstructionSet> sets;
-  for (InstructionSet set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
+  for (InstructionSet set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
+                             InstructionSet::avx512_bf16})
     if (present(set)) sets.push_back(set);
   return sets;
 }

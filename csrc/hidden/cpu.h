@@ -47,6 +47,7 @@ struct HiddenKernel {
 DSD_DECLARE(portable)
 DSD_DECLARE(avx2)
 DSD_DECLARE(avx512)
+DSD_DECLARE(avx512_bf16)
 #undef DSD_DECLARE
 
 }  // namespace dsd

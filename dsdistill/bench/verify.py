@@ -23,8 +23,9 @@ from dsdistill.ops import available_backends
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Units in the last place, relative to the RMS of the truth. Half precision: gradients are rounded once at the end.
-SLACK_ULPS = {torch.float64: 4096, torch.float32: 128, torch.bfloat16: 2, torch.float16: 2}
+# Units in the last place, relative to the RMS of the truth. Half precision: gradients are rounded once at the end;
+# bfloat16 products of the native attention kernel round dS as well.
+SLACK_ULPS = {torch.float64: 4096, torch.float32: 128, torch.bfloat16: 3, torch.float16: 2}
 
 
 class Mismatch(AssertionError):

@@ -101,6 +101,7 @@ def test_every_instruction_set(name, operator):
         for case in verify.all_cases():
             if case.operator == operator and case.native:
                 verify.check_parity(case, "cpp", torch.float32)
+                verify.check_parity(case, "cpp", torch.bfloat16)
     finally:
         native.choose_instruction_set(before)
 
@@ -110,8 +111,9 @@ def test_unknown_instruction_set_is_named():
         native.choose_instruction_set("mmx")
 
 
-def test_same_result_again():
-    inputs = attention_inputs(tokens=130)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_result_again(dtype):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in attention_inputs(tokens=130)]
     first = torch.autograd.grad(attention_alignment(*inputs, backend="cpp"), inputs[:2])
     second = torch.autograd.grad(attention_alignment(*inputs, backend="cpp"), inputs[:2])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
