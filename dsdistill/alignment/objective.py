@@ -9,6 +9,7 @@ from dsdistill.alignment.terms import TERMS, Pair
 from dsdistill.config.schema import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
+from dsdistill.ops import backends_taken
 
 
 class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what modules return
@@ -35,6 +36,11 @@ class Objective(nn.Module):
     @property
     def weights(self) -> dict[str, float]:
         return {name: term.weight for name, term in self.terms.items()}
+
+    @property
+    def backends(self) -> dict[str, list[str]]:
+        """Which backends the operators have run on in this process."""
+        return backends_taken()
 
     @property
     def needs_teacher(self) -> bool:

@@ -139,6 +139,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
             "student": config.student.zero_stage,
         },
         "terms": list(prepared.objective.terms),
+        "backends": prepared.objective.backends,
         "models": models,
         "peak_memory_mib": peak,
         "seconds": round(time.time() - started, 1),

@@ -73,6 +73,14 @@ def native_lack(like: torch.Tensor) -> str | None:
     return None
 
 
+_taken: dict[str, set[str]] = {}
+
+
+def backends_taken() -> dict[str, list[str]]:
+    """What "auto" has chosen in this process so far, by operator."""
+    return {operator: sorted(backends) for operator, backends in sorted(_taken.items())}
+
+
 @functools.cache
 def _announce(message: str) -> None:
     logger.info(message)
@@ -90,6 +98,7 @@ def choose_backend(
     if requested == "auto":
         if not torch.compiler.is_compiling():  # logged once for each operator and choice, whatever the shapes
             _announce(f"{operator}: backend 'auto' takes {preference[0]!r}")
+            _taken.setdefault(operator, set()).add(preference[0])
         return preference[0]
     if requested not in BACKENDS:
         raise ValueError(

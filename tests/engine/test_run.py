@@ -55,6 +55,7 @@ def test_recipe_baseline_evaluate_export(settings, home):
     assert summary["world_size"] == 2
     assert summary["zero_stage"] == {"teacher": 3, "student": 2}
     assert set(summary["models"]) == {"teacher", "student", "baseline"}
+    assert {"attention_alignment", "hidden_alignment", "pairwise_alignment"} <= set(summary["backends"])
     for scores in summary["models"].values():
         assert {"accuracy", "macro_f1", "kl", "parameters", "tokens_per_second"} <= set(scores)
     assert summary["models"]["teacher"]["kl"] == 0
