@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { echo "dsdistill: launch/node.sh: got nothing, expected CONFIG.yaml [KEY=VALUE ...]" >&2; exit 2; }
 [ -d .venv ] && export PATH="$PWD/.venv/bin:$PATH"
 
-gpus=$(nvidia-smi -L | wc -l)
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+[ "$gpus" -gt 0 ] || { echo "dsdistill: launch/node.sh: got no GPU, expected at least one that nvidia-smi lists" >&2; exit 2; }
 # The host's cores, shared out; NUMA pinning would need numactl and deepspeed's --bind_cores_to_rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / gpus))}
 exec deepspeed --num_gpus "$gpus" --module dsdistill train "$@"
