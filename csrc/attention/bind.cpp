@@ -35,10 +35,12 @@ int64_t shares_of(int64_t heads, int64_t threads, int64_t tokens) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(
-    Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, std::optional<Tensor> mask,
-    std::optional<Tensor> segments, int64_t divergence, double student_scale, double teacher_scale, bool causal,
-    int64_t window, bool mean, bool query_gradient, bool key_gradient) {
+std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(Tensor student_query, Tensor student_key,
+                                                           Tensor teacher_query, Tensor teacher_key,
+                                                           std::optional<Tensor> mask, std::optional<Tensor> segments,
+                                                           int64_t divergence, double student_scale,
+                                                           double teacher_scale, bool causal, int64_t window, bool mean,
+                                                           bool query_gradient, bool key_gradient) {
   AttentionArguments a{};
   a.student_query = source_of("student_query", student_query, 4);
   a.student_key = source_of("student_key", student_key, 4);
@@ -83,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(
   a.d_query_type = type_of("d_query", d_query);
   a.d_key_type = type_of("d_key", d_key);
 
-  const bool float64 = is_float64(student_query) || is_float64(student_key) || is_float64(teacher_query) ||
-                       is_float64(teacher_key);
+  const bool float64 =
+      is_float64(student_query) || is_float64(student_key) || is_float64(teacher_query) || is_float64(teacher_key);
   const AttentionKernel& kernel = DSD_SELECT(attention_kernel);
   const int64_t key_heads = a.batch * a.student_kv_heads;
   a.shares = shares_of(key_heads, int64_t(torch::stable::get_num_threads()), a.tokens);

@@ -49,8 +49,8 @@ struct Layout {
     scratch_elements = round_up(TILE_ROWS * larger(student_row_width, teacher_width), TILE_COLUMNS<T>);
   }
   int64_t elements() const {
-    return 3 * query_elements + 2 * score_elements + student_panel_elements + teacher_panel_elements +
-           row_elements + key_gradient_elements + d_query_elements + scratch_elements;
+    return 3 * query_elements + 2 * score_elements + student_panel_elements + teacher_panel_elements + row_elements +
+           key_gradient_elements + d_query_elements + scratch_elements;
   }
 };
 
@@ -124,8 +124,7 @@ class Task {
   }
 
   void write_key(int64_t b, int64_t key_head, const int64_t* positions, int64_t count) {
-    write_key_gradient<T>(a, d_key, layout.student_row_width, T(key_factor(a)), b, key_head, positions, count,
-                          scratch);
+    write_key_gradient<T>(a, d_key, layout.student_row_width, T(key_factor(a)), b, key_head, positions, count, scratch);
   }
 
   double block(int64_t b, int64_t h, const int64_t* positions, int64_t count, int64_t start, int64_t stop) {

@@ -39,8 +39,8 @@ struct AttentionKernel {
   void (*merge)(const AttentionArguments&, bool float64, int64_t first, int64_t last);
 };
 
-#define DSD_DECLARE(isa)                       \
-  namespace isa {                              \
+#define DSD_DECLARE(isa)                         \
+  namespace isa {                                \
   extern const AttentionKernel attention_kernel; \
   }
 DSD_DECLARE(portable)

@@ -69,8 +69,8 @@ struct PairLayout {
   // In words of 4 bytes.
   int64_t elements() const {
     return 2 * query_words() + BLOCK_ROWS / 2 * row_width + 2 * BLOCK_ROWS * score_stride +
-           columns * (depth_s + depth_t) + columns / 2 * tile_width + columns * row_width +
-           BLOCK_ROWS * tile_width + scratch();
+           columns * (depth_s + depth_t) + columns / 2 * tile_width + columns * row_width + BLOCK_ROWS * tile_width +
+           scratch();
   }
 };
 
@@ -147,9 +147,7 @@ class PairTask {
   }
 
  private:
-  static uint16_t at(const Source& source, int64_t offset) {
-    return static_cast<const uint16_t*>(source.data)[offset];
-  }
+  static uint16_t at(const Source& source, int64_t offset) { return static_cast<const uint16_t*>(source.data)[offset]; }
   // Features 2d and 2d + 1 of the row at `offset`; the last one of an odd width is alone.
   static uint32_t feature_pair(const Source& source, int64_t offset, int64_t d, int64_t width) {
     const int64_t step = source.stride[3];
@@ -158,8 +156,8 @@ class PairTask {
   }
 
   // Keys as columns of feature pairs: out[panel][pair][32]; tokens beyond `count` are 0.
-  static void pack_panels(const Source& source, int64_t base, const int64_t* positions, int64_t count,
-                          int64_t columns, int64_t width, uint32_t* out) {
+  static void pack_panels(const Source& source, int64_t base, const int64_t* positions, int64_t count, int64_t columns,
+                          int64_t width, uint32_t* out) {
     const int64_t depth = (width + 1) / 2;
     for (int64_t j = 0; j < columns; ++j) {
       uint32_t* column = out + j / 32 * 32 * depth + j % 32;
@@ -195,8 +193,8 @@ class PairTask {
     }
   }
 
-  void scores(const uint32_t* queries, const uint32_t* panels, int64_t depth, int64_t first, int64_t last,
-              int64_t rows, float factor, float* out) const {
+  void scores(const uint32_t* queries, const uint32_t* panels, int64_t depth, int64_t first, int64_t last, int64_t rows,
+              float factor, float* out) const {
     for (int64_t j = first; j < last; j += 32)
       for (int64_t i = 0; i < rows; i += 8)
         tile_pairs<false>(depth, queries + i * depth, 1, depth, panels + j * depth, 32,
@@ -272,9 +270,8 @@ class PairTask {
     const int64_t width = layout.row_width;
     for (int64_t j = first; j < last; j += 32)
       for (int64_t d = 0; d < width; d += 8)
-        tile_pairs<true>(rows / 2, query_pairs + d, width, 1,
-                         reinterpret_cast<const uint32_t*>(scores_t + (j - first)), 2 * layout.score_stride,
-                         d_key + j * width + d * 32, 32, 1);
+        tile_pairs<true>(rows / 2, query_pairs + d, width, 1, reinterpret_cast<const uint32_t*>(scores_t + (j - first)),
+                         2 * layout.score_stride, d_key + j * width + d * 32, 32, 1);
   }
 
   const AttentionArguments& a;

@@ -102,8 +102,7 @@ double row(T* s, T* t, int64_t width, bool gradient) {
   const double value = prepare_row<T, D>(s, t, width, &factors);
   if (D == Divergence::kl && !gradient) return value;
   Vec<T> squares{};
-  for (int64_t j = 0; j < width; j += lanes<T>)
-    store(s + j, slope<T, D>(load(s + j), load(t + j), factors, squares));
+  for (int64_t j = 0; j < width; j += lanes<T>) store(s + j, slope<T, D>(load(s + j), load(t + j), factors, squares));
   return value + double(sum_lanes<T>(squares));
 }
 
@@ -147,9 +146,7 @@ class Sight {
 };
 
 // Scores of the softmax are kept in units of log 2, raw ones as they are.
-inline double score_unit(const AttentionArguments& a) {
-  return a.divergence == Divergence::score_mse ? 1.0 : LOG2_E;
-}
+inline double score_unit(const AttentionArguments& a) { return a.divergence == Divergence::score_mse ? 1.0 : LOG2_E; }
 
 }  // namespace DSD_ISA
 }  // namespace dsd

@@ -30,9 +30,7 @@ inline std::string shape_of(const Tensor& x) {
   return out.str();
 }
 
-inline void check(bool condition, const std::string& message) {
-  STD_TORCH_CHECK(condition, message);
-}
+inline void check(bool condition, const std::string& message) { STD_TORCH_CHECK(condition, message); }
 
 inline Type type_of(const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
@@ -52,8 +50,8 @@ inline Type type_of(const char* name, const Tensor& x) {
 
 // `x` as a Source whose axes are the last ones of four.
 inline Source source_of(const char* name, const Tensor& x, int64_t dimensions) {
-  check(x.dim() == dimensions, std::string(name) + ": got shape " + shape_of(x) + ", expected " +
-                                   std::to_string(dimensions) + " axes");
+  check(x.dim() == dimensions,
+        std::string(name) + ": got shape " + shape_of(x) + ", expected " + std::to_string(dimensions) + " axes");
   check(x.is_cpu(), std::string(name) + ": expected a CPU tensor");
   Source source;
   source.data = x.const_data_ptr();

@@ -14,7 +14,7 @@ bool present(InstructionSet set) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (set == InstructionSet::avx2) return avx2;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   return avx512 && (set == InstructionSet::avx512 || __builtin_cpu_supports("avx512bf16"));
 #else
   return false;
@@ -55,8 +55,8 @@ const char* name_of(InstructionSet set) {
 
 std::vector<InstructionSet> usable_instruction_sets() {
   std::vector<InstructionSet> sets;
-  for (InstructionSet set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
-                             InstructionSet::avx512_bf16})
+  for (InstructionSet set :
+       {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::avx512_bf16})
     if (present(set)) sets.push_back(set);
   return sets;
 }

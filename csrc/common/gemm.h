@@ -24,14 +24,13 @@ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // c[r][:] (+)= Σ_k a[k·a_step + r·a_row] · b[k·b_step + :] for TILE_ROWS × TILE_COLUMNS elements.
 // Never inlined: inside a large function GCC keeps other values in registers and spills the sums at every step.
 template <class T, bool ACCUMULATE>
-__attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t a_step, int64_t a_row, const T* b, int64_t b_step, T* c,
-                 int64_t c_row) {
+__attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t a_step, int64_t a_row, const T* b,
+                                    int64_t b_step, T* c, int64_t c_row) {
   Vec<T> sum[TILE_ROWS][TILE_VECTORS];
 #pragma GCC unroll 8
   for (int64_t r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 2
-    for (int64_t v = 0; v < TILE_VECTORS; ++v)
-      sum[r][v] = ACCUMULATE ? load(c + r * c_row + v * lanes<T>) : Vec<T>{};
+    for (int64_t v = 0; v < TILE_VECTORS; ++v) sum[r][v] = ACCUMULATE ? load(c + r * c_row + v * lanes<T>) : Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<T> right[TILE_VECTORS];
 #pragma GCC unroll 2

@@ -1,4 +1,4 @@
-// Hidden-state alignment as a torch operator: checks, shares of the tokens over threads.
+// Hidden-state alignment as a torch operator: checks, chunks of tokens, two phases over threads.
 #include "bind.h"
 
 #include <algorithm>
@@ -8,11 +8,21 @@
 #include "cpu.h"
 
 namespace dsd {
+namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(
-    Tensor student, Tensor teacher, std::optional<Tensor> projection, std::optional<Tensor> bias,
-    std::optional<Tensor> mask, std::optional<Tensor> weights, int64_t divergence, bool mean, bool student_gradient,
-    bool projection_gradient, bool bias_gradient) {
+// Tokens of a block: enough to reuse every element of the projection, few enough to stay in the second-level cache.
+constexpr int64_t LONGEST_BLOCK = 96;
+// Blocks between the phases at least: fewer leave the parameters' sums too short for the work of loading them.
+constexpr int64_t CHUNK_BLOCKS = 4;
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(Tensor student, Tensor teacher,
+                                                                std::optional<Tensor> projection,
+                                                                std::optional<Tensor> bias, std::optional<Tensor> mask,
+                                                                std::optional<Tensor> weights, int64_t divergence,
+                                                                bool mean, bool student_gradient,
+                                                                bool projection_gradient, bool bias_gradient) {
   HiddenArguments a{};
   a.student = source_of("student", student, 3);
   a.teacher = source_of("teacher", teacher, 3);
@@ -65,26 +75,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(
   if (!nothing) {
     const HiddenKernel& kernel = DSD_SELECT(hidden_kernel);
     const int64_t size = float64 ? 8 : 4, threads = int64_t(torch::stable::get_num_threads());
-    a.shares = std::max<int64_t>(1, std::min(threads, a.count / 32));
-    std::vector<double> values(size_t(a.shares), 0.0);
+    // Every thread gets a block even of few tokens.
+    a.block = std::min<int64_t>(LONGEST_BLOCK, ((a.count + threads - 1) / threads + 31) / 32 * 32);
+    const int64_t blocks = (a.count + a.block - 1) / a.block;
+    a.blocks = projection ? std::min(blocks, std::max<int64_t>(CHUNK_BLOCKS, threads)) : blocks;
+    std::vector<double> values(size_t(blocks), 0.0);
     a.values = values.data();
-    std::optional<Workspace> packed, partial;
+    std::optional<Workspace> outputs, parameters;
     if (projection) {
-      packed.emplace(kernel.packed_elements(a, float64) * size);
-      a.packed = packed->get();
-      partial.emplace(kernel.partial_elements(a, float64) * a.shares * size);
-      a.partial = partial->get();
-      torch::stable::parallel_for(0, kernel.pack_units(a, float64), 1,
-                                  [&](int64_t first, int64_t last) { kernel.pack(a, float64, first, last); });
+      outputs.emplace(kernel.chunk_elements(a, float64) * size);
+      a.outputs = outputs->get();
+      if (const int64_t elements = kernel.parameter_elements(a, float64)) {
+        parameters.emplace(elements * size);
+        a.parameters = parameters->get();
+        std::memset(a.parameters, 0, size_t(elements * size));
+      }
     }
     const int64_t bytes = kernel.workspace_bytes(a, float64);
-    torch::stable::parallel_for(0, a.shares, 1, [&](int64_t first, int64_t last) {
-      const Workspace workspace(bytes);
-      for (int64_t share = first; share < last; ++share) kernel.run(a, float64, share, workspace.get());
-    });
+    for (a.chunk = 0; a.chunk < blocks; a.chunk += a.blocks) {
+      torch::stable::parallel_for(a.chunk, std::min(a.chunk + a.blocks, blocks), 1, [&](int64_t first, int64_t last) {
+        const Workspace workspace(bytes);
+        kernel.tokens(a, float64, first, last, workspace.get());
+      });
+      if (a.d_projection || a.d_bias)
+        torch::stable::parallel_for(0, kernel.parameter_units(a, float64), 1,
+                                    [&](int64_t first, int64_t last) { kernel.parameters(a, float64, first, last); });
+    }
     if (a.d_projection || a.d_bias)
       torch::stable::parallel_for(0, a.teacher_width, 16,
-                                  [&](int64_t first, int64_t last) { kernel.merge(a, float64, first, last); });
+                                  [&](int64_t first, int64_t last) { kernel.finish(a, float64, first, last); });
     for (double value : values) total += value;
   }
   return {scalar_like(student, total * a.coefficient, float64), d_student, d_projection, d_bias};
@@ -95,6 +114,7 @@ int64_t hidden_workspace_bytes(int64_t student_width, int64_t teacher_width) {
   const char present = 0;
   a.projection.data = &present;
   a.student_width = student_width, a.teacher_width = teacher_width;
+  a.block = LONGEST_BLOCK;
   return DSD_SELECT(hidden_kernel).workspace_bytes(a, false);
 }
 

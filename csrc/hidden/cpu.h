@@ -22,22 +22,26 @@ struct HiddenArguments {
   void* d_projection;
   void* d_bias;
   Type d_student_type, d_projection_type, d_bias_type;
-  int64_t shares;
-  double* values;  // one sum for each share
-  void* packed;    // packed_elements(…): the projection, ready to multiply
-  void* partial;   // partial_elements(…) for each share: its part of the parameters' gradients
+  // Tokens are dealt out in blocks of `block` (a multiple of 32); with a projection a chunk of `blocks` of them is
+  // between the two phases at a time, the first at `chunk`.
+  int64_t block, blocks, chunk;
+  double* values;    // one sum for each block of all tokens
+  void* outputs;     // chunk_elements(…): gradients at the projected student and the student packed, of one chunk
+  void* parameters;  // parameter_elements(…): sums of the parameters' gradients, zero beforehand
 };
 
 struct HiddenKernel {
+  // Workspace of one thread, in bytes.
   int64_t (*workspace_bytes)(const HiddenArguments&, bool float64);
-  int64_t (*packed_elements)(const HiddenArguments&, bool float64);
-  int64_t (*partial_elements)(const HiddenArguments&, bool float64);
-  // Packs panels first … last − 1 of the projection's output features, of `pack_units` in all.
-  void (*pack)(const HiddenArguments&, bool float64, int64_t first, int64_t last);
-  int64_t (*pack_units)(const HiddenArguments&, bool float64);
-  void (*run)(const HiddenArguments&, bool float64, int64_t share, void* workspace);
-  // Sums the shares' gradients of output features first … last − 1.
-  void (*merge)(const HiddenArguments&, bool float64, int64_t first, int64_t last);
+  int64_t (*chunk_elements)(const HiddenArguments&, bool float64);
+  int64_t (*parameter_elements)(const HiddenArguments&, bool float64);
+  // Phase 1: value and student's gradient of blocks first … last − 1 of all.
+  void (*tokens)(const HiddenArguments&, bool float64, int64_t first, int64_t last, void* workspace);
+  // Phase 2: the chunk's part of the parameters' gradients, units first … last − 1 of `parameter_units`.
+  int64_t (*parameter_units)(const HiddenArguments&, bool float64);
+  void (*parameters)(const HiddenArguments&, bool float64, int64_t first, int64_t last);
+  // Writes the parameters' gradients of output features first … last − 1.
+  void (*finish)(const HiddenArguments&, bool float64, int64_t first, int64_t last);
 };
 
 #define DSD_DECLARE(isa)                   \

@@ -176,8 +176,8 @@ class Task {
     for (int64_t i = 0; i < layout.rows; ++i) {
       T* row = rows + i * padded;
       if (i < count)
-        read_run<T>(source, b * source.stride[1] + a.positions[b * a.tokens + i] * source.stride[2],
-                    source.stride[3], width, T(1), row);
+        read_run<T>(source, b * source.stride[1] + a.positions[b * a.tokens + i] * source.stride[2], source.stride[3],
+                    width, T(1), row);
       const int64_t from = i < count ? width : 0;
       for (int64_t d = from; d < padded; ++d) row[d] = 0;
       if (a.relation == Relation::cosine && i < count) {

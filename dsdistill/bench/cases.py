@@ -101,6 +101,7 @@ def attention_cases() -> Iterator[Case]:
             ("peaked", attention_tensors(peak=12.0, tokens=40), {}),
             ("one-token", attention_tensors(tokens=1), {}),
             ("odd-width", attention_tensors(heads=3, tokens=67, width=13, t_width=7), {}),
+            ("long", attention_tensors(batch=1, heads=1, tokens=299), {"causal": True}),
         ]
         for name, tensors, options in variants:
             tensors = dict(tensors)
@@ -169,6 +170,14 @@ def hidden_cases() -> Iterator[Case]:
         summed = {**options, "reduction": "sum"}
         masked = {**projected, "weights": weights, "mask": _ragged(3, 37)}
         yield Case("hidden", f"{divergence}-weighted-sum", masked, summed)
+        # Widths that need no padding and more tokens than the native kernel keeps between its phases.
+        even = {
+            "student": _normal(1, 500, 64, seed=0),
+            "teacher": _normal(1, 500, 48, seed=1),
+            "projection": _normal(48, 64, seed=2, scale=0.2),
+            "bias": bias[:24].repeat(2),
+        }
+        yield Case("hidden", f"{divergence}-long", even, options)
         single = {"student": _normal(1, 1, 7, seed=0), "teacher": _normal(1, 1, 7, seed=1)}
         yield Case("hidden", f"{divergence}-one-token", single, options)
 

@@ -21,7 +21,7 @@ from dsdistill.ops.hidden import chunked, native, reference
 from dsdistill.ops.library import choose_backend, native_lack
 
 DIVERGENCES = ("mse", "cosine")
-FEW_TOKENS = 512
+FEW_TOKENS = 128
 
 
 def hidden_alignment(
@@ -105,7 +105,7 @@ def _choose(backend: str, like: Tensor, projection: Tensor | None) -> str:
     if lack:
         missing["cpp"] = lack
     elif projection is not None and like.shape[0] * like.shape[1] < FEW_TOKENS:
-        # Packing the projection would cost more than the fused pass saves; so few tokens need no blocks either.
+        # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
         preference = ["reference", "cpp", "chunked"]
     else:
         preference.insert(0, "cpp")
