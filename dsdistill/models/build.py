@@ -237,8 +237,8 @@ def build(
 ) -> PreTrainedModel:
     """A model under our capturing attention, in float32: weights from path, or random without one.
 
-    needs_head: the weights must bring the head of the task; without it a new head is random (fine-tuning).
-    Embeddings and layers they must bring in any case.
+    needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
+    classes is random (fine-tuning). Embeddings and layers they must bring in any case.
     """
     family = auto_class(task)
     if path is None:
@@ -251,10 +251,20 @@ def build(
             attn_implementation=ATTENTION,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=not needs_head,
             trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{place}.path", f"{path} ({_first_line(error)})", "loadable weights") from None
+    for name, theirs, ours in sorted(info["mismatched_keys"]):
+        if task == "causal_lm" or name.startswith(
+            f"{model.base_model_prefix}."
+        ):  # not a head for other classes
+            raise UserError(
+                f"{place}.path",
+                f"{path} with {name} of shape {list(theirs)}",
+                f"{list(ours)}, as its config.json says",
+            )
     body = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in body for parameter in module.parameters()}
     needed = {

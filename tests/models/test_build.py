@@ -336,6 +336,28 @@ class TestWeights:
         message = refusal(self.build, teacher_dir, needs_head=False)
         assert "without weights for bert." in message and part in message
 
+    def test_a_head_for_other_classes(self, models_dir):
+        path, body = str(models_dir / "teacher"), "bert.embeddings.word_embeddings.weight"
+        found = for_task(architecture(path, None, "student"), "classification", ("no", "yes"), 0)
+        model = build(found, path, "classification", "student", needs_head=False)
+        assert model.classifier.weight.shape == (2, 48) and 0 < model.classifier.weight.std() < 0.1
+        assert torch.equal(
+            model.state_dict()[body], load_file(models_dir / "teacher" / "model.safetensors")[body]
+        )
+        assert "teacher.path" in refusal(build, found, path, "classification", "teacher", needs_head=True)
+
+    @pytest.mark.parametrize(
+        "part", ["word_embeddings.weight", "position_embeddings", "layer.1.output.dense.bias"]
+    )
+    def test_a_body_of_another_shape(self, teacher_dir, part):
+        path = teacher_dir / "model.safetensors"
+        weights = load_file(path)
+        name = next(name for name in weights if part in name)
+        weights[name] = weights[name][:-1].clone()
+        save_file(weights, path, metadata={"format": "pt"})
+        message = refusal(self.build, teacher_dir, needs_head=False)
+        assert f"with {name} of shape {list(weights[name].shape)}" in message
+
     def test_damaged_weights(self, teacher_dir):
         (teacher_dir / "model.safetensors").write_bytes(b"damaged")
         assert refusal(self.build, teacher_dir).startswith("teacher.path: got ")
