@@ -64,7 +64,10 @@ def train(
     from dsdistill.engine.run import train as run
     from dsdistill.report import show
 
-    summary = run(config)
+    try:
+        summary = run(config)
+    except UserError as error:
+        raise error.within(settings[0]) from None
     if _first():
         show(config.run_dir, summary)
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 import dsdistill
 from dsdistill import cli
+from dsdistill.config import UserError
 from tests.conftest import BERT
 
 CODE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -120,6 +121,29 @@ MISTAKES = {
     "DeepSpeed key": (
         {"student.deepspeed": {"zero_optimisation": {}}},
         ["zero_optimisation", "zero_optimization?"],
+    ),
+    "DeepSpeed key of a section": (
+        {"student.deepspeed": {"zero_optimization": {"overlap_com": True}}},
+        [
+            "student.deepspeed.zero_optimization.overlap_com: got an unknown DeepSpeed key",
+            "mean overlap_comm?",
+        ],
+    ),
+    "DeepSpeed key further down": (
+        {"teacher.deepspeed": {"zero_optimization": {"offload_param": {"devise": "cpu"}}}},
+        ["teacher.deepspeed.zero_optimization.offload_param.devise", "did you mean device?"],
+    ),
+    "DeepSpeed value": (
+        {"student.deepspeed": {"zero_optimization": {"reduce_bucket_size": "big"}}},
+        ["student.deepspeed.zero_optimization.reduce_bucket_size: got 'big'", "integer"],
+    ),
+    "DeepSpeed rule": (
+        {"student.deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
+        ["student.deepspeed.zero_optimization: got ", "only supported for ZeRO Stage 3"],
+    ),
+    "DeepSpeed monitor": (
+        {"student.deepspeed": {"tensorboard": {"enable": True}}},
+        ["student.deepspeed.tensorboard.enable", "did you mean enabled?"],
     ),
     "fp16 on CPU": ({"train.dtype": "fp16"}, ["train.dtype: got fp16 without a GPU", "fp32 or bf16"]),
     "missing file": ({"data.train": "nowhere.tsv"}, ["nowhere.tsv: got no such file"]),
@@ -298,22 +322,23 @@ class TestFiles:
         for file in path.glob("tokenizer*"):
             file.unlink()
         line = refused("train", config({"teacher.path": str(path), "student": {"from_teacher": [1, 2]}}))
-        assert line.startswith(f"teacher.path: got {path}") and "tokenizer" in line
+        assert f".yaml: teacher.path: got {path}" in line and "tokenizer" in line
 
 
 class TestRunFolder:
     def test_that_cannot_be_written(self, config, refused, tmp_path):
         (tmp_path / "file").touch()
         line = refused("train", config({"run.dir": str(tmp_path / "file" / "run")}))
-        assert line.startswith("run.dir: got ") and "file/run" in line
+        assert ".yaml: run.dir: got " in line and "file/run" in line
 
     @pytest.fixture
     def used(self, config, tmp_path):
-        """A folder in which a run began."""
+        """A folder in which a run began: it has a checkpoint, if a damaged one."""
         from dsdistill.config import load
         from dsdistill.engine.run_folder import RunFolder
 
         RunFolder(str(tmp_path / "run")).open(load([config()]))
+        (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
         return tmp_path / "run"
 
     def test_of_another_run(self, config, refused, used):
@@ -325,7 +350,27 @@ class TestRunFolder:
 
     def test_never_to_be_resumed(self, config, refused, used):
         line = refused("train", config(), "run.resume=never")
-        assert line.startswith("run.dir: got ") and "which holds a run" in line
+        assert ".yaml: run.dir: got " in line and "which holds a run" in line
+
+    def test_a_start_that_failed_binds_nobody(self, config, tmp_path):
+        from dsdistill.config import load
+        from dsdistill.engine.run_folder import RunFolder
+
+        folder = RunFolder(str(tmp_path / "run"))
+        folder.open(load([config()]))
+        (tmp_path / "run" / "init").mkdir()
+        folder.open(load([config(), "train.learning_rate=0.5", "run.resume=never"]))
+        assert load([str(tmp_path / "run" / "config.yaml")]).train.learning_rate == 0.5
+        assert not (tmp_path / "run" / "init").exists(), "it may have been cut from another teacher"
+
+    def test_of_another_teacher(self, used):
+        from dsdistill.engine.run_folder import RunFolder
+
+        folder = RunFolder(str(used))
+        folder.pin_teacher("runs/teachers/one/model")
+        folder.pin_teacher("runs/teachers/one/model")
+        with pytest.raises(UserError, match="now makes runs/teachers/two/model, expected runs/teachers/one/model"):
+            folder.pin_teacher("runs/teachers/two/model")
 
     def test_evaluate_and_export_need_a_run(self, refused, tmp_path, used):
         (tmp_path / "empty").mkdir()

@@ -10,3 +10,9 @@ class UserError(ValueError):
 
     def __init__(self, place: str, got: object, expected: str):
         super().__init__(f"{place}: got {got}, expected {expected}".replace("\n", " "))
+
+    def within(self, origin: str) -> "UserError":
+        """The same, its place inside `origin`, such as the config file it comes from."""
+        located = UserError.__new__(UserError)
+        ValueError.__init__(located, f"{origin}: {self}")
+        return located

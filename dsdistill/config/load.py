@@ -47,7 +47,7 @@ def build(settings: dict, origin: str = "config") -> Config:
     try:
         return Config.model_validate(settings)
     except UserError as error:  # from checks
-        raise _at(origin, error) from None
+        raise error.within(origin) from None
     except pydantic.ValidationError as error:
         raise _explain(origin, error.errors()) from None
 
@@ -82,18 +82,12 @@ def _first_line(error: Exception) -> str:
     return f"{text} (line {mark.line + 1})" if mark else text
 
 
-def _at(origin: str, error: UserError) -> UserError:
-    located = UserError.__new__(UserError)
-    ValueError.__init__(located, f"{origin}: {error}")
-    return located
-
-
 def _explain(origin: str, errors: list[dict]) -> UserError:
     """One line for one of the places where pydantic found something: a misspelt key first, as it may explain more."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, UserError):
-        return _at(origin, inner)
+        return inner.within(origin)
     path = _readable(first["loc"])
     place = f"{origin}: {path or 'top level'}"
     got = repr(first["input"])

@@ -19,10 +19,10 @@ import torch
 
 from dsdistill.config import UserError
 from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
 
 log = logging.getLogger("dsdistill")
 
-FOLDER = "checkpoints"
 _MANIFEST = "manifest.json"
 _POINTER = "newest"
 _STEP = re.compile(r"step-(\d+)")

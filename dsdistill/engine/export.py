@@ -8,10 +8,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
 from dsdistill.engine import checkpoint, deepspeed
-from dsdistill.engine.run_folder import CONFIG, RunFolder
+from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder
 from dsdistill.models.build import build
-
-INIT = "init"  # in a run folder: the student's architecture, tokenizer and, where cut from a teacher, weights
 
 
 def read_run(path: str) -> tuple[Config, str]:

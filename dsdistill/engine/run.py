@@ -14,11 +14,11 @@ from dsdistill import config as configs
 from dsdistill.config import Config
 from dsdistill.config.schema import Run, Task, Terms
 from dsdistill.engine import checkpoint, deepspeed
-from dsdistill.engine.export import INIT, export, load_student, read_run
+from dsdistill.engine.export import export, load_student, read_run
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, prepare
 from dsdistill.engine.ranks import Ranks
-from dsdistill.engine.run_folder import RunFolder, check_writable
+from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
 from dsdistill.models.build import build, copy_layers
@@ -53,7 +53,7 @@ def run(config: Config, ranks: Ranks) -> dict:
         log.info("%s is finished; nothing to do", folder.path)
         return done
     if prepared.recipe is not None:
-        _use_recipe(prepared, ranks)
+        _use_recipe(prepared, folder, ranks)
     summary = _distil(prepared, folder, ranks)
     ranks.barrier()
     return summary
@@ -68,7 +68,7 @@ def evaluate_run(path: str) -> dict:
         with ranks.first_alone():
             prepared = prepare(config, ranks.world_size)
         if prepared.recipe is not None:
-            _use_recipe(prepared, ranks)
+            _use_recipe(prepared, folder, ranks)
         teacher = None
         if prepared.judged:
             teacher = Teacher(prepared.config, prepared.teacher, prepared.objective, ranks)
@@ -87,11 +87,14 @@ def evaluate_run(path: str) -> dict:
         deepspeed.stop()
 
 
-def _use_recipe(prepared: Prepared, ranks: Ranks) -> None:
+def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
     """Point the config at the teacher its recipe makes, training it unless it is there already."""
     recipe = prepared.recipe
     home = os.path.join(TEACHERS, _fingerprint(recipe))
     model = os.path.join(home, "model")
+    with ranks.first_alone():
+        if ranks.first:
+            run_folder.pin_teacher(model)
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
@@ -101,7 +104,7 @@ def _use_recipe(prepared: Prepared, ranks: Ranks) -> None:
             if ranks.first:
                 folder.open(recipe.config)
         if recipe.recipe is not None:
-            _use_recipe(recipe, ranks)
+            _use_recipe(recipe, folder, ranks)
         _distil(recipe, folder, ranks)
         gc.collect()  # its engine, before the next ones are made
         with ranks.first_alone():

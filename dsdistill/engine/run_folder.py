@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
 
-CONFIG, METRICS, SUMMARY, PLOT = "config.yaml", "metrics.jsonl", "summary.json", "loss.png"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
+INIT = "init"  # the student's architecture, tokenizer and, where cut from a teacher, first weights
+CHECKPOINTS = "checkpoints"
 
 # Settings that may change between a run and its continuation: they do not touch what is computed.
 _FREE = (
@@ -30,9 +34,14 @@ class RunFolder:
         return os.path.join(self.path, name)
 
     def open(self, config: Config) -> None:
-        """Make the folder, or check that what lies there is an earlier part of this run; write the config."""
+        """Make the folder, or check that what lies there is an earlier part of this run; write the config.
+
+        A start that failed before its first checkpoint binds nobody: its config is replaced.
+        """
         check_writable(self.path)
-        if os.path.exists(self / CONFIG):
+        if not self.begun:
+            shutil.rmtree(self / INIT, ignore_errors=True)
+        elif os.path.exists(self / CONFIG):
             if config.run.resume == "never":
                 raise UserError(
                     "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
@@ -43,6 +52,28 @@ class RunFolder:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(configs.dump(config))
         os.replace(partial, self / CONFIG)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is something to lose: a checkpoint or a summary."""
+        saved = self / CHECKPOINTS
+        return os.path.exists(self / SUMMARY) or (os.path.isdir(saved) and bool(os.listdir(saved)))
+
+    def pin_teacher(self, path: str) -> None:
+        """Note which teacher this run learns from; raise UserError where it began with another."""
+        note = self / TEACHER
+        if self.begun and os.path.exists(note):
+            with open(note, encoding="utf-8") as file:
+                before = file.read().strip()
+            if before != path:
+                raise UserError(
+                    "teacher.recipe",
+                    f"a recipe or data that now makes {path}",
+                    f"{before}, as this run began",
+                )
+            return
+        with open(note, "w", encoding="utf-8") as file:
+            file.write(path + "\n")
 
     def summary(self) -> dict | None:
         """The summary of a finished run, or None."""

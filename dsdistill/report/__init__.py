@@ -10,7 +10,9 @@ __all__ = ["loss_plot", "read_log", "show", "table"]
 
 
 def show(run: str, summary: dict[str, Any]) -> None:
-    """Print the table of a run and draw RUN/loss.png from its log."""
-    picture = os.path.join(run, "loss.png")
-    loss_plot(os.path.join(run, "metrics.jsonl"), picture)
-    print(f"\n{table(summary)}\n\nloss curves: {picture}")
+    """Print the table of a run and, once it has logged a step, draw RUN/loss.png from its log."""
+    print(f"\n{table(summary)}")
+    log, picture = os.path.join(run, "metrics.jsonl"), os.path.join(run, "loss.png")
+    if os.path.exists(log) and any("loss" in record for record in read_log(log)):
+        loss_plot(log, picture)
+        print(f"\nloss curves: {picture}")
