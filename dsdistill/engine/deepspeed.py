@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import typing
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dsdistill.config import UserError
+from dsdistill.config.checks import nearest
 from dsdistill.config.schema import Config
 from dsdistill.engine.allocator import keep_freed_memory
 from dsdistill.engine.ranks import Ranks, environment
@@ -22,11 +25,23 @@ if not torch.cuda.is_available():
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
+import pydantic
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from transformers.integrations import HfDeepSpeedConfig
 
 MINUTES = 60  # a collective that takes longer is an error; rank 0 may download and tokenise alone meanwhile
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Sections of which DeepSpeed refuses unknown keys, though only once the models are loaded.
+STRICT = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "tensorboard": TensorBoardConfig,
+    "wandb": WandbConfig,
+    "csv_monitor": CSVConfig,
+    "comet": CometConfig,
+}
 
 
 def start() -> Ranks:
@@ -131,6 +146,44 @@ def student_settings(config: Config, world_size: int) -> dict:
         **_precision(train.dtype),
     }
     return _merge(ours, config.student.deepspeed)
+
+
+def check_settings(config: Config, world_size: int) -> None:
+    """Raise UserError for a `deepspeed:` section that DeepSpeed itself would refuse; needs no process group."""
+    _check_sections(student_settings(config, world_size), "student")
+    if config.teacher is not None and config.teacher.zero_stage == 3:
+        _check_sections(teacher_settings(config, 1, torch.device("cpu")), "teacher")
+
+
+def _check_sections(settings: dict, model: str) -> None:
+    for name, section in STRICT.items():
+        place, given = f"{model}.deepspeed.{name}", settings.get(name, {})
+        if not isinstance(given, dict):
+            raise UserError(place, type(given).__name__, "a mapping")
+        try:
+            section(**given)
+        except pydantic.ValidationError as error:
+            raise _explain(section, error.errors()[0], place) from None
+        except (AssertionError, TypeError) as error:  # an old key beside its new name, a number as a key
+            raise UserError(place, str(error), "settings that DeepSpeed takes") from None
+
+
+def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> UserError:
+    location = list(map(str, error["loc"]))
+    if not location:  # a rule between keys; the input is the whole section
+        return UserError(place, error["msg"], "settings that DeepSpeed takes")
+    dotted = ".".join([place, *location])
+    if error["type"] != "extra_forbidden":
+        return UserError(
+            dotted, repr(error["input"])[:60], error["msg"].lower().removeprefix("input should be ")
+        )
+    for parent in location[:-1]:
+        types = typing.get_args(section.model_fields[parent].annotation) or (
+            section.model_fields[parent].annotation,
+        )
+        section = next(t for t in types if isinstance(t, type) and issubclass(t, pydantic.BaseModel))
+    known = [field.alias or name for name, field in section.model_fields.items()]
+    return UserError(dotted, "an unknown DeepSpeed key", "a known one" + nearest(location[-1], known))
 
 
 def student_engine(

@@ -11,6 +11,7 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load
+from dsdistill.engine import deepspeed
 from dsdistill.models.build import (
     architecture,
     check_cut,
@@ -51,6 +52,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     Raises UserError for the first thing that does not fit.
     """
     check_ranks(config, world_size)
+    deepspeed.check_settings(config, world_size)
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
         recipe = prepare(configs.load([config.teacher.recipe]), world_size)

@@ -256,10 +256,9 @@ def build(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{place}.path", f"{path} ({_first_line(error)})", "loadable weights") from None
+    prefix = "" if task == "causal_lm" else f"{model.base_model_prefix}."  # only a head of classes may differ
     for name, theirs, ours in sorted(info["mismatched_keys"]):
-        if task == "causal_lm" or name.startswith(
-            f"{model.base_model_prefix}."
-        ):  # not a head for other classes
+        if name.startswith(prefix):
             raise UserError(
                 f"{place}.path",
                 f"{path} with {name} of shape {list(theirs)}",
