@@ -61,7 +61,12 @@ def check(config) -> None:
         and config.teacher.config is None
     ):
         raise UserError("teacher", "neither path, recipe nor config", "one of them")
+    if config.run.baseline and config.teacher is None:
+        raise UserError(
+            "run.baseline", "true without a teacher", "a teacher: without one the run is the baseline"
+        )
     _check_student(config)
+    _check_data(config.data)
     if config.task == "regression" and "soft_label" in terms:
         raise UserError(
             "terms.soft_label", "task regression", "classification or causal_lm (a score is no distribution)"
@@ -75,6 +80,26 @@ def check(config) -> None:
     _check_deepspeed(config.student.deepspeed, "student")
     if config.teacher is not None:
         _check_deepspeed(config.teacher.deepspeed, "teacher")
+        _check_teacher(config.teacher)
+
+
+def _check_teacher(teacher) -> None:
+    """Refuse what would have no effect."""
+    if teacher.path is not None and teacher.recipe is not None:
+        raise UserError("teacher", "both path and recipe", "one of them")
+    if teacher.zero_stage == 0 and teacher.deepspeed:
+        raise UserError("teacher.deepspeed", "settings with teacher.zero_stage 0", "teacher.zero_stage 3")
+    if teacher.zero_stage == 0 and teacher.residency != "auto":
+        raise UserError(
+            "teacher.residency", f"{teacher.residency} with teacher.zero_stage 0", "teacher.zero_stage 3"
+        )
+
+
+def _check_data(data) -> None:
+    if data.subset is not None and data.source in ("docstrings", "files"):
+        raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
+    if data.root is not None and data.source != "files":
+        raise UserError("data.root", f"{data.root} with data.source {data.source}", "data.source files")
 
 
 def _check_student(config) -> None:

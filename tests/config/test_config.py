@@ -187,6 +187,17 @@ class TestRulesBetweenFields:
             (["student.deepspeed.zero_optimisation={}"], "did you mean zero_optimization?"),
             (["teacher.deepspeed.zero_optimization.stage=3"], "teacher.zero_stage in its place"),
             (["student.deepspeed.zero_optimization=3"], "student.deepspeed.zero_optimization: got int"),
+            (["teacher.recipe=x.yaml"], "teacher: got both path and recipe"),
+            (
+                ["teacher.zero_stage=0", "teacher.deepspeed.zero_optimization={}"],
+                "teacher.deepspeed: got settings with teacher.zero_stage 0",
+            ),
+            (["teacher.zero_stage=0", "teacher.residency=tight"], "teacher.residency: got tight with"),
+            (["teacher=null", "terms.hidden=null", "run.baseline=true"], "run.baseline: got true without a"),
+            (["data.subset=sst2"], "data.subset: got sst2 with data.source docstrings"),
+            (["data.subset=sst2", "data.source=files"], "data.subset: got sst2 with data.source files"),
+            (["data.root=x"], "data.root: got x with data.source docstrings"),
+            (["data.root=x", "data.source=some/data"], "data.root: got x with data.source some/data"),
         ],
     )
     def test_contradictions(self, write, overrides, message):
@@ -204,6 +215,9 @@ class TestRulesBetweenFields:
             ["teacher.path=null", "teacher.recipe=x.yaml"],
             ["student.deepspeed.zero_optimization.offload_optimizer.device=cpu"],
             ["task=regression", "terms.soft_label={weight: 0}"],
+            ["teacher.zero_stage=0"],
+            ["data.source=files", "data.root=x"],
+            ["data.source=some/data", "data.subset=sst2"],
         ],
     )
     def test_what_is_allowed(self, write, overrides):
