@@ -7,6 +7,8 @@ from typing import Any
 
 from dsdistill.config.errors import UserError
 
+SHOWN = 12  # column names that a message lists
+
 
 @dataclass(frozen=True)
 class Table:
@@ -35,11 +37,15 @@ class Table:
 
     def column(self, name: str) -> list[Any]:
         if name not in self.columns:
-            near = difflib.get_close_matches(name, self.columns, n=3, cutoff=0.4)
+            near = sorted(self.columns, key=lambda known: -_likeness(name, known))[:SHOWN]
             raise UserError(
                 self.place,
                 f"no column {name!r}",
-                f"one of its columns: {', '.join(near or self.columns)}"
-                + (f" (nearest of {len(self.columns)})" if near else ""),
+                f"one of its columns: {', '.join(near)}"
+                + (f" (nearest of {len(self.columns)})" if len(near) < len(self.columns) else ""),
             )
         return self.columns[name]
+
+
+def _likeness(name: str, known: str) -> float:
+    return difflib.SequenceMatcher(None, name.lower(), known.lower()).ratio()

@@ -189,6 +189,19 @@ def test_refusals(tmp_path, case):
         read(section(tmp_path, name).model_copy(update=settings), task)
 
 
+def test_a_missing_column_lists_the_nearest(tmp_path):
+    names = ["sentence1", "sentence2", *(f"x{i}" for i in range(18))]
+    write(tmp_path / "train.tsv", [dict.fromkeys(names, "a")])
+    with pytest.raises(UserError) as caught:
+        read(section(tmp_path, text=("sentence",), label=None), "causal_lm")
+    listed = str(caught.value).split("columns: ")[1]
+    assert listed.startswith("sentence1, sentence2, x") and listed.endswith(" (nearest of 20)")
+    assert listed.count(",") == 11
+    with pytest.raises(UserError, match=r"columns: text, label, id$|columns: text, id, label$"):
+        write(tmp_path / "train.tsv", ROWS)
+        read(section(tmp_path, text=("txt",), label=None), "causal_lm")
+
+
 def test_class_that_only_dev_has(tmp_path):
     write(tmp_path / "train.tsv", ROWS)
     write(tmp_path / "dev.tsv", [*ROWS, ROWS[0] | {"label": "maybe"}])
