@@ -161,7 +161,9 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
 
 def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):
     """Only rank 0 opens the run folder: the others must not wait for it, nor fail for want of it."""
-    RunFolder(settings["run"]["dir"]).open(build_config(settings))
+    run = Path(settings["run"]["dir"])
+    RunFolder(str(run)).open(build_config(settings))
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)  # it had begun
     done = launch("--module", "dsdistill", "train", write(home / "config.yaml", settings), "train.epochs=3")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("dsdistill: ")]
