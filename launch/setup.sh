@@ -25,13 +25,14 @@ sys.exit(version < (2, 11))
 '
 
 if [ ! -x .venv/bin/python ]; then
-  options=()
+  say "making a virtual environment in .venv"
+  "$python" -m venv .venv || fail "venv: it could not be made, expected Debian's package python3-venv"
   if "$python" -c "$usable_torch" 2>/dev/null; then
     say "using the torch that $python has"
-    options=(--system-site-packages)
+    # What .venv lacks is looked for there; that environment itself is left as it is.
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+      > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
   fi
-  say "making a virtual environment in .venv"
-  "$python" -m venv "${options[@]}" .venv || fail "venv: it could not be made, expected Debian's package python3-venv"
 fi
 export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 
