@@ -18,12 +18,12 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(DSD_VECTOR_BYTES)));
-  typedef int32_t integer __attribute__((vector_size(DSD_VECTOR_BYTES)));
+  typedef uint32_t integer __attribute__((vector_size(DSD_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(DSD_VECTOR_BYTES)));
-  typedef int64_t integer __attribute__((vector_size(DSD_VECTOR_BYTES)));
+  typedef uint64_t integer __attribute__((vector_size(DSD_VECTOR_BYTES)));
 };
 template <class T>
 using Vec = typename VectorOf<T>::type;
