@@ -113,6 +113,9 @@ def make_checkpoint(run: Path, step: int) -> Path:
 def test_newest_skips_what_does_not_verify(tmp_path):
     first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
     assert checkpoint.newest(str(tmp_path)) == second.name
+    good = (second / "weights.bin").read_bytes()
+    (second / "weights.bin").write_bytes(bytes([good[0] ^ 1]) + good[1:])  # one bit, same size
+    assert checkpoint.newest(str(tmp_path)) == first.name
     (second / "weights.bin").write_bytes(b"short")
     assert checkpoint.newest(str(tmp_path)) == first.name
     (first / "manifest.json").unlink()  # as a kill during the save leaves it
