@@ -33,7 +33,9 @@ def tokenizer_dir(tmp_path_factory) -> Path:
     core = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **dict(zip(names, special, strict=True)))
@@ -76,7 +78,11 @@ def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("models")
-    labels = {"num_labels": 3, "id2label": dict(enumerate("abc")), "label2id": {c: i for i, c in enumerate("abc")}}
+    labels = {
+        "num_labels": 3,
+        "id2label": dict(enumerate("abc")),
+        "label2id": {c: i for i, c in enumerate("abc")},
+    }
     for seed, (name, changes) in enumerate(
         (("teacher", {}), ("student", {"hidden_size": 32, "num_hidden_layers": 2}))
     ):
@@ -109,6 +115,12 @@ def settings(models_dir, data_dir, tmp_path) -> dict:
         },
         "teacher": {"path": str(models_dir / "teacher"), "zero_stage": 3},
         "student": {"path": str(models_dir / "student"), "zero_stage": 2},
-        "terms": {"task": {}, "soft_label": {}, "hidden": {}, "attention": {}, "pairwise": {"layers": "uniform"}},
+        "terms": {
+            "task": {},
+            "soft_label": {},
+            "hidden": {},
+            "attention": {},
+            "pairwise": {"layers": "uniform"},
+        },
         "train": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
     }

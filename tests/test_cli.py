@@ -369,7 +369,9 @@ class TestRunFolder:
         folder = RunFolder(str(used))
         folder.pin_teacher("runs/teachers/one/model")
         folder.pin_teacher("runs/teachers/one/model")
-        with pytest.raises(UserError, match="now makes runs/teachers/two/model, expected runs/teachers/one/model"):
+        with pytest.raises(
+            UserError, match="now makes runs/teachers/two/model, expected runs/teachers/one/model"
+        ):
             folder.pin_teacher("runs/teachers/two/model")
 
     def test_evaluate_and_export_need_a_run(self, refused, tmp_path, used):

@@ -40,7 +40,11 @@ def test_node_without_gpu_is_one_line(tmp_path):
     if any((Path(folder) / "nvidia-smi").exists() for folder in ("/usr/bin", "/bin")):
         pytest.skip("this machine has nvidia-smi")
     done = subprocess.run(
-        ["bash", str(LAUNCH / "node.sh"), "x.yaml"], env=environment, capture_output=True, text=True, check=False
+        ["bash", str(LAUNCH / "node.sh"), "x.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "got no GPU" in done.stderr
@@ -48,7 +52,11 @@ def test_node_without_gpu_is_one_line(tmp_path):
 
 def test_quickstart_counts_no_gpus_without_nvidia_smi():
     """A pipeline that fails under pipefail would end the script silently after its set-up."""
-    line = next(line for line in (LAUNCH / "quickstart.sh").read_text().splitlines() if line.startswith("gpus="))
-    script = f"set -euo pipefail; PATH=/nowhere:/usr/bin:/bin; nvidia-smi() {{ return 127; }}; {line}; echo $gpus"
+    line = next(
+        line for line in (LAUNCH / "quickstart.sh").read_text().splitlines() if line.startswith("gpus=")
+    )
+    script = (
+        f"set -euo pipefail; PATH=/nowhere:/usr/bin:/bin; nvidia-smi() {{ return 127; }}; {line}; echo $gpus"
+    )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "0")

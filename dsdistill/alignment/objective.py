@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.alignment.terms import TERMS, Pair
-from dsdistill.config.schema import Terms
+from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.ops import backends_taken

@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
-from dsdistill.config.schema import Config, Section
+from dsdistill.config.schema import Config
+from dsdistill.config.section import Section
 
 
 def load(sources: Sequence[str]) -> Config:

@@ -1,22 +1,11 @@
-"""Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch.
-
-Layers are counted from 1; layer 0 is the output of the embeddings (losses as published count so too).
-"""
+"""Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
-LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
-# Where a student layer finds its teacher layer; an explicit map lists [student, teacher] pairs.
-LayerMap = Literal["uniform", "skip", "last"] | LayerPairs
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from dsdistill.config.section import NonNegative, Positive, Section
+from dsdistill.config.terms import Task, Terms
 
 
 class Run(Section):
@@ -119,93 +108,6 @@ class Student(Model):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute layers in backward to save memory"
     )
-
-
-class Term(Section):
-    weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
-
-
-class Task(Term):
-    """Cross-entropy against the labels (squared error for regression)."""
-
-
-class SoftLabel(Term):
-    """Divergence of the output distributions at temperature τ."""
-
-    temperature: Annotated[float, Field(gt=0)] = Field(
-        default=2.0, description="τ, divides the logits of both"
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = Field(
-        default="forward_kl",
-        description="forward_kl: KL(teacher‖student); reverse_kl, jsd (generalised), skew_kl: nats too; "
-        "tvd: total variation, 0 to 1",
-    )
-    beta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.5, description="teacher's share in jsd's mixture"
-    )
-    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="teacher's share in skew_kl's mixture"
-    )
-    scale_tau2: bool = Field(
-        default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
-    )
-
-
-class Layered(Term):
-    layers: LayerMap = Field(
-        default="uniform", description="uniform, skip, last, or [student, teacher] pairs"
-    )
-    layer_agg: Literal["mean", "sum"] = Field(default="mean", description="over the mapped layers")
-
-
-class Hidden(Layered):
-    """Hidden states, projected to the teacher's width where the widths differ."""
-
-    divergence: Literal["mse", "cosine"] = Field(
-        default="mse", description="mse: a value of a token's state; cosine: 1 − cosine of a token's states"
-    )
-    embedding: bool = Field(
-        default=True, description="also match the embeddings' output (layer 0 with layer 0)"
-    )
-    projector: Literal["auto", "linear"] = Field(
-        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
-    )
-
-
-class Attention(Layered):
-    """Attention from queries and keys, never as a whole matrix."""
-
-    divergence: Literal["kl", "mse", "score_mse"] = Field(
-        default="kl",
-        description="kl: of each row of probabilities, nats (MiniLM); mse: of probabilities; score_mse: of the "
-        "scores before softmax (TinyBERT)",
-    )
-    heads: Literal["match", "mean"] = Field(
-        default="match", description="mean: average over heads, for unequal counts"
-    )
-
-
-class Pairwise(Layered):
-    """Structure: how the tokens of a sequence relate to each other."""
-
-    layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
-    relation: Literal["cosine", "dot", "distance"] = Field(
-        default="cosine",
-        description="of two tokens' states; distance is relative to the sequence's mean (RKD)",
-    )
-
-
-class Terms(Section):
-    """The loss: a weighted sum of the terms that are named."""
-
-    task: Task | None = None
-    soft_label: SoftLabel | None = None
-    hidden: Hidden | None = None
-    attention: Attention | None = None
-    pairwise: Pairwise | None = None
-
-    def named(self) -> dict[str, Term]:
-        return {name: term for name, term in self if term is not None and term.weight > 0}
 
 
 class Train(Section):

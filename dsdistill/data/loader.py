@@ -107,7 +107,8 @@ class Loader:
         rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
         return [
-            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id) for moment in moments
+            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id)
+            for moment in moments
         ]
 
 

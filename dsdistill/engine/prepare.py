@@ -9,7 +9,7 @@ from dsdistill import config as configs
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
-from dsdistill.config.schema import SoftLabel, Task, Terms
+from dsdistill.config.terms import SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load
 from dsdistill.engine import deepspeed
 from dsdistill.models.build import (

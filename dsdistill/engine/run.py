@@ -12,7 +12,8 @@ import torch
 
 from dsdistill import config as configs
 from dsdistill.config import Config
-from dsdistill.config.schema import Run, Task, Terms
+from dsdistill.config.schema import Run
+from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.export import export, load_student, read_run
 from dsdistill.engine.module import StudentModule

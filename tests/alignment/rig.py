@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
-from dsdistill.config.schema import Terms
+from dsdistill.config.terms import Terms
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import shape

@@ -5,7 +5,7 @@ import torch
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.config import UserError
-from dsdistill.config.schema import Attention
+from dsdistill.config.terms import Attention
 from dsdistill.models.trace import Geometry
 from dsdistill.ops import attention_alignment
 from dsdistill.ops.attention.pairs import Pairs

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dsdistill.config.schema import Term as TermConfig
+from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
 

@@ -6,7 +6,7 @@ from torch import nn
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.config.schema import Hidden
+from dsdistill.config.terms import Hidden
 from dsdistill.ops import hidden_alignment
 
 

@@ -4,7 +4,7 @@ import torch
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.config.schema import Pairwise
+from dsdistill.config.terms import Pairwise
 from dsdistill.ops import pairwise_alignment
 
 

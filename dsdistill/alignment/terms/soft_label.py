@@ -3,7 +3,7 @@
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.terms.task import next_tokens
 from dsdistill.config import UserError
-from dsdistill.config.schema import SoftLabel
+from dsdistill.config.terms import SoftLabel
 from dsdistill.data.batch import NO_LABEL
 from dsdistill.ops import logit_alignment, soft_label_alignment
 
