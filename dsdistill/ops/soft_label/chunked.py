@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
 
-# Elements of one block of logits: 16 MiB in float32.
-BLOCK_ELEMENTS = 1 << 22
+# Elements of one block of logits: 32 MiB in float32, so that the products with the heads are worth their calls.
+BLOCK_ELEMENTS = 1 << 23
 MAX_TOKENS, MIN_TOKENS = 256, 64
+# Of a slice of a block in which everything between the products is done: on a CPU its passes then stay in cache.
+SLICE_ELEMENTS = 1 << 18
 
 
 class Head:
@@ -61,13 +63,16 @@ def soft_label_total(
     teacher_hidden = teacher_hidden.detach().flatten(0, 1)
 
     def block(z_s: Tensor, tokens: Tensor, with_gradient: bool):
-        log_q = z_s.div_(temperature).log_softmax(-1)
-        log_p = teacher.logits(teacher_hidden[tokens]).div_(temperature).log_softmax(-1)
-        p = log_p.exp()
-        value = divergence_rows(log_p, log_q, p, divergence, beta, alpha).sum()
-        if not with_gradient:
-            return value, None
-        return value, logit_gradient(log_p, log_q, p, divergence, beta, alpha).div_(temperature)
+        z_t = teacher.logits(teacher_hidden[tokens])
+        total = z_s.new_zeros(())
+        for mine, other in zip(z_s.split(_slice(z_s)), z_t.split(_slice(z_t)), strict=True):
+            log_q = mine.div_(temperature).log_softmax(-1)
+            log_p = other.div_(temperature).log_softmax(-1)
+            p = log_p.exp()
+            total += divergence_rows(log_p, log_q, p, divergence, beta, alpha).sum()
+            if with_gradient:
+                torch.div(logit_gradient(log_p, log_q, p, divergence, beta, alpha), temperature, out=mine)
+        return total, z_s
 
     return _over_blocks(needs, student_hidden, student, None if mask is None else mask.flatten(), block)
 
@@ -97,6 +102,11 @@ def cross_entropy_total(
     return _over_blocks(needs, hidden, Head(head, bias, dtype), labels != ignore_index, block)
 
 
+def _slice(logits: Tensor) -> int:
+    """Rows of a slice; a GPU takes the block at once."""
+    return len(logits) if logits.is_cuda else max(1, SLICE_ELEMENTS // logits.shape[1])
+
+
 def _over_blocks(
     needs: Sequence[bool],
     hidden: Tensor,
@@ -104,11 +114,14 @@ def _over_blocks(
     counted: Tensor | None,
     block: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]],
 ):
-    """Σ over blocks of counted tokens of `block(logits, token indices, with gradient)`, and the gradients."""
+    """Σ over blocks of counted tokens of `block(logits, token indices, with gradient)`, and the gradients.
+
+    block: may overwrite the logits; returns its sum and, where asked for, the gradient at them.
+    """
     flat = hidden.detach().flatten(0, 1)
     total = torch.zeros((), dtype=head.dtype, device=flat.device)
     d_hidden = torch.zeros(flat.shape, dtype=head.dtype, device=flat.device) if needs[0] else None
-    d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device) if needs[1] else None
+    d_matrix = None  # made by the first block: filling it with zeros would be one more pass over (V, D)
     d_bias = torch.zeros_like(head.bias) if needs[2] else None
     indices = torch.arange(flat.shape[0], device=flat.device) if counted is None else counted.nonzero()[:, 0]
     size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, head.matrix.shape[0])))
@@ -121,10 +134,13 @@ def _over_blocks(
         if needs[0]:
             d_hidden[tokens] = head.product(gradient, head.matrix)
         if needs[1]:
-            if head.native:
-                d_matrix += head.product(gradient.t(), rows)
+            if d_matrix is None or head.native:
+                found = head.product(gradient.t(), rows)
+                d_matrix = found if d_matrix is None else d_matrix.add_(found)
             else:
                 d_matrix.addmm_(gradient.t(), rows.to(head.dtype))
         if needs[2]:
             d_bias += gradient.sum(0)
+    if needs[1] and d_matrix is None:
+        d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device)
     return total, (None if d_hidden is None else d_hidden.view(hidden.shape), d_matrix, d_bias)
