@@ -259,7 +259,7 @@ def test_the_config_without_mistakes_is_not_refused(config, monkeypatch):
     from dsdistill.engine.prepare import prepare
 
     prepared = prepare(load([config()]), world_size=1)
-    assert set(prepared.objective.terms) == {"task", "soft_label", "hidden", "attention", "pairwise"}
+    assert set(prepared.objectives[0].terms) == {"task", "soft_label", "hidden", "attention", "pairwise"}
 
 
 class TestFiles:

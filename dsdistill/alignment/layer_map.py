@@ -12,6 +12,7 @@ def layer_map(
     skip: PKD's map (Sun et al. 2019): layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th; the last, which the soft
         labels guide, from none.
     last: the last from the last (MiniLM).
+    emd: every pair, the teacher's layer running fastest (weighting.EarthMover says how much each counts).
     pairs: as given, checked.
 
     Raises UserError for a layer out of range, a student deeper than its teacher, or a map without a pair.
@@ -30,6 +31,8 @@ def layer_map(
             raise UserError(place, "skip for a student of 1 layer", "a student of 2 layers or more")
         stride = teacher_depth // student_depth
         return tuple((s, s * stride) for s in range(1, student_depth))
+    if layers == "emd":
+        return tuple((s, t) for s in range(1, student_depth + 1) for t in range(1, teacher_depth + 1))
     if layers == "last":
         return ((student_depth, teacher_depth),)
     for student, teacher in layers:

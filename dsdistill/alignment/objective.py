@@ -16,26 +16,33 @@ class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what mod
     """Of one micro-batch, in units of the whole step: over all its micro-batches and ranks they add up."""
 
     total: Tensor  # scalar with gradients
-    raw: Tensor  # (terms,) detached, unweighted
+    raw: Tensor  # (parts of all terms,) detached, unweighted
 
 
 class Objective(nn.Module):
-    """Σ_k weight_k · factor_k · Σ_parts sum / count.
+    """Σ_k weight_k · factor_k · Σ_parts ω_part · sum / count.
+
+    distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w. None: by 1.
 
     counts are those of the step: summed over micro-batches and all-reduced over ranks before the first forward
     pass, which is why each term tells its counts from the batch alone.
     """
 
-    def __init__(self, terms: Terms, pair: Pair):
+    def __init__(self, terms: Terms, pair: Pair, distill_weight: float | None = None):
         super().__init__()
         self.task = pair.task
+        self.distill_weight = distill_weight
         self.terms = nn.ModuleDict(
             {name: TERMS[name](config, pair) for name, config in terms.named().items()}
         )
 
     @property
     def weights(self) -> dict[str, float]:
-        return {name: term.weight for name, term in self.terms.items()}
+        w = self.distill_weight
+        return {
+            name: term.weight * (1.0 if w is None else 1 - w if name == "task" else w)
+            for name, term in self.terms.items()
+        }
 
     @property
     def backends(self) -> dict[str, list[str]]:
@@ -45,6 +52,10 @@ class Objective(nn.Module):
     @property
     def needs_teacher(self) -> bool:
         return any(term.needs_teacher for term in self.terms.values())
+
+    @property
+    def needs_previous(self) -> bool:
+        return any(term.needs_previous for term in self.terms.values())
 
     def layers(self, kind: str) -> frozenset[int]:
         """Layers to capture; kind: student_hidden, teacher_hidden, student_attention or teacher_attention."""
@@ -57,13 +68,46 @@ class Objective(nn.Module):
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
         """counts: (parts of all terms,) of the whole step."""
         total, raw, start = 0.0, [], 0
-        for term in self.terms.values():
+        for term, weight in zip(self.terms.values(), self.weights.values(), strict=True):
             divisor = counts[start : start + term.parts].clamp(min=1)  # nothing valid: the sums are 0
             start += term.parts
-            value = term.factor * (term.sums(student, teacher, batch) / divisor.float()).sum()
-            raw.append(value.detach())
-            total = total + term.weight * value
-        return Loss(total, torch.stack(raw))
+            values = term.sums(student, teacher, batch) / divisor.float()
+            raw.append(values.detach())
+            total = total + weight * term.factor * (values * values.new_tensor(term.weighting.values)).sum()
+        return Loss(total, torch.cat(raw))
+
+    def begin(self, steps: int) -> None:
+        """A stage of this many optimizer steps starts."""
+        for term in self.terms.values():
+            term.weighting.begin(steps)
+
+    def update(self, raw: Tensor) -> None:
+        """After a step: (parts of all terms,) raw values of the whole step, the same on every rank."""
+        for name, values in self._by_term(raw).items():
+            self.terms[name].weighting.update(values)
+
+    def report(self, raw: Tensor) -> dict[str, dict]:
+        """Of a step's raw values, before update(): each term before and after its weight, and moving layer weights."""
+        found = {}
+        for name, values in self._by_term(raw).items():
+            term = self.terms[name]
+            value = term.factor * sum(w * v for w, v in zip(term.weighting.values, values, strict=True))
+            found[name] = {"raw": value, "weighted": self.weights[name] * value}
+            if term.weighting.moves:
+                found[name]["layer_weights"] = term.weighting.values
+        return found
+
+    def state(self) -> dict[str, dict]:
+        """What moves outside the parameters, as plain JSON."""
+        return {name: term.weighting.state() for name, term in self.terms.items()}
+
+    def load(self, state: dict[str, dict]) -> None:
+        for name, term in self.terms.items():
+            term.weighting.load(state[name])
+
+    def _by_term(self, raw: Tensor) -> dict[str, list[float]]:
+        parts = raw.split([term.parts for term in self.terms.values()])
+        return {name: values.tolist() for name, values in zip(self.terms, parts, strict=True)}
 
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
         """(terms,) each term's sum over this micro-batch, undivided: what evaluation adds up.

@@ -44,16 +44,15 @@ def nearest(word: str, known) -> str:
 
 def check(config) -> None:
     """Raise UserError for settings that contradict each other."""
-    terms = config.terms.named()
-    if not terms:
-        raise UserError(
-            "terms",
-            "no term with a weight above 0",
-            "at least one of task, soft_label, hidden, attention, pairwise",
-        )
-    matching = [name for name in terms if name != "task"]
-    if matching and config.teacher is None:
-        raise UserError(f"terms.{matching[0]}", "no teacher", "a teacher section, or terms.task alone")
+    for index, stage in enumerate(config.stages):
+        _check_terms(config, stage.terms, f"stages.{index}.terms", first=index == 0)
+    if not config.stages:
+        _check_terms(config, config.terms, "terms", first=True)
+    if config.evaluation.rcs == 1:
+        raise UserError("evaluation.rcs", 1, "2 points or more, or 0")
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) < len(names):
+        raise UserError("stages", f"names {names}", "a name of its own for each")
     if (
         config.teacher is not None
         and config.teacher.path is None
@@ -67,10 +66,6 @@ def check(config) -> None:
         )
     _check_student(config)
     _check_data(config.data)
-    if config.task == "regression" and "soft_label" in terms:
-        raise UserError(
-            "terms.soft_label", "task regression", "classification or causal_lm (a score is no distribution)"
-        )
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             "train.batch_size",
@@ -78,9 +73,44 @@ def check(config) -> None:
             f"a multiple of train.micro_batch_size ({config.train.micro_batch_size})",
         )
     _check_deepspeed(config.student.deepspeed, "student")
+    _check_optimizer(config)
     if config.teacher is not None:
         _check_deepspeed(config.teacher.deepspeed, "teacher")
         _check_teacher(config.teacher)
+
+
+def _check_terms(config, section, place: str, first: bool) -> None:
+    """Of one stage, or of a run without stages."""
+    terms = section.named()
+    if not terms:
+        raise UserError(
+            place, "no term with a weight above 0", f"at least one of {', '.join(type(section).model_fields)}"
+        )
+    matching = [name for name in terms if name not in ("task", "smooth")]
+    if matching and config.teacher is None:
+        raise UserError(f"{place}.{matching[0]}", "no teacher", f"a teacher section, or {place}.task alone")
+    if config.task == "regression" and "soft_label" in terms:
+        raise UserError(
+            f"{place}.soft_label",
+            "task regression",
+            "classification or causal_lm (a score is no distribution)",
+        )
+    if "smooth" in terms and first:
+        raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")
+    for name, term in terms.items():
+        if getattr(term, "layers", None) == "emd" and term.layer_weights != "uniform":
+            raise UserError(f"{place}.{name}.layer_weights", "dynamic with layers: emd", "one of them")
+    if config.train.distill_weight is not None and ("task" not in terms or len(terms) < 2):
+        raise UserError(
+            "train.distill_weight", f"{place} of {', '.join(terms)} alone", "terms.task and at least another"
+        )
+
+
+def _check_optimizer(config) -> None:
+    zero = config.student.deepspeed.get("zero_optimization", {})
+    offload = isinstance(zero, dict) and zero.get("offload_optimizer")
+    if offload and config.train.optimizer != "adamw":
+        raise UserError("train.optimizer", f"{config.train.optimizer} with offload_optimizer", "adamw")
 
 
 def _check_teacher(teacher) -> None:

@@ -103,7 +103,9 @@ def _explain(origin: str, errors: list[dict]) -> UserError:
         return UserError(place, "nothing", "a value, this key is needed")
     if path.endswith(".layers"):  # a union: pydantic reports each of its branches
         return UserError(
-            place, got, "uniform, skip, last, or a list of [student, teacher] pairs counted from 1"
+            place,
+            got,
+            "uniform, skip, last, emd, cka_offline, or a list of [student, teacher] pairs counted from 1",
         )
     message = first["msg"].lower()
     for noise in ("input should be ", "a valid ", " should match", " should have", " after validation"):
@@ -119,7 +121,7 @@ def _readable(location: tuple) -> str:
 def _section(parents: list) -> type[Section]:
     """The section model that a path of field names leads to."""
     section = Config
-    for name in parents:
+    for name in (name for name in parents if not isinstance(name, int)):
         annotation = section.model_fields[name].annotation
         candidates = [annotation, *get_args(annotation)]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from dsdistill.config.section import NonNegative, Positive, Section
 from dsdistill.config.terms import Task, Terms
 
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+
 
 class Run(Section):
     """Where a run lives and how often it speaks."""
@@ -19,8 +23,9 @@ class Run(Section):
         description="auto: go on from the newest checkpoint that verifies; never: refuse a used folder",
     )
     log_every: Positive = Field(default=10, description="optimizer steps between two lines of metrics.jsonl")
-    evaluate_every: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="optimizer steps between two evaluations on the dev set; 0: only at the end"
+    evaluate_every: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
+        default=0,
+        description="optimizer steps between two evaluations on the dev set, or epoch; 0: only at the end",
     )
     save_every: Annotated[int, Field(ge=0)] = Field(
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
@@ -117,22 +122,59 @@ class Train(Section):
     epochs: Positive = Field(default=1, description="passes over the train set, where steps is not given")
     batch_size: Positive = Field(default=32, description="examples an optimizer step, over all ranks")
     micro_batch_size: Positive = Field(default=8, description="examples a rank handles at once")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(
-        default=5e-5, description="highest, after warm-up; of AdamW"
+    optimizer: Literal["adamw", "adam", "adagrad", "sgd"] = Field(
+        default="adamw", description="adam: weight decay as part of the gradient; sgd: with momentum 0.9"
     )
-    weight_decay: NonNegative = Field(
-        default=0.01, description="of AdamW, on matrices alone (no biases, no norms)"
+    learning_rate: LearningRate = Field(default=5e-5, description="highest, after warm-up")
+    projector_learning_rate: LearningRate | None = Field(
+        default=None, description="of what the terms themselves train; default: learning_rate"
     )
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = Field(
+    weight_decay: NonNegative = Field(default=0.01, description="on matrices alone (no biases, no norms)")
+    distill_weight: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="w: the task's weight is multiplied by 1 − w, every other term's by w; default: neither",
+    )
+    scheduler: Scheduler = Field(
         default="linear", description="learning-rate schedule, by its transformers name"
     )
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="fraction of the steps")
+    warmup: Fraction = Field(default=0.1, description="fraction of the steps")
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="of weights in forward; fp16: GPU only"
     )
     backend: Literal["auto", "reference", "chunked", "cpp", "triton", "cuda"] = Field(
         default="auto", description="of the alignment operators"
+    )
+
+
+class Evaluation(Section):
+    """What is measured beside the task's own scores and the distance to the teacher."""
+
+    rcs: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="points of a run, evenly spread and the last its end, at which representations are kept for the "
+        "representation consistency score (of the published three stages: 3); 0: none",
+    )
+    latency: bool = Field(default=False, description="median time of one example by itself, on one process")
+
+
+class Stage(Section):
+    """A part of the steps with terms of its own; optimizer and learning-rate schedule begin anew."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="for the log")
+    share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="of the steps, relative to the other stages"
+    )
+    terms: Terms = Field(
+        default=Terms(), description="added to the run's terms, or changing them; null leaves a term out"
+    )
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="student parameters that stay as they are, by patterns such as *.layer.0.*"
+    )
+    learning_rate: LearningRate | None = Field(default=None, description="default: train.learning_rate")
+    scheduler: Scheduler | None = Field(default=None, description="default: train.scheduler")
+    warmup: Fraction | None = Field(
+        default=None, description="fraction of the stage's steps; default: train.warmup"
     )
 
 
@@ -147,7 +189,26 @@ class Config(Section):
     teacher: Teacher | None = None
     student: Student
     terms: Terms = Terms(task=Task())
+    stages: Annotated[tuple[Stage, ...], Field(strict=False)] = Field(
+        default=(), description="trained one after the other; default: one of all the steps"
+    )
     train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_stages(cls, settings):
+        """A stage's terms hold what it changes of the run's: an override of the run's then reaches every stage."""
+        if isinstance(settings, dict) and isinstance(settings.get("stages"), list):
+            settings = settings | {
+                "stages": [_with_terms(stage, settings.get("terms")) for stage in settings["stages"]]
+            }
+        return settings
+
+    @property
+    def parts(self) -> tuple[Stage, ...]:
+        """The stages; of a run without any, the one that it is."""
+        return self.stages or (Stage(name="all", terms=self.terms),)
 
     @property
     def run_dir(self) -> str:
@@ -159,3 +220,18 @@ class Config(Section):
 
         check(self)
         return self
+
+
+def _with_terms(stage: Any, terms: Any) -> Any:
+    if not isinstance(stage, dict) or not isinstance(terms, dict):
+        return stage  # the type check says what is wrong
+    changes = stage.get("terms")
+    if changes is None:
+        changes = {}
+    if not isinstance(changes, dict):
+        return stage
+    merged = dict(terms)
+    for name, change in changes.items():
+        base = terms.get(name)
+        merged[name] = base | change if isinstance(base, dict) and isinstance(change, dict) else change
+    return stage | {"terms": merged}

@@ -12,7 +12,7 @@ from dsdistill.config.section import NonNegative, Section
 LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
 # Where a student layer finds its teacher layer; an explicit map lists [student, teacher] pairs.
-LayerMap = Literal["uniform", "skip", "last"] | LayerPairs
+LayerMap = Literal["uniform", "skip", "last", "emd", "cka_offline"] | LayerPairs
 
 
 class Term(Section):
@@ -47,9 +47,14 @@ class SoftLabel(Term):
 
 class Layered(Term):
     layers: LayerMap = Field(
-        default="uniform", description="uniform, skip, last, or [student, teacher] pairs"
+        default="uniform",
+        description="uniform, skip, last, [student, teacher] pairs; emd: every pair, weighted anew each step; "
+        "cka_offline: the most similar layers in order, found before training",
     )
     layer_agg: Literal["mean", "sum"] = Field(default="mean", description="over the mapped layers")
+    layer_weights: Literal["uniform", "dynamic"] = Field(
+        default="uniform", description="dynamic: layers that lag behind gain weight while training"
+    )
 
 
 class Hidden(Layered):
@@ -89,6 +94,12 @@ class Pairwise(Layered):
     )
 
 
+class Smooth(Term):
+    """How far the student's last layer has moved since the end of the stage before."""
+
+    weight: NonNegative = Field(default=0.1, description="factor of this term in the loss")
+
+
 class Terms(Section):
     """The loss: a weighted sum of the terms that are named."""
 
@@ -97,6 +108,7 @@ class Terms(Section):
     hidden: Hidden | None = None
     attention: Attention | None = None
     pairwise: Pairwise | None = None
+    smooth: Smooth | None = None
 
     def named(self) -> dict[str, Term]:
         return {name: term for name, term in self if term is not None and term.weight > 0}

@@ -31,7 +31,7 @@ _STEP = re.compile(r"step-(\d+)")
 def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) -> None:
     """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`."""
     folder = os.path.join(run_dir, FOLDER)
-    tag = f"step-{step:08d}"
+    tag = tag_of(step)
     target = os.path.join(folder, tag)
     if ranks.first:
         shutil.rmtree(target, ignore_errors=True)  # what a killed run left half-written
@@ -52,6 +52,10 @@ def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) 
         for old in set(_tags(folder)) - set(kept):
             shutil.rmtree(os.path.join(folder, old))
     ranks.barrier()
+
+
+def tag_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def newest(run_dir: str) -> str | None:

@@ -143,6 +143,7 @@ def student_settings(config: Config, world_size: int) -> dict:
         "gradient_clipping": train.clip,
         "zero_optimization": {"stage": config.student.zero_stage},
         "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,  # SGD and AdaGrad: plain rules, element by element
         **_precision(train.dtype),
     }
     return _merge(ours, config.student.deepspeed)
@@ -189,25 +190,26 @@ def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> User
 def student_engine(
     module: nn.Module,
     external: list[nn.Parameter],
+    terms: list[nn.Parameter],
     config: Config,
+    rate: float,
     ranks: Ranks,
     scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
 ):
     """The engine that trains `module`.
 
     external: parameters that the module uses outside their own submodule's forward (ZeRO-3 must know them).
+    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
     """
     settings = student_settings(config, ranks.world_size)
+    mine = {id(parameter) for parameter in terms}
+    student = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
     groups = [
-        {
-            "params": [p for p in module.parameters() if p.dim() > 1],
-            "weight_decay": config.train.weight_decay,
-        },
-        {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0},  # biases and norms
+        {"params": [p for p in parameters if (p.dim() > 1) == matrices], "weight_decay": decay, "lr": lr}
+        for parameters, lr in ((student, rate), (terms, config.train.projector_learning_rate or rate))
+        for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
     ]
-    optimizer = _optimizer(settings)(
-        [group for group in groups if group["params"]], lr=config.train.learning_rate
-    )
+    optimizer = _optimizer(config, settings)([group for group in groups if group["params"]], lr=rate)
     with _quiet():
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -222,9 +224,14 @@ def student_engine(
     return engine
 
 
-def _optimizer(settings: dict) -> Callable[..., torch.optim.Optimizer]:
+def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Optimizer]:
     if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
-        return functools.partial(torch.optim.AdamW, fused=True)  # one pass over memory instead of ten
+        return {
+            "adamw": functools.partial(torch.optim.AdamW, fused=True),  # one pass over memory instead of ten
+            "adam": functools.partial(torch.optim.Adam, fused=True),
+            "adagrad": torch.optim.Adagrad,
+            "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+        }[config.train.optimizer]
     return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
 
 

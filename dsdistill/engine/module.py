@@ -1,5 +1,6 @@
 """The module that DeepSpeed wraps: student, projectors and objective."""
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,17 +16,18 @@ class StudentModule(nn.Module):
     """Everything trainable in one module, so that every parameter is gathered and saved by the same hooks."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: Objective, evaluation: Objective, place: str = "student"
+        self, model: PreTrainedModel, objective: Objective, evaluation: Objective, *, represents: bool = False
     ):
+        """represents: forward may be asked to `represent`."""
         super().__init__()
         language = objective.task == "causal_lm"
-        self.body = Headless(model, place) if language else model
+        self.body = Headless(model, "student") if language else model
         self.objective = objective
         self.evaluation = evaluation  # what evaluate() measures; holds no parameters
         self._model = [model]  # in a list: `body` already registers it
-        self.capture = Capture(
-            model, objective.layers("student_hidden"), objective.layers("student_attention")
-        )
+        self._last = model.config.num_hidden_layers
+        hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
+        self.capture = Capture(model, hidden, objective.layers("student_attention"))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -45,13 +47,23 @@ class StudentModule(nn.Module):
             found.head, found.head_bias = head.weight, head.bias
         return found
 
-    def forward(self, batch: Batch, teacher: Trace | None = None, counts: Tensor | None = None):
-        """With counts: (loss with gradients, (terms,) raw values). Without: what evaluation reads, see below.
+    def forward(
+        self,
+        batch: Batch,
+        teacher: Trace | None = None,
+        counts: Tensor | None = None,
+        previous: Trace | None = None,
+        represent: bool = False,
+    ):
+        """With counts: (loss with gradients, (parts,) raw values). Without: what evaluation reads, see below.
 
         Without counts: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective
-        for language models.
+        for language models. With represent: (B, D) mean of the last layer's states over valid tokens.
         """
         student = self.trace(batch)
+        student.previous = previous
+        if represent:
+            return masked_mean(student.hidden[self._last], batch.mask)
         if counts is None:
             return (
                 student.logits
@@ -63,3 +75,9 @@ class StudentModule(nn.Module):
         # in backward. One value a row, so that the sum cannot overflow in fp16.
         end = student.logits if student.logits is not None else student.output[:, 0]
         return loss.total + 0.0 * end[:, 0].float().sum(), loss.raw
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """(B, N, D) states and (B, N) mask → (B, D) float32 mean over valid tokens; 0 where none is."""
+    total = torch.where(mask[..., None], states.float(), 0.0).sum(1)
+    return total / mask.sum(1, keepdim=True).clamp(min=1)

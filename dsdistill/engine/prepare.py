@@ -1,5 +1,6 @@
 """Everything that can be refused is refused here, before any weight is loaded."""
 
+import fnmatch
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from dsdistill.data import Data, Examples, load
 from dsdistill.engine import deepspeed
 from dsdistill.models.build import (
     architecture,
+    build,
     check_cut,
     cut_architecture,
     for_task,
@@ -40,7 +42,7 @@ class Prepared:
     student: PretrainedConfig
     teacher: PretrainedConfig | None
     pair: Pair
-    objective: Objective
+    objectives: tuple[Objective, ...]  # one for each stage
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
@@ -60,12 +62,13 @@ def prepare(config: Config, world_size: int) -> Prepared:
             raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
     teacher = _teacher_architecture(config, recipe)
     student = _student_architecture(config, teacher)
-    objective = objective_layers(config, student, teacher)
+    objectives = objective_layers(config, student, teacher)
     tokenizer = _tokenizer(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_sizes(config, model, tokenizer, place)
-    geometry = probe_models(config, student, teacher, objective)
+    geometry = probe_models(config, student, teacher, objectives)
+    check_frozen(config, student)
     data = load(config.data, config.task, tokenizer)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
@@ -87,7 +90,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
         student,
         teacher,
         pair,
-        Objective(config.terms, pair),
+        make_objectives(config, pair),
         Objective(evaluation, pair),
         geometry,
         judged,
@@ -132,13 +135,39 @@ def make_pair(
     return Pair(shape(student), teacher and shape(teacher), config.task, config.train.backend, tokens)
 
 
+def make_objectives(config: Config, pair: Pair) -> tuple[Objective, ...]:
+    """Of each stage."""
+    return tuple(Objective(stage.terms, pair, config.train.distill_weight) for stage in config.parts)
+
+
 def objective_layers(
     config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None
-) -> Objective:
-    """The objective without weights: checks layer maps, heads and depths, from the architectures alone."""
+) -> tuple[Objective, ...]:
+    """The objectives without weights: checks layer maps, heads and depths, from the architectures alone."""
     tokens = min(model.vocab_size for model in (student, teacher) if model is not None)
     with torch.device("meta"):
-        return Objective(config.terms, make_pair(config, student, teacher, tokens))
+        return make_objectives(config, make_pair(config, student, teacher, tokens))
+
+
+def check_frozen(config: Config, student: PretrainedConfig) -> None:
+    """Refuse patterns that name no parameter, or that leave none to train."""
+    if not any(stage.freeze for stage in config.stages):
+        return
+    with torch.device("meta"):
+        model = build(student, None, config.task, "student", needs_head=False)
+    names = [name for name, _ in model.named_parameters()]
+    for index, stage in enumerate(config.stages):
+        place = f"stages.{index}.freeze"
+        for pattern in stage.freeze:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(place, f"{pattern}, which names nothing", f"a name such as {names[0]}")
+        if all(frozen(name, stage.freeze) for name in names):
+            raise UserError(place, "every parameter", "some left to train")
+
+
+def frozen(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a stage leaves this parameter of the student as it is."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
@@ -184,17 +213,24 @@ def _check_sizes(
 
 
 def probe_models(
-    config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, objective: Objective
+    config: Config,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    objectives: tuple[Objective, ...],
 ) -> dict[int, Geometry]:
     """Check that what the terms need can be captured; returns which keys each student layer sees."""
-    attention, hidden = "attention" in objective.terms, bool({"hidden", "pairwise"} & set(objective.terms))
+    attention = any(objective.layers("student_attention") for objective in objectives)
+    hidden = bool(config.evaluation.rcs) or any(
+        objective.layers("student_hidden") for objective in objectives
+    )
     seen = [
         probe(model, config.task, place, attention=attention, hidden=hidden)
         for place, model in (("student", student), ("teacher", teacher))
         if model is not None
     ]
-    if attention:
-        objective.terms["attention"].check_geometry(*seen)
+    for objective in objectives:
+        if "attention" in objective.terms:
+            objective.terms["attention"].check_geometry(*seen)
     if config.student.from_teacher is not None:
         check_cut(student, teacher, config.student.from_teacher, config.task, "student")
     return seen[0]
@@ -204,7 +240,11 @@ def _has_head(config: Config, teacher: PretrainedConfig | None, recipe: Prepared
     """Whether the teacher's head is trained for the task: a teacher of hidden states alone may have none yet."""
     if teacher is None:
         return False
-    if recipe is not None or config.task == "causal_lm" or "soft_label" in config.terms.named():
+    if (
+        recipe is not None
+        or config.task == "causal_lm"
+        or any("soft_label" in stage.terms.named() for stage in config.parts)
+    ):
         return True
     return config.teacher.path is not None and any(
         "SequenceClassification" in name for name in teacher.architectures or ()

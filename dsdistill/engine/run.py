@@ -14,10 +14,10 @@ from dsdistill import config as configs
 from dsdistill.config import Config
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
-from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.engine import checkpoint, deepspeed, stages
 from dsdistill.engine.export import export, load_student, read_run
 from dsdistill.engine.module import StudentModule
-from dsdistill.engine.prepare import Prepared, prepare
+from dsdistill.engine.prepare import Prepared, make_objectives, prepare
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
 from dsdistill.engine.teacher import Teacher
@@ -72,9 +72,9 @@ def evaluate_run(path: str) -> dict:
             _use_recipe(prepared, folder, ranks)
         teacher = None
         if prepared.judged:
-            teacher = Teacher(prepared.config, prepared.teacher, prepared.objective, ranks)
+            teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives[-1:], ranks)
         model = load_student(path, config, tag)
-        module = StudentModule(model, prepared.objective, prepared.evaluation).to(ranks.device).eval()
+        module = StudentModule(model, prepared.objectives[-1], prepared.evaluation).to(ranks.device).eval()
         scores = score(module, teacher, prepared, ranks)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
         for name, found in scores.items():
@@ -119,16 +119,15 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     init = _student_init(prepared, folder, ranks)
     teacher = None
     if config.teacher is not None:
-        teacher = Teacher(config, prepared.teacher, prepared.objective, ranks)
+        teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks)
     judge = teacher if prepared.judged else None
-    student = Trainer(prepared, init, teacher if prepared.objective.needs_teacher else None, judge, ranks)
-    student.run(folder)
+    student = _through_stages(prepared, init, teacher, judge, folder, ranks)
     scores = student.evaluate()
     models = {}
     if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}
     models["student"] = _row(scores["student"], student)
-    steps, peak = student.steps, max(ranks.gather(peak_memory_mib(ranks)))
+    steps, peak = student.total, max(ranks.gather(peak_memory_mib(ranks)))
     if config.run.baseline:
         del student  # its engine, before the next one is made
         gc.collect()
@@ -142,8 +141,8 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
             "teacher": config.teacher.zero_stage if config.teacher is not None else None,
             "student": config.student.zero_stage,
         },
-        "terms": list(prepared.objective.terms),
-        "backends": prepared.objective.backends,
+        "terms": list(dict.fromkeys(name for objective in prepared.objectives for name in objective.terms)),
+        "backends": prepared.objectives[0].backends,
         "models": models,
         "peak_memory_mib": peak,
         "seconds": round(time.time() - started, 1),
@@ -153,6 +152,34 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     if ranks.first:
         folder.write_summary(summary)
     return summary
+
+
+def _through_stages(
+    prepared: Prepared,
+    init: str | None,
+    teacher: Teacher | None,
+    judge: Teacher | None,
+    folder: RunFolder,
+    ranks: Ranks,
+) -> Trainer:
+    """Train stage after stage, from the newest checkpoint that verifies; the trainer of the last."""
+    parts = prepared.config.parts
+    tag = ranks.gather(checkpoint.newest(folder.path) if ranks.first else None)[0]
+    start = checkpoint.read_state(folder.path, tag)["stage"] if tag is not None else 0
+    before = stages.weights_path(folder.path, parts[start - 1].name) if start else None
+    trainer = None
+    for index in range(start, len(parts)):
+        if trainer is not None:
+            before = stages.hand_over(folder.path, parts[index - 1].name, trainer.end, ranks)
+            trainer.engine.destroy()
+            del trainer  # its engine, before the next one is made
+            gc.collect()
+        if len(parts) > 1:
+            log.info("stage %s: %s", parts[index].name, ", ".join(prepared.objectives[index].terms))
+        trainer = Trainer(prepared, index, init, before, teacher, judge, ranks)
+        trainer.run(folder, tag)
+        tag = None
+    return trainer
 
 
 def _baseline(
@@ -166,13 +193,14 @@ def _baseline(
     alone.config = _with(
         config,
         terms=Terms(task=Task()),
+        stages=(),
+        train=_with(config.train, distill_weight=None),
         run=_with(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
     )
-    alone.objective = type(prepared.objective)(alone.config.terms, prepared.pair)
+    alone.objectives = make_objectives(alone.config, prepared.pair)
     if ranks.first:
         home.open(alone.config)
-    student = Trainer(alone, init, None, judge, ranks)
-    student.run(home)
+    student = _through_stages(alone, init, None, judge, home, ranks)
     return _row(student.evaluate()["student"], student)
 
 

@@ -1,6 +1,6 @@
 """The frozen teacher: whole on every rank, or sharded by ZeRO-3."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,9 +20,15 @@ from dsdistill.models.trace import Trace
 class Teacher:
     """Makes traces; holds no gradient and draws no random number (dropout is off)."""
 
-    def __init__(self, config: Config, architecture: PretrainedConfig, objective: Objective, ranks: Ranks):
+    def __init__(
+        self,
+        config: Config,
+        architecture: PretrainedConfig,
+        objectives: Sequence[Objective],
+        ranks: Ranks,
+    ):
         path = config.teacher.path
-        needs_head = "soft_label" in objective.terms
+        needs_head = any("soft_label" in objective.terms for objective in objectives)
 
         def load() -> torch.nn.Module:
             torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
@@ -43,9 +49,11 @@ class Teacher:
             self.call = module
         self.model = module.model if isinstance(module, Headless) else module
         self.headless = isinstance(module, Headless)
-        self.capture = Capture(
-            self.model, objective.layers("teacher_hidden"), objective.layers("teacher_attention")
+        hidden, attention = (
+            frozenset().union(*(objective.layers(kind) for objective in objectives))
+            for kind in ("teacher_hidden", "teacher_attention")
         )
+        self.capture = Capture(self.model, hidden, attention)
 
     @contextmanager
     def trace(self, batch: Batch) -> Iterator[Trace]:

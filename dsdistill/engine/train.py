@@ -4,7 +4,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
-from dsdistill.data import Batch, Loader, evaluation_batches
-from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.data import Batch, Loader, evaluation_batches, restore
+from dsdistill.engine import checkpoint, deepspeed, representation, stages
 from dsdistill.engine.module import StudentModule
-from dsdistill.engine.prepare import Prepared
+from dsdistill.engine.prepare import Prepared, frozen
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.engine.teacher import Teacher, count_parameters
@@ -42,28 +42,28 @@ class Progress:
 
 
 class Trainer:
-    """One student in training.
+    """One student in one stage of its training.
 
-    teacher: None trains on the task alone. judge: the teacher that evaluation compares with (the same, or one
-    that a baseline does not learn from).
+    index: of the stage. init: where the student's first weights lie (None: random). before: what the stage before
+    handed over (stages.hand_over); None for the first. teacher: None trains on the task alone. judge: the teacher
+    that evaluation compares with (the same, or one that a baseline does not learn from).
     """
 
     def __init__(
         self,
         prepared: Prepared,
+        index: int,
         init: str | None,
+        before: str | None,
         teacher: Teacher | None,
         judge: Teacher | None,
         ranks: Ranks,
     ):
         config = prepared.config
-        self.prepared, self.config, self.teacher, self.judge, self.ranks = (
-            prepared,
-            config,
-            teacher,
-            judge,
-            ranks,
-        )
+        self.prepared, self.config, self.judge, self.ranks = prepared, config, judge, ranks
+        self.index, self.stage = index, config.parts[index]
+        objective = prepared.objectives[index].requires_grad_(True)
+        self.teacher = teacher if objective.needs_teacher else None
         torch.manual_seed(config.run.seed)
         model = build(prepared.student, init, config.task, "student", needs_head=False)
         model.config.use_cache = False
@@ -71,8 +71,17 @@ class Trainer:
             # Newer transformers have another name for it, 5.17 knows this one alone.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = count_parameters(model)
-        objective = prepared.objective.requires_grad_(True)
-        self.module = StudentModule(model, objective, prepared.evaluation)
+        self.module = StudentModule(
+            model, objective, prepared.evaluation, represents=bool(config.evaluation.rcs)
+        )
+        self.previous = None
+        if before is not None:
+            stages.load_weights(self.module, before)
+            if objective.needs_previous:
+                layers = objective.layers("student_hidden")
+                self.previous = stages.Snapshot(config, prepared.student, before, layers, ranks)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen(name, self.stage.freeze))
         self.loader = Loader(
             prepared.data.train,
             config.train.batch_size,
@@ -82,57 +91,73 @@ class Trainer:
             config.run.seed,
             prepared.tokenizer.pad_token_id,
         )
-        self.steps = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
+        self.total = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
+        ends = stages.ends(config, self.total)
+        self.start, self.end = (0, *ends)[index], ends[index]
+        objective.begin(self.end - self.start)
         self.engine = deepspeed.student_engine(
-            self.module.to(ranks.device), self.module.head_parameters(), config, ranks, self._schedule
+            self.module.to(ranks.device),
+            self.module.head_parameters(),
+            list(objective.parameters()),
+            config,
+            self.stage.learning_rate or config.train.learning_rate,
+            ranks,
+            self._schedule,
         )
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # a run of the teacher's recipe may have come before
-        torch.manual_seed(config.run.seed + ranks.rank)  # dropout differs between ranks
-        self.progress = Progress()
+        # Dropout differs between ranks, and between stages.
+        torch.manual_seed(config.run.seed + ranks.rank + index * ranks.world_size)
+        self.progress = Progress(self.start)
 
     def _schedule(self, optimizer):
-        train = self.config.train
+        stage, train, steps = self.stage, self.config.train, self.end - self.start
+        warmup = train.warmup if stage.warmup is None else stage.warmup
         return get_scheduler(
-            train.scheduler,
+            stage.scheduler or train.scheduler,
             optimizer,
-            num_warmup_steps=int(train.warmup * self.steps),
-            num_training_steps=self.steps,
+            num_warmup_steps=int(warmup * steps),
+            num_training_steps=steps,
         )
 
     def train_step(self, batches: list[Batch]) -> Tensor:
-        """One optimizer step over this rank's micro-batches; (terms,) float64 raw values of the whole step."""
+        """One optimizer step over this rank's micro-batches; (parts,) float64 raw values of the whole step."""
         batches = [batch.to(self.ranks.device) for batch in batches]
         objective = self.module.objective
         counts = torch.stack([objective.counts(batch, self.prepared.geometry) for batch in batches]).sum(0)
         counts = self.ranks.sum(counts)
-        raw = torch.zeros(len(objective.terms), dtype=torch.float64, device=self.ranks.device)
+        raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            loss, terms = self._loss(batch, counts)
+            loss, parts = self._loss(batch, counts)
             # Undoes DeepSpeed's mean over ranks and micro-batches: counts already are those of the whole step.
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
             self.engine.step()
-            raw += terms
+            raw += parts
         return self.ranks.sum(raw)
 
     def _loss(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
+        previous = self.previous.trace(batch) if self.previous is not None else None
         if self.teacher is None:
-            return self.engine(batch, None, counts)
+            return self.engine(batch, None, counts, previous)
         with self.teacher.trace(batch) as trace:
-            return self.engine(batch, trace, counts)
+            return self.engine(batch, trace, counts, previous)
 
-    def run(self, folder: RunFolder) -> None:
-        """Train to the last step, resuming where a checkpoint verifies."""
+    def run(self, folder: RunFolder, tag: str | None = None) -> None:
+        """Train to the stage's last step, from checkpoint `tag` of this stage where there is one."""
         with logging_redirect_tqdm():  # lines of the log above the bar, not in it
-            self._run(folder)
+            self._run(folder, tag)
 
-    def _run(self, folder: RunFolder) -> None:
+    def _run(self, folder: RunFolder, tag: str | None) -> None:
         config, every = self.config.run, self.config.run.save_every
-        self._resume(folder)
+        judge_every = config.evaluate_every
+        if judge_every == "epoch":
+            judge_every = self.loader.steps_per_epoch
+        points = representation.points(self.config.evaluation.rcs, self.total)
+        self._resume(folder, tag)
         bar = tqdm(
-            total=self.steps,
+            total=self.total,
             initial=self.progress.step,
-            desc=config.name,
+            desc=f"{config.name} {self.stage.name}" if self.config.stages else config.name,
             unit="step",
             disable=not self.ranks.first,
             mininterval=1.0,
@@ -140,7 +165,8 @@ class Trainer:
         )
         self.engine.train()
         bad = 0
-        while self.progress.step < self.steps:
+        objective = self.module.objective
+        while self.progress.step < self.end:
             started = time.perf_counter()
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
             rate = self.engine.get_lr()[0]
@@ -150,42 +176,43 @@ class Trainer:
             self.progress.tokens += int(self.ranks.sum(tokens))
             self.progress.seconds += time.perf_counter() - started
             self.progress.step += 1
-            step, last = self.progress.step, self.progress.step == self.steps
+            step, last = self.progress.step, self.progress.step == self.end
             bad = 0 if bool(raw.isfinite().all()) else bad + 1
             if bad == BAD_STEPS or (bad and last):
-                values = dict(zip(self.module.objective.terms, raw.tolist(), strict=True))
+                values = {name: term["raw"] for name, term in objective.report(raw).items()}
                 raise TrainingError(f"step {step}: {bad} loss(es) in a row are not finite: {values}")
+            report = objective.report(raw)
+            objective.update(raw)
             if step % config.log_every == 0 or last:
-                self._log(folder, raw, rate, bar)
+                self._log(folder, report, rate, bar)
             bar.update()
-            if config.evaluate_every and step % config.evaluate_every == 0 and not last:
+            if step in points:
+                representation.keep(folder.path, step, self.represent(), self.ranks)
+            if judge_every and step % judge_every == 0 and step != self.total:
                 scores = self.evaluate()["student"]
                 if self.ranks.first:
                     folder.log({"step": step, "evaluation": scores})
                 self._monitor({f"Dev/{name}": value for name, value in scores.items()})
             if last or (every and step % every == 0 and not bad):  # never weights that a bad loss has touched
-                checkpoint.save(self.engine, folder.path, step, vars(self.progress), self.ranks, config.keep)
+                state = {"stage": self.index, "objective": objective.state(), **vars(self.progress)}
+                checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
         bar.close()
 
-    def _resume(self, folder: RunFolder) -> None:
-        tag = self.ranks.gather(checkpoint.newest(folder.path) if self.ranks.first else None)[0]
+    def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:
             state = checkpoint.load(self.engine, folder.path, tag, self.ranks)
             self.progress = Progress(state["step"], state["seconds"], state["tokens"])
+            self.module.objective.load(state["objective"])
             log.info("resuming from %s", tag)
         if self.ranks.first:
             folder.rewind(self.progress.step)
 
-    def _log(self, folder: RunFolder, raw: Tensor, rate: float, bar: tqdm) -> None:
-        weights = self.module.objective.weights
-        terms = {
-            name: {"raw": value, "weighted": weight * value}
-            for (name, weight), value in zip(weights.items(), raw.tolist(), strict=True)
-        }
+    def _log(self, folder: RunFolder, terms: dict[str, dict], rate: float, bar: tqdm) -> None:
         loss = sum(term["weighted"] for term in terms.values())
         norm = self.engine.get_global_grad_norm()
         record = {
             "step": self.progress.step,
+            **({"stage": self.stage.name} if self.config.stages else {}),
             "loss": loss,
             "terms": terms,
             "learning_rate": rate,
@@ -206,6 +233,20 @@ class Trainer:
             step = self.progress.step * self.config.train.batch_size  # DeepSpeed's axis: examples
             self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
+    def represent(self) -> Tensor:
+        """(examples, D) mean last-layer states of the dev set, in its order, on every rank."""
+        self.engine.eval()
+        parts = []
+        with torch.no_grad():
+            for batch in dev_batches(self.prepared, self.ranks):
+                found = self.engine(batch.to(self.ranks.device), represent=True)
+                parts.append((found.float().cpu(), batch.index))
+        self.engine.train()
+        everyone = [part for of_rank in self.ranks.gather(parts) for part in of_rank]
+        return restore(
+            torch.cat([found for found, _ in everyone]), torch.cat([index for _, index in everyone])
+        )
+
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Scores of student and teacher on the dev set."""
         self.engine.eval()
@@ -221,13 +262,7 @@ def score(
 
     student: a StudentModule in eval mode, or the engine around one.
     """
-    batches = evaluation_batches(
-        prepared.data.dev,
-        prepared.config.train.micro_batch_size,
-        ranks.world_size,
-        ranks.rank,
-        prepared.tokenizer.pad_token_id,
-    )
+    batches = dev_batches(prepared, ranks)
     with torch.no_grad():
         return evaluate(
             student,
@@ -237,6 +272,17 @@ def score(
             task=prepared.config.task,
             gather=ranks.gather,
         )
+
+
+def dev_batches(prepared: Prepared, ranks: Ranks) -> Iterator[Batch]:
+    """This rank's share of the dev set; every rank has equally many."""
+    return evaluation_batches(
+        prepared.data.dev,
+        prepared.config.train.micro_batch_size,
+        ranks.world_size,
+        ranks.rank,
+        prepared.tokenizer.pad_token_id,
+    )
 
 
 def peak_memory_mib(ranks: Ranks) -> int:

@@ -38,3 +38,4 @@ class Trace:
     output: Tensor | None = None  # (B, N, D) of language models: what their head reads
     head: Tensor | None = None  # (V, D)
     head_bias: Tensor | None = None  # (V,)
+    previous: "Trace | None" = None  # of a student: what it computed as the stage before left it

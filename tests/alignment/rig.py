@@ -132,4 +132,4 @@ class Rig:
             loss.backward()
             total, raw = total + loss.item(), raw + terms.double()
         gradients = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}
-        return total, dict(zip(self.objective.terms, raw.tolist(), strict=True)), gradients
+        return total, {name: term["raw"] for name, term in self.objective.report(raw).items()}, gradients

@@ -121,7 +121,7 @@ class TestHidden:
         rig, batch, raw, student, teacher = run("bert", terms)
         pairs = [(0, 0)] * embedding + [(1, 2), (2, 3)]  # 1.5 rounds up
         assert rig.objective.terms["hidden"].layers == tuple(pairs)
-        projectors = rig.objective.terms["hidden"].projectors
+        projectors = list(rig.objective.terms["hidden"].projectors.values())
         assert len(projectors) == len(pairs)
         losses = []
         for (s, t), projector in zip(pairs, projectors, strict=True):
@@ -272,7 +272,7 @@ class TestObjective:
         far = rig.step(batch)[1]
         rig.student.load_state_dict(rig.teacher.state_dict())
         with torch.no_grad():
-            for projector in rig.objective.terms["hidden"].projectors:
+            for projector in rig.objective.terms["hidden"].projectors.values():
                 torch.nn.init.eye_(projector.weight)
         near = rig.step(batch)[1]
         for name in ("soft_label", "hidden", "attention", "pairwise"):

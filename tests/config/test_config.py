@@ -90,7 +90,10 @@ class TestMessages:
             ("train.stesp=3", ["train.stesp", "unknown key with 3", "did you mean steps?"]),
             ("terms.atention={}", ["terms.atention", "did you mean attention?"]),
             ("terms.hidden.weigth=2", ["terms.hidden.weigth", "did you mean weight?"]),
-            ("zzz=3", ["zzz", "unknown key", "task, run, data, teacher, student, terms, train"]),
+            (
+                "zzz=3",
+                ["zzz", "unknown key", "task, run, data, teacher, student, terms, stages, train, evaluation"],
+            ),
             ("train.steps=many", ["train.steps", "'many'", "integer"]),
             ("train.steps=2.5", ["train.steps", "2.5", "integer"]),
             ("train.steps=0", ["train.steps", "0", "greater than or equal to 1"]),

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     ranks = deepspeed.start()
     try:
         prepared = prepare(load([config_path]), ranks.world_size)
-        teacher = Teacher(prepared.config, prepared.teacher, prepared.objective, ranks)
+        teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
         parameters = list(teacher.model.parameters())
         whole = []
 

@@ -68,7 +68,7 @@ def losses(module_tmp, models_dir, data_dir):
     loader = Loader(prepared.data.train, 8, 8, 1, 0, seed=0, pad_id=0)
     batches = [loader.step(*divmod(step, loader.steps_per_epoch))[0] for step in range(10)]
     assert {len(batch.mask) for batch in batches} == {8, 5}, "the last batch of an epoch must be ragged"
-    projectors = [p.weight.detach() for p in prepared.objective.terms["hidden"].projectors]
+    projectors = [p.weight.detach() for p in prepared.objectives[0].terms["hidden"].projectors.values()]
     return plain_run(one, projectors, batches), found, prepared
 
 

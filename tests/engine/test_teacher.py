@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from dsdistill.alignment.objective import Objective
 from dsdistill.config.load import build as build_config
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.ranks import Ranks
@@ -35,8 +34,9 @@ def test_a_replicated_teacher_keeps_its_rotary_frequencies(settings, data_dir, t
     }
     settings["train"]["dtype"] = "bf16"
     prepared = prepare(build_config(settings), world_size=1)
-    objective: Objective = prepared.objective
-    teacher = Teacher(prepared.config, prepared.teacher, objective, Ranks(0, 1, torch.device("cpu")))
+    teacher = Teacher(
+        prepared.config, prepared.teacher, prepared.objectives, Ranks(0, 1, torch.device("cpu"))
+    )
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
     frequencies = teacher.model.model.rotary_emb.inv_freq
     expected = 10000.0 ** (-torch.arange(0, 8, 2) / 8)

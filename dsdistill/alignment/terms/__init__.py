@@ -4,6 +4,7 @@ from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.alignment.terms.hidden import HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
+from dsdistill.alignment.terms.smooth import SmoothTerm
 from dsdistill.alignment.terms.soft_label import SoftLabelTerm
 from dsdistill.alignment.terms.task import TaskTerm
 
@@ -13,6 +14,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "hidden": HiddenTerm,
     "attention": AttentionTerm,
     "pairwise": PairwiseTerm,
+    "smooth": SmoothTerm,
 }
 
 __all__ = ["TERMS", "AlignmentTerm", "Pair", "Shape"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dsdistill.alignment.weighting import Dynamic, EarthMover, Uniform
 from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
@@ -47,10 +48,12 @@ class AlignmentTerm(nn.Module):
     student_attention: frozenset[int] = frozenset()
     teacher_attention: frozenset[int] = frozenset()
     needs_teacher: bool = True
+    needs_previous: bool = False  # the student as the stage before left it, as Trace.previous
 
     def __init__(self, config: TermConfig, pair: Pair):
         super().__init__()
         self.config, self.pair, self.weight = config, pair, config.weight
+        self.weighting = Uniform(self.parts)
 
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
         """(parts,) float64: what each sum is divided by, from the batch alone.
@@ -64,6 +67,15 @@ class AlignmentTerm(nn.Module):
         raise NotImplementedError
 
     def _map_layers(self, pairs: tuple[tuple[int, int], ...], agg: str) -> None:
+        """Take these (student, teacher) pairs as the parts, weighted as the config says."""
         self.layers = pairs
         self.parts = len(pairs)
-        self.factor = 1 / len(pairs) if agg == "mean" else 1.0
+        if self.config.layers == "emd":
+            depths = self.pair.student.depth, self.pair.teacher.depth
+            self.weighting = EarthMover(*depths, before=self.parts - depths[0] * depths[1])
+            return
+        self.factor = 1 / self.parts if agg == "mean" else 1.0
+        if self.config.layer_weights == "dynamic":
+            self.weighting = Dynamic(self.parts)
+        else:
+            self.weighting = Uniform(self.parts)

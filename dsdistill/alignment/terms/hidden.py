@@ -24,10 +24,16 @@ class HiddenTerm(AlignmentTerm):
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
         project = config.projector == "linear" or pair.student.width != pair.teacher.width
         self.projectors = (
-            nn.ModuleList(Projector(pair.student.width, pair.teacher.width) for _ in self.layers)
+            nn.ModuleDict({name: Projector(pair.student.width, pair.teacher.width) for name in self._names()})
             if project
             else None
         )
+
+    def _names(self) -> list[str]:
+        """Of each part's projector, the same in every stage that maps these layers; `emd` has one a student layer."""
+        if self.config.layers == "emd":
+            return [str(student) for student, _ in self.layers]
+        return [f"{student}-{teacher}" for student, teacher in self.layers]
 
     def counts(self, batch, geometry):
         count = batch.mask.sum().double()
@@ -37,8 +43,8 @@ class HiddenTerm(AlignmentTerm):
 
     def sums(self, student, teacher, batch):
         sums = []
-        for index, (mine, other) in enumerate(self.layers):
-            align = hidden_alignment if self.projectors is None else self.projectors[index]
+        for (mine, other), name in zip(self.layers, self._names(), strict=True):
+            align = hidden_alignment if self.projectors is None else self.projectors[name]
             sums.append(
                 align(
                     student.hidden[mine],

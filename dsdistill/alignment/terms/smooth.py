@@ -1,0 +1,29 @@
+"""The student's last layer against itself at the end of the stage before."""
+
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.config.terms import Smooth
+
+
+class SmoothTerm(AlignmentTerm):
+    """Mean over valid tokens of ‖H − H_before‖₂ / √D on the same batch.
+
+    H_before comes from the student as the stage before left it, frozen and without dropout. The published method
+    names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading.
+    """
+
+    needs_teacher = False
+    needs_previous = True
+
+    def __init__(self, config: Smooth, pair: Pair):
+        super().__init__(config, pair)
+        self.student_hidden = frozenset([pair.student.depth])
+
+    def counts(self, batch, geometry):
+        return batch.mask.sum().double()[None]
+
+    def sums(self, student, teacher, batch):
+        now = student.hidden[self.pair.student.depth].float()
+        before = student.previous.hidden[self.pair.student.depth].float()
+        moved = (now - before)[batch.mask].square().mean(-1)
+        # The root's slope is infinite where nothing moved, as at a stage's first step: there the loss is 0, slope 0.
+        return moved.clamp_min(1e-12).sqrt().sub(1e-6).sum()[None]

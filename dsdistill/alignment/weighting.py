@@ -1,0 +1,125 @@
+"""How much each mapped layer counts in its term, from the losses of earlier steps.
+
+Weights learned by minimising the loss itself would flow to the layer that is easiest to match; these follow rules.
+They are constants to autograd and the same on every rank, because the losses they follow are those of the whole step.
+"""
+
+import numpy as np
+from scipy.optimize import linprog
+
+
+class Uniform:
+    """Every part counts alike."""
+
+    moves = False  # whether the weights change while training
+
+    def __init__(self, parts: int):
+        self.values = [1.0] * parts
+
+    def begin(self, steps: int) -> None:
+        """A stage of this many steps starts."""
+
+    def update(self, losses: list[float]) -> None:
+        """After a step: each part's mean loss in it."""
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, as plain JSON."""
+        return {}
+
+    def load(self, state: dict) -> None:
+        """Restore state()."""
+
+
+class Dynamic(Uniform):
+    """ω = parts · softmax(ē / ē₀): layers that lag behind gain.
+
+    ē is the moving average (factor 0.99) of a part's loss and ē₀ the average at a reference step, from which on the
+    weights move: step 100, or a tenth of a shorter stage's steps. The published method gives no formula; this
+    reading is the project's own.
+    """
+
+    moves = True
+    MEMORY, REFERENCE = 0.99, 100
+
+    def __init__(self, parts: int):
+        super().__init__(parts)
+        self.mean: list[float] = []
+        self.reference: list[float] = []
+        self.seen, self.wait = 0, self.REFERENCE
+
+    def begin(self, steps: int) -> None:
+        self.wait = max(1, min(self.REFERENCE, steps // 10))
+
+    def update(self, losses: list[float]) -> None:
+        if not np.isfinite(losses).all():
+            return
+        old = self.mean or losses
+        self.mean = [self.MEMORY * m + (1 - self.MEMORY) * loss for m, loss in zip(old, losses, strict=True)]
+        self.seen += 1
+        if self.seen == self.wait:
+            self.reference = list(self.mean)
+        if self.reference:
+            relative = [m / max(r, 1e-12) for m, r in zip(self.mean, self.reference, strict=True)]
+            powers = np.exp(np.array(relative) - max(relative))
+            self.values = (len(powers) * powers / powers.sum()).tolist()
+
+    def state(self) -> dict:
+        return {name: getattr(self, name) for name in ("values", "mean", "reference", "seen", "wait")}
+
+    def load(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class EarthMover(Uniform):
+    """The cheapest way to move the student's layers onto the teacher's (BERT-EMD, Li et al. 2020, section 3.3).
+
+    Parts are `before` ones that always count whole (the embeddings'), then all (student, teacher) pairs, the
+    teacher's layer running fastest; the pairs' weights are the flow, which sums to 1. Layer masses start equal and
+    shift to the cheap layers. Published per batch; here the flow of a step follows the losses of the step before, so
+    that it does not depend on how a batch is split over ranks.
+    """
+
+    moves = True
+
+    def __init__(self, student_depth: int, teacher_depth: int, before: int = 0):
+        self.shape, self.before = (student_depth, teacher_depth), before
+        self.masses = [[1 / n] * n for n in self.shape]
+        pairs = student_depth * teacher_depth
+        self.values = [1.0] * before + [1 / pairs] * pairs
+
+    def update(self, losses: list[float]) -> None:
+        if not np.isfinite(losses).all():
+            return
+        cost = np.array(losses[self.before :]).reshape(self.shape)
+        flow = transport(cost, *self.masses)
+        self.values = self.values[: self.before] + flow.flatten().tolist()
+        self.masses = [
+            _cheap_gain(np.array(mass), (flow * cost).sum(axis))
+            for mass, axis in zip(self.masses, (1, 0), strict=True)
+        ]
+
+    def state(self) -> dict:
+        return {"values": self.values, "masses": self.masses}
+
+    def load(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.ndarray:
+    """The flow F ≥ 0 of least Σ F∘cost with row sums `sources` and column sums `sinks`; cost (n, m)."""
+    rows, columns = cost.shape
+    equal = np.zeros((rows + columns, rows * columns))
+    for row in range(rows):
+        equal[row, row * columns : (row + 1) * columns] = 1
+    for column in range(columns):
+        equal[rows + column, column::columns] = 1
+    # The last equation follows from the others, as both sides sum to 1; leaving it in trips on rounding.
+    found = linprog(cost.flatten(), A_eq=equal[:-1], b_eq=[*sources, *sinks][:-1], method="highs")
+    return np.clip(found.x, 0, None).reshape(cost.shape)
+
+
+def _cheap_gain(mass: np.ndarray, moved: np.ndarray) -> list[float]:
+    """w_l ← Σc / c_l with c_l = moved_l / w_l, the cost of a unit of layer l; normalised."""
+    unit = np.maximum(moved / mass, 1e-12)
+    gained = unit.sum() / unit
+    return (gained / gained.sum()).tolist()

@@ -1,0 +1,36 @@
+"""Representations of the dev set that a run keeps on its way, for the representation consistency score."""
+
+import os
+
+import numpy as np
+from torch import Tensor
+
+from dsdistill.engine.ranks import Ranks
+
+FOLDER = "representations"
+
+
+def points(count: int, steps: int) -> list[int]:
+    """The steps after which representations are kept: `count`, evenly spread, the last the run's end."""
+    return sorted({max(1, round(steps * (index + 1) / count)) for index in range(count)})
+
+
+def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
+    """Write the (examples, D) states of a step."""
+    if not ranks.first:
+        return
+    folder = os.path.join(run_dir, FOLDER)
+    os.makedirs(folder, exist_ok=True)
+    partial = os.path.join(folder, "partial.npy")
+    np.save(partial, states.numpy())
+    os.replace(partial, _path(run_dir, step))
+
+
+def kept(run_dir: str, steps: list[int]) -> list[np.ndarray] | None:
+    """What keep() wrote at these steps; None where one is missing."""
+    paths = [_path(run_dir, step) for step in steps]
+    return [np.load(path) for path in paths] if all(map(os.path.isfile, paths)) else None
+
+
+def _path(run_dir: str, step: int) -> str:
+    return os.path.join(run_dir, FOLDER, f"step-{step:08d}.npy")

@@ -1,0 +1,92 @@
+"""The stages of a run: where each ends, and what it hands to the next.
+
+What trains changes at a stage's end alone: a checkpoint, then an engine made anew around the student's weights and
+those that both stages' terms train. RUN/stages/NAME.safetensors holds them, as the next stage begins with them and
+as the frozen student that `smooth` compares with.
+"""
+
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dsdistill.config import Config, UserError
+from dsdistill.data.batch import Batch
+from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.engine.ranks import Ranks
+from dsdistill.models.build import Headless, build
+from dsdistill.models.capture import Capture
+from dsdistill.models.forward import trace
+from dsdistill.models.trace import Trace
+
+FOLDER = "stages"
+
+
+def ends(config: Config, steps: int) -> list[int]:
+    """The step that each stage ends with, by the stages' shares of `steps`."""
+    shares = [stage.share for stage in config.parts]
+    if steps < len(shares):
+        raise UserError("train.steps", steps, f"at least one for each of {len(shares)} stages")
+    found, before = [], 0
+    for index in range(len(shares)):
+        end = round(steps * sum(shares[: index + 1]) / sum(shares))
+        before = min(max(end, before + 1), steps - (len(shares) - 1 - index))  # a small share gets one step
+        found.append(before)
+    return found
+
+
+def weights_path(run_dir: str, name: str) -> str:
+    return os.path.join(run_dir, FOLDER, f"{name}.safetensors")
+
+
+def hand_over(run_dir: str, name: str, step: int, ranks: Ranks) -> str:
+    """Write what the stage that ends with `step` hands on, unless it is there; returns the file."""
+    path = weights_path(run_dir, name)
+    with ranks.first_alone():
+        if ranks.first and not os.path.exists(path):
+            weights = deepspeed.whole_weights(
+                os.path.join(run_dir, checkpoint.FOLDER), checkpoint.tag_of(step)
+            )
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            # Tied weights come under each of their names; the format takes no shared memory.
+            save_file({key: value.detach().clone() for key, value in weights.items()}, path + ".partial")
+            os.replace(path + ".partial", path)
+    return path
+
+
+def load_weights(module: torch.nn.Module, path: str) -> None:
+    """Give a StudentModule what the stage before handed on; terms it did not have keep their own start."""
+    found = load_file(path)
+    own = module.state_dict()
+    known = {name: value for name, value in found.items() if name in own}
+    missing = [name for name in own if name.startswith("body.") and name not in known]
+    if missing:
+        raise UserError(path, f"no {missing[0]}", "the weights of this run's student")
+    module.load_state_dict(known, strict=False)
+
+
+class Snapshot:
+    """The student as a stage left it: frozen, whole on every rank, without dropout."""
+
+    def __init__(
+        self, config: Config, architecture: PretrainedConfig, path: str, layers: frozenset[int], ranks: Ranks
+    ):
+        self.model: PreTrainedModel = build(architecture, None, config.task, "student", needs_head=False)
+        self.model.config.use_cache = False
+        self.call = Headless(self.model, "student") if config.task == "causal_lm" else self.model
+        self.call.load_state_dict(
+            {
+                name.removeprefix("body."): value
+                for name, value in load_file(path).items()
+                if name.startswith("body.")
+            }
+        )
+        self.call.to(ranks.device).eval().requires_grad_(False)
+        for parameter in self.call.parameters():
+            parameter.data = parameter.data.to(deepspeed.DTYPES[config.train.dtype])
+        self.capture = Capture(self.model, layers)
+
+    def trace(self, batch: Batch) -> Trace:
+        with torch.no_grad():
+            return trace(self.call, self.model, self.capture, batch)
