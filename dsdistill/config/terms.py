@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dsdistill.config.section import NonNegative, Section
+from dsdistill.config.section import NonNegative, Positive, Section
 
 LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
 # Where a student layer finds its teacher layer; an explicit map lists [student, teacher] pairs.
 LayerMap = Literal["uniform", "skip", "last", "emd", "cka_offline"] | LayerPairs
+
+Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
 class Term(Section):
@@ -71,8 +73,20 @@ class Hidden(Layered):
     )
 
 
+class Feature(Hidden):
+    """A second term over hidden states, by direction where `hidden` goes by value."""
+
+    divergence: Literal["mse", "cosine"] = Field(
+        default="cosine",
+        description="mse: a value of a token's state; cosine: 1 − cosine of a token's states",
+    )
+    embedding: bool = Field(
+        default=False, description="also match the embeddings' output (layer 0 with layer 0)"
+    )
+
+
 class Attention(Layered):
-    """Attention from queries and keys, never as a whole matrix."""
+    """Attention and its kin, the relations of queries, keys or values among themselves; never as a whole matrix."""
 
     divergence: Literal["kl", "mse", "score_mse"] = Field(
         default="kl",
@@ -81,6 +95,15 @@ class Attention(Layered):
     )
     heads: Literal["match", "mean"] = Field(
         default="match", description="mean: average over heads, for unequal counts"
+    )
+    relations: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = Field(
+        default=("query_key",),
+        description="what is related to what, summed; query_key is attention itself; MiniLM: + value_value; "
+        "MiniLMv2: query_query, key_key, value_value",
+    )
+    relation_heads: Positive | None = Field(
+        default=None,
+        description="heads joined and split anew into this many (MiniLMv2); default: as they are",
     )
 
 
@@ -106,6 +129,7 @@ class Terms(Section):
     task: Task | None = None
     soft_label: SoftLabel | None = None
     hidden: Hidden | None = None
+    feature: Feature | None = None
     attention: Attention | None = None
     pairwise: Pairwise | None = None
     smooth: Smooth | None = None

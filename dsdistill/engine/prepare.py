@@ -22,7 +22,7 @@ from dsdistill.models.build import (
     load_tokenizer,
     override,
 )
-from dsdistill.models.probe import probe
+from dsdistill.models.probe import probe, rotates_queries
 from dsdistill.models.trace import Geometry
 
 # RoBERTa and its family start counting positions after the padding token.
@@ -126,7 +126,15 @@ def _student_architecture(config: Config, teacher: PretrainedConfig | None) -> P
 
 
 def shape(model: PretrainedConfig) -> Shape:
-    return Shape(model.num_hidden_layers, model.hidden_size, model.num_attention_heads, model.vocab_size)
+    heads = model.num_attention_heads
+    return Shape(
+        depth=model.num_hidden_layers,
+        width=model.hidden_size,
+        heads=heads,
+        key_heads=getattr(model, "num_key_value_heads", None) or heads,
+        head_width=getattr(model, "head_dim", None) or model.hidden_size // heads,
+        vocabulary=model.vocab_size,
+    )
 
 
 def make_pair(
@@ -223,14 +231,25 @@ def probe_models(
     hidden = bool(config.evaluation.rcs) or any(
         objective.layers("student_hidden") for objective in objectives
     )
+    models = {
+        place: model for place, model in (("student", student), ("teacher", teacher)) if model is not None
+    }
     seen = [
         probe(model, config.task, place, attention=attention, hidden=hidden)
-        for place, model in (("student", student), ("teacher", teacher))
-        if model is not None
+        for place, model in models.items()
     ]
     for objective in objectives:
         if "attention" in objective.terms:
-            objective.terms["attention"].check_geometry(*seen)
+            term = objective.terms["attention"]
+            term.check_geometry(*seen)
+            if term.unrotated:
+                term.check_rotation(
+                    {
+                        place: model.model_type
+                        for place, model in models.items()
+                        if rotates_queries(model, config.task)
+                    }
+                )
     if config.student.from_teacher is not None:
         check_cut(student, teacher, config.student.from_teacher, config.task, "student")
     return seen[0]

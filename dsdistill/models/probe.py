@@ -82,6 +82,38 @@ def probe(
             ) from error
 
 
+def rotates_queries(config: PretrainedConfig, task: str) -> bool:
+    """Whether queries or keys are captured after a rotation by their position (RoPE).
+
+    Then they differ between positions even where all hidden states are the same, which a small random copy of the
+    architecture is made to see. `config` passes `probe`.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = auto_class(task).from_config(_small_copy(config), attn_implementation=ATTENTION)
+        model = model.float().eval()
+        _sharpen(model)
+        layers = layer_list(model)
+        if layers is None:  # ALBERT and its like, which number positions in their embeddings
+            return False
+        layers[0].register_forward_pre_hook(_same_everywhere, with_kwargs=True)
+        capture = Capture(model, attention=range(1, model.config.num_hidden_layers + 1))
+        with capture.recording() as trace:
+            model.base_model(**_inputs())
+    return not all(
+        torch.allclose(x, x[:, :, :1].expand_as(x), rtol=1e-3, atol=1e-4)
+        for layer in trace.attention.values()
+        for x in (layer.query[1:], layer.key[1:])  # the row without padding
+    )
+
+
+def _same_everywhere(layer, args, kwargs):
+    """Forward pre-hook: every token of a sequence gets the state of its first."""
+    states = args[0] if args else kwargs["hidden_states"]
+    states = states[:, :1].expand_as(states).contiguous()
+    return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+
 def _inputs() -> dict[str, Tensor]:
     input_ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % 64 + 2
     mask = torch.ones(2, _LENGTH, dtype=torch.int64)

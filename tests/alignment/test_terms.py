@@ -138,6 +138,26 @@ class TestHidden:
         assert raw["hidden"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+class TestFeature:
+    def test_beside_hidden(self):
+        """Cosine and Euclidean distance of the same layers at once, each with projectors of its own."""
+        terms = {"hidden": {"embedding": False}, "feature": {"weight": 0.5}}
+        rig, batch, raw, student, teacher = run("bert", terms)
+        losses = []
+        for (s, t), projector in zip(
+            [(1, 2), (2, 3)], rig.objective.terms["feature"].projectors, strict=True
+        ):
+            mine, other = rows_of(student[1][s] @ projector.weight.T, batch), rows_of(teacher[1][t], batch)
+            losses.append(1 - F.cosine_similarity(mine, other, dim=-1).mean().item())
+        assert raw["feature"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+        alone = run("bert", {"hidden": {"embedding": False}})[2]
+        assert raw["hidden"] == pytest.approx(alone["hidden"], rel=1e-6)
+
+    def test_its_messages_name_it(self):
+        with pytest.raises(UserError, match=r"^terms.feature.layers: got student layer 7"):
+            Rig("bert", terms={"feature": {"layers": [[7, 1]]}})
+
+
 class TestAttention:
     @pytest.mark.parametrize("family", ["bert", "mistral"])
     @pytest.mark.parametrize("heads", ["match", "mean"])

@@ -2,7 +2,7 @@
 
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
-from dsdistill.alignment.terms.hidden import HiddenTerm
+from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
 from dsdistill.alignment.terms.smooth import SmoothTerm
 from dsdistill.alignment.terms.soft_label import SoftLabelTerm
@@ -12,6 +12,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "task": TaskTerm,
     "soft_label": SoftLabelTerm,
     "hidden": HiddenTerm,
+    "feature": FeatureTerm,
     "attention": AttentionTerm,
     "pairwise": PairwiseTerm,
     "smooth": SmoothTerm,

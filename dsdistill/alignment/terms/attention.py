@@ -1,18 +1,29 @@
-"""Attention of mapped layers, from queries and keys."""
+"""Attention of mapped layers and its kin, from queries, keys and values."""
 
 import torch
+from torch import Tensor
 
 from dsdistill.alignment.layer_map import layer_map
-from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.config import UserError
 from dsdistill.config.terms import Attention
-from dsdistill.models.trace import Geometry
-from dsdistill.ops import attention_alignment
+from dsdistill.models.trace import AttentionTrace, Geometry
+from dsdistill.ops import attention_alignment, relation_heads
 from dsdistill.ops.attention.pairs import Pairs
 
 
 class AttentionTerm(AlignmentTerm):
-    """KL of the probabilities (MiniLM), their squared difference, or that of the raw scores (TinyBERT)."""
+    """KL of the probabilities, their squared difference, or that of the raw scores, summed over relations.
+
+      query_key                            attention itself (MiniLM, Wang et al. 2020, Eq. 4; TinyBERT, Jiao et al.
+                                           2020, Eq. 7 with score_mse)
+      value_value                          softmax(V Vᵀ / √d) in place of it (MiniLM, section 3.2)
+      query_query, key_key, value_value    of heads joined and split anew into relation_heads of width d_r, scaled by
+                                           1/√d_r of each model (MiniLMv2, Wang et al. 2021, section 3.1)
+
+    With relation_heads the models may differ in heads and widths. A causal model's relations see what its attention
+    sees. The papers average over each sequence and then over sequences; here every valid row counts alike.
+    """
 
     def __init__(self, config: Attention, pair: Pair):
         super().__init__(config, pair)
@@ -22,14 +33,59 @@ class AttentionTerm(AlignmentTerm):
         )
         self.student_attention = frozenset(student for student, _ in self.layers)
         self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
-        mine, other = pair.student.heads, pair.teacher.heads
-        if config.heads == "match" and mine != other:
-            raise UserError(
-                "terms.attention.heads", f"match for {mine} student and {other} teacher heads", "heads: mean"
-            )
+        if len(set(config.relations)) < len(config.relations):
+            raise UserError("terms.attention.relations", list(config.relations), "each relation once")
         if config.heads == "mean" and config.divergence == "score_mse":
             raise UserError("terms.attention.divergence", "score_mse with heads: mean", "kl or mse")
-        self.heads = mine if config.heads == "match" else 1
+        if config.heads == "mean" and config.relation_heads is not None:
+            raise UserError("terms.attention.heads", "mean with relation_heads", "match")
+        self.relation_heads = {relation: self._check_heads(relation) for relation in config.relations}
+        self.heads = self.relation_heads[config.relations[0]]  # that counts() counts
+
+    def _check_heads(self, relation: str) -> int:
+        """Heads that are compared in one relation."""
+        student, teacher = (_joined(of, relation) for of in (self.pair.student, self.pair.teacher))
+        wanted = self.config.relation_heads
+        if wanted is not None:
+            for place, (heads, width) in (("student", student), ("teacher", teacher)):
+                if heads * width % wanted:
+                    raise UserError(
+                        "terms.attention.relation_heads",
+                        f"{wanted} for {relation}",
+                        f"a divisor of the {place}'s {heads} heads × {width}",
+                    )
+            return wanted
+        if self.config.heads == "mean":
+            return 1
+        if student[0] != teacher[0]:
+            where = "" if relation == "query_key" else f" in {relation}"
+            raise UserError(
+                "terms.attention.heads",
+                f"match for {student[0]} student and {teacher[0]} teacher heads{where}",
+                "heads: mean, or relation_heads",
+            )
+        return student[0]
+
+    @property
+    def unrotated(self) -> tuple[str, ...]:
+        """Relations that mean something only where queries and keys are not rotated by their position.
+
+        RoPE makes query·key depend on the distance alone. Joined and split anew, a head's rotations mix; and a
+        query of one model's position means nothing to another query of its own.
+        """
+        mixed = self.config.relation_heads is not None
+        return tuple(r for r in self.config.relations if r != "value_value" and (mixed or r != "query_key"))
+
+    def check_rotation(self, rotating: dict[str, str]) -> None:
+        """Raise UserError if one of the models rotates its queries; rotating: model type by place."""
+        for place, kind in rotating.items():
+            split = " with relation_heads" if self.config.relation_heads is not None else ""
+            raise UserError(
+                "terms.attention.relations",
+                f"{', '.join(self.unrotated)}{split} for a {place} of model type {kind}, which rotates queries and "
+                "keys by their position (RoPE)",
+                "value_value, or query_key without relation_heads",
+            )
 
     def check_geometry(self, student: dict[int, Geometry], teacher: dict[int, Geometry]) -> None:
         """Raise UserError unless mapped layers see the same keys; both by layer."""
@@ -54,24 +110,46 @@ class AttentionTerm(AlignmentTerm):
 
     def sums(self, student, teacher, batch):
         self.check_geometry(*({n: t.geometry for n, t in of.attention.items()} for of in (student, teacher)))
-        sums = []
-        for layer, other_layer in self.layers:
-            mine, other = student.attention[layer], teacher.attention[other_layer]
-            sums.append(
-                attention_alignment(
-                    mine.query,
-                    mine.key,
-                    other.query,
-                    other.key,
-                    mask=batch.mask,
-                    causal=mine.geometry.causal,
-                    window=mine.geometry.window,
-                    student_scale=mine.scale,
-                    teacher_scale=other.scale,
-                    divergence=self.config.divergence,
-                    heads=self.config.heads,
-                    reduction="sum",
-                    backend=self.pair.backend,
-                )
+        return torch.stack(
+            [self._layer_sum(student.attention[s], teacher.attention[t], batch) for s, t in self.layers]
+        )
+
+    def _layer_sum(self, mine: AttentionTrace, other: AttentionTrace, batch) -> Tensor:
+        total = 0.0
+        for relation, heads in self.relation_heads.items():
+            query, key, scale = self._related(mine, relation)
+            other_query, other_key, other_scale = self._related(other, relation)
+            found = attention_alignment(
+                query,
+                key,
+                other_query,
+                other_key,
+                mask=batch.mask,
+                causal=mine.geometry.causal,
+                window=mine.geometry.window,
+                student_scale=scale,
+                teacher_scale=other_scale,
+                divergence=self.config.divergence,
+                heads=self.config.heads,
+                reduction="sum",
+                backend=self.pair.backend,
             )
-        return torch.stack(sums)
+            total = total + found * (self.heads / heads)  # each relation is a mean over its own heads
+        return total
+
+    def _related(self, trace: AttentionTrace, relation: str) -> tuple[Tensor, Tensor, float]:
+        """(B, H, N, D) of what asks and (B, H_kv, N, D) of what is asked, and the factor of their products."""
+        left, right = (getattr(trace, name) for name in relation.split("_"))
+        heads = self.config.relation_heads
+        if heads is not None:
+            if left is not right and left.shape[1] != right.shape[1]:  # a key head serves several queries
+                right = right.repeat_interleave(left.shape[1] // right.shape[1], dim=1)
+            left, right = relation_heads(left, heads), relation_heads(right, heads)
+        elif relation == "query_key":
+            return left, right, trace.scale
+        return left, right, left.shape[-1] ** -0.5
+
+
+def _joined(shape: Shape, relation: str) -> tuple[int, int]:
+    """Heads and their width of what a relation relates."""
+    return (shape.heads if relation.startswith("query") else shape.key_heads), shape.head_width

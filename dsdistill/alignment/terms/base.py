@@ -16,7 +16,9 @@ class Shape:
 
     depth: int  # layers
     width: int  # of the hidden states
-    heads: int
+    heads: int  # of the queries
+    key_heads: int  # of keys and values
+    head_width: int
     vocabulary: int
 
 

@@ -16,9 +16,11 @@ class HiddenTerm(AlignmentTerm):
     Each mapped layer has a projector of its own; the paper's code shares one.
     """
 
+    name = "hidden"  # in a config
+
     def __init__(self, config: Hidden, pair: Pair):
         super().__init__(config, pair)
-        mapped = layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.hidden.layers")
+        mapped = layer_map(config.layers, pair.student.depth, pair.teacher.depth, f"terms.{self.name}.layers")
         self._map_layers(((0, 0), *mapped) if config.embedding else mapped, config.layer_agg)
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
@@ -56,3 +58,12 @@ class HiddenTerm(AlignmentTerm):
                 )
             )
         return torch.stack(sums)
+
+
+class FeatureTerm(HiddenTerm):
+    """The same with a cosine by default and without the embeddings, so that a loss can have both.
+
+    With layers: last it is DistilBERT's cosine loss (Sanh et al. 2019).
+    """
+
+    name = "feature"
