@@ -1,0 +1,125 @@
+"""Published objectives, put together from our terms, against plain PyTorch that writes their formulas out.
+
+In float64, loss and every gradient. Published averages that count padding are taken over what is valid instead;
+without padding the formulas are literally those of the papers.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.alignment.plain_bert import look, relation, row_kl
+from tests.alignment.rig import Rig, make_batch
+
+# A teacher of 4 layers and a student of 2: TinyBERT's k = L_T / L_S is 2.
+TEACHER = {"num_hidden_layers": 4}
+NARROW = {"num_hidden_layers": 2, "hidden_size": 24}
+EQUAL = {"num_hidden_layers": 2}
+
+TINYBERT_INTERMEDIATE = {
+    "hidden": {"layer_agg": "sum", "projector": "linear"},
+    "attention": {"divergence": "score_mse", "layer_agg": "sum"},
+}
+TINYBERT_PREDICTION = {"soft_label": {"temperature": 1.0}}
+MINILM = {"attention": {"layers": "last", "relations": ["query_key", "value_value"]}}
+MINILMV2 = {
+    "attention": {
+        "layers": [[2, 3]],
+        "relations": ["query_query", "key_key", "value_value"],
+        "relation_heads": 8,
+    }
+}
+DISTILBERT = {
+    "soft_label": {"weight": 5.0, "temperature": 2.0},
+    "task": {"weight": 2.0},
+    "feature": {"weight": 1.0, "layers": "last"},
+}
+
+
+def tinybert_intermediate(student, teacher, batch, term):
+    """Jiao et al. 2020, equations 7 to 9, summed over layers (the embeddings' too); a projection for each."""
+    loss, valid = 0.0, batch.mask
+    for (s, t), projector in zip([(0, 0), (1, 2), (2, 4)], term["hidden"].projectors, strict=True):
+        mine = student.hidden[s] @ projector.weight.T
+        loss = loss + F.mse_loss(mine[valid], teacher.hidden[t][valid])
+    both = (valid[:, None, :, None] & valid[:, None, None, :]).expand(-1, 4, -1, -1)
+    for s, t in [(1, 2), (2, 4)]:
+        loss = loss + F.mse_loss(student.scores(s)[both], teacher.scores(t)[both])
+    return loss
+
+
+def tinybert_prediction(student, teacher, batch, term):
+    """Soft cross-entropy (equation 10), as a mean over examples; less the teacher's entropy, a constant."""
+    p = teacher.logits.softmax(-1)
+    return -(p * student.logits.log_softmax(-1)).sum(-1).mean() + (p * p.log()).sum(-1).mean()
+
+
+def minilm(student, teacher, batch, term):
+    """Wang et al. 2020: attention and value relation of the last layers, averaged over heads and queries."""
+    attention = row_kl(teacher.scores(4), student.scores(2), batch.mask)
+    values = row_kl(relation(teacher.value[3]), relation(student.value[1]), batch.mask)
+    return attention.mean() + values.mean()
+
+
+def minilmv2(student, teacher, batch, term):
+    """Wang et al. 2021: relations of queries, keys and values in 8 relation heads; teacher layer 3 of 4."""
+    loss = 0.0
+    for name in ("query", "key", "value"):
+        t, s = (relation(x, heads=8) for x in (getattr(teacher, name)[2], getattr(student, name)[1]))
+        loss = loss + row_kl(t, s, batch.mask).mean()
+    return loss
+
+
+def distilbert(student, teacher, batch, term):
+    """5 τ² KL + 2 task + cosine of the last hidden states (Sanh et al. 2019; the task here is classification)."""
+    log_p, log_q = (x.logits.div(2).log_softmax(-1) for x in (teacher, student))
+    soft = 4 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    valid = batch.mask
+    cosine = F.cosine_embedding_loss(
+        student.hidden[-1][valid], teacher.hidden[-1][valid], torch.ones(int(valid.sum()))
+    )
+    return 5 * soft + 2 * F.cross_entropy(student.logits, batch.labels) + cosine
+
+
+PRESETS = {
+    "TinyBERT, intermediate": (TINYBERT_INTERMEDIATE, NARROW, tinybert_intermediate),
+    "TinyBERT, prediction": (TINYBERT_PREDICTION, NARROW, tinybert_prediction),
+    "MiniLM": (MINILM, NARROW, minilm),
+    "MiniLMv2": (MINILMV2, NARROW | {"num_attention_heads": 6}, minilmv2),
+    "DistilBERT": (DISTILBERT, EQUAL, distilbert),
+}
+
+
+@pytest.mark.parametrize("lengths", [(9,) * 4, (9, 4, 1, 7)], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_equals_the_published_formula(name, lengths):
+    terms, student, formula = PRESETS[name]
+    rig = Rig("bert", terms=terms, student=student, teacher=TEACHER)
+    rig.module.double(), rig.teacher.double()
+    batch = make_batch("classification", lengths, width=max(lengths))
+    total, _, gradients = rig.step(batch)
+
+    rig.module.zero_grad()
+    with torch.no_grad():
+        teacher = look(rig.teacher, batch)
+    loss = formula(look(rig.student, batch), teacher, batch, rig.objective.terms)
+    loss.backward()
+    assert loss.item() > 1e-2
+    assert total == pytest.approx(loss.item(), rel=1e-6)
+    expected = {n: p.grad for n, p in rig.module.named_parameters() if p.grad is not None}
+    whole = torch.cat([g.flatten() for g in expected.values()]).norm()
+    for parameter, gradient in expected.items():
+        error = (gradients[parameter] - gradient).norm()
+        assert error <= 1e-6 * gradient.norm() + 1e-7 * whole, f"{parameter}: {error} of {gradient.norm()}"
+    assert not any(gradients[n].any() for n in gradients.keys() - expected.keys())
+
+
+def test_tinybert_counts_padding_and_we_do_not():
+    """Its own mean over all entries differs from ours with padding and not without."""
+    for lengths, same in (((9,) * 3, True), ((9, 4, 1), False)):
+        rig = Rig("bert", terms={"hidden": {"embedding": False, "layers": "last"}}, student=EQUAL)
+        batch = make_batch("classification", lengths, width=9)
+        with torch.no_grad():
+            literal = F.mse_loss(look(rig.student, batch).hidden[2], look(rig.teacher, batch).hidden[3])
+        ours = rig.step(batch)[1]["hidden"]
+        assert (ours == pytest.approx(literal.item(), rel=1e-5)) == same
