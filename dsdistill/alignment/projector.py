@@ -5,16 +5,23 @@ from torch import Tensor, nn
 from dsdistill.ops import hidden_alignment
 
 
-class Projector(nn.Linear):
-    """Bias-free linear map of one layer's hidden states, Xavier-initialised.
-
-    It calls the alignment operator inside its own forward: under ZeRO-3 its weight is whole only there, and the
-    operator can then avoid ever holding the projected states.
-    """
+class Projection(nn.Linear):
+    """Bias-free linear map, Xavier-initialised, of vectors (…, D_s) to (…, D_t)."""
 
     def __init__(self, student_width: int, teacher_width: int):
         super().__init__(student_width, teacher_width, bias=False)
         nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, student: Tensor) -> Tensor:
+        return super().forward(student.to(self.weight.dtype)).to(student.dtype)
+
+
+class Projector(Projection):
+    """The map of one layer's hidden states.
+
+    It calls the alignment operator inside its own forward: under ZeRO-3 its weight is whole only there, and the
+    operator can then avoid ever holding the projected states.
+    """
 
     def forward(self, student: Tensor, teacher: Tensor, **options) -> Tensor:
         """hidden_alignment of (B, N, D_s) with (B, N, D_t) through this projection."""

@@ -115,6 +115,50 @@ class Pairwise(Layered):
         default="cosine",
         description="of two tokens' states; distance is relative to the sequence's mean (RKD)",
     )
+    center: bool = Field(
+        default=False, description="take the mean of a sequence's tokens off first, of both models (L_struct)"
+    )
+
+
+class Related(Layered):
+    """Terms that relate the examples of a micro-batch, those of all ranks together, by their mean-pooled states.
+
+    What they compare depends on which examples meet, so a split of the batch changes their value.
+    """
+
+    layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
+
+
+class Contrastive(Related):
+    """An example's two vectors must find each other among those of the others."""
+
+    temperature: Annotated[float, Field(gt=0)] = Field(default=0.07, description="divides the cosines")
+    projector: Literal["auto", "linear"] = Field(
+        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
+    )
+
+
+class SimilarityPreserving(Related):
+    """Rows of the matrix of inner products, normalised (SP)."""
+
+
+class RelationalKD(Related):
+    """Distances and angles between examples (RKD)."""
+
+    distance: NonNegative = Field(default=1.0, description="factor of the distances' loss")
+    angle: NonNegative = Field(default=2.0, description="factor of the angles' loss")
+    triples: Positive = Field(
+        default=32768,
+        description="most angles compared; where there are more, so many drawn with a fixed seed",
+    )
+
+
+class KernelAlignment(Related):
+    """1 − linear centred kernel alignment (CKA)."""
+
+
+class ProbabilisticTransfer(Related):
+    """Which examples are neighbours, as probabilities from cosines (PKT)."""
 
 
 class Smooth(Term):
@@ -132,6 +176,11 @@ class Terms(Section):
     feature: Feature | None = None
     attention: Attention | None = None
     pairwise: Pairwise | None = None
+    contrastive: Contrastive | None = None
+    sp: SimilarityPreserving | None = None
+    rkd: RelationalKD | None = None
+    cka: KernelAlignment | None = None
+    pkt: ProbabilisticTransfer | None = None
     smooth: Smooth | None = None
 
     def named(self) -> dict[str, Term]:

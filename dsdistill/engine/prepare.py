@@ -10,7 +10,7 @@ from dsdistill import config as configs
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
-from dsdistill.config.terms import SoftLabel, Task, Terms
+from dsdistill.config.terms import Related, SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load
 from dsdistill.engine import deepspeed
 from dsdistill.models.build import (
@@ -105,6 +105,13 @@ def check_ranks(config: Config, world_size: int) -> None:
             config.train.batch_size,
             f"a multiple of train.micro_batch_size × ranks = {config.train.micro_batch_size} × {world_size}",
         )
+    for name, term in (item for stage in config.parts for item in stage.terms.named().items()):
+        if isinstance(term, Related) and at_once == 1:
+            raise UserError(
+                f"terms.{name}",
+                "one example at once (train.micro_batch_size 1 on 1 rank)",
+                "at least 2: the term relates examples that meet in a micro-batch",
+            )
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
 

@@ -21,6 +21,17 @@ CASES = {
         },
         SMALL_BERT,
     ),
+    "bert-values": (
+        "bert",
+        "classification",
+        ALL_TERMS
+        | {
+            "feature": {},
+            "attention": {"relations": ["query_key", "value_value"]},
+            "pairwise": {"center": True},
+        },
+        SMALL_BERT,
+    ),
     "modernbert-mse": (
         "modernbert",
         "classification",

@@ -238,6 +238,29 @@ class TestPairwise:
             total += (grams[0] - grams[1]).square().mean().item()
         assert raw["pairwise"] == pytest.approx(total / ROWS, rel=1e-4)
 
+    @pytest.mark.parametrize("relation", ["cosine", "dot"])
+    def test_centred(self, relation):
+        """L_struct: each sequence's mean is taken off; one token alone has no structure."""
+        rig, batch, raw, student, teacher = run("bert", {"pairwise": {"relation": relation, "center": True}})
+        total = 0.0
+        for mine, other, valid in zip(student[1][2], teacher[1][3], batch.mask, strict=True):
+            if valid.sum() == 1:
+                continue
+            grams = []
+            for states in (mine[valid].double(), other[valid].double()):
+                states = states - states.mean(0)
+                states = F.normalize(states, dim=-1) if relation == "cosine" else states
+                grams.append(states @ states.T)
+            total += (grams[0] - grams[1]).square().mean().item()
+        assert raw["pairwise"] == pytest.approx(total / ROWS, rel=1e-4)
+        alone = make_batch("classification", (1, 1))
+        value, _, gradients = rig.step(alone)
+        assert value == 0 and all(gradient.isfinite().all() for gradient in gradients.values())
+
+    def test_centring_distances_changes_nothing(self):
+        with pytest.raises(UserError, match="true with relation: distance"):
+            Rig("bert", terms={"pairwise": {"relation": "distance", "center": True}})
+
 
 class TestObjective:
     def test_weights_and_total(self):

@@ -4,6 +4,13 @@ from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
+from dsdistill.alignment.terms.related import (
+    ContrastiveTerm,
+    KernelAlignmentTerm,
+    ProbabilisticTransferTerm,
+    RelationalTerm,
+    SimilarityTerm,
+)
 from dsdistill.alignment.terms.smooth import SmoothTerm
 from dsdistill.alignment.terms.soft_label import SoftLabelTerm
 from dsdistill.alignment.terms.task import TaskTerm
@@ -15,6 +22,11 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "feature": FeatureTerm,
     "attention": AttentionTerm,
     "pairwise": PairwiseTerm,
+    "contrastive": ContrastiveTerm,
+    "sp": SimilarityTerm,
+    "rkd": RelationalTerm,
+    "cka": KernelAlignmentTerm,
+    "pkt": ProbabilisticTransferTerm,
     "smooth": SmoothTerm,
 }
 

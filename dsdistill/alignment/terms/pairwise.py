@@ -1,24 +1,40 @@
 """How the tokens of a sequence relate to each other (Tung & Mori 2019; Park et al. 2019)."""
 
 import torch
+from torch import Tensor
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.units import mean_pool
+from dsdistill.config import UserError
 from dsdistill.config.terms import Pairwise
+from dsdistill.data.batch import Batch
 from dsdistill.ops import pairwise_alignment
 
 
 class PairwiseTerm(AlignmentTerm):
-    """Difference of the two models' token-by-token relations; needs no projector, widths may differ."""
+    """Difference of the two models' token-by-token relations; needs no projector, widths may differ.
+
+    With `center` and cosines it is L_struct of the structured multi-stage method: its φ and ψ, which the paper names
+    without a formula, are read here as the centred, row-normalised Gram matrix of a sequence's tokens. They have no
+    parameters; φ and ψ trained together on this loss alone would both collapse to 0.
+    """
 
     def __init__(self, config: Pairwise, pair: Pair):
         super().__init__(config, pair)
+        if config.center and config.relation == "distance":
+            raise UserError("terms.pairwise.center", "true with relation: distance", "cosine or dot")
         self._map_layers(
             layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.pairwise.layers"),
             config.layer_agg,
         )
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
+
+    def _units(self, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not self.config.center:
+            return student, teacher
+        return tuple(x.float() - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
 
     def counts(self, batch, geometry):
         return batch.rows.sum().double().expand(self.parts)
@@ -27,8 +43,7 @@ class PairwiseTerm(AlignmentTerm):
         return torch.stack(
             [
                 pairwise_alignment(
-                    student.hidden[mine],
-                    teacher.hidden[other],
+                    *self._units(student.hidden[mine], teacher.hidden[other], batch),
                     mask=batch.mask,
                     relation=self.config.relation,
                     reduction="sum",

@@ -1,0 +1,103 @@
+"""Losses between two sets of n vectors, one of each model: student (n, D_s), teacher (n, D_t), n ≥ 1.
+
+Every function returns a float32 scalar (float64 for such inputs) with gradients to the student, a mean over units. A
+single unit has no relation: the loss is 0, connected to the graph. n is a number of examples: n×n matrices are built.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsdistill.ops import pairwise_alignment
+
+_EPSILON = 1e-7  # of PKT's published code
+_TWINS = 1e-12  # squared distance, relative to the squared norms, of vectors that count as one
+
+
+def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """−log softmax_j(cos(s_i, t_j) / τ) at j = i, mean over i (van den Oord et al. 2018); D_s = D_t.
+
+    The negatives are the teacher's vectors of the other units.
+    """
+    student, teacher = _rows(student, teacher)
+    cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
+    return F.cross_entropy(cosines / temperature, torch.arange(len(student), device=student.device))
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    """‖Ĝ_S − Ĝ_T‖²_F / n², where Ĝ is X Xᵀ with each row divided by its norm (SP, Tung & Mori 2019)."""
+    student, teacher = _rows(student, teacher)
+    return F.mse_loss(*(F.normalize(x @ x.T, dim=1) for x in (student, teacher)))
+
+
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth-L1 of distances relative to their mean positive one, mean over n² pairs (RKD-D, Park et al. 2019)."""
+    return pairwise_alignment(student[None], teacher[None], relation="distance")
+
+
+def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
+    """Smooth-L1 of cos∠(i, k, j) over all n³ triples, k the vertex (RKD-A, Park et al. 2019).
+
+    triples: where n³ exceeds it, so many are drawn with replacement and a fixed seed. A triple in which the vertex
+    equals an end has cosine 0 in both models and counts in the mean, as in the published code.
+    """
+    student, teacher = _rows(student, teacher)
+    n = len(student)
+    if n**3 <= triples:
+        units = torch.arange(n, device=student.device)
+        i, j, k = torch.cartesian_prod(units, units, units).unbind(1)
+    else:
+        seeded = torch.Generator().manual_seed(0)
+        i, j, k = torch.randint(n, (3, triples), generator=seeded).to(student.device)
+    angles = [_cosines_at(x, i, j, k) for x in (student, teacher)]
+    return F.smooth_l1_loss(*angles).to(student.dtype)
+
+
+def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
+    """(triples,) float64 cosine of x_i − x_k and x_j − x_k, from inner products; 0 where one of them is 0."""
+    x = x.double()  # inner products cancel where vectors are close
+    x = x - x.mean(0)
+    gram = x @ x.T
+    squares = gram.diagonal()
+    size = squares[:, None] + squares
+    squared = size - 2 * gram
+    apart = squared > _TWINS * size
+    inverse = torch.where(apart, torch.where(apart, squared, 1).rsqrt(), 0)
+    products = gram[i, j] - gram[i, k] - gram[j, k] + squares[k]
+    return products * inverse[i, k] * inverse[j, k]
+
+
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 − ‖X_TᵀX_S‖²_F / (‖X_SᵀX_S‖_F ‖X_TᵀX_T‖_F), columns centred (linear CKA, Kornblith et al. 2019).
+
+    With fewer units than features it is small for unrelated vectors too. A student whose units are all one has 1.
+    """
+    student, teacher = _rows(student, teacher)
+    grams = []
+    for x in (student, teacher):
+        x = x - x.mean(0)
+        gram = x @ x.T
+        norm = torch.linalg.matrix_norm(gram)
+        grams.append(gram / torch.where(norm > 0, norm, 1))
+    similarity = (grams[0] * grams[1]).sum()
+    return 1 - similarity if len(student) > 1 else 0 * similarity
+
+
+def pkt(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over n² of K_T log(K_T / K_S), K = (1 + cos) / 2 with rows that sum to 1, the diagonal kept.
+
+    Probabilistic knowledge transfer (Passalis & Tefas 2018), with the ε of its code.
+    """
+    student, teacher = _rows(student, teacher)
+    kernels = []
+    for x in (student, teacher):
+        unit = F.normalize(x, dim=-1)
+        kernel = (1 + unit @ unit.T) / 2
+        kernels.append(kernel / kernel.sum(1, keepdim=True) + _EPSILON)
+    mine, other = kernels
+    return ((other - _EPSILON) * (other / mine).log()).mean()
+
+
+def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)

@@ -1,0 +1,112 @@
+"""How the examples of a micro-batch relate to each other, and to themselves in the other model."""
+
+import torch
+from torch import Tensor, nn
+
+from dsdistill.alignment import relations
+from dsdistill.alignment.layer_map import layer_map
+from dsdistill.alignment.projector import Projection
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum
+from dsdistill.config.terms import Contrastive, Related
+
+
+class RelatedTerm(AlignmentTerm):
+    """Units are mean-pooled hidden states of the examples that meet in one micro-batch on all ranks.
+
+    Each gathered micro-batch has one loss, a mean over its units; the step's is their mean, weighted by how many
+    units each has. So ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
+    """
+
+    name: str  # in a config
+
+    def __init__(self, config: Related, pair: Pair):
+        super().__init__(config, pair)
+        self._map_layers(
+            layer_map(config.layers, pair.student.depth, pair.teacher.depth, f"terms.{self.name}.layers"),
+            config.layer_agg,
+        )
+        self.student_hidden = frozenset(student for student, _ in self.layers)
+        self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
+
+    def relate(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean over the units of (n, D_s) and (n, D_t), n ≥ 1."""
+        raise NotImplementedError
+
+    def project(self, pair: tuple[int, int], student: Tensor) -> Tensor:
+        """Vectors of the student's layer as they are related."""
+        return student
+
+    def counts(self, batch, geometry):
+        return batch.rows.sum().double().expand(self.parts)
+
+    def sums(self, student, teacher, batch):
+        vectors = []
+        for mine, other in self.layers:
+            vectors.append(self.project((mine, other), mean_pool(student.hidden[mine], batch.mask)))
+            vectors.append(mean_pool(teacher.hidden[other], batch.mask))
+        own = torch.cat(vectors, dim=1)[batch.rows]
+        units = gather_rows(own)  # of all layers and both models, in one go
+        if not len(units):
+            return own.sum().expand(self.parts)  # 0
+        found = units.split([vector.shape[1] for vector in vectors], dim=1)
+        losses = [self.relate(mine, other) for mine, other in zip(found[::2], found[1::2], strict=True)]
+        return shared_sum(torch.stack(losses), len(own), len(units))
+
+
+class ContrastiveTerm(RelatedTerm):
+    """In-batch InfoNCE: a student's vector against the teacher's of all examples.
+
+    The published method names a contrastive loss without a formula; vectors, negatives and temperature (that of
+    CRD, Tian et al. 2020) are this project's own reading.
+    """
+
+    name = "contrastive"
+
+    def __init__(self, config: Contrastive, pair: Pair):
+        super().__init__(config, pair)
+        widths = pair.student.width, pair.teacher.width
+        self.projectors = (
+            nn.ModuleDict({f"{s}-{t}": Projection(*widths) for s, t in self.layers})
+            if config.projector == "linear" or widths[0] != widths[1]
+            else None
+        )
+
+    def project(self, pair, student):
+        return student if self.projectors is None else self.projectors["{}-{}".format(*pair)](student)
+
+    def relate(self, student, teacher):
+        return relations.info_nce(student, teacher, self.config.temperature)
+
+
+class SimilarityTerm(RelatedTerm):
+    name = "sp"
+
+    def relate(self, student, teacher):
+        return relations.similarity_preserving(student, teacher)
+
+
+class RelationalTerm(RelatedTerm):
+    name = "rkd"
+
+    def relate(self, student, teacher):
+        loss = 0.0 * student.sum()
+        if self.config.distance:
+            loss = loss + self.config.distance * relations.rkd_distance(student, teacher)
+        if self.config.angle:
+            loss = loss + self.config.angle * relations.rkd_angle(student, teacher, self.config.triples)
+        return loss
+
+
+class KernelAlignmentTerm(RelatedTerm):
+    name = "cka"
+
+    def relate(self, student, teacher):
+        return relations.cka(student, teacher)
+
+
+class ProbabilisticTransferTerm(RelatedTerm):
+    name = "pkt"
+
+    def relate(self, student, teacher):
+        return relations.pkt(student, teacher)

@@ -1,0 +1,47 @@
+"""What relations are taken between: vectors of sequences, and the examples that meet in a micro-batch."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(B, D) float32 (float64 of such): mean of each sequence's valid tokens, 0 where there is none.
+
+    hidden: (B, N, D). mask: (B, N) bool, True = valid.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = hidden.to(dtype).masked_fill(~mask[..., None], 0).sum(1)
+    return total / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def gather_rows(own: Tensor) -> Tensor:
+    """(n, D): the rows of all ranks, in their order; gradients flow to this rank's rows (n_own, D) alone.
+
+    n_own may differ between ranks and be 0. Every rank must call it equally often.
+
+    Nothing is sent in backward: each rank computes the whole loss, and the sum of the ranks' gradients is that of
+    the loss at all rows.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    count = torch.tensor([len(own)], device=own.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    counts = [int(count) for count in counts]
+    padded = own.new_zeros(max(counts), own.shape[1])
+    padded[: len(own)] = own.detach()
+    rows = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(rows, padded)
+    rows = [found[:count] for found, count in zip(rows, counts, strict=True)]
+    rows[dist.get_rank()] = own
+    return torch.cat(rows)
+
+
+def shared_sum(loss: Tensor, own: int, everywhere: int) -> Tensor:
+    """This rank's share of everywhere · loss, where every rank has the same loss, a mean over `everywhere` units.
+
+    Its value is own · loss, so that the ranks' values add up to the whole; its gradient is that of the whole, because
+    each rank's reaches its own units alone (see gather_rows).
+    """
+    return everywhere * loss - (everywhere - own) * loss.detach()
