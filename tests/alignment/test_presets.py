@@ -39,8 +39,8 @@ DISTILBERT = {
 def tinybert_intermediate(student, teacher, batch, term):
     """Jiao et al. 2020, equations 7 to 9, summed over layers (the embeddings' too); a projection for each."""
     loss, valid = 0.0, batch.mask
-    for (s, t), projector in zip([(0, 0), (1, 2), (2, 4)], term["hidden"].projectors, strict=True):
-        mine = student.hidden[s] @ projector.weight.T
+    for s, t in [(0, 0), (1, 2), (2, 4)]:
+        mine = student.hidden[s] @ term["hidden"].projectors[f"{s}-{t}"].weight.T
         loss = loss + F.mse_loss(mine[valid], teacher.hidden[t][valid])
     both = (valid[:, None, :, None] & valid[:, None, None, :]).expand(-1, 4, -1, -1)
     for s, t in [(1, 2), (2, 4)]:
