@@ -1,0 +1,75 @@
+"""Layer weights: the rules by hand, and that they come back from a checkpoint."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dsdistill.alignment.weighting import Dynamic, EarthMover, transport
+
+
+class TestDynamic:
+    def test_by_hand(self):
+        rule = Dynamic(2)
+        rule.begin(20)  # the reference is step 2
+        rule.update([4.0, 1.0])
+        assert rule.values == [1, 1]
+        rule.update([2.0, 1.0])  # averages 3.98 and 1: the reference
+        assert rule.values == pytest.approx([1, 1])
+        rule.update([0.0, 1.0])  # 3.9402 and 1: relative 0.99 and 1
+        first = 2 / (1 + math.exp(1 - 3.9402 / 3.98))
+        assert rule.values == pytest.approx([first, 2 - first])
+        assert rule.values[1] > 1  # the layer that lags behind gains
+
+    def test_scale_of_a_layers_loss_does_not_matter(self):
+        rules = [Dynamic(2), Dynamic(2)]
+        for step in range(1, 20):
+            rules[0].update([1 / step, 1.0])
+            rules[1].update([1000 / step, 0.001])
+        assert rules[0].values == pytest.approx(rules[1].values)
+
+    def test_nothing_finite_changes_nothing(self):
+        rule = Dynamic(2)
+        rule.begin(10)
+        for losses in ([1.0, 2.0], [0.5, 2.0]):
+            rule.update(losses)
+        before = rule.state()
+        rule.update([math.nan, 1.0])
+        assert rule.state() == before
+
+
+class TestEarthMover:
+    def test_transport_by_hand(self):
+        flow = transport(np.array([[1.0, 4.0], [2.0, 1.0]]), [0.5, 0.5], [0.25, 0.75])
+        # Row 2 fills column 2 (cost 1); row 1 takes column 1 whole and what column 2 still lacks.
+        assert flow.flatten().tolist() == pytest.approx([0.25, 0.25, 0, 0.5])
+
+    def test_by_hand(self):
+        rule = EarthMover(1, 2, before=1)
+        assert rule.values == [1, 0.5, 0.5]
+        rule.update([9.0, 1.0, 3.0])  # one row must feed both columns alike
+        assert rule.values == pytest.approx([1, 0.5, 0.5])
+        # The columns' unit costs are 1 and 3: weights 4/1 and 4/3, normalised 3/4 and 1/4.
+        assert rule.masses[0] == pytest.approx([1]) and rule.masses[1] == pytest.approx([0.75, 0.25])
+        rule.update([9.0, 1.0, 3.0])
+        assert rule.values == pytest.approx([1, 0.75, 0.25])
+
+    def test_flow_goes_where_it_is_cheap(self):
+        rule = EarthMover(2, 4)
+        cheap = [1.0, 1.0, 9.0, 9.0, 9.0, 9.0, 1.0, 1.0]
+        rule.update(cheap)
+        assert rule.values == pytest.approx([0.25, 0.25, 0, 0, 0, 0, 0.25, 0.25], abs=1e-9)
+        assert sum(rule.values) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("make", [lambda: Dynamic(3), lambda: EarthMover(1, 3)])
+def test_state_comes_back(make):
+    rule, other = make(), make()
+    rule.begin(10), other.begin(10)
+    for step in range(5):
+        rule.update([1.0, 2.0 / (step + 1), 3.0])
+    other.load(rule.state())
+    for each in (rule, other):
+        each.update([1.0, 1.0, 1.0])
+    assert other.state() == rule.state()
+    assert rule.moves
