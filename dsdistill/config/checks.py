@@ -66,6 +66,7 @@ def check(config) -> None:
         )
     _check_student(config)
     _check_data(config.data)
+    _check_noise(config)
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             "train.batch_size",
@@ -99,7 +100,9 @@ def _check_terms(config, section, place: str, first: bool) -> None:
         raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")
     for name, term in terms.items():
         if getattr(term, "layers", None) == "emd" and term.layer_weights != "uniform":
-            raise UserError(f"{place}.{name}.layer_weights", "dynamic with layers: emd", "one of them")
+            raise UserError(
+                f"{place}.{name}.layer_weights", f"{term.layer_weights} with layers: emd", "one of them"
+            )
     if config.train.distill_weight is not None and ("task" not in terms or len(terms) < 2):
         raise UserError(
             "train.distill_weight", f"{place} of {', '.join(terms)} alone", "terms.task and at least another"
@@ -130,6 +133,18 @@ def _check_data(data) -> None:
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source != "files":
         raise UserError("data.root", f"{data.root} with data.source {data.source}", "data.source files")
+
+
+def _check_noise(config) -> None:
+    """Labels act through the task's loss alone."""
+    if not config.data.label_noise:
+        return
+    if config.task == "causal_lm":
+        raise UserError(
+            "data.label_noise", "task causal_lm", "classification or regression (text has no labels)"
+        )
+    if not any("task" in stage.terms.named() for stage in config.parts):
+        raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
 
 
 def _check_student(config) -> None:

@@ -64,6 +64,14 @@ class Data(Section):
     max_dev: Positive | None = Field(
         default=None, description="dev examples used, from the front; default all"
     )
+    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="share of the train examples used, drawn by run.seed; a smaller one lies in a larger",
+    )
+    label_noise: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="share of the train labels replaced, by run.seed: by another class, or by another's score",
+    )
     tokenizer: str | None = Field(
         default=None, description="hub id or folder; default: the teacher's, else the student's"
     )

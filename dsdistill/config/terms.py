@@ -13,6 +13,9 @@ LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge
 LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
 # Where a student layer finds its teacher layer; an explicit map lists [student, teacher] pairs.
 LayerMap = Literal["uniform", "skip", "last", "emd", "cka_offline"] | LayerPairs
+LayerWeights = (
+    Literal["uniform", "dynamic"] | Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)]
+)
 
 Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
@@ -54,8 +57,10 @@ class Layered(Term):
         "cka_offline: the most similar layers in order, found before training",
     )
     layer_agg: Literal["mean", "sum"] = Field(default="mean", description="over the mapped layers")
-    layer_weights: Literal["uniform", "dynamic"] = Field(
-        default="uniform", description="dynamic: layers that lag behind gain weight while training"
+    layer_weights: LayerWeights = Field(
+        default="uniform",
+        description="dynamic: layers that lag behind gain weight while training; a list: λ of each mapped layer in "
+        "order (the embeddings first), summed, in place of layer_agg",
     )
 
 

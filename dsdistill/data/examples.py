@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -41,6 +42,23 @@ class Examples:
     def lengths(self) -> Tensor:
         """(n,) int64: tokens of each example."""
         return self.starts.diff()
+
+    def take(self, rows: list[int]) -> "Examples":
+        """Some of the examples, in the order given."""
+        starts = torch.cat([self.starts.new_zeros(1), self.lengths[rows].cumsum(0)])
+
+        def cut(flat: Tensor | None) -> Tensor | None:
+            return (
+                None if flat is None else torch.cat([flat[self.starts[r] : self.starts[r + 1]] for r in rows])
+            )
+
+        return Examples(
+            tokens=cut(self.tokens),
+            starts=starts,
+            labels=None if self.labels is None else self.labels[rows],
+            ids=[self.ids[row] for row in rows],
+            token_types=cut(self.token_types),
+        )
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,30 @@ import torch
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.examples import Data, Examples, Rows
+from dsdistill.data.sample import draw, with_noise
 from dsdistill.data.sources import read
 
 AT_ONCE = 1000  # texts handed to the tokenizer in one call
 
 
-def load(section: Section, task: str, tokenizer: Any) -> Data[Examples]:
+def load(section: Section, task: str, tokenizer: Any, seed: int = 0) -> Data[Examples]:
     """Both splits, read, checked and tokenised.
 
     Args:
         section: `config.data`.
         task: classification, regression or causal_lm.
         tokenizer: a transformers tokenizer.
+        seed: of the train examples drawn and the labels replaced, where the section asks for that.
 
     Raises:
         UserError: the data cannot be used; its message names file, row and column.
     """
     rows = read(section, task)
-    return Data(
-        tokenize(rows.train, tokenizer, section.max_length, task),
-        tokenize(rows.dev, tokenizer, section.max_length, task),
-        rows.labels,
-    )
+    train, dev = (tokenize(split, tokenizer, section.max_length, task) for split in (rows.train, rows.dev))
+    train = draw(train, section.fraction, seed)
+    if section.label_noise:
+        train = with_noise(train, section.label_noise, len(rows.labels), seed)
+    return Data(train, dev, rows.labels)
 
 
 def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str) -> Examples:

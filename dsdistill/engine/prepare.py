@@ -69,7 +69,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
             _check_sizes(config, model, tokenizer, place)
     geometry = probe_models(config, student, teacher, objectives)
     check_frozen(config, student)
-    data = load(config.data, config.task, tokenizer)
+    data = load(config.data, config.task, tokenizer, config.run.seed)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)

@@ -152,6 +152,19 @@ class TestFeature:
         alone = run("bert", {"hidden": {"embedding": False}})[2]
         assert raw["hidden"] == pytest.approx(alone["hidden"], rel=1e-6)
 
+    def test_weights_of_layers(self):
+        """Σ λ_l (1 − cos) with λ as given, whatever layer_agg says."""
+        terms = {"feature": {"layer_weights": [0.25, 3.0], "layer_agg": "sum"}}
+        rig, batch, raw, student, teacher = run("bert", terms)
+        expected = 0.0
+        for weight, s, t in [(0.25, 1, 2), (3.0, 2, 3)]:
+            projection = rig.objective.terms["feature"].projectors[f"{s}-{t}"].weight
+            mine, other = rows_of(student[1][s] @ projection.T, batch), rows_of(teacher[1][t], batch)
+            expected += weight * (1 - F.cosine_similarity(mine, other, dim=-1).mean().item())
+        assert raw["feature"] == pytest.approx(expected, rel=1e-4)
+        with pytest.raises(UserError, match=r"^terms.feature.layer_weights: got 3 weights, expected 2"):
+            Rig("bert", terms={"feature": {"layer_weights": [1, 2, 3]}}, student=STUDENT["bert"])
+
     def test_its_messages_name_it(self):
         with pytest.raises(UserError, match=r"^terms.feature.layers: got student layer 7"):
             Rig("bert", terms={"feature": {"layers": [[7, 1]]}})

@@ -25,6 +25,8 @@ class AttentionTerm(AlignmentTerm):
     sees. The papers average over each sequence and then over sequences; here every valid row counts alike.
     """
 
+    name = "attention"
+
     def __init__(self, config: Attention, pair: Pair):
         super().__init__(config, pair)
         self._map_layers(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dsdistill.alignment.weighting import Dynamic, EarthMover, Uniform
+from dsdistill.config import UserError
 from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
@@ -40,6 +41,7 @@ class AlignmentTerm(nn.Module):
     global batch then gives the same loss however it is split.
     """
 
+    name: str  # in a config
     weight: float
     parts: int = 1  # sums and counts that the term returns
     factor: float = 1.0  # of the summed parts: 1/parts for a mean over layers
@@ -77,7 +79,16 @@ class AlignmentTerm(nn.Module):
             self.weighting = EarthMover(*depths, before=self.parts - depths[0] * depths[1])
             return
         self.factor = 1 / self.parts if agg == "mean" else 1.0
-        if self.config.layer_weights == "dynamic":
+        weights = self.config.layer_weights
+        if weights == "dynamic":
             self.weighting = Dynamic(self.parts)
         else:
             self.weighting = Uniform(self.parts)
+        if isinstance(weights, tuple):
+            if len(weights) != self.parts:
+                raise UserError(
+                    f"terms.{self.name}.layer_weights",
+                    f"{len(weights)} weights",
+                    f"{self.parts}, one a mapped layer",
+                )
+            self.weighting.values, self.factor = list(weights), 1.0

@@ -16,7 +16,7 @@ class HiddenTerm(AlignmentTerm):
     Each mapped layer has a projector of its own; the paper's code shares one.
     """
 
-    name = "hidden"  # in a config
+    name = "hidden"
 
     def __init__(self, config: Hidden, pair: Pair):
         super().__init__(config, pair)

@@ -20,6 +20,8 @@ class PairwiseTerm(AlignmentTerm):
     parameters; φ and ψ trained together on this loss alone would both collapse to 0.
     """
 
+    name = "pairwise"
+
     def __init__(self, config: Pairwise, pair: Pair):
         super().__init__(config, pair)
         if config.center and config.relation == "distance":

@@ -18,8 +18,6 @@ class RelatedTerm(AlignmentTerm):
     units each has. So ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
     """
 
-    name: str  # in a config
-
     def __init__(self, config: Related, pair: Pair):
         super().__init__(config, pair)
         self._map_layers(
