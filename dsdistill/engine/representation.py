@@ -26,10 +26,17 @@ def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
     os.replace(partial, _path(run_dir, step))
 
 
-def kept(run_dir: str, steps: list[int]) -> list[np.ndarray] | None:
-    """What keep() wrote at these steps; None where one is missing."""
-    paths = [_path(run_dir, step) for step in steps]
-    return [np.load(path) for path in paths] if all(map(os.path.isfile, paths)) else None
+def kept(run_dir: str, until: int) -> list[np.ndarray]:
+    """What keep() wrote up to this step, in order."""
+    folder = os.path.join(run_dir, FOLDER)
+    names = (
+        sorted(name for name in os.listdir(folder) if name.startswith("step-"))
+        if os.path.isdir(folder)
+        else []
+    )
+    return [
+        np.load(os.path.join(folder, name)) for name in names if name <= os.path.basename(_path("", until))
+    ]
 
 
 def _path(run_dir: str, step: int) -> str:

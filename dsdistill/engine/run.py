@@ -16,6 +16,7 @@ from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed, stages
 from dsdistill.engine.export import export, load_student, read_run
+from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
 from dsdistill.engine.ranks import Ranks
@@ -76,6 +77,9 @@ def evaluate_run(path: str) -> dict:
         model = load_student(path, config, tag)
         module = StudentModule(model, prepared.objectives[-1], prepared.evaluation).to(ranks.device).eval()
         scores = score(module, teacher, prepared, ranks)
+        scores["student"] |= stability(path, checkpoint.read_state(path, tag)["step"])
+        if config.evaluation.latency and ranks.first:
+            scores["student"] |= latency(model, prepared)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
         for name, found in scores.items():
             summary["models"].setdefault(name, {}).update(found)
@@ -123,6 +127,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     judge = teacher if prepared.judged else None
     student = _through_stages(prepared, init, teacher, judge, folder, ranks)
     scores = student.evaluate()
+    scores["student"] |= stability(folder.path, student.total)
     models = {}
     if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}

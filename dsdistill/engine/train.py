@@ -39,6 +39,8 @@ class Progress:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of training, evaluation and saving apart
     tokens: int = 0  # valid tokens trained on, all ranks
+    losses: float = 0.0  # summed over the steps since the last evaluation
+    counted: int = 0  # those steps
 
 
 class Trainer:
@@ -183,15 +185,19 @@ class Trainer:
                 raise TrainingError(f"step {step}: {bad} loss(es) in a row are not finite: {values}")
             report = objective.report(raw)
             objective.update(raw)
+            self.progress.losses += sum(term["weighted"] for term in report.values())
+            self.progress.counted += 1
             if step % config.log_every == 0 or last:
                 self._log(folder, report, rate, bar)
             bar.update()
             if step in points:
                 representation.keep(folder.path, step, self.represent(), self.ranks)
-            if judge_every and step % judge_every == 0 and step != self.total:
+            if judge_every and step % judge_every == 0:
                 scores = self.evaluate()["student"]
+                mean = self.progress.losses / self.progress.counted
+                self.progress.losses, self.progress.counted = 0.0, 0
                 if self.ranks.first:
-                    folder.log({"step": step, "evaluation": scores})
+                    folder.log({"step": step, "training_loss": mean, "evaluation": scores})
                 self._monitor({f"Dev/{name}": value for name, value in scores.items()})
             if last or (every and step % every == 0 and not bad):  # never weights that a bad loss has touched
                 state = {"stage": self.index, "objective": objective.state(), **vars(self.progress)}
@@ -201,7 +207,7 @@ class Trainer:
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:
             state = checkpoint.load(self.engine, folder.path, tag, self.ranks)
-            self.progress = Progress(state["step"], state["seconds"], state["tokens"])
+            self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
             self.module.objective.load(state["objective"])
             log.info("resuming from %s", tag)
         if self.ranks.first:

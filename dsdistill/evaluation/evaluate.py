@@ -51,8 +51,10 @@ def evaluate(
         gather: one object of each rank → all of them, on every rank.
 
     Returns:
-        {"student": {...}, "teacher": {...}}: accuracy and macro_f1, pearson and spearman, or perplexity; kl (mean
-        KL(teacher‖student), nats, an example or token); tokens_per_second of the forward passes.
+        {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
+        f1, mcc, pearson and spearman of class 1; of scores pearson, spearman and loss (squared error); of texts
+        perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal distributions
+        of variance 1 around them, half the squared difference. tokens_per_second of the forward passes.
     """
     parts, clocks, tokens = [], {"student": _Clock(), "teacher": _Clock()}, 0
     for batch in batches:
@@ -92,21 +94,42 @@ def _labelled(parts: list[dict], task: str) -> dict[str, dict[str, float]]:
     }
     scores = {}
     for name, output in outputs.items():
-        if task == "regression":
-            predicted = output[:, 0]
-            scores[name] = {
-                "pearson": metrics.pearson(predicted, labels),
-                "spearman": metrics.spearman(predicted, labels),
-            }
-            continue
-        predicted = output.argmax(-1)
-        scores[name] = {
-            "accuracy": metrics.accuracy(predicted, labels),
-            "macro_f1": metrics.macro_f1(predicted, labels),
-        }
-        if "teacher" in outputs:
-            scores[name]["kl"] = metrics.kl(outputs["teacher"], output)
+        teacher = outputs.get("teacher")
+        scores[name] = (
+            _regression(output, labels, teacher)
+            if task == "regression"
+            else _classification(output, labels, teacher)
+        )
     return scores
+
+
+def _classification(output: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
+    predicted = output.argmax(-1)
+    found = {"accuracy": metrics.accuracy(predicted, labels)}
+    if output.shape[1] == 2:
+        # Of class 1 against the rest, and how its probability goes with the label.
+        share = output.double().softmax(-1)[:, 1]
+        found["f1"] = metrics.f1(predicted, labels)
+        found["mcc"] = metrics.mcc(predicted, labels)
+        found["pearson"], found["spearman"] = metrics.pearson(share, labels), metrics.spearman(share, labels)
+    else:
+        found["macro_f1"] = metrics.macro_f1(predicted, labels)
+    found["loss"] = metrics.cross_entropy(output, labels)
+    if teacher is not None:
+        found["kl"] = metrics.kl(teacher, output)
+    return found
+
+
+def _regression(output: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
+    predicted = output[:, 0].double()
+    found = {
+        "pearson": metrics.pearson(predicted, labels),
+        "spearman": metrics.spearman(predicted, labels),
+        "loss": (predicted - labels.double()).square().mean().item(),
+    }
+    if teacher is not None:  # each score as the mean of a normal distribution of variance 1
+        found["kl"] = 0.5 * (teacher[:, 0].double() - predicted).square().mean().item()
+    return found
 
 
 def _language(parts: list[dict]) -> dict[str, dict[str, float]]:

@@ -28,6 +28,19 @@ def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
     return scores[occurring > 0].mean().item()
 
 
+def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
+    """F1 of class 1 among two, as GLUE scores MRPC and QQP; both (n,) of 0 and 1. 0 where class 1 occurs in neither."""
+    predicted, labels = _pair(predicted, labels)
+    hits = ((predicted == 1) & (labels == 1)).sum().double()
+    return (2 * hits / ((predicted == 1).sum() + (labels == 1).sum()).clamp(min=1)).item()
+
+
+def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean negative log-likelihood of the n labels, nats; (n, C) and (n,)."""
+    logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
+    return torch.nn.functional.cross_entropy(logits, labels).item()
+
+
 def mcc(predicted: ArrayLike, labels: ArrayLike) -> float:
     """Matthews correlation of (n,) class indices, any number of classes (Gorodkin 2004).
 

@@ -5,13 +5,18 @@ from typing import Any
 # Column titles of the scores that evaluation gives, in the order of the table; any other keeps its own name.
 TITLES = {
     "accuracy": "accuracy",
+    "f1": "F1",
     "macro_f1": "macro F1",
     "mcc": "MCC",
     "pearson": "Pearson",
     "spearman": "Spearman",
     "perplexity": "perplexity",
     "agreement": "agreement",
+    "loss": "dev loss",
     "kl": "KL to teacher",
+    "rcs": "RCS",
+    "cka_distance": "1 - CKA",
+    "latency_ms": "latency ms",
     "parameters": "parameters",
     "tokens_per_second": "tokens/s",
     "training_tokens_per_second": "training tokens/s",
@@ -20,7 +25,7 @@ MODELS = ("teacher", "student", "baseline")
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The models of a run side by side, at most 100 columns wide for the scores of one task.
+    """The models of a run side by side; one a line, or one a column where the lines would pass 100 characters.
 
     Args:
         summary: of summary.json: `models` (teacher, student, baseline: name of a score → number; any may be absent)
@@ -31,6 +36,8 @@ def table(summary: dict[str, Any]) -> str:
     scores = [score for score in TITLES if score in found] + sorted(found - TITLES.keys())
     rows = [["", *(TITLES.get(score, score) for score in scores)]]
     rows += [[name, *(_value(score, has.get(score)) for score in scores)] for name, has in models.items()]
+    if sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) > 102:
+        rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
@@ -57,6 +64,12 @@ def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
     if "kl" in found:
         unit = "token" if summary.get("task") == "causal_lm" else "example"
         notes.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
+    if "rcs" in found:
+        notes.append(
+            "RCS: how far the representations turned on the way, 0 to 1; 0 too for a model that never moved"
+        )
+    if "latency_ms" in found:
+        notes.append("latency: median time of one example by itself, one process")
     if "tokens_per_second" in found:
         notes.append("tokens/s: forward passes on the dev set, all processes together")
     return ["", *notes] if notes else []
@@ -71,6 +84,8 @@ def _value(score: str, value: float | None) -> str:
         return f"{value:,.0f}"
     if score in ("kl", "perplexity"):
         return f"{value:.4g}"
+    if score == "latency_ms":
+        return f"{value:.2f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

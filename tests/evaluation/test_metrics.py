@@ -37,6 +37,22 @@ def test_classes_by_hand():
     assert metrics.mcc(predicted, labels) == pytest.approx(2 / math.sqrt(2 * 3 * 1 * 2))
 
 
+@pytest.mark.parametrize("n", [1, 7, 200])
+def test_two_classes_match_oracle(n):
+    predicted, labels = draw(n, 2)
+    expected = sklearn.f1_score(labels, predicted, zero_division=0.0)
+    assert metrics.f1(predicted, labels) == pytest.approx(expected)
+    logits = np.random.default_rng(n).normal(size=(n, 2))
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = sklearn.log_loss(labels, probabilities, labels=[0, 1])
+    assert metrics.cross_entropy(logits, labels) == pytest.approx(expected)
+
+
+def test_f1_by_hand():
+    assert metrics.f1([1, 1, 0, 0], [1, 0, 1, 0]) == 0.5
+    assert metrics.f1([0, 0], [0, 0]) == 0.0
+
+
 def test_macro_f1_ignores_classes_that_do_not_occur():
     assert metrics.macro_f1([0, 5], [0, 5]) == 1.0
 
