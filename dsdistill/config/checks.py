@@ -131,8 +131,8 @@ def _check_teacher(teacher) -> None:
 def _check_data(data) -> None:
     if data.subset is not None and data.source in ("docstrings", "files"):
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
-    if data.root is not None and data.source != "files":
-        raise UserError("data.root", f"{data.root} with data.source {data.source}", "data.source files")
+    if data.root is not None and data.source == "docstrings":
+        raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
 
 
 def _check_noise(config) -> None:

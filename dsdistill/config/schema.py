@@ -45,7 +45,11 @@ class Data(Section):
         description="docstrings (built in), files, or the name of a hub data set such as nyu-mll/glue",
     )
     subset: str | None = Field(default=None, description="subset of a hub data set, such as sst2")
-    root: str | None = Field(default=None, description="folder that relative train and dev paths start from")
+    root: str | None = Field(
+        default=None,
+        description="folder that relative train and dev paths start from; of a hub data set: read it from "
+        "ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
+    )
     train: str = Field(
         default="train", description="file (tsv, csv, jsonl, parquet, txt; .gz too) or hub split"
     )

@@ -25,6 +25,26 @@ def table(name: str, root: str | None) -> Table:
     return READERS[suffix](str(path), _bytes(path))
 
 
+def local_copy(root: str, name: str, split: str) -> Table:
+    """A split of a hub data set from a folder that holds it as files: ROOT/NAME/{train,dev,test}.FORMAT.
+
+    Columns are the hub's, or label, text_a and text_b. The hub's `validation` is `dev` there.
+    """
+    folder, stem = Path(root, name).expanduser(), {"validation": "dev"}.get(split, split)
+    names = [f"{stem}{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
+    found = next((name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        there = (
+            f"{folder} has {sorted(p.name for p in folder.iterdir())[:12]}"
+            if folder.is_dir()
+            else "no such folder"
+        )
+        raise UserError(
+            f"data.root: {folder}", there, f"a file {stem}.FORMAT, {', '.join(READERS)} (.gz too)"
+        )
+    return table(found, str(folder))
+
+
 def _bytes(path: Path) -> bytes:
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None

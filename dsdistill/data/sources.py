@@ -49,11 +49,15 @@ def _table(section: Section, split: str, task: str) -> Table:
         return docstrings.table(split, section.cache)
     if section.source == "files":
         return files.table(split, section.root)
+    if section.root is not None:
+        return files.local_copy(section.root, section.subset or section.source.rpartition("/")[2], split)
     return hub.table(section.source, section.subset, split, section.cache)
 
 
 def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
     wanted = ("text",) if table.plain else section.text  # the text of a txt file has no name of its own
+    if section.source != "files" and section.root is not None and wanted[0] not in table.columns:
+        wanted = ("text_a", "text_b")[: len(wanted)]  # as files.local_copy names them
     columns = [table.column(name) for name in wanted]
     rows = list(zip(*columns, strict=True))
     for i, row in enumerate(rows):

@@ -57,7 +57,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     deepspeed.check_settings(config, world_size)
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
-        recipe = prepare(configs.load([config.teacher.recipe]), world_size)
+        recipe = prepare(_recipe(config), world_size)
         if recipe.config.task != config.task:
             raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
     teacher = _teacher_architecture(config, recipe)
@@ -95,6 +95,14 @@ def prepare(config: Config, world_size: int) -> Prepared:
         geometry,
         judged,
     )
+
+
+def _recipe(config: Config) -> Config:
+    """The config that trains the teacher; its data is read from where this run's is."""
+    recipe = configs.load([config.teacher.recipe])
+    if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
 
 
 def check_ranks(config: Config, world_size: int) -> None:

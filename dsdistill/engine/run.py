@@ -246,7 +246,8 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
 def _fingerprint(prepared: Prepared) -> str:
     """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
     digest = hashlib.sha256()
-    neutral = _with(prepared.config, run=Run(seed=prepared.config.run.seed))
+    config = prepared.config
+    neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
     digest.update(configs.dump(neutral).encode())
     for part in (prepared.data.train, prepared.data.dev):
         for tensor in (part.tokens, part.starts, part.labels):
