@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsdistill.alignment.units import wide
 from dsdistill.ops import pairwise_alignment
 
 _EPSILON = 1e-7  # of PKT's published code
@@ -99,5 +100,4 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    return student.to(dtype), teacher.detach().to(dtype)
+    return wide(student), wide(teacher.detach())

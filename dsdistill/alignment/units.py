@@ -5,13 +5,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 where x is: what sums are taken in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """(B, D) float32 (float64 of such): mean of each sequence's valid tokens, 0 where there is none.
 
     hidden: (B, N, D). mask: (B, N) bool, True = valid.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    total = hidden.to(dtype).masked_fill(~mask[..., None], 0).sum(1)
+    total = wide(hidden).masked_fill(~mask[..., None], 0).sum(1)
     return total / mask.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -79,6 +79,11 @@ class Data(Section):
     tokenizer: str | None = Field(
         default=None, description="hub id or folder; default: the teacher's, else the student's"
     )
+    chunker: Literal["builtin", "spacy", "jieba"] = Field(
+        default="builtin",
+        description="what finds words and phrases for terms over spans: builtin (runs of content words), spacy "
+        "(English, parsed) or jieba (Chinese); the last two as installed",
+    )
     cache: str = Field(default="runs/cache", description="folder for what is costly to make again")
 
 

@@ -166,6 +166,26 @@ class ProbabilisticTransfer(Related):
     """Which examples are neighbours, as probabilities from cosines (PKT)."""
 
 
+class Trajectory(Term):
+    """How words and phrases lie to each other, layer by layer (MTA): data.chunker finds them."""
+
+    word_layers: Annotated[tuple[LayerPair, ...], Field(strict=False)] = Field(
+        default=(), description="[student, teacher] pairs that are compared over words, the lower ones"
+    )
+    phrase_layers: Annotated[tuple[LayerPair, ...], Field(strict=False)] = Field(
+        default=(), description="[student, teacher] pairs that are compared over phrases, the upper ones"
+    )
+    structure: NonNegative = Field(
+        default=2.0, description="λ_DSA: of the spans' pairwise cosines, mean over layers"
+    )
+    hidden: NonNegative = Field(
+        default=0.2, description="λ_Hid: of the spans' tokens, projected, 1 − cosine, sum over layers"
+    )
+    pairs: Literal["ordered", "upper"] = Field(
+        default="ordered", description="pairs of spans that are summed: both ways round, or once"
+    )
+
+
 class Smooth(Term):
     """How far the student's last layer has moved since the end of the stage before."""
 
@@ -186,6 +206,7 @@ class Terms(Section):
     rkd: RelationalKD | None = None
     cka: KernelAlignment | None = None
     pkt: ProbabilisticTransfer | None = None
+    trajectory: Trajectory | None = None
     smooth: Smooth | None = None
 
     def named(self) -> dict[str, Term]:

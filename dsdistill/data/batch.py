@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 NO_LABEL = -100
+WORD, PHRASE = 0, 1  # kinds of spans
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class Batch:
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
     ids: tuple[str, ...] = ()  # of the examples; filler rows have ""
     index: Tensor | None = None  # (B,) int64 place in the data set, so that order can be restored; filler -1
+
+    # (S, 4) int64, by row: row, first token, one past the last, WORD or PHRASE; None where no term reads them.
+    spans: Tensor | None = None
 
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
     # be predicted (padding). A class or score of a filler row is NO_LABEL too.

@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from dsdistill.data.spans import Spans
+
 T = TypeVar("T")
 
 
@@ -34,6 +36,7 @@ class Examples:
     labels: Tensor | None  # (n,) int64 class | (n,) float32 score | None: causal_lm, tokens are labels
     ids: Sequence[str]
     token_types: Tensor | None = None  # like tokens, uint8
+    spans: Spans | None = None  # words and phrases, where a term reads them
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -58,6 +61,7 @@ class Examples:
             labels=None if self.labels is None else self.labels[rows],
             ids=[self.ids[row] for row in rows],
             token_types=cut(self.token_types),
+            spans=None if self.spans is None else self.spans.take(rows),
         )
 
 

@@ -34,7 +34,8 @@ def collate(examples: Examples, rows: list[int], pad_id: int) -> Batch:
             token_types[i, :length] = examples.token_types[start:end]
     labels = input_ids.masked_fill(~mask, NO_LABEL) if examples.labels is None else examples.labels[rows]
     ids = tuple(examples.ids[row] for row in rows)
-    return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows))
+    spans = None if examples.spans is None else examples.spans.batch(rows)
+    return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows), spans)
 
 
 def _filler(examples: Examples, pad_id: int) -> Batch:
@@ -46,7 +47,8 @@ def _filler(examples: Examples, pad_id: int) -> Batch:
         labels = torch.full((1,), NO_LABEL, dtype=examples.labels.dtype)
     token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]))
+    spans = None if examples.spans is None else examples.spans.batch([])
+    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]), spans)
 
 
 class Loader:

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
 from dsdistill.config.terms import Terms
-from dsdistill.data.batch import NO_LABEL, Batch
+from dsdistill.data.batch import NO_LABEL, PHRASE, WORD, Batch
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import shape
 from dsdistill.models.build import Headless, build, for_task
@@ -38,7 +38,20 @@ def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Ba
         labels = torch.randn(len(lengths), generator=generator)
     else:
         labels = torch.randint(0, 3, (len(lengths),), generator=generator)
-    return Batch(ids, mask, labels, index=torch.arange(len(lengths)))
+    return Batch(ids, mask, labels, index=torch.arange(len(lengths)), spans=make_spans(lengths))
+
+
+def make_spans(lengths) -> torch.Tensor:
+    """Words of 1, 2, 1, 2, … tokens from the second token on, phrases of 3 with a token between them."""
+    spans = []
+    for row, length in enumerate(lengths):
+        for kind, sizes, gap in ((WORD, (1, 2), 0), (PHRASE, (3,), 1)):
+            first, index = 1, 0
+            while first + sizes[index % len(sizes)] <= length:
+                past = first + sizes[index % len(sizes)]
+                spans.append((row, first, past, kind))
+                first, index = past + gap, index + 1
+    return torch.tensor(spans, dtype=torch.int64).reshape(-1, 4)
 
 
 def rows(batch: Batch, chosen: list[int]) -> Batch:
@@ -50,7 +63,15 @@ def rows(batch: Batch, chosen: list[int]) -> Batch:
         batch.mask[chosen, :width],
         labels[:, :width] if labels.dim() == 2 else labels,
         index=batch.index[chosen],
+        spans=torch.cat([torch.empty(0, 4, dtype=torch.int64), *_moved(batch.spans, chosen)]),
     )
+
+
+def _moved(spans: torch.Tensor, chosen: list[int]):
+    for place, row in enumerate(chosen):
+        own = spans[spans[:, 0] == row].clone()
+        own[:, 0] = place
+        yield own
 
 
 def padded(batch: Batch, extra: int) -> Batch:
@@ -73,6 +94,7 @@ def with_filler(batch: Batch, count: int) -> Batch:
         add(batch.mask, False),
         add(batch.labels, NO_LABEL),
         index=add(batch.index, -1),
+        spans=batch.spans + torch.tensor([count, 0, 0, 0]),
     )
 
 

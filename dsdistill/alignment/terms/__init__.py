@@ -14,6 +14,7 @@ from dsdistill.alignment.terms.related import (
 from dsdistill.alignment.terms.smooth import SmoothTerm
 from dsdistill.alignment.terms.soft_label import SoftLabelTerm
 from dsdistill.alignment.terms.task import TaskTerm
+from dsdistill.alignment.terms.trajectory import TrajectoryTerm
 
 TERMS: dict[str, type[AlignmentTerm]] = {
     "task": TaskTerm,
@@ -27,6 +28,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "rkd": RelationalTerm,
     "cka": KernelAlignmentTerm,
     "pkt": ProbabilisticTransferTerm,
+    "trajectory": TrajectoryTerm,
     "smooth": SmoothTerm,
 }
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.units import mean_pool
+from dsdistill.alignment.units import mean_pool, wide
 from dsdistill.config import UserError
 from dsdistill.config.terms import Pairwise
 from dsdistill.data.batch import Batch
@@ -36,7 +36,7 @@ class PairwiseTerm(AlignmentTerm):
     def _units(self, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.config.center:
             return student, teacher
-        return tuple(x.float() - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
+        return tuple(wide(x) - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
 
     def counts(self, batch, geometry):
         return batch.rows.sum().double().expand(self.parts)

@@ -1,0 +1,97 @@
+"""Multi-granularity trajectory alignment (MTA, arXiv 2605.01374)."""
+
+import torch
+from torch import Tensor, nn
+
+from dsdistill.alignment.layer_map import layer_map
+from dsdistill.alignment.projector import Projector
+from dsdistill.alignment.spans import SpanGrid, token_weights
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.config import UserError
+from dsdistill.config.terms import Trajectory
+from dsdistill.data.batch import PHRASE, WORD
+from dsdistill.ops import pairwise_alignment
+
+
+class TrajectoryTerm(AlignmentTerm):
+    """λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid, both means over sequences.
+
+      DSA  Σ_i Σ_{j≠i} ŵ_i ŵ_j (cos_S(i, j) − cos_T(i, j))² over the spans of a sequence, each the weighted mean of its
+           tokens' states; ŵ its share of the weight. `pairs: upper` takes i < j alone, which is half of it.
+      Hid  Σ_t w_t (1 − cos(W h_S, h_T)) over the tokens that lie in a span, W of each layer trained.
+
+    Token weights w come from the teacher's states of the same layer and serve both models. Lower layers compare words,
+    upper ones phrases. No code is published: which weights the student's spans take, which pairs are summed, and the
+    mean over sequences are this project's own readings. A sequence with fewer than two spans has a DSA of 0.
+    """
+
+    name = "trajectory"
+
+    def __init__(self, config: Trajectory, pair: Pair):
+        super().__init__(config, pair)
+        depths = pair.student.depth, pair.teacher.depth
+        self.layers = [
+            (kind, *layers)
+            for kind, place in ((WORD, "word_layers"), (PHRASE, "phrase_layers"))
+            for layers in layer_map(getattr(config, place), *depths, f"terms.trajectory.{place}")
+        ]
+        if not self.layers:
+            raise UserError("terms.trajectory", "neither word_layers nor phrase_layers", "one pair at least")
+        if not config.structure and not config.hidden:
+            raise UserError("terms.trajectory", "structure 0 and hidden 0", "one of them above 0")
+        self.student_hidden = frozenset(student for _, student, _ in self.layers)
+        self.teacher_hidden = frozenset(teacher for _, _, teacher in self.layers)
+        count = len(self.layers)
+        weights = [config.structure / count] * count * bool(config.structure)
+        weights += [config.hidden] * count * bool(config.hidden)
+        self.parts = len(weights)
+        self.weighting.values = weights
+        names = [_name(*layer) for layer in self.layers if config.hidden]
+        self.projectors = nn.ModuleDict(
+            {name: Projector(pair.student.width, pair.teacher.width) for name in names}
+        )
+
+    def counts(self, batch, geometry):
+        return batch.rows.sum().double().expand(self.parts)
+
+    def sums(self, student, teacher, batch):
+        grids = {
+            kind: SpanGrid(batch.spans[batch.spans[:, 3] == kind], *batch.mask.shape)
+            for kind in {kind for kind, *_ in self.layers}
+        }
+        weights = {n: token_weights(teacher.hidden[n], batch.mask) for n in self.teacher_hidden}
+        structure, hidden = [], []
+        for kind, mine, other in self.layers:
+            states = student.hidden[mine], teacher.hidden[other]
+            if self.config.structure:
+                structure.append(self._structure(*states, grids[kind], weights[other]))
+            if self.config.hidden:
+                hidden.append(
+                    self.projectors[_name(kind, mine, other)](
+                        *states,
+                        mask=batch.mask & grids[kind].covered,
+                        weights=weights[other],
+                        divergence="cosine",
+                        reduction="sum",
+                        backend=self.pair.backend,
+                    )
+                )
+        return torch.stack(structure + hidden)
+
+    def _structure(self, student: Tensor, teacher: Tensor, grid: SpanGrid, weights: Tensor) -> Tensor:
+        if not grid.mask.any():
+            return student[:, :0].sum().to(weights.dtype)  # 0
+        found = pairwise_alignment(
+            grid.vectors(student, weights),
+            grid.vectors(teacher.detach(), weights),
+            mask=grid.mask,
+            weights=grid.weights(weights),
+            relation="cosine",
+            reduction="sum",
+            backend=self.pair.backend,
+        )
+        return found if self.config.pairs == "ordered" else found / 2
+
+
+def _name(kind: int, student: int, teacher: int) -> str:
+    return f"{'phrase' if kind == PHRASE else 'word'}-{student}-{teacher}"
