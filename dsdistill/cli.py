@@ -85,6 +85,27 @@ def evaluate(run: RunPath):
 
 
 @app.command()
+def compare(
+    plan: Annotated[
+        str,
+        typer.Argument(metavar="PLAN", help="A YAML file of seeds and methods.", show_default=False),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides for every run.", show_default=False),
+    ] = None,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the runs.")] = "runs/compare",
+):
+    """Train and evaluate every method of PLAN with every seed, and print a table of means and deviations.
+
+    Runs that are finished are kept: a stopped comparison goes on where it was, a longer plan adds its runs.
+    """
+    from dsdistill.report.compare import compare as run
+
+    typer.echo(run(plan, out, settings or []), nl=False)
+
+
+@app.command()
 def export(
     run: RunPath,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],

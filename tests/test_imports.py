@@ -11,6 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from dsdistill import cli
+from dsdistill.config import load
+from dsdistill.report.compare import read_plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dsdistill"
@@ -111,15 +113,18 @@ def test_no_file_is_long():
     assert not {name: length for name, length in lengths.items() if length > LONGEST}
 
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+ALL = sorted((ROOT / "configs").rglob("*.yaml"))
+PLANS = [path for path in ALL if path.name.startswith("compare_")]
+CONFIGS = [path for path in ALL if path not in PLANS]
+# Fragments that follow another config.
+AFTER = {"deepspeed": "configs/quickstart.yaml", "presets": "configs/recipes/multi_level_small.yaml"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys):
-    """Those in deepspeed/ are fragments that follow another config."""
     sources = [path]
-    if path.parent.name == "deepspeed":
-        sources.insert(0, ROOT / "configs" / "quickstart.yaml")
+    if path.parent.name in AFTER:
+        sources.insert(0, ROOT / AFTER[path.parent.name])
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["dsdistill", "train", *map(str, sources), "--dry-run"])
     with pytest.raises(SystemExit) as caught:
@@ -131,8 +136,17 @@ def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys):
     assert given, "an empty config"
     for section, settings in given.items():
         for key, value in settings.items() if isinstance(settings, dict) else ():
-            if not isinstance(value, dict):
+            if not isinstance(value, dict | list):
                 assert resolved[section][key] == value
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_every_plan_of_a_comparison_loads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    seeds, methods = read_plan(str(path))
+    assert len(seeds) >= 3 and len(methods) >= 2
+    for sources in methods.values():
+        load(sources)
 
 
 def test_the_quickstart_is_there():

@@ -137,6 +137,9 @@ class Train(Section):
 
     steps: Positive | None = Field(default=None, description="optimizer steps; default: epochs decide")
     epochs: Positive = Field(default=1, description="passes over the train set, where steps is not given")
+    group_by_length: bool = Field(
+        default=False, description="steps of examples of like length: less padding, a little less chance"
+    )
     batch_size: Positive = Field(default=32, description="examples an optimizer step, over all ranks")
     micro_batch_size: Positive = Field(default=8, description="examples a rank handles at once")
     optimizer: Literal["adamw", "adam", "adagrad", "sgd"] = Field(

@@ -16,6 +16,8 @@ from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.examples import Examples
 
+POOL = 50  # steps whose examples are sorted by length together
+
 
 def collate(examples: Examples, rows: list[int], pad_id: int) -> Batch:
     """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row."""
@@ -61,6 +63,7 @@ class Loader:
         world_size, rank: number of ranks, and which of them this is.
         seed: of the order.
         pad_id: token that fills rows up on the right.
+        by_length: a step's examples are of like length, so that short texts are not padded to the longest of a step.
 
     Raises:
         UserError: batch_size is not a multiple of micro_batch_size × world_size.
@@ -75,6 +78,7 @@ class Loader:
         rank: int,
         seed: int,
         pad_id: int,
+        by_length: bool = False,
     ):
         at_once = micro_batch_size * world_size  # rows
         if batch_size % at_once:
@@ -84,7 +88,7 @@ class Loader:
                 f"a multiple of {at_once} (train.micro_batch_size {micro_batch_size} × {world_size} ranks)",
             )
         self.examples, self.batch_size, self.world_size, self.rank = examples, batch_size, world_size, rank
-        self.seed, self.pad_id = seed, pad_id
+        self.seed, self.pad_id, self.by_length = seed, pad_id, by_length
         self.accumulation = batch_size // at_once  # micro-batches a step on each rank
         self.steps_per_epoch = ceil(len(examples) / batch_size)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -94,9 +98,21 @@ class Loader:
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.examples))
+            chance = np.random.default_rng([self.seed, epoch])
+            self._order = chance.permutation(len(self.examples))
+            if self.by_length:
+                self._order = self._grouped(self._order, chance)
             self._epoch = epoch
         return self._order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def _grouped(self, order: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+        """The order with lengths sorted inside pools of many steps, and the steps of all pools shuffled."""
+        lengths, pool = self.examples.lengths.numpy(), POOL * self.batch_size
+        pools = [order[start : start + pool] for start in range(0, len(order), pool)]
+        order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
+        whole = len(order) // self.batch_size  # the ragged last step stays the last
+        steps = order[: whole * self.batch_size].reshape(whole, self.batch_size)
+        return np.concatenate([chance.permutation(steps).flatten(), order[whole * self.batch_size :]])
 
     def step(self, epoch: int, step: int) -> list[Batch]:
         """This rank's micro-batches of a step (both counted from 0): `accumulation` of them on every rank.

@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,21 @@ def test_rows_of_like_length_share_a_micro_batch():
     batches = loaders(96, 1, 4)[0].step(0, 0)
     widths = [batch.input_ids.shape[1] for batch in batches]
     assert widths == sorted(widths) and widths[0] < widths[-1]
+
+
+def test_steps_of_like_length():
+    data, size = examples(2500), 24
+    plain, grouped = (Loader(data, size, 24, 1, 0, 3, PAD, by_length=grouped) for grouped in (False, True))
+    orders = [[loader.rows(0, k) for k in range(loader.steps_per_epoch)] for loader in (plain, grouped)]
+    assert sorted(np.concatenate(orders[1])) == list(range(2500))
+    assert [len(rows) for rows in orders[0]] == [len(rows) for rows in orders[1]]
+    lengths = data.lengths.numpy()
+    spread = [np.mean([np.ptp(lengths[rows]) for rows in order]) for order in orders]
+    assert spread[1] < spread[0] / 4
+    # Short and long steps come in no order, and another epoch has other steps.
+    means = [lengths[rows].mean() for rows in orders[1]]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.4
+    assert not np.array_equal(grouped.rows(1, 0), orders[1][0])
 
 
 def test_step_outside_the_epoch():

@@ -1,0 +1,112 @@
+"""Methods side by side: each config with each seed, one run after the other, and a table of means and deviations."""
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from dsdistill.config import UserError, load
+from dsdistill.report.summary import TITLES
+
+# What differs between machines or says nothing about a method.
+_LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
+
+
+def read_plan(path: str) -> tuple[list[int], dict[str, list[str]]]:
+    """Seeds, and of each method by its name the config files and overrides it is made of.
+
+    The file: `seeds: [0, 1, 2]` and `methods: {NAME: [FILE or KEY=VALUE, ...], ...}`, files as `train` takes them.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            plan = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(path, str(error).split("\n")[0], "a readable YAML file") from None
+    known = {"seeds", "methods"}
+    if not isinstance(plan, dict) or set(plan) != known:
+        raise UserError(
+            path, list(plan) if isinstance(plan, dict) else type(plan).__name__, "seeds and methods"
+        )
+    seeds, methods = plan["seeds"], plan["methods"]
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{path}: seeds", seeds, "a list of whole numbers")
+    if not isinstance(methods, dict) or not methods:
+        raise UserError(f"{path}: methods", methods, "a mapping of names to lists of files")
+    for name, sources in methods.items():
+        if not isinstance(sources, list) or not sources or not all(isinstance(s, str) for s in sources):
+            raise UserError(
+                f"{path}: methods.{name}", sources, "a list of config files and key=value overrides"
+            )
+    return seeds, {str(name): sources for name, sources in methods.items()}
+
+
+def compare(plan: str, out: str, overrides: list[str]) -> str:
+    """Run what is not finished yet, in OUT/METHOD/seed-N; the table, also written to OUT/table.md.
+
+    Raises UserError for a config that is refused, before the first run starts.
+    """
+    seeds, methods = read_plan(plan)
+    for sources in methods.values():
+        load([*sources, *overrides])
+    rows: dict[str, list[dict]] = {}
+    for name, sources in methods.items():
+        for seed in seeds:
+            run = os.path.join(out, re.sub(r"\W+", "-", name), f"seed-{seed}")
+            print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
+            _run(run, [*sources, *overrides, f"run.seed={seed}", f"run.dir={run}"])
+            rows.setdefault(name, []).append(json.loads(Path(run, "summary.json").read_text()))
+    text = table(rows)
+    Path(out, "table.md").write_text(text)
+    return text
+
+
+def _run(run: str, sources: list[str]) -> None:
+    summary = Path(run, "summary.json")
+    done = json.loads(summary.read_text()) if summary.is_file() else {}
+    commands = [] if done.get("finished") else [["train", *sources]]
+    if not commands and "evaluated" in done:
+        return
+    for command in (*commands, ["evaluate", run]):
+        code = subprocess.run(
+            [sys.executable, "-m", "dsdistill", *command], stdout=subprocess.DEVNULL
+        ).returncode
+        if code:
+            raise SystemExit(code)  # its own line stands on standard error
+
+
+def table(rows: dict[str, list[dict]]) -> str:
+    """Markdown: the student's scores of each method, mean ± standard deviation over its runs; the teacher's first.
+
+    rows: summaries by method.
+    """
+    found: dict[str, list[dict]] = {}
+    for summaries in rows.values():
+        for summary in summaries:
+            if "teacher" in summary["models"]:
+                found["teacher"] = [summary["models"]["teacher"]]
+    found |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
+    seen = {score for runs in found.values() for scores in runs for score in scores} - _LEFT_OUT
+    columns = [score for score in TITLES if score in seen] + sorted(seen - TITLES.keys())
+    lines = [
+        "| method | runs | " + " | ".join(TITLES.get(score, score) for score in columns) + " |",
+        "|---|---:|" + "---:|" * len(columns),
+    ]
+    for name, runs in found.items():
+        values = (_cell([scores[c] for scores in runs if c in scores]) for c in columns)
+        lines.append(f"| {name} | {len(runs)} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 4
+    text = f"{mean:,.{min(digits, 4)}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{min(digits, 4)}f}"
