@@ -71,7 +71,8 @@ def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """1 − ‖X_TᵀX_S‖²_F / (‖X_SᵀX_S‖_F ‖X_TᵀX_T‖_F), columns centred (linear CKA, Kornblith et al. 2019).
 
-    With fewer units than features it is small for unrelated vectors too. A student whose units are all one has 1.
+    With fewer units than features it is small for unrelated vectors too, and with two it is always 0. A student whose
+    units are all one has 1.
     """
     student, teacher = _rows(student, teacher)
     grams = []

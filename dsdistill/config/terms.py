@@ -186,6 +186,18 @@ class Trajectory(Term):
     )
 
 
+class FeatureDynamics(Term):
+    """What a language model would predict from its middle layers, and how that changes on the way up (FDD)."""
+
+    layers: Literal["uniform"] | LayerPairs = Field(
+        default="uniform", description="uniform, or [student, teacher] pairs from below upwards"
+    )
+    levels: NonNegative = Field(default=1.0, description="of the predictions' KL, summed over layers")
+    changes: NonNegative = Field(
+        default=1.0, description="of 1 − cosine of their change from one layer to the next, summed"
+    )
+
+
 class Smooth(Term):
     """How far the student's last layer has moved since the end of the stage before."""
 
@@ -207,6 +219,7 @@ class Terms(Section):
     cka: KernelAlignment | None = None
     pkt: ProbabilisticTransfer | None = None
     trajectory: Trajectory | None = None
+    fdd: FeatureDynamics | None = None
     smooth: Smooth | None = None
 
     def named(self) -> dict[str, Term]:

@@ -250,11 +250,12 @@ def probe_models(
     hidden = bool(config.evaluation.rcs) or any(
         objective.layers("student_hidden") for objective in objectives
     )
+    lens = any("fdd" in objective.terms for objective in objectives)
     models = {
         place: model for place, model in (("student", student), ("teacher", teacher)) if model is not None
     }
     seen = [
-        probe(model, config.task, place, attention=attention, hidden=hidden)
+        probe(model, config.task, place, attention=attention, hidden=hidden, lens=lens)
         for place, model in models.items()
     ]
     for objective in objectives:

@@ -56,6 +56,16 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
     return None
 
 
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """What a language model's last layer passes on its way to the head, where it has such a norm."""
+    body = model.base_model
+    for holder in (body, getattr(body, "decoder", None)):
+        for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm"):
+            if isinstance(getattr(holder, name, None), nn.Module):
+                return getattr(holder, name)
+    return None
+
+
 class Capture:
     """Notes what the chosen layers of one model compute.
 

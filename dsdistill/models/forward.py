@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsdistill.data.batch import Batch
-from dsdistill.models.capture import Capture
+from dsdistill.models.capture import Capture, final_norm
 from dsdistill.models.trace import Trace
 
 
@@ -31,5 +31,5 @@ def trace(call: Callable, model: PreTrainedModel, capture: Capture, batch: Batch
     if "logits" in outputs:
         found.logits = outputs["logits"]
     else:
-        found.output = outputs["last_hidden_state"]
+        found.output, found.norm = outputs["last_hidden_state"], final_norm(model)
     return found

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dsdistill.config import UserError
 from dsdistill.models.build import Headless, auto_class
-from dsdistill.models.capture import ATTENTION, Capture, attention_trace, layer_list
+from dsdistill.models.capture import ATTENTION, Capture, attention_trace, final_norm, layer_list
 from dsdistill.models.trace import Geometry
 
 _RECOMPUTED = "dsdistill_recomputed"
@@ -46,11 +46,12 @@ AttentionMaskInterface.register(_RECOMPUTED, sdpa_mask)
 
 
 def probe(
-    config: PretrainedConfig, task: str, place: str, *, attention: bool, hidden: bool
+    config: PretrainedConfig, task: str, place: str, *, attention: bool, hidden: bool, lens: bool = False
 ) -> dict[int, Geometry]:
     """Raise UserError where the model cannot do the task, or where Capture would miss or misread what terms need.
 
-    config: architecture of the model; place: the config key to name; attention, hidden: what is needed.
+    config: architecture of the model; place: the config key to name; attention, hidden: what is needed; lens: hidden
+    states are to be read as if they were the last (by the final norm and the head).
     Returns which keys each layer sees, by layer counted from 1 (nothing without `attention`).
     """
     name = config.model_type
@@ -67,6 +68,8 @@ def probe(
                 _probe_language(model, place)
             if hidden:
                 _probe_hidden(model, place)
+            if lens:
+                _probe_lens(model, place)
             if not attention:
                 return {}
             _probe_attention(model, place)
@@ -169,6 +172,20 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
             place,
             f"model type {name}, whose layers do not pass hidden states on",
             "a model whose layers can be hooked",
+        )
+
+
+def _probe_lens(model: PreTrainedModel, place: str) -> None:
+    """The last layer's state must become what the head reads by the final norm alone."""
+    depth, norm = model.config.num_hidden_layers, final_norm(model)
+    with Capture(model, hidden=[depth]).recording() as trace:
+        output = model.base_model(**_inputs())[0]
+    last = trace.hidden[depth]
+    if not torch.allclose(last if norm is None else norm(last), output, rtol=1e-3, atol=1e-4):
+        raise UserError(
+            place,
+            f"model type {model.config.model_type}, whose last layer does not reach the head by a norm alone",
+            "a language model with one final norm or none, or no fdd term",
         )
 
 

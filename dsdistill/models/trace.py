@@ -1,5 +1,6 @@
 """What one forward pass leaves behind for the alignment terms."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -38,4 +39,7 @@ class Trace:
     output: Tensor | None = None  # (B, N, D) of language models: what their head reads
     head: Tensor | None = None  # (V, D)
     head_bias: Tensor | None = None  # (V,)
+    norm: Callable[[Tensor], Tensor] | None = (
+        None  # of language models, from hidden[L] to output; None: they are one
+    )
     previous: "Trace | None" = None  # of a student: what it computed as the stage before left it

@@ -2,6 +2,7 @@
 
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
+from dsdistill.alignment.terms.dynamics import FeatureDynamicsTerm
 from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
 from dsdistill.alignment.terms.related import (
@@ -29,6 +30,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "cka": KernelAlignmentTerm,
     "pkt": ProbabilisticTransferTerm,
     "trajectory": TrajectoryTerm,
+    "fdd": FeatureDynamicsTerm,
     "smooth": SmoothTerm,
 }
 

@@ -8,6 +8,20 @@ from dsdistill.data.batch import NO_LABEL
 from dsdistill.ops import logit_alignment, soft_label_alignment
 
 
+def common_vocabulary(pair: Pair, place: str) -> int | None:
+    """Entries of both heads that stand for tokens, where the heads are padded to different widths; else None."""
+    student, teacher = pair.student.vocabulary, pair.teacher.vocabulary
+    if student == teacher:
+        return None
+    if min(student, teacher) < pair.tokens:
+        raise UserError(
+            place,
+            f"vocabularies of {student} (student) and {teacher} (teacher)",
+            f"at least the tokenizer's {pair.tokens} entries in both",
+        )
+    return pair.tokens
+
+
 class SoftLabelTerm(AlignmentTerm):
     """Divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
@@ -18,15 +32,7 @@ class SoftLabelTerm(AlignmentTerm):
     def __init__(self, config: SoftLabel, pair: Pair):
         super().__init__(config, pair)
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0
-        self.common = None
-        if pair.task == "causal_lm" and pair.student.vocabulary != pair.teacher.vocabulary:
-            self.common = pair.tokens
-            if min(pair.student.vocabulary, pair.teacher.vocabulary) < pair.tokens:
-                raise UserError(
-                    "terms.soft_label",
-                    f"vocabularies of {pair.student.vocabulary} (student) and {pair.teacher.vocabulary} (teacher)",
-                    f"at least the tokenizer's {pair.tokens} entries in both",
-                )
+        self.common = common_vocabulary(pair, "terms.soft_label") if pair.task == "causal_lm" else None
 
     def counts(self, batch, geometry):
         if self.pair.task == "causal_lm":

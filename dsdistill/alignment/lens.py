@@ -1,0 +1,78 @@
+"""How predictions change from one layer to the next, without the logits of all tokens."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.common import NORM_FLOOR, accumulate_dtype, with_stored_gradients, without_autocast
+from dsdistill.ops.soft_label.chunked import BLOCK_ELEMENTS, MAX_TOKENS, MIN_TOKENS, Head
+
+
+def change_alignment(
+    student: tuple[Tensor, Tensor],
+    student_head: Tensor,
+    teacher: tuple[Tensor, Tensor],
+    teacher_head: Tensor,
+    *,
+    mask: Tensor,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> Tensor:
+    """Σ over tokens of 1 − cos(Δ_S, Δ_T), with Δ = log softmax(W h_upper) − log softmax(W h_lower) over the vocabulary.
+
+    student, teacher: lower and upper states, (B, N, D) each, as a head reads them. Heads (V, D); biases (V,).
+    mask: (B, N) bool, True = the token counts. A change shorter than 1e-12 has cosine 0.
+
+    Returns a float32 scalar (float64 if a state is) with gradients to the student's states; heads are constants.
+    """
+    dtype = accumulate_dtype(*student, *teacher)
+    heads = [Head(student_head, student_bias, dtype), Head(teacher_head, teacher_bias, dtype)]
+    places = mask.flatten().nonzero()[:, 0]
+    size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, student_head.shape[0])))
+
+    def compute(needs: Sequence[bool]):
+        rows = [[state.detach().flatten(0, 1) for state in states] for states in (student, teacher)]
+        total = torch.zeros((), dtype=dtype, device=mask.device)
+        gradients = (
+            [torch.zeros(own.shape, dtype=dtype, device=own.device) for own in rows[0]]
+            if any(needs)
+            else None
+        )
+        for tokens in places.split(size):
+            lower, upper = (heads[0].logits(state[tokens]).log_softmax(-1) for state in rows[0])
+            other = _change(*(heads[1].logits(state[tokens]).log_softmax(-1) for state in rows[1]))
+            change, inverse, cosine = _compare(upper - lower, other)
+            total += (1 - cosine).sum()
+            if gradients is not None:
+                # ∂(1 − cos)/∂Δ_S = (cos · û_S − û_T) / ‖Δ_S‖; through each log softmax g − softmax · Σ g.
+                slope = (cosine * change).sub_(other).mul_(inverse)
+                sums = slope.sum(-1, keepdim=True)
+                gradients[0][tokens] = heads[0].product(lower.exp_().mul_(sums).sub_(slope), heads[0].matrix)
+                gradients[1][tokens] = heads[0].product(slope.sub_(upper.exp_().mul_(sums)), heads[0].matrix)
+        found = (
+            [None] * 2
+            if gradients is None
+            else [g.view_as(s) for g, s in zip(gradients, student, strict=True)]
+        )
+        return total, found
+
+    with without_autocast(mask.device):
+        return with_stored_gradients(compute, student, None)
+
+
+def _change(lower: Tensor, upper: Tensor) -> Tensor:
+    """Unit vectors along upper − lower, 0 where there is no change."""
+    return _unit(upper - lower)[0]
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    inverse = torch.where(norm > NORM_FLOOR, 1 / norm.clamp_min(NORM_FLOOR), 0)
+    return x * inverse, inverse
+
+
+def _compare(change: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's unit vectors, inverse norms and cosines with the teacher's unit vectors."""
+    unit, inverse = _unit(change)
+    return unit, inverse, (unit * other).sum(-1, keepdim=True)

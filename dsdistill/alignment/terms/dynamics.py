@@ -1,0 +1,83 @@
+"""Feature dynamics distillation: predictions of middle layers and how they change."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from dsdistill.alignment.layer_map import layer_map
+from dsdistill.alignment.lens import change_alignment
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.terms.soft_label import common_vocabulary
+from dsdistill.alignment.terms.task import next_tokens
+from dsdistill.config import UserError
+from dsdistill.config.terms import FeatureDynamics
+from dsdistill.data.batch import NO_LABEL
+from dsdistill.models.trace import Trace
+from dsdistill.ops import soft_label_alignment
+
+
+class FeatureDynamicsTerm(AlignmentTerm):
+    """levels · Σ_l KL(p_T^l ‖ p_S^l) + changes · Σ_l (1 − cos(Δy_T^l, Δy_S^l)), means over tokens.
+
+    y^l = log softmax(head(norm(h_l))) is what the model would predict if layer l were its last (the logit lens) and
+    Δy^l its change to the next mapped layer. Only the student's layers learn: its head is a constant here, or the
+    lens could be fitted in place of the layers. One of the base losses of MTA (arXiv 2605.01374), whose weights of 1
+    are those of a reproduction; the loss on the model's own predictions is soft_label.
+    """
+
+    name = "fdd"
+
+    def __init__(self, config: FeatureDynamics, pair: Pair):
+        super().__init__(config, pair)
+        if pair.task != "causal_lm":
+            raise UserError(
+                "terms.fdd", f"task {pair.task}", "causal_lm (a classifier's head reads no middle layer)"
+            )
+        self.layers = layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.fdd.layers")
+        if config.changes and len(self.layers) < 2:
+            raise UserError("terms.fdd.layers", "one layer", "two or more, or changes: 0")
+        if not config.levels and not config.changes:
+            raise UserError("terms.fdd", "levels 0 and changes 0", "one of them above 0")
+        self.common = common_vocabulary(pair, "terms.fdd")
+        self.student_hidden = frozenset(student for student, _ in self.layers)
+        self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
+        weights = [config.levels] * len(self.layers) * bool(config.levels)
+        weights += [config.changes] * (len(self.layers) - 1) * bool(config.changes)
+        self.parts = len(weights)
+        self.weighting.values = weights
+
+    def counts(self, batch, geometry):
+        return (next_tokens(batch) != NO_LABEL).sum().double().expand(self.parts)
+
+    def sums(self, student, teacher, batch):
+        mask = next_tokens(batch) != NO_LABEL
+        mine, other = (
+            [_lens(trace, layer) for layer in layers]
+            for trace, layers in zip((student, teacher), zip(*self.layers, strict=True), strict=True)
+        )
+        heads, biases = zip(*(self._head(trace) for trace in (student, teacher)), strict=True)
+        options = {"mask": mask, "student_bias": biases[0], "teacher_bias": biases[1]}
+        found = []
+        if self.config.levels:
+            found += [
+                soft_label_alignment(s, heads[0], t, heads[1], reduction="sum", **options)
+                for s, t in zip(mine, other, strict=True)
+            ]
+        if self.config.changes:
+            found += [
+                change_alignment(s, heads[0], t, heads[1], **options)
+                for s, t in zip(itertools.pairwise(mine), itertools.pairwise(other), strict=True)
+            ]
+        return torch.stack(found)
+
+    def _head(self, trace: Trace) -> tuple[Tensor, Tensor | None]:
+        cut = slice(None, self.common)
+        bias = trace.head_bias
+        return trace.head[cut].detach(), None if bias is None else bias[cut].detach()
+
+
+def _lens(trace: Trace, layer: int) -> Tensor:
+    """(B, N−1, D): a layer's states at the positions that predict, as the head reads them."""
+    states = trace.hidden[layer][:, :-1]
+    return states if trace.norm is None else trace.norm(states)
