@@ -1,10 +1,10 @@
 """The module that DeepSpeed wraps: student, projectors and objective."""
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.units import mean_pool
 from dsdistill.data.batch import Batch
 from dsdistill.models.build import Headless
 from dsdistill.models.capture import Capture
@@ -63,7 +63,7 @@ class StudentModule(nn.Module):
         student = self.trace(batch)
         student.previous = previous
         if represent:
-            return masked_mean(student.hidden[self._last], batch.mask)
+            return mean_pool(student.hidden[self._last], batch.mask)
         if counts is None:
             return (
                 student.logits
@@ -75,9 +75,3 @@ class StudentModule(nn.Module):
         # in backward. One value a row, so that the sum cannot overflow in fp16.
         end = student.logits if student.logits is not None else student.output[:, 0]
         return loss.total + 0.0 * end[:, 0].float().sum(), loss.raw
-
-
-def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """(B, N, D) states and (B, N) mask → (B, D) float32 mean over valid tokens; 0 where none is."""
-    total = torch.where(mask[..., None], states.float(), 0.0).sum(1)
-    return total / mask.sum(1, keepdim=True).clamp(min=1)
