@@ -12,6 +12,7 @@ def layer_map(
     skip: PKD's map (Sun et al. 2019): layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th; the last, which the soft
         labels guide, from none.
     last: the last from the last (MiniLM).
+    cka_offline: as uniform, until the models have been compared (engine/calibrate.py puts pairs in its place).
     emd: every pair, the teacher's layer running fastest (weighting.EarthMover says how much each counts).
     pairs: as given, checked.
 
@@ -23,7 +24,7 @@ def layer_map(
             f"a student of {student_depth} layers and a teacher of {teacher_depth}",
             "a student no deeper than its teacher, or explicit [student, teacher] pairs",
         )
-    if layers == "uniform":
+    if layers in ("uniform", "cka_offline"):
         # Half rounds up: Python's round would take halves to the even neighbour and so skip layers unevenly.
         return tuple((s, int(s * teacher_depth / student_depth + 0.5)) for s in range(1, student_depth + 1))
     if layers == "skip":

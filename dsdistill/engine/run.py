@@ -15,6 +15,7 @@ from dsdistill.config import Config
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed, stages
+from dsdistill.engine.calibrate import resolve_layers
 from dsdistill.engine.export import export, load_student, read_run
 from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
@@ -121,6 +122,7 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
 def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     config, started = prepared.config, time.time()
     init = _student_init(prepared, folder, ranks)
+    resolve_layers(prepared, init, folder, ranks)
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks)

@@ -1,6 +1,6 @@
 """The frozen teacher: whole on every rank, or sharded by ZeRO-3."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,9 @@ class Teacher:
         architecture: PretrainedConfig,
         objectives: Sequence[Objective],
         ranks: Ranks,
+        hidden: Iterable[int] = (),
     ):
+        """hidden: layers to trace beside those that the objectives read."""
         path = config.teacher.path
         needs_head = any("soft_label" in objective.terms for objective in objectives)
 
@@ -49,11 +51,11 @@ class Teacher:
             self.call = module
         self.model = module.model if isinstance(module, Headless) else module
         self.headless = isinstance(module, Headless)
-        hidden, attention = (
+        seen, attention = (
             frozenset().union(*(objective.layers(kind) for objective in objectives))
             for kind in ("teacher_hidden", "teacher_attention")
         )
-        self.capture = Capture(self.model, hidden, attention)
+        self.capture = Capture(self.model, seen.union(hidden), attention)
 
     @contextmanager
     def trace(self, batch: Batch) -> Iterator[Trace]:

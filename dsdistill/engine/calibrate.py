@@ -1,0 +1,129 @@
+"""What is found out about the two models before training: which of their layers are alike.
+
+`layers: cka_offline` is resolved here, once; RUN/layers.json keeps it for every resume.
+"""
+
+import json
+import logging
+import os
+
+import numpy as np
+import torch
+
+from dsdistill.alignment.units import mean_pool
+from dsdistill.config import Config
+from dsdistill.data import evaluation_batches, restore
+from dsdistill.engine.prepare import Prepared, make_objectives
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.teacher import Teacher
+from dsdistill.evaluation.structure import debiased_cka
+from dsdistill.models.build import build
+from dsdistill.models.capture import Capture
+from dsdistill.models.forward import trace
+
+log = logging.getLogger("dsdistill")
+
+EXAMPLES = 256
+LAYERS = "layers.json"
+
+
+def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, ranks: Ranks) -> None:
+    """Put pairs in the place of `cka_offline` in the objectives of `prepared`.
+
+    init: where the student's first weights lie.
+    """
+    if not _wanted(prepared.config):
+        return
+    path = folder / LAYERS
+    if not ranks.gather(os.path.isfile(path))[0]:
+        found = most_similar(_similarities(prepared, init, ranks))
+        if ranks.first:
+            with open(path + ".partial", "w", encoding="utf-8") as file:
+                json.dump(found, file)
+            os.replace(path + ".partial", path)
+    ranks.barrier()
+    with open(path, encoding="utf-8") as file:
+        pairs = tuple((student, teacher) for student, teacher in json.load(file))
+    log.info("layers by CKA: %s", ", ".join(f"{student} from {teacher}" for student, teacher in pairs))
+    torch.manual_seed(prepared.config.run.seed)  # of the projectors
+    prepared.objectives = make_objectives(_with_pairs(prepared.config, pairs), prepared.pair)
+
+
+def most_similar(similarity: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(student, teacher) pairs, from 1, of the greatest total similarity (L_S, L_T), later layers from later ones.
+
+    Without the order each layer would take its argmax; several might take the same.
+    """
+    students, teachers = similarity.shape
+    best = np.full((students + 1, teachers + 1), -np.inf)
+    best[0] = 0
+    for s in range(1, students + 1):
+        for t in range(s, teachers + 1):
+            best[s, t] = max(best[s, t - 1], best[s - 1, t - 1] + similarity[s - 1, t - 1])
+    pairs, t = [], teachers
+    for s in range(students, 0, -1):
+        while t > s and best[s, t] == best[s, t - 1]:
+            t -= 1
+        pairs.append((s, t))
+        t -= 1
+    return tuple(reversed(pairs))
+
+
+def _wanted(config: Config) -> bool:
+    return any(
+        getattr(term, "layers", None) == "cka_offline"
+        for stage in config.parts
+        for term in stage.terms.named().values()
+    )
+
+
+def _with_pairs(config: Config, pairs: tuple[tuple[int, int], ...]) -> Config:
+    def terms(section):
+        changes = {
+            name: term.model_copy(update={"layers": pairs})
+            for name, term in section.named().items()
+            if getattr(term, "layers", None) == "cka_offline"
+        }
+        return section.model_copy(update=changes)
+
+    stages = tuple(stage.model_copy(update={"terms": terms(stage.terms)}) for stage in config.stages)
+    return config.model_copy(update={"stages": stages, "terms": terms(config.terms)})
+
+
+def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndarray:
+    """(L_S, L_T) debiased CKA of mean-pooled states over the first train examples."""
+    config = prepared.config
+    teacher = Teacher(config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1))
+    torch.manual_seed(config.run.seed)
+    student = build(prepared.student, init, config.task, "student", needs_head=False)
+    student.config.use_cache = False
+    student = student.base_model.to(ranks.device).eval()
+    capture = Capture(student, range(1, prepared.pair.student.depth + 1))
+    examples = prepared.data.train.take(list(range(min(EXAMPLES, len(prepared.data.train)))))
+    parts = []
+    for batch in evaluation_batches(
+        examples,
+        config.train.micro_batch_size,
+        ranks.world_size,
+        ranks.rank,
+        prepared.tokenizer.pad_token_id,
+    ):
+        batch = batch.to(ranks.device)
+        with torch.no_grad(), teacher.trace(batch) as other:
+            mine = trace(student, student, capture, batch)
+            vectors = [
+                [mean_pool(states, batch.mask).cpu() for _, states in sorted(found.hidden.items())]
+                for found in (mine, other)
+            ]
+        parts.append((vectors, batch.index.cpu()))
+    everyone = [part for of_rank in ranks.gather(parts) for part in of_rank]
+    index = torch.cat([index for _, index in everyone])
+    mine, other = (
+        [
+            restore(torch.cat(layer), index)
+            for layer in zip(*(vectors[model] for vectors, _ in everyone), strict=True)
+        ]
+        for model in (0, 1)
+    )
+    return np.array([[debiased_cka(s, t) for t in other] for s in mine])
