@@ -1,8 +1,9 @@
-"""Terms that relate examples across ranks, on real ranks: `python -m tests.alignment.two_ranks RANK PORT FOLDER`."""
+"""Terms that relate examples across ranks, on two real ones; run as a module, the second: PORT FILE."""
 
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,42 +34,47 @@ def whole() -> tuple[dict, dict]:
 
 
 def average_over_two_ranks(folder: Path) -> tuple[dict, dict]:
-    """Sum of the ranks' raw values and mean of their gradients."""
+    """Sum of the ranks' raw values and mean of their gradients; this process is rank 0."""
     from tests.engine.launch import free_port
 
-    port, environment = free_port(), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.alignment.two_ranks"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(port), str(folder)], env=environment, cwd=ROOT, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors.decode()[-3000:]
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    port, environment = str(free_port()), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.alignment.two_ranks", port, str(folder / "1.pt")]
+    other = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
+    try:
+        own = _rank(0, port)
+        _, errors = other.communicate(timeout=120)
+        assert other.returncode == 0, errors.decode()[-3000:]
+    finally:
+        other.kill()
+    found = [own, torch.load(folder / "1.pt")]
     values = {name: sum(values[name] for values, _ in found) for name in NAMES}
     return values, {name: sum(gradients[name] for _, gradients in found) / 2 for name in found[0][1]}
 
 
-def _main(rank: int, port: str, folder: str) -> None:
+def _rank(rank: int, port: str) -> tuple[dict, dict]:
+    """Raw values and gradients of one rank of two."""
     rig, batches = _rig()
     batches = [shares[rank] for shares in batches]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    counts = rig.counts(batches)
-    dist.all_reduce(counts)
-    raw = 0.0
-    for batch in batches:
-        loss, values = rig.module(batch, rig.teacher_trace(batch), counts)
-        (loss * 2).backward()
-        raw = raw + values
-    gradients = {n: p.grad for n, p in rig.module.named_parameters() if p.grad is not None}
-    torch.save(
-        (dict(zip(rig.objective.terms, raw.tolist(), strict=True)), gradients), Path(folder, f"{rank}.pt")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=100),
     )
-    dist.destroy_process_group()
+    try:
+        counts = rig.counts(batches)
+        dist.all_reduce(counts)
+        raw = 0.0
+        for batch in batches:
+            loss, values = rig.module(batch, rig.teacher_trace(batch), counts)
+            (loss * 2).backward()
+            raw = raw + values
+    finally:
+        dist.destroy_process_group()
+    gradients = {n: p.grad for n, p in rig.module.named_parameters() if p.grad is not None}
+    return dict(zip(rig.objective.terms, raw.tolist(), strict=True)), gradients
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), *sys.argv[2:])
+    torch.save(_rank(1, sys.argv[1]), sys.argv[2])
