@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from dsdistill.alignment.weighting import Dynamic, EarthMover, transport
+from tests.alignment.rig import Rig, make_batch
 
 
 class TestDynamic:
@@ -73,3 +75,49 @@ def test_state_comes_back(make):
         each.update([1.0, 1.0, 1.0])
     assert other.state() == rule.state()
     assert rule.moves
+
+
+class TestInAnObjective:
+    """bert: 2 student layers, 3 teacher layers; the same batch step after step."""
+
+    def step(self, rig, batch):
+        counts = rig.counts([batch])
+        loss, raw = rig.module(batch, rig.teacher_trace(batch), counts)
+        return loss, raw.double()
+
+    def test_emd(self):
+        terms = {
+            "hidden": {"layers": "emd", "projector": "linear"},
+            "attention": {"layers": "emd", "heads": "mean"},
+        }
+        rig, batch = Rig("bert", terms=terms, student={"num_hidden_layers": 2}), make_batch("classification")
+        hidden, attention = rig.objective.terms.values()
+        assert hidden.layers == ((0, 0), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3))
+        # A student layer has one projector, whatever it is compared with.
+        assert sorted(hidden.projectors) == ["0", "1", "2"]
+        loss, raw = self.step(rig, batch)
+        expected = raw[0] + raw[1:7].mean() + raw[7:].mean()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        rig.objective.update(raw)
+        flow = torch.tensor(transport(raw[1:7].reshape(2, 3).numpy(), [0.5] * 2, [1 / 3] * 3)).flatten()
+        loss, again = self.step(rig, batch)
+        torch.testing.assert_close(again, raw, rtol=1e-6, atol=0)
+        other = torch.tensor(attention.weighting.values, dtype=torch.float64)
+        expected = raw[0] + (flow * raw[1:7]).sum() + (other * raw[7:]).sum()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert expected < raw[0] + raw[1:7].mean() + raw[7:].mean()  # the flow is the cheapest one
+        report = rig.objective.report(raw)
+        assert report["hidden"]["layer_weights"] == hidden.weighting.values
+        assert sum(term["weighted"] for term in report.values()) == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        assert all(p.weight.grad.isfinite().all() for p in hidden.projectors.values())
+
+    def test_dynamic(self):
+        terms = {"hidden": {"layer_weights": "dynamic", "layer_agg": "sum", "weight": 2.0}}
+        rig, batch = Rig("bert", terms=terms, student={"num_hidden_layers": 2}), make_batch("classification")
+        _, raw = self.step(rig, batch)
+        rig.objective.load({"hidden": Dynamic(3).state() | {"values": [0.5, 1.0, 1.5]}})
+        loss, _ = self.step(rig, batch)
+        expected = 2 * (0.5 * raw[0] + raw[1] + 1.5 * raw[2])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert rig.objective.state()["hidden"]["values"] == [0.5, 1.0, 1.5]
