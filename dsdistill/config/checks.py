@@ -67,6 +67,7 @@ def check(config) -> None:
     _check_student(config)
     _check_data(config.data)
     _check_noise(config)
+    _check_chunker(config)
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             "train.batch_size",
@@ -133,6 +134,13 @@ def _check_data(data) -> None:
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source == "docstrings":
         raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
+
+
+def _check_chunker(config) -> None:
+    if config.data.chunker != "builtin" and not config.needs_spans:
+        raise UserError(
+            "data.chunker", f"{config.data.chunker} without a term over spans", "terms.trajectory"
+        )
 
 
 def _check_noise(config) -> None:

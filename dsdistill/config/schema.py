@@ -231,6 +231,11 @@ class Config(Section):
         return self.stages or (Stage(name="all", terms=self.terms),)
 
     @property
+    def needs_spans(self) -> bool:
+        """Whether some stage reads words and phrases."""
+        return any("trajectory" in stage.terms.named() for stage in self.parts)
+
+    @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"
 

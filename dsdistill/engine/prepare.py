@@ -69,7 +69,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
             _check_sizes(config, model, tokenizer, place)
     geometry = probe_models(config, student, teacher, objectives)
     check_frozen(config, student)
-    data = load(config.data, config.task, tokenizer, config.run.seed, needs_spans(config))
+    data = load(config.data, config.task, tokenizer, config.run.seed, config.needs_spans)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)
@@ -103,10 +103,6 @@ def _recipe(config: Config) -> Config:
     if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
-
-
-def needs_spans(config: Config) -> bool:
-    return any("trajectory" in stage.terms.named() for stage in config.parts)
 
 
 def check_ranks(config: Config, world_size: int) -> None:
