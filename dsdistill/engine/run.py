@@ -101,6 +101,8 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
     with ranks.first_alone():
         if ranks.first:
             run_folder.pin_teacher(model)
+            if not os.path.isdir(model):
+                RunFolder(home).wait()  # for another job that trains it now
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
