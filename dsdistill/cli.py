@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dsdistill import __version__
-from dsdistill.config import UserError, load
+from dsdistill.config import RunError, UserError, load
 
 app = typer.Typer(
     name="dsdistill",
@@ -200,10 +200,13 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line and exit code 2."""
+    """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
     try:
         app()
     except UserError as error:
         if _first():
             print(f"dsdistill: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:  # of whichever rank: the others may not know
+        print(f"dsdistill: {error}", file=sys.stderr)
+        sys.exit(1)

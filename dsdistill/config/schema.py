@@ -31,6 +31,10 @@ class Run(Section):
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
     )
     keep: Positive = Field(default=2, description="newest checkpoints kept")
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        default=10.0,
+        description="minutes after which a process that waits for the others in vain ends the run",
+    )
     baseline: bool = Field(
         default=False,
         description="afterwards train the same student on the task alone, and report both side by side",

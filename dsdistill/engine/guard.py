@@ -5,6 +5,7 @@ import logging
 import math
 import os
 
+from dsdistill.config import RunError
 from dsdistill.data import Batch
 from dsdistill.engine.ranks import Ranks
 
@@ -13,10 +14,6 @@ log = logging.getLogger("dsdistill")
 BAD = "bad_steps.jsonl"  # in the run folder: terms and examples of each step without a finite loss
 SPIKE = 4.0  # times the moving average
 MEMORY, SEEN = 0.98, 50  # of that average, and the steps before it is trusted
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; its checkpoints are as they were."""
 
 
 class Guard:
@@ -30,7 +27,7 @@ class Guard:
         """Whether the step's loss is; the same on every rank.
 
         report: Objective.report of the whole step. batches: this rank's. last: no step follows in which the loss could
-        recover. Raises TrainingError at the limit.
+        recover. Raises RunError at the limit.
         """
         terms = {name: term["raw"] for name, term in report.items()}
         if all(map(math.isfinite, terms.values())):
@@ -49,7 +46,7 @@ class Guard:
                 file.write(json.dumps({"step": step, "terms": shown, "examples": ids}) + "\n")
         broken = [name for name, value in terms.items() if not math.isfinite(value)]
         if self.bad == self.limit or last:
-            raise TrainingError(
+            raise RunError(
                 f"step {step}: {self.bad} loss(es) in a row are not finite, in {', '.join(broken)}: {terms}; "
                 f"{self.path} has the examples"
             )

@@ -11,7 +11,7 @@ import time
 import torch
 
 from dsdistill import config as configs
-from dsdistill.config import Config
+from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed, stages
@@ -34,9 +34,16 @@ TEACHERS = "runs/teachers"
 def train(config: Config) -> dict:
     """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
     check_writable(config.run_dir)
-    ranks = deepspeed.start()
+    ranks = deepspeed.start(config.run.timeout)
     try:
         return run(config, ranks)
+    except RuntimeError as error:
+        if not deepspeed.timed_out(error):
+            raise
+        raise RunError(
+            f"rank {ranks.rank} waited {config.run.timeout:g} minutes (run.timeout) for another rank in vain: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
     finally:
         deepspeed.stop()
 

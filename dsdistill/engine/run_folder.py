@@ -29,6 +29,7 @@ _FREE = (
     "run.evaluate_every",
     "run.save_every",
     "run.keep",
+    "run.timeout",
 )
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
+from dsdistill.config import RunError
 from dsdistill.data import Batch, Loader, evaluation_batches, restore
 from dsdistill.engine import checkpoint, deepspeed, representation, stages
 from dsdistill.engine.guard import Guard
@@ -195,7 +196,12 @@ class Trainer:
                 self._monitor({f"Dev/{name}": value for name, value in scores.items()})
             if last or (every and step % every == 0 and finite):  # never weights that a bad loss has touched
                 state = {"stage": self.index, "objective": objective.state(), **vars(self.progress)}
-                checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
+                try:
+                    checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
+                except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+                    if deepspeed.timed_out(error):
+                        raise
+                    raise RunError(f"step {step}: no checkpoint could be saved: {error}") from error
         bar.close()
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:

@@ -7,10 +7,10 @@ import multiprocessing
 import pytest
 import torch
 
-from dsdistill.config import UserError
+from dsdistill.config import RunError, UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.data import Batch
-from dsdistill.engine.guard import SEEN, Guard, TrainingError
+from dsdistill.engine.guard import SEEN, Guard
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def test_stops_at_the_limit_and_says_what_went_bad(tmp_path, batches):
     assert not guard.finite(1, report(task=1.0, hidden=math.nan), batches, last=False)
     assert guard.finite(2, report(task=1.0, hidden=2.0), batches, last=False)  # in a row, not in all
     assert not guard.finite(3, report(task=math.inf, hidden=2.0), batches, last=False)
-    with pytest.raises(TrainingError, match=r"step 4: 2 loss\(es\) in a row are not finite, in hidden: "):
+    with pytest.raises(RunError, match=r"step 4: 2 loss\(es\) in a row are not finite, in hidden: "):
         guard.finite(4, report(task=1.0, hidden=math.nan), batches, last=False)
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3, 4]
@@ -41,7 +41,7 @@ def test_stops_at_the_limit_and_says_what_went_bad(tmp_path, batches):
 
 
 def test_the_last_step_must_be_finite(tmp_path, batches):
-    with pytest.raises(TrainingError, match=r"step 9: 1 loss\(es\)"):
+    with pytest.raises(RunError, match=r"step 9: 1 loss\(es\)"):
         Guard(3, str(tmp_path), ONE).finite(9, report(task=math.nan), batches, last=True)
 
 
