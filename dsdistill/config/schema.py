@@ -55,7 +55,10 @@ class Data(Section):
     )
     dev: str = Field(default="dev", description="file or hub split to evaluate on")
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
-        default=("text",), description="columns of the text, or of the two texts of a pair"
+        default=("text",),
+        description="columns of the text, or of the two texts of a pair; of causal_lm two are a prompt, which "
+        "has no loss, and its response, a row an example: [CLS] prompt [SEP] response [SEP], or for tokenizers without "
+        "these: prompt, line break, response, end of text",
     )
     label: str | None = Field(default="label", description="column of the label; null for causal_lm")
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(

@@ -254,7 +254,7 @@ def _fingerprint(prepared: Prepared) -> str:
     neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
     digest.update(configs.dump(neutral).encode())
     for part in (prepared.data.train, prepared.data.dev):
-        for tensor in (part.tokens, part.starts, part.labels):
+        for tensor in (part.tokens, part.starts, part.labels, part.prompts):
             if tensor is not None:
                 digest.update(tensor.numpy().tobytes())
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
