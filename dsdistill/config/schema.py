@@ -182,6 +182,11 @@ class Evaluation(Section):
         "representation consistency score (of the published three stages: 3); 0: none",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
+    generate: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="dev examples, from the front, after whose prompts student and teacher write (greedily, in "
+        "`evaluate`) for BLEU, ROUGE and character error rate; of plain text half a block is the prompt; 0: none",
+    )
 
 
 class Stage(Section):
