@@ -59,7 +59,10 @@ class Data(Section):
     )
     dev: str = Field(default="dev", description="file or hub split to evaluate on")
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
-        default=("text",), description="columns of the text, or of the two texts of a pair"
+        default=("text",),
+        description="columns of the text, or of the two texts of a pair; of causal_lm two are a prompt, which "
+        "has no loss, and its response, a row an example: [CLS] prompt [SEP] response [SEP], or for tokenizers without "
+        "these: prompt, line break, response, end of text",
     )
     label: str | None = Field(default="label", description="column of the label; null for causal_lm")
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
@@ -183,6 +186,11 @@ class Evaluation(Section):
         "representation consistency score (of the published three stages: 3); 0: none",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
+    generate: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="dev examples, from the front, after whose prompts student and teacher write (greedily, in "
+        "`evaluate`) for BLEU, ROUGE and character error rate; of plain text half a block is the prompt; 0: none",
+    )
 
 
 class Stage(Section):

@@ -28,7 +28,7 @@ class Batch:
     spans: Tensor | None = None
 
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
-    # be predicted (padding). A class or score of a filler row is NO_LABEL too.
+    # be predicted (padding, prompts). A class or score of a filler row is NO_LABEL too.
 
     @property
     def rows(self) -> Tensor:

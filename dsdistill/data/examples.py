@@ -37,6 +37,7 @@ class Examples:
     ids: Sequence[str]
     token_types: Tensor | None = None  # like tokens, uint8
     spans: Spans | None = None  # words and phrases, where a term reads them
+    prompts: Tensor | None = None  # (n,) int64: tokens before the response, where an example has a prompt
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -62,6 +63,7 @@ class Examples:
             ids=[self.ids[row] for row in rows],
             token_types=cut(self.token_types),
             spans=None if self.spans is None else self.spans.take(rows),
+            prompts=None if self.prompts is None else self.prompts[rows],
         )
 
 

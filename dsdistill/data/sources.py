@@ -24,8 +24,7 @@ def read(section: Section, task: str) -> Data[Rows]:
     limits = (section.max_train, section.max_dev)
     if task == "causal_lm":
         train, dev = (
-            Rows(table.place, _texts(table, section), None, _ids(table), limit)
-            for table, limit in zip(tables, limits, strict=True)
+            _language_rows(table, section, limit) for table, limit in zip(tables, limits, strict=True)
         )
         return Data(train, dev, ())
     if task == "regression":
@@ -52,6 +51,16 @@ def _table(section: Section, split: str, task: str) -> Table:
     if section.root is not None:
         return files.local_copy(section.root, section.subset or section.source.rpartition("/")[2], split)
     return hub.table(section.source, section.subset, split, section.cache)
+
+
+def _language_rows(table: Table, section: Section, limit: int | None) -> Rows:
+    """Of one column text to be cut into blocks, of two a prompt and its response a row."""
+    if len(section.text) == 1:
+        return Rows(table.place, _texts(table, section), None, _ids(table), limit)
+    if table.plain:
+        wanted = " and ".join(section.text)
+        raise UserError(table.place, "plain text", f"a file with the columns {wanted} (data.text)")
+    return Rows(table.place, _texts(table, section)[:limit], None, _ids(table)[:limit])
 
 
 def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from dsdistill.config import Config, UserError
 from dsdistill.config.terms import Related, SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load
 from dsdistill.engine import deepspeed
+from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
     build,
@@ -55,6 +56,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
     """
     check_ranks(config, world_size)
     deepspeed.check_settings(config, world_size)
+    if config.evaluation.generate:
+        check_packages()
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
         recipe = prepare(_recipe(config), world_size)

@@ -17,6 +17,7 @@ from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed, stages
 from dsdistill.engine.calibrate import resolve_layers
 from dsdistill.engine.export import export, load_student, read_run
+from dsdistill.engine.generation import generation
 from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
@@ -24,6 +25,7 @@ from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
+from dsdistill.evaluation.text import bleu_signature
 from dsdistill.models.build import build, copy_layers
 
 log = logging.getLogger("dsdistill")
@@ -89,6 +91,11 @@ def evaluate_run(path: str) -> dict:
         if config.evaluation.latency and ranks.first:
             scores["student"] |= latency(model, prepared)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
+        if config.evaluation.generate:
+            del teacher  # a whole one comes in its place
+            for name, found in generation(model, prepared, path, ranks).items():
+                scores.setdefault(name, {}).update(found)
+            summary["bleu_signature"] = bleu_signature()
         for name, found in scores.items():
             summary["models"].setdefault(name, {}).update(found)
         summary["evaluated"] = tag
@@ -261,7 +268,7 @@ def _fingerprint(prepared: Prepared) -> str:
     neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
     digest.update(configs.dump(neutral).encode())
     for part in (prepared.data.train, prepared.data.dev):
-        for tensor in (part.tokens, part.starts, part.labels):
+        for tensor in (part.tokens, part.starts, part.labels, part.prompts):
             if tensor is not None:
                 digest.update(tensor.numpy().tobytes())
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
