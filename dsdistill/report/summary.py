@@ -75,8 +75,9 @@ def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
         )
     if "bleu" in found:
         notes.append(
-            "BLEU 0 to 100, ROUGE F1 0 to 1, CER edits a character: of what is written after the prompts"
+            "BLEU (0 to 100), ROUGE (F1) and CER (edits a character): of what is written after prompts"
         )
+        notes.append(f"BLEU: {summary.get('bleu_signature', 'by sacreBLEU')}")
     if "latency_ms" in found:
         notes.append("latency: median time of one example by itself, one process")
     if "tokens_per_second" in found:

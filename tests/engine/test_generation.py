@@ -48,7 +48,7 @@ def pairs(settings, tokenizer_dir, tmp_path):
             "contrastive": {"weight": 0.1},
             "trajectory": {"word_layers": [[1, 2]], "phrase_layers": [[2, 4]]},
         },
-        "train": {"epochs": 30, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-2},
+        "train": {"epochs": 20, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-2},
         "evaluation": {"generate": 12},
     }
 
