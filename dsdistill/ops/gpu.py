@@ -37,9 +37,15 @@ def triton_lack(*tensors: Tensor | None) -> str | None:
         return "it needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to interpret its kernels on a CPU"
     if device.type not in ("cpu", "cuda"):
         return f"it needs CUDA tensors, these are on {device}"
+    return gpu_lack(*present)
+
+
+def gpu_lack(*tensors: Tensor) -> str | None:
+    """What keeps the kernels of any GPU backend from these tensors."""
+    device = tensors[0].device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
-    for x in present:
+    for x in tensors:
         if x.dtype not in TYPES:
             return f"it takes float32, bfloat16 and float16, got {x.dtype}"
     return None
@@ -102,3 +108,19 @@ def rows_contiguous(x: Tensor) -> Tensor:
 def block_width(width: int) -> int:
     """Features of a tile: the power of two that holds `width`, at least the 16 of a matrix instruction."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, (M, K) @ (K, N) or batches of them; half-precision operands meet on tensor cores."""
+    half = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+    if half and a.device.type == "cuda":
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """Type in which gradients are rounded before they are multiplied with `tensors`.
+
+    bfloat16 has the range for them; float16 has not, and float32 keeps all.
+    """
+    return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32

@@ -7,23 +7,14 @@ exp2. R: rows (queries) of a tile, C: columns (keys). Addresses are int64 before
 import triton
 import triton.language as tl
 
+from dsdistill.ops.triton_common import narrow
+
 KL = tl.constexpr(0)
 MSE = tl.constexpr(1)
 SCORE_MSE = tl.constexpr(2)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite: its difference to itself is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
-
-
-@triton.jit
-def narrow(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 `x` as TYPE, rounded to nearest. UPCAST: bfloat16 stays in float32, since the interpreter cuts it off."""
-    if UPCAST:
-        if TYPE == tl.bfloat16:
-            bits = x.to(tl.uint32, bitcast=True)
-            x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return x
-    return x.to(TYPE)
 
 
 @triton.jit
