@@ -19,7 +19,6 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.library import choose_backend, native_lack
 
 DIVERGENCES = ("kl", "mse", "score_mse")
@@ -161,7 +160,7 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
             setting["pairs"], max(tensors[0].shape[3], tensors[2].shape[3])
         )
         preference.insert(1 if by_identity else 0, "cpp")
-    lack = triton_lack(*tensors)
+    lack = triton_plan.lack(tensors)
     if lack:
         missing["triton"] = lack
     else:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops.attention.native import DIVERGENCE_CODES
-from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, row_tile, tile_of
+from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
 from dsdistill.ops.common import storage_dtype
-from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous
+from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous, triton_lack
 from dsdistill.ops.library import register_gradients
 
 PLANS = ("auto", "row", "merged", "sweeps")
@@ -48,17 +48,15 @@ def arguments(tensors, pairs, divergence, student_scale, teacher_scale, heads, c
     )
 
 
-@torch.library.custom_op(
-    "dsdistill::attention_alignment_triton",
-    mutates_args=(),
-    schema=(
-        "(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, Tensor? mask, "
-        "Tensor? segments, Tensor? student_lse, Tensor? teacher_lse, Tensor coefficient, int divergence, "
-        "float student_scale, float teacher_scale, bool causal, int window, bool mean_heads, str plan, "
-        "bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def attention_alignment_triton(
+def lack(tensors: Sequence[Tensor]) -> str | None:
+    """Why these kernels cannot take a call; None if they can."""
+    found = triton_lack(*tensors)
+    if found is None and not fits(tensors):
+        found = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
+    return found
+
+
+def run(
     student_query,
     student_key,
     teacher_query,
@@ -105,6 +103,19 @@ def attention_alignment_triton(
 
 def _zeros(x: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=storage_dtype(x), device=x.device)
+
+
+torch.library.custom_op(
+    "dsdistill::attention_alignment_triton",
+    run,
+    mutates_args=(),
+    schema=(
+        "(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, Tensor? mask, "
+        "Tensor? segments, Tensor? student_lse, Tensor? teacher_lse, Tensor coefficient, int divergence, "
+        "float student_scale, float teacher_scale, bool causal, int window, bool mean_heads, str plan, "
+        "bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)"
+    ),
+)
 
 
 @torch.library.register_fake("dsdistill::attention_alignment_triton")
@@ -178,7 +189,8 @@ class _Call:
         if plan == "row" and any(needs) and lse is None:
             tile = row_tile(self.tensors)
             if tile is not None:
-                return self.full_row(needs, tile, merged=needs[1] and not deterministic)
+                merged = needs[1] and not deterministic and row_merges(self.tensors)
+                return self.full_row(needs, tile, merged)
         merged = plan != "sweeps" and all(needs) and not deterministic
         found = self.statistics(lse)
         return self.sweeps(needs, merged, *found)

@@ -38,15 +38,7 @@ TILES = {
 }
 
 
-@torch.library.custom_op(
-    "dsdistill::pairwise_alignment_triton",
-    mutates_args=(),
-    schema=(
-        "(Tensor student, Tensor teacher, Tensor? mask, Tensor weights, Tensor coefficient, int relation, "
-        "bool gradient) -> (Tensor, Tensor)"
-    ),
-)
-def pairwise_alignment_triton(student, teacher, mask, weights, coefficient, relation, gradient):
+def run(student, teacher, mask, weights, coefficient, relation, gradient):
     """Loss · coefficient, and its gradient at the student (empty if not asked for).
 
     weights: (B, N), 0 where masked. coefficient: float32 scalar.
@@ -61,6 +53,17 @@ def pairwise_alignment_triton(student, teacher, mask, weights, coefficient, rela
     if not gradient:
         return loss * coefficient, student.new_empty(0, dtype=storage_dtype(student))
     return loss * coefficient, found.mul_(coefficient).to(storage_dtype(student))
+
+
+torch.library.custom_op(
+    "dsdistill::pairwise_alignment_triton",
+    run,
+    mutates_args=(),
+    schema=(
+        "(Tensor student, Tensor teacher, Tensor? mask, Tensor weights, Tensor coefficient, int relation, "
+        "bool gradient) -> (Tensor, Tensor)"
+    ),
+)
 
 
 @torch.library.register_fake("dsdistill::pairwise_alignment_triton")
