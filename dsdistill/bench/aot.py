@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from dsdistill.ops.gpu import Launch, recording
+from dsdistill.ops.gpu import Launch, interpreting, recording
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448}  # bytes a block may have
@@ -165,7 +166,7 @@ def compile_all(variants: list[Variant]) -> list[Result]:
         return list(pool.map(compile_variant, variants))
 
 
-def variants_of(calls: Iterator[tuple[str, object]]) -> list[Variant]:
+def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Variant]:
     """Every distinct variant that the calls (label, function to run on meta tensors) launch."""
     found = {}
     for label, call in calls:
@@ -180,13 +181,59 @@ def variants_of(calls: Iterator[tuple[str, object]]) -> list[Variant]:
     return list(found.values())
 
 
+def compile_cuda(source: Path) -> list[Result]:
+    """The kernels of a .cu file by nvcc: for each architecture the worst figures over all of them."""
+    results = []
+    for architecture in ARCHITECTURES:
+        number = ARCHITECTURES[architecture]
+        command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{number}", "-Xptxas", "-v", "-cubin", "-o", os.devnull]
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        label = f"cuda {source.parent.name}"
+        if done.returncode:
+            failure = (done.stderr.strip().splitlines()[-1][:200],)
+            results.append(Result(label, architecture, 0, 0, 0, 0, False, failure))
+            continue
+        registers, stack, shared = (
+            max(map(int, re.findall(pattern, done.stderr)), default=0)
+            for pattern in (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
+        )
+        failures = judge(architecture, stack, shared)
+        count = len(re.findall(r"Used \d+ registers", done.stderr))
+        label += f", {count} kernels"
+        results.append(Result(label, architecture, 0, registers, stack, shared, False, tuple(failures)))
+    return results
+
+
+def cuda_sources() -> list[Path]:
+    """Those of a source checkout; none in an installed package."""
+    return sorted((Path(__file__).parents[2] / "csrc").glob("*/cuda.cu"))
+
+
+def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
+    """Compile every kernel variant whose label contains `match`; print a table. Returns 0, or 1 on a failure."""
+    import triton
+
+    from dsdistill.bench.aot_calls import all_calls
+
+    if interpreting():
+        raise ValueError("TRITON_INTERPRET: got 1, expected it unset, since nothing is compiled in the interpreter")
+    results = compile_all([v for v in variants_of(all_calls()) if match in v.label])
+    if shutil.which("nvcc"):
+        results += [r for source in cuda_sources() for r in compile_cuda(source) if match in r.label]
+    else:
+        print("no nvcc on the PATH: CUDA sources are not compiled")
+    print(f"Triton {triton.__version__}")
+    print(table(results))
+    failed = sum(bool(r.failures) for r in results)
+    print(f"{len(results)} compiled, {failed} failed")
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps([asdict(r) for r in results], indent=1))
+    return int(failed > 0 or not results)
+
+
 def table(results: list[Result]) -> str:
     lines = [f"{'kernel':58} {'arch':6} warps  regs  stack  shared  wgmma"]
     for r in results:
         line = f"{r.label:58} {r.architecture:6} {r.warps:5} {r.registers:5} {r.stack:6} {r.shared:7}  "
         lines.append(line + ("yes" if r.wgmma else "no") + "".join(f"  FAILED: {f}" for f in r.failures))
     return "\n".join(lines)
-
-
-def write(results: list[Result], path: str | Path) -> None:
-    Path(path).write_text(json.dumps([asdict(r) for r in results], indent=1))
