@@ -20,6 +20,7 @@ from dsdistill.ops.common import (
     without_autocast,
 )
 from dsdistill.ops.library import choose_backend, native_lack
+from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("kl", "mse", "score_mse")
 HEADS = ("match", "mean")
@@ -165,6 +166,19 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
         missing["triton"] = lack
     else:
         preference.append("triton")
+    variant = setting["divergence"] if setting["heads"] == "match" else f"{setting['divergence']} mean"
+    small = dict.fromkeys(("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16))
+    fast = gpu_choice(
+        "attention_alignment",
+        variant,
+        tensors[0],
+        setting["pairs"].tokens,
+        {"triton": lack},
+        attention_alignment,
+        small,
+    )
+    if fast and backend == "auto":
+        preference = [fast, *preference]
     return choose_backend(
         "attention_alignment",
         backend,

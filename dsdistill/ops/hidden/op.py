@@ -20,6 +20,7 @@ from dsdistill.ops.common import (
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.hidden import chunked, native, reference, rows
 from dsdistill.ops.library import choose_backend, cuda_lack, native_lack
+from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("mse", "cosine")
 FEW_TOKENS = 128
@@ -79,7 +80,7 @@ def hidden_alignment(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher, projection, bias)
-    chosen = _choose(backend, (student, teacher, projection, bias))
+    chosen = _choose(backend, divergence, (student, teacher, projection, bias))
     inputs = (student, projection, bias)
     with without_autocast(student.device):
         if chosen == "cpp":
@@ -107,7 +108,7 @@ def hidden_alignment(
         )
 
 
-def _choose(backend: str, tensors: tuple[Tensor | None, ...]) -> str:
+def _choose(backend: str, divergence: str, tensors: tuple[Tensor | None, ...]) -> str:
     preference, missing = ["chunked", "reference"], {}
     student, _, projection, _ = tensors
     lack = native_lack(student)
@@ -118,11 +119,20 @@ def _choose(backend: str, tensors: tuple[Tensor | None, ...]) -> str:
         preference = ["reference", "cpp", "chunked"]
     else:
         preference.insert(0, "cpp")
-    for name, lack in (("cuda", cuda_lack(*tensors)), ("triton", triton_lack(*tensors))):
+    lacks = {"cuda": cuda_lack(*tensors), "triton": triton_lack(*tensors)}
+    for name, lack in lacks.items():
         if lack:
             missing[name] = lack
         else:
             preference.append(name)
+    small = {"student": (1, 65, 40), "teacher": (1, 65, 40 if projection is None else 48)}
+    if projection is not None:
+        small["projection"] = (48, 40)
+    tokens = student.shape[0] * student.shape[1]
+    variant = divergence if projection is None else f"{divergence} projected"
+    fast = gpu_choice("hidden_alignment", variant, student, tokens, lacks, hidden_alignment, small)
+    if fast and backend == "auto":
+        preference = [fast, *preference]
     return choose_backend(
         "hidden_alignment",
         backend,

@@ -20,6 +20,7 @@ from dsdistill.ops.common import (
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.library import choose_backend, native_lack
 from dsdistill.ops.pairwise import chunked, native, reference, triton_plan
+from dsdistill.ops.records import gpu_choice
 
 RELATIONS = ("cosine", "dot", "distance")
 
@@ -109,6 +110,18 @@ def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str) -> st
         missing["triton"] = lack
     else:
         preference.append("triton")
+    by_identity = relation != "distance" and chunked.use_identity(*student.shape[1:], teacher.shape[2])
+    fast = gpu_choice(
+        "pairwise_alignment",
+        relation,
+        student,
+        student.shape[1],
+        {"triton": lack},
+        pairwise_alignment,
+        {"student": (1, 65, 40), "teacher": (1, 65, 48)},
+    )
+    if fast and backend == "auto" and not by_identity:
+        preference = [fast, *preference]
     return choose_backend(
         "pairwise_alignment",
         backend,
