@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +23,10 @@ logger = logging.getLogger("dsdistill")
 
 @functools.cache
 def records() -> tuple[dict, ...]:
-    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json")))
+    """Those that are installed, and those of the folder that DSDISTILL_RECORDS names: a check under way on a GPU."""
+    folders = [FOLDER, *(Path(name) for name in [os.environ.get("DSDISTILL_RECORDS")] if name)]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)
 
 
 def fastest(
