@@ -36,7 +36,12 @@ FLAGS += ["-DDSD_X86"] if X86 else []
 CUDA_KERNELS = sorted(map(str, Path("csrc").glob("*/cuda.cu")))
 # Machine code for A100 and H100/H200, and PTX of the latter for what comes after. dsdistill.bench.aot has the same.
 CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_FLAGS += ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"]
+CUDA_FLAGS += [
+    "-gencode",
+    "arch=compute_80,code=sm_80",
+    "-gencode",
+    "arch=compute_90,code=[sm_90,compute_90]",
+]
 EXTRA = os.environ.get("DSDISTILL_CFLAGS", "").split()  # e.g. -fsanitize=address
 
 
@@ -98,7 +103,9 @@ class BuildNative(build_ext):
         """Whether an object is newer than its source, every header and this file."""
         if self.force or EXTRA or not target.exists():
             return False
-        return all(Path(path).stat().st_mtime <= target.stat().st_mtime for path in (source, *HEADERS, __file__))
+        return all(
+            Path(path).stat().st_mtime <= target.stat().st_mtime for path in (source, *HEADERS, __file__)
+        )
 
     def compile(self, source, variant, flags):
         """One object; left alone when it is new."""
@@ -114,11 +121,15 @@ class BuildNative(build_ext):
 
 def cuda_libraries(nvcc):
     """Where nvcc itself would look for the CUDA runtime."""
-    said = subprocess.run([nvcc, "--dryrun", "-o", os.devnull, *CUDA_KERNELS], capture_output=True, text=True).stderr
+    said = subprocess.run(
+        [nvcc, "--dryrun", "-o", os.devnull, *CUDA_KERNELS], capture_output=True, text=True
+    ).stderr
     line = next((line for line in said.splitlines() if "LIBRARIES=" in line), "")
     return re.findall(r'-L"?([^" ]+)', line)
 
 
-native = Extension("dsdistill._C", sources=[*SOURCES, *KERNELS], depends=[*HEADERS, *CUDA_KERNELS], optional=True)
+native = Extension(
+    "dsdistill._C", sources=[*SOURCES, *KERNELS], depends=[*HEADERS, *CUDA_KERNELS], optional=True
+)
 skip = os.environ.get("DSDISTILL_NATIVE") == "0" or sys.platform == "win32"
 setup(ext_modules=[] if skip else [native], cmdclass={"build_ext": BuildNative})

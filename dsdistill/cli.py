@@ -126,7 +126,8 @@ def verify(
     aot: Annotated[
         bool,
         typer.Option(
-            "--aot", help="Instead compile the GPU kernels for sm_80 and sm_90 and look for spills; needs no GPU."
+            "--aot",
+            help="Instead compile the GPU kernels for sm_80 and sm_90 and look for spills; needs no GPU.",
         ),
     ] = False,
 ):

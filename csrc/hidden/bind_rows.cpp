@@ -26,8 +26,7 @@ RowType row_type(const char* name, const Tensor& x) {
 }
 
 void check_float32(const char* name, const Tensor& x) {
-  check(x.scalar_type() == ScalarType::Float && x.is_contiguous(),
-        std::string(name) + ": expected contiguous float32");
+  check(x.scalar_type() == ScalarType::Float && x.is_contiguous(), std::string(name) + ": expected contiguous float32");
 }
 
 // Everything but `values`, which is returned and must be kept.

@@ -20,9 +20,9 @@ namespace dsd {
 enum class RowType : int { float32, bfloat16, float16 };
 
 struct HiddenRows {
-  const void* y;       // (tokens, width), rows `y_stride` elements apart
-  const void* target;  // (tokens, width), rows `target_stride` elements apart
-  const float* bias;   // (width), or null
+  const void* y;         // (tokens, width), rows `y_stride` elements apart
+  const void* target;    // (tokens, width), rows `target_stride` elements apart
+  const float* bias;     // (width), or null
   const float* weights;  // (tokens); a token of weight 0 is never read
   const float* factor;   // one element
   float* values;         // (tokens)

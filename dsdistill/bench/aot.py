@@ -70,7 +70,7 @@ def variant_of(launch: Launch, label: str, architecture: str) -> Variant:
             signature.append((name, POINTERS[value.dtype]))
             divisible.append(name)
             continue
-        if parameter.is_constexpr or value == 1 and isinstance(value, int):
+        if parameter.is_constexpr or (value == 1 and isinstance(value, int)):
             signature.append((name, "constexpr"))
             constants.append((name, value))
             continue
@@ -186,7 +186,17 @@ def compile_cuda(source: Path) -> list[Result]:
     results = []
     for architecture in ARCHITECTURES:
         number = ARCHITECTURES[architecture]
-        command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{number}", "-Xptxas", "-v", "-cubin", "-o", os.devnull]
+        command = [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            f"-arch=sm_{number}",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            "-o",
+            os.devnull,
+        ]
         done = subprocess.run([*command, str(source)], capture_output=True, text=True)
         label = f"cuda {source.parent.name}"
         if done.returncode:
@@ -216,7 +226,9 @@ def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
     from dsdistill.bench.aot_calls import all_calls
 
     if interpreting():
-        raise ValueError("TRITON_INTERPRET: got 1, expected it unset, since nothing is compiled in the interpreter")
+        raise ValueError(
+            "TRITON_INTERPRET: got 1, expected it unset, since nothing is compiled in the interpreter"
+        )
     results = compile_all([v for v in variants_of(all_calls()) if match in v.label])
     if shutil.which("nvcc"):
         results += [r for source in cuda_sources() for r in compile_cuda(source) if match in r.label]

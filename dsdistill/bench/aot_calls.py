@@ -72,15 +72,18 @@ def attention_calls() -> Iterator[tuple[str, Callable[[], None]]]:
             for divergence in ("kl", "mse", "score_mse"):
                 for conditions in (True, False) if name == "bf16" else (True,):
                     label = f"{name} D{width} {divergence}{' all conditions' if conditions else ''}"
-                    given = functools.partial(
-                        attention_call, dtype, width, divergence, conditions=conditions
-                    )
+                    given = functools.partial(attention_call, dtype, width, divergence, conditions=conditions)
                     for plan in ("merged", "sweeps"):
                         yield f"{label} {plan}", functools.partial(given, plan=plan, tokens=1024)
                     for tokens in (128, 256, 512) if conditions else ():
                         for plan in ("row", "row, deterministic"):
-                            yield f"{label} N{tokens} {plan}", functools.partial(given, plan=plan, tokens=tokens)
-            lse = functools.partial(attention_call, dtype, width, "kl", tokens=1024, conditions=True, lse=True)
+                            yield (
+                                f"{label} N{tokens} {plan}",
+                                functools.partial(given, plan=plan, tokens=tokens),
+                            )
+            lse = functools.partial(
+                attention_call, dtype, width, "kl", tokens=1024, conditions=True, lse=True
+            )
             for plan in ("merged", "sweeps"):
                 yield f"{name} D{width} kl LSEs given {plan}", functools.partial(lse, plan=plan)
             yield f"{name} D{width} kl LSEs given, loss", functools.partial(lse, plan="auto", gradient=False)

@@ -48,7 +48,12 @@ BENCHES = [
     ("soft-label", {"tokens": 4096, "divergence": "jsd"}, "bfloat16", "jsd"),
     ("attention", {"batch": 8, "heads": 16, "tokens": 4096, "causal": True}, "bfloat16", "kl"),
     ("attention", {"batch": 8, "heads": 16, "tokens": 1024, "divergence": "kl"}, "float32", "kl"),
-    ("attention", {"batch": 8, "heads": 16, "tokens": 4096, "divergence": "score_mse"}, "bfloat16", "score_mse"),
+    (
+        "attention",
+        {"batch": 8, "heads": 16, "tokens": 4096, "divergence": "score_mse"},
+        "bfloat16",
+        "score_mse",
+    ),
 ]
 TINY_BENCHES = [
     ("attention", {"batch": 1, "heads": 1, "tokens": 16, "width": 8}, "float32", "kl"),
@@ -63,9 +68,17 @@ def verify(out: Path, dry: bool) -> None:
 
     if dry:
         case = checks.all_cases()[0]
-        rows = [{"backend": "chunked", "failures": [], "worst": checks.check_parity(case, "chunked", torch.float32)}]
+        rows = [
+            {
+                "backend": "chunked",
+                "failures": [],
+                "worst": checks.check_parity(case, "chunked", torch.float32),
+            }
+        ]
     else:
-        rows = checks.verify_rows([b for b in checks.available_backends() if b in ("triton", "cuda", "chunked")])
+        rows = checks.verify_rows(
+            [b for b in checks.available_backends() if b in ("triton", "cuda", "chunked")]
+        )
     save(out, rows)
     sys.exit(any(row["failures"] for row in rows))
 
@@ -122,7 +135,13 @@ def job(out: Path, dry: bool) -> None:
     folder.mkdir(exist_ok=True)
     port = 20000 + os.getpid() % 20000
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher) if launcher.exists() else "deepspeed", "--num_gpus", "1", "--master_port", str(port)]
+    command = [
+        str(launcher) if launcher.exists() else "deepspeed",
+        "--num_gpus",
+        "1",
+        "--master_port",
+        str(port),
+    ]
     command += [str(ROOT / "dsdistill/bench/job.py"), str(folder), *(["--tiny"] if dry else [])]
     code = subprocess.run(command, check=False).returncode
     if (folder / "job.json").exists():
@@ -131,7 +150,12 @@ def job(out: Path, dry: bool) -> None:
 
 
 def tests(out: Path, dry: bool) -> None:
-    files = ["tests/ops/test_records.py"] if dry else ["tests/ops/test_gpu_kernels.py", "tests/ops/test_records.py"]
+    files = (
+        ["tests/ops/test_records.py"]
+        if dry
+        else ["tests/ops/test_gpu_kernels.py", "tests/ops/test_records.py"]
+    )
+    os.environ.pop("DSDISTILL_RECORDS", None)  # a test compares what is installed
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:])
@@ -253,7 +277,10 @@ def markdown(found: dict) -> str:
     lines += [f"| {name} | {part['status']} | {part['seconds']} |" for name, part in found["parts"].items()]
     results = {name: part["found"] for name, part in found["parts"].items() if part["found"]}
     if "bench" in results:
-        lines += ["", "| work | dtype | backend | forward ms | fwd+bwd ms | vs eager | vs compile | roofline | MiB |"]
+        lines += [
+            "",
+            "| work | dtype | backend | forward ms | fwd+bwd ms | vs eager | vs compile | roofline | MiB |",
+        ]
         lines.append("|---" * 9 + "|")
         for one in results["bench"]:
             for row in one["rows"]:
@@ -312,7 +339,9 @@ def main() -> int:
         PARTS[given.part](given.out, given.dry_run)
         return 0
     if not given.dry_run and not torch.cuda.is_available():
-        print("dsdistill: gpu_check: got no GPU, expected one that torch sees (or --dry-run)", file=sys.stderr)
+        print(
+            "dsdistill: gpu_check: got no GPU, expected one that torch sees (or --dry-run)", file=sys.stderr
+        )
         return 2
     given.out.mkdir(parents=True, exist_ok=True)
     found = machine() | {"dry_run": given.dry_run, "rows": [], "parts": {}}

@@ -98,7 +98,9 @@ def write_configs(folder: Path, tiny: bool) -> list[tuple[Path, dict]]:
             }
             path = folder / f"{name}.yaml"
             path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-            found.append((path, {"terms": " + ".join(terms), "tokens": length, "batch": batch, "steps": steps}))
+            found.append(
+                (path, {"terms": " + ".join(terms), "tokens": length, "batch": batch, "steps": steps})
+            )
     return found
 
 

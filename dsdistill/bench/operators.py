@@ -255,7 +255,9 @@ def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Te
             step(work, call)
             calls[name] = call
         except Exception as error:  # of code that is not ours, too
-            failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            failures[name] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            )
             if device() == "cuda":
                 torch.cuda.empty_cache()
     return calls, failures

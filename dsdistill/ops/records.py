@@ -118,7 +118,9 @@ def agreement(dtype, device, backend, function, shapes, variant) -> bool:
     options = {name: variant, **({"heads": "mean"} if form == "mean" else {})}
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        key: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(key.startswith("student"))
+        key: torch.randn(shape, generator=generator)
+        .to(device, dtype)
+        .requires_grad_(key.startswith("student"))
         for key, shape in shapes.items()
     }
     wanted = [x for x in tensors.values() if x.requires_grad]
@@ -133,5 +135,6 @@ def agreement(dtype, device, backend, function, shapes, variant) -> bool:
             return False
     allowed = 1e-3 if dtype == torch.float32 else 5e-2
     return all(
-        bool((a.float() - b.float()).abs().max() <= allowed * a.float().abs().max()) for a, b in zip(*results, strict=True)
+        bool((a.float() - b.float()).abs().max() <= allowed * a.float().abs().max())
+        for a, b in zip(*results, strict=True)
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 def narrow(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 `x` as TYPE, rounded to nearest. UPCAST: bfloat16 stays in float32, since the interpreter cuts it off."""
     if UPCAST:
-        if TYPE == tl.bfloat16:
+        if tl.bfloat16 == TYPE:
             bits = x.to(tl.uint32, bitcast=True)
             x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return x

@@ -81,9 +81,7 @@ def test_deterministic_algorithms_never_take_atomics(plan, monkeypatch, determin
     assert seen and not any(launch.get("MERGED") for launch in seen)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "expected"), [(40, ["full_row"]), (513, ["statistics", "columns"])]
-)
+@pytest.mark.parametrize(("tokens", "expected"), [(40, ["full_row"]), (513, ["statistics", "columns"])])
 def test_auto_plan_by_length(tokens, expected, monkeypatch):
     names = []
     original = triton_plan.launch
@@ -117,7 +115,9 @@ def test_given_lse_saves_the_statistics_of_kl(plan, divergence, monkeypatch):
         scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * 0.25
         exists = (mask[:, None, :] & torch.ones(50, 50, dtype=torch.bool, device=DEVICE).tril())[:, None]
         # What padding holds must not matter.
-        lse.append(scores.masked_fill(~exists, -torch.inf).logsumexp(-1).masked_fill(~mask[:, None], torch.nan))
+        lse.append(
+            scores.masked_fill(~exists, -torch.inf).logsumexp(-1).masked_fill(~mask[:, None], torch.nan)
+        )
     one = torch.ones((), device=DEVICE)
     rest = (one, divergence, 0.25, 0.25, True, -1, False, plan, True, True)
     seen = kernels_that_run(monkeypatch)
@@ -209,7 +209,9 @@ def test_half_gradients_wait_and_scale():
 
 @pytest.mark.skipif(extension() is None, reason="the native operators are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [c for c in hidden_cases() if c.name.endswith(("plain", "weighted"))], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in hidden_cases() if c.name.endswith(("plain", "weighted"))], ids=str
+)
 def test_rows_of_the_cuda_source_on_the_host(case, dtype, monkeypatch):
     """The arithmetic of csrc/hidden/rows.h, its arguments and the products around it; not the GPU's code."""
     monkeypatch.setitem(rows.ROWS, "triton", rows.cuda_rows)
@@ -221,7 +223,7 @@ def test_rows_of_the_cuda_source_on_the_host(case, dtype, monkeypatch):
 
 def test_missing_requirements_are_named(monkeypatch):
     tensors = {k: v.detach().cpu() for k, v in inputs().items()}
-    with pytest.raises(ValueError, match="got torch.float64"):
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
         attention_alignment(**{k: v.double() for k, v in inputs().items()}, backend="triton")
     with pytest.raises(ValueError, match="at most 256 wide, got 300"):
         attention_alignment(**inputs(batch=1, heads=1, tokens=2, width=300), backend="triton")

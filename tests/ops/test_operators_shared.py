@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from operator_checks import BACKENDS
 
 import dsdistill.ops

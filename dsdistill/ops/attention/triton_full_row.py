@@ -97,9 +97,7 @@ def full_row_kernel(
     q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows_inside, qs_n, DS, BDS, UPCAST)
     q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
     key_s += b * ks_b + kv * ks_h
-    k_t = load_tile(
-        key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST
-    )
+    k_t = load_tile(key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST)
     t = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t
     k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
     s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s

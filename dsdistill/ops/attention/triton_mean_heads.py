@@ -82,7 +82,9 @@ def lse_kernel(
         total = total * tl.exp2(m - new_m) + tl.sum(tl.exp2(s - new_m[:, None]), 1)
         m = new_m
     some = total > 0
-    tl.store(lse + head * N + rows, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=rows < N)
+    tl.store(
+        lse + head * N + rows, tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), 0.0), mask=rows < N
+    )
 
 
 @triton.jit

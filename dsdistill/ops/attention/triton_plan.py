@@ -23,7 +23,13 @@ from dsdistill.ops.library import register_gradients
 
 PLANS = ("auto", "row", "merged", "sweeps")
 LOG2E = math.log2(math.e)
-STATISTICS = ("max_s", "max_t", "log_s", "log_t", "slope_mean")  # of each row, as triton_sweeps describes them
+STATISTICS = (
+    "max_s",
+    "max_t",
+    "log_s",
+    "log_t",
+    "slope_mean",
+)  # of each row, as triton_sweeps describes them
 
 # What public calls run; tests and the benchmark set it to see each plan.
 default_plan = "auto"
@@ -85,7 +91,9 @@ def run(
         plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
     """
     tensors = [rows_contiguous(x) for x in (student_query, student_key, teacher_query, teacher_key)]
-    call = _Call(tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient)
+    call = _Call(
+        tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
+    )
     needs = (query_gradient, key_gradient)
     if student_query.numel() == 0:
         loss, gradients = coefficient.new_zeros(()), (_zeros(student_query), _zeros(student_key))
@@ -270,7 +278,9 @@ class _Call:
             given = {name: self.buffer(*shape) for name in given}
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
-        d_query = torch.empty(query.shape, dtype=storage_dtype(query), device=query.device) if needs[0] else None
+        d_query = (
+            torch.empty(query.shape, dtype=storage_dtype(query), device=query.device) if needs[0] else None
+        )
         d_key = self.buffer(*key.shape, zeroed=True) if merged else None
         self.run(
             full_row_kernel,

@@ -1,6 +1,6 @@
 """Attention alignment by sweeps over blocks, any N: statistics of the rows, then dQ by rows, dK by columns.
 
-With S = scale · Q Kᵀ, P = exp(S − LSE), and dS of `triton_tile.loss_and_slope`: dQ = scale · dS K_S, dK = scale · dSᵀ Q_S.
+With S = scale · Q Kᵀ, P = exp(S − LSE), dS of `triton_tile.loss_and_slope`: dQ = scale · dS K_S, dK = scale · dSᵀ Q_S.
   statistics  one online sweep: both LSEs, r (mse), the loss                     2 products a tile, 2 exps
   rows        a block of queries walks its keys: dQ                              3 products, 2 exps
   columns     a block of keys walks the queries of every head it serves: dK      3 products, 2 exps
@@ -346,9 +346,7 @@ def columns_kernel(
     for member in range(0, group_s):
         h = kv * group_s + member
         head = b * H + h
-        k_t = load_tile(
-            key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST
-        )
+        k_t = load_tile(key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST)
         head_query_s = query_s + b * qs_b + h * qs_h
         head_query_t = query_t + b * qt_b + h * qt_h
         for start in range(first, last, BR):

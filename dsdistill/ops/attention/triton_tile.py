@@ -50,9 +50,7 @@ def add_tile(ptr, rows, inside, stride, x, D: tl.constexpr, BD: tl.constexpr):
     wanted = inside[:, None]
     if D != BD:
         wanted = wanted & (columns < D)[None, :]
-    tl.atomic_add(
-        ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], x, mask=wanted, sem="relaxed"
-    )
+    tl.atomic_add(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], x, mask=wanted, sem="relaxed")
 
 
 @triton.jit
@@ -97,7 +95,7 @@ def gradient_product(d_scores, x, TYPE: tl.constexpr, UPCAST: tl.constexpr, accu
     bfloat16: d_scores rounded to it. float16 cannot hold small products of probabilities: TF32 does, and holds
     every float16 exactly. float32: full precision.
     """
-    if TYPE == tl.float16:
+    if tl.float16 == TYPE:
         return tl.dot(d_scores, x.to(tl.float32), accumulator, input_precision="tf32")
     return tl.dot(narrow(d_scores, TYPE, UPCAST), x, accumulator, input_precision="ieee")
 

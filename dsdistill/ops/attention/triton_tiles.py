@@ -48,8 +48,8 @@ TILES = {
             "sm_90": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
         },
         "float32": {
-            "sm_80": (Tile(16, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
-            "sm_90": (Tile(32, 32, 4, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+            "sm_80": (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+            "sm_90": (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
         },
     },
     "columns": {
@@ -62,8 +62,8 @@ TILES = {
             "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
         },
         "float32": {
-            "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 8, 2)),
-            "sm_90": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 8, 2)),
+            "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+            "sm_90": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
         },
     },
     "merged": {
@@ -76,8 +76,8 @@ TILES = {
             "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 4, 2)),
         },
         "float32": {
-            "sm_80": (Tile(32, 64, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
-            "sm_90": (Tile(32, 64, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+            "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+            "sm_90": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
         },
     },
     # Not tuned: one head of a tile at a time, both operands loaded for each.
@@ -95,8 +95,8 @@ TILES = {
 
 # Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps.
 ROWS = {
-    "sm_80": {64: (4, 8, None), 128: (4, None, None), 256: (None, None, None)},
-    "sm_90": {64: (4, 8, None), 128: (4, None, None), 256: (None, None, None)},
+    "sm_80": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
+    "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
 }
 # dSᵀ as a left operand of 128 rows or more spills on sm_80: there dK is left to a sweep over the keys.
 ROW_MERGES = ("sm_90", "interpreter")

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops.common import storage_dtype, zero_masked
-from dsdistill.ops.gpu import Tile, architecture, interpreting, launch, product, product_dtype, rows_contiguous
+from dsdistill.ops.gpu import (
+    Tile,
+    architecture,
+    interpreting,
+    launch,
+    product,
+    product_dtype,
+    rows_contiguous,
+)
 from dsdistill.ops.hidden.native import DIVERGENCE_CODES
 from dsdistill.ops.library import register_gradients
 
@@ -108,7 +116,9 @@ def hidden_alignment_rows(
         return values.sum() * coefficient, *_returned((student, None, None), found)
     # NaN in padding must not pass through the products.
     hidden = zero_masked(student, mask).reshape(-1, student.shape[2])
-    value, found = _projected(rows, hidden, target, projection, bias, weights, coefficient, divergence, wanted)
+    value, found = _projected(
+        rows, hidden, target, projection, bias, weights, coefficient, divergence, wanted
+    )
     if found[0] is not None:
         found[0] = found[0].view(student.shape)
     return value * coefficient, *_returned((student, projection, bias), found)

@@ -1,4 +1,4 @@
-"""Hidden-state alignment of rows by Triton: loss and gradient of each token in one pass; the twin of csrc/hidden/cuda.cu.
+"""Hidden-state alignment of rows by Triton: loss and gradient of each token in one pass; twin of csrc/hidden/cuda.cu.
 
 With x = y + b of one token and its target t:
   mse     w Σ (x − t)²,       g = 2 w (x − t)

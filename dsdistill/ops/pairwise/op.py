@@ -19,7 +19,7 @@ from dsdistill.ops.common import (
 )
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.library import choose_backend, native_lack
-from dsdistill.ops.pairwise import chunked, native, reference, triton_plan
+from dsdistill.ops.pairwise import chunked, native, reference
 from dsdistill.ops.records import gpu_choice
 
 RELATIONS = ("cosine", "dot", "distance")

@@ -18,7 +18,16 @@ CLOSE = tl.constexpr(1 / 64)
 
 @triton.jit
 def gram(
-    x, rows, columns, stride, N, D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr
+    x,
+    rows,
+    columns,
+    stride,
+    N,
+    D: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BK: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """(BR, BC) products of rows and columns of one sequence."""
     total = tl.zeros([BR, BC], tl.float32)

@@ -83,7 +83,9 @@ class _Call:
         self.teacher = rows_contiguous(zero_masked(teacher, mask))
         self.batch, self.tokens, self.width = student.shape
         self.relation = relation
-        sizes = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (self.student, self.teacher)]
+        sizes = [
+            torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (self.student, self.teacher)
+        ]
         if relation == RELATION_CODES["cosine"]:
             sizes = [unit_vectors(size[..., None])[1][..., 0] for size in sizes]
         elif relation == RELATION_CODES["distance"]:
@@ -118,7 +120,9 @@ class _Call:
 
     def panels(self):
         """(first row, rows) of each panel; the same count of rows in all but the last."""
-        rows = max(self.tile.rows, PANEL_ELEMENTS // (self.batch * self.tokens) // self.tile.rows * self.tile.rows)
+        rows = max(
+            self.tile.rows, PANEL_ELEMENTS // (self.batch * self.tokens) // self.tile.rows * self.tile.rows
+        )
         for first in range(0, self.tokens, rows):
             yield first, min(rows, self.tokens - first)
 
@@ -128,7 +132,9 @@ class _Call:
 
         blocks = -(-rows // self.tile.rows) * -(-self.tokens // self.tile.columns)
         partial = torch.zeros(self.batch, blocks, 4, device=self.student.device)
-        given = self.given | more | {"first_row": first, "panel_rows": rows, "partial": partial, "STAGE": stage}
+        given = (
+            self.given | more | {"first_row": first, "panel_rows": rows, "partial": partial, "STAGE": stage}
+        )
         wanted = {name: given[name] for name in relation_kernel.arg_names}
         launch(relation_kernel, self.batch * blocks, wanted, self.tile)
         return partial.sum(1)
