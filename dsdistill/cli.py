@@ -166,14 +166,14 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     backends: Annotated[
         str | None,
-        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp."),
+        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp, triton, cuda, liger."),
     ] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
 ):
-    """Time an operator against eager PyTorch and torch.compile, in one process, after a green check."""
+    """Time an operator against eager PyTorch and torch.compile, after a green check; on a GPU if there is one."""
     _quiet_libraries()
     import yaml
 
