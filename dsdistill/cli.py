@@ -123,9 +123,25 @@ def verify(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write the rows there.")
     ] = None,
+    aot: Annotated[
+        bool,
+        typer.Option(
+            "--aot",
+            help="Instead compile the GPU kernels for sm_80 and sm_90 and look for spills; needs no GPU.",
+        ),
+    ] = False,
 ):
     """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
     _quiet_libraries()
+    if aot:
+        from dsdistill.bench.aot import run_aot
+
+        try:
+            raise typer.Exit(run_aot(json))
+        except ValueError as error:
+            place, _, rest = str(error).partition(": got ")
+            got, _, expected = rest.partition(", expected ")
+            raise UserError(place, got, expected) from None
     from dsdistill.bench.verify import run_verify
 
     raise typer.Exit(run_verify(json))
@@ -150,14 +166,14 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     backends: Annotated[
         str | None,
-        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp."),
+        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp, triton, cuda, liger."),
     ] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
 ):
-    """Time an operator against eager PyTorch and torch.compile, in one process, after a green check."""
+    """Time an operator against eager PyTorch and torch.compile, after a green check; on a GPU if there is one."""
     _quiet_libraries()
     import yaml
 
