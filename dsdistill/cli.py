@@ -166,7 +166,9 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     backends: Annotated[
         str | None,
-        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp, triton, cuda, liger."),
+        typer.Option(
+            "--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp, triton, cuda, liger."
+        ),
     ] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
