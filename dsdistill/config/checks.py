@@ -95,7 +95,7 @@ def _check_terms(config, section, place: str, first: bool) -> None:
         raise UserError(
             f"{place}.soft_label",
             "task regression",
-            "classification or causal_lm (a score is no distribution)",
+            "a task of classes or tokens (a score is no distribution)",
         )
     if "smooth" in terms and first:
         raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")
@@ -134,6 +134,10 @@ def _check_data(data) -> None:
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source == "docstrings":
         raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
+    if not isinstance(data.train, str) and data.source != "files":
+        raise UserError("data.train", f"a list with data.source {data.source}", "one split, or source: files")
+    if data.tokenizer is not None and data.train_tokenizer is not None:
+        raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
 
 
 def _check_chunker(config) -> None:
@@ -147,9 +151,9 @@ def _check_noise(config) -> None:
     """Labels act through the task's loss alone."""
     if not config.data.label_noise:
         return
-    if config.task == "causal_lm":
+    if config.task in ("causal_lm", "masked_lm"):
         raise UserError(
-            "data.label_noise", "task causal_lm", "classification or regression (text has no labels)"
+            "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
     if not any("task" in stage.terms.named() for stage in config.parts):
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")

@@ -9,7 +9,11 @@ from dsdistill.config.terms import Task, Terms
 
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Tasks whose models predict tokens: they have no logits whole, and no labels beside their texts.
+LANGUAGE = ("causal_lm", "masked_lm")
+
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+Files = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
 class Run(Section):
@@ -50,14 +54,18 @@ class Data(Section):
         description="folder that relative train and dev paths start from; of a hub data set: read it from "
         "ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
     )
-    train: str = Field(
-        default="train", description="file (tsv, csv, jsonl, parquet, txt; .gz too) or hub split"
+    train: str | Files = Field(
+        default="train",
+        description="file (tsv, csv, jsonl, parquet, txt; .gz too), a list of files, or hub split",
     )
     dev: str = Field(default="dev", description="file or hub split to evaluate on")
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
-        default=("text",), description="columns of the text, or of the two texts of a pair"
+        default=("text",),
+        description="columns of the text, or of the two texts of a pair; a file without them may have text_a, text_b",
     )
-    label: str | None = Field(default="label", description="column of the label; null for causal_lm")
+    label: str | None = Field(
+        default="label", description="column of the label; texts that predict tokens have none"
+    )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None, description="names of the classes in order; default: those of the train set, sorted"
     )
@@ -78,6 +86,10 @@ class Data(Section):
     )
     tokenizer: str | None = Field(
         default=None, description="hub id or folder; default: the teacher's, else the student's"
+    )
+    train_tokenizer: Annotated[int, Field(ge=100)] | None = Field(
+        default=None,
+        description="entries of a WordPiece tokenizer trained on the train texts, for a model that has none",
     )
     chunker: Literal["builtin", "spacy", "jieba"] = Field(
         default="builtin",
@@ -201,7 +213,7 @@ class Stage(Section):
 class Config(Section):
     """One run."""
 
-    task: Literal["classification", "regression", "causal_lm"] = Field(
+    task: Literal["classification", "regression", "causal_lm", "masked_lm"] = Field(
         default="classification", description="what the models are to do: it decides their heads and metrics"
     )
     run: Run = Run()

@@ -19,7 +19,7 @@ class Batch:
 
     input_ids: Tensor  # (B, N) int64
     mask: Tensor  # (B, N) bool, True = valid
-    labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 next-token text; see below
+    labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 tokens; see below
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
     ids: tuple[str, ...] = ()  # of the examples; filler rows have ""
     index: Tensor | None = None  # (B,) int64 place in the data set, so that order can be restored; filler -1
@@ -28,7 +28,7 @@ class Batch:
     spans: Tensor | None = None
 
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
-    # be predicted (padding). A class or score of a filler row is NO_LABEL too.
+    # be predicted (padding); those of masked ones the tokens that were hidden, NO_LABEL elsewhere. A class or score of a filler row is NO_LABEL too.
 
     @property
     def rows(self) -> Tensor:

@@ -19,22 +19,32 @@ from dsdistill.data.examples import Examples
 POOL = 50  # steps whose examples are sorted by length together
 
 
-def collate(examples: Examples, rows: list[int], pad_id: int) -> Batch:
-    """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row."""
+def collate(examples: Examples, rows: list[int], pad_id: int, epoch: int | None = None) -> Batch:
+    """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row.
+
+    epoch: which of its draws an example with a masking shows; None: that of evaluation.
+    """
     if not rows:
         return _filler(examples, pad_id)
     width = int(examples.lengths[rows].max())
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, NO_LABEL) if examples.labels is None else examples.labels[rows]
     for i, row in enumerate(rows):
         start, end = examples.starts[row], examples.starts[row + 1]
         length = int(end - start)
-        input_ids[i, :length] = examples.tokens[start:end]
+        seen = tokens = examples.tokens[start:end]
+        if examples.masking is not None:
+            seen, chosen = map(torch.from_numpy, examples.masking.draw(tokens.numpy(), row, epoch))
+            if examples.masking.predicted:
+                tokens = chosen
+        input_ids[i, :length] = seen
+        if examples.labels is None:
+            labels[i, :length] = tokens
         mask[i, :length] = True
         if token_types is not None:
             token_types[i, :length] = examples.token_types[start:end]
-    labels = input_ids.masked_fill(~mask, NO_LABEL) if examples.labels is None else examples.labels[rows]
     ids = tuple(examples.ids[row] for row in rows)
     spans = None if examples.spans is None else examples.spans.batch(rows)
     return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows), spans)
@@ -125,7 +135,7 @@ class Loader:
         rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
         return [
-            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id)
+            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id, epoch)
             for moment in moments
         ]
 

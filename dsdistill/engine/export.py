@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder
 from dsdistill.models.build import build
@@ -30,7 +31,7 @@ def load_student(run: str, config: Config, tag: str) -> PreTrainedModel:
     model = build(
         AutoConfig.from_pretrained(os.path.join(run, INIT)), None, config.task, "student", needs_head=False
     )
-    prefix = "body.model." if config.task == "causal_lm" else "body."
+    prefix = "body.model." if config.task in LANGUAGE else "body."
     saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
     weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
     model.load_state_dict(weights, strict=True)

@@ -5,6 +5,7 @@ from transformers import PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.units import mean_pool
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.models.build import Headless
 from dsdistill.models.capture import Capture
@@ -20,7 +21,7 @@ class StudentModule(nn.Module):
     ):
         """represents: forward may be asked to `represent`."""
         super().__init__()
-        language = objective.task == "causal_lm"
+        language = objective.task in LANGUAGE
         self.body = Headless(model, "student") if language else model
         self.objective = objective
         self.evaluation = evaluation  # what evaluate() measures; holds no parameters

@@ -10,8 +10,10 @@ from dsdistill import config as configs
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Related, SoftLabel, Task, Terms
-from dsdistill.data import Data, Examples, load
+from dsdistill.data import Data, Examples, load, read
+from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import deepspeed
 from dsdistill.models.build import (
     architecture,
@@ -79,7 +81,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     pair = make_pair(config, student, teacher, len(tokenizer))
     evaluation = Terms(
         task=Task(),
-        soft_label=SoftLabel(temperature=1.0) if judged and config.task == "causal_lm" else None,
+        soft_label=SoftLabel(temperature=1.0) if judged and config.task in LANGUAGE else None,
     )
     torch.manual_seed(config.run.seed)  # of the projectors
     return Prepared(
@@ -196,6 +198,11 @@ def frozen(name: str, patterns: tuple[str, ...]) -> bool:
 def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer, "data.tokenizer")
+    if config.data.train_tokenizer is not None:
+        texts = (text for texts in read(config.data, config.task).train.texts for text in texts)
+        return load_tokenizer(
+            train_tokenizer(texts, config.data.train_tokenizer, config.data.cache), "data.train_tokenizer"
+        )
     teacher = config.teacher.path if config.teacher is not None else None
     paths = [
         (place, path) for place, path in (("teacher", teacher), ("student", config.student.path)) if path
@@ -277,7 +284,7 @@ def _has_head(config: Config, teacher: PretrainedConfig | None, recipe: Prepared
         return False
     if (
         recipe is not None
-        or config.task == "causal_lm"
+        or config.task in LANGUAGE
         or any("soft_label" in stage.terms.named() for stage in config.parts)
     ):
         return True

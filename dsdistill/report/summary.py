@@ -62,7 +62,7 @@ def _title(summary: dict[str, Any]) -> str:
 def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
     notes = []
     if "kl" in found:
-        unit = "token" if summary.get("task") == "causal_lm" else "example"
+        unit = "token" if summary.get("task") in ("causal_lm", "masked_lm") else "example"
         notes.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
     if "rcs" in found:
         notes.append(

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import NO_LABEL, PHRASE, WORD, Batch
 from dsdistill.engine.module import StudentModule
@@ -34,6 +35,10 @@ def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Ba
     ids = ids.masked_fill(~mask, 0)
     if task == "causal_lm":
         labels = ids.masked_fill(~mask, NO_LABEL)
+    elif task == "masked_lm":  # every third token is to be predicted, each row's first among them
+        chosen = mask & (torch.arange(width) % 3 == 0)
+        labels = ids.masked_fill(~chosen, NO_LABEL)
+        ids = ids.masked_fill(chosen, 61)
     elif task == "regression":
         labels = torch.randn(len(lengths), generator=generator)
     else:
@@ -127,12 +132,12 @@ class Rig:
         self.capture = Capture(
             self.teacher, self.objective.layers("teacher_hidden"), self.objective.layers("teacher_attention")
         )
-        self.call = Headless(self.teacher, "teacher") if task == "causal_lm" else self.teacher
+        self.call = Headless(self.teacher, "teacher") if task in LANGUAGE else self.teacher
 
     def teacher_trace(self, batch: Batch) -> Trace:
         with torch.no_grad():
             found = trace(self.call, self.teacher, self.capture, batch)
-        if self.task == "causal_lm":
+        if self.task in LANGUAGE:
             head = self.teacher.get_output_embeddings()
             found.head, found.head_bias = head.weight, head.bias
         return found

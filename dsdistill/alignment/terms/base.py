@@ -29,7 +29,7 @@ class Pair:
 
     student: Shape
     teacher: Shape | None
-    task: str  # classification | regression | causal_lm
+    task: str  # that of the config
     backend: str  # of the operators
     tokens: int = 0  # entries of the tokenizer
 
