@@ -68,6 +68,9 @@ def check(config) -> None:
     _check_data(config.data)
     _check_noise(config)
     _check_chunker(config)
+    _check_domain(config)
+    if config.evaluation.structure and config.teacher is None:
+        raise UserError("evaluation.structure", "true without a teacher", "a teacher section")
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             "train.batch_size",
@@ -136,6 +139,11 @@ def _check_data(data) -> None:
         raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
     if not isinstance(data.train, str) and data.source != "files":
         raise UserError("data.train", f"a list with data.source {data.source}", "one split, or source: files")
+    if (data.domain is None) != (data.general is None):
+        raise UserError("data.domain and data.general", "one of them", "both or neither")
+    for name in ("domain", "general"):
+        if getattr(data, name) is not None and data.source != "files":
+            raise UserError(f"data.{name}", f"files with data.source {data.source}", "source: files")
     if data.tokenizer is not None and data.train_tokenizer is not None:
         raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
 
@@ -145,6 +153,25 @@ def _check_chunker(config) -> None:
         raise UserError(
             "data.chunker", f"{config.data.chunker} without a term over spans", "terms.trajectory"
         )
+
+
+def _check_domain(config) -> None:
+    domain, terms = config.student.domain, [stage.terms.named() for stage in config.parts]
+    used = [index for index, found in enumerate(terms) if "domain" in found]
+    if domain is None:
+        if used:
+            raise UserError("terms.domain", "no student.domain", "student.domain: {width: ...} beside it")
+        return
+    if domain.teacher_map == "trained":
+        raise UserError(
+            "student.domain.teacher_map",
+            "trained: learned together, the teacher's map and the student's both collapse to 0",
+            "frozen",
+        )
+    if not used:
+        raise UserError("student.domain", "no terms.domain", "terms.domain, which trains what it predicts")
+    if any("smooth" in found for found in terms):
+        raise UserError("student.domain", "terms.smooth beside it", "one of them")
 
 
 def _check_noise(config) -> None:

@@ -61,7 +61,8 @@ class Data(Section):
     dev: str = Field(default="dev", description="file or hub split to evaluate on")
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
         default=("text",),
-        description="columns of the text, or of the two texts of a pair; a file without them may have text_a, text_b",
+        description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
+        "and text_b",
     )
     label: str | None = Field(
         default="label", description="column of the label; texts that predict tokens have none"
@@ -91,6 +92,11 @@ class Data(Section):
         default=None,
         description="entries of a WordPiece tokenizer trained on the train texts, for a model that has none",
     )
+    domain: Files | None = Field(
+        default=None,
+        description="files of text of the domain, which beside `general` tell what is typical of it",
+    )
+    general: Files | None = Field(default=None, description="files of general text")
     chunker: Literal["builtin", "spacy", "jieba"] = Field(
         default="builtin",
         description="what finds words and phrases for terms over spans: builtin (runs of content words), spacy "
@@ -129,8 +135,20 @@ class Teacher(Model):
     )
 
 
+class Domain(Section):
+    """What the student's input is given of the teacher's states, later of their prediction."""
+
+    width: Positive = Field(default=64, description="d', features that teacher states are mapped to")
+    teacher_map: Literal["frozen", "trained"] = Field(
+        default="frozen",
+        description="φ, the teacher's principal components; trained is refused: it collapses",
+    )
+
+
 class Student(Model):
     """The model that is trained."""
+
+    domain: Domain | None = Field(default=None, description="domain structural mapping, with terms.domain")
 
     from_teacher: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
@@ -186,6 +204,11 @@ class Evaluation(Section):
         default=0,
         description="points of a run, evenly spread and the last its end, at which representations are kept for the "
         "representation consistency score (of the published three stages: 3); 0: none",
+    )
+    structure: bool = Field(
+        default=False,
+        description="semantic alignment, representation compactness, structural consistency and, with data.domain, "
+        "domain capture: how much of the teacher's representation space the student keeps",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
 
@@ -244,8 +267,10 @@ class Config(Section):
 
     @property
     def needs_spans(self) -> bool:
-        """Whether some stage reads words and phrases."""
-        return any("trajectory" in stage.terms.named() for stage in self.parts)
+        """Whether some stage, or evaluation, reads words and phrases."""
+        return self.evaluation.structure or any(
+            {"trajectory", "domain"} & stage.terms.named().keys() for stage in self.parts
+        )
 
     @property
     def run_dir(self) -> str:

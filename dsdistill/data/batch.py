@@ -27,8 +27,12 @@ class Batch:
     # (S, 4) int64, by row: row, first token, one past the last, WORD or PHRASE; None where no term reads them.
     spans: Tensor | None = None
 
+    # (B,) float32 in [0, 1): each example's draw of this epoch, for what has a probability; None in evaluation.
+    chance: Tensor | None = None
+
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
-    # be predicted (padding); those of masked ones the tokens that were hidden, NO_LABEL elsewhere. A class or score of a filler row is NO_LABEL too.
+    # be predicted (padding). Labels of masked ones are the tokens that were hidden. A class or score of a filler row
+    # is NO_LABEL too.
 
     @property
     def rows(self) -> Tensor:

@@ -6,6 +6,7 @@ the k before.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -16,6 +17,7 @@ from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.examples import Examples
 
+_CHANCE = 4  # stream of random numbers
 POOL = 50  # steps whose examples are sorted by length together
 
 
@@ -134,10 +136,13 @@ class Loader:
         # ranks get equally much to do and do not wait for each other.
         rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
-        return [
-            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id, epoch)
-            for moment in moments
-        ]
+        chance = np.random.default_rng([self.seed, epoch, _CHANCE]).random(len(self.examples), np.float32)
+        batches = []
+        for moment in moments:
+            own = moment[self.rank :: self.world_size]
+            drawn = torch.from_numpy(chance[own]) if len(own) else torch.zeros(1)
+            batches.append(replace(collate(self.examples, own.tolist(), self.pad_id, epoch), chance=drawn))
+        return batches
 
 
 def evaluation_batches(

@@ -54,8 +54,8 @@ def load(
 def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find | None = None) -> Examples:
     """Rows as tokens.
 
-    classification, regression, masked_lm: one example a row with the tokenizer's special tokens, truncated to max_length
-    tokens (of a pair, the longer text first).
+    classification, regression, masked_lm: one example a row with the tokenizer's special tokens, truncated to
+    max_length tokens (of a pair, the longer text first).
     causal_lm: the rows end to end, the tokenizer's eos (else sep) token between two rows where it has one,
     cut into blocks of max_length tokens; a last block below 2 tokens is dropped (it predicts nothing).
 

@@ -4,6 +4,7 @@ import fnmatch
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsdistill import config as configs
@@ -12,7 +13,9 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Related, SoftLabel, Task, Terms
-from dsdistill.data import Data, Examples, load, read
+from dsdistill.data import Data, Examples, load, read, tokenize
+from dsdistill.data.ngrams import Bigrams, Contrast
+from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import deepspeed
 from dsdistill.models.build import (
@@ -47,7 +50,9 @@ class Prepared:
     objectives: tuple[Objective, ...]  # one for each stage
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
+    contrast: Contrast | None  # what sets the domain apart, where the data tells
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
+    maps: dict[str, Tensor] | None = None  # of the teacher's states, once they are fitted (engine/domain.py)
 
 
 def prepare(config: Config, world_size: int) -> Prepared:
@@ -72,6 +77,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     geometry = probe_models(config, student, teacher, objectives)
     check_frozen(config, student)
     data = load(config.data, config.task, tokenizer, config.run.seed, config.needs_spans)
+    contrast = _contrast(config, tokenizer)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)
@@ -95,8 +101,22 @@ def prepare(config: Config, world_size: int) -> Prepared:
         make_objectives(config, pair),
         Objective(evaluation, pair),
         geometry,
+        contrast,
         judged,
     )
+
+
+def _contrast(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contrast | None:
+    if config.data.domain is None or config.data.general is None:
+        return None
+    models = (
+        Bigrams(
+            tokenize(read_texts(config.data, files), tokenizer, config.data.max_length, "masked_lm"),
+            len(tokenizer),
+        )
+        for files in (config.data.domain, config.data.general)
+    )
+    return Contrast(*models)
 
 
 def _recipe(config: Config) -> Config:
@@ -157,7 +177,15 @@ def shape(model: PretrainedConfig) -> Shape:
 def make_pair(
     config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int
 ) -> Pair:
-    return Pair(shape(student), teacher and shape(teacher), config.task, config.train.backend, tokens)
+    domain = config.student.domain
+    return Pair(
+        shape(student),
+        teacher and shape(teacher),
+        config.task,
+        config.train.backend,
+        tokens,
+        domain.width if domain is not None else 0,
+    )
 
 
 def make_objectives(config: Config, pair: Pair) -> tuple[Objective, ...]:

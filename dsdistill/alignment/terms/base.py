@@ -32,6 +32,7 @@ class Pair:
     task: str  # that of the config
     backend: str  # of the operators
     tokens: int = 0  # entries of the tokenizer
+    domain_width: int = 0  # d' of a student with domain fusion
 
 
 class AlignmentTerm(nn.Module):
