@@ -19,7 +19,7 @@ from dsdistill.ops import hidden_alignment, pairwise_alignment
 class DomainTerm(AlignmentTerm):
     """Five parts, each with a factor of its own.
 
-      hidden     ‖ψ_l h_S − φ_l h_T‖² over valid tokens, a feature, mean over layers; φ frozen (models/domain.py), ψ trained
+      hidden     ‖ψ_l h_S − φ_l h_T‖² over valid tokens, a feature, mean over layers; φ frozen, ψ trained
       tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs
       phrases    the same between mean-pooled phrases
       sequences  SP (Tung & Mori 2019) between the examples that meet in a micro-batch on all ranks: the student's
