@@ -6,6 +6,7 @@
 #include "attention/bind.h"
 #include "common/dispatch.h"
 #include "hidden/bind.h"
+#include "hidden/bind_rows.h"
 #include "pairwise/bind.h"
 
 STABLE_TORCH_LIBRARY(dsdistill, m) {
@@ -21,16 +22,30 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
       "hidden_alignment(Tensor student, Tensor teacher, Tensor? projection, Tensor? bias, Tensor? mask, "
       "Tensor? weights, int divergence, bool mean, bool student_gradient, bool projection_gradient, "
       "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The memory-bound part alone, of rows that are projected already: what GPUs run.
+  m.def(
+      "hidden_rows(Tensor y, Tensor target, Tensor? bias, Tensor weights, Tensor factor, int divergence, "
+      "Tensor(a!)? gradient) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsdistill, CPU, m) {
   m.impl("attention_alignment", TORCH_BOX(&dsd::attention_alignment_cpu));
   m.impl("pairwise_alignment", TORCH_BOX(&dsd::pairwise_alignment_cpu));
   m.impl("hidden_alignment", TORCH_BOX(&dsd::hidden_alignment_cpu));
+  m.impl("hidden_rows", TORCH_BOX(&dsd::hidden_rows_cpu));
 }
+
+#ifdef DSD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dsdistill, CUDA, m) { m.impl("hidden_rows", TORCH_BOX(&dsd::hidden_rows_cuda)); }
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of dsdistill, registered as torch.ops.dsdistill by importing this module.";
+#ifdef DSD_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
   m.def(
       "instruction_sets",
       [] {

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dsdistill import __version__
-from dsdistill.config import UserError, load
+from dsdistill.config import RunError, UserError, load
 
 app = typer.Typer(
     name="dsdistill",
@@ -123,9 +123,25 @@ def verify(
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write the rows there.")
     ] = None,
+    aot: Annotated[
+        bool,
+        typer.Option(
+            "--aot",
+            help="Instead compile the GPU kernels for sm_80 and sm_90 and look for spills; needs no GPU.",
+        ),
+    ] = False,
 ):
     """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
     _quiet_libraries()
+    if aot:
+        from dsdistill.bench.aot import run_aot
+
+        try:
+            raise typer.Exit(run_aot(json))
+        except ValueError as error:
+            place, _, rest = str(error).partition(": got ")
+            got, _, expected = rest.partition(", expected ")
+            raise UserError(place, got, expected) from None
     from dsdistill.bench.verify import run_verify
 
     raise typer.Exit(run_verify(json))
@@ -150,14 +166,18 @@ def bench(
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     backends: Annotated[
         str | None,
-        typer.Option("--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp."),
+        typer.Option(
+            "--backends",
+            metavar="NAME,...",
+            help="Some of eager, compile, chunked, cpp, triton, cuda, liger.",
+        ),
     ] = None,
     json: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
 ):
-    """Time an operator against eager PyTorch and torch.compile, in one process, after a green check."""
+    """Time an operator against eager PyTorch and torch.compile, after a green check; on a GPU if there is one."""
     _quiet_libraries()
     import yaml
 
@@ -200,10 +220,13 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line and exit code 2."""
+    """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
     try:
         app()
     except UserError as error:
         if _first():
             print(f"dsdistill: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:  # of whichever rank: the others may not know
+        print(f"dsdistill: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -6,6 +6,7 @@ torch.compile run the operator's definition (`reference`). A contender that fail
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 from dsdistill.bench import verify
 from dsdistill.bench.cases import FUNCTIONS
 from dsdistill.ops import available_backends
+from dsdistill.ops.attention import triton_plan
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import attention_total
 from dsdistill.ops.library import extension
@@ -32,7 +35,17 @@ from dsdistill.ops.library import extension
 # Contenders that the others are compared with.
 RIVALS = ("eager", "eager-half", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTENDERS = ("eager", "eager-half", "compile", "chunked", "cpp")
+PLANS = ("triton-row", "triton-merged", "triton-sweeps")  # of attention, one by one
+CONTENDERS = ("eager", "eager-half", "compile", "chunked", "liger", "cpp", "cuda", "triton", *PLANS)
+
+
+def device() -> str:
+    """The GPU if there is one: everything here is measured on it then, and on the CPU otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=device())
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class Work:
 def attention_work(
     batch=4, heads=12, tokens=1024, width=64, divergence="kl", causal=False, dtype=torch.float32
 ):
-    tensors = [torch.randn(batch, heads, tokens, width).to(dtype) for _ in range(4)]
+    tensors = [randn(batch, heads, tokens, width).to(dtype) for _ in range(4)]
     pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
     return Work(
         "attention",
@@ -72,8 +85,8 @@ def attention_work(
 
 def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
     student, teacher = (
-        torch.randn(batch, tokens, width).to(dtype),
-        torch.randn(batch, tokens, width).to(dtype),
+        randn(batch, tokens, width).to(dtype),
+        randn(batch, tokens, width).to(dtype),
     )
     return Work(
         "pairwise",
@@ -91,8 +104,8 @@ def hidden_work(
     tokens=2048, width=768, teacher_width=1024, projected=True, divergence="mse", dtype=torch.float32
 ):
     student, teacher = (
-        torch.randn(1, tokens, width).to(dtype),
-        torch.randn(1, tokens, teacher_width if projected else width).to(dtype),
+        randn(1, tokens, width).to(dtype),
+        randn(1, tokens, teacher_width if projected else width).to(dtype),
     )
     if not projected:
         return Work(
@@ -105,7 +118,7 @@ def hidden_work(
             4 * tokens * width,
             3 * student.numel() * student.element_size(),
         )
-    projection = (torch.randn(teacher_width, width) * width**-0.5).to(dtype)
+    projection = (randn(teacher_width, width) * width**-0.5).to(dtype)
     return Work(
         "hidden",
         f"{divergence} {tokens} tokens {width}→{teacher_width}",
@@ -119,8 +132,8 @@ def hidden_work(
 
 
 def soft_label_work(tokens=512, vocabulary=30522, width=768, divergence="forward_kl", dtype=torch.float32):
-    hidden = [torch.randn(1, tokens, width).to(dtype) for _ in range(2)]
-    heads = [(torch.randn(vocabulary, width) * width**-0.5).to(dtype) for _ in range(2)]
+    hidden = [randn(1, tokens, width).to(dtype) for _ in range(2)]
+    heads = [(randn(vocabulary, width) * width**-0.5).to(dtype) for _ in range(2)]
     return Work(
         "soft-label",
         f"{divergence} {tokens} tokens V{vocabulary} D{width}",
@@ -141,9 +154,13 @@ WORKS: dict[str, Callable[..., Work]] = {
 }
 
 
+@functools.cache
 def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
-    """The first failing parity case of a backend; None if every case passes."""
+    """The first failing parity case of a backend; None if every case passes. Of GPU kernels, each compiled first, a
+    selection: `verify` has them all."""
     for case in verify.all_cases():
+        if backend in ("triton", "cuda") and case.name not in verify.INTERPRETED:
+            continue
         if case.operator == operator and verify.runnable(case, backend, dtype):
             try:
                 verify.check_parity(case, backend, dtype)
@@ -153,16 +170,27 @@ def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
 
 
 def roofline() -> tuple[float, float]:
-    """This process's matrix products, FLOP/s in float32, and copies, byte/s."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    big = torch.randn(1 << 24)
+    """This process's matrix products, FLOP/s in float32 (bfloat16 on a GPU), and copies, byte/s."""
+    size = 8192 if device() == "cuda" else 1024
+    a, b = randn(size, size), randn(size, size)
+    big = randn(1 << (28 if device() == "cuda" else 24))
+    if device() == "cuda":
+        a, b = a.bfloat16(), b.bfloat16()
     out = torch.empty_like(big)
     products = min(_seconds(lambda: a @ b) for _ in range(10))
     copies = min(_seconds(lambda: out.copy_(big)) for _ in range(10))
-    return 2 * 1024**3 / products, 2 * big.numel() * 4 / copies
+    return 2 * size**3 / products, 2 * big.numel() * 4 / copies
 
 
 def _seconds(call: Callable[[], object]) -> float:
+    if device() == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -185,6 +213,17 @@ def attention_in_half(work: Work) -> Tensor:
     return total / (batch * heads * tokens)
 
 
+def liger(work: Work) -> Callable[[], Tensor]:
+    """liger-kernel's fused linear divergence, where it has this one."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    hidden, head, teacher_hidden, teacher_head = (x.flatten(0, -2) for x in (*work.student, *work.fixed))
+    loss = LigerFusedLinearJSD(jsd_beta=LIGER_BETA[work.options["divergence"]])
+    return lambda: loss(hidden, head, teacher_hidden, teacher_head)
+
+
+LIGER_BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
+
 HALF = {"attention": attention_in_half}
 
 
@@ -193,19 +232,48 @@ def contender(work: Work, name: str) -> Callable[[], Tensor]:
         return lambda: HALF[work.operator](work)
     if name == "compile":
         return torch.compile(lambda: work.loss("reference"))
+    if name == "liger":
+        return liger(work)
+    if name in PLANS:
+        return lambda: with_plan(work, name.removeprefix("triton-"))
     return lambda: work.loss("reference" if name == "eager" else name)
+
+
+def with_plan(work: Work, plan: str) -> Tensor:
+    before, triton_plan.default_plan = triton_plan.default_plan, plan
+    try:
+        return work.loss("triton")
+    finally:
+        triton_plan.default_plan = before
 
 
 def step(work: Work, loss: Callable[[], Tensor]) -> None:
     torch.autograd.grad(loss(), work.student)
 
 
-def measure(work: Work, names: Sequence[str], repeats: int, seconds: float) -> dict[str, dict[str, float]]:
+def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """The contenders after one step each, and why others cannot run: out of memory, say."""
+    calls, failures = {}, {}
+    for name in names:
+        try:
+            call = contender(work, name)
+            step(work, call)
+            calls[name] = call
+        except Exception as error:  # of code that is not ours, too
+            failures[name] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+            )
+            if device() == "cuda":
+                torch.cuda.empty_cache()
+    return calls, failures
+
+
+def measure(
+    work: Work, calls: dict[str, Callable[[], Tensor]], repeats: int, seconds: float
+) -> dict[str, dict[str, float]]:
     """Median seconds of forward without gradients and of forward with backward, contenders in turn."""
-    calls = {name: contender(work, name) for name in names}
+    names = list(calls)
     times = {name: {"forward": [], "both": []} for name in names}
-    for name in names:  # warm-up, and compilation
-        step(work, calls[name])
     limit = time.perf_counter() + seconds
     for turn in range(repeats):
         if turn >= 3 and time.perf_counter() > limit:
@@ -248,9 +316,23 @@ def peak_of(operator: str, options: dict, dtype: str, name: str) -> float:
     return resident("VmHWM") - before - returned
 
 
+def peak_on_gpu(operator: str, options: dict, dtype: str, name: str) -> float:
+    work = WORKS[operator](**options, dtype=DTYPES[dtype])
+    call = contender(work, name)
+    step(work, call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(work, call)
+    returned = sum(x.numel() * x.element_size() for x in work.student)
+    return (torch.cuda.max_memory_allocated() - before - returned) / 2**20
+
+
 def peak_memory(operator: str, options: dict, dtype: str, name: str) -> float | None:
     """`peak_of` in a fresh process, where no earlier peak hides it; None for compile, which is mostly compiler,
-    and where /proc is missing."""
+    and where /proc is missing. On a GPU the allocator counts, in this process."""
+    if device() == "cuda":
+        return peak_on_gpu(operator, options, dtype, name)
     if name == "compile" or not Path("/proc/self/clear_refs").exists():
         return None
     argument = json.dumps([operator, options, dtype, name])
@@ -270,6 +352,7 @@ def machine() -> dict:
         model = names[0].split(":", 1)[1].strip() if names else model
     return {
         "processor": model,
+        "gpu": torch.cuda.get_device_name() if device() == "cuda" else None,
         "threads": torch.get_num_threads(),
         "instruction_set": native.instruction_set() if native else None,
         "python": platform.python_version(),
@@ -302,8 +385,8 @@ def run_bench(
             pairwise    batch, tokens, width, relation (cosine, dot, distance)
             hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
             soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
-        backends: among "eager", "eager-half", "compile", "chunked", "cpp". "eager" is the definition with float32
-            sums; "eager-half" all of it in the inputs' half precision.
+        backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
+            inputs' half precision; "liger" liger-kernel's fused soft labels, where it is installed.
         seconds: time after which no further repeat begins.
 
     Raises:
@@ -325,19 +408,30 @@ def run_bench(
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")
     if operator == "soft-label":
+        present -= {"cpp", "triton"}
+        if (options or {}).get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
+            present.add("liger")
+    if operator != "hidden":
+        present.discard("cuda")
+    if operator == "attention" and "triton" in present:
+        present |= set(PLANS)
+    if device() == "cuda":
         present.discard("cpp")
+    elif not backends:
+        present -= {"triton", *PLANS}  # the interpreter's times mean nothing
     names = [name for name in backends or CONTENDERS if name in present]
     failures = {}
     for name in names:
-        failure = (
-            None if name.startswith("eager") or name == "compile" else checked(operator, name, DTYPES[dtype])
-        )
+        backend = name.partition("-")[0]
+        rival = backend in ("eager", "compile", "liger")
+        failure = None if rival else checked(operator, backend, DTYPES[dtype])
         if failure:
             failures[name] = failure
-    names = [name for name in names if name not in failures]
     work = WORKS[operator](**options, dtype=DTYPES[dtype])
     flops, bandwidth = roofline()
-    times = measure(work, names, repeats, seconds)
+    calls, stopped = warm_up(work, [name for name in names if name not in failures])
+    names = list(calls)
+    times = measure(work, calls, repeats, seconds)
     floor = max(work.flops / flops, work.bytes / bandwidth)
     rows = []
     for name in names:
@@ -354,7 +448,7 @@ def run_bench(
         "flops": work.flops,
     }
     found |= {"bytes": work.bytes, "measured_flops": flops, "measured_bandwidth": bandwidth}
-    found |= {"rows": rows, "failures": failures}
+    found |= {"rows": rows, "failures": failures, "stopped": stopped}
     _print(found)
     if json_path is not None:
         Path(json_path).write_text(json.dumps(found, indent=1))
@@ -379,6 +473,8 @@ def _print(found: dict) -> None:
         print(*ratios, f"{row['roofline']:9.0%} {memory:>10}")
     for name, failure in found["failures"].items():
         print(f"{name}: not timed, its check failed: {failure}")
+    for name, reason in found["stopped"].items():
+        print(f"{name}: not timed: {reason}")
 
 
 def _plot(found: dict, path: str | Path) -> None:

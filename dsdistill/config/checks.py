@@ -50,6 +50,8 @@ def check(config) -> None:
         _check_terms(config, config.terms, "terms", first=True)
     if config.evaluation.rcs == 1:
         raise UserError("evaluation.rcs", 1, "2 points or more, or 0")
+    if config.evaluation.generate and config.task != "causal_lm":
+        raise UserError("evaluation.generate", f"task {config.task}", "causal_lm, or 0")
     names = [stage.name for stage in config.stages]
     if len(set(names)) < len(names):
         raise UserError("stages", f"names {names}", "a name of its own for each")

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises."""
+"""What a run raises that people are to read: their own mistakes, and why it cannot go on."""
 
 
 class UserError(ValueError):
@@ -16,3 +16,7 @@ class UserError(ValueError):
         located = UserError.__new__(UserError)
         ValueError.__init__(located, f"{origin}: {self}")
         return located
+
+
+class RunError(RuntimeError):
+    """A run that was accepted cannot go on; its checkpoints are as they were. One line says why."""

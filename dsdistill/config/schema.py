@@ -35,6 +35,10 @@ class Run(Section):
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
     )
     keep: Positive = Field(default=2, description="newest checkpoints kept")
+    timeout: Annotated[float, Field(gt=0)] = Field(
+        default=10.0,
+        description="minutes after which a process that waits for the others in vain ends the run",
+    )
     baseline: bool = Field(
         default=False,
         description="afterwards train the same student on the task alone, and report both side by side",
@@ -62,7 +66,8 @@ class Data(Section):
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
         default=("text",),
         description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
-        "and text_b",
+        "and text_b; of causal_lm two are a prompt, which has no loss, and its response, a row an example: [CLS] "
+        "prompt [SEP] response [SEP], or for tokenizers without these: prompt, line break, response, end of text",
     )
     label: str | None = Field(
         default="label", description="column of the label; texts that predict tokens have none"
@@ -189,6 +194,9 @@ class Train(Section):
     )
     warmup: Fraction = Field(default=0.1, description="fraction of the steps")
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
+    bad_steps: Positive = Field(
+        default=3, description="losses in a row that may not be finite; the last of them ends the run"
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="of weights in forward; fp16: GPU only"
     )
@@ -211,6 +219,11 @@ class Evaluation(Section):
         "domain capture: how much of the teacher's representation space the student keeps",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
+    generate: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="dev examples, from the front, after whose prompts student and teacher write (greedily, in "
+        "`evaluate`) for BLEU, ROUGE and character error rate; of plain text half a block is the prompt; 0: none",
+    )
 
 
 class Stage(Section):

@@ -31,8 +31,8 @@ class Batch:
     chance: Tensor | None = None
 
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
-    # be predicted (padding). Labels of masked ones are the tokens that were hidden. A class or score of a filler row
-    # is NO_LABEL too.
+    # be predicted (padding, prompts). Labels of masked ones are the tokens that were hidden. A class or score of a
+    # filler row is NO_LABEL too.
 
     @property
     def rows(self) -> Tensor:

@@ -39,6 +39,7 @@ class Examples:
     token_types: Tensor | None = None  # like tokens, uint8
     spans: Spans | None = None  # words and phrases, where a term reads them
     masking: Masking | None = None  # what is hidden from the models, where something is
+    prompts: Tensor | None = None  # (n,) int64: tokens before the response, where an example has a prompt
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -65,6 +66,7 @@ class Examples:
             token_types=cut(self.token_types),
             spans=None if self.spans is None else self.spans.take(rows),
             masking=self.masking,
+            prompts=None if self.prompts is None else self.prompts[rows],
         )
 
 

@@ -47,6 +47,8 @@ def collate(examples: Examples, rows: list[int], pad_id: int, epoch: int | None 
         mask[i, :length] = True
         if token_types is not None:
             token_types[i, :length] = examples.token_types[start:end]
+    if examples.prompts is not None:
+        labels[torch.arange(width) < examples.prompts[rows, None]] = NO_LABEL
     ids = tuple(examples.ids[row] for row in rows)
     spans = None if examples.spans is None else examples.spans.batch(rows)
     return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows), spans)

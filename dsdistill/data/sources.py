@@ -59,8 +59,14 @@ def _rows(
     ids = [name for table in tables for name in _ids(table)]
     if len(tables) > 1 and len(set(ids)) < len(ids):
         ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
-    if task == "causal_lm":
+    if (
+        task == "causal_lm" and len(section.text) == 1
+    ):  # to be cut into blocks; two are a prompt and its response
         return Rows(_places(tables), texts, None, ids, limit)
+    for table in tables:
+        if task == "causal_lm" and table.plain:
+            wanted = " and ".join(section.text)
+            raise UserError(table.place, "plain text", f"a file with the columns {wanted} (data.text)")
     labels = None
     if task == CLASSES:
         labels = [label for table in tables for label in class_indices(table, section.label, names)][:limit]

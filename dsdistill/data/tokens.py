@@ -13,6 +13,7 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.examples import Data, Examples, Rows
 from dsdistill.data.masking import PREDICTED, masking
+from dsdistill.data.prompted import tokenize_prompted
 from dsdistill.data.sample import draw, with_noise
 from dsdistill.data.sources import read
 from dsdistill.data.spans import Chunks, Spans, chunks, in_blocks, pack, token_spans
@@ -57,7 +58,8 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
     classification, regression, masked_lm: one example a row with the tokenizer's special tokens, truncated to
     max_length tokens (of a pair, the longer text first).
     causal_lm: the rows end to end, the tokenizer's eos (else sep) token between two rows where it has one,
-    cut into blocks of max_length tokens; a last block below 2 tokens is dropped (it predicts nothing).
+    cut into blocks of max_length tokens; a last block below 2 tokens is dropped (it predicts nothing). Of two texts
+    the first is a prompt and the second its response, one example a row (`tokenize_prompted`).
 
     find: words and phrases of texts, given their ids; without it the examples have no spans.
     """
@@ -65,6 +67,8 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
         raise UserError(
             "data.tokenizer", "one that does not tell where its tokens lie", "a fast one (tokenizer.json)"
         )
+    if task == "causal_lm" and len(rows.texts[0]) == 2:
+        return tokenize_prompted(rows, tokenizer, max_length, find)
     if task == "causal_lm":
         return _pack(rows, tokenizer, max_length, find)
     pair = len(rows.texts[0]) == 2

@@ -31,7 +31,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from transformers.integrations import HfDeepSpeedConfig
 
-MINUTES = 60  # a collective that takes longer is an error; rank 0 may download and tokenise alone meanwhile
+PATIENCE = datetime.timedelta(days=1)  # while rank 0 downloads or tokenises alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sections of which DeepSpeed refuses unknown keys, though only once the models are loaded.
@@ -44,8 +44,11 @@ STRICT = {
 }
 
 
-def start() -> Ranks:
-    """Join the process group; call stop() at the end."""
+def start(timeout: float = 10.0) -> Ranks:
+    """Join the process group; call stop() at the end.
+
+    timeout: minutes after which a rank that waits for the others in vain gives up.
+    """
     environment()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Only tensor-parallel inference uses this extension, and it costs a minute of compilation at first use.
@@ -63,11 +66,17 @@ def start() -> Ranks:
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(minutes=MINUTES),
+            timeout=datetime.timedelta(minutes=timeout),
             auto_mpi_discovery=False,
             verbose=False,
         )
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether a collective gave up waiting; torch has no type of its own for it."""
+    return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
 def stop() -> None:

@@ -18,6 +18,7 @@ from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import deepspeed
+from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
     build,
@@ -62,6 +63,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
     """
     check_ranks(config, world_size)
     deepspeed.check_settings(config, world_size)
+    if config.evaluation.generate:
+        check_packages()
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
         recipe = prepare(_recipe(config), world_size)

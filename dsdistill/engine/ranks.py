@@ -19,6 +19,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None  # for waits as long as a download; None: the ordinary group
 
     @property
     def first(self) -> bool:
@@ -49,7 +50,7 @@ class Ranks:
         Where rank 0 fails the others fail too: they would wait for it in vain, or drown its one line.
         """
         if not self.first:
-            failure = self.gather(None)[0]
+            failure = self._first_is_done(None)
             if failure is not None:
                 refused, message = failure
                 raise (
@@ -65,7 +66,14 @@ class Ranks:
             raise
         finally:
             if self.first:
-                self.gather(failure)
+                self._first_is_done(failure)
+
+    def _first_is_done(self, failure: tuple | None) -> tuple | None:
+        """What rank 0 gives, on every rank, once it gives it."""
+        found = [failure]
+        if self.world_size > 1:
+            dist.broadcast_object_list(found, src=0, group=self.patient, device=torch.device("cpu"))
+        return found[0]
 
 
 def environment() -> None:

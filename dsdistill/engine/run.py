@@ -11,13 +11,14 @@ import time
 import torch
 
 from dsdistill import config as configs
-from dsdistill.config import Config
+from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed, stages, structure
 from dsdistill.engine.calibrate import resolve_layers
 from dsdistill.engine.domain import fit_maps, make_fusion
 from dsdistill.engine.export import export, load_student, read_run
+from dsdistill.engine.generation import generation
 from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
@@ -25,6 +26,7 @@ from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
+from dsdistill.evaluation.text import bleu_signature
 from dsdistill.models.build import build, copy_layers
 
 log = logging.getLogger("dsdistill")
@@ -35,9 +37,16 @@ TEACHERS = "runs/teachers"
 def train(config: Config) -> dict:
     """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
     check_writable(config.run_dir)
-    ranks = deepspeed.start()
+    ranks = deepspeed.start(config.run.timeout)
     try:
         return run(config, ranks)
+    except RuntimeError as error:
+        if not deepspeed.timed_out(error):
+            raise
+        raise RunError(
+            f"rank {ranks.rank} waited {config.run.timeout:g} minutes (run.timeout) for another rank in vain: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from None
     finally:
         deepspeed.stop()
 
@@ -92,6 +101,11 @@ def evaluate_run(path: str) -> dict:
         if config.evaluation.latency and ranks.first:
             scores["student"] |= latency(model, prepared)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
+        if config.evaluation.generate:
+            del teacher  # a whole one comes in its place
+            for name, found in generation(model, prepared, path, ranks).items():
+                scores.setdefault(name, {}).update(found)
+            summary["bleu_signature"] = bleu_signature()
         for name, found in scores.items():
             summary["models"].setdefault(name, {}).update(found)
         summary["evaluated"] = tag
@@ -111,6 +125,8 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
     with ranks.first_alone():
         if ranks.first:
             run_folder.pin_teacher(model)
+            if not os.path.isdir(model):
+                RunFolder(home).wait()  # for another job that trains it now
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
@@ -264,7 +280,7 @@ def _fingerprint(prepared: Prepared) -> str:
     neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
     digest.update(configs.dump(neutral).encode())
     for part in (prepared.data.train, prepared.data.dev):
-        for tensor in (part.tokens, part.starts, part.labels):
+        for tensor in (part.tokens, part.starts, part.labels, part.prompts):
             if tensor is not None:
                 digest.update(tensor.numpy().tobytes())
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"

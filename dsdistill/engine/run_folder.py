@@ -1,16 +1,24 @@
 """The folder of a run: its resolved config, its log, its summary."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
+import time
 
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
+
+log = logging.getLogger("dsdistill")
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
 INIT = "init"  # the student's architecture, tokenizer and, where cut from a teacher, first weights
 CHECKPOINTS = "checkpoints"
+LOCK = "lock"
+
+_held: dict[str, object] = {}  # open lock files of this process, by folder
 
 # Settings that may change between a run and its continuation: they do not touch what is computed.
 _FREE = (
@@ -21,6 +29,7 @@ _FREE = (
     "run.evaluate_every",
     "run.save_every",
     "run.keep",
+    "run.timeout",
 )
 
 
@@ -39,6 +48,10 @@ class RunFolder:
         A start that failed before its first checkpoint binds nobody: its config is replaced.
         """
         check_writable(self.path)
+        if not self.lock():
+            raise UserError(
+                "run.dir", f"{self.path}, which another process is writing", "a folder of its own"
+            )
         if not self.begun:
             shutil.rmtree(self / INIT, ignore_errors=True)
         elif os.path.exists(self / CONFIG):
@@ -47,11 +60,32 @@ class RunFolder:
                     "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
                 )
             _compare(configs.load([self / CONFIG]), config, self / CONFIG)
-        os.makedirs(self.path, exist_ok=True)
         partial = self / (CONFIG + ".partial")
         with open(partial, "w", encoding="utf-8") as file:
             file.write(configs.dump(config))
         os.replace(partial, self / CONFIG)
+
+    def lock(self) -> bool:
+        """Take the folder for this process, until it ends however it ends; False where another has it."""
+        if self.path in _held:
+            return True
+        os.makedirs(self.path, exist_ok=True)
+        file = open(self / LOCK, "w")  # noqa: SIM115  closing it would give the lock back
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        _held[self.path] = file
+        return True
+
+    def wait(self) -> None:
+        """Take the folder once no other process has it."""
+        if self.lock():
+            return
+        log.info("waiting for the process that writes %s", self.path)
+        while not self.lock():
+            time.sleep(1)
 
     @property
     def begun(self) -> bool:

@@ -13,9 +13,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
+from dsdistill.config import RunError
 from dsdistill.data import Batch, Loader, evaluation_batches, restore
 from dsdistill.engine import checkpoint, deepspeed, representation, stages
 from dsdistill.engine.domain import make_fusion
+from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, frozen
 from dsdistill.engine.ranks import Ranks
@@ -25,12 +27,6 @@ from dsdistill.evaluation.evaluate import evaluate
 from dsdistill.models.build import build
 
 log = logging.getLogger("dsdistill")
-
-BAD_STEPS = 3  # losses in a row that are not finite before the run ends
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; its checkpoints are as they were."""
 
 
 @dataclass
@@ -173,8 +169,8 @@ class Trainer:
             file=sys.stderr,
         )
         self.engine.train()
-        bad = 0
         objective = self.module.objective
+        guard = Guard(self.config.train.bad_steps, folder.path, self.ranks)
         while self.progress.step < self.end:
             started = time.perf_counter()
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
@@ -186,14 +182,12 @@ class Trainer:
             self.progress.seconds += time.perf_counter() - started
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == self.end
-            bad = 0 if bool(raw.isfinite().all()) else bad + 1
-            if bad == BAD_STEPS or (bad and last):
-                values = {name: term["raw"] for name, term in objective.report(raw).items()}
-                raise TrainingError(f"step {step}: {bad} loss(es) in a row are not finite: {values}")
             report = objective.report(raw)
-            objective.update(raw)
-            self.progress.losses += sum(term["weighted"] for term in report.values())
-            self.progress.counted += 1
+            finite = guard.finite(step, report, batches, last)
+            if finite:
+                objective.update(raw)
+                self.progress.losses += sum(term["weighted"] for term in report.values())
+                self.progress.counted += 1
             if step % config.log_every == 0 or last:
                 self._log(folder, report, rate, bar)
             bar.update()
@@ -201,14 +195,19 @@ class Trainer:
                 representation.keep(folder.path, step, self.represent(), self.ranks)
             if judge_every and step % judge_every == 0:
                 scores = self.evaluate()["student"]
-                mean = self.progress.losses / self.progress.counted
+                mean = self.progress.losses / max(1, self.progress.counted)
                 self.progress.losses, self.progress.counted = 0.0, 0
                 if self.ranks.first:
                     folder.log({"step": step, "training_loss": mean, "evaluation": scores})
                 self._monitor({f"Dev/{name}": value for name, value in scores.items()})
-            if last or (every and step % every == 0 and not bad):  # never weights that a bad loss has touched
+            if last or (every and step % every == 0 and finite):  # never weights that a bad loss has touched
                 state = {"stage": self.index, "objective": objective.state(), **vars(self.progress)}
-                checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
+                try:
+                    checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
+                except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+                    if deepspeed.timed_out(error):
+                        raise
+                    raise RunError(f"step {step}: no checkpoint could be saved: {error}") from error
         bar.close()
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from dsdistill.ops.gpu import gpu_lack, interpreting
+
 BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 
 logger = logging.getLogger("dsdistill")
@@ -60,8 +62,14 @@ def register_gradients(name: str, *, arguments: int, differentiable: Sequence[in
 
 def available_backends() -> tuple[str, ...]:
     """Backends that can run here for at least one operator and device."""
-    native = ("cpp",) if extension() is not None else ()
-    return ("reference", "chunked", *native)
+    backends = ["reference", "chunked"]
+    if extension() is not None:
+        backends.append("cpp")
+    if torch.cuda.is_available() and extension() is not None and extension().has_cuda:
+        backends.append("cuda")
+    if interpreting() or torch.cuda.is_available():
+        backends.append("triton")
+    return tuple(backends)
 
 
 def native_lack(like: torch.Tensor) -> str | None:
@@ -71,6 +79,16 @@ def native_lack(like: torch.Tensor) -> str | None:
     if extension() is None:
         return "the native operators were not built at installation"
     return None
+
+
+def cuda_lack(*tensors: torch.Tensor | None) -> str | None:
+    """Why the "cuda" backend (compiled CUDA C++) cannot take these tensors; None if it can."""
+    present = [x for x in tensors if x is not None]
+    if present[0].device.type != "cuda":
+        return f"it needs CUDA tensors, these are on {present[0].device}"
+    if extension() is None or not extension().has_cuda:
+        return "its kernels were not built at installation, for want of nvcc or of a torch with CUDA"
+    return gpu_lack(*present)
 
 
 _taken: dict[str, set[str]] = {}

@@ -11,6 +11,11 @@ TITLES = {
     "pearson": "Pearson",
     "spearman": "Spearman",
     "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "cer": "CER",
     "agreement": "agreement",
     "loss": "dev loss",
     "kl": "KL to teacher",
@@ -78,6 +83,11 @@ def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
         notes.append(
             "RCS: how far the representations turned on the way, 0 to 1; 0 too for a model that never moved"
         )
+    if "bleu" in found:
+        notes.append(
+            "BLEU (0 to 100), ROUGE (F1) and CER (edits a character): of what is written after prompts"
+        )
+        notes.append(f"BLEU: {summary.get('bleu_signature', 'by sacreBLEU')}")
     if "latency_ms" in found:
         notes.append("latency: median time of one example by itself, one process")
     if "tokens_per_second" in found:
@@ -92,6 +102,8 @@ def _value(score: str, value: float | None) -> str:
         return _count(value)
     if score.endswith("tokens_per_second"):
         return f"{value:,.0f}"
+    if score == "bleu":
+        return f"{value:.2f}"
     if score in ("kl", "perplexity"):
         return f"{value:.4g}"
     if score == "latency_ms":

@@ -200,7 +200,15 @@ class TestRulesBetweenFields:
             (["data.subset=sst2"], "data.subset: got sst2 with data.source docstrings"),
             (["data.subset=sst2", "data.source=files"], "data.subset: got sst2 with data.source files"),
             (["data.root=x"], "data.root: got x with data.source docstrings"),
-            (["data.root=x", "data.source=some/data"], "data.root: got x with data.source some/data"),
+            (["evaluation.rcs=1"], "evaluation.rcs: got 1, expected 2 points or more"),
+            (
+                ["train.distill_weight=0.5", "terms={task: {}}", "terms.hidden=null"],
+                "train.distill_weight: got terms of",
+            ),
+            (
+                ["train.optimizer=sgd", "student.deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+                "train.optimizer: got sgd with offload_optimizer",
+            ),
         ],
     )
     def test_contradictions(self, write, overrides, message):
@@ -220,6 +228,8 @@ class TestRulesBetweenFields:
             ["task=regression", "terms.soft_label={weight: 0}"],
             ["teacher.zero_stage=0"],
             ["data.source=files", "data.root=x"],
+            ["data.source=some/data", "data.root=x"],
+            ["train.optimizer=sgd"],
             ["data.source=some/data", "data.subset=sst2"],
         ],
     )

@@ -265,3 +265,21 @@ def test_real_sets(real, task, train, dev, text, sizes, labels):
     )
     assert (len(data.train), len(data.dev)) == sizes
     assert labels is None or data.labels == labels
+
+
+def test_a_hub_set_from_local_files(tmp_path):
+    """The hub's names of set, split and columns, over a folder in the layout of files.local_copy."""
+    (tmp_path / "sst2").mkdir()
+    rows = [{"id": str(i), "label": str(i % 2), "text_a": f"text {i}", "text_b": ""} for i in range(4)]
+    write(tmp_path / "sst2" / "train.tsv.gz", rows)
+    write(tmp_path / "sst2" / "dev.jsonl", rows[:2])
+    settings = {"source": "nyu-mll/glue", "subset": "sst2", "root": str(tmp_path), "train": "train"}
+    data = read(Section(**settings, dev="validation", text=("sentence",)), "classification")
+    assert [len(data.train), len(data.dev)] == [4, 2]
+    assert data.train.texts[3] == ("text 3",) and data.train.labels == [0, 1, 0, 1]
+    with pytest.raises(
+        UserError, match=r"sst2: got .*'dev.jsonl', 'train.tsv.gz'\], expected a file test.FORMAT"
+    ):
+        read(Section(**settings, dev="test"), "classification")
+    with pytest.raises(UserError, match="rte: got no such folder"):
+        read(Section(**settings | {"subset": "rte"}), "classification")

@@ -39,11 +39,11 @@ def test_more_rows_than_one_call_of_the_tokenizer(tokenizer, monkeypatch):
 
 
 def test_documents_are_packed_with_a_separator_between(tokenizer):
-    examples = tokenize(rows("abc", ("d", "e"), "fghi"), tokenizer, 4, "causal_lm")
-    unknown = 1  # the line break between the columns of a document
+    examples = tokenize(rows("abc", "d.e", "fghi"), tokenizer, 4, "causal_lm")
+    stop = A + 38
     assert lists(examples) == [
         [A, A + 1, A + 2, SEP],
-        [A + 3, unknown, A + 4, SEP],
+        [A + 3, stop, A + 4, SEP],
         [A + 5, A + 6, A + 7, A + 8],
     ]
     assert examples.labels is None and list(examples.ids) == ["0", "1", "2"]
@@ -87,7 +87,7 @@ def test_load_real_sets(tokenizer, real):
     assert (len(data.train), len(data.dev), data.labels) == (500, 20, ())
     assert data.train.lengths.max() == 32 and data.dev.labels[:2].tolist() == [5.0, pytest.approx(2.4)]
     section = Section(source="files", root=str(real), train="wikitext2/dev.txt.gz", dev="zhgeneral/dev.jsonl.gz",
-                      text=("question", "answer"), max_length=64, max_train=100)  # fmt: skip
+                      text=("answer",), max_length=64, max_train=100)  # fmt: skip
     data = load(section, "causal_lm", tokenizer)
     assert data.train.lengths.tolist() == [64] * 100
     assert set(data.dev.lengths[:-1].tolist()) == {64} and data.dev.lengths[-1] >= 2

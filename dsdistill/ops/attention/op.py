@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsdistill.ops.attention import chunked, native, reference
+from dsdistill.ops.attention import chunked, native, reference, triton_plan
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.common import (
     REDUCTIONS,
@@ -20,6 +20,7 @@ from dsdistill.ops.common import (
     without_autocast,
 )
 from dsdistill.ops.library import choose_backend, native_lack
+from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("kl", "mse", "score_mse")
 HEADS = ("match", "mean")
@@ -62,7 +63,7 @@ def attention_alignment(
         window: a key counts at distance < window tokens, in both models.
         segments: (B, N) integers; attention stays within equal numbers (packed sequences).
         reduction: "mean" divides as above; "sum" does not divide.
-        backend: "auto", "reference", "chunked" or "cpp".
+        backend: "auto", "reference", "chunked", "cpp" or "triton".
 
     Returns:
         Scalar, float32 (float64 if any input is). Gradients flow to the student's query and key only.
@@ -126,7 +127,7 @@ def attention_alignment(
         "heads": heads,
         "dtype": accumulate_dtype(*tensors),
     }
-    chosen = _choose(backend, student_query, teacher_query.shape[3], setting)
+    chosen = _choose(backend, tensors, setting)
     with without_autocast(student_query.device):
         if chosen == "cpp":
             given = native.arguments(tensors, pairs, divergence, *scales, reduction)
@@ -134,6 +135,12 @@ def attention_alignment(
         count = None
         if reduction == "mean":
             count = _count(pairs, batch, head_count, divergence, heads, student_query.device)
+        if chosen == "triton":
+            coefficient = torch.ones((), device=student_query.device)
+            if count is not None:
+                coefficient = safe_divide(coefficient, count)
+            given = triton_plan.arguments(tensors, pairs, divergence, *scales, heads, coefficient)
+            return with_native_gradients(torch.ops.dsdistill.attention_alignment_triton, given, tensors[:2])
         if chosen == "reference":
             total = reference.attention_total(*tensors, **setting)
             return total if count is None else safe_divide(total, count)
@@ -142,18 +149,36 @@ def attention_alignment(
         )
 
 
-def _choose(backend: str, like: Tensor, teacher_width: int, setting: dict) -> str:
+def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
     preference, missing = ["chunked", "reference"], {}
-    lack = native_lack(like)
+    lack = native_lack(tensors[0])
     if setting["heads"] == "mean":
         lack = lack or "heads='mean' has no native kernel"
     if lack:
         missing["cpp"] = lack
     else:
         by_identity = setting["divergence"] == "score_mse" and chunked.identity_wins(
-            setting["pairs"], max(like.shape[3], teacher_width)
+            setting["pairs"], max(tensors[0].shape[3], tensors[2].shape[3])
         )
         preference.insert(1 if by_identity else 0, "cpp")
+    lack = triton_plan.lack(tensors)
+    if lack:
+        missing["triton"] = lack
+    else:
+        preference.append("triton")
+    variant = setting["divergence"] if setting["heads"] == "match" else f"{setting['divergence']} mean"
+    small = dict.fromkeys(("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16))
+    fast = gpu_choice(
+        "attention_alignment",
+        variant,
+        tensors[0],
+        setting["pairs"].tokens,
+        {"triton": lack},
+        attention_alignment,
+        small,
+    )
+    if fast and backend == "auto":
+        preference = [fast, *preference]
     return choose_backend(
         "attention_alignment",
         backend,

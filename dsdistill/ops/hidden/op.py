@@ -17,8 +17,10 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.hidden import chunked, native, reference
-from dsdistill.ops.library import choose_backend, native_lack
+from dsdistill.ops.gpu import triton_lack
+from dsdistill.ops.hidden import chunked, native, reference, rows
+from dsdistill.ops.library import choose_backend, cuda_lack, native_lack
+from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("mse", "cosine")
 FEW_TOKENS = 128
@@ -49,7 +51,7 @@ def hidden_alignment(
         mask: (B, N) bool, True = valid. Default: all valid.
         weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1 for each token.
         reduction: "mean" divides as above, sums over valid tokens; "sum" does not divide.
-        backend: "auto", "reference", "chunked" or "cpp".
+        backend: "auto", "reference", "chunked", "cpp", "cuda" or "triton".
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to `student`, `projection` and `bias`. With
@@ -78,7 +80,7 @@ def hidden_alignment(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher, projection, bias)
-    chosen = _choose(backend, student, projection)
+    chosen = _choose(backend, divergence, (student, teacher, projection, bias))
     inputs = (student, projection, bias)
     with without_autocast(student.device):
         if chosen == "cpp":
@@ -89,6 +91,13 @@ def hidden_alignment(
         count = None
         if reduction == "mean":
             count = token_weights.sum() * (teacher_width if divergence == "mse" else 1)
+        if chosen in rows.ROWS:
+            coefficient = torch.ones((), device=student.device)
+            if count is not None:
+                coefficient = safe_divide(coefficient, count)
+            given = (student, teacher, projection, bias, mask, token_weights, coefficient)
+            given += (native.DIVERGENCE_CODES[divergence], chosen)
+            return with_native_gradients(torch.ops.dsdistill.hidden_alignment_rows, given, inputs)
         if chosen == "reference":
             total = reference.hidden_total(student, teacher, projection, bias, **setting)
             return total if count is None else safe_divide(total, count)
@@ -99,16 +108,31 @@ def hidden_alignment(
         )
 
 
-def _choose(backend: str, like: Tensor, projection: Tensor | None) -> str:
+def _choose(backend: str, divergence: str, tensors: tuple[Tensor | None, ...]) -> str:
     preference, missing = ["chunked", "reference"], {}
-    lack = native_lack(like)
+    student, _, projection, _ = tensors
+    lack = native_lack(student)
     if lack:
         missing["cpp"] = lack
-    elif projection is not None and like.shape[0] * like.shape[1] < FEW_TOKENS:
+    elif projection is not None and student.shape[0] * student.shape[1] < FEW_TOKENS:
         # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
         preference = ["reference", "cpp", "chunked"]
     else:
         preference.insert(0, "cpp")
+    lacks = {"cuda": cuda_lack(*tensors), "triton": triton_lack(*tensors)}
+    for name, lack in lacks.items():
+        if lack:
+            missing[name] = lack
+        else:
+            preference.append(name)
+    small = {"student": (1, 65, 40), "teacher": (1, 65, 40 if projection is None else 48)}
+    if projection is not None:
+        small["projection"] = (48, 40)
+    tokens = student.shape[0] * student.shape[1]
+    variant = divergence if projection is None else f"{divergence} projected"
+    fast = gpu_choice("hidden_alignment", variant, student, tokens, lacks, hidden_alignment, small)
+    if fast and backend == "auto":
+        preference = [fast, *preference]
     return choose_backend(
         "hidden_alignment",
         backend,

@@ -17,8 +17,10 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
+from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.library import choose_backend, native_lack
 from dsdistill.ops.pairwise import chunked, native, reference
+from dsdistill.ops.records import gpu_choice
 
 RELATIONS = ("cosine", "dot", "distance")
 
@@ -48,7 +50,7 @@ def pairwise_alignment(
         weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1/n_b with n_b the valid units of
             the sequence, so that each sequence is a mean over its pairs.
         reduction: "mean" over sequences with a valid unit, or "sum" over sequences.
-        backend: "auto", "reference", "chunked" or "cpp".
+        backend: "auto", "reference", "chunked", "cpp" or "triton".
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to `student` only. With nothing valid it is 0,
@@ -78,6 +80,13 @@ def pairwise_alignment(
         count = None
         if reduction == "mean":
             count = torch.tensor(batch, device=student.device) if mask is None else mask.any(1).sum()
+        if chosen == "triton":
+            coefficient = torch.ones((), device=student.device)
+            if count is not None:
+                coefficient = safe_divide(coefficient, count)
+            code = native.RELATION_CODES[relation]
+            given = (student, teacher, mask, token_weights, coefficient, code)
+            return with_native_gradients(torch.ops.dsdistill.pairwise_alignment_triton, given, (student,))
         setting = {"weights": token_weights, "mask": mask, "relation": relation, "dtype": dtype}
         if chosen == "reference":
             total = reference.pairwise_total(student, teacher, **setting)
@@ -96,6 +105,23 @@ def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str) -> st
         # From here on the identity of `chunked` needs fewer products than half a matrix does.
         by_identity = relation != "distance" and chunked.use_identity(*student.shape[1:], teacher.shape[2])
         preference.insert(1 if by_identity else 0, "cpp")
+    lack = triton_lack(student, teacher)
+    if lack:
+        missing["triton"] = lack
+    else:
+        preference.append("triton")
+    by_identity = relation != "distance" and chunked.use_identity(*student.shape[1:], teacher.shape[2])
+    fast = gpu_choice(
+        "pairwise_alignment",
+        relation,
+        student,
+        student.shape[1],
+        {"triton": lack},
+        pairwise_alignment,
+        {"student": (1, 65, 40), "teacher": (1, 65, 48)},
+    )
+    if fast and backend == "auto" and not by_identity:
+        preference = [fast, *preference]
     return choose_backend(
         "pairwise_alignment",
         backend,

@@ -1,0 +1,251 @@
+"""GPU kernels compiled ahead of time, without a GPU: registers, spills, shared memory, matrix instructions.
+
+Operators run on tensors of the meta device while `ops.gpu.recording` collects their launches; each distinct launch
+is compiled for sm_80 and sm_90 with the Triton found here. A spill shows as STACK > 0 in what cuobjdump prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dsdistill.ops.gpu import Launch, interpreting, recording
+
+ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448}  # bytes a block may have
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with the types and constants of one launch, for one architecture. Can be pickled."""
+
+    label: str
+    module: str
+    kernel: str
+    architecture: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[str, ...]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Result:
+    label: str
+    architecture: str
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+    wgmma: bool
+    failures: tuple[str, ...]
+
+
+def variant_of(launch: Launch, label: str, architecture: str) -> Variant:
+    """What Triton would specialise the launch to: numbers equal to 1 are constants, multiples of 16 are known."""
+    signature, constants, divisible = [], [], []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature.append((name, POINTERS[value.dtype]))
+            divisible.append(name)
+            continue
+        if parameter.is_constexpr or (value == 1 and isinstance(value, int)):
+            signature.append((name, "constexpr"))
+            constants.append((name, value))
+            continue
+        if isinstance(value, int):
+            signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(name)
+        else:
+            signature.append((name, "fp32"))
+    return Variant(
+        label,
+        launch.kernel.fn.__module__,
+        launch.kernel.fn.__name__,
+        architecture,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        launch.tile.warps,
+        launch.tile.stages,
+    )
+
+
+def compile_variant(variant: Variant) -> Result:
+    """Compile and judge. For a process of its own or of a pool."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(
+        fn=function,
+        signature=dict(variant.signature),
+        constexprs=dict(variant.constants),
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
+    )
+    target = GPUTarget("cuda", ARCHITECTURES[variant.architecture], 32)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:  # the compiler's own failure is what is being looked for
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        return Result(variant.label, variant.architecture, variant.warps, 0, 0, 0, False, (said[-1][:200],))
+    registers, stack = resources(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    ptx = compiled.asm["ptx"]
+    wgmma = "wgmma.mma_async" in ptx
+    failures = judge(variant.architecture, stack, shared)
+    if variant.architecture == "sm_90" and needs_wgmma(variant) and not wgmma:
+        failures.append("no wgmma")
+    return Result(
+        variant.label, variant.architecture, variant.warps, registers, stack, shared, wgmma, tuple(failures)
+    )
+
+
+def judge(architecture: str, stack: int, shared: int) -> list[str]:
+    failures = [f"spills: {stack} bytes of stack"] if stack else []
+    if shared > SHARED_LIMIT[architecture]:
+        failures.append(f"{shared} bytes of shared memory, limit {SHARED_LIMIT[architecture]}")
+    return failures
+
+
+def needs_wgmma(variant: Variant) -> bool:
+    """Half precision, four warps or more, and 64 rows or more on the left of a product."""
+    half = {"*bf16", "*fp16"} & {kind for name, kind in variant.signature if name in ("query_s", "student")}
+    constants = dict(variant.constants)
+    rows = constants["BC" if variant.kernel == "columns_kernel" else "BR"] if "BR" in constants else 0
+    return bool(half) and variant.warps >= 4 and rows >= 64
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its stack) as cuobjdump reports them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def compile_all(variants: list[Variant]) -> list[Result]:
+    import multiprocessing
+
+    workers = min(len(variants), os.cpu_count() or 1)
+    if workers <= 1:
+        return [compile_variant(variant) for variant in variants]
+    # Fresh processes: forking a process with threads of its own may hang.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_variant, variants))
+
+
+def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Variant]:
+    """Every distinct variant that the calls (label, function to run on meta tensors) launch."""
+    found = {}
+    for label, call in calls:
+        for architecture in ARCHITECTURES:
+            with recording(architecture) as launches:
+                call()
+            for launch in launches:
+                variant = variant_of(launch, "", architecture)
+                key = (variant,)
+                name = variant.kernel.removesuffix("_kernel")
+                found.setdefault(key, variant_of(launch, f"{name} {label}", architecture))
+    return list(found.values())
+
+
+def compile_cuda(source: Path) -> list[Result]:
+    """The kernels of a .cu file by nvcc: for each architecture the worst figures over all of them."""
+    results = []
+    for architecture in ARCHITECTURES:
+        number = ARCHITECTURES[architecture]
+        command = [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            f"-arch=sm_{number}",
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            "-o",
+            os.devnull,
+        ]
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        label = f"cuda {source.parent.name}"
+        if done.returncode:
+            failure = (done.stderr.strip().splitlines()[-1][:200],)
+            results.append(Result(label, architecture, 0, 0, 0, 0, False, failure))
+            continue
+        registers, stack, shared = (
+            max(map(int, re.findall(pattern, done.stderr)), default=0)
+            for pattern in (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes smem")
+        )
+        failures = judge(architecture, stack, shared)
+        count = len(re.findall(r"Used \d+ registers", done.stderr))
+        label += f", {count} kernels"
+        results.append(Result(label, architecture, 0, registers, stack, shared, False, tuple(failures)))
+    return results
+
+
+def cuda_sources() -> list[Path]:
+    """Those of a source checkout; none in an installed package."""
+    return sorted((Path(__file__).parents[2] / "csrc").glob("*/cuda.cu"))
+
+
+def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
+    """Compile every kernel variant whose label contains `match`; print a table. Returns 0, or 1 on a failure."""
+    import triton
+
+    from dsdistill.bench.aot_calls import all_calls
+
+    if interpreting():
+        raise ValueError(
+            "TRITON_INTERPRET: got 1, expected it unset, since nothing is compiled in the interpreter"
+        )
+    results = compile_all([v for v in variants_of(all_calls()) if match in v.label])
+    if shutil.which("nvcc"):
+        results += [r for source in cuda_sources() for r in compile_cuda(source) if match in r.label]
+    else:
+        print("no nvcc on the PATH: CUDA sources are not compiled")
+    print(f"Triton {triton.__version__}")
+    print(table(results))
+    failed = sum(bool(r.failures) for r in results)
+    print(f"{len(results)} compiled, {failed} failed")
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps([asdict(r) for r in results], indent=1))
+    return int(failed > 0 or not results)
+
+
+def table(results: list[Result]) -> str:
+    lines = [f"{'kernel':58} {'arch':6} warps  regs  stack  shared  wgmma"]
+    for r in results:
+        line = f"{r.label:58} {r.architecture:6} {r.warps:5} {r.registers:5} {r.stack:6} {r.shared:7}  "
+        lines.append(line + ("yes" if r.wgmma else "no") + "".join(f"  FAILED: {f}" for f in r.failures))
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""The calls whose kernels are compiled ahead of time: every operator, type, width and plan, on meta tensors.
+
+Kernels are compiled with all conditions on pairs (labels, causal order, window), which cost the most registers; in
+bfloat16 also without any.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from dsdistill.ops.attention import triton_plan as attention
+from dsdistill.ops.attention.native import DIVERGENCE_CODES
+from dsdistill.ops.hidden import rows as hidden
+from dsdistill.ops.pairwise import triton_plan as pairwise
+from dsdistill.ops.pairwise.native import RELATION_CODES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = (64, 128, 256)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention_call(
+    dtype: torch.dtype,
+    width: int,
+    divergence: str,
+    plan: str,
+    tokens: int,
+    conditions: bool,
+    mean_heads: bool = False,
+    lse: bool = False,
+    gradient: bool = True,
+) -> None:
+    query, key = _empty(2, 4, tokens, width, dtype=dtype), _empty(2, 2, tokens, width, dtype=dtype)
+    mask = _empty(2, tokens, dtype=torch.bool) if conditions else None
+    rows = _empty(2, 4, tokens) if lse else None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(plan == "row, deterministic")
+    try:
+        attention.run(
+            query,
+            key,
+            query,
+            key,
+            mask,
+            None,
+            rows,
+            rows,
+            _empty(),
+            DIVERGENCE_CODES[divergence],
+            0.125,
+            0.125,
+            conditions,
+            100 if conditions else -1,
+            mean_heads,
+            plan.split(",")[0],
+            gradient,
+            gradient,
+        )
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def attention_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, dtype in DTYPES.items():
+        for width in WIDTHS:
+            for divergence in ("kl", "mse", "score_mse"):
+                for conditions in (True, False) if name == "bf16" else (True,):
+                    label = f"{name} D{width} {divergence}{' all conditions' if conditions else ''}"
+                    given = functools.partial(attention_call, dtype, width, divergence, conditions=conditions)
+                    for plan in ("merged", "sweeps"):
+                        yield f"{label} {plan}", functools.partial(given, plan=plan, tokens=1024)
+                    for tokens in (128, 256, 512) if conditions else ():
+                        for plan in ("row", "row, deterministic"):
+                            yield (
+                                f"{label} N{tokens} {plan}",
+                                functools.partial(given, plan=plan, tokens=tokens),
+                            )
+            lse = functools.partial(
+                attention_call, dtype, width, "kl", tokens=1024, conditions=True, lse=True
+            )
+            for plan in ("merged", "sweeps"):
+                yield f"{name} D{width} kl LSEs given {plan}", functools.partial(lse, plan=plan)
+            yield f"{name} D{width} kl LSEs given, loss", functools.partial(lse, plan="auto", gradient=False)
+            for divergence in ("kl", "mse"):
+                yield (
+                    f"{name} D{width} {divergence} mean of heads",
+                    functools.partial(attention_call, dtype, width, divergence, "auto", 1024, True, True),
+                )
+
+
+def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, dtype in DTYPES.items():
+        states, mask = _empty(2, 1024, 768, dtype=dtype), _empty(2, 1024, dtype=torch.bool)
+        for relation, code in RELATION_CODES.items():
+            for gradient in (False, True):
+                arguments = (states, states, mask, _empty(2, 1024), _empty(), code, gradient)
+                label = f"{name} {relation}{' gradient' if gradient else ''}"
+                yield label, functools.partial(pairwise.run, *arguments)
+        for divergence in (0, 1):
+            for width in (768, 8192):
+                y = _empty(1024, width, dtype=torch.float32 if width == 768 else dtype)
+                target, weights = _empty(1024, width, dtype=dtype), _empty(1024)
+                arguments = (y, target, _empty(width), weights, _empty(), divergence, dtype)
+                label = f"{name} hidden {'cosine' if divergence else 'mse'} D{width}"
+                yield label, functools.partial(hidden.triton_rows, *arguments)
+
+
+def all_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    yield from attention_calls()
+    yield from other_calls()

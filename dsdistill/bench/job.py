@@ -1,0 +1,130 @@
+"""A whole distillation on random weights, for tokens a second and memory: 24 layers of 1024 into 6 of 768.
+
+deepspeed --num_gpus 1 dsdistill/bench/job.py FOLDER [--tiny]
+
+Logits alone, then + hidden, + attention, + pairwise, at 512 and 4096 tokens; rows go to FOLDER/job.json as they come.
+Data are made-up words, so that neither network nor `datasets` is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+from dsdistill.config import load
+from dsdistill.engine import deepspeed
+from dsdistill.engine.run import run
+
+LEVELS = {
+    "logits": {"soft_label": {}},
+    "hidden": {"hidden": {"layers": "uniform"}},
+    "attention": {"attention": {"layers": "uniform", "divergence": "kl"}},
+    "pairwise": {"pairwise": {"layers": "last"}},
+}
+# (teacher, student, vocabulary, sequence lengths with their micro-batches, steps). Sixteen heads on both sides.
+REAL = ((24, 1024, 16), (6, 768, 16), 30522, {512: 8, 4096: 1}, 30)
+TINY = ((4, 32, 4), (2, 16, 4), 64, {16: 2}, 2)
+
+
+def tokenizer_folder(folder: Path, words: list[str]) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def model(layers: int, width: int, heads: int, vocabulary: int, longest: int) -> dict:
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": longest,
+    }
+
+
+def write_configs(folder: Path, tiny: bool) -> list[tuple[Path, dict]]:
+    """(config, what it is) for each length and each set of terms."""
+    teacher, student, vocabulary, lengths, steps = TINY if tiny else REAL
+    words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(vocabulary - 3))]
+    tokenizer = tokenizer_folder(folder, words)
+    rng = random.Random(0)
+    most = max(length * (batch * steps + 2) for length, batch in lengths.items())
+    lines = [" ".join(rng.choice(words[3:]) for _ in range(256)) for _ in range(most // 256 + 1)]
+    text = folder / "text.txt"
+    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = []
+    for length, batch in lengths.items():
+        terms = {}
+        for level, added in LEVELS.items():
+            terms |= added
+            name = f"{level}-{length}"
+            config = {
+                "task": "causal_lm",
+                "run": {"name": name, "dir": str(folder / name), "log_every": 1000},
+                "data": {
+                    "source": "files",
+                    "train": str(text),
+                    "dev": str(text),
+                    "max_dev": 1,
+                    "max_train": batch * steps,
+                    "max_length": length,
+                    "label": None,
+                    "tokenizer": str(tokenizer),
+                    "cache": str(folder / "cache"),
+                },
+                "teacher": {"config": model(*teacher, vocabulary, length), "zero_stage": 0},
+                "student": {"config": model(*student, vocabulary, length), "zero_stage": 1},
+                "terms": dict(terms),
+                "train": {
+                    "steps": steps,
+                    "batch_size": batch,
+                    "micro_batch_size": batch,
+                    "learning_rate": 1e-4,
+                    "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+                },
+            }
+            path = folder / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            found.append(
+                (path, {"terms": " + ".join(terms), "tokens": length, "batch": batch, "steps": steps})
+            )
+    return found
+
+
+def main(folder: Path, tiny: bool) -> None:
+    rows = []
+    ranks = deepspeed.start()
+    try:
+        for path, row in write_configs(folder, tiny):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            summary = run(load([str(path)]), ranks)
+            rows.append(
+                row
+                | {
+                    "tokens_per_second": summary["models"]["student"]["training_tokens_per_second"],
+                    "peak_gb": summary["peak_memory_mib"] / 953.674,
+                    "backends": summary["backends"],
+                }
+            )
+            (folder / "job.json").write_text(json.dumps(rows, indent=1))
+    finally:
+        deepspeed.stop()
+
+
+if __name__ == "__main__":
+    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(Path(given[0]), "--tiny" in given)

@@ -1,0 +1,68 @@
+"""What a causal language model writes after the prompts of the dev set."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from dsdistill.data import Examples
+
+
+def prompt_and_reference(examples: Examples, row: int) -> tuple[list[int], list[int]]:
+    """Tokens of an example before and after the place where writing begins.
+
+    Of a prompt and its response the response's first token (the reference keeps its end token where it has one); of a
+    block of text its middle.
+    """
+    start, length = int(examples.starts[row]), int(examples.lengths[row])
+    tokens = examples.tokens[start : start + length].tolist()
+    before = length // 2 if examples.prompts is None else int(examples.prompts[row])
+    return tokens[:before], tokens[before:]
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    most: Sequence[int],
+    *,
+    end: int | None,
+    pad: int,
+    vocabulary: int,
+) -> list[list[int]]:
+    """The likeliest next token again and again, all prompts at once, over a cache of keys and values.
+
+    Args:
+        model: in eval mode.
+        prompts: n ≥ 1 of any lengths, none empty; they are padded on the left here.
+        most: (n,) ≥ 1, new tokens of each at most.
+        end: token that ends a text, not returned; None: every row gets its `most` tokens.
+        vocabulary: entries of the head that are tokens; it may be padded.
+    """
+    device = model.device
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    limits = torch.tensor(most, device=device)
+    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    takes = inspect.signature(model.forward).parameters
+    cache, written = None, []
+    while running.any():
+        inputs = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        found = model(**inputs, **{name: value for name, value in optional.items() if name in takes})
+        cache = found.past_key_values
+        tokens = found.logits[:, -1:, :vocabulary].argmax(-1)
+        written.append(tokens[:, 0])
+        running = running & (len(written) < limits)
+        if end is not None:
+            running = running & (tokens[:, 0] != end)
+        # A row that has ended runs along unseen: it must not walk past the last position that the model knows.
+        mask = torch.cat([mask, running[:, None].to(mask.dtype)], dim=1)
+        positions = positions[:, -1:] + running[:, None]
+    rows = [row[:limit] for row, limit in zip(torch.stack(written, 1).tolist(), most, strict=True)]
+    return [row[: row.index(end)] if end in row else row for row in rows]

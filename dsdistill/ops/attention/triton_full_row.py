@@ -1,0 +1,149 @@
+"""Attention alignment for short sequences: whole rows of scores on chip, so each score is computed once.
+
+Formulas of `triton_tile.loss_and_slope`. A program owns a few queries and sees all their keys (N ≤ 512) as one tile:
+softmax, loss and dQ need no second sweep. dK is added atomically (MERGED), 4 products and 2 exps a tile in all, or
+left to `triton_sweeps.columns_kernel`, for which the statistics are stored.
+"""
+
+import triton
+import triton.language as tl
+
+from dsdistill.ops.attention.triton_tile import (
+    LN2,
+    LOWEST,
+    add_tile,
+    exists,
+    gradient_product,
+    load_labels,
+    load_tile,
+    store_tile,
+)
+
+
+@triton.jit
+def full_row_kernel(
+    query_s,
+    key_s,
+    query_t,
+    key_t,
+    labels,
+    max_s,  # (B, H, N) float32 as the next four, of `triton_sweeps`; not written when MERGED
+    max_t,
+    log_s,
+    log_t,
+    slope_mean,
+    partial,  # (B · H · row blocks)
+    coefficient,
+    d_query,  # (B, H, N, D) contiguous
+    d_key,  # (B, H_kv, N, D) contiguous float32 zeros, only with MERGED
+    qs_b,
+    qs_h,
+    qs_n,
+    ks_b,
+    ks_h,
+    ks_n,
+    qt_b,
+    qt_h,
+    qt_n,
+    kt_b,
+    kt_h,
+    kt_n,
+    N,
+    H,
+    group_s,
+    group_t,
+    window,
+    scale_s,  # · log₂e for kl and mse
+    scale_t,
+    gradient_scale,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    BDS: tl.constexpr,
+    BDT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,  # at least N
+    DIVERGENCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WITH_QUERY: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    blocks = tl.cdiv(N, BR)
+    program = tl.program_id(0)
+    block = program % blocks
+    head = (program // blocks).to(tl.int64)
+    b, h = head // H, head % H
+    kv = h // group_s
+    rows = block * BR + tl.arange(0, BR)
+    columns = tl.arange(0, BC)
+    labels += b * N
+    row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
+    column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
+    found = exists(
+        rows[:, None],
+        columns[None, :],
+        row_labels[:, None],
+        column_labels[None, :],
+        rows_inside[:, None],
+        columns_inside[None, :],
+        window,
+        CAUSAL,
+        WINDOWED,
+        LABELLED,
+    )
+    q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows_inside, qs_n, DS, BDS, UPCAST)
+    q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
+    key_s += b * ks_b + kv * ks_h
+    k_t = load_tile(key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST)
+    t = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t
+    k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
+    s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
+
+    if DIVERGENCE == 2:
+        difference = tl.where(found, s - t, 0.0)
+        loss = tl.sum(difference * difference, 1)
+        slope = 2.0 * difference
+    else:
+        m_s = tl.maximum(tl.max(tl.where(found, s, LOWEST), 1), LOWEST)
+        m_t = tl.maximum(tl.max(tl.where(found, t, LOWEST), 1), LOWEST)
+        s -= m_s[:, None]
+        t -= m_t[:, None]
+        p_s = tl.where(found, tl.exp2(s), 0.0)
+        p_t = tl.where(found, tl.exp2(t), 0.0)
+        l_s, l_t = tl.sum(p_s, 1), tl.sum(p_t, 1)
+        some = l_s > 0  # a row without keys: everything 0
+        l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
+        row_log_s, row_log_t = tl.log2(l_s), tl.log2(l_t)
+        p_s *= (1.0 / l_s)[:, None]
+        p_t *= (1.0 / l_t)[:, None]
+        slope = p_s - p_t
+        if DIVERGENCE == 0:
+            entries = tl.where(found, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
+            loss = tl.sum(entries, 1) * LN2
+        else:
+            loss = tl.sum(slope * slope, 1)
+            r = tl.sum(p_s * slope, 1)
+            slope = 2.0 * p_s * (slope - r[:, None])
+        if not MERGED:
+            out = head * N + rows
+            tl.store(max_s + out, tl.where(some, m_s, 0.0), mask=rows < N)
+            tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
+            tl.store(log_s + out, row_log_s, mask=rows < N)
+            tl.store(log_t + out, row_log_t, mask=rows < N)
+            if DIVERGENCE == 1:
+                tl.store(slope_mean + out, r, mask=rows < N)
+    tl.store(partial + head * blocks + block, tl.sum(loss, 0))
+
+    factor = gradient_scale * tl.load(coefficient)
+    TYPE: tl.constexpr = key_s.dtype.element_ty
+    if WITH_QUERY:
+        gradient = gradient_product(slope, k_s, TYPE, UPCAST, tl.zeros([BR, BDS], tl.float32))
+        store_tile(d_query + head * N * DS, rows, rows < N, DS, gradient * factor, DS, BDS, UPCAST)
+    if MERGED:
+        kv_head = b * (H // group_s) + kv
+        QTYPE: tl.constexpr = query_s.dtype.element_ty
+        part = gradient_product(tl.trans(slope), q_s, QTYPE, UPCAST, tl.zeros([BC, BDS], tl.float32))
+        add_tile(d_key + kv_head * N * DS, columns, columns < N, DS, part * factor, DS, BDS)

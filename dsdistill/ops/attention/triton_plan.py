@@ -1,0 +1,356 @@
+"""Attention alignment by Triton kernels: which of them run, in which order, with which tiles.
+
+  row     N ≤ 512: whole rows on chip; dK atomically, or by a column sweep where the result must be deterministic
+  merged  statistics sweep, then one sweep for dQ (atomic) and dK
+  sweeps  statistics sweep, row sweep for dQ, column sweep for dK: no atomics
+Raw scores need no statistics, nor does kl when the caller hands over both models' LSEs (their own flash attention
+has them): merged is then one sweep of 4 products, the fewest possible; mse needs a sweep for r all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.attention.native import DIVERGENCE_CODES
+from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
+from dsdistill.ops.common import storage_dtype
+from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous, triton_lack
+from dsdistill.ops.library import register_gradients
+
+PLANS = ("auto", "row", "merged", "sweeps")
+LOG2E = math.log2(math.e)
+STATISTICS = (
+    "max_s",
+    "max_t",
+    "log_s",
+    "log_t",
+    "slope_mean",
+)  # of each row, as triton_sweeps describes them
+
+# What public calls run; tests and the benchmark set it to see each plan.
+default_plan = "auto"
+
+
+def arguments(tensors, pairs, divergence, student_scale, teacher_scale, heads, coefficient) -> tuple:
+    """The operator's arguments up to its last two, which ask for gradients. coefficient: scalar float32 tensor."""
+    return (
+        *tensors,
+        pairs.mask,
+        pairs.segments,
+        None,
+        None,
+        coefficient,
+        DIVERGENCE_CODES[divergence],
+        student_scale,
+        teacher_scale,
+        pairs.causal,
+        -1 if pairs.window is None else pairs.window,
+        heads == "mean",
+        default_plan,
+    )
+
+
+def lack(tensors: Sequence[Tensor]) -> str | None:
+    """Why these kernels cannot take a call; None if they can."""
+    found = triton_lack(*tensors)
+    if found is None and not fits(tensors):
+        found = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
+    return found
+
+
+def run(
+    student_query,
+    student_key,
+    teacher_query,
+    teacher_key,
+    mask,
+    segments,
+    student_lse,
+    teacher_lse,
+    coefficient,
+    divergence,
+    student_scale,
+    teacher_scale,
+    causal,
+    window,
+    mean_heads,
+    plan,
+    query_gradient,
+    key_gradient,
+):
+    """Loss · coefficient, and the gradients of that at the student's query and key (empty if not asked for).
+
+    Args:
+        student_lse, teacher_lse: (B, H, N) natural logarithm of each row's Σ exp(scale · score) over the keys it
+            sees, both or neither; used by kl.
+        coefficient: float32 scalar.
+        plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
+    """
+    tensors = [rows_contiguous(x) for x in (student_query, student_key, teacher_query, teacher_key)]
+    call = _Call(
+        tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
+    )
+    needs = (query_gradient, key_gradient)
+    if student_query.numel() == 0:
+        loss, gradients = coefficient.new_zeros(()), (_zeros(student_query), _zeros(student_key))
+    elif mean_heads:
+        loss, gradients = call.mean_heads(needs)
+    else:
+        lse = None if student_lse is None or teacher_lse is None else (student_lse, teacher_lse)
+        loss, gradients = call.match_heads(needs, plan, lse)
+    empty = [x.new_empty(0, dtype=storage_dtype(x)) for x in (student_query, student_key)]
+    return (
+        loss * coefficient,
+        *(g.to(e.dtype) if need else e for g, e, need in zip(gradients, empty, needs, strict=True)),
+    )
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=storage_dtype(x), device=x.device)
+
+
+torch.library.custom_op(
+    "dsdistill::attention_alignment_triton",
+    run,
+    mutates_args=(),
+    schema=(
+        "(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, Tensor? mask, "
+        "Tensor? segments, Tensor? student_lse, Tensor? teacher_lse, Tensor coefficient, int divergence, "
+        "float student_scale, float teacher_scale, bool causal, int window, bool mean_heads, str plan, "
+        "bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)"
+    ),
+)
+
+
+@torch.library.register_fake("dsdistill::attention_alignment_triton")
+def _fake(student_query, student_key, *rest):
+    return (
+        student_query.new_empty((), dtype=torch.float32),
+        *(
+            x.new_empty(x.shape if need else 0, dtype=storage_dtype(x))
+            for x, need in zip((student_query, student_key), rest[-2:], strict=True)
+        ),
+    )
+
+
+register_gradients("dsdistill::attention_alignment_triton", arguments=18, differentiable=(0, 1))
+
+
+class _Call:
+    """Buffers and launches of one call."""
+
+    def __init__(self, tensors, mask, segments, divergence, scales, causal, window, coefficient):
+        self.tensors = tensors
+        query, key, teacher_query, teacher_key = tensors
+        self.batch, self.heads, self.tokens, self.width = query.shape
+        self.kv_heads = key.shape[1]
+        self.divergence = divergence
+        self.coefficient = coefficient
+        self.gradient_scale = float(scales[0])
+        labels, masked = labels_of(mask, segments, self.batch, self.tokens, query.device)
+        factor = 1.0 if divergence == DIVERGENCE_CODES["score_mse"] else LOG2E
+        self.scales = {"scale_s": scales[0] * factor, "scale_t": scales[1] * factor}
+        self.shared = {
+            "labels": coefficient if labels is None else labels,  # some pointer; never read without labels
+            "N": self.tokens,
+            "window": max(window, 0),
+            "CAUSAL": causal,
+            "WINDOWED": 0 <= window < self.tokens,
+            "LABELLED": labels is not None,
+            "MASKED": masked,
+            "UPCAST": interpreting() and query.device.type == "cpu",
+            "DIVERGENCE": divergence,
+        }
+        self.models = {
+            "DS": self.width,
+            "DT": teacher_query.shape[3],
+            "BDS": block_width(self.width),
+            "BDT": block_width(teacher_query.shape[3]),
+            "group_s": self.heads // self.kv_heads,
+            "group_t": teacher_query.shape[1] // teacher_key.shape[1],
+        }
+        for name, x in zip(("query_s", "key_s", "query_t", "key_t"), tensors, strict=True):
+            self.models[name] = x
+            short = name[0] + name[-1]
+            self.models |= {f"{short}_b": x.stride(0), f"{short}_h": x.stride(1), f"{short}_n": x.stride(2)}
+
+    def buffer(self, *shape, zeroed=False, dtype=torch.float32) -> Tensor:
+        make = torch.zeros if zeroed else torch.empty
+        return make(shape, dtype=dtype, device=self.coefficient.device)
+
+    def tile(self, kernel: str):
+        return tile_of(kernel, self.tensors)
+
+    def run(self, kernel, name: str, programs: int, tile, **given) -> None:
+        common = self.shared | self.models | self.scales | {"BR": tile.rows, "BC": tile.columns} | given
+        wanted = {argument: common[argument] for argument in kernel.arg_names}
+        launch(kernel, programs, wanted, tile)
+
+    def match_heads(self, needs: Sequence[bool], plan: str, lse: tuple[Tensor, Tensor] | None):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if plan == "auto":
+            plan = "row" if self.tokens <= ROW_TOKENS else "sweeps" if deterministic else "merged"
+        if plan == "row" and any(needs) and lse is None:
+            tile = row_tile(self.tensors)
+            if tile is not None:
+                merged = needs[1] and not deterministic and row_merges(self.tensors)
+                return self.full_row(needs, tile, merged)
+        merged = plan != "sweeps" and all(needs) and not deterministic
+        found = self.statistics(lse)
+        return self.sweeps(needs, merged, *found)
+
+    def statistics(self, lse: tuple[Tensor, Tensor] | None):
+        """(loss, statistics of the rows); the loss is None where a later sweep finds it."""
+        from dsdistill.ops.attention.triton_sweeps import statistics_kernel
+
+        shape = (self.batch, self.heads, self.tokens)
+        if self.divergence == DIVERGENCE_CODES["score_mse"]:
+            nothing = self.coefficient
+            return None, dict.fromkeys(STATISTICS, nothing)
+        if lse is not None and self.divergence == DIVERGENCE_CODES["kl"]:
+            given = dict.fromkeys(STATISTICS, self.coefficient)
+            for name, x in zip(("max_s", "max_t"), lse, strict=True):
+                given[name] = (x.float() * LOG2E).contiguous()
+            given["log_s"] = given["log_t"] = self.buffer(*shape, zeroed=True)
+            return None, given
+        given = {name: self.buffer(*shape) for name in STATISTICS[:4]} | {"slope_mean": self.coefficient}
+        if self.divergence == DIVERGENCE_CODES["mse"]:
+            given["slope_mean"] = self.buffer(*shape)
+        tile = self.tile("statistics")
+        programs = self.batch * self.heads * -(-self.tokens // tile.rows)
+        partial = self.buffer(programs)
+        self.run(statistics_kernel, "statistics", programs, tile, partial=partial, H=self.heads, **given)
+        return partial.sum(), given
+
+    def sweeps(self, needs, merged: bool, loss: Tensor | None, given: dict):
+        from dsdistill.ops.attention.triton_sweeps import columns_kernel, rows_kernel
+
+        query, key = self.tensors[:2]
+        nothing = self.coefficient
+        given = given | {
+            "coefficient": nothing,
+            "gradient_scale": self.gradient_scale,
+            "H": self.heads,
+            "d_query": nothing,
+            "d_key": nothing,
+            "partial": nothing,
+        }
+        gradients = [
+            torch.empty(x.shape, dtype=storage_dtype(x), device=x.device) if need else None
+            for x, need in zip((query, key), needs, strict=True)
+        ]
+        # The loss comes from the first sweep that runs, unless the statistics brought it.
+        by_rows = not merged and (needs[0] or (loss is None and not needs[1]))
+        if by_rows:
+            tile = self.tile("rows")
+            programs = self.batch * self.heads * -(-self.tokens // tile.rows)
+            extra = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
+            if needs[0]:
+                extra["d_query"] = gradients[0]
+            if loss is None:
+                extra["partial"] = self.buffer(programs)
+            self.run(rows_kernel, "rows", programs, tile, **(given | extra))
+            loss = extra["partial"].sum() if loss is None else loss
+        if needs[1]:
+            tile = self.tile("merged" if merged else "columns")
+            programs = self.batch * self.kv_heads * -(-self.tokens // tile.columns)
+            extra = {"WITH_LOSS": loss is None, "MERGED": merged, "WITH_KEY": True, "d_key": gradients[1]}
+            if merged:
+                gradients[0] = extra["d_query"] = self.buffer(*query.shape, zeroed=True)
+            if loss is None:
+                extra["partial"] = self.buffer(programs)
+            self.run(columns_kernel, "columns", programs, tile, **(given | extra))
+            loss = extra["partial"].sum() if loss is None else loss
+        return loss, gradients
+
+    def full_row(self, needs, tile, merged: bool):
+        from dsdistill.ops.attention.triton_full_row import full_row_kernel
+
+        query, key = self.tensors[:2]
+        shape = (self.batch, self.heads, self.tokens)
+        nothing = self.coefficient
+        given = dict.fromkeys(STATISTICS, nothing)
+        if not merged and self.divergence != DIVERGENCE_CODES["score_mse"]:
+            given = {name: self.buffer(*shape) for name in given}
+        programs = self.batch * self.heads * -(-self.tokens // tile.rows)
+        partial = self.buffer(programs)
+        d_query = (
+            torch.empty(query.shape, dtype=storage_dtype(query), device=query.device) if needs[0] else None
+        )
+        d_key = self.buffer(*key.shape, zeroed=True) if merged else None
+        self.run(
+            full_row_kernel,
+            "row",
+            programs,
+            tile,
+            **given,
+            partial=partial,
+            coefficient=nothing,
+            d_query=nothing if d_query is None else d_query,
+            d_key=nothing if d_key is None else d_key,
+            H=self.heads,
+            gradient_scale=self.gradient_scale,
+            WITH_QUERY=bool(needs[0]),
+            MERGED=merged,
+        )
+        loss = partial.sum()
+        if needs[1] and not merged:
+            _, (_, d_key) = self.sweeps((False, True), False, loss, given)
+        return loss, (d_query, d_key)
+
+    def mean_heads(self, needs):
+        from dsdistill.ops.attention.triton_mean_heads import lse_kernel, mean_heads_kernel
+
+        tile = self.tile("mean_heads")
+        row_blocks, column_blocks = -(-self.tokens // tile.rows), -(-self.tokens // tile.columns)
+        heads_t = self.tensors[2].shape[1]
+        given = {}
+        for side, (query, heads) in (("s", (self.tensors[0], self.heads)), ("t", (self.tensors[2], heads_t))):
+            given[f"lse_{side}"] = self.buffer(self.batch, heads, self.tokens)
+            model = {name: self.models[f"{name}_{side}"] for name in ("query", "key", "group")}
+            model |= {f"q_{axis}": self.models[f"q{side}_{axis}"] for axis in "bhn"}
+            model |= {f"k_{axis}": self.models[f"k{side}_{axis}"] for axis in "bhn"}
+            width = query.shape[3]
+            model |= {"D": width, "BD": block_width(width), "H": heads, "scale": self.scales[f"scale_{side}"]}
+            programs = self.batch * heads * row_blocks
+            self.run(lse_kernel, "mean_heads", programs, tile, lse=given[f"lse_{side}"], **model)
+        given |= {
+            "slope_mean": self.buffer(self.batch, self.heads, self.tokens, zeroed=True),
+            "partial": self.buffer(self.batch * row_blocks),
+            "coefficient": self.coefficient,
+            "heads_s": self.heads,
+            "heads_t": heads_t,
+            "gradient_scale": self.gradient_scale,
+            "log_heads_s": math.log2(self.heads),
+            "log_heads_t": math.log2(heads_t),
+        }
+        gradients = [
+            self.buffer(*x.shape, zeroed=True) if need else None
+            for x, need in zip(self.tensors[:2], needs, strict=True)
+        ]
+        stages = ((True, row_blocks, None), (needs[0], row_blocks, 0), (needs[1], column_blocks, 1))
+        for stage, (wanted, blocks, index) in enumerate(stages):
+            if wanted:
+                out = self.coefficient if index is None else gradients[index]
+                self.run(
+                    mean_heads_kernel, "mean_heads", self.batch * blocks, tile, **given, out=out, STAGE=stage
+                )
+        return given["partial"].sum(), gradients
+
+
+def labels_of(mask, segments, batch: int, tokens: int, device) -> tuple[Tensor | None, int]:
+    """(B, N) integers, equal where two valid tokens may see each other; and the one that masked tokens get."""
+    if mask is None and segments is None:
+        return None, 0
+    if segments is None:
+        return (mask.to(torch.int32) - 1).contiguous(), -1
+    if segments.dtype != torch.int64:
+        segments = segments.to(torch.int32)
+    masked = torch.iinfo(segments.dtype).min
+    if mask is None:
+        return segments.contiguous(), masked
+    return torch.where(mask, segments, masked).contiguous(), masked

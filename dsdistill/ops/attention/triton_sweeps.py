@@ -1,0 +1,396 @@
+"""Attention alignment by sweeps over blocks, any N: statistics of the rows, then dQ by rows, dK by columns.
+
+With S = scale · Q Kᵀ, P = exp(S − LSE), dS of `triton_tile.loss_and_slope`: dQ = scale · dS K_S, dK = scale · dSᵀ Q_S.
+  statistics  one online sweep: both LSEs, r (mse), the loss                     2 products a tile, 2 exps
+  rows        a block of queries walks its keys: dQ                              3 products, 2 exps
+  columns     a block of keys walks the queries of every head it serves: dK      3 products, 2 exps
+              MERGED: and adds dQ atomically                                     4 products
+No N×N matrix, no buffer beyond O(N). Everything but MERGED is deterministic.
+"""
+
+import triton
+import triton.language as tl
+
+from dsdistill.ops.attention.triton_tile import (
+    LN2,
+    LOWEST,
+    add_tile,
+    exists,
+    gradient_product,
+    keys_of,
+    load_labels,
+    load_tile,
+    loss_and_slope,
+    queries_of,
+    store_tile,
+)
+
+
+@triton.jit
+def statistics_kernel(
+    query_s,
+    key_s,
+    query_t,
+    key_t,
+    labels,
+    max_s,  # (B, H, N) float32 as the next four: largest score of each row, in units of log 2
+    max_t,
+    log_s,  # log₂ Σ exp2(score − max)
+    log_t,
+    slope_mean,  # r of mse
+    partial,  # (B · H · row blocks) loss of each block of rows
+    qs_b,
+    qs_h,
+    qs_n,
+    ks_b,
+    ks_h,
+    ks_n,
+    qt_b,
+    qt_h,
+    qt_n,
+    kt_b,
+    kt_h,
+    kt_n,
+    N,
+    H,
+    group_s,
+    group_t,
+    window,
+    scale_s,  # · log₂e
+    scale_t,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    BDS: tl.constexpr,
+    BDT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    blocks = tl.cdiv(N, BR)
+    program = tl.program_id(0)
+    # The longest blocks of causal order begin first.
+    block = blocks - 1 - program % blocks
+    head = (program // blocks).to(tl.int64)
+    b, h = head // H, head % H
+    rows = block * BR + tl.arange(0, BR)
+    labels += b * N
+    row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
+    q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows < N, qs_n, DS, BDS, UPCAST)
+    q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
+    key_s += b * ks_b + h // group_s * ks_h
+    key_t += b * kt_b + h // group_t * kt_h
+
+    m_s = tl.full([BR], LOWEST, tl.float32)
+    m_t = tl.full([BR], LOWEST, tl.float32)
+    l_s = tl.zeros([BR], tl.float32)
+    l_t = tl.zeros([BR], tl.float32)
+    # kl: a = Σ e_T ((s_T − m_T) − (s_S − m_S)). mse: a = Σ e_S², st = Σ e_S e_T, tt = Σ e_T².
+    a = tl.zeros([BR], tl.float32)
+    st = tl.zeros([BR], tl.float32)
+    tt = tl.zeros([BR], tl.float32)
+    first, last = keys_of(block * BR, block * BR + BR, N, window, CAUSAL, WINDOWED, BC)
+    for start in range(first, last, BC):
+        columns = start + tl.arange(0, BC)
+        column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
+        # NaN in padding stays in scores that do not exist: no need to wait for the labels.
+        k_s = load_tile(key_s, columns, columns < N, ks_n, DS, BDS, UPCAST)
+        k_t = load_tile(key_t, columns, columns < N, kt_n, DT, BDT, UPCAST)
+        found = exists(
+            rows[:, None],
+            columns[None, :],
+            row_labels[:, None],
+            column_labels[None, :],
+            rows_inside[:, None],
+            columns_inside[None, :],
+            window,
+            CAUSAL,
+            WINDOWED,
+            LABELLED,
+        )
+        s = tl.where(found, tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s, float("-inf"))
+        t = tl.where(found, tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t, float("-inf"))
+        new_m_s = tl.maximum(m_s, tl.max(s, 1))
+        new_m_t = tl.maximum(m_t, tl.max(t, 1))
+        s -= new_m_s[:, None]
+        t -= new_m_t[:, None]
+        e_s, e_t = tl.exp2(s), tl.exp2(t)
+        shrink_s, shrink_t = tl.exp2(m_s - new_m_s), tl.exp2(m_t - new_m_t)
+        if DIVERGENCE == 0:
+            moved = (m_t - new_m_t) - (m_s - new_m_s)
+            a = shrink_t * (a + l_t * moved) + tl.sum(tl.where(found, e_t * (t - s), 0.0), 1)
+        else:
+            a = a * shrink_s * shrink_s + tl.sum(e_s * e_s, 1)
+            st = st * shrink_s * shrink_t + tl.sum(e_s * e_t, 1)
+            tt = tt * shrink_t * shrink_t + tl.sum(e_t * e_t, 1)
+        l_s = l_s * shrink_s + tl.sum(e_s, 1)
+        l_t = l_t * shrink_t + tl.sum(e_t, 1)
+        m_s, m_t = new_m_s, new_m_t
+
+    some = l_s > 0  # a row without keys: everything 0
+    l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
+    row_log_s, row_log_t = tl.log2(l_s), tl.log2(l_t)
+    out = head * N + rows
+    tl.store(max_s + out, tl.where(some, m_s, 0.0), mask=rows < N)
+    tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
+    tl.store(log_s + out, row_log_s, mask=rows < N)
+    tl.store(log_t + out, row_log_t, mask=rows < N)
+    if DIVERGENCE == 0:
+        loss = (a / l_t - row_log_t + row_log_s) * LN2
+    else:
+        own, cross = a / (l_s * l_s), st / (l_s * l_t)
+        loss = (own - cross) + (tt / (l_t * l_t) - cross)
+        tl.store(slope_mean + out, own - cross, mask=rows < N)
+    tl.store(partial + head * blocks + block, tl.sum(tl.where(some, loss, 0.0), 0))
+
+
+@triton.jit
+def load_statistics(
+    max_s, max_t, log_s, log_t, slope_mean, at, inside, DIVERGENCE: tl.constexpr, BR: tl.constexpr
+):
+    m_s = tl.zeros([BR], tl.float32)
+    if DIVERGENCE == 2:
+        return m_s, m_s, m_s, m_s, m_s
+    m_s = tl.load(max_s + at, mask=inside, other=0.0)
+    m_t = tl.load(max_t + at, mask=inside, other=0.0)
+    row_log_s = tl.load(log_s + at, mask=inside, other=0.0)
+    row_log_t = tl.load(log_t + at, mask=inside, other=0.0)
+    r = tl.zeros([BR], tl.float32)
+    if DIVERGENCE == 1:
+        r = tl.load(slope_mean + at, mask=inside, other=0.0)
+    return m_s, m_t, row_log_s, row_log_t, r
+
+
+@triton.jit
+def rows_kernel(
+    query_s,
+    key_s,
+    query_t,
+    key_t,
+    labels,
+    max_s,
+    max_t,
+    log_s,
+    log_t,
+    slope_mean,
+    partial,  # (B · H · row blocks), only with WITH_LOSS
+    coefficient,  # scalar that the gradient is multiplied with before it is rounded
+    d_query,  # (B, H, N, D) contiguous
+    qs_b,
+    qs_h,
+    qs_n,
+    ks_b,
+    ks_h,
+    ks_n,
+    qt_b,
+    qt_h,
+    qt_n,
+    kt_b,
+    kt_h,
+    kt_n,
+    N,
+    H,
+    group_s,
+    group_t,
+    window,
+    scale_s,
+    scale_t,
+    gradient_scale,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    BDS: tl.constexpr,
+    BDT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WITH_LOSS: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    blocks = tl.cdiv(N, BR)
+    program = tl.program_id(0)
+    block = blocks - 1 - program % blocks
+    head = (program // blocks).to(tl.int64)
+    b, h = head // H, head % H
+    rows = block * BR + tl.arange(0, BR)
+    labels += b * N
+    row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
+    q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows < N, qs_n, DS, BDS, UPCAST)
+    q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
+    key_s += b * ks_b + h // group_s * ks_h
+    key_t += b * kt_b + h // group_t * kt_h
+    m_s, m_t, row_log_s, row_log_t, r = load_statistics(
+        max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR
+    )
+
+    gradient = tl.zeros([BR, BDS], tl.float32)
+    loss = tl.zeros([BR], tl.float32)
+    first, last = keys_of(block * BR, block * BR + BR, N, window, CAUSAL, WINDOWED, BC)
+    for start in range(first, last, BC):
+        columns = start + tl.arange(0, BC)
+        column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
+        # Masked keys are 0, since 0 · NaN would reach dQ.
+        k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
+        k_t = load_tile(key_t, columns, columns < N, kt_n, DT, BDT, UPCAST)
+        found = exists(
+            rows[:, None],
+            columns[None, :],
+            row_labels[:, None],
+            column_labels[None, :],
+            rows_inside[:, None],
+            columns_inside[None, :],
+            window,
+            CAUSAL,
+            WINDOWED,
+            LABELLED,
+        )
+        s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
+        t = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t
+        value, slope = loss_and_slope(
+            s,
+            t,
+            m_s[:, None],
+            m_t[:, None],
+            row_log_s[:, None],
+            row_log_t[:, None],
+            r[:, None],
+            found,
+            DIVERGENCE,
+        )
+        if WITH_LOSS:
+            loss += tl.sum(value, 1)
+        if WITH_GRADIENT:
+            gradient = gradient_product(slope, k_s, key_s.dtype.element_ty, UPCAST, gradient)
+    if WITH_LOSS:
+        tl.store(partial + head * blocks + block, tl.sum(loss, 0))
+    if WITH_GRADIENT:
+        gradient *= gradient_scale * tl.load(coefficient)
+        store_tile(d_query + head * N * DS, rows, rows < N, DS, gradient, DS, BDS, UPCAST)
+
+
+@triton.jit
+def columns_kernel(
+    query_s,
+    key_s,
+    query_t,
+    key_t,
+    labels,
+    max_s,
+    max_t,
+    log_s,
+    log_t,
+    slope_mean,
+    partial,  # (B · H_kv · column blocks), only with WITH_LOSS
+    coefficient,
+    d_query,  # (B, H, N, D) contiguous float32 zeros, only with MERGED
+    d_key,  # (B, H_kv, N, D) contiguous
+    qs_b,
+    qs_h,
+    qs_n,
+    ks_b,
+    ks_h,
+    ks_n,
+    qt_b,
+    qt_h,
+    qt_n,
+    kt_b,
+    kt_h,
+    kt_n,
+    N,
+    H,
+    group_s,
+    group_t,
+    window,
+    scale_s,
+    scale_t,
+    gradient_scale,
+    DS: tl.constexpr,
+    DT: tl.constexpr,
+    BDS: tl.constexpr,
+    BDT: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WITH_LOSS: tl.constexpr,
+    MERGED: tl.constexpr,
+    WITH_KEY: tl.constexpr,
+):
+    # Tiles are (columns, rows): dSᵀ is then the left operand of dK as it stands.
+    blocks = tl.cdiv(N, BC)
+    program = tl.program_id(0)
+    block = program % blocks
+    kv_head = (program // blocks).to(tl.int64)
+    kv_heads = H // group_s
+    b, kv = kv_head // kv_heads, kv_head % kv_heads
+    columns = block * BC + tl.arange(0, BC)
+    labels += b * N
+    column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
+    k_s = load_tile(key_s + b * ks_b + kv * ks_h, columns, columns_inside, ks_n, DS, BDS, UPCAST)
+    factor = gradient_scale * tl.load(coefficient)
+    gradient = tl.zeros([BC, BDS], tl.float32)
+    loss = tl.zeros([BC], tl.float32)
+    first, last = queries_of(block * BC, block * BC + BC, N, window, CAUSAL, WINDOWED, BR)
+    for member in range(0, group_s):
+        h = kv * group_s + member
+        head = b * H + h
+        k_t = load_tile(key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST)
+        head_query_s = query_s + b * qs_b + h * qs_h
+        head_query_t = query_t + b * qt_b + h * qt_h
+        for start in range(first, last, BR):
+            rows = start + tl.arange(0, BR)
+            row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
+            q_s = load_tile(head_query_s, rows, rows_inside, qs_n, DS, BDS, UPCAST)
+            q_t = load_tile(head_query_t, rows, rows < N, qt_n, DT, BDT, UPCAST)
+            m_s, m_t, row_log_s, row_log_t, r = load_statistics(
+                max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR
+            )
+            found = exists(
+                rows[None, :],
+                columns[:, None],
+                row_labels[None, :],
+                column_labels[:, None],
+                rows_inside[None, :],
+                columns_inside[:, None],
+                window,
+                CAUSAL,
+                WINDOWED,
+                LABELLED,
+            )
+            s = tl.dot(k_s, tl.trans(q_s), input_precision="ieee") * scale_s
+            t = tl.dot(k_t, tl.trans(q_t), input_precision="ieee") * scale_t
+            value, slope = loss_and_slope(
+                s,
+                t,
+                m_s[None, :],
+                m_t[None, :],
+                row_log_s[None, :],
+                row_log_t[None, :],
+                r[None, :],
+                found,
+                DIVERGENCE,
+            )
+            if WITH_LOSS:
+                loss += tl.sum(value, 1)
+            if WITH_KEY:
+                gradient = gradient_product(slope, q_s, query_s.dtype.element_ty, UPCAST, gradient)
+            if MERGED:
+                zero = tl.zeros([BR, BDS], tl.float32)
+                part = gradient_product(tl.trans(slope), k_s, key_s.dtype.element_ty, UPCAST, zero)
+                add_tile(d_query + head * N * DS, rows, rows < N, DS, part * factor, DS, BDS)
+    if WITH_LOSS:
+        tl.store(partial + kv_head * blocks + block, tl.sum(loss, 0))
+    if WITH_KEY:
+        store_tile(d_key + kv_head * N * DS, columns, columns < N, DS, gradient * factor, DS, BDS, UPCAST)

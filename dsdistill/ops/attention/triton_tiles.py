@@ -1,0 +1,143 @@
+"""Tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
+
+All of them hold their loops in registers: no spill for sm_80 and sm_90 under Triton 3.6.0 and 3.7.1 (`dsdistill
+verify --aot`). Which is the fastest is not known yet: nothing here has run on a GPU. Where several are clean the
+larger product was taken. (queries, keys, warps, stages):
+
+- Eight warps share one tile of 64 × 128 or 128 × 64: with four, both models' scores and the gradient spill.
+- The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
+  loaded once, and the left operand of sm_90's matrix instructions wants 64 rows for each four warps.
+- columns and merged walk 32 queries at a time: the loop over grouped heads and, in merged, dS in a second layout take
+  the registers that 64 would need.
+- float16 multiplies dS in TF32 (triton_tile.gradient_product): operands of twice the size, half the walking side.
+- float32 at full precision has no matrix instructions; its products unroll in registers, so tiles are small.
+- Widths of 256 are bound by shared memory: 227 KiB on sm_90, 163 on sm_80.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.gpu import Tile, architecture, block_width
+
+ROW_TOKENS = 512
+INTERPRETER = Tile(32, 64, 4, 1)
+
+# kernel → type → architecture → (tile up to width 64, up to 128, up to 256)
+TILES = {
+    "statistics": {
+        "bfloat16": {
+            "sm_80": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "sm_90": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        },
+        "float32": {
+            "sm_80": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+            "sm_90": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+        },
+    },
+    "rows": {
+        "bfloat16": {
+            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
+            "sm_90": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+        },
+        "float16": {
+            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+            "sm_90": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+        },
+        "float32": {
+            "sm_80": (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+            "sm_90": (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+        },
+    },
+    "columns": {
+        "bfloat16": {
+            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        },
+        "float16": {
+            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        },
+        "float32": {
+            "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+            "sm_90": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
+        },
+    },
+    "merged": {
+        "bfloat16": {
+            "sm_80": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+        },
+        "float16": {
+            "sm_80": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 4, 2)),
+        },
+        "float32": {
+            "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+            "sm_90": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
+        },
+    },
+    # Not tuned: one head of a tile at a time, both operands loaded for each.
+    "mean_heads": {
+        "bfloat16": {
+            "sm_80": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+            "sm_90": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        },
+        "float32": {
+            "sm_80": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+            "sm_90": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        },
+    },
+}
+
+# Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps.
+ROWS = {
+    "sm_80": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
+    "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
+}
+# dSᵀ as a left operand of 128 rows or more spills on sm_80: there dK is left to a sweep over the keys.
+ROW_MERGES = ("sm_90", "interpreter")
+
+
+def _type(tensors: Sequence[Tensor]) -> str:
+    """The widest need of all tensors: float32 if any is."""
+    types = {x.dtype for x in tensors}
+    return "float32" if torch.float32 in types else "float16" if torch.float16 in types else "bfloat16"
+
+
+def _width(tensors: Sequence[Tensor]) -> int:
+    return max(64, *(block_width(x.shape[3]) for x in tensors))
+
+
+def fits(tensors: Sequence[Tensor]) -> bool:
+    """Whether the table has tiles for these head widths."""
+    return _width(tensors) <= 256
+
+
+def tile_of(kernel: str, tensors: Sequence[Tensor]) -> Tile:
+    arch = architecture(tensors[0].device)
+    if arch == "interpreter":
+        return INTERPRETER
+    types = TILES[kernel]
+    return types.get(_type(tensors), types["bfloat16"])[arch][(64, 128, 256).index(_width(tensors))]
+
+
+def row_merges(tensors: Sequence[Tensor]) -> bool:
+    return architecture(tensors[0].device) in ROW_MERGES
+
+
+def row_tile(tensors: Sequence[Tensor]) -> Tile | None:
+    """Tile of the full-row kernel; None where a row does not fit."""
+    tokens, arch = tensors[0].shape[2], architecture(tensors[0].device)
+    if tokens > ROW_TOKENS:
+        return None
+    keys = block_width(tokens)
+    if arch == "interpreter":
+        return Tile(32, keys, 4, 1)
+    if _type(tensors) == "float32":
+        return None
+    warps = ROWS[arch][_width(tensors)][max(0, keys.bit_length() - 8)]
+    return None if warps is None else Tile(16, keys, warps, 1)

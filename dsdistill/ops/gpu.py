@@ -1,0 +1,126 @@
+"""What the GPU kernels of all operators share: whether they can run here, and for which architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors; settled when Triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_lack(*tensors: Tensor | None) -> str | None:
+    """Why the "triton" backend cannot take these tensors; None if it can."""
+    present = [x for x in tensors if x is not None]
+    device = present[0].device
+    if not _has_triton():
+        return "Triton is not installed"
+    if device.type == "cpu" and not interpreting():
+        return "it needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to interpret its kernels on a CPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"it needs CUDA tensors, these are on {device}"
+    return gpu_lack(*present)
+
+
+def gpu_lack(*tensors: Tensor) -> str | None:
+    """What keeps the kernels of any GPU backend from these tensors."""
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or later"
+    for x in tensors:
+        if x.dtype not in TYPES:
+            return f"it takes float32, bfloat16 and float16, got {x.dtype}"
+    return None
+
+
+class Tile(NamedTuple):
+    """Sizes of one program's tile, its warps, and how many loads ahead its loop runs (num_stages)."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass
+class Launch:
+    """One kernel launch: `arguments` by name, tensors, numbers and compile-time constants alike."""
+
+    kernel: Callable
+    arguments: dict
+    tile: Tile
+
+
+_recorded: list[Launch] | None = None
+_recorded_architecture = ""
+
+
+@contextlib.contextmanager
+def recording(for_architecture: str) -> Iterator[list[Launch]]:
+    """Collects what would be launched, on tensors of the meta device say, for compilation ahead of time."""
+    global _recorded, _recorded_architecture
+    _recorded, _recorded_architecture = [], for_architecture
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def launch(kernel: Callable, programs: int, arguments: dict, tile: Tile) -> None:
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, arguments, tile))
+    else:
+        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def architecture(device: torch.device) -> str:
+    """Row of the tables of tiles: "sm_80", "sm_90", or "interpreter" on a CPU."""
+    if _recorded is not None:
+        return _recorded_architecture
+    if device.type != "cuda":
+        return "interpreter"
+    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself if the features of a row lie side by side, as the kernels read them, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def block_width(width: int) -> int:
+    """Features of a tile: the power of two that holds `width`, at least the 16 of a matrix instruction."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, (M, K) @ (K, N) or batches of them; half-precision operands meet on tensor cores."""
+    half = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+    if half and a.device.type == "cuda":
+        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """Type in which gradients are rounded before they are multiplied with `tensors`.
+
+    bfloat16 has the range for them; float16 has not, and float32 keeps all.
+    """
+    return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32

@@ -1,0 +1,140 @@
+"""What `backend="auto"` knows about GPUs: measurements kept as files, one for each GPU and day.
+
+Where they lie and how they come to be: dsdistill/bench/results/README.md. With no record `auto` takes `chunked`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parents[1] / "bench" / "results"
+
+logger = logging.getLogger("dsdistill")
+
+
+@functools.cache
+def records() -> tuple[dict, ...]:
+    """Those that are installed, and those of the folder that DSDISTILL_RECORDS names: a check under way on a GPU."""
+    folders = [FOLDER, *(Path(name) for name in [os.environ.get("DSDISTILL_RECORDS")] if name)]
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
+    return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)
+
+
+def fastest(
+    known: Sequence[dict],
+    capability: tuple[int, int],
+    *,
+    operator: str,
+    variant: str,
+    dtype: str,
+    tokens: int,
+    candidates: Sequence[str],
+    check: Callable[[str], bool],
+) -> str | None:
+    """The candidate that was measured right and the most faster than `chunked`; None without one.
+
+    known: records; a row counts for a backend if operator, variant (divergence or relation) and dtype are the
+        same, the one with the nearest token count alone. Records of this GPU's capability come before others.
+    check: called with a backend that only other architectures have a record of; False refuses it.
+    """
+    own = [record for record in known if tuple(record["capability"]) == tuple(capability)]
+    ratios = {}
+    for backend in candidates:
+        rows = [
+            row
+            for record in own or known
+            for row in record["rows"]
+            if (row["operator"], row["variant"], row["dtype"], row["backend"])
+            == (operator, variant, dtype, backend)
+        ]
+        if rows:
+            nearest = min(rows, key=lambda row: abs(math.log(row["tokens"] / tokens)))
+            if nearest["checked"] and nearest["vs_chunked"] > 1:
+                ratios[backend] = nearest["vs_chunked"]
+    for backend in sorted(ratios, key=ratios.get, reverse=True):
+        if own or check(backend):
+            return backend
+    return None
+
+
+def gpu_choice(
+    operator: str,
+    variant: str,
+    like: Tensor,
+    tokens: int,
+    lacks: dict[str, str | None],
+    function: Callable[..., Tensor],
+    small: dict[str, tuple[int, ...]],
+) -> str | None:
+    """What "auto" takes on a GPU instead of `chunked`; None: `chunked`.
+
+    lacks: for each GPU backend what it lacks, None for one that can run. function, small: the public operator, and
+    the shapes of the call on which a backend is compared with `chunked` where this architecture has no record.
+    """
+    if like.device.type != "cuda" or not records():
+        return None
+    capability = torch.cuda.get_device_capability(like.device)
+    return fastest(
+        records(),
+        capability,
+        operator=operator,
+        variant=variant,
+        dtype=str(like.dtype).removeprefix("torch."),
+        tokens=max(tokens, 1),
+        candidates=[name for name, lack in lacks.items() if lack is None],
+        check=lambda backend: (
+            not torch.compiler.is_compiling()
+            and _agrees(operator, variant, like.dtype, like.device, backend, function, tuple(small.items()))
+        ),
+    )
+
+
+@functools.cache
+def _agrees(operator, variant, dtype, device, backend, function, shapes) -> bool:
+    """Compares a backend with `chunked` on one small call, and says so in the log."""
+    found = agreement(dtype, device, backend, function, dict(shapes), variant)
+    verdict = "agrees with" if found else "differs from"
+    logger.info(
+        "%s: no record of this GPU's architecture; on a small call %r %s 'chunked'",
+        operator,
+        backend,
+        verdict,
+    )
+    return found
+
+
+def agreement(dtype, device, backend, function, shapes, variant) -> bool:
+    name = "relation" if "pairwise" in function.__name__ else "divergence"
+    variant, _, form = variant.partition(" ")
+    options = {name: variant, **({"heads": "mean"} if form == "mean" else {})}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        key: torch.randn(shape, generator=generator)
+        .to(device, dtype)
+        .requires_grad_(key.startswith("student"))
+        for key, shape in shapes.items()
+    }
+    wanted = [x for x in tensors.values() if x.requires_grad]
+    results = []
+    for each in ("chunked", backend):
+        try:
+            with torch.enable_grad():
+                loss = function(**tensors, **options, backend=each)
+                results.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
+        except Exception as error:  # whatever a compiler or a driver that nobody tried may say
+            logger.warning("%r failed on a small call: %s", each, error)
+            return False
+    allowed = 1e-3 if dtype == torch.float32 else 5e-2
+    return all(
+        bool((a.float() - b.float()).abs().max() <= allowed * a.float().abs().max())
+        for a, b in zip(*results, strict=True)
+    )

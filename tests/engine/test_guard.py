@@ -1,0 +1,80 @@
+"""What a run does about losses that are not finite, and about another process at its folder."""
+
+import json
+import math
+import multiprocessing
+
+import pytest
+import torch
+
+from dsdistill.config import RunError, UserError
+from dsdistill.config.load import build as build_config
+from dsdistill.data import Batch
+from dsdistill.engine.guard import SEEN, Guard
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import RunFolder
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def report(**terms):
+    return {name: {"raw": value, "weighted": 0.5 * value} for name, value in terms.items()}
+
+
+@pytest.fixture
+def batches():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    return [Batch(mask.long(), mask, None, ids=("a", "")), Batch(mask.long(), mask, None, ids=("b",))]
+
+
+def test_stops_at_the_limit_and_says_what_went_bad(tmp_path, batches):
+    guard = Guard(2, str(tmp_path), ONE)
+    assert not guard.finite(1, report(task=1.0, hidden=math.nan), batches, last=False)
+    assert guard.finite(2, report(task=1.0, hidden=2.0), batches, last=False)  # in a row, not in all
+    assert not guard.finite(3, report(task=math.inf, hidden=2.0), batches, last=False)
+    with pytest.raises(RunError, match=r"step 4: 2 loss\(es\) in a row are not finite, in hidden: "):
+        guard.finite(4, report(task=1.0, hidden=math.nan), batches, last=False)
+    lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert lines[0] == {"step": 1, "terms": {"task": 1.0, "hidden": "nan"}, "examples": ["a", "b"]}
+    assert lines[1]["terms"]["task"] == "inf"
+
+
+def test_the_last_step_must_be_finite(tmp_path, batches):
+    with pytest.raises(RunError, match=r"step 9: 1 loss\(es\)"):
+        Guard(3, str(tmp_path), ONE).finite(9, report(task=math.nan), batches, last=True)
+
+
+def test_a_spike_is_told(tmp_path, batches, caplog):
+    guard = Guard(3, str(tmp_path), ONE)
+    for step in range(1, SEEN + 1):
+        guard.finite(step, report(task=2.0), batches, last=False)
+    assert not caplog.records
+    guard.finite(SEEN + 1, report(task=7.9), batches, last=False)
+    assert not caplog.records
+    guard.finite(SEEN + 2, report(task=20.0), batches, last=False)
+    assert f"step {SEEN + 2}: loss 10, " in caplog.text
+
+
+def _open(path, config, answer):
+    try:
+        RunFolder(path).open(build_config(config))
+        answer.put("opened")
+    except UserError as error:
+        answer.put(str(error))
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    config = {"student": {"path": "s"}}
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.open(build_config(config))
+    folder.open(build_config(config))  # this process may, as often as it likes
+    context = multiprocessing.get_context("spawn")
+    for path, expected in ((folder.path, "another process is writing"), (str(tmp_path / "other"), "opened")):
+        answer = context.Queue()
+        other = context.Process(target=_open, args=(path, config, answer))
+        other.start()
+        assert expected in answer.get(timeout=60)
+        other.join()
+    # A process that ends, however it does, leaves the folder free.
+    assert RunFolder(str(tmp_path / "other")).lock()
