@@ -71,6 +71,7 @@ def check(config) -> None:
     _check_noise(config)
     _check_chunker(config)
     _check_domain(config)
+    _check_sampler(config)
     if config.evaluation.structure and config.teacher is None:
         raise UserError("evaluation.structure", "true without a teacher", "a teacher section")
     if config.train.batch_size % config.train.micro_batch_size:
@@ -174,6 +175,25 @@ def _check_domain(config) -> None:
         raise UserError("student.domain", "no terms.domain", "terms.domain, which trains what it predicts")
     if any("smooth" in found for found in terms):
         raise UserError("student.domain", "terms.smooth beside it", "one of them")
+
+
+def _check_sampler(config) -> None:
+    data, place = config.data, "data.sampler"
+    if data.sampler_temperature is not None and data.sampler not in ("entropy", "domain_aware"):
+        raise UserError(
+            "data.sampler_temperature", f"a value with sampler {data.sampler}", "entropy or domain_aware"
+        )
+    if data.sampler == "domain_aware" and data.domain is None:
+        raise UserError(place, "domain_aware without data.domain", "data.domain and data.general")
+    if data.sampler in ("entropy", "hard_negative") and config.teacher is None:
+        raise UserError(place, f"{data.sampler} without a teacher", "a teacher section")
+    if data.sampler == "entropy" and config.task == "regression":
+        raise UserError(place, "entropy with task regression", "a task of classes or tokens")
+    if data.sampler == "hard_negative":
+        if not all("contrastive" in stage.terms.named() for stage in config.parts):
+            raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
+        if config.train.group_by_length:
+            raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
 
 
 def _check_noise(config) -> None:

@@ -97,6 +97,16 @@ class Data(Section):
         default=None,
         description="entries of a WordPiece tokenizer trained on the train texts, for a model that has none",
     )
+    sampler: Literal["uniform", "entropy", "random_masked", "hard_negative", "domain_aware"] = Field(
+        default="uniform",
+        description="of the train examples, equally many each time: uniform, each once an epoch; entropy, those the "
+        "teacher is unsure of; random_masked, uniform with 15% of the input masked for both models; hard_negative, "
+        "each with its nearest in teacher space that have other answers; domain_aware, those like `domain`",
+    )
+    sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="T of p ∝ exp(score / T); default 0.1 for entropy, 1 (nat a token) for domain_aware",
+    )
     domain: Files | None = Field(
         default=None,
         description="files of text of the domain, which beside `general` tell what is typical of it",

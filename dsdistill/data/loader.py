@@ -16,6 +16,7 @@ from torch import Tensor
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.examples import Examples
+from dsdistill.data.samplers import Sampler
 
 _CHANCE = 4  # stream of random numbers
 POOL = 50  # steps whose examples are sorted by length together
@@ -77,6 +78,7 @@ class Loader:
         world_size, rank: number of ranks, and which of them this is.
         seed: of the order.
         pad_id: token that fills rows up on the right.
+        sampler: draws an epoch's examples; None: each once.
         by_length: a step's examples are of like length, so that short texts are not padded to the longest of a step.
 
     Raises:
@@ -93,6 +95,7 @@ class Loader:
         seed: int,
         pad_id: int,
         by_length: bool = False,
+        sampler: Sampler | None = None,
     ):
         at_once = micro_batch_size * world_size  # rows
         if batch_size % at_once:
@@ -102,7 +105,7 @@ class Loader:
                 f"a multiple of {at_once} (train.micro_batch_size {micro_batch_size} × {world_size} ranks)",
             )
         self.examples, self.batch_size, self.world_size, self.rank = examples, batch_size, world_size, rank
-        self.seed, self.pad_id, self.by_length = seed, pad_id, by_length
+        self.seed, self.pad_id, self.by_length, self.sampler = seed, pad_id, by_length, sampler
         self.accumulation = batch_size // at_once  # micro-batches a step on each rank
         self.steps_per_epoch = ceil(len(examples) / batch_size)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -113,7 +116,9 @@ class Loader:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         if epoch != self._epoch:
             chance = np.random.default_rng([self.seed, epoch])
-            self._order = chance.permutation(len(self.examples))
+            self._order = (
+                chance.permutation(len(self.examples)) if self.sampler is None else self.sampler.order(chance)
+            )
             if self.by_length:
                 self._order = self._grouped(self._order, chance)
             self._epoch = epoch
@@ -136,7 +141,9 @@ class Loader:
         rows = self.rows(epoch, step)
         # Rows of like length share a micro-batch (less padding) and are dealt out to the ranks one by one: the
         # ranks get equally much to do and do not wait for each other.
-        rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
+        # Groups stay together, on whatever ranks.
+        if self.sampler is None or not self.sampler.grouped:
+            rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
         chance = np.random.default_rng([self.seed, epoch, _CHANCE]).random(len(self.examples), np.float32)
         batches = []

@@ -12,7 +12,7 @@ import torch
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.examples import Data, Examples, Rows
-from dsdistill.data.masking import PREDICTED, masking
+from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.prompted import tokenize_prompted
 from dsdistill.data.sample import draw, with_noise
 from dsdistill.data.sources import read
@@ -47,8 +47,11 @@ def load(
     if section.label_noise:
         train = with_noise(train, section.label_noise, len(rows.labels), seed)
     if task == "masked_lm":
-        hide = masking(tokenizer, PREDICTED, 0.0, seed)
-        train, dev = replace(train, masking=hide), replace(dev, masking=hide)
+        dev = replace(dev, masking=masking(tokenizer, PREDICTED, 0.0, seed))
+    predicted, hidden = dev.masking is not None, section.sampler == "random_masked"
+    if predicted or hidden:
+        hide = masking(tokenizer, PREDICTED * predicted, HIDDEN * hidden, seed)
+        train = replace(train, masking=hide)
     return Data(train, dev, rows.labels)
 
 

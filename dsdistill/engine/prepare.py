@@ -15,6 +15,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Related, SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load, read, tokenize
 from dsdistill.data.ngrams import Bigrams, Contrast
+from dsdistill.data.samplers import GROUP, Sampler
 from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import deepspeed
@@ -54,6 +55,7 @@ class Prepared:
     contrast: Contrast | None  # what sets the domain apart, where the data tells
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once they are fitted (engine/domain.py)
+    sampler: Sampler | None = None  # of the train set, once it is made (engine/sampling.py)
 
 
 def prepare(config: Config, world_size: int) -> Prepared:
@@ -145,6 +147,12 @@ def check_ranks(config: Config, world_size: int) -> None:
                 "one example at once (train.micro_batch_size 1 on 1 rank)",
                 "at least 2: the term relates examples that meet in a micro-batch",
             )
+    if config.data.sampler == "hard_negative" and at_once % GROUP:
+        raise UserError(
+            "train.micro_batch_size",
+            f"{at_once} examples at once on {world_size} rank(s)",
+            f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
+        )
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
 

@@ -24,6 +24,7 @@ from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
+from dsdistill.engine.sampling import make_sampler
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
 from dsdistill.evaluation.text import bleu_signature
@@ -150,6 +151,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     init = _student_init(prepared, folder, ranks)
     resolve_layers(prepared, init, folder, ranks)
     prepared.maps = fit_maps(prepared, folder, ranks)
+    prepared.sampler = make_sampler(prepared, folder, ranks)
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks)

@@ -92,6 +92,7 @@ class Trainer:
             config.run.seed,
             prepared.tokenizer.pad_token_id,
             config.train.group_by_length,
+            prepared.sampler,
         )
         self.total = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
         ends = stages.ends(config, self.total)

@@ -14,6 +14,7 @@ from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import shape
 from dsdistill.models.build import Headless, build, for_task
 from dsdistill.models.capture import Capture
+from dsdistill.models.domain import DomainFusion
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
 from tests.models.families import FAMILIES, peaked
@@ -115,6 +116,7 @@ class Rig:
         teacher: dict | None = None,
         student_family: str | None = None,
         tokens: int = 60,
+        domain: DomainFusion | None = None,
     ):
         self.task = task
         models = []
@@ -125,10 +127,12 @@ class Rig:
             model.config.use_cache = False
             models.append(peaked(model, 6.0))
         self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
-        self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens)
+        width = 0 if domain is None else domain.lift.in_features
+        self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens, width)
         torch.manual_seed(7)
         self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)
-        self.module = StudentModule(self.student, self.objective, Objective(Terms(task={}), self.pair))
+        evaluation = Objective(Terms(task={}), self.pair)
+        self.module = StudentModule(self.student, self.objective, evaluation, domain=domain)
         self.capture = Capture(
             self.teacher, self.objective.layers("teacher_hidden"), self.objective.layers("teacher_attention")
         )
