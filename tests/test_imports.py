@@ -117,14 +117,20 @@ ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 PLANS = [path for path in ALL if path.name.startswith("compare_")]
 CONFIGS = [path for path in ALL if path not in PLANS]
 # Fragments that follow another config.
-AFTER = {"deepspeed": "configs/quickstart.yaml", "presets": "configs/recipes/multi_level_small.yaml"}
+AFTER = {
+    "deepspeed/": "configs/quickstart.yaml",
+    "presets/domain_": "configs/recipes/domain_mapping_small.yaml",
+    "presets/": "configs/recipes/multi_level_small.yaml",
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys):
     sources = [path]
-    if path.parent.name in AFTER:
-        sources.insert(0, ROOT / AFTER[path.parent.name])
+    place = f"{path.parent.name}/{path.name}"
+    base = next((base for start, base in AFTER.items() if place.startswith(start)), None)
+    if base is not None:
+        sources.insert(0, ROOT / base)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["dsdistill", "train", *map(str, sources), "--dry-run"])
     with pytest.raises(SystemExit) as caught:

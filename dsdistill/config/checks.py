@@ -70,6 +70,10 @@ def check(config) -> None:
     _check_data(config.data)
     _check_noise(config)
     _check_chunker(config)
+    _check_domain(config)
+    _check_sampler(config)
+    if config.evaluation.structure and config.teacher is None:
+        raise UserError("evaluation.structure", "true without a teacher", "a teacher section")
     if config.train.batch_size % config.train.micro_batch_size:
         raise UserError(
             "train.batch_size",
@@ -97,7 +101,7 @@ def _check_terms(config, section, place: str, first: bool) -> None:
         raise UserError(
             f"{place}.soft_label",
             "task regression",
-            "classification or causal_lm (a score is no distribution)",
+            "a task of classes or tokens (a score is no distribution)",
         )
     if "smooth" in terms and first:
         raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")
@@ -136,6 +140,15 @@ def _check_data(data) -> None:
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source == "docstrings":
         raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
+    if not isinstance(data.train, str) and data.source != "files":
+        raise UserError("data.train", f"a list with data.source {data.source}", "one split, or source: files")
+    if (data.domain is None) != (data.general is None):
+        raise UserError("data.domain and data.general", "one of them", "both or neither")
+    for name in ("domain", "general"):
+        if getattr(data, name) is not None and data.source != "files":
+            raise UserError(f"data.{name}", f"files with data.source {data.source}", "source: files")
+    if data.tokenizer is not None and data.train_tokenizer is not None:
+        raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
 
 
 def _check_chunker(config) -> None:
@@ -145,13 +158,51 @@ def _check_chunker(config) -> None:
         )
 
 
+def _check_domain(config) -> None:
+    domain, terms = config.student.domain, [stage.terms.named() for stage in config.parts]
+    used = [index for index, found in enumerate(terms) if "domain" in found]
+    if domain is None:
+        if used:
+            raise UserError("terms.domain", "no student.domain", "student.domain: {width: ...} beside it")
+        return
+    if domain.teacher_map == "trained":
+        raise UserError(
+            "student.domain.teacher_map",
+            "trained: learned together, the teacher's map and the student's both collapse to 0",
+            "frozen",
+        )
+    if not used:
+        raise UserError("student.domain", "no terms.domain", "terms.domain, which trains what it predicts")
+    if any("smooth" in found for found in terms):
+        raise UserError("student.domain", "terms.smooth beside it", "one of them")
+
+
+def _check_sampler(config) -> None:
+    data, place = config.data, "data.sampler"
+    if data.sampler_temperature is not None and data.sampler not in ("entropy", "domain_aware"):
+        raise UserError(
+            "data.sampler_temperature", f"a value with sampler {data.sampler}", "entropy or domain_aware"
+        )
+    if data.sampler == "domain_aware" and data.domain is None:
+        raise UserError(place, "domain_aware without data.domain", "data.domain and data.general")
+    if data.sampler in ("entropy", "hard_negative") and config.teacher is None:
+        raise UserError(place, f"{data.sampler} without a teacher", "a teacher section")
+    if data.sampler == "entropy" and config.task == "regression":
+        raise UserError(place, "entropy with task regression", "a task of classes or tokens")
+    if data.sampler == "hard_negative":
+        if not all("contrastive" in stage.terms.named() for stage in config.parts):
+            raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
+        if config.train.group_by_length:
+            raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
+
+
 def _check_noise(config) -> None:
     """Labels act through the task's loss alone."""
     if not config.data.label_noise:
         return
-    if config.task == "causal_lm":
+    if config.task in ("causal_lm", "masked_lm"):
         raise UserError(
-            "data.label_noise", "task causal_lm", "classification or regression (text has no labels)"
+            "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
     if not any("task" in stage.terms.named() for stage in config.parts):
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")

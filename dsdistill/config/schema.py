@@ -9,7 +9,11 @@ from dsdistill.config.terms import Task, Terms
 
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Tasks whose models predict tokens: they have no logits whole, and no labels beside their texts.
+LANGUAGE = ("causal_lm", "masked_lm")
+
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+Files = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
 class Run(Section):
@@ -54,17 +58,20 @@ class Data(Section):
         description="folder that relative train and dev paths start from; of a hub data set: read it from "
         "ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
     )
-    train: str = Field(
-        default="train", description="file (tsv, csv, jsonl, parquet, txt; .gz too) or hub split"
+    train: str | Files = Field(
+        default="train",
+        description="file (tsv, csv, jsonl, parquet, txt; .gz too), a list of files, or hub split",
     )
     dev: str = Field(default="dev", description="file or hub split to evaluate on")
     text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
         default=("text",),
-        description="columns of the text, or of the two texts of a pair; of causal_lm two are a prompt, which "
-        "has no loss, and its response, a row an example: [CLS] prompt [SEP] response [SEP], or for tokenizers without "
-        "these: prompt, line break, response, end of text",
+        description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
+        "and text_b; of causal_lm two are a prompt, which has no loss, and its response, a row an example: [CLS] "
+        "prompt [SEP] response [SEP], or for tokenizers without these: prompt, line break, response, end of text",
     )
-    label: str | None = Field(default="label", description="column of the label; null for causal_lm")
+    label: str | None = Field(
+        default="label", description="column of the label; texts that predict tokens have none"
+    )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None, description="names of the classes in order; default: those of the train set, sorted"
     )
@@ -86,6 +93,25 @@ class Data(Section):
     tokenizer: str | None = Field(
         default=None, description="hub id or folder; default: the teacher's, else the student's"
     )
+    train_tokenizer: Annotated[int, Field(ge=100)] | None = Field(
+        default=None,
+        description="entries of a WordPiece tokenizer trained on the train texts, for a model that has none",
+    )
+    sampler: Literal["uniform", "entropy", "random_masked", "hard_negative", "domain_aware"] = Field(
+        default="uniform",
+        description="of the train examples, equally many each time: uniform, each once an epoch; entropy, those the "
+        "teacher is unsure of; random_masked, uniform with 15% of the input masked for both models; hard_negative, "
+        "each with its nearest in teacher space that have other answers; domain_aware, those like `domain`",
+    )
+    sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="T of p ∝ exp(score / T); default 0.1 for entropy, 1 (nat a token) for domain_aware",
+    )
+    domain: Files | None = Field(
+        default=None,
+        description="files of text of the domain, which beside `general` tell what is typical of it",
+    )
+    general: Files | None = Field(default=None, description="files of general text")
     chunker: Literal["builtin", "spacy", "jieba"] = Field(
         default="builtin",
         description="what finds words and phrases for terms over spans: builtin (runs of content words), spacy "
@@ -124,8 +150,20 @@ class Teacher(Model):
     )
 
 
+class Domain(Section):
+    """What the student's input is given of the teacher's states, later of their prediction."""
+
+    width: Positive = Field(default=64, description="d', features that teacher states are mapped to")
+    teacher_map: Literal["frozen", "trained"] = Field(
+        default="frozen",
+        description="φ, the teacher's principal components; trained is refused: it collapses",
+    )
+
+
 class Student(Model):
     """The model that is trained."""
+
+    domain: Domain | None = Field(default=None, description="domain structural mapping, with terms.domain")
 
     from_teacher: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
@@ -185,6 +223,11 @@ class Evaluation(Section):
         description="points of a run, evenly spread and the last its end, at which representations are kept for the "
         "representation consistency score (of the published three stages: 3); 0: none",
     )
+    structure: bool = Field(
+        default=False,
+        description="semantic alignment, representation compactness, structural consistency and, with data.domain, "
+        "domain capture: how much of the teacher's representation space the student keeps",
+    )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
     generate: Annotated[int, Field(ge=0)] = Field(
         default=0,
@@ -216,7 +259,7 @@ class Stage(Section):
 class Config(Section):
     """One run."""
 
-    task: Literal["classification", "regression", "causal_lm"] = Field(
+    task: Literal["classification", "regression", "causal_lm", "masked_lm"] = Field(
         default="classification", description="what the models are to do: it decides their heads and metrics"
     )
     run: Run = Run()
@@ -247,8 +290,10 @@ class Config(Section):
 
     @property
     def needs_spans(self) -> bool:
-        """Whether some stage reads words and phrases."""
-        return any("trajectory" in stage.terms.named() for stage in self.parts)
+        """Whether some stage, or evaluation, reads words and phrases."""
+        return self.evaluation.structure or any(
+            {"trajectory", "domain"} & stage.terms.named().keys() for stage in self.parts
+        )
 
     @property
     def run_dir(self) -> str:

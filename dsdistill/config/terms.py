@@ -198,6 +198,23 @@ class FeatureDynamics(Term):
     )
 
 
+class DomainMapping(Term):
+    """Domain structural mapping: with student.domain, whose features hidden states are compared in."""
+
+    layers: LayerMap = Field(
+        default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
+    )
+    hidden: NonNegative = Field(default=1.0, description="of the mapped layers' states in d' features")
+    tokens: NonNegative = Field(default=1.0, description="of how the tokens of a sequence lie to each other")
+    phrases: NonNegative = Field(default=1.0, description="of how its phrases do")
+    sequences: NonNegative = Field(
+        default=1.0, description="of how the examples that meet in a micro-batch do"
+    )
+    predictor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=1.0, description="of what the student predicts of the teacher"
+    )
+
+
 class Smooth(Term):
     """How far the student's last layer has moved since the end of the stage before."""
 
@@ -220,6 +237,7 @@ class Terms(Section):
     pkt: ProbabilisticTransfer | None = None
     trajectory: Trajectory | None = None
     fdd: FeatureDynamics | None = None
+    domain: DomainMapping | None = None
     smooth: Smooth | None = None
 
     def named(self) -> dict[str, Term]:

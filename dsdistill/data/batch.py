@@ -19,7 +19,7 @@ class Batch:
 
     input_ids: Tensor  # (B, N) int64
     mask: Tensor  # (B, N) bool, True = valid
-    labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 next-token text; see below
+    labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 tokens; see below
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
     ids: tuple[str, ...] = ()  # of the examples; filler rows have ""
     index: Tensor | None = None  # (B,) int64 place in the data set, so that order can be restored; filler -1
@@ -27,8 +27,12 @@ class Batch:
     # (S, 4) int64, by row: row, first token, one past the last, WORD or PHRASE; None where no term reads them.
     spans: Tensor | None = None
 
+    # (B,) float32 in [0, 1): each example's draw of this epoch, for what has a probability; None in evaluation.
+    chance: Tensor | None = None
+
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
-    # be predicted (padding, prompts). A class or score of a filler row is NO_LABEL too.
+    # be predicted (padding, prompts). Labels of masked ones are the tokens that were hidden. A class or score of a
+    # filler row is NO_LABEL too.
 
     @property
     def rows(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from dsdistill.data.masking import Masking
 from dsdistill.data.spans import Spans
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ class Rows:
 
     place: str  # where they come from, for messages
     texts: list[tuple[str, ...]]  # one text, or the two of a pair
-    labels: list[int] | list[float] | None  # class index | score | None for causal_lm
+    labels: list[int] | list[float] | None  # class index | score | None: tokens are to be predicted
     ids: Sequence[str]
     limit: int | None = None  # causal_lm: blocks to keep (only the tokenizer can count them)
 
@@ -33,10 +34,11 @@ class Examples:
 
     tokens: Tensor  # (tokens of all examples,) int32
     starts: Tensor  # (n + 1,) int64
-    labels: Tensor | None  # (n,) int64 class | (n,) float32 score | None: causal_lm, tokens are labels
+    labels: Tensor | None  # (n,) int64 class | (n,) float32 score | None: tokens are labels
     ids: Sequence[str]
     token_types: Tensor | None = None  # like tokens, uint8
     spans: Spans | None = None  # words and phrases, where a term reads them
+    masking: Masking | None = None  # what is hidden from the models, where something is
     prompts: Tensor | None = None  # (n,) int64: tokens before the response, where an example has a prompt
 
     def __len__(self) -> int:
@@ -63,6 +65,7 @@ class Examples:
             ids=[self.ids[row] for row in rows],
             token_types=cut(self.token_types),
             spans=None if self.spans is None else self.spans.take(rows),
+            masking=self.masking,
             prompts=None if self.prompts is None else self.prompts[rows],
         )
 

@@ -6,6 +6,7 @@ the k before.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil
 
 import numpy as np
@@ -15,26 +16,38 @@ from torch import Tensor
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.examples import Examples
+from dsdistill.data.samplers import Sampler
 
+_CHANCE = 4  # stream of random numbers
 POOL = 50  # steps whose examples are sorted by length together
 
 
-def collate(examples: Examples, rows: list[int], pad_id: int) -> Batch:
-    """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row."""
+def collate(examples: Examples, rows: list[int], pad_id: int, epoch: int | None = None) -> Batch:
+    """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row.
+
+    epoch: which of its draws an example with a masking shows; None: that of evaluation.
+    """
     if not rows:
         return _filler(examples, pad_id)
     width = int(examples.lengths[rows].max())
     input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.bool)
     token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, NO_LABEL) if examples.labels is None else examples.labels[rows]
     for i, row in enumerate(rows):
         start, end = examples.starts[row], examples.starts[row + 1]
         length = int(end - start)
-        input_ids[i, :length] = examples.tokens[start:end]
+        seen = tokens = examples.tokens[start:end]
+        if examples.masking is not None:
+            seen, chosen = map(torch.from_numpy, examples.masking.draw(tokens.numpy(), row, epoch))
+            if examples.masking.predicted:
+                tokens = chosen
+        input_ids[i, :length] = seen
+        if examples.labels is None:
+            labels[i, :length] = tokens
         mask[i, :length] = True
         if token_types is not None:
             token_types[i, :length] = examples.token_types[start:end]
-    labels = input_ids.masked_fill(~mask, NO_LABEL) if examples.labels is None else examples.labels[rows]
     if examples.prompts is not None:
         labels[torch.arange(width) < examples.prompts[rows, None]] = NO_LABEL
     ids = tuple(examples.ids[row] for row in rows)
@@ -65,6 +78,7 @@ class Loader:
         world_size, rank: number of ranks, and which of them this is.
         seed: of the order.
         pad_id: token that fills rows up on the right.
+        sampler: draws an epoch's examples; None: each once.
         by_length: a step's examples are of like length, so that short texts are not padded to the longest of a step.
 
     Raises:
@@ -81,6 +95,7 @@ class Loader:
         seed: int,
         pad_id: int,
         by_length: bool = False,
+        sampler: Sampler | None = None,
     ):
         at_once = micro_batch_size * world_size  # rows
         if batch_size % at_once:
@@ -90,7 +105,7 @@ class Loader:
                 f"a multiple of {at_once} (train.micro_batch_size {micro_batch_size} × {world_size} ranks)",
             )
         self.examples, self.batch_size, self.world_size, self.rank = examples, batch_size, world_size, rank
-        self.seed, self.pad_id, self.by_length = seed, pad_id, by_length
+        self.seed, self.pad_id, self.by_length, self.sampler = seed, pad_id, by_length, sampler
         self.accumulation = batch_size // at_once  # micro-batches a step on each rank
         self.steps_per_epoch = ceil(len(examples) / batch_size)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -101,7 +116,9 @@ class Loader:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         if epoch != self._epoch:
             chance = np.random.default_rng([self.seed, epoch])
-            self._order = chance.permutation(len(self.examples))
+            self._order = (
+                chance.permutation(len(self.examples)) if self.sampler is None else self.sampler.order(chance)
+            )
             if self.by_length:
                 self._order = self._grouped(self._order, chance)
             self._epoch = epoch
@@ -124,12 +141,17 @@ class Loader:
         rows = self.rows(epoch, step)
         # Rows of like length share a micro-batch (less padding) and are dealt out to the ranks one by one: the
         # ranks get equally much to do and do not wait for each other.
-        rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
+        # Groups stay together, on whatever ranks.
+        if self.sampler is None or not self.sampler.grouped:
+            rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
-        return [
-            collate(self.examples, moment[self.rank :: self.world_size].tolist(), self.pad_id)
-            for moment in moments
-        ]
+        chance = np.random.default_rng([self.seed, epoch, _CHANCE]).random(len(self.examples), np.float32)
+        batches = []
+        for moment in moments:
+            own = moment[self.rank :: self.world_size]
+            drawn = torch.from_numpy(chance[own]) if len(own) else torch.zeros(1)
+            batches.append(replace(collate(self.examples, own.tolist(), self.pad_id, epoch), chance=drawn))
+        return batches
 
 
 def evaluation_batches(

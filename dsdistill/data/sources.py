@@ -1,11 +1,14 @@
 """Reads and checks the rows of a run: built-in docstrings, local files, or Hugging Face hub data sets."""
 
 from dsdistill.config.errors import UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.schema import Data as Section
 from dsdistill.data import docstrings, files, hub
 from dsdistill.data.examples import Data, Rows
 from dsdistill.data.labels import class_indices, class_names, scores
 from dsdistill.data.table import Table
+
+CLASSES = "classification"
 
 
 def read(section: Section, task: str) -> Data[Rows]:
@@ -13,30 +16,67 @@ def read(section: Section, task: str) -> Data[Rows]:
 
     Args:
         section: `config.data`.
-        task: classification, regression or causal_lm (which reads no labels).
+        task: that of the config; those that predict tokens read no labels.
 
     Raises:
         UserError: the data cannot be used; its message names file, row and column.
     """
-    if task != "causal_lm" and section.label is None:
+    if task not in LANGUAGE and section.label is None:
         raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
-    tables = [_table(section, split, task) for split in (section.train, section.dev)]
-    limits = (section.max_train, section.max_dev)
-    if task == "causal_lm":
-        train, dev = (
-            _language_rows(table, section, limit) for table, limit in zip(tables, limits, strict=True)
-        )
-        return Data(train, dev, ())
-    if task == "regression":
-        names, labels = (), [scores(table, section.label) for table in tables]
-    else:
-        names = class_names(tables[0], section.label, section.labels)
-        labels = [class_indices(table, section.label, names) for table in tables]
+    splits = [[_table(section, name, task) for name in _names(of)] for of in (section.train, section.dev)]
+    names = class_names(_labels(splits[0], section), section.label, section.labels) if task == CLASSES else ()
     train, dev = (
-        Rows(table.place, _texts(table, section)[:limit], values[:limit], _ids(table)[:limit])
-        for table, values, limit in zip(tables, labels, limits, strict=True)
+        _rows(tables, section, task, names, limit)
+        for tables, limit in zip(splits, (section.max_train, section.max_dev), strict=True)
     )
     return Data(train, dev, names)
+
+
+def read_texts(section: Section, files: tuple[str, ...]) -> Rows:
+    """The texts of further files, read as those of the train set are; without labels."""
+    return _rows([_table(section, name, "masked_lm") for name in files], section, "masked_lm", (), None)
+
+
+def _names(split: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (split,) if isinstance(split, str) else split
+
+
+def _labels(tables: list[Table], section: Section) -> Table:
+    """One table of all labels."""
+    if len(tables) == 1:
+        return tables[0]
+    found = [label for table in tables for label in table.column(section.label)]
+    return Table(_places(tables), {section.label: found}, range(1, len(found) + 1), "row")
+
+
+def _rows(
+    tables: list[Table], section: Section, task: str, names: tuple[str, ...], limit: int | None
+) -> Rows:
+    """The rows of all tables, one after the other."""
+    texts = [text for table in tables for text in _texts(table, section)]
+    if len({len(text) for text in texts}) > 1:
+        raise UserError(_places(tables), "one text here and pairs there", "files of one form")
+    ids = [name for table in tables for name in _ids(table)]
+    if len(tables) > 1 and len(set(ids)) < len(ids):
+        ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
+    if (
+        task == "causal_lm" and len(section.text) == 1
+    ):  # to be cut into blocks; two are a prompt and its response
+        return Rows(_places(tables), texts, None, ids, limit)
+    for table in tables:
+        if task == "causal_lm" and table.plain:
+            wanted = " and ".join(section.text)
+            raise UserError(table.place, "plain text", f"a file with the columns {wanted} (data.text)")
+    labels = None
+    if task == CLASSES:
+        labels = [label for table in tables for label in class_indices(table, section.label, names)][:limit]
+    elif task == "regression":
+        labels = [label for table in tables for label in scores(table, section.label)][:limit]
+    return Rows(_places(tables), texts[:limit], labels, ids[:limit])
+
+
+def _places(tables: list[Table]) -> str:
+    return ", ".join(table.place for table in tables)
 
 
 def _table(section: Section, split: str, task: str) -> Table:
@@ -47,26 +87,24 @@ def _table(section: Section, split: str, task: str) -> Table:
             )
         return docstrings.table(split, section.cache)
     if section.source == "files":
-        return files.table(split, section.root)
+        table = files.table(split, section.root)
+        return _lines(table) if table.plain and task == "masked_lm" else table
     if section.root is not None:
         return files.local_copy(section.root, section.subset or section.source.rpartition("/")[2], split)
     return hub.table(section.source, section.subset, split, section.cache)
 
 
-def _language_rows(table: Table, section: Section, limit: int | None) -> Rows:
-    """Of one column text to be cut into blocks, of two a prompt and its response a row."""
-    if len(section.text) == 1:
-        return Rows(table.place, _texts(table, section), None, _ids(table), limit)
-    if table.plain:
-        wanted = " and ".join(section.text)
-        raise UserError(table.place, "plain text", f"a file with the columns {wanted} (data.text)")
-    return Rows(table.place, _texts(table, section)[:limit], None, _ids(table)[:limit])
+def _lines(table: Table) -> Table:
+    """A text file as one row a line: where tokens are predicted from both sides, each is a text of its own."""
+    lines = [(i, line) for i, line in enumerate(table.columns["text"][0].split("\n"), 1) if line.strip()]
+    return Table(table.place, {"text": [line for _, line in lines]}, [i for i, _ in lines], plain=True)
 
 
 def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
     wanted = ("text",) if table.plain else section.text  # the text of a txt file has no name of its own
-    if section.source != "files" and section.root is not None and wanted[0] not in table.columns:
-        wanted = ("text_a", "text_b")[: len(wanted)]  # as files.local_copy names them
+    local = section.source == "files" or section.root is not None
+    if local and wanted[0] not in table.columns and "text_a" in table.columns:
+        wanted = ("text_a", "text_b")[: len(wanted)]  # the names that local copies of hub sets have
     columns = [table.column(name) for name in wanted]
     rows = list(zip(*columns, strict=True))
     for i, row in enumerate(rows):

@@ -1,6 +1,7 @@
 """From the `data` section of a config to tokenised examples."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.examples import Data, Examples, Rows
+from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.prompted import tokenize_prompted
 from dsdistill.data.sample import draw, with_noise
 from dsdistill.data.sources import read
@@ -28,7 +30,7 @@ def load(
 
     Args:
         section: `config.data`.
-        task: classification, regression or causal_lm.
+        task: that of the config.
         tokenizer: a transformers tokenizer.
         seed: of the train examples drawn and the labels replaced, where the section asks for that.
         with_spans: find words and phrases too.
@@ -44,14 +46,20 @@ def load(
     train = draw(train, section.fraction, seed)
     if section.label_noise:
         train = with_noise(train, section.label_noise, len(rows.labels), seed)
+    if task == "masked_lm":
+        dev = replace(dev, masking=masking(tokenizer, PREDICTED, 0.0, seed))
+    predicted, hidden = dev.masking is not None, section.sampler == "random_masked"
+    if predicted or hidden:
+        hide = masking(tokenizer, PREDICTED * predicted, HIDDEN * hidden, seed)
+        train = replace(train, masking=hide)
     return Data(train, dev, rows.labels)
 
 
 def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find | None = None) -> Examples:
     """Rows as tokens.
 
-    classification, regression: one example a row with the tokenizer's special tokens, truncated to max_length
-    tokens (of a pair, the longer text first).
+    classification, regression, masked_lm: one example a row with the tokenizer's special tokens, truncated to
+    max_length tokens (of a pair, the longer text first).
     causal_lm: the rows end to end, the tokenizer's eos (else sep) token between two rows where it has one,
     cut into blocks of max_length tokens; a last block below 2 tokens is dropped (it predicts nothing). Of two texts
     the first is a prompt and the second its response, one example a row (`tokenize_prompted`).
@@ -91,7 +99,7 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
     return Examples(
         tokens=_flat(tokens, np.int32),
         starts=torch.from_numpy(np.cumsum([0, *map(len, tokens)])),
-        labels=torch.tensor(rows.labels, dtype=label_type),
+        labels=None if rows.labels is None else torch.tensor(rows.labels, dtype=label_type),
         ids=rows.ids,
         token_types=_flat(token_types, np.uint8) if token_types else None,
         spans=pack(tables) if find else None,

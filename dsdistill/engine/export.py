@@ -1,15 +1,22 @@
 """From a run to a plain model folder, with nothing of the distillation left in it."""
 
+import logging
 import os
 import shutil
 
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder
 from dsdistill.models.build import build
+from dsdistill.models.domain import FUSION, STUDENT
+
+log = logging.getLogger("dsdistill")
 
 
 def read_run(path: str) -> tuple[Config, str]:
@@ -25,31 +32,40 @@ def read_run(path: str) -> tuple[Config, str]:
     return configs.load([folder / CONFIG]), tag
 
 
-def load_student(run: str, config: Config, tag: str) -> PreTrainedModel:
-    """The student of a checkpoint, in float32 on the CPU."""
+def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The student of a checkpoint, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
     model = build(
         AutoConfig.from_pretrained(os.path.join(run, INIT)), None, config.task, "student", needs_head=False
     )
-    prefix = "body.model." if config.task == "causal_lm" else "body."
     saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
-    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-    model.load_state_dict(weights, strict=True)
-    return model
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+
+    model.load_state_dict(below("body.model." if config.task in LANGUAGE else "body."), strict=True)
+    return model, below("domain.")
 
 
 def export(run: str, out: str) -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer included.
+
+    A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
+    and dsdistill.models.domain.load_exported puts them together.
 
     The folder appears whole or not at all. Raises UserError where `out` holds something already.
     """
     config, tag = read_run(run)
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
-    model = load_student(run, config, tag)
+    model, fusion = load_student(run, config, tag)
     partial = out.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(os.path.join(partial, STUDENT) if fusion else partial)
     AutoTokenizer.from_pretrained(os.path.join(run, INIT)).save_pretrained(partial)
+    if fusion:  # the maps are of the teacher's states: they have done their work
+        weights = {name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")}
+        save_file(weights, os.path.join(partial, FUSION))
+        log.info("with its domain fusion: dsdistill.models.domain.load_exported(%r) loads both", out)
     if os.path.isdir(out):
         os.rmdir(out)
     os.replace(partial, out)

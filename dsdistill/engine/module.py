@@ -5,9 +5,11 @@ from transformers import PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.units import mean_pool
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.models.build import Headless
 from dsdistill.models.capture import Capture
+from dsdistill.models.domain import DomainFusion
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
 
@@ -16,11 +18,17 @@ class StudentModule(nn.Module):
     """Everything trainable in one module, so that every parameter is gathered and saved by the same hooks."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: Objective, evaluation: Objective, *, represents: bool = False
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        evaluation: Objective,
+        *,
+        represents: bool = False,
+        domain: DomainFusion | None = None,
     ):
-        """represents: forward may be asked to `represent`."""
+        """represents: forward may be asked to `represent`; domain: what to put before the model's first layer."""
         super().__init__()
-        language = objective.task == "causal_lm"
+        language = objective.task in LANGUAGE
         self.body = Headless(model, "student") if language else model
         self.objective = objective
         self.evaluation = evaluation  # what evaluate() measures; holds no parameters
@@ -28,6 +36,9 @@ class StudentModule(nn.Module):
         self._last = model.config.num_hidden_layers
         hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
         self.capture = Capture(model, hidden, objective.layers("student_attention"))
+        self.domain = domain
+        if domain is not None:
+            domain.attach(model)  # after Capture: layer 0 is what comes before the fusion
 
     @property
     def model(self) -> PreTrainedModel:
@@ -54,14 +65,21 @@ class StudentModule(nn.Module):
         counts: Tensor | None = None,
         previous: Trace | None = None,
         represent: bool = False,
+        last: bool = False,
     ):
         """With counts: (loss with gradients, (parts,) raw values). Without: what evaluation reads, see below.
 
         Without counts: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective
-        for language models. With represent: (B, D) mean of the last layer's states over valid tokens.
+        for language models. With represent: (B, D) mean of the last layer's states over valid tokens; with last:
+        (B, N, D), the states themselves.
         """
+        targets = self.domain.prepare(teacher, batch.chance) if self.domain is not None else {}
         student = self.trace(batch)
+        if self.domain is not None:
+            student.domain = self.domain.trace(targets)
         student.previous = previous
+        if last:
+            return student.hidden[self._last]
         if represent:
             return mean_pool(student.hidden[self._last], batch.mask)
         if counts is None:

@@ -4,14 +4,20 @@ import fnmatch
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsdistill import config as configs
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Related, SoftLabel, Task, Terms
-from dsdistill.data import Data, Examples, load
+from dsdistill.data import Data, Examples, load, read, tokenize
+from dsdistill.data.ngrams import Bigrams, Contrast
+from dsdistill.data.samplers import GROUP, Sampler
+from dsdistill.data.sources import read_texts
+from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import deepspeed
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
@@ -46,7 +52,10 @@ class Prepared:
     objectives: tuple[Objective, ...]  # one for each stage
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
+    contrast: Contrast | None  # what sets the domain apart, where the data tells
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
+    maps: dict[str, Tensor] | None = None  # of the teacher's states, once they are fitted (engine/domain.py)
+    sampler: Sampler | None = None  # of the train set, once it is made (engine/sampling.py)
 
 
 def prepare(config: Config, world_size: int) -> Prepared:
@@ -73,6 +82,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     geometry = probe_models(config, student, teacher, objectives)
     check_frozen(config, student)
     data = load(config.data, config.task, tokenizer, config.run.seed, config.needs_spans)
+    contrast = _contrast(config, tokenizer)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)
@@ -82,7 +92,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     pair = make_pair(config, student, teacher, len(tokenizer))
     evaluation = Terms(
         task=Task(),
-        soft_label=SoftLabel(temperature=1.0) if judged and config.task == "causal_lm" else None,
+        soft_label=SoftLabel(temperature=1.0) if judged and config.task in LANGUAGE else None,
     )
     torch.manual_seed(config.run.seed)  # of the projectors
     return Prepared(
@@ -96,8 +106,22 @@ def prepare(config: Config, world_size: int) -> Prepared:
         make_objectives(config, pair),
         Objective(evaluation, pair),
         geometry,
+        contrast,
         judged,
     )
+
+
+def _contrast(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contrast | None:
+    if config.data.domain is None or config.data.general is None:
+        return None
+    models = (
+        Bigrams(
+            tokenize(read_texts(config.data, files), tokenizer, config.data.max_length, "masked_lm"),
+            len(tokenizer),
+        )
+        for files in (config.data.domain, config.data.general)
+    )
+    return Contrast(*models)
 
 
 def _recipe(config: Config) -> Config:
@@ -123,6 +147,12 @@ def check_ranks(config: Config, world_size: int) -> None:
                 "one example at once (train.micro_batch_size 1 on 1 rank)",
                 "at least 2: the term relates examples that meet in a micro-batch",
             )
+    if config.data.sampler == "hard_negative" and at_once % GROUP:
+        raise UserError(
+            "train.micro_batch_size",
+            f"{at_once} examples at once on {world_size} rank(s)",
+            f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
+        )
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
 
@@ -158,7 +188,15 @@ def shape(model: PretrainedConfig) -> Shape:
 def make_pair(
     config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int
 ) -> Pair:
-    return Pair(shape(student), teacher and shape(teacher), config.task, config.train.backend, tokens)
+    domain = config.student.domain
+    return Pair(
+        shape(student),
+        teacher and shape(teacher),
+        config.task,
+        config.train.backend,
+        tokens,
+        domain.width if domain is not None else 0,
+    )
 
 
 def make_objectives(config: Config, pair: Pair) -> tuple[Objective, ...]:
@@ -199,6 +237,11 @@ def frozen(name: str, patterns: tuple[str, ...]) -> bool:
 def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer, "data.tokenizer")
+    if config.data.train_tokenizer is not None:
+        texts = (text for texts in read(config.data, config.task).train.texts for text in texts)
+        return load_tokenizer(
+            train_tokenizer(texts, config.data.train_tokenizer, config.data.cache), "data.train_tokenizer"
+        )
     teacher = config.teacher.path if config.teacher is not None else None
     paths = [
         (place, path) for place, path in (("teacher", teacher), ("student", config.student.path)) if path
@@ -280,7 +323,7 @@ def _has_head(config: Config, teacher: PretrainedConfig | None, recipe: Prepared
         return False
     if (
         recipe is not None
-        or config.task == "causal_lm"
+        or config.task in LANGUAGE
         or any("soft_label" in stage.terms.named() for stage in config.parts)
     ):
         return True

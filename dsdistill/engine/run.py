@@ -14,8 +14,9 @@ from dsdistill import config as configs
 from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
-from dsdistill.engine import checkpoint, deepspeed, stages
+from dsdistill.engine import checkpoint, deepspeed, stages, structure
 from dsdistill.engine.calibrate import resolve_layers
+from dsdistill.engine.domain import fit_maps, make_fusion
 from dsdistill.engine.export import export, load_student, read_run
 from dsdistill.engine.generation import generation
 from dsdistill.engine.measure import latency, stability
@@ -23,6 +24,7 @@ from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
+from dsdistill.engine.sampling import make_sampler
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
 from dsdistill.evaluation.text import bleu_signature
@@ -81,12 +83,21 @@ def evaluate_run(path: str) -> dict:
             prepared = prepare(config, ranks.world_size)
         if prepared.recipe is not None:
             _use_recipe(prepared, folder, ranks)
-        teacher = None
-        if prepared.judged:
-            teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives[-1:], ranks)
-        model = load_student(path, config, tag)
-        module = StudentModule(model, prepared.objectives[-1], prepared.evaluation).to(ranks.device).eval()
-        scores = score(module, teacher, prepared, ranks)
+        teacher, structural = None, config.evaluation.structure
+        if prepared.judged or structural:
+            last = [prepared.pair.teacher.depth] if structural else []
+            teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives[-1:], ranks, last)
+        model, weights = load_student(path, config, tag)
+        fusion = make_fusion(prepared)
+        if fusion is not None:
+            fusion.load_state_dict(weights)
+        module = StudentModule(
+            model, prepared.objectives[-1], prepared.evaluation, represents=structural, domain=fusion
+        )
+        module = module.to(ranks.device).eval()
+        scores = score(module, teacher if prepared.judged else None, prepared, ranks)
+        if structural:
+            scores["student"] |= structure.measure(module, teacher, prepared, ranks)
         scores["student"] |= stability(path, checkpoint.read_state(path, tag)["step"])
         if config.evaluation.latency and ranks.first:
             scores["student"] |= latency(model, prepared)
@@ -139,6 +150,8 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     config, started = prepared.config, time.time()
     init = _student_init(prepared, folder, ranks)
     resolve_layers(prepared, init, folder, ranks)
+    prepared.maps = fit_maps(prepared, folder, ranks)
+    prepared.sampler = make_sampler(prepared, folder, ranks)
     teacher = None
     if config.teacher is not None:
         teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks)
@@ -217,6 +230,7 @@ def _baseline(
         config,
         terms=Terms(task=Task()),
         stages=(),
+        student=_with(config.student, domain=None),
         train=_with(config.train, distill_weight=None),
         run=_with(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
     )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.config import Config, UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.ranks import Ranks
@@ -74,7 +75,7 @@ class Snapshot:
     ):
         self.model: PreTrainedModel = build(architecture, None, config.task, "student", needs_head=False)
         self.model.config.use_cache = False
-        self.call = Headless(self.model, "student") if config.task == "causal_lm" else self.model
+        self.call = Headless(self.model, "student") if config.task in LANGUAGE else self.model
         self.call.load_state_dict(
             {
                 name.removeprefix("body."): value

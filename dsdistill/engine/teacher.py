@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from dsdistill.alignment.objective import Objective
-from dsdistill.config.schema import Config
+from dsdistill.config.schema import LANGUAGE, Config
 from dsdistill.data.batch import Batch
 from dsdistill.engine import deepspeed
 from dsdistill.engine.ranks import Ranks
@@ -36,7 +36,7 @@ class Teacher:
             torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
             model = build(architecture, path, config.task, "teacher", needs_head=needs_head)
             model.config.use_cache = False
-            return Headless(model, "teacher") if config.task == "causal_lm" else model
+            return Headless(model, "teacher") if config.task in LANGUAGE else model
 
         if config.teacher.zero_stage == 3:
             self.call = deepspeed.shard_teacher(

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 from dsdistill.config import RunError
 from dsdistill.data import Batch, Loader, evaluation_batches, restore
 from dsdistill.engine import checkpoint, deepspeed, representation, stages
+from dsdistill.engine.domain import make_fusion
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, frozen
@@ -69,8 +70,10 @@ class Trainer:
             # Newer transformers have another name for it, 5.17 knows this one alone.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = count_parameters(model)
+        fusion = make_fusion(prepared, prepared.maps)
+        self.parameters += count_parameters(fusion) if fusion is not None else 0
         self.module = StudentModule(
-            model, objective, prepared.evaluation, represents=bool(config.evaluation.rcs)
+            model, objective, prepared.evaluation, represents=bool(config.evaluation.rcs), domain=fusion
         )
         self.previous = None
         if before is not None:
@@ -89,6 +92,7 @@ class Trainer:
             config.run.seed,
             prepared.tokenizer.pad_token_id,
             config.train.group_by_length,
+            prepared.sampler,
         )
         self.total = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
         ends = stages.ends(config, self.total)
@@ -125,6 +129,9 @@ class Trainer:
         objective = self.module.objective
         counts = torch.stack([objective.counts(batch, self.prepared.geometry) for batch in batches]).sum(0)
         counts = self.ranks.sum(counts)
+        if self.module.domain is not None:  # from the step alone, so that a resume goes on exactly
+            done = (self.progress.step - self.start) / (self.end - self.start)
+            self.module.domain.share = 1 - done
         raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
             loss, parts = self._loss(batch, counts)

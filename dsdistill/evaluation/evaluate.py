@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsdistill.alignment.terms.task import targets
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import Batch, restore
 from dsdistill.evaluation import metrics
 from dsdistill.models.trace import Trace
@@ -42,12 +44,12 @@ def evaluate(
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
     Args:
-        student: of a batch and the teacher's trace: (B, C) logits, or for causal_lm the sums of the evaluation
-            objective (next-token loss; with a teacher also its KL to the student).
+        student: of a batch and the teacher's trace: (B, C) logits, or where tokens are predicted the sums of the
+            evaluation objective (loss of those tokens; with a teacher also its KL to the student).
         teacher: makes the teacher's trace of a batch.
-        teacher_sums: for causal_lm: the teacher's own next-token loss, (1,).
+        teacher_sums: where tokens are predicted: the teacher's own loss, (1,).
         batches: this rank's share; every rank has equally many.
-        task: classification, regression or causal_lm.
+        task: that of the config.
         gather: one object of each rank → all of them, on every rank.
 
     Returns:
@@ -70,14 +72,14 @@ def evaluate(
                 "index": batch.index.cpu(),
             }
             if trace is not None:
-                other = teacher_sums(trace, batch) if task == "causal_lm" else trace.logits
+                other = teacher_sums(trace, batch) if task in LANGUAGE else trace.logits
                 part["teacher"] = other.detach().float().cpu()
-            if task == "causal_lm":
-                part["count"] = int(((batch.labels[:, 1:] >= 0) & batch.mask[:, 1:]).sum())
+            if task in LANGUAGE:
+                part["count"] = int((targets(batch, task) >= 0).sum())
             parts.append(part)
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
-    scores = _language(parts) if task == "causal_lm" else _labelled(parts, task)
+    scores = _language(parts) if task in LANGUAGE else _labelled(parts, task)
     all_tokens = sum(count for _, _, count in everyone)
     for name, found in scores.items():
         found["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)

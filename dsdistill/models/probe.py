@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from dsdistill.config import UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import Headless, auto_class
 from dsdistill.models.capture import ATTENTION, Capture, attention_trace, final_norm, layer_list
 from dsdistill.models.trace import Geometry
@@ -64,8 +65,8 @@ def probe(
                 auto_class(task).from_config(_small_copy(config), attn_implementation="eager").float().eval()
             )
             _sharpen(model)
-            if task == "causal_lm":
-                _probe_language(model, place)
+            if task in LANGUAGE:
+                _probe_language(model, place, causal=task == "causal_lm")
             if hidden:
                 _probe_hidden(model, place)
             if lens:
@@ -133,8 +134,8 @@ def _sharpen(model: PreTrainedModel) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def _probe_language(model: PreTrainedModel, place: str) -> None:
-    """The model must predict from the left alone, with a head that is one linear map (see Headless)."""
+def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
+    """The head must end in one linear map (see Headless); a causal model must predict from the left alone."""
     name, inputs = model.config.model_type, _inputs()
     output, head = Headless(model, place)(**inputs).last_hidden_state, model.get_output_embeddings()
     logits = model(**inputs).logits
@@ -146,6 +147,8 @@ def _probe_language(model: PreTrainedModel, place: str) -> None:
             f"model type {name}, whose head is more than one linear map",
             "a language model whose logits are a linear map of its last hidden state",
         )
+    if not causal:
+        return
     inputs["input_ids"][1, -1] = 1
     if not torch.allclose(model(**inputs).logits[1, :-1], logits[1, :-1], rtol=1e-3, atol=1e-4):
         raise UserError(

@@ -29,6 +29,14 @@ class AttentionTrace:
     geometry: Geometry
 
 
+@dataclass(frozen=True)
+class DomainTrace:
+    """What domain fusion leaves behind (models/domain.py)."""
+
+    targets: dict[int, Tensor]  # teacher layer → φ of its states, (B, N, d'); empty in evaluation
+    predicted: Tensor  # (B, N, d')
+
+
 @dataclass
 class Trace:
     """Layers count from 1; hidden[0] is the embeddings' output, hidden[L] comes before any final norm."""
@@ -42,4 +50,5 @@ class Trace:
     norm: Callable[[Tensor], Tensor] | None = (
         None  # of language models, from hidden[L] to output; None: they are one
     )
+    domain: DomainTrace | None = None  # of a student with domain fusion
     previous: "Trace | None" = None  # of a student: what it computed as the stage before left it

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from dsdistill.config import UserError, load
-from dsdistill.report.summary import TITLES
+from dsdistill.report.summary import TITLES, detail
 
 # What differs between machines or says nothing about a method.
 _LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
@@ -91,7 +91,8 @@ def table(rows: dict[str, list[dict]]) -> str:
             if "teacher" in summary["models"]:
                 found["teacher"] = [summary["models"]["teacher"]]
     found |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
-    seen = {score for runs in found.values() for scores in runs for score in scores} - _LEFT_OUT
+    seen = {score for runs in found.values() for scores in runs for score in scores if not detail(score)}
+    seen -= _LEFT_OUT
     columns = [score for score in TITLES if score in seen] + sorted(seen - TITLES.keys())
     lines = [
         "| method | runs | " + " | ".join(TITLES.get(score, score) for score in columns) + " |",

@@ -21,11 +21,16 @@ TITLES = {
     "kl": "KL to teacher",
     "rcs": "RCS",
     "cka_distance": "1 - CKA",
+    "semantic_alignment": "semantic alignment",
+    "representation_compactness": "compactness",
+    "structural_consistency": "structure",
+    "domain_capture": "domain capture",
     "latency_ms": "latency ms",
     "parameters": "parameters",
     "tokens_per_second": "tokens/s",
     "training_tokens_per_second": "training tokens/s",
 }
+_PARTS = {"erank", "participation_ratio", "C", "R"}
 MODELS = ("teacher", "student", "baseline")
 
 
@@ -37,7 +42,7 @@ def table(summary: dict[str, Any]) -> str:
             and, where known, name, task, steps, world_size, seconds and peak_memory_mib (of a rank).
     """
     models = {name: summary["models"][name] for name in MODELS if name in summary["models"]}
-    found = {score for scores in models.values() for score in scores}
+    found = {score for scores in models.values() for score in scores if not detail(score)}
     scores = [score for score in TITLES if score in found] + sorted(found - TITLES.keys())
     rows = [["", *(TITLES.get(score, score) for score in scores)]]
     rows += [[name, *(_value(score, has.get(score)) for score in scores)] for name, has in models.items()]
@@ -50,6 +55,11 @@ def table(summary: dict[str, Any]) -> str:
     ]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([_title(summary), "", *lines, *_notes(summary, found)])
+
+
+def detail(score: str) -> bool:
+    """Ends of intervals and parts of other scores stand in the file, not in tables."""
+    return score.endswith(("_low", "_high")) or score.startswith("rho_") or score in _PARTS
 
 
 def _title(summary: dict[str, Any]) -> str:
@@ -67,7 +77,7 @@ def _title(summary: dict[str, Any]) -> str:
 def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
     notes = []
     if "kl" in found:
-        unit = "token" if summary.get("task") == "causal_lm" else "example"
+        unit = "token" if summary.get("task") in ("causal_lm", "masked_lm") else "example"
         notes.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
     if "rcs" in found:
         notes.append(

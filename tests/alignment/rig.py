@@ -7,12 +7,14 @@ from transformers import AutoConfig
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import NO_LABEL, PHRASE, WORD, Batch
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import shape
 from dsdistill.models.build import Headless, build, for_task
 from dsdistill.models.capture import Capture
+from dsdistill.models.domain import DomainFusion
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
 from tests.models.families import FAMILIES, peaked
@@ -34,6 +36,10 @@ def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Ba
     ids = ids.masked_fill(~mask, 0)
     if task == "causal_lm":
         labels = ids.masked_fill(~mask, NO_LABEL)
+    elif task == "masked_lm":  # every third token is to be predicted, each row's first among them
+        chosen = mask & (torch.arange(width) % 3 == 0)
+        labels = ids.masked_fill(~chosen, NO_LABEL)
+        ids = ids.masked_fill(chosen, 61)
     elif task == "regression":
         labels = torch.randn(len(lengths), generator=generator)
     else:
@@ -110,6 +116,7 @@ class Rig:
         teacher: dict | None = None,
         student_family: str | None = None,
         tokens: int = 60,
+        domain: DomainFusion | None = None,
     ):
         self.task = task
         models = []
@@ -120,19 +127,21 @@ class Rig:
             model.config.use_cache = False
             models.append(peaked(model, 6.0))
         self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
-        self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens)
+        width = 0 if domain is None else domain.lift.in_features
+        self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens, width)
         torch.manual_seed(7)
         self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)
-        self.module = StudentModule(self.student, self.objective, Objective(Terms(task={}), self.pair))
+        evaluation = Objective(Terms(task={}), self.pair)
+        self.module = StudentModule(self.student, self.objective, evaluation, domain=domain)
         self.capture = Capture(
             self.teacher, self.objective.layers("teacher_hidden"), self.objective.layers("teacher_attention")
         )
-        self.call = Headless(self.teacher, "teacher") if task == "causal_lm" else self.teacher
+        self.call = Headless(self.teacher, "teacher") if task in LANGUAGE else self.teacher
 
     def teacher_trace(self, batch: Batch) -> Trace:
         with torch.no_grad():
             found = trace(self.call, self.teacher, self.capture, batch)
-        if self.task == "causal_lm":
+        if self.task in LANGUAGE:
             head = self.teacher.get_output_embeddings()
             found.head, found.head_bias = head.weight, head.bias
         return found

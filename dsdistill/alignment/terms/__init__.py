@@ -2,6 +2,7 @@
 
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
+from dsdistill.alignment.terms.domain import DomainTerm
 from dsdistill.alignment.terms.dynamics import FeatureDynamicsTerm
 from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
@@ -31,6 +32,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "pkt": ProbabilisticTransferTerm,
     "trajectory": TrajectoryTerm,
     "fdd": FeatureDynamicsTerm,
+    "domain": DomainTerm,
     "smooth": SmoothTerm,
 }
 

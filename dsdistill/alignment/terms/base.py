@@ -29,9 +29,10 @@ class Pair:
 
     student: Shape
     teacher: Shape | None
-    task: str  # classification | regression | causal_lm
+    task: str  # that of the config
     backend: str  # of the operators
     tokens: int = 0  # entries of the tokenizer
+    domain_width: int = 0  # d' of a student with domain fusion
 
 
 class AlignmentTerm(nn.Module):

@@ -1,8 +1,9 @@
 """The teacher's output distribution (Hinton et al. 2015)."""
 
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.terms.task import next_tokens
+from dsdistill.alignment.terms.task import predicting, targets
 from dsdistill.config import UserError
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel
 from dsdistill.data.batch import NO_LABEL
 from dsdistill.ops import logit_alignment, soft_label_alignment
@@ -32,11 +33,11 @@ class SoftLabelTerm(AlignmentTerm):
     def __init__(self, config: SoftLabel, pair: Pair):
         super().__init__(config, pair)
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0
-        self.common = common_vocabulary(pair, "terms.soft_label") if pair.task == "causal_lm" else None
+        self.common = common_vocabulary(pair, "terms.soft_label") if pair.task in LANGUAGE else None
 
     def counts(self, batch, geometry):
-        if self.pair.task == "causal_lm":
-            return (next_tokens(batch) != NO_LABEL).sum().double()[None]
+        if self.pair.task in LANGUAGE:
+            return (targets(batch, self.pair.task) != NO_LABEL).sum().double()[None]
         return batch.rows.sum().double()[None]
 
     def sums(self, student, teacher, batch):
@@ -48,16 +49,16 @@ class SoftLabelTerm(AlignmentTerm):
             "alpha": config.alpha,
             "reduction": "sum",
         }
-        if self.pair.task != "causal_lm":
+        if self.pair.task not in LANGUAGE:
             return logit_alignment(student.logits, teacher.logits, mask=batch.rows, **options)[None]
         cut = slice(None, self.common)
         return soft_label_alignment(
-            student.output[:, :-1],
+            predicting(student.output, self.pair.task),
             student.head[cut],
-            teacher.output[:, :-1],
+            predicting(teacher.output, self.pair.task),
             teacher.head[cut],
             student_bias=None if student.head_bias is None else student.head_bias[cut],
             teacher_bias=None if teacher.head_bias is None else teacher.head_bias[cut],
-            mask=next_tokens(batch) != NO_LABEL,
+            mask=targets(batch, self.pair.task) != NO_LABEL,
             **options,
         )[None]

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsdistill.alignment.terms.base import AlignmentTerm
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.ops import token_cross_entropy
 
@@ -14,26 +15,40 @@ def next_tokens(batch: Batch) -> Tensor:
     return batch.labels[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
 
 
+def targets(batch: Batch, task: str) -> Tensor:
+    """(B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
+    if task == "causal_lm":
+        return next_tokens(batch)
+    return batch.labels.masked_fill(~batch.mask, NO_LABEL)
+
+
+def predicting(states: Tensor, task: str) -> Tensor:
+    """(B, M, D) of (B, N, D): the states of positions that predict a token, the next one or (masked) their own."""
+    return states[:, :-1] if task == "causal_lm" else states
+
+
 class TaskTerm(AlignmentTerm):
-    """Cross-entropy over examples or next tokens; squared error for scores."""
+    """Cross-entropy over examples or predicted tokens; squared error for scores."""
 
     needs_teacher = False
 
     def counts(self, batch, geometry):
-        counted = next_tokens(batch) != NO_LABEL if self.pair.task == "causal_lm" else batch.rows
+        task = self.pair.task
+        counted = targets(batch, task) != NO_LABEL if task in LANGUAGE else batch.rows
         return counted.sum().double()[None]
 
     def sums(self, student, teacher, batch):
-        if self.pair.task == "causal_lm":
+        task = self.pair.task
+        if task in LANGUAGE:
             loss = token_cross_entropy(
-                student.output[:, :-1],
+                predicting(student.output, task),
                 student.head,
-                next_tokens(batch),
+                targets(batch, task),
                 bias=student.head_bias,
                 ignore_index=NO_LABEL,
                 reduction="sum",
             )
-        elif self.pair.task == "regression":
+        elif task == "regression":
             difference = student.logits[:, 0].float() - batch.labels.float()
             loss = torch.where(batch.rows, difference, 0.0).square().sum()
         else:

@@ -1,0 +1,118 @@
+"""Domain structural mapping: hidden states in d' features, structure at three granularities, the predictor."""
+
+import torch
+from torch import Tensor, nn
+
+from dsdistill.alignment import relations
+from dsdistill.alignment.layer_map import layer_map
+from dsdistill.alignment.projector import Projector
+from dsdistill.alignment.spans import SpanGrid
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum, wide
+from dsdistill.config import UserError
+from dsdistill.config.terms import DomainMapping
+from dsdistill.data.batch import PHRASE, Batch
+from dsdistill.models.domain import Aggregate
+from dsdistill.ops import hidden_alignment, pairwise_alignment
+
+
+class DomainTerm(AlignmentTerm):
+    """Five parts, each with a factor of its own.
+
+      hidden     ‖ψ_l h_S − φ_l h_T‖² over valid tokens, a feature, mean over layers; φ frozen, ψ trained
+      tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs
+      phrases    the same between mean-pooled phrases
+      sequences  SP (Tung & Mori 2019) between the examples that meet in a micro-batch on all ranks: the student's
+                 aggregate Y against the teacher's mean-pooled states
+      predictor  ‖Ẑ − Z‖² over valid tokens, a feature
+
+    The published method prints no formula; all of it is this project's own reading. Tokens and phrases are compared
+    by cosines and not by rows of the Gram matrix, so that no such matrix is built.
+    """
+
+    name = "domain"
+
+    def __init__(self, config: DomainMapping, pair: Pair):
+        super().__init__(config, pair)
+        if pair.domain_width > pair.teacher.width:
+            raise UserError(
+                "student.domain.width",
+                pair.domain_width,
+                f"at most the teacher's width, {pair.teacher.width}",
+            )
+        depths = pair.student.depth, pair.teacher.depth
+        self.layers = layer_map(config.layers, *depths, "terms.domain.layers")
+        self.mapped = tuple(sorted({teacher for _, teacher in self.layers} | {depths[1]}))
+        self.student_hidden = frozenset(student for student, _ in self.layers) | {depths[0]}
+        self.teacher_hidden = frozenset(self.mapped)
+        count = len(self.layers) if config.hidden else 0
+        weights = [config.hidden / count] * count if count else []
+        self.others = [
+            name for name in ("tokens", "phrases", "sequences", "predictor") if getattr(config, name)
+        ]
+        weights += [getattr(config, name) for name in self.others]
+        self.parts = len(weights)
+        self.weighting.values = weights
+        self.projectors = nn.ModuleDict(
+            {f"{s}-{t}": Projector(pair.student.width, pair.domain_width) for s, t in self.layers}
+        )
+        self.aggregate = Aggregate(pair.student.width) if config.sequences else None
+
+    def counts(self, batch, geometry):
+        values, rows = batch.mask.sum().double() * self.pair.domain_width, batch.rows.sum().double()
+        found = [values] * (self.parts - len(self.others))
+        return torch.stack(found + [values if name == "predictor" else rows for name in self.others])
+
+    def sums(self, student, teacher, batch):
+        found = []
+        if self.config.hidden:
+            found += [
+                self.projectors[f"{s}-{t}"](
+                    student.hidden[s],
+                    student.domain.targets[t].to(student.hidden[s].dtype),
+                    mask=batch.mask,
+                    reduction="sum",
+                    backend=self.pair.backend,
+                )
+                for s, t in self.layers
+            ]
+        last = student.hidden[self.pair.student.depth], teacher.hidden[self.pair.teacher.depth]
+        grid = SpanGrid(batch.spans[batch.spans[:, 3] == PHRASE], *batch.mask.shape)
+        alike = batch.mask.float()  # every token of a phrase counts the same
+        phrases = [grid.vectors(states, alike) for states in last]
+        for name in self.others:
+            if name == "tokens":
+                found.append(self._structure(*last, batch.mask))
+            elif name == "phrases":
+                found.append(
+                    self._structure(*phrases, grid.mask) if grid.mask.any() else 0 * last[0][:, 0].sum()
+                )
+            elif name == "sequences":
+                found.append(self._sequences(last, phrases[0], grid.mask, batch))
+            else:
+                target = student.domain.targets[self.pair.teacher.depth]
+                predicted = student.domain.predicted
+                found.append(
+                    hidden_alignment(predicted, target.to(predicted.dtype), mask=batch.mask, reduction="sum")
+                )
+        return torch.stack([value.float() for value in found])
+
+    def _structure(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        return pairwise_alignment(
+            student, teacher, mask=mask, relation="cosine", reduction="sum", backend=self.pair.backend
+        )
+
+    def _sequences(self, last: tuple[Tensor, Tensor], phrases: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        mean, other = (mean_pool(states, batch.mask) for states in last)
+        place = (
+            (batch.mask.sum(1) - 1).clamp(min=0) if self.pair.task == "causal_lm" else 0 * batch.mask.sum(1)
+        )
+        end = last[0][torch.arange(len(place), device=place.device), place]
+        dtype = self.aggregate.attend.weight.dtype
+        mine = self.aggregate(mean.to(dtype), phrases.to(dtype), mask, end.to(dtype))
+        own = torch.cat([wide(mine), other], dim=1)[batch.rows]
+        units = gather_rows(own)
+        if not len(units):
+            return own.sum()  # 0
+        loss = relations.similarity_preserving(*units.split([mine.shape[1], other.shape[1]], dim=1))
+        return shared_sum(loss, len(own), len(units))

@@ -1,0 +1,61 @@
+"""Which tokens of an example are hidden from the models, and which of them are to be predicted.
+
+What is drawn depends on (seed, epoch, example) alone: ranks, micro-batches and a resumed run change nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.batch import NO_LABEL
+
+PREDICTED = 0.15  # share of the tokens that a masked language model is to predict
+HIDDEN = 0.15  # share that the sampler random_masked takes from the input
+_DEV, _STREAM = 2**32 - 1, 3
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Of the tokens of an example, those that its text is made of (no special ones) can be chosen.
+
+    predicted: their share that becomes labels: 80% of them turn into the mask token, 10% into any other, 10% stay
+        (Devlin et al. 2019); one at least.
+    hidden: the share of those left that turns into the mask token and is predicted by nobody.
+    """
+
+    predicted: float
+    hidden: float
+    mask_id: int
+    special: np.ndarray  # ids of special tokens
+    ordinary: np.ndarray  # all other ids
+    seed: int
+
+    def draw(self, tokens: np.ndarray, example: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) what the models see of (n,) tokens, and (n,) labels, NO_LABEL where nothing is to be predicted.
+
+        epoch: None for the dev set, which is drawn once and for all, whatever the run's seed.
+        """
+        key = [_DEV, example, _STREAM] if epoch is None else [self.seed, epoch, example, _STREAM]
+        chance = np.random.default_rng(key)
+        places = chance.permutation(np.flatnonzero(~np.isin(tokens, self.special)))
+        count = min(len(places), max(1, round(self.predicted * len(places)))) if self.predicted else 0
+        chosen, left = places[:count], places[count:]
+        seen, labels = tokens.copy(), np.full(len(tokens), NO_LABEL)
+        labels[chosen] = tokens[chosen]
+        fate = chance.random(count)
+        seen[chosen[fate < 0.8]] = self.mask_id
+        others = chosen[(fate >= 0.8) & (fate < 0.9)]
+        seen[others] = chance.choice(self.ordinary, len(others))
+        seen[left[: round(self.hidden * len(places))]] = self.mask_id
+        return seen, labels
+
+
+def masking(tokenizer: Any, predicted: float, hidden: float, seed: int) -> Masking:
+    """Raises UserError where the tokenizer has no mask token."""
+    if tokenizer.mask_token_id is None:
+        raise UserError("data.tokenizer", "a tokenizer without a mask token", "one with a mask token")
+    special = np.array(sorted(tokenizer.all_special_ids))
+    ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
+    return Masking(predicted, hidden, tokenizer.mask_token_id, special, ordinary, seed)

@@ -1,0 +1,78 @@
+"""Which examples an epoch is made of, where that is not each of them once. An epoch always has as many as the set.
+
+The order depends on the generator alone, which the loader seeds by (seed, epoch).
+"""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdistill.data.examples import Examples
+
+NEIGHBOURS = 3  # of an anchor, that come with it
+GROUP = NEIGHBOURS + 1
+BLOCK = 1024  # anchors that are compared with all others at once
+
+
+class Sampler(Protocol):
+    grouped: bool  # runs of GROUP examples belong together
+
+    def order(self, chance: np.random.Generator) -> np.ndarray:
+        """(n,) int64."""
+
+
+class Weighted:
+    """Drawn with replacement, p ∝ exp(score / temperature)."""
+
+    grouped = False
+
+    def __init__(self, scores: np.ndarray, temperature: float):
+        powers = np.exp((scores - scores.max()) / temperature)
+        self.shares = powers / powers.sum()
+
+    def order(self, chance: np.random.Generator) -> np.ndarray:
+        return chance.choice(len(self.shares), len(self.shares), p=self.shares)
+
+
+class HardNegative:
+    """Each of the first examples of a permutation, followed by its neighbours."""
+
+    grouped = True
+
+    def __init__(self, neighbours: np.ndarray):
+        """neighbours: (n, NEIGHBOURS) int64."""
+        self.neighbours = neighbours
+
+    def order(self, chance: np.random.Generator) -> np.ndarray:
+        count = len(self.neighbours)
+        anchors = chance.permutation(count)[: -(-count // GROUP)]
+        return np.concatenate([anchors[:, None], self.neighbours[anchors]], axis=1).flatten()[:count]
+
+
+def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
+    """(n, NEIGHBOURS) int64: of each of the (n, D) vectors the nearest by cosine among examples of another answer.
+
+    The answer is the label; of texts that have none, the second text of a pair; of single texts every one differs.
+    """
+    answers = torch.from_numpy(_answers(examples))
+    unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
+    found = []
+    for start in range(0, len(unit), BLOCK):
+        cosines = unit[start : start + BLOCK] @ unit.T
+        cosines.masked_fill_(answers[start : start + BLOCK, None] == answers, -torch.inf)
+        found.append(cosines.topk(min(NEIGHBOURS, len(unit)), dim=1).indices)
+    return torch.cat(found).numpy()
+
+
+def _answers(examples: Examples) -> np.ndarray:
+    """(n,) numbers, equal where the answers are."""
+    if examples.labels is not None:
+        return np.unique(examples.labels.numpy(), return_inverse=True)[1]
+    if examples.token_types is None or not examples.token_types.any():
+        return np.arange(len(examples))
+    bounds = zip(examples.starts[:-1].tolist(), examples.starts[1:].tolist(), strict=True)
+    tokens, second = examples.tokens.numpy(), examples.token_types.numpy() == 1
+    texts = [tokens[a:b][second[a:b]].tobytes() for a, b in bounds]
+    return np.unique(texts, return_inverse=True)[1]

@@ -1,0 +1,84 @@
+"""A WordPiece tokenizer from the train texts, for models that come without one."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def train_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
+    """The folder of a tokenizer as BERT's are: lower case, a Chinese character a word, at most `size` entries.
+
+    Kept in the cache folder under the texts' fingerprint.
+    """
+    texts = list(texts)
+    digest = hashlib.sha256(f"{size} ".encode() + Path(__file__).read_bytes())
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode(errors="backslashreplace"))
+    folder = Path(cache, f"tokenizer-{digest.hexdigest()[:16]}")
+    if folder.is_dir():
+        return str(folder)
+    core = _tokenizer(models.WordPiece(_vocabulary(texts, size), unk_token=SPECIAL["unk_token"]))
+    core.decoder = decoders.WordPiece()
+    core.add_special_tokens(list(SPECIAL.values()))
+    ends = [(name, core.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    # Another run may train the same now: each writes its own, and the last to finish wins whole.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = tempfile.mkdtemp(dir=folder.parent)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=names, **SPECIAL).save_pretrained(
+        partial
+    )
+    try:
+        os.rename(partial, folder)
+    except OSError:  # there already
+        shutil.rmtree(partial)
+    return str(folder)
+
+
+def _tokenizer(model: models.Model) -> Tokenizer:
+    core = Tokenizer(model)
+    core.normalizer = normalizers.BertNormalizer(handle_chinese_chars=True, lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return core
+
+
+def _vocabulary(texts: list[str], size: int) -> dict[str, int]:
+    """Special tokens, single characters, then the pieces that words are most often made of.
+
+    Pieces are learned as byte-pair merges without a mark of where a word goes on, and marked afterwards: the library's
+    own trainer of marked pieces numbers them differently in every process.
+    """
+    core = _tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=size, show_progress=False)
+    core.train_from_iterator(texts, trainer)
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(
+            word for word, _ in core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(text))
+        )
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for index, token in enumerate(core.model.tokenize(word)):
+            pieces["##" * (index > 0) + token.value] += count
+            for place, character in enumerate(token.value):  # else a rare word could not be spelt
+                pieces["##" * (index + place > 0) + character] += 0
+    found = sorted(pieces, key=lambda piece: (len(piece.removeprefix("##")) > 1, -pieces[piece], piece))
+    return {piece: index for index, piece in enumerate([*SPECIAL.values(), *found][:size])}

@@ -1,0 +1,89 @@
+"""The sampler that a config names, with what it needs to know of the teacher: one pass over the train set."""
+
+import math
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdistill.alignment.terms.task import predicting, targets
+from dsdistill.alignment.units import mean_pool
+from dsdistill.data import NO_LABEL, evaluation_batches, restore
+from dsdistill.data.batch import Batch
+from dsdistill.data.samplers import HardNegative, Sampler, Weighted, nearest_others
+from dsdistill.engine.prepare import Prepared
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.teacher import Teacher
+from dsdistill.models.trace import Trace
+
+KEPT = "sampling.npy"
+ROWS = 256  # tokens whose logits are whole at once
+
+
+def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler | None:
+    """None: every example once. What the teacher says is kept in RUN, for every resume."""
+    data, train = prepared.config.data, prepared.data.train
+    if data.sampler == "domain_aware":
+        return Weighted(prepared.contrast.scores(train), data.sampler_temperature or 1.0)
+    if data.sampler not in ("entropy", "hard_negative"):
+        return None
+    path = folder / KEPT
+    if not ranks.gather(os.path.isfile(path))[0]:
+        found = _pass(prepared, ranks)
+        if data.sampler == "hard_negative":
+            found = nearest_others(found, train)
+        if ranks.first:
+            with open(path + ".partial", "wb") as file:
+                np.save(file, np.asarray(found))
+            os.replace(path + ".partial", path)
+    ranks.barrier()
+    found = np.load(path)
+    if data.sampler == "entropy":
+        return Weighted(found, data.sampler_temperature or 0.1)
+    return HardNegative(found)
+
+
+def _pass(prepared: Prepared, ranks: Ranks) -> Tensor:
+    """(n,) entropies or (n, D) mean-pooled last states of the teacher over the train set, in its order."""
+    config, depth = prepared.config, prepared.pair.teacher.depth
+    teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks, hidden=[depth])
+    parts = []
+    for batch in evaluation_batches(
+        prepared.data.train,
+        config.train.micro_batch_size,
+        ranks.world_size,
+        ranks.rank,
+        prepared.tokenizer.pad_token_id,
+    ):
+        batch = batch.to(ranks.device)
+        with torch.no_grad(), teacher.trace(batch) as trace:
+            if config.data.sampler == "entropy":
+                values = entropy(trace, batch, config.task)
+            else:
+                values = mean_pool(trace.hidden[depth], batch.mask)
+        parts.append((values.cpu(), batch.index.cpu()))
+    everyone = [part for of_rank in ranks.gather(parts) for part in of_rank]
+    return restore(torch.cat([values for values, _ in everyone]), torch.cat([index for _, index in everyone]))
+
+
+def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:
+    """(B,) 0 to 1: entropy of the predictions relative to the most possible, mean over an example's."""
+    if trace.logits is not None:
+        return _relative(trace.logits.float())
+    places = (targets(batch, task) != NO_LABEL).nonzero()
+    states = predicting(trace.output, task)[places[:, 0], places[:, 1]]
+    total = torch.zeros(len(batch.mask), device=states.device)
+    for rows, owner in zip(states.split(ROWS), places[:, 0].split(ROWS), strict=True):
+        total.index_add_(
+            0,
+            owner,
+            _relative(torch.nn.functional.linear(rows, trace.head, trace.head_bias).float()),
+        )
+    return total / torch.bincount(places[:, 0], minlength=len(total)).clamp(min=1)
+
+
+def _relative(logits: Tensor) -> Tensor:
+    logs = logits.log_softmax(-1)
+    return -(logs.exp() * logs).sum(-1) / math.log(logits.shape[-1])

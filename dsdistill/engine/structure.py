@@ -1,0 +1,129 @@
+"""How much of the teacher's representation space the student keeps, on the dev set.
+
+Both models read the whole text, nothing masked. What is fitted is fitted on train examples, ten a feature where there
+are so many.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdistill.alignment.units import mean_pool
+from dsdistill.data import Examples, evaluation_batches
+from dsdistill.data.batch import PHRASE, Batch
+from dsdistill.engine.module import StudentModule
+from dsdistill.engine.prepare import Prepared
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.teacher import Teacher
+from dsdistill.evaluation.structure import (
+    UNITS,
+    Estimate,
+    domain_capture,
+    representation_compactness,
+    semantic_alignment,
+    structural_consistency,
+)
+
+PER_FEATURE = 10  # train examples
+GROUPS = 64  # dev examples whose tokens and phrases are compared among themselves
+PHRASES = 4  # most phrases of a train example
+
+
+@dataclass
+class Vectors:
+    """Of some examples, in their order; student and teacher each."""
+
+    sequences: tuple[Tensor, Tensor]  # (n, D) mean-pooled last layer
+    phrases: tuple[list[Tensor], list[Tensor]]  # (phrases, D) of each example
+    terms: list[Tensor]  # (phrases,) bool of each example: a term of the domain
+    tokens: tuple[list[Tensor], list[Tensor]]  # (tokens, D) of the first GROUPS examples
+
+
+def measure(module: StudentModule, teacher: Teacher, prepared: Prepared, ranks: Ranks) -> dict[str, float]:
+    """Semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
+
+    module: in eval mode, with `represents`; teacher: traces its last layer. domain_capture where data.domain and
+    data.general tell terms of the domain.
+    """
+    pair = prepared.pair
+    train, wanted = prepared.data.train, PER_FEATURE * max(pair.student.width, pair.teacher.width)
+    chosen = np.random.default_rng(0).permutation(len(train))[:wanted]
+    held = collect(module, teacher, prepared, prepared.data.dev, ranks)
+    fit = collect(module, teacher, prepared, train.take(np.sort(chosen).tolist()), ranks, most=PHRASES)
+    found = _named("semantic_alignment", semantic_alignment(*held.sequences, *fit.sequences))
+    compact = representation_compactness(*held.sequences, *fit.sequences)
+    found |= _named("representation_compactness", compact.score)
+    found |= {"erank": compact.effective_rank, "participation_ratio": compact.participation_ratio}
+    found |= {"C": compact.compactness, "R": compact.retention}
+    levels = {"token": held.tokens, "phrase": tuple(of[:GROUPS] for of in held.phrases)}
+    levels = {name: groups for name, groups in levels.items() if any(len(group) > 2 for group in groups[0])}
+    levels["sequence"] = tuple([of[:UNITS]] for of in held.sequences)
+    consistency = structural_consistency(levels)
+    found |= _named("structural_consistency", consistency.score)
+    found |= {f"rho_{name}": value for name, value in consistency.levels.items()}
+    domain = torch.cat(held.terms)
+    if domain.any():
+        phrases = [torch.cat(of) for vectors in (held, fit) for of in vectors.phrases]
+        found |= _named("domain_capture", domain_capture(*phrases[:2], domain, *phrases[2:]))
+    return found
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def collect(
+    module: StudentModule,
+    teacher: Teacher,
+    prepared: Prepared,
+    examples: Examples,
+    ranks: Ranks,
+    most: int | None = None,
+) -> Vectors:
+    """Vectors of both models; most: phrases of an example. The same on every rank."""
+    layers = prepared.pair.student.depth, prepared.pair.teacher.depth
+    found = []
+    for batch in evaluation_batches(
+        replace(examples, masking=None),
+        prepared.config.train.micro_batch_size,
+        ranks.world_size,
+        ranks.rank,
+        prepared.tokenizer.pad_token_id,
+    ):
+        batch = batch.to(ranks.device)
+        with torch.no_grad(), teacher.trace(batch) as other:
+            states = module(batch, last=True), other.hidden[layers[1]]
+            found += _examples(states, batch, prepared, most)
+    everyone = sorted((item for of_rank in ranks.gather(found) for item in of_rank), key=lambda item: item[0])
+    _, sequences, phrases, terms, tokens = zip(*everyone, strict=True)
+    return Vectors(
+        tuple(torch.stack(of) for of in zip(*sequences, strict=True)),
+        tuple(list(of) for of in zip(*phrases, strict=True)),
+        list(terms),
+        tuple(list(of) for of in zip(*tokens[:GROUPS], strict=True)),
+    )
+
+
+def _examples(states: tuple[Tensor, Tensor], batch: Batch, prepared: Prepared, most: int | None) -> list:
+    """Of each example its place, sequences, phrases, which of those are terms, and tokens."""
+    pooled = [mean_pool(of, batch.mask).cpu() for of in states]
+    found = []
+    for row, place in enumerate(batch.index.tolist()):
+        if place < 0:
+            continue
+        valid = batch.mask[row]
+        tokens = [of[row, valid].float().cpu() for of in states]
+        spans = batch.spans[(batch.spans[:, 0] == row) & (batch.spans[:, 3] == PHRASE), 1:3].tolist()[:most]
+        phrases = [
+            torch.stack([of[first:past].mean(0) for first, past in spans]) if spans else of[:0]
+            for of in tokens
+        ]
+        terms = torch.zeros(len(spans), dtype=torch.bool)
+        if prepared.contrast is not None:
+            ids = batch.input_ids[row].cpu().numpy()
+            terms = torch.tensor([prepared.contrast.is_term(ids[a:b]) for a, b in spans], dtype=torch.bool)
+        kept = tokens if place < GROUPS else [None, None]
+        found.append((place, [of[row] for of in pooled], phrases, terms, kept))
+    return found

@@ -1,0 +1,151 @@
+"""Domain structural mapping: what the teacher knows of a text enters the student's input, and later is predicted.
+
+The published method names a map φ of the teacher's states to d' features, a fusion F(E, Z) into the student and an
+aggregation over granularities, without formulas. F as printed would need the teacher at inference. What is here is
+this project's own reading: the student predicts Z from its own embeddings, and evaluation always uses the prediction.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from dsdistill.models.capture import layer_list
+from dsdistill.models.trace import DomainTrace, Trace
+
+STUDENT, FUSION = "student", "domain.safetensors"  # of an exported folder
+
+
+class TeacherMap(nn.Module):
+    """φ of one teacher layer: layer norm without parameters, then its first d' principal components; frozen.
+
+    Z = C (norm(h) − μ) / s with orthonormal rows C and one scale s, so that Z's mean variance is 1. It has no
+    parameters: trained together with what is to match it, it would collapse to 0.
+    """
+
+    def __init__(self, teacher_width: int, width: int):
+        super().__init__()
+        self.register_buffer("components", torch.zeros(width, teacher_width))
+        self.register_buffer("mean", torch.zeros(teacher_width))
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, count: float, total: Tensor, products: Tensor) -> None:
+        """From `count` normed states: their sum (D,) and sum of outer products (D, D), float64."""
+        mean = total / count
+        values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+        width = len(self.components)
+        rows = vectors.flip(1)[:, :width].T
+        # A component's sign is arbitrary: its largest entry is positive, on every machine.
+        rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+        self.components.copy_(rows)
+        self.mean.copy_(mean)
+        self.scale.copy_(values.flip(0)[:width].clamp_min(0).mean().sqrt().clamp_min(1e-6))
+
+    @torch.no_grad()
+    def forward(self, states: Tensor) -> Tensor:
+        """(B, N, d') float32 of (B, N, D)."""
+        components, mean, scale = (x.float() for x in (self.components, self.mean, self.scale))
+        return (normed(states) - mean) @ components.T / scale
+
+
+def normed(states: Tensor) -> Tensor:
+    return F.layer_norm(states.float(), states.shape[-1:])
+
+
+class DomainFusion(nn.Module):
+    """F: x = E + g ⊙ P Ẑ with g = σ(W [E; Ẑ]); Ẑ is the teacher's Z or the student's prediction of it.
+
+    P starts at 0: the student begins as it was. While training, an example takes Z with probability `share`, which
+    falls from 1 to 0 over a stage (the trainer sets it), by its own draw Batch.chance; evaluation takes the prediction.
+    """
+
+    def __init__(self, width: int, student_width: int, teacher_width: int, layers: tuple[int, ...]):
+        """layers: of the teacher, that are mapped; the last of them is Z."""
+        super().__init__()
+        self.layers = layers
+        self.maps = nn.ModuleDict({str(layer): TeacherMap(teacher_width, width) for layer in layers})
+        self.predictor = nn.Sequential(
+            nn.Linear(student_width, student_width), nn.GELU(), nn.Linear(student_width, width)
+        )
+        self.gate = nn.Linear(student_width + width, student_width)
+        self.lift = nn.Linear(width, student_width, bias=False)
+        nn.init.zeros_(self.lift.weight)
+        self.share = 1.0
+        self._given: tuple[Tensor, Tensor] | None = None  # Z (B, N, d') and who takes it (B,) bool
+        self._predicted: Tensor | None = None
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Let every forward pass of the model put x in the place of E, what its first layer reads."""
+        layer_list(model)[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
+
+    def targets(self, teacher: Trace) -> dict[int, Tensor]:
+        """φ of each mapped layer, (B, N, d')."""
+        return {layer: self.maps[str(layer)](teacher.hidden[layer]) for layer in self.layers}
+
+    def prepare(self, teacher: Trace | None, chance: Tensor | None) -> dict[int, Tensor]:
+        """Before a forward pass: what the teacher gives it, where it has a say; returns its targets."""
+        found = {} if teacher is None or not self.training else self.targets(teacher)
+        self._given = (found[self.layers[-1]], chance < self.share) if found and chance is not None else None
+        return found
+
+    def trace(self, targets: dict[int, Tensor]) -> DomainTrace:
+        """After it."""
+        predicted, self._predicted = self._predicted, None
+        return DomainTrace(targets, predicted)
+
+    def forward(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) x and (B, N, d') the prediction, of (B, N, D) E."""
+        predicted = self.predictor(embedded)
+        known = predicted
+        if (
+            self._given is not None
+        ):  # kept until the next forward pass: a checkpointed layer runs again in backward
+            target, chosen = self._given
+            known = torch.where(chosen[:, None, None], target.to(predicted.dtype), predicted)
+        gate = torch.sigmoid(self.gate(torch.cat([embedded, known], dim=-1)))
+        return embedded + gate * self.lift(known), predicted
+
+    def _fuse(self, layer, args, kwargs):
+        embedded = args[0] if args else kwargs["hidden_states"]
+        fused, self._predicted = self(embedded)
+        return ((fused, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": fused})
+
+
+class Aggregate(nn.Module):
+    """Y = Σ_k σ(u_k · v_k + b_k) v_k over the mean token, the attention-pooled phrases and the first or last token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.attend = nn.Linear(width, 1, bias=False)
+        self.gates = nn.ModuleList(nn.Linear(width, 1) for _ in range(3))
+
+    def forward(self, mean: Tensor, phrases: Tensor, mask: Tensor, end: Tensor) -> Tensor:
+        """(B, D) of mean (B, D), phrases (B, K, D) with mask (B, K) bool, and end (B, D); K may be 0."""
+        scores = self.attend(phrases)[..., 0].masked_fill(~mask, torch.finfo(phrases.dtype).min)
+        shares = scores.softmax(-1) if mask.shape[1] else scores
+        pooled = (shares.masked_fill(~mask, 0)[..., None] * phrases).sum(1)
+        return sum(
+            torch.sigmoid(gate(v)) * v for gate, v in zip(self.gates, (mean, pooled, end), strict=True)
+        )
+
+
+def load_exported(folder: str) -> PreTrainedModel:
+    """The student that `dsdistill export` wrote, its fusion attached: a model as transformers has it, without teacher.
+
+    FOLDER/student by itself would lack the fusion and predict something else; that is why FOLDER is no model folder
+    that from_pretrained takes.
+    """
+    path = os.path.join(folder, STUDENT)
+    config = AutoConfig.from_pretrained(path)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(path)
+    weights = load_file(os.path.join(folder, FUSION))
+    width, student_width = weights["predictor.2.weight"].shape
+    fusion = DomainFusion(width, student_width, student_width, ())
+    fusion.load_state_dict(weights)
+    fusion.attach(model)
+    model.domain = fusion  # so that .to() and .eval() reach it
+    return model.eval()

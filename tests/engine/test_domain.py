@@ -1,0 +1,124 @@
+"""Domain structural mapping from a teacher to an exported student."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+from dsdistill.config import UserError
+from dsdistill.config.load import build as build_config
+from dsdistill.models.domain import load_exported
+from tests.conftest import BERT
+from tests.engine.launch import run_configs
+from tests.engine.test_resume import losses
+from tests.engine.test_run import command
+
+
+@pytest.fixture
+def mapping(settings, data_dir, tokenizer_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {key: value for key, value in BERT.items() if key != "model_type"}
+    torch.manual_seed(0)
+    teacher = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **config))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4.0)
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(tmp_path / "teacher")
+    files = {"source": "files", "train": str(data_dir / "train.tsv"), "dev": str(data_dir / "dev.tsv")}
+    return settings | {
+        "task": "masked_lm",
+        "data": files
+        | {
+            "domain": [str(data_dir / "train.tsv")],
+            "general": [str(data_dir / "dev.tsv")],
+            "max_length": 32,
+            "cache": str(tmp_path / "cache"),
+        },
+        "teacher": {"path": str(tmp_path / "teacher"), "zero_stage": 3},
+        "student": {
+            "config": BERT | {"hidden_size": 32, "num_hidden_layers": 2, "hidden_dropout_prob": 0.1},
+            "domain": {"width": 16},
+        },
+        "terms": {"task": {}, "soft_label": {}, "domain": {}},
+        "evaluation": {"structure": True},
+    }
+
+
+def write(folder, settings, name, **student):
+    case = settings | {"run": settings["run"] | {"name": name, "dir": str(folder / name)}}
+    case["student"] = case["student"] | student
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(case))
+    return path
+
+
+METRICS = ("semantic_alignment", "representation_compactness", "structural_consistency")
+
+
+def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teacher(mapping, tmp_path):
+    mapping["run"] |= {"save_every": 4}
+    still = mapping["student"] | {"config": mapping["student"]["config"] | {"hidden_dropout_prob": 0.0}}
+    moved = mapping | {"train": mapping["train"] | {"micro_batch_size": 8}}
+    one, stopped = (write(tmp_path, moved, name, **still) for name in ("one", "stopped"))
+    run_configs([one, stopped], ranks=1)
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    (tmp_path / "stopped" / "summary.json").unlink()
+    for path in (checkpoints / "step-00000010").iterdir():  # as a kill while it was written leaves it
+        path.unlink()
+    assert "resuming from step-00000008" in run_configs([stopped], ranks=1)
+    expected = losses(tmp_path / "one")
+    assert losses(tmp_path / "stopped") == expected
+    assert expected[-1]["terms"]["domain"]["raw"] < expected[0]["terms"]["domain"]["raw"]
+
+    sharded = write(
+        tmp_path,
+        mapping | {"train": mapping["train"] | {"micro_batch_size": 4}},
+        "sharded",
+        **still,
+        zero_stage=3,
+        gradient_checkpointing=True,
+    )
+    run_configs([sharded])
+    for want, line in zip(expected, losses(tmp_path / "sharded"), strict=True):
+        assert line["loss"] == pytest.approx(want["loss"], rel=1e-4)
+
+    before = json.loads((tmp_path / "one" / "summary.json").read_text())["models"]["student"]
+    done = command("evaluate", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "one" / "summary.json").read_text())["models"]["student"]
+    assert scores["perplexity"] == pytest.approx(before["perplexity"], rel=1e-4)  # the fusion is there
+    for name in METRICS:
+        assert 0 <= scores[f"{name}_low"] <= scores[f"{name}_high"] <= 100
+        assert 0 < scores[name] <= 100
+    assert {"erank", "participation_ratio", "C", "R", "rho_token"} <= set(scores)
+
+    done = command("export", "one", "--out", "exported", cwd=tmp_path)
+    assert done.returncode == 0 and "load_exported" in done.stderr
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "exported")
+    student = load_exported(str(tmp_path / "exported"))
+    plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "exported" / "student").eval()
+    ids = torch.tensor([[2, 7, 4, 3]])
+    with torch.no_grad():
+        assert not torch.allclose(student(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"domain": {"teacher_map": "trained"}}}, "student.domain.teacher_map: got trained"),
+        ({"terms": {"domain": None}}, "student.domain: got no terms.domain"),
+        ({"student": {"domain": None}}, "terms.domain: got no student.domain"),
+        ({"data": {"general": None}}, "data.domain and data.general: got one of them"),
+    ],
+    ids=["collapse", "no term", "no module", "one side"],
+)
+def test_refusals(mapping, changes, message):
+    for section, values in changes.items():
+        mapping[section] = mapping[section] | values
+    with pytest.raises(UserError, match=message):
+        build_config(mapping)

@@ -1,0 +1,148 @@
+"""The map of teacher states, the fusion and the aggregate."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsdistill.data.batch import NO_LABEL
+from dsdistill.models.domain import Aggregate, DomainFusion, TeacherMap, normed
+from dsdistill.models.trace import Trace
+from tests.alignment.rig import Rig, make_batch, padded, rows, with_filler
+
+TERMS = {"domain": {}}
+
+
+def fitted(width=4, teacher_width=32, layers=(3,), student_width=32) -> DomainFusion:
+    torch.manual_seed(1)
+    fusion = DomainFusion(width, student_width, teacher_width, layers)
+    for found in fusion.maps.values():
+        states = normed(torch.randn(500, teacher_width) * torch.linspace(3, 0.1, teacher_width)).double()
+        found.fit(500, states.sum(0), states.T @ states)
+    return fusion
+
+
+def test_the_map_is_the_principal_components():
+    torch.manual_seed(0)
+    states = torch.randn(400, 8) * torch.tensor([5.0, 3, 1, 1, 1, 1, 1, 1])
+    found, rows_ = TeacherMap(8, 3), normed(states).double()
+    found.fit(400, rows_.sum(0), rows_.T @ rows_)
+    z = found(states[None])[0].double()
+    assert z.mean(0).abs().max() < 1e-5
+    assert z.var(0, correction=0).mean().item() == pytest.approx(1, rel=1e-4)
+    covariance = z.T @ z / 400
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-5
+    _, _, right = torch.linalg.svd(rows_ - rows_.mean(0), full_matrices=False)
+    assert (found.components.double() @ right[:3].T).abs().diag().min() > 1 - 1e-5
+    assert not list(found.parameters())  # nothing that training could collapse
+
+
+def test_the_student_begins_as_it_was_and_hands_over():
+    fusion = fitted().train()
+    embedded = torch.randn(2, 5, 32)
+    x, _ = fusion(embedded)
+    torch.testing.assert_close(x, embedded)
+    torch.nn.init.normal_(fusion.lift.weight)
+    teacher = Trace(hidden={3: torch.randn(2, 5, 32)})
+    fusion.share = 0.5
+    targets = fusion.prepare(
+        teacher, torch.tensor([0.4, 0.6])
+    )  # the first takes Z, the second its prediction
+    mixed, predicted = fusion(embedded)
+    known = torch.stack([targets[3][0], predicted[1]])
+    gate = torch.sigmoid(F.linear(torch.cat([embedded, known], -1), fusion.gate.weight, fusion.gate.bias))
+    torch.testing.assert_close(mixed, embedded + gate * (known @ fusion.lift.weight.T))
+    assert not fusion.eval().prepare(
+        teacher, torch.tensor([0.0, 0.0])
+    )  # evaluation never looks at the teacher
+    alone, _ = fusion(embedded)
+    torch.testing.assert_close(alone[1], mixed[1])
+    assert not torch.allclose(alone[0], mixed[0])
+
+
+def test_the_aggregate_gates_three_granularities():
+    torch.manual_seed(0)
+    aggregate = Aggregate(6)
+    mean, phrases, end = torch.randn(2, 6), torch.randn(2, 3, 6), torch.randn(2, 6)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    found = aggregate(mean, phrases, mask, end)
+    gates = [
+        torch.sigmoid(gate(v)) for gate, v in zip(aggregate.gates, (mean, phrases[:, 0], end), strict=True)
+    ]
+    torch.testing.assert_close(found[1], (gates[0] * mean + gates[2] * end)[1])  # no phrase
+    shares = aggregate.attend(phrases[0, :2])[:, 0].softmax(0)
+    pooled = shares @ phrases[0, :2]
+    want = gates[0][0] * mean[0] + torch.sigmoid(aggregate.gates[1](pooled)) * pooled + gates[2][0] * end[0]
+    torch.testing.assert_close(found[0], want)
+    assert aggregate(mean, phrases[:, :0], mask[:, :0], end).isfinite().all()
+
+
+def rig(task="masked_lm", terms=None, layers=(2, 3)) -> Rig:
+    """A rig whose student has a fusion."""
+    found = Rig(
+        "llama" if task == "causal_lm" else "bert",
+        task,
+        terms or TERMS,
+        student={"num_hidden_layers": 2},
+        domain=fitted(layers=layers),
+    )
+    found.module.train()
+    return found
+
+
+@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "classification"])
+def test_padding_fillers_and_splits_change_nothing(task):
+    found = rig(task, {"domain": {"sequences": 0.0}})  # sequences relate those that meet
+    batch = make_batch(task)
+    total, raw, gradients = found.step(batch)
+    assert total > 0 and all(value.isfinite().all() for value in gradients.values())
+    assert gradients["domain.predictor.0.weight"].abs().sum() > 0
+    for other in (
+        [padded(batch, 3)],
+        [with_filler(batch, 2)],
+        [rows(batch, [0, 2]), rows(batch, [1, 3, 4, 5])],
+    ):
+        again, found_raw, _ = found.step(*other)
+        assert again == pytest.approx(total, rel=1e-4)
+        assert found_raw == pytest.approx(raw, rel=1e-4)
+
+
+def test_the_parts_by_hand():
+    found = rig(
+        terms={"domain": {"layers": [[2, 3]], "tokens": 2.0, "phrases": 0.0, "sequences": 0.0}}, layers=(3,)
+    )
+    batch = make_batch("masked_lm")
+    total, _, _ = found.step(batch)
+    with torch.no_grad():
+        teacher = found.teacher_trace(batch)
+        targets = found.module.domain.targets(teacher)[3]
+        student = found.module.trace(batch)
+        predicted = found.module.domain.trace({}).predicted
+        psi = found.objective.terms["domain"].projectors["2-3"]
+        mine, other = student.hidden[2], teacher.hidden[3]
+        hidden = F.mse_loss(F.linear(mine, psi.weight)[batch.mask], targets[batch.mask])
+        predictor = F.mse_loss(predicted[batch.mask], targets[batch.mask])
+        tokens = 0.0
+        for row, mask in enumerate(batch.mask):
+            a, b = (F.normalize(x[row, mask], dim=-1) for x in (mine, other))
+            tokens += (a @ a.T - b @ b.T).square().mean() / len(batch.mask)
+    assert total == pytest.approx(float(hidden + 2 * tokens + predictor), rel=1e-4)
+
+
+def test_maps_trained_with_what_matches_them_collapse():
+    """Why student.domain.teacher_map: trained is refused: the loss falls to 0 and the features with it."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(256, 16), torch.randn(256, 8)  # nothing in common
+    phi, psi = torch.nn.Linear(16, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
+    optimizer = torch.optim.Adam([*phi.parameters(), *psi.parameters()], lr=0.05)
+    before = phi(teacher).var().item()
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = F.mse_loss(psi(student), phi(teacher))
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-3 and phi(teacher).var() < 1e-3 * before
+
+
+def test_labels_of_masked_batches_are_elsewhere_none():
+    batch = make_batch("masked_lm")
+    assert ((batch.labels != NO_LABEL) <= batch.mask).all()
