@@ -19,7 +19,7 @@ from dsdistill.ops.common import (
 )
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.library import choose_backend, native_lack
-from dsdistill.ops.pairwise import chunked, native, reference
+from dsdistill.ops.pairwise import chunked, native, reference, triton_plan
 from dsdistill.ops.records import gpu_choice
 
 RELATIONS = ("cosine", "dot", "distance")
@@ -86,7 +86,7 @@ def pairwise_alignment(
                 coefficient = safe_divide(coefficient, count)
             code = native.RELATION_CODES[relation]
             given = (student, teacher, mask, token_weights, coefficient, code)
-            return with_native_gradients(torch.ops.dsdistill.pairwise_alignment_triton, given, (student,))
+            return with_native_gradients(triton_plan.operator, given, (student,))
         setting = {"weights": token_weights, "mask": mask, "relation": relation, "dtype": dtype}
         if chosen == "reference":
             total = reference.pairwise_total(student, teacher, **setting)

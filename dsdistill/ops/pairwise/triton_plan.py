@@ -75,6 +75,7 @@ def _fake(student, teacher, mask, weights, coefficient, relation, gradient):
 
 
 register_gradients("dsdistill::pairwise_alignment_triton", arguments=7, differentiable=(0,))
+operator = torch.ops.dsdistill.pairwise_alignment_triton
 
 
 class _Call:
