@@ -177,7 +177,7 @@ def bench(
     ] = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
 ):
-    """Time an operator against eager PyTorch and torch.compile, after a green check; on a GPU where there is one."""
+    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one."""
     _quiet_libraries()
     import yaml
 
