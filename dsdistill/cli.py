@@ -167,7 +167,9 @@ def bench(
     backends: Annotated[
         str | None,
         typer.Option(
-            "--backends", metavar="NAME,...", help="Some of eager, compile, chunked, cpp, triton, cuda, liger."
+            "--backends",
+            metavar="NAME,...",
+            help="Some of eager, compile, chunked, cpp, triton, cuda, liger.",
         ),
     ] = None,
     json: Annotated[
