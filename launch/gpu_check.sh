@@ -22,6 +22,7 @@ import importlib.util
 names = {"pybind11": "pybind11", "setuptools": "setuptools", "ninja": "ninja", "deepspeed": "deepspeed"}
 names |= {"omegaconf": "omegaconf", "pydantic": "pydantic", "typer": "typer", "yaml": "pyyaml"}
 names |= {"transformers": "transformers", "pytest": "pytest", "matplotlib": "matplotlib", "hypothesis": "hypothesis"}
+names |= {"scipy": "scipy", "accelerate": "accelerate"}
 print(*(package for module, package in names.items() if importlib.util.find_spec(module) is None))
 PY
 )

@@ -5,7 +5,6 @@ They are constants to autograd and the same on every rank, because the losses th
 """
 
 import numpy as np
-from scipy.optimize import linprog
 
 
 class Uniform:
@@ -107,6 +106,8 @@ class EarthMover(Uniform):
 
 def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.ndarray:
     """The flow F ≥ 0 of least Σ F∘cost with row sums `sources` and column sums `sinks`; cost (n, m)."""
+    from scipy.optimize import linprog  # slow to import, and only this needs it
+
     rows, columns = cost.shape
     equal = np.zeros((rows + columns, rows * columns))
     for row in range(rows):
