@@ -59,9 +59,7 @@ def _rows(
     ids = [name for table in tables for name in _ids(table)]
     if len(tables) > 1 and len(set(ids)) < len(ids):
         ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
-    if (
-        task == "causal_lm" and len(section.text) == 1
-    ):  # to be cut into blocks; two are a prompt and its response
+    if task == "causal_lm" and len(section.text) == 1:  # one text is cut into blocks
         return Rows(_places(tables), texts, None, ids, limit)
     for table in tables:
         if task == "causal_lm" and table.plain:

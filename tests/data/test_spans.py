@@ -99,7 +99,7 @@ class TestExamples:
 
     def test_packed(self, tokenizer):
         """bigc | at⏎d | ogs[SEP] | oxy: 'cat' and 'dogs' are cut and dropped."""
-        texts = rows(("big cat", "dogs"), "ox y")
+        texts = rows("big cat\ndogs", "ox y")
         examples = tokenize(texts, tokenizer, 4, "causal_lm", lambda t, i: chunks_of_lines(t))
         found = [read(examples, tokenizer, row, WORD) for row in range(len(examples))]
         assert found == [["big"], [], [], ["ox", "y"]]
