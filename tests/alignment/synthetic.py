@@ -8,11 +8,12 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.models.trace import AttentionTrace, Geometry, Trace
+from dsdistill.models.trace import AttentionTrace, DomainTrace, Geometry, Trace
 from tests.alignment.rig import make_spans
 
 STUDENT = Shape(depth=2, width=16, heads=2, key_heads=2, head_width=8, vocabulary=0)
 TEACHER = Shape(depth=3, width=24, heads=2, key_heads=2, head_width=12, vocabulary=0)
+FEATURES = 5  # of domain structural mapping
 CASES = {
     "task": {},
     "soft_label": {"divergence": "jsd"},
@@ -31,6 +32,7 @@ CASES = {
     "pkt": {},
     "trajectory": {"word_layers": [[1, 2]], "phrase_layers": [[2, 3]]},
     "fdd": {},
+    "domain": {},
 }
 LANGUAGE = {"task", "soft_label", "fdd"}  # the terms that read a vocabulary
 
@@ -64,7 +66,7 @@ class Synthetic:
         task = "causal_lm" if self.causal else "classification"
         torch.manual_seed(0)
         self.objective = Objective(
-            Terms.model_validate({term: CASES[case]}), Pair(*shapes, task, backend, vocabulary)
+            Terms.model_validate({term: CASES[case]}), Pair(*shapes, task, backend, vocabulary, FEATURES)
         )
         self.leaves: list[torch.Tensor] = []  # of the student
         self.student = self._trace(shapes[0], 1, self.leaves)
@@ -89,6 +91,9 @@ class Synthetic:
             found.output, found.head = draw(batch, tokens, shape.width), draw(shape.vocabulary, shape.width)
         else:
             found.logits = draw(batch, 3)
+        if leaves is not None:
+            targets = {n: torch.randn(batch, tokens, FEATURES, generator=generator) for n in (2, 3)}
+            found.domain = DomainTrace(targets, draw(batch, tokens, FEATURES))
         return found
 
     def loss(self) -> torch.Tensor:

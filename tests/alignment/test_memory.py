@@ -14,6 +14,7 @@ NATIVE = {
     "attention",
     "pairwise",
     "trajectory",
+    "domain",
 }  # that "auto" runs in C++, which is not watched here
 RUNS = [(case, "auto") for case in CASES]
 RUNS += [(case, "chunked") for case in CASES if term_of(case) in NATIVE and "mean heads" not in case]
