@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from dsdistill.ops.gpu import Launch, interpreting, recording
 
@@ -163,7 +164,7 @@ def compile_all(variants: list[Variant]) -> list[Result]:
         return [compile_variant(variant) for variant in variants]
     # Fresh processes: forking a process with threads of its own may hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_variant, variants))
+        return list(tqdm(pool.map(compile_variant, variants), total=len(variants), unit="kernel"))
 
 
 def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Variant]:
