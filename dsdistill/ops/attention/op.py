@@ -173,7 +173,7 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
         variant,
         tensors[0],
         setting["pairs"].tokens,
-        {"triton": lack},
+        {"triton": lack or triton_plan.left_to_chunked(tensors)},
         attention_alignment,
         small,
     )

@@ -62,6 +62,13 @@ def lack(tensors: Sequence[Tensor]) -> str | None:
     return found
 
 
+def left_to_chunked(tensors: Sequence[Tensor]) -> str | None:
+    """Why "auto" does not take these kernels though they can run; None if it may."""
+    if any(x.dtype == torch.float32 for x in tensors):
+        return "float32 products have no matrix instructions"
+    return None
+
+
 def run(
     student_query,
     student_key,

@@ -1,9 +1,10 @@
 """Tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
 
-They are chosen for holding their loops in registers: no spill for sm_80 and sm_90 (`dsdistill verify --aot`), in
-bfloat16 to width 64 under Triton 3.6.0 and 3.7.1, to width 128 under 3.7.1. float16, float32 and width 256 are
-chosen alike, but not all of their variants have been compiled. Which is the fastest is not known yet: nothing here
-has run on a GPU. Where several are clean the larger product was taken. (queries, keys, warps, stages):
+They are chosen for holding their loops in registers: no spill for sm_80 and sm_90 in half precision under Triton 3.7.1
+(`dsdistill verify --aot` compiles them all). Under 3.6.0 a part was compiled, to width 64, and was clean. float32 may
+spill: its products unroll on plain cores, and `auto` leaves it to `chunked`. Which tile is the fastest is not known
+yet: nothing here has run on a GPU. Where several are clean the larger product was taken.
+(queries, keys, warps, stages):
 
 - Eight warps share one tile of 64 × 128 or 128 × 64: with four, both models' scores and the gradient spill.
 - The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
@@ -55,12 +56,12 @@ TILES = {
     },
     "columns": {
         "bfloat16": {
-            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
         },
         "float16": {
-            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float32": {
             "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
@@ -69,12 +70,12 @@ TILES = {
     },
     "merged": {
         "bfloat16": {
-            "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 2)),
+            "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 4, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float32": {
             "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
@@ -87,6 +88,10 @@ TILES = {
             "sm_80": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
             "sm_90": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
         },
+        "float16": {
+            "sm_80": (Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+            "sm_90": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        },
         "float32": {
             "sm_80": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
             "sm_90": (Tile(16, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
@@ -96,7 +101,7 @@ TILES = {
 
 # Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps.
 ROWS = {
-    "sm_80": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
+    "sm_80": {64: (8, 8, None), 128: (8, None, None), 256: (None, None, None)},
     "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
 }
 # dSᵀ as a left operand of 128 rows or more spills on sm_80: there dK is left to a sweep over the keys.

@@ -28,14 +28,17 @@ MEANS, LOSS, COEFFICIENTS, BOTH = range(4)  # stages of the kernel
 # Features of one step of a product, and the tile, by architecture and whether the inputs are half precision.
 TILES = {
     # float32 products run on plain cores: operands and results both wait in registers.
-    ("sm_80", False): (32, Tile(64, 64, 8, 2)),
-    ("sm_90", False): (32, Tile(64, 64, 8, 2)),
+    ("sm_80", False): (32, Tile(64, 32, 8, 2)),
+    ("sm_90", False): (32, Tile(64, 32, 8, 2)),
     # Two accumulators of 128 × 64 over 8 warps leave registers for the epilogue; three loads in flight.
     ("sm_80", True): (32, Tile(128, 64, 8, 3)),
     ("sm_90", True): (64, Tile(128, 64, 8, 3)),
     ("interpreter", False): (32, Tile(32, 64, 4, 1)),
     ("interpreter", True): (32, Tile(32, 64, 4, 1)),
 }
+
+# Distances in half precision keep more of each pair: half the queries, or registers spill.
+DISTANCE_TILE = Tile(64, 64, 8, 3)
 
 
 def run(student, teacher, mask, weights, coefficient, relation, gradient):
@@ -92,7 +95,10 @@ class _Call:
         elif relation == RELATION_CODES["distance"]:
             sizes = [size.square() for size in sizes]
         half = student.dtype != torch.float32 and teacher.dtype != torch.float32
-        depth, self.tile = TILES[architecture(student.device), half]
+        arch = architecture(student.device)
+        depth, self.tile = TILES[arch, half]
+        if arch != "interpreter" and half and relation == RELATION_CODES["distance"]:
+            self.tile = DISTANCE_TILE
         weights = weights.to(torch.float32).contiguous()
         self.given = {
             "student": self.student,
