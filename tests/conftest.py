@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter, which must be chosen before anything imports them.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 WORDS = (
     "the a of tensor value shape list file node graph sum mean row column index returns raises given "
     "whether each first last open close read write sorted empty matrix vector batch token layer head"
