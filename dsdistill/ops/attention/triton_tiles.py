@@ -99,7 +99,8 @@ TILES = {
     },
 }
 
-# Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps.
+# Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps, because both models' scores and the
+# gradient of a longer row, or a wider head, spill at every number of warps that was compiled.
 ROWS = {
     "sm_80": {64: (8, 8, None), 128: (8, None, None), 256: (None, None, None)},
     "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
