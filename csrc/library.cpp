@@ -41,10 +41,10 @@ STABLE_TORCH_LIBRARY_IMPL(dsdistill, CUDA, m) { m.impl("hidden_rows", TORCH_BOX(
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of dsdistill, registered as torch.ops.dsdistill by importing this module.";
-#ifdef DSD_CUDA
-  m.attr("has_cuda") = true;
+#ifdef DSD_CUDA  // as setup.py compiles them
+  m.attr("cuda_architectures") = pybind11::make_tuple("sm_80", "sm_90");
 #else
-  m.attr("has_cuda") = false;
+  m.attr("cuda_architectures") = pybind11::tuple();
 #endif
   m.def(
       "instruction_sets",

@@ -65,7 +65,7 @@ def available_backends() -> tuple[str, ...]:
     backends = ["reference", "chunked"]
     if extension() is not None:
         backends.append("cpp")
-    if torch.cuda.is_available() and extension() is not None and extension().has_cuda:
+    if torch.cuda.is_available() and extension() is not None and extension().cuda_architectures:
         backends.append("cuda")
     if interpreting() or torch.cuda.is_available():
         backends.append("triton")
@@ -86,7 +86,7 @@ def cuda_lack(*tensors: torch.Tensor | None) -> str | None:
     present = [x for x in tensors if x is not None]
     if present[0].device.type != "cuda":
         return f"it needs CUDA tensors, these are on {present[0].device}"
-    if extension() is None or not extension().has_cuda:
+    if extension() is None or not extension().cuda_architectures:
         return "its kernels were not built at installation, for want of nvcc or of a torch with CUDA"
     return gpu_lack(*present)
 
