@@ -16,9 +16,11 @@ def free_port() -> int:
 
 
 def launch_command(*arguments: object, ranks: int = 2) -> tuple[list[str], dict[str, str]]:
-    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank: command and environment."""
+    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank: command and environment. One rank needs no launcher."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
+    if ranks == 1:
+        command = [sys.executable, *arguments]
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -35,8 +37,11 @@ def launch(*arguments: object, ranks: int = 2, timeout: int = 400) -> subprocess
     )
 
 
-def run_configs(paths: list[Path], ranks: int = 2) -> str:
-    """Run the configs on real ranks; fails with their output unless all came to their end. Returns the log."""
+def run_configs(paths: list[Path | str], ranks: int = 2) -> str:
+    """Run the configs on real ranks; fails with their output unless all came to their end. Returns the log.
+
+    CONFIG@STEP takes the run back to the checkpoint of that step first.
+    """
     done = launch(WORKER, *paths, ranks=ranks)
     assert done.returncode == 0 and "all configs done" in done.stdout, (
         done.stdout[-3000:] + done.stderr[-6000:]
