@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -47,3 +48,24 @@ def run_configs(paths: list[Path | str], ranks: int = 2) -> str:
         done.stdout[-3000:] + done.stderr[-6000:]
     )
     return done.stderr
+
+
+def processes_of(path: Path) -> dict[int, list[str]]:
+    """Every process, with its command line, that names this path or one below it."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # gone
+            continue
+        if any(argument == str(path) or argument.startswith(f"{path}/") for argument in arguments):
+            found[int(entry.name)] = arguments
+    return found
+
+
+def wait_for_end(path: Path, seconds: float) -> None:
+    """Fails where a process that names this path is left after that time."""
+    deadline = time.time() + seconds
+    while left := processes_of(path):
+        assert time.time() < deadline, f"processes were left behind: {left}"
+        time.sleep(0.1)

@@ -26,6 +26,8 @@ CASES = [
     ("adagrad", "fp32", 2, 3),
 ]
 
+SOME_STAY_WHOLE = {"stage3_param_persistence_threshold": 6}  # elements; by default all of this module would
+
 
 class Module(nn.Module):
     """Odd sizes (ZeRO-3 pads them), a weight under two names, a frozen one, a buffer that moves."""
@@ -49,7 +51,7 @@ def engine_of(optimizer: str, dtype: str, stage: int, ranks, seed: int):
     torch.manual_seed(seed)
     module = Module()
     settings = {
-        "student": {"path": "any", "zero_stage": stage},
+        "student": {"path": "any", "zero_stage": stage, "deepspeed": {"zero_optimization": SOME_STAY_WHOLE}},
         "train": {"optimizer": optimizer, "dtype": dtype, "batch_size": ranks.world_size, "clip": 0.1}
         | {"micro_batch_size": 1, "projector_learning_rate": 0.03, "weight_decay": 0.1},
     }
