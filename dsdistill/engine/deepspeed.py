@@ -86,6 +86,16 @@ def timed_out(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
+def lost(error: Exception) -> bool:
+    """Whether a collective found another rank gone; torch has no type of its own for that either."""
+    signs = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "remote process exited",
+    )  # the last: NCCL
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
 def stop() -> None:
     """Leave the process group: without it some runs end in a crash after their work is done."""
     if dist.is_initialized():

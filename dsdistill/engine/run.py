@@ -42,12 +42,13 @@ def train(config: Config) -> dict:
     try:
         return run(config, ranks)
     except RuntimeError as error:
-        if not deepspeed.timed_out(error):
+        if deepspeed.timed_out(error):
+            what = f"waited {config.run.timeout:g} minutes (run.timeout) for another rank in vain"
+        elif deepspeed.lost(error):
+            what = "lost another rank"
+        else:
             raise
-        raise RunError(
-            f"rank {ranks.rank} waited {config.run.timeout:g} minutes (run.timeout) for another rank in vain: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
+        raise RunError(f"rank {ranks.rank} {what}: {str(error).strip().splitlines()[0]}") from None
     finally:
         deepspeed.stop()
 

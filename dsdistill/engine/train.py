@@ -212,7 +212,7 @@ class Trainer:
                 try:
                     checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
                 except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-                    if deepspeed.timed_out(error):
+                    if deepspeed.timed_out(error) or deepspeed.lost(error):
                         raise
                     raise RunError(f"step {step}: no checkpoint could be saved: {error}") from error
         bar.close()

@@ -14,23 +14,19 @@ from tests.engine.launch import launch, processes_of, run_configs, wait_for_end
 from tests.engine.test_resume import losses, write
 
 WORKER = Path(__file__).with_name("fault_worker.py")
-KILLED = r"exits with return code = -9"
-# Rank, step, exit code of the launcher, reason.
+# Who speaks first: the launcher, which looks every second, or the rank that is left.
+KILLED = r"exits with return code = -9|dsdistill: rank \d lost another rank: .*[Cc]onnection (closed|reset) by peer"
+KILLED_CODES = (1, 247)
+VAIN = r"dsdistill: rank 0 waited 0\.2 minutes \(run\.timeout\) for another rank in vain: .*[Tt]imed out"
+BAD = r"dsdistill: step 7: 3 loss\(es\) in a row are not finite, in task, .*bad_steps\.jsonl has"
+# Rank, step, reason.
 FAULTS = {
-    "hang": (
-        *(1, 6, 1),
-        r"dsdistill: rank 0 waited 0\.2 minutes \(run\.timeout\) for another rank in vain: .*[Tt]imed out",
-    ),
-    "raise": (1, 6, 1, "ArithmeticError: a rank that raises"),
-    "full disk": (1, 6, 1, r"dsdistill: step 6: no checkpoint could be saved: "),
-    "nan": (
-        1,
-        5,
-        1,
-        r"dsdistill: step 7: 3 loss\(es\) in a row are not finite, in task, .*bad_steps\.jsonl has",
-    ),
-    "kill in a file": (1, 6, 247, KILLED),
-    "kill between files": (0, 6, 247, KILLED),
+    "hang": (1, 6, VAIN),
+    "raise": (1, 6, "ArithmeticError: a rank that raises"),
+    "full disk": (1, 6, r"dsdistill: step 6: no checkpoint could be saved: "),
+    "nan": (1, 5, BAD),
+    "kill in a file": (1, 6, KILLED),
+    "kill between files": (0, 6, KILLED),
 }
 
 
@@ -54,7 +50,7 @@ def settings(models_dir, data_dir, folder) -> dict:
 def ended(settings, folder) -> dict[str, subprocess.CompletedProcess]:
     """Each fault's run, as it ended; none has left a process."""
     found = {}
-    for fault, (rank, step, *_) in FAULTS.items():
+    for fault, (rank, step, _) in FAULTS.items():
         path = write(settings, folder, fault)
         found[fault] = launch(WORKER, path, fault, rank, step)
         wait_for_end(path, seconds=20)
@@ -63,10 +59,9 @@ def ended(settings, folder) -> dict[str, subprocess.CompletedProcess]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_ends_the_run_with_a_reason(ended, folder, fault):
-    *_, code, reason = FAULTS[fault]
-    done = ended[fault]
+    reason, done = FAULTS[fault][-1], ended[fault]
     told = done.stdout + done.stderr
-    assert done.returncode == code, told[-3000:]
+    assert done.returncode in (KILLED_CODES if reason == KILLED else (1,)), told[-3000:]
     assert re.search(reason, told), told[-3000:]
     assert checkpoint.newest(str(folder / fault)) == "step-00000004"
 
