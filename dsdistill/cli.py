@@ -206,7 +206,9 @@ def bench(
 
 
 def _first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for all; one that its launcher gave an impossible rank speaks for itself."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def _quiet_libraries() -> None:
@@ -221,8 +223,18 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
+    usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
     try:
-        app()
+        sys.exit(app(standalone_mode=False, prog_name="dsdistill"))
+    except usage_error as error:
+        if "\n" in error.message:  # the help itself, where nothing was given
+            error.show()
+        else:
+            asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
+            got = error.format_message().rstrip(".")
+            mistake = UserError("command line", got[0].lower() + got[1:], f"what {asked} --help shows")
+            print(f"dsdistill: {mistake}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if _first():
             print(f"dsdistill: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import fnmatch
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import GROUP, Sampler
 from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
-from dsdistill.engine import deepspeed
+from dsdistill.engine import deepspeed, stages
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
@@ -31,6 +32,7 @@ from dsdistill.models.build import (
 )
 from dsdistill.models.probe import probe, rotates_queries
 from dsdistill.models.trace import Geometry
+from dsdistill.models.weights import check_weights
 
 # RoBERTa and its family start counting positions after the padding token.
 _POSITIONS_AFTER_PADDING = frozenset(
@@ -79,9 +81,13 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_sizes(config, model, tokenizer, place)
+    _check_weights(config, student, teacher)
     geometry = probe_models(config, student, teacher, objectives)
     check_frozen(config, student)
     data = load(config.data, config.task, tokenizer, config.run.seed, config.needs_spans)
+    stages.ends(
+        config, config.train.steps or config.train.epochs * ceil(len(data.train) / config.train.batch_size)
+    )
     contrast = _contrast(config, tokenizer)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
@@ -171,6 +177,13 @@ def _student_architecture(config: Config, teacher: PretrainedConfig | None) -> P
     if student.from_teacher is not None:
         return cut_architecture(teacher, student.from_teacher, student.config, "student")
     return architecture(student.path, student.config, "student")
+
+
+def _check_weights(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    teacher_path = config.teacher.path if config.teacher is not None else None
+    for place, path, model in (("teacher", teacher_path, teacher), ("student", config.student.path, student)):
+        if path is not None:
+            check_weights(path, model, config.task, place)
 
 
 def shape(model: PretrainedConfig) -> Shape:
