@@ -110,14 +110,19 @@ def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
 @pytest.fixture
 def settings(models_dir, data_dir, tmp_path) -> dict:
     """A whole config as plain settings: every term on, tiny models, 10 steps of 8 examples."""
+    return small_run(models_dir, data_dir, tmp_path)
+
+
+def small_run(models_dir: Path, data_dir: Path, folder: Path) -> dict:
+    """What the fixture `settings` gives, for a folder of any scope."""
     return {
-        "run": {"name": "test", "dir": str(tmp_path / "run"), "log_every": 1},
+        "run": {"name": "test", "dir": str(folder / "run"), "log_every": 1},
         "data": {
             "source": "files",
             "train": str(data_dir / "train.tsv"),
             "dev": str(data_dir / "dev.tsv"),
             "max_length": 32,
-            "cache": str(tmp_path / "cache"),
+            "cache": str(folder / "cache"),
         },
         "teacher": {"path": str(models_dir / "teacher"), "zero_stage": 3},
         "student": {"path": str(models_dir / "student"), "zero_stage": 2},
