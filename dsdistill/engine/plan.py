@@ -5,7 +5,6 @@ come from the models' `config:` where their files are not at hand; data, tokeniz
 """
 
 import dataclasses
-import functools
 import json
 import re
 from collections import Counter
@@ -58,7 +57,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """Without the reserve."""
-        return self.phases[self.highest].total()
+        return peak(self.phases)
 
 
 def parse_memory(text: str) -> int:
@@ -69,34 +68,60 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+class Forecast:
+    """Rehearsals of one config on so many ranks; refuses what does not fit together before the first."""
+
+    def __init__(self, config: Config, world_size: int, *, gpu: bool):
+        """gpu: the ranks are GPUs; else processes on CPUs."""
+        if world_size < 1:
+            raise UserError("--world-size", world_size, "1 or more")
+        check_ranks(config, world_size)
+        deepspeed.check_settings(config, world_size)
+        self.config, self.world_size, self.gpu = config, world_size, gpu
+        self.models = _models(config, gpu)
+        objective_layers(config, self.models.student, self.models.teacher)  # layers and heads fit
+        self._loading = _loading(config, self.models, gpu)
+
+    def phases(self, stage: Stage, size: int, checkpointing: bool) -> dict[str, Counter]:
+        """Bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
+        accumulates = size * self.world_size < self.config.train.batch_size
+        place = _place(self.config, self.world_size, self.gpu, accumulates)
+        ledger = rehearse(self.config, stage, self.models, place, size, checkpointing=checkpointing)
+        loading = {LOADING: self._loading} if self._loading else {}
+        return loading | {phase: ledger.peaks[phase] for phase in PHASES}
+
+    def highest(self) -> tuple[Stage, dict[str, Counter]]:
+        """The stage that needs the most, as the config says it."""
+        config = self.config
+        size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
+        found = [(stage, self.phases(stage, size, checkpointing)) for stage in config.parts]
+        return max(found, key=lambda item: peak(item[1]))
+
+
+def peak(phases: dict[str, Counter]) -> int:
+    return max(phase.total() for phase in phases.values())
+
+
 def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True) -> Plan:
-    """memory: bytes a rank may take. gpu: the ranks are GPUs; else processes on CPUs."""
-    if world_size < 1:
-        raise UserError("--world-size", world_size, "1 or more")
-    check_ranks(config, world_size)
-    deepspeed.check_settings(config, world_size)
-    models = _models(config, gpu)
-    objective_layers(config, models.student, models.teacher)  # refuses layers and heads that do not fit
-    need = functools.partial(_need, config, models, world_size, gpu)
-    size, asked = config.train.micro_batch_size, config.student.gradient_checkpointing
-    by_stage = [(stage, need(stage, size, asked)) for stage in config.parts]
-    stage, phases = max(by_stage, key=lambda item: _peak(item[1]))
-    loading = _loading(config, models, gpu)
-    if loading:
-        phases = {LOADING: loading, **phases}
+    """memory: bytes a rank may take."""
+    forecast = Forecast(config, world_size, gpu=gpu)
+    stage, phases = forecast.highest()
+    size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
     reserve = RESERVE if gpu else 0
-    instead = {}
-    for checkpointing in (False, True):
-        found = phases if checkpointing == asked else need(stage, size, checkpointing)
-        how = "with" if checkpointing else "without"
-        instead[f"student, activations {how} checkpointing"] = _kept(found)
-    instead |= _materialised(config, models, stage, size)
-    room = memory - reserve
-    other = 1 if _peak(phases) > room and size > 1 else 2 * size
-    at = {size: phases, other: need(stage, other, asked)}
-    least = max(loading.total(), _peak(at[1] if 1 in at else need(stage, 1, asked)))
-    largest = _largest(at, room) if least <= room else 0
-    return Plan(stage.name, phases, instead, reserve, largest, least + reserve)
+    kept = {checkpointing: _kept(phases)}
+    kept[not checkpointing] = _kept(forecast.phases(stage, size, not checkpointing))
+    instead = {
+        "student, activations without checkpointing": kept[False],
+        "student, activations with checkpointing": kept[True],
+        **_materialised(config, forecast.models, stage, size),
+    }
+    room, least, at = memory - reserve, phases, {size: phases}
+    if peak(phases) <= room:
+        at[2 * size] = forecast.phases(stage, 2 * size, checkpointing)
+    elif size > 1:
+        at[1] = least = forecast.phases(stage, 1, checkpointing)
+    largest = _largest(at, room) if peak(least) <= room else 0
+    return Plan(stage.name, phases, instead, reserve, largest, peak(least) + reserve)
 
 
 def _models(config: Config, gpu: bool) -> Models:
@@ -125,20 +150,6 @@ def _teacher(config: Config) -> PretrainedConfig:
         recipe = recipe_of(config)
         return override(student_architecture(recipe, None), given or {}, "teacher")
     return architecture(config.teacher.path, given, "teacher")
-
-
-def _need(
-    config: Config,
-    models: Models,
-    world_size: int,
-    gpu: bool,
-    stage: Stage,
-    batch_size: int,
-    checkpointing: bool,
-) -> dict[str, Counter]:
-    place = _place(config, world_size, gpu, accumulates=batch_size * world_size < config.train.batch_size)
-    ledger = rehearse(config, stage, models, place, batch_size, checkpointing=checkpointing)
-    return {phase: ledger.peaks[phase] for phase in PHASES}
 
 
 def _place(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Place:
@@ -215,10 +226,6 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
     return found
 
 
-def _peak(phases: dict[str, Counter]) -> int:
-    return max(phase.total() for phase in phases.values())
-
-
 def _largest(at: dict[int, dict[str, Counter]], room: int) -> int:
     """The largest micro-batch that fits: each phase grows along the line through two batches that were rehearsed.
 
@@ -226,7 +233,7 @@ def _largest(at: dict[int, dict[str, Counter]], room: int) -> int:
     """
     (low, small), (high, large) = sorted(at.items())
     fits = []
-    for phase in PHASES:
+    for phase in small:
         slope = (large[phase].total() - small[phase].total()) / (high - low)
         if slope > 0:
             fits.append(low + int((room - small[phase].total()) / slope))
