@@ -74,11 +74,13 @@ class StudentZero:
             self.share if self.sharded else max(self._touched())
         )  # gradients this rank keeps
         self._filled = self._held = 0  # elements: in the bucket now, and what it takes
+        self._keeps = False  # a reduced gradient, of this backward pass
         if self.sharded:  # both stay from step to step
             ledger.add(GRADIENTS, 0 if settings.offloaded else self.mine)
             self._allocate()
         if settings.accumulates:  # what earlier micro-batches left
-            ledger.add(GRADIENTS, {1: width * self.total, 2: self.mine, 3: 0}[settings.stage])
+            mine = 0 if settings.offloaded else self.mine
+            ledger.add(GRADIENTS, {1: width * self.total, 2: mine, 3: 0}[settings.stage])
 
     def _touched(self) -> list[int]:
         """Elements, by rank, of the parameters of which the rank's share of a group holds some."""
@@ -133,11 +135,14 @@ class StudentZero:
             self._held = elements
 
     def _reduce(self) -> None:
-        """Send the bucket, from a flat copy."""
+        """Send the bucket, from a flat copy, and keep what is this rank's."""
         flat = self.settings.width * self._filled
         self.ledger.add(BUCKETS, flat)
         self.ledger.add(BUCKETS, -flat)
         self._filled = 0
+        if not self.sharded and not self.settings.offloaded and not self._keeps:
+            self._keeps = True
+            self.ledger.add(GRADIENTS, self.mine)
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
         """The end of a step's last backward pass."""
@@ -150,11 +155,9 @@ class StudentZero:
                 parameter.grad = None
         self._reduce()
         if not self.sharded:
-            if not self.settings.offloaded:
-                self.ledger.add(GRADIENTS, self.mine)
             self.ledger.add(BUCKETS, -self.settings.width * self._held)
             self._held = 0
-            if self.settings.stage == 2 and self.settings.accumulates and not self.settings.offloaded:
+            if self.settings.stage == 2 and self.settings.accumulates and self._keeps:
                 self.ledger.add(GRADIENTS, -self.mine)  # added to what was there
 
     def step(self) -> None:
