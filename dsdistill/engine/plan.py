@@ -243,7 +243,7 @@ def _largest(at: dict[int, dict[str, Counter]], room: int) -> int:
 def write(plan: Plan, path: str) -> None:
     """The plan as JSON, in bytes."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(plan) | {"peak": plan.peak}, file, indent=1)
+        json.dump(vars(plan) | {"peak": plan.peak}, file, indent=1)
         file.write("\n")
 
 

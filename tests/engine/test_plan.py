@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import yaml
 from torch import nn
 
+from dsdistill import cli
+from dsdistill.config import load
 from dsdistill.config.load import build as build_config
 from dsdistill.engine import zero
 from dsdistill.engine.ledger import Ledger
@@ -16,6 +19,7 @@ from dsdistill.engine.plan import Forecast, make_plan, peak
 from tests.conftest import WORDS
 from tests.engine.launch import launch
 
+ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("plan_worker.py")
 # What makes glibc give back what is freed, so that resident memory is memory in use.
 EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -37,14 +41,12 @@ STUDENT = BERT | {
 ALL = {"task": {}, "soft_label": {}, "hidden": {}, "attention": {"heads": "mean"}, "pairwise": {}}
 
 # What differs from micro-batches of 4 × 128 tokens, teacher at stage 3, student at stage 2, float32.
-QUICK = {
+MORE = {
     "long, checkpointing, stage 3": {
         "data.max_length": 320,
         "student.gradient_checkpointing": True,
         "student.zero_stage": 3,
     },
-}
-MORE = {
     "stage 1, accumulating, bf16, whole teacher, fewer terms": {
         "student.zero_stage": 1,
         "teacher.zero_stage": 0,
@@ -61,10 +63,18 @@ MORE = {
         "student.from_teacher": [2, 4, 6, 8],
     },
 }
-TWO = {"two ranks": {"train.micro_batch_size": 8, "train.batch_size": 16}}
+TWO = {
+    "stage 2": {"train.micro_batch_size": 8, "train.batch_size": 16},
+    "stage 3, long, checkpointing": {
+        "student.zero_stage": 3,
+        "student.gradient_checkpointing": True,
+        "data.max_length": 320,
+        "train.batch_size": 8,
+    },
+}
 MORE_OF_TWO = {
-    "two ranks, stage 3": {"student.zero_stage": 3, "train.batch_size": 8},
-    "two ranks, stage 1, bf16": {"student.zero_stage": 1, "train.batch_size": 8, "train.dtype": "bf16"},
+    "stage 3": {"student.zero_stage": 3, "train.batch_size": 8},
+    "stage 1, bf16": {"student.zero_stage": 1, "train.batch_size": 8, "train.dtype": "bf16"},
 }
 
 
@@ -99,9 +109,8 @@ def settings_of(changes: dict, data: dict) -> dict:
 @pytest.mark.parametrize(
     ("ranks", "runs"),
     [
-        pytest.param(1, QUICK, id="one rank"),
         pytest.param(2, TWO, id="two ranks"),
-        pytest.param(1, MORE, id="more on one rank", marks=pytest.mark.soak),
+        pytest.param(1, MORE, id="one rank", marks=pytest.mark.soak),
         pytest.param(2, MORE_OF_TWO, id="more on two ranks", marks=pytest.mark.soak),
     ],
 )
@@ -217,7 +226,7 @@ class TestZero:
             assert ledger.peaks["reduce"][zero.BUCKETS] == bucket + 2000  # and its flat copy
 
     def test_a_small_bucket_is_sent_twice(self):
-        """Once for each gradient; what is kept from the first is there while the second waits and is sent, from a copy."""
+        """Once for each gradient; what the first leaves is there while the second waits and is sent, from a copy."""
         ledger, _ = self.held(2, lazy=True, bucket=700)
         assert ledger.peaks["backward"][zero.BUCKETS] == 2 * 600
         assert ledger.peaks["backward"][zero.GRADIENTS] == 2000
@@ -249,3 +258,66 @@ def test_what_is_not_there(texts):
     assert found["attention maps of the mapped layers"] == 4 * 4 * 128**2 * (4 * 6 + 4 * 8)
     less, more = (found[f"student, activations {how} checkpointing"] for how in ("with", "without"))
     assert less < 0.5 * more
+
+
+class TestCommand:
+    def run(self, monkeypatch, capsys, *arguments):
+        monkeypatch.setattr(sys, "argv", ["dsdistill", "plan", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, capsys.readouterr()
+
+    @pytest.fixture
+    def config(self, texts, tmp_path):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings_of({}, texts)))
+        return path
+
+    def test_what_fits(self, config, tmp_path, monkeypatch, capsys):
+        out = tmp_path / "plan.json"
+        options = ["train.micro_batch_size=2", "--world-size", 2, "--gpu-memory", "6GiB", "--json", out]
+        code, printed = self.run(monkeypatch, capsys, config, *options)
+        assert code == 0, printed.err
+        assert "optimizer, master weights" in printed.out and "largest micro-batch that fits:" in printed.out
+        found = json.loads(out.read_text())
+        assert found["peak"] == max(sum(phase.values()) for phase in found["phases"].values())
+        assert f"peak: {found['peak'] / 2**30:.2f} GiB" in printed.out
+
+    def test_a_clear_no(self, config, monkeypatch, capsys):
+        code, printed = self.run(monkeypatch, capsys, config, "--cpu", "--gpu-memory", "300MiB")
+        assert code == 1
+        (line,) = printed.err.splitlines()
+        assert "does not fit, not even with micro-batches of 1: 0.4" in line and "teacher, weights" in line
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--gpu-memory", "80"], "--gpu-memory: got '80', expected a size such as 80GiB"),
+            (["--world-size", 0], "--world-size: got 0, expected 1 or more"),
+            (["--world-size", 3], "train.batch_size: got 4, expected a multiple"),
+            (["terms.attention.heads=match"], "terms.attention.heads: got match for 6 student and 8"),
+        ],
+    )
+    def test_refused(self, config, monkeypatch, capsys, arguments, message):
+        code, printed = self.run(monkeypatch, capsys, config, *arguments)
+        assert code == 2 and message in printed.err and not printed.out
+
+
+SHIPPED = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if path.parent.name in ("configs", "recipes") and not path.name.startswith("compare_")
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_has_a_plan(path, monkeypatch):
+    """Offline, as it is."""
+    monkeypatch.chdir(ROOT)
+    found = make_plan(load([str(path)]), 8 if "small" not in path.stem else 2, 80 * 2**30)
+    assert 0 < found.peak < 80 * 2**30 and found.largest > 0
+    print(f"{path.stem}: {found.peak / 2**30:.2f} GiB, micro-batches to {found.largest}")
