@@ -73,6 +73,37 @@ def train(
 
 
 @app.command()
+def plan(
+    settings: ConfigFiles,
+    world_size: Annotated[int, typer.Option("--world-size", help="Ranks, one a GPU.")] = 1,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="Memory of a rank.")] = "80GiB",
+    cpu: Annotated[bool, typer.Option("--cpu", help="The ranks are processes on CPUs.")] = False,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the bytes there.")
+    ] = None,
+):
+    """What CONFIG would take of a rank's memory, and the largest micro-batch that fits; loads and downloads nothing.
+
+    Exit code 1 where not even micro-batches of one example fit.
+    """
+    config = load(settings)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
+    _quiet_libraries()
+    from dsdistill.engine.plan import make_plan, parse_memory, refusal, table, write
+
+    memory = parse_memory(gpu_memory)
+    try:
+        found = make_plan(config, world_size, memory, gpu=not cpu)
+    except UserError as error:
+        raise error.within(settings[0]) from None
+    typer.echo(table(found, config, world_size, memory), nl=False)
+    if json is not None:
+        write(found, json)
+    if reason := refusal(found, memory):
+        raise RunError(f"{settings[0]} {reason}")
+
+
+@app.command()
 def evaluate(run: RunPath):
     """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
     _quiet_libraries()

@@ -66,16 +66,18 @@ def prepare(config: Config, world_size: int) -> Prepared:
     Raises UserError for the first thing that does not fit.
     """
     check_ranks(config, world_size)
+    if config.train.dtype == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
-        recipe = prepare(_recipe(config), world_size)
+        recipe = prepare(recipe_of(config), world_size)
         if recipe.config.task != config.task:
             raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
     teacher = _teacher_architecture(config, recipe)
-    student = _student_architecture(config, teacher)
+    student = student_architecture(config, teacher)
     objectives = objective_layers(config, student, teacher)
     tokenizer = _tokenizer(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
@@ -130,7 +132,7 @@ def _contrast(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contrast | 
     return Contrast(*models)
 
 
-def _recipe(config: Config) -> Config:
+def recipe_of(config: Config) -> Config:
     """The config that trains the teacher; its data is read from where this run's is."""
     recipe = configs.load([config.teacher.recipe])
     if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
@@ -159,8 +161,6 @@ def check_ranks(config: Config, world_size: int) -> None:
             f"{at_once} examples at once on {world_size} rank(s)",
             f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
         )
-    if config.train.dtype == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
 
 
 def _teacher_architecture(config: Config, recipe: Prepared | None) -> PretrainedConfig | None:
@@ -172,7 +172,7 @@ def _teacher_architecture(config: Config, recipe: Prepared | None) -> Pretrained
     return architecture(config.teacher.path, config.teacher.config, "teacher")
 
 
-def _student_architecture(config: Config, teacher: PretrainedConfig | None) -> PretrainedConfig:
+def student_architecture(config: Config, teacher: PretrainedConfig | None) -> PretrainedConfig:
     student = config.student
     if student.from_teacher is not None:
         return cut_architecture(teacher, student.from_teacher, student.config, "student")
