@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that --help is instant."""
 
+import functools
 import logging
 import os
 import sys
@@ -183,7 +184,7 @@ def bench(
     operator: Annotated[
         str,
         typer.Argument(
-            metavar="OPERATOR", help="attention, pairwise, hidden or soft-label.", show_default=False
+            metavar="OPERATOR", help="attention, pairwise, hidden, soft-label, or step.", show_default=False
         ),
     ],
     shapes: Annotated[
@@ -191,7 +192,8 @@ def bench(
         typer.Option(
             "--shapes",
             metavar="NAME=VALUE,...",
-            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true",
+            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
+            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
@@ -200,7 +202,8 @@ def bench(
         typer.Option(
             "--backends",
             metavar="NAME,...",
-            help="Some of eager, compile, chunked, cpp, triton, cuda, liger.",
+            help="Some of eager, compile, chunked, cpp, triton, cuda, liger; of a step some of logits, hidden, "
+            "attention, pairwise, eager, textbrewer.",
         ),
     ] = None,
     json: Annotated[
@@ -208,11 +211,15 @@ def bench(
     ] = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
 ):
-    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one."""
+    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one.
+
+    step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
+    """
     _quiet_libraries()
     import yaml
 
     from dsdistill.bench.operators import run_bench
+    from dsdistill.bench.step import run_step
 
     options = {}
     for part in shapes.split(",") if shapes else ():
@@ -221,8 +228,7 @@ def bench(
             raise UserError("--shapes", part, "NAME=VALUE")
         options[name.strip()] = yaml.safe_load(value)
     try:
-        code = run_bench(
-            operator,
+        code = (run_step if operator == "step" else functools.partial(run_bench, operator))(
             options=options,
             dtype=dtype,
             backends=backends.split(",") if backends else None,
