@@ -60,13 +60,15 @@ class Place:
 class Frozen:
     """A model that leaves traces and learns nothing."""
 
-    def __init__(self, architecture: PretrainedConfig, task: str, place: str, dtype, hidden, attention=()):
+    def __init__(
+        self, architecture: PretrainedConfig, task: str, place: str, dtype, hidden, attention=(), values=False
+    ):
         model = build(architecture, None, task, place, needs_head=False)
         model.config.use_cache = False
         self.model, self.language = model, task in LANGUAGE
         self.call = Headless(model, place) if self.language else model
         _cast(self.call.eval().requires_grad_(False), dtype)
-        self.capture = Capture(model, hidden, attention)
+        self.capture = Capture(model, hidden, attention, values)
 
     def trace(self, batch: Batch) -> Trace:
         with torch.no_grad():
@@ -110,7 +112,8 @@ def rehearse(
         teacher = previous = None
         if objective.needs_teacher:
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
-            teacher = Frozen(models.teacher, config.task, "teacher", place.dtype, *layers)
+            values = objective.needs_values
+            teacher = Frozen(models.teacher, config.task, "teacher", place.dtype, *layers, values)
         if objective.needs_previous:
             layers = objective.layers("student_hidden")
             previous = Frozen(models.student, config.task, "student", place.dtype, layers)
@@ -277,7 +280,7 @@ def _tensors(found: Trace | None) -> Iterable[Tensor]:
         return
     yield from found.hidden.values()
     for layer in found.attention.values():
-        yield from (layer.query, layer.key, layer.value)
+        yield from (x for x in (layer.query, layer.key, layer.value) if x is not None)
     yield from (x for x in (found.logits, found.output) if x is not None)
 
 
