@@ -1,5 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that --help is instant."""
 
+import functools
 import logging
 import os
 import sys
@@ -70,6 +71,37 @@ def train(
         raise error.within(settings[0]) from None
     if _first():
         show(config.run_dir, summary)
+
+
+@app.command()
+def plan(
+    settings: ConfigFiles,
+    world_size: Annotated[int, typer.Option("--world-size", help="Ranks, one a GPU.")] = 1,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="Memory of a rank.")] = "80GiB",
+    cpu: Annotated[bool, typer.Option("--cpu", help="The ranks are processes on CPUs.")] = False,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the bytes there.")
+    ] = None,
+):
+    """What CONFIG would take of a rank's memory, and the largest micro-batch that fits; loads and downloads nothing.
+
+    Exit code 1 where not even micro-batches of one example fit.
+    """
+    config = load(settings)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
+    _quiet_libraries()
+    from dsdistill.engine.plan import make_plan, parse_memory, refusal, table, write
+
+    memory = parse_memory(gpu_memory)
+    try:
+        found = make_plan(config, world_size, memory, gpu=not cpu)
+    except UserError as error:
+        raise error.within(settings[0]) from None
+    typer.echo(table(found, config, world_size, memory), nl=False)
+    if json is not None:
+        write(found, json)
+    if reason := refusal(found, memory):
+        raise RunError(f"{settings[0]} {reason}")
 
 
 @app.command()
@@ -152,7 +184,7 @@ def bench(
     operator: Annotated[
         str,
         typer.Argument(
-            metavar="OPERATOR", help="attention, pairwise, hidden or soft-label.", show_default=False
+            metavar="OPERATOR", help="attention, pairwise, hidden, soft-label, or step.", show_default=False
         ),
     ],
     shapes: Annotated[
@@ -160,7 +192,8 @@ def bench(
         typer.Option(
             "--shapes",
             metavar="NAME=VALUE,...",
-            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true",
+            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
+            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
@@ -169,7 +202,8 @@ def bench(
         typer.Option(
             "--backends",
             metavar="NAME,...",
-            help="Some of eager, compile, chunked, cpp, triton, cuda, liger.",
+            help="Some of eager, compile, chunked, cpp, triton, cuda, liger; of a step some of logits, hidden, "
+            "attention, pairwise, eager, textbrewer.",
         ),
     ] = None,
     json: Annotated[
@@ -177,11 +211,15 @@ def bench(
     ] = None,
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
 ):
-    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one."""
+    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one.
+
+    step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
+    """
     _quiet_libraries()
     import yaml
 
     from dsdistill.bench.operators import run_bench
+    from dsdistill.bench.step import run_step
 
     options = {}
     for part in shapes.split(",") if shapes else ():
@@ -190,8 +228,7 @@ def bench(
             raise UserError("--shapes", part, "NAME=VALUE")
         options[name.strip()] = yaml.safe_load(value)
     try:
-        code = run_bench(
-            operator,
+        code = (run_step if operator == "step" else functools.partial(run_bench, operator))(
             options=options,
             dtype=dtype,
             backends=backends.split(",") if backends else None,
@@ -206,7 +243,9 @@ def bench(
 
 
 def _first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for all; one that its launcher gave an impossible rank speaks for itself."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def _quiet_libraries() -> None:
@@ -221,8 +260,18 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
+    usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
     try:
-        app()
+        sys.exit(app(standalone_mode=False, prog_name="dsdistill"))
+    except usage_error as error:
+        if "\n" in error.message:  # the help itself, where nothing was given
+            error.show()
+        else:
+            asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
+            got = error.format_message().rstrip(".")
+            mistake = UserError("command line", got[0].lower() + got[1:], f"what {asked} --help shows")
+            print(f"dsdistill: {mistake}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if _first():
             print(f"dsdistill: {error}", file=sys.stderr)

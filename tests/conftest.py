@@ -7,10 +7,12 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter, which must be chosen before anything imports them.
@@ -133,3 +135,79 @@ def small_run(models_dir: Path, data_dir: Path, folder: Path) -> dict:
         },
         "train": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
     }
+
+
+def merge(settings: dict, changes: dict) -> dict:
+    """Changes by dotted key; None takes a key away."""
+    settings = yaml.safe_load(yaml.safe_dump(settings))
+    for dotted, value in changes.items():
+        *parents, key = dotted.split(".")
+        section = settings
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[key] = value
+        if value is None:
+            del section[key]
+    return settings
+
+
+def snapshot(folder: Path) -> dict:
+    """Every path below and what it holds."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    """Writes the tests' config with changes; returns its path."""
+
+    def write(changes: dict | None = None, name: str = "config.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(merge(settings, changes or {})), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process; returns the one line it leaves, having changed nothing and loaded no weight."""
+    import dsdistill.engine.run
+    import dsdistill.engine.teacher
+    import dsdistill.engine.train
+    import dsdistill.models.build
+    from dsdistill import cli
+
+    def loads(*_, **__):
+        pytest.fail("a model was built before the refusal")
+
+    def refuse(*arguments: object) -> str:
+        before, environment = snapshot(tmp_path), dict(os.environ)
+        with monkeypatch.context() as patch:
+            for module in (
+                dsdistill.engine.run,
+                dsdistill.engine.train,
+                dsdistill.engine.teacher,
+                dsdistill.models.build,
+            ):
+                patch.setattr(module, "build", loads)
+            patch.setattr(sys, "argv", ["dsdistill", *map(str, arguments)])
+            patch.chdir(tmp_path)
+            capsys.readouterr()
+            try:
+                with pytest.raises(SystemExit) as caught:
+                    cli.main()
+            finally:
+                os.environ.clear()  # the engine names this process's rank there
+                os.environ.update(environment)
+        printed = capsys.readouterr()
+        assert caught.value.code == 2, printed.err
+        lines = printed.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("dsdistill: "), printed.err
+        assert ": got " in lines[0] and ", expected " in lines[0]
+        assert snapshot(tmp_path) == before, "a refused command leaves nothing behind"
+        return lines[0].removeprefix("dsdistill: ")
+
+    return refuse

@@ -23,7 +23,7 @@ ARROWS = {
     "engine": {"evaluation", "alignment", "models", "data", "config"},
     "evaluation": {"alignment", "models", "data", "config"},
     "alignment": {"ops", "models", "data.batch", "config"},
-    "bench": {"ops", "engine", "config"},
+    "bench": {"ops", "engine", "alignment", "models", "data.batch", "config"},
     "models": {"data.batch", "config"},
     "data": {"config"},
     "report": {"config"},

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.alignment.terms import TERMS, Pair
+from dsdistill.alignment.terms.base import AlignmentTerm
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
@@ -54,6 +55,10 @@ class Objective(nn.Module):
         return any(term.needs_teacher for term in self.terms.values())
 
     @property
+    def needs_values(self) -> bool:
+        return any(term.needs_values for term in self.terms.values())
+
+    @property
     def needs_previous(self) -> bool:
         return any(term.needs_previous for term in self.terms.values())
 
@@ -66,12 +71,16 @@ class Objective(nn.Module):
         return torch.cat([term.counts(batch, geometry) for term in self.terms.values()])
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
-        """counts: (parts of all terms,) of the whole step."""
+        """counts: (parts of all terms,) of the whole step. teacher: is left without the layers that terms read."""
         total, raw, start = 0.0, [], 0
-        for term, weight in zip(self.terms.values(), self.weights.values(), strict=True):
+        terms = list(self.terms.values())
+        for index, (term, weight) in enumerate(zip(terms, self.weights.values(), strict=True)):
             divisor = counts[start : start + term.parts].clamp(min=1)  # nothing valid: the sums are 0
             start += term.parts
             values = term.sums(student, teacher, batch) / divisor.float()
+            if teacher is not None:  # memory peaks here: gradients come as the teacher's layers are done with
+                _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])
+                _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])
             raw.append(values.detach())
             total = total + weight * term.factor * (values * values.new_tensor(term.weighting.values)).sum()
         return Loss(total, torch.cat(raw))
@@ -116,3 +125,9 @@ class Objective(nn.Module):
         """
         terms = [term for term in self.terms.values() if teacher is not None or not term.needs_teacher]
         return torch.stack([term.factor * term.sums(student, teacher, batch).sum() for term in terms])
+
+
+def _release(layers: dict, kind: str, done: AlignmentTerm, later: list[AlignmentTerm]) -> None:
+    """Drop the layers that a term has read and no later one will."""
+    for layer in getattr(done, kind).difference(*(getattr(term, kind) for term in later)):
+        layers.pop(layer, None)

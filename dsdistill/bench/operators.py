@@ -177,12 +177,13 @@ def roofline() -> tuple[float, float]:
     if device() == "cuda":
         a, b = a.bfloat16(), b.bfloat16()
     out = torch.empty_like(big)
-    products = min(_seconds(lambda: a @ b) for _ in range(10))
-    copies = min(_seconds(lambda: out.copy_(big)) for _ in range(10))
+    products = min(seconds_of(lambda: a @ b) for _ in range(10))
+    copies = min(seconds_of(lambda: out.copy_(big)) for _ in range(10))
     return 2 * size**3 / products, 2 * big.numel() * 4 / copies
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call; on a GPU by its own clock."""
     if device() == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -280,8 +281,8 @@ def measure(
             break
         for name in names:
             with torch.no_grad():
-                times[name]["forward"].append(_seconds(calls[name]))
-            times[name]["both"].append(_seconds(lambda name=name: step(work, calls[name])))
+                times[name]["forward"].append(seconds_of(calls[name]))
+            times[name]["both"].append(seconds_of(lambda name=name: step(work, calls[name])))
     return {
         name: {kind: statistics.median(values) for kind, values in found.items()}
         for name, found in times.items()
@@ -393,7 +394,7 @@ def run_bench(
         ValueError: an operator, dtype, backend or option that does not exist.
     """
     if operator not in WORKS:
-        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(map(repr, WORKS))}")
+        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(map(repr, WORKS))}, 'step'")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
     unknown = set(backends or ()) - set(CONTENDERS)
@@ -404,6 +405,8 @@ def run_bench(
     for name in options:
         if name not in known:
             raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+        if type(options[name]) is int and options[name] < 1:
+            raise ValueError(f"{name}: got {options[name]}, expected 1 or more")
     present = {"eager", "compile", *available_backends()}
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")

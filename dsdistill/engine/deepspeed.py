@@ -175,6 +175,11 @@ def student_settings(config: Config, world_size: int) -> dict:
     return _merge(ours, config.student.deepspeed)
 
 
+def zero_section(settings: dict) -> DeepSpeedZeroConfig:
+    """The ZeRO settings of an engine with DeepSpeed's defaults filled in."""
+    return DeepSpeedZeroConfig(**settings["zero_optimization"])
+
+
 def check_settings(config: Config, world_size: int) -> None:
     """Raise UserError for a `deepspeed:` section that DeepSpeed itself would refuse; needs no process group."""
     _check_sections(student_settings(config, world_size), "student")

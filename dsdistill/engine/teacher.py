@@ -55,7 +55,8 @@ class Teacher:
             frozenset().union(*(objective.layers(kind) for objective in objectives))
             for kind in ("teacher_hidden", "teacher_attention")
         )
-        self.capture = Capture(self.model, seen.union(hidden), attention)
+        values = any(objective.needs_values for objective in objectives)
+        self.capture = Capture(self.model, seen.union(hidden), attention, values)
 
     @contextmanager
     def trace(self, batch: Batch) -> Iterator[Trace]:

@@ -7,6 +7,7 @@ the padding mask silently.
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -71,13 +72,20 @@ class Capture:
 
     model: built with attn_implementation=ATTENTION.
     hidden, attention: layers to keep, counted from 1; hidden 0 is the embeddings' output.
+    values: keep the values of attention too, which without gradients would be freed.
 
     Attention layers are told apart by the order of their calls, because some modules carry no index. Only the
     calls inside `recording` count: the second run of a checkpointed layer comes in backward, after it.
     """
 
-    def __init__(self, model: PreTrainedModel, hidden: Iterable[int] = (), attention: Iterable[int] = ()):
-        self.hidden, self.attention = frozenset(hidden), frozenset(attention)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        hidden: Iterable[int] = (),
+        attention: Iterable[int] = (),
+        values: bool = True,
+    ):
+        self.hidden, self.attention, self.values = frozenset(hidden), frozenset(attention), values
         self.geometry: dict[int, Geometry] = {}  # of every layer seen so far
         self._trace: Trace | None = None
         self._calls = 0
@@ -108,7 +116,7 @@ class Capture:
         layer = attention_trace(module, query, key, value, options)
         self.geometry[self._calls] = layer.geometry
         if self._calls in self.attention:
-            self._trace.attention[self._calls] = layer
+            self._trace.attention[self._calls] = layer if self.values else replace(layer, value=None)
 
     def _note_embedding(self, module, args, kwargs) -> None:
         if _recording is self:

@@ -24,7 +24,7 @@ class AttentionTrace:
 
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, H_kv, N, D), H_kv divides H
-    value: Tensor  # (B, H_kv, N, D_v)
+    value: Tensor | None  # (B, H_kv, N, D_v); None where nobody asked for it
     scale: float  # the scores are scale · query · keyᵀ
     geometry: Geometry
 

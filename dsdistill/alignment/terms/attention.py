@@ -35,6 +35,7 @@ class AttentionTerm(AlignmentTerm):
         )
         self.student_attention = frozenset(student for student, _ in self.layers)
         self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
+        self.needs_values = "value_value" in config.relations
         if len(set(config.relations)) < len(config.relations):
             raise UserError("terms.attention.relations", list(config.relations), "each relation once")
         if config.heads == "mean" and config.divergence == "score_mse":

@@ -52,6 +52,7 @@ class AlignmentTerm(nn.Module):
     teacher_hidden: frozenset[int] = frozenset()
     student_attention: frozenset[int] = frozenset()
     teacher_attention: frozenset[int] = frozenset()
+    needs_values: bool = False  # of the captured attention
     needs_teacher: bool = True
     needs_previous: bool = False  # the student as the stage before left it, as Trace.previous
 

@@ -1,0 +1,78 @@
+"""The benchmark of the whole step: its contenders compute what they claim, and its table is complete."""
+
+import json
+
+import pytest
+import torch
+
+from dsdistill.bench import step
+from dsdistill.bench.step_arms import ARMS, Sizes, make
+from tests.test_cli import command
+
+TINY = {"teacher": 4, "student": 2, "width": 16, "heads": 2, "vocabulary": 50, "tokens": 16, "step": 32}
+HERE = torch.device("cpu")
+
+
+def test_every_arm_writes_its_rows(tmp_path, capsys):
+    table, picture = tmp_path / "step.json", tmp_path / "step.png"
+    pytest.importorskip("matplotlib")
+    arms = [arm for arm in ARMS if arm != "textbrewer"]
+    code = step.run_step(
+        options=TINY, backends=arms, repeats=3, memory=False, json_path=table, plot_path=picture
+    )
+    assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(table.read_text())
+    points = [(8, 2), (16, 2), (16, 1)]
+    assert [(r["tokens"], r["mapped"], r["arm"]) for r in found["rows"]] == [
+        (*point, arm) for point in points for arm in arms
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in found["rows"])
+    assert {row["vs_logits"] for row in found["rows"] if row["arm"] == "logits"} == {1.0}
+    assert found["machine"]["torch"] in capsys.readouterr().out
+
+
+def test_eager_computes_the_loss_of_the_attention_level():
+    """Otherwise the two would not be worth comparing."""
+    sizes = Sizes(**TINY)
+    batch = sizes.batch(16, HERE)
+    found = []
+    for arm in ("attention", "eager"):
+        module, loss = make(arm, sizes, 2, "float32", HERE)
+        model = getattr(module, "model", module)
+        with torch.no_grad():  # peaked attention, or its share of the loss is lost in the others
+            for name, parameter in model.named_parameters():
+                if ".query." in name or ".key." in name:
+                    parameter.mul_(10)
+        value = loss(batch)
+        value.backward()
+        found.append((value.detach(), model.bert.encoder.layer[0].attention.self.query.weight.grad))
+    torch.testing.assert_close(*found[0][:1], *found[1][:1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
+
+
+def test_textbrewer_runs():
+    pytest.importorskip("textbrewer")
+    _, loss = make("textbrewer", Sizes(**TINY), 1, "float32", HERE)
+    assert loss(Sizes(**TINY).batch(8, HERE)) > 0
+
+
+def test_memory_grows_with_the_levels():
+    # Of layers so wide that pages and threads do not matter.
+    sizes = Sizes(**TINY | {"width": 128, "step": 2048})
+    logits, attention = (step.peak_memory(arm, sizes, "float32") for arm in ("logits", "attention"))
+    assert len(logits) == len(attention) == len(step.points(sizes))
+    assert all(0 < floor < peak for floor, peak in zip(logits, attention, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "depth=3"], "bench option: got 'depth', expected one of 'teacher', 'student'"),
+        (["--shapes", "tokens=long"], "bench tokens: got 'long', expected a number from 1"),
+        (["--backends", "cpp"], "bench backends: got ['cpp'], expected some of logits, hidden"),
+    ],
+)
+def test_a_bad_option_is_one_line(arguments, message):
+    done = command("bench", "step", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and done.stderr.count("\n") == 1
