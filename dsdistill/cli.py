@@ -74,6 +74,37 @@ def train(
 
 
 @app.command()
+def plan(
+    settings: ConfigFiles,
+    world_size: Annotated[int, typer.Option("--world-size", help="Ranks, one a GPU.")] = 1,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="Memory of a rank.")] = "80GiB",
+    cpu: Annotated[bool, typer.Option("--cpu", help="The ranks are processes on CPUs.")] = False,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the bytes there.")
+    ] = None,
+):
+    """What CONFIG would take of a rank's memory, and the largest micro-batch that fits; loads and downloads nothing.
+
+    Exit code 1 where not even micro-batches of one example fit.
+    """
+    config = load(settings)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
+    _quiet_libraries()
+    from dsdistill.engine.plan import make_plan, parse_memory, refusal, table, write
+
+    memory = parse_memory(gpu_memory)
+    try:
+        found = make_plan(config, world_size, memory, gpu=not cpu)
+    except UserError as error:
+        raise error.within(settings[0]) from None
+    typer.echo(table(found, config, world_size, memory), nl=False)
+    if json is not None:
+        write(found, json)
+    if reason := refusal(found, memory):
+        raise RunError(f"{settings[0]} {reason}")
+
+
+@app.command()
 def evaluate(run: RunPath):
     """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
     _quiet_libraries()
@@ -212,7 +243,9 @@ def bench(
 
 
 def _first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for all; one that its launcher gave an impossible rank speaks for itself."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def _quiet_libraries() -> None:
@@ -227,8 +260,18 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
+    usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
     try:
-        app()
+        sys.exit(app(standalone_mode=False, prog_name="dsdistill"))
+    except usage_error as error:
+        if "\n" in error.message:  # the help itself, where nothing was given
+            error.show()
+        else:
+            asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
+            got = error.format_message().rstrip(".")
+            mistake = UserError("command line", got[0].lower() + got[1:], f"what {asked} --help shows")
+            print(f"dsdistill: {mistake}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if _first():
             print(f"dsdistill: {error}", file=sys.stderr)

@@ -7,10 +7,12 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     # Triton's kernels then run in its interpreter, which must be chosen before anything imports them.
@@ -108,14 +110,19 @@ def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
 @pytest.fixture
 def settings(models_dir, data_dir, tmp_path) -> dict:
     """A whole config as plain settings: every term on, tiny models, 10 steps of 8 examples."""
+    return small_run(models_dir, data_dir, tmp_path)
+
+
+def small_run(models_dir: Path, data_dir: Path, folder: Path) -> dict:
+    """What the fixture `settings` gives, for a folder of any scope."""
     return {
-        "run": {"name": "test", "dir": str(tmp_path / "run"), "log_every": 1},
+        "run": {"name": "test", "dir": str(folder / "run"), "log_every": 1},
         "data": {
             "source": "files",
             "train": str(data_dir / "train.tsv"),
             "dev": str(data_dir / "dev.tsv"),
             "max_length": 32,
-            "cache": str(tmp_path / "cache"),
+            "cache": str(folder / "cache"),
         },
         "teacher": {"path": str(models_dir / "teacher"), "zero_stage": 3},
         "student": {"path": str(models_dir / "student"), "zero_stage": 2},
@@ -128,3 +135,79 @@ def settings(models_dir, data_dir, tmp_path) -> dict:
         },
         "train": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
     }
+
+
+def merge(settings: dict, changes: dict) -> dict:
+    """Changes by dotted key; None takes a key away."""
+    settings = yaml.safe_load(yaml.safe_dump(settings))
+    for dotted, value in changes.items():
+        *parents, key = dotted.split(".")
+        section = settings
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[key] = value
+        if value is None:
+            del section[key]
+    return settings
+
+
+def snapshot(folder: Path) -> dict:
+    """Every path below and what it holds."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    """Writes the tests' config with changes; returns its path."""
+
+    def write(changes: dict | None = None, name: str = "config.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(merge(settings, changes or {})), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process; returns the one line it leaves, having changed nothing and loaded no weight."""
+    import dsdistill.engine.run
+    import dsdistill.engine.teacher
+    import dsdistill.engine.train
+    import dsdistill.models.build
+    from dsdistill import cli
+
+    def loads(*_, **__):
+        pytest.fail("a model was built before the refusal")
+
+    def refuse(*arguments: object) -> str:
+        before, environment = snapshot(tmp_path), dict(os.environ)
+        with monkeypatch.context() as patch:
+            for module in (
+                dsdistill.engine.run,
+                dsdistill.engine.train,
+                dsdistill.engine.teacher,
+                dsdistill.models.build,
+            ):
+                patch.setattr(module, "build", loads)
+            patch.setattr(sys, "argv", ["dsdistill", *map(str, arguments)])
+            patch.chdir(tmp_path)
+            capsys.readouterr()
+            try:
+                with pytest.raises(SystemExit) as caught:
+                    cli.main()
+            finally:
+                os.environ.clear()  # the engine names this process's rank there
+                os.environ.update(environment)
+        printed = capsys.readouterr()
+        assert caught.value.code == 2, printed.err
+        lines = printed.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("dsdistill: "), printed.err
+        assert ": got " in lines[0] and ", expected " in lines[0]
+        assert snapshot(tmp_path) == before, "a refused command leaves nothing behind"
+        return lines[0].removeprefix("dsdistill: ")
+
+    return refuse

@@ -405,6 +405,8 @@ def run_bench(
     for name in options:
         if name not in known:
             raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+        if type(options[name]) is int and options[name] < 1:
+            raise ValueError(f"{name}: got {options[name]}, expected 1 or more")
     present = {"eager", "compile", *available_backends()}
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")

@@ -97,11 +97,15 @@ def _check_terms(config, section, place: str, first: bool) -> None:
     matching = [name for name in terms if name not in ("task", "smooth")]
     if matching and config.teacher is None:
         raise UserError(f"{place}.{matching[0]}", "no teacher", f"a teacher section, or {place}.task alone")
-    if config.task == "regression" and "soft_label" in terms:
+    if (
+        config.task == "regression"
+        and "soft_label" in terms
+        and terms["soft_label"].divergence != "forward_kl"
+    ):
         raise UserError(
-            f"{place}.soft_label",
-            "task regression",
-            "a task of classes or tokens (a score is no distribution)",
+            f"{place}.soft_label.divergence",
+            f"{terms['soft_label'].divergence} with task regression",
+            "forward_kl: a score has the distance to the teacher's alone",
         )
     if "smooth" in terms and first:
         raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")

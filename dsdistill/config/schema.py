@@ -8,6 +8,7 @@ from dsdistill.config.section import NonNegative, Positive, Section
 from dsdistill.config.terms import Task, Terms
 
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NAME = r"^[\w-][\w.-]*$"  # of something that a folder or file is called by
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Tasks whose models predict tokens: they have no logits whole, and no labels beside their texts.
 LANGUAGE = ("causal_lm", "masked_lm")
@@ -19,9 +20,9 @@ Files = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 class Run(Section):
     """Where a run lives and how often it speaks."""
 
-    name: str = Field(default="run", pattern=r"^[\w.-]+$", description="name of the run, used for its folder")
+    name: str = Field(default="run", pattern=NAME, description="name of the run, used for its folder")
     dir: str | None = Field(default=None, description="run folder; default runs/NAME")
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="seed of everything random")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything random")
     resume: Literal["auto", "never"] = Field(
         default="auto",
         description="auto: go on from the newest checkpoint that verifies; never: refuse a used folder",
@@ -239,7 +240,7 @@ class Evaluation(Section):
 class Stage(Section):
     """A part of the steps with terms of its own; optimizer and learning-rate schedule begin anew."""
 
-    name: str = Field(pattern=r"^[\w.-]+$", description="for the log")
+    name: str = Field(pattern=NAME, description="for the log and its file of weights")
     share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0, description="of the steps, relative to the other stages"
     )

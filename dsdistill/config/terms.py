@@ -29,7 +29,7 @@ class Task(Term):
 
 
 class SoftLabel(Term):
-    """Divergence of the output distributions at temperature τ."""
+    """Divergence of the output distributions at temperature τ (squared difference for regression)."""
 
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="τ, divides the logits of both"

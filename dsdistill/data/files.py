@@ -61,10 +61,14 @@ def _bytes(path: Path) -> bytes:
 
 def _decode(place: str, data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{place}, line {line}", f"byte 0x{data[error.start]:02x}", "UTF-8 text") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{place}, line {line}", "a NUL character", "text")
+    return text
 
 
 def _tsv(place: str, data: bytes) -> Table:
@@ -108,7 +112,7 @@ def _jsonl(place: str, data: bytes) -> Table:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{place}, line {i}", f"{error}", "one JSON object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{place}, line {i}", f"a {type(row).__name__}", "one JSON object a line")

@@ -15,9 +15,12 @@ import re
 import shutil
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
-from dsdistill.config import UserError
+from dsdistill.config import Config, UserError
+from dsdistill.config.terms import Related
+from dsdistill.engine import deepspeed
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
 
@@ -29,7 +32,10 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) -> None:
-    """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`."""
+    """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
+
+    state: among it zero_stage, the student's, and at_once, the examples of all ranks that meet in a micro-batch.
+    """
     folder = os.path.join(run_dir, FOLDER)
     tag = tag_of(step)
     target = os.path.join(folder, tag)
@@ -85,12 +91,28 @@ def damage(folder: str) -> str | None:
     return None
 
 
-def load(engine, run_dir: str, tag: str, ranks: Ranks) -> dict:
-    """Restore the engine and this rank's random state; returns the saved `state`."""
-    folder = os.path.join(run_dir, FOLDER)
-    engine.load_checkpoint(folder, tag=tag)
-    set_random_state(torch.load(os.path.join(folder, tag, f"random-{ranks.rank}.pt"), weights_only=True))
-    return read_state(run_dir, tag)
+def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: int) -> dict:
+    """Restore the engine and this rank's random state; returns the saved `state`.
+
+    By as many ranks and in the ZeRO stage that saved it a run goes on exactly; by others up to rounding, and what
+    chance draws in training (dropout) is drawn anew where the ranks are others.
+    """
+    folder, state = os.path.join(run_dir, FOLDER), read_state(run_dir, tag)
+    same_ranks = state["world_size"] == ranks.world_size
+    if same_ranks and state["zero_stage"] == zero_stage:
+        engine.load_checkpoint(folder, tag=tag)
+    else:
+        log.info(
+            "%s was saved by %d rank(s) in ZeRO stage %d; this run goes on with %d in stage %d",
+            *(tag, state["world_size"], state["zero_stage"], ranks.world_size, zero_stage),
+        )
+        deepspeed.load_reshaped(engine, os.path.join(folder, tag))
+    if same_ranks:
+        set_random_state(torch.load(os.path.join(folder, tag, f"random-{ranks.rank}.pt"), weights_only=True))
+    else:
+        drawn = np.random.SeedSequence([seed, state["step"], ranks.world_size, ranks.rank])
+        torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]))
+    return state
 
 
 def read_state(run_dir: str, tag: str) -> dict:
@@ -98,18 +120,25 @@ def read_state(run_dir: str, tag: str) -> dict:
         return json.load(file)
 
 
-def check_ranks(run_dir: str, world_size: int) -> None:
-    """Raise UserError where a checkpoint was written by another number of ranks: its shards fit no other."""
-    for tag in _tags(os.path.join(run_dir, FOLDER)):
+def check_relations(run_dir: str, config: Config, world_size: int) -> None:
+    """Raise UserError where a term relates the examples that meet, and fewer or more would meet than before."""
+    at_once = config.train.micro_batch_size * world_size
+    related = [
+        name
+        for stage in config.parts
+        for name, term in stage.terms.named().items()
+        if isinstance(term, Related)
+    ]
+    for tag in _tags(os.path.join(run_dir, FOLDER)) if related else ():
         try:
-            wrote = read_state(run_dir, tag)["world_size"]
+            before = read_state(run_dir, tag)["at_once"]
         except (OSError, ValueError):  # a save that was interrupted
             continue
-        if wrote != world_size:
+        if before != at_once:
             raise UserError(
-                f"{run_dir}, {tag}",
-                f"{world_size} rank(s)",
-                f"{wrote}, as it was saved by, or another run.name",
+                f"{run_dir}, {tag}: train.micro_batch_size × ranks",
+                at_once,
+                f"{before}, as it was saved with: terms.{related[0]} relates the examples that meet",
             )
 
 

@@ -1,9 +1,9 @@
 """All that touches DeepSpeed: starting it, the two engines, what they save."""
 
 import contextlib
+import copy
 import datetime
 import functools
-import io
 import logging
 import os
 import typing
@@ -17,8 +17,10 @@ from torch import nn
 from dsdistill.config import UserError
 from dsdistill.config.checks import nearest
 from dsdistill.config.schema import Config
+from dsdistill.engine.adagrad import AdaGrad
 from dsdistill.engine.allocator import keep_freed_memory
 from dsdistill.engine.ranks import Ranks, environment
+from dsdistill.engine.shards import Shards
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences its search
@@ -28,7 +30,12 @@ import deepspeed
 import pydantic
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 PATIENCE = datetime.timedelta(days=1)  # while rank 0 downloads or tokenises alone
@@ -158,6 +165,11 @@ def student_settings(config: Config, world_size: int) -> dict:
     return _merge(ours, config.student.deepspeed)
 
 
+def zero_section(settings: dict) -> DeepSpeedZeroConfig:
+    """The ZeRO settings of an engine with DeepSpeed's defaults filled in."""
+    return DeepSpeedZeroConfig(**settings["zero_optimization"])
+
+
 def check_settings(config: Config, world_size: int) -> None:
     """Raise UserError for a `deepspeed:` section that DeepSpeed itself would refuse; needs no process group."""
     _check_sections(student_settings(config, world_size), "student")
@@ -238,7 +250,7 @@ def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Opti
         return {
             "adamw": functools.partial(torch.optim.AdamW, fused=True),  # one pass over memory instead of ten
             "adam": functools.partial(torch.optim.Adam, fused=True),
-            "adagrad": torch.optim.Adagrad,
+            "adagrad": AdaGrad,
             "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
         }[config.train.optimizer]
     return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
@@ -246,11 +258,78 @@ def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Opti
 
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
     """The float32 weights of a checkpoint that this project's own run wrote, by name in the student's module."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # it prints a lot
-        return get_fp32_state_dict_from_zero_checkpoint(folder, tag=tag)
+    shards = Shards(os.path.join(folder, tag))
+    weights = {name: shards.weight(name) for name in shards.names}
+    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def load_reshaped(engine, folder: str) -> None:
+    """Restore weights, optimizer and schedule from a checkpoint of another number of ranks or ZeRO stage.
+
+    DeepSpeed's universal checkpoints need the same stage and Adam, and write everything once more; so each rank reads
+    the shards as they are and keeps what is its own. Values are those saved, to the last bit.
+    """
+    shards, optimizer = Shards(folder), engine.optimizer
+    sharded = engine.zero_optimization_stage() == 3
+    _load_optimizer(optimizer, shards, sharded)
+    if sharded:
+        optimizer.checkpoint_event_prologue()  # small parameters are whole at all times: no longer
+    for name, parameter in engine.module.named_parameters():
+        whole = shards.weight(name)
+        if sharded:
+            _fill_partition(parameter, whole, shards, name)
+            continue
+        parameter.data.copy_(whole)
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, whole.float())
+            for key in shards.moments:
+                safe_set_full_optimizer_state(parameter, shards.moment(name, key), key)
+    if sharded:
+        optimizer.checkpoint_event_epilogue()
+    kept = set(shards.names)
+    for name, buffer in engine.module.named_buffers():
+        if name in kept:
+            buffer.copy_(shards.weight(name))
+    if shards.loss_scaler is not None:
+        optimizer.loss_scaler = shards.loss_scaler
+    engine.lr_scheduler.load_state_dict(shards.common["lr_scheduler"])
+    for name in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, name, shards.common[name])
+
+
+def _load_optimizer(optimizer, shards: Shards, sharded: bool) -> None:
+    """Rates and counts of steps; moments as zeros, which DeepSpeed would make at the first step."""
+    base = optimizer.optimizer
+    if sharded:
+        optimizer._set_fp32_optimizer_param_groups()  # it takes them out again after each use
+    flat = [partition for group in base.param_groups for partition in group["params"]]
+    state = base.state_dict()
+    state["state"] = {
+        index: {key: torch.zeros_like(partition) for key in shards.moments} | copy.deepcopy(shards.counts)
+        for index, partition in enumerate(flat)
+    }
+    for group, saved in zip(state["param_groups"], shards.settings, strict=True):
+        group.update(saved)
+    base.load_state_dict(state)
+    if sharded:
+        optimizer._clear_fp32_optimizer_param_groups()
+    else:
+        optimizer._lazy_init_hp_params_optimizer_state()  # tells the parameters where their moments lie
+
+
+def _fill_partition(parameter: nn.Parameter, whole: torch.Tensor, shards: Shards, name: str) -> None:
+    """Give this rank its part of a parameter that ZeRO-3 shards."""
+    size = parameter.ds_tensor.numel()
+
+    def own(value: torch.Tensor) -> torch.Tensor:
+        part = value.flatten()[dist.get_rank() * size : (dist.get_rank() + 1) * size]
+        return nn.functional.pad(part, (0, size - len(part)))
+
+    parameter.ds_tensor.data.copy_(own(whole))
+    if parameter.requires_grad:
+        safe_set_local_fp32_param(parameter, own(whole))
+        for key in shards.moments:
+            safe_set_local_optimizer_state(parameter, own(shards.moment(name, key)), key)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import fnmatch
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import GROUP, Sampler
 from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
-from dsdistill.engine import deepspeed
+from dsdistill.engine import deepspeed, stages
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
@@ -31,6 +32,7 @@ from dsdistill.models.build import (
 )
 from dsdistill.models.probe import probe, rotates_queries
 from dsdistill.models.trace import Geometry
+from dsdistill.models.weights import check_weights
 
 # RoBERTa and its family start counting positions after the padding token.
 _POSITIONS_AFTER_PADDING = frozenset(
@@ -64,24 +66,30 @@ def prepare(config: Config, world_size: int) -> Prepared:
     Raises UserError for the first thing that does not fit.
     """
     check_ranks(config, world_size)
+    if config.train.dtype == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
-        recipe = prepare(_recipe(config), world_size)
+        recipe = prepare(recipe_of(config), world_size)
         if recipe.config.task != config.task:
             raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
     teacher = _teacher_architecture(config, recipe)
-    student = _student_architecture(config, teacher)
+    student = student_architecture(config, teacher)
     objectives = objective_layers(config, student, teacher)
     tokenizer = _tokenizer(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             _check_sizes(config, model, tokenizer, place)
+    _check_weights(config, student, teacher)
     geometry = probe_models(config, student, teacher, objectives)
     check_frozen(config, student)
     data = load(config.data, config.task, tokenizer, config.run.seed, config.needs_spans)
+    stages.ends(
+        config, config.train.steps or config.train.epochs * ceil(len(data.train) / config.train.batch_size)
+    )
     contrast = _contrast(config, tokenizer)
     judged = _has_head(config, teacher, recipe)
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
@@ -124,7 +132,7 @@ def _contrast(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contrast | 
     return Contrast(*models)
 
 
-def _recipe(config: Config) -> Config:
+def recipe_of(config: Config) -> Config:
     """The config that trains the teacher; its data is read from where this run's is."""
     recipe = configs.load([config.teacher.recipe])
     if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
@@ -153,8 +161,6 @@ def check_ranks(config: Config, world_size: int) -> None:
             f"{at_once} examples at once on {world_size} rank(s)",
             f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
         )
-    if config.train.dtype == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
 
 
 def _teacher_architecture(config: Config, recipe: Prepared | None) -> PretrainedConfig | None:
@@ -166,11 +172,18 @@ def _teacher_architecture(config: Config, recipe: Prepared | None) -> Pretrained
     return architecture(config.teacher.path, config.teacher.config, "teacher")
 
 
-def _student_architecture(config: Config, teacher: PretrainedConfig | None) -> PretrainedConfig:
+def student_architecture(config: Config, teacher: PretrainedConfig | None) -> PretrainedConfig:
     student = config.student
     if student.from_teacher is not None:
         return cut_architecture(teacher, student.from_teacher, student.config, "student")
     return architecture(student.path, student.config, "student")
+
+
+def _check_weights(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    teacher_path = config.teacher.path if config.teacher is not None else None
+    for place, path, model in (("teacher", teacher_path, teacher), ("student", config.student.path, student)):
+        if path is not None:
+            check_weights(path, model, config.task, place)
 
 
 def shape(model: PretrainedConfig) -> Shape:

@@ -79,6 +79,7 @@ class Ranks:
 def environment() -> None:
     """What torch.distributed reads, where no launcher has set it: one rank on this machine."""
     if "RANK" in os.environ:
+        _check_launch()
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,6 +89,21 @@ def environment() -> None:
     )
 
 
-def launched_rank() -> int:
-    """This process's rank by its launcher, before anything is initialised."""
-    return int(os.environ.get("RANK", "0"))
+def _check_launch() -> None:
+    """Raise UserError for variables of a launcher that contradict each other."""
+    rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if rank >= size:
+        raise UserError("RANK", rank, f"0 to {size - 1} (WORLD_SIZE)")
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError("MASTER_ADDR", "nothing", _BY_LAUNCHER)
+    _number("MASTER_PORT")
+
+
+_BY_LAUNCHER = "what deepspeed or torchrun set, or RANK unset for one process"
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+        raise UserError(name, repr(value) if value else "nothing", _BY_LAUNCHER)
+    return int(value)

@@ -60,7 +60,7 @@ def run(config: Config, ranks: Ranks) -> dict:
         finished = done is not None and done.get("finished", False)
         prepared = prepare(config, ranks.world_size)
         if not finished:
-            checkpoint.check_ranks(folder.path, ranks.world_size)
+            checkpoint.check_relations(folder.path, config, ranks.world_size)
         if ranks.first:
             folder.open(config)
     if finished:
@@ -133,7 +133,7 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
         folder = RunFolder(home)
         with ranks.first_alone():
-            checkpoint.check_ranks(home, ranks.world_size)
+            checkpoint.check_relations(home, recipe.config, ranks.world_size)
             if ranks.first:
                 folder.open(recipe.config)
         if recipe.recipe is not None:

@@ -20,7 +20,8 @@ LOCK = "lock"
 
 _held: dict[str, object] = {}  # open lock files of this process, by folder
 
-# Settings that may change between a run and its continuation: they do not touch what is computed.
+# Settings that may change between a run and its continuation: they do not touch what is computed, or, the last two,
+# only in what order numbers are added.
 _FREE = (
     "run.name",
     "run.dir",
@@ -30,6 +31,8 @@ _FREE = (
     "run.save_every",
     "run.keep",
     "run.timeout",
+    "student.zero_stage",
+    "train.micro_batch_size",
 )
 
 

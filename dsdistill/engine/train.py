@@ -202,7 +202,13 @@ class Trainer:
                     folder.log({"step": step, "training_loss": mean, "evaluation": scores})
                 self._monitor({f"Dev/{name}": value for name, value in scores.items()})
             if last or (every and step % every == 0 and finite):  # never weights that a bad loss has touched
-                state = {"stage": self.index, "objective": objective.state(), **vars(self.progress)}
+                state = {
+                    "stage": self.index,
+                    "objective": objective.state(),
+                    "zero_stage": self.config.student.zero_stage,
+                    "at_once": self.config.train.micro_batch_size * self.ranks.world_size,
+                    **vars(self.progress),
+                }
                 try:
                     checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
                 except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
@@ -213,7 +219,10 @@ class Trainer:
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:
-            state = checkpoint.load(self.engine, folder.path, tag, self.ranks)
+            config = self.config
+            state = checkpoint.load(
+                self.engine, folder.path, tag, self.ranks, config.student.zero_stage, config.run.seed
+            )
             self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
             self.module.objective.load(state["objective"])
             log.info("resuming from %s", tag)

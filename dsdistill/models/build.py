@@ -257,6 +257,7 @@ def build(
             attn_implementation=ATTENTION,
             dtype=torch.float32,
             output_loading_info=True,
+            use_safetensors=True,  # a pickle runs what it holds
             ignore_mismatched_sizes=not needs_head,
             trust_remote_code=False,
         )

@@ -91,6 +91,13 @@ class TestSoftLabel:
         expected = 4 * kl(teacher[0][:, :-1], student[0][:, :-1], 2.0)[predicts].mean()
         assert raw["soft_label"] == pytest.approx(expected.item(), rel=1e-4)
 
+    @pytest.mark.parametrize(("scale_tau2", "factor"), [(True, 1.0), (False, 1 / 9)])
+    def test_regression(self, scale_tau2, factor):
+        terms = {"soft_label": {"temperature": 3.0, "scale_tau2": scale_tau2}}
+        _, _, raw, student, teacher = run("bert", terms, task="regression")
+        expected = factor * F.mse_loss(student[0][:, 0], teacher[0][:, 0]).item()
+        assert raw["soft_label"] == pytest.approx(expected, rel=1e-4)
+
     @pytest.mark.parametrize(("student", "teacher"), [(64, 72), (72, 64)])
     def test_heads_padded_to_different_widths(self, student, teacher):
         """Padding rows of a head belong to no token: they take part in neither distribution."""

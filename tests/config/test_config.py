@@ -177,7 +177,10 @@ class TestRulesBetweenFields:
                 ["teacher=null", "terms.hidden=null", "student.path=null", "student.from_teacher=[1]"],
                 "student.from_teacher: got no teacher",
             ),
-            (["task=regression", "terms.soft_label={}"], "terms.soft_label: got task regression"),
+            (
+                ["task=regression", "terms.soft_label={divergence: jsd}"],
+                "terms.soft_label.divergence: got jsd with task regression",
+            ),
             (
                 ["train.batch_size=9", "train.micro_batch_size=4"],
                 "train.batch_size: got 9, expected a multiple of",
@@ -225,7 +228,7 @@ class TestRulesBetweenFields:
             ["student.path=null", "student.config={model_type: bert}"],
             ["teacher.path=null", "teacher.recipe=x.yaml"],
             ["student.deepspeed.zero_optimization.offload_optimizer.device=cpu"],
-            ["task=regression", "terms.soft_label={weight: 0}"],
+            ["task=regression", "terms.soft_label={}"],
             ["teacher.zero_stage=0"],
             ["data.source=files", "data.root=x"],
             ["data.source=some/data", "data.root=x"],

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -16,9 +17,11 @@ def free_port() -> int:
 
 
 def launch_command(*arguments: object, ranks: int = 2) -> tuple[list[str], dict[str, str]]:
-    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank: command and environment."""
+    """deepspeed --num_gpus RANKS ARGUMENTS, one thread a rank: command and environment. One rank needs no launcher."""
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [launcher, "--num_gpus", ranks, "--master_port", free_port(), *arguments]
+    if ranks == 1:
+        command = [sys.executable, *arguments]
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -35,10 +38,34 @@ def launch(*arguments: object, ranks: int = 2, timeout: int = 400) -> subprocess
     )
 
 
-def run_configs(paths: list[Path], ranks: int = 2) -> str:
-    """Run the configs on real ranks; fails with their output unless all came to their end. Returns the log."""
+def run_configs(paths: list[Path | str], ranks: int = 2) -> str:
+    """Run the configs on real ranks; fails with their output unless all came to their end. Returns the log.
+
+    CONFIG@STEP takes the run back to the checkpoint of that step first.
+    """
     done = launch(WORKER, *paths, ranks=ranks)
     assert done.returncode == 0 and "all configs done" in done.stdout, (
         done.stdout[-3000:] + done.stderr[-6000:]
     )
     return done.stderr
+
+
+def processes_of(path: Path) -> dict[int, list[str]]:
+    """Every process, with its command line, that names this path or one below it."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # gone
+            continue
+        if any(argument == str(path) or argument.startswith(f"{path}/") for argument in arguments):
+            found[int(entry.name)] = arguments
+    return found
+
+
+def wait_for_end(path: Path, seconds: float) -> None:
+    """Fails where a process that names this path is left after that time."""
+    deadline = time.time() + seconds
+    while left := processes_of(path):
+        assert time.time() < deadline, f"processes were left behind: {left}"
+        time.sleep(0.1)

@@ -145,14 +145,6 @@ def test_a_passed_over_checkpoint_is_not_kept_for_a_good_one(tmp_path):
     assert kept == ["step-00000005", "step-00000006"]
 
 
-def test_another_number_of_ranks_is_refused(tmp_path):
-    checkpoint.check_ranks(str(tmp_path), 2)
-    make_checkpoint(tmp_path, 1)
-    checkpoint.check_ranks(str(tmp_path), 1)
-    with pytest.raises(UserError, match=r"step-00000001: got 2 rank\(s\), expected 1"):
-        checkpoint.check_ranks(str(tmp_path), 2)
-
-
 def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(settings, tmp_path):
     settings["run"] |= {"save_every": 1, "keep": 9}
     settings["train"] |= {"learning_rate": 1e30, "clip": 0.0, "warmup": 0.0}

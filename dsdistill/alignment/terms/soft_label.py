@@ -1,5 +1,7 @@
 """The teacher's output distribution (Hinton et al. 2015)."""
 
+import torch
+
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.terms.task import predicting, targets
 from dsdistill.config import UserError
@@ -27,7 +29,8 @@ class SoftLabelTerm(AlignmentTerm):
     """Divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
     Language models: over the positions that predict a token, from hidden states and heads; where the heads are
-    padded to different widths, over the tokenizer's entries.
+    padded to different widths, over the tokenizer's entries. Scores: squared difference of both divided by τ, which is
+    2 KL of unit normal distributions around them; τ² cancels τ there.
     """
 
     def __init__(self, config: SoftLabel, pair: Pair):
@@ -49,6 +52,9 @@ class SoftLabelTerm(AlignmentTerm):
             "alpha": config.alpha,
             "reduction": "sum",
         }
+        if self.pair.task == "regression":
+            difference = (student.logits[:, 0].float() - teacher.logits[:, 0].float()) / config.temperature
+            return torch.where(batch.rows, difference, 0.0).square().sum()[None]
         if self.pair.task not in LANGUAGE:
             return logit_alignment(student.logits, teacher.logits, mask=batch.rows, **options)[None]
         cut = slice(None, self.common)

@@ -1,0 +1,291 @@
+"""What a run would take of each rank's memory, before anything of it is loaded: `dsdistill plan`.
+
+The step is rehearsed (engine/rehearsal.py), DeepSpeed's part in it told by formulas (engine/zero.py). Architectures
+come from the models' `config:` where their files are not at hand; data, tokenizers and weights are not read.
+"""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from dsdistill.config import Config, UserError
+from dsdistill.config.schema import LANGUAGE, Stage
+from dsdistill.engine import deepspeed, zero
+from dsdistill.engine.prepare import (
+    check_ranks,
+    make_pair,
+    objective_layers,
+    recipe_of,
+    student_architecture,
+)
+from dsdistill.engine.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Place, rehearse
+from dsdistill.engine.teacher import count_parameters
+from dsdistill.models.build import architecture, build, for_task, override
+
+MIB, GIB = 2**20, 2**30
+# CUDA's context and libraries, NCCL's buffers and what the caching allocator cannot reuse: a guess, not measured.
+RESERVE = 2 * GIB
+LOADING = "loading"
+UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes a rank.
+
+    phases: by phase of the run, bytes by owner at the phase's highest moment; of `stage`, which needs the most.
+    instead: what is not there, and what it would take.
+    largest: most examples of a micro-batch that fit; 0: not even one. least: what micro-batches of one need.
+    """
+
+    stage: str
+    phases: dict[str, Counter]
+    instead: dict[str, int]
+    reserve: int
+    largest: int
+    least: int
+
+    @property
+    def highest(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase].total())
+
+    @property
+    def peak(self) -> int:
+        """Without the reserve."""
+        return peak(self.phases)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a text such as 80GiB."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", text.strip())
+    if found is None:
+        raise UserError("--gpu-memory", repr(text), "a size such as 80GiB or 40000MiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+class Forecast:
+    """Rehearsals of one config on so many ranks; refuses what does not fit together before the first."""
+
+    def __init__(self, config: Config, world_size: int, *, gpu: bool):
+        """gpu: the ranks are GPUs; else processes on CPUs."""
+        if world_size < 1:
+            raise UserError("--world-size", world_size, "1 or more")
+        check_ranks(config, world_size)
+        deepspeed.check_settings(config, world_size)
+        self.config, self.world_size, self.gpu = config, world_size, gpu
+        self.models = _models(config, gpu)
+        objective_layers(config, self.models.student, self.models.teacher)  # layers and heads fit
+        self._loading = _loading(config, self.models, gpu)
+
+    def phases(self, stage: Stage, size: int, checkpointing: bool) -> dict[str, Counter]:
+        """Bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
+        accumulates = size * self.world_size < self.config.train.batch_size
+        place = _place(self.config, self.world_size, self.gpu, accumulates)
+        ledger = rehearse(self.config, stage, self.models, place, size, checkpointing=checkpointing)
+        loading = {LOADING: self._loading} if self._loading else {}
+        return loading | {phase: ledger.peaks[phase] for phase in PHASES}
+
+    def highest(self) -> tuple[Stage, dict[str, Counter]]:
+        """The stage that needs the most, as the config says it."""
+        config = self.config
+        size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
+        found = [(stage, self.phases(stage, size, checkpointing)) for stage in config.parts]
+        return max(found, key=lambda item: peak(item[1]))
+
+
+def peak(phases: dict[str, Counter]) -> int:
+    return max(phase.total() for phase in phases.values())
+
+
+def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True) -> Plan:
+    """memory: bytes a rank may take."""
+    forecast = Forecast(config, world_size, gpu=gpu)
+    stage, phases = forecast.highest()
+    size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
+    reserve = RESERVE if gpu else 0
+    kept = {checkpointing: _kept(phases)}
+    kept[not checkpointing] = _kept(forecast.phases(stage, size, not checkpointing))
+    instead = {
+        "student, activations without checkpointing": kept[False],
+        "student, activations with checkpointing": kept[True],
+        **_materialised(config, forecast.models, stage, size),
+    }
+    room, least, at = memory - reserve, phases, {size: phases}
+    if peak(phases) <= room:
+        at[2 * size] = forecast.phases(stage, 2 * size, checkpointing)
+    elif size > 1:
+        at[1] = least = forecast.phases(stage, 1, checkpointing)
+    largest = _largest(at, room) if peak(least) <= room else 0
+    return Plan(stage.name, phases, instead, reserve, largest, peak(least) + reserve)
+
+
+def _models(config: Config, gpu: bool) -> Models:
+    teacher = None
+    if config.teacher is not None:
+        teacher = _teacher(config)
+    student = student_architecture(config, teacher)
+    labels = config.data.labels or ("0", "1")  # their number is the data's; it hardly weighs
+    for model in (student, teacher):
+        if model is not None:
+            for_task(model, config.task, labels, model.pad_token_id or 0)
+    tokens = min(model.vocab_size for model in (student, teacher) if model is not None)
+    pair = make_pair(config, student, teacher, tokens)
+    if gpu:  # what `auto` takes there without a record; no kernel takes more
+        pair = dataclasses.replace(pair, backend="chunked")
+    return Models(student, teacher, pair)
+
+
+def _teacher(config: Config) -> PretrainedConfig:
+    given = config.teacher.config
+    if (
+        config.teacher.path is None
+        and config.teacher.recipe is not None
+        and "model_type" not in (given or {})
+    ):
+        recipe = recipe_of(config)
+        return override(student_architecture(recipe, None), given or {}, "teacher")
+    return architecture(config.teacher.path, given, "teacher")
+
+
+def _place(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Place:
+    dtype = deepspeed.DTYPES[config.train.dtype]
+    device = torch.device("cuda" if gpu else "cpu")
+    student = deepspeed.zero_section(deepspeed.student_settings(config, world_size))
+    teacher = None
+    if config.teacher is not None and config.teacher.zero_stage == 3:
+        teacher = deepspeed.zero_section(deepspeed.teacher_settings(config, 1, device))
+    return Place(
+        world_size=world_size,
+        dtype=dtype,
+        gpu=gpu,
+        zero=zero.Settings(
+            stage=int(student.stage),
+            world_size=world_size,
+            width=dtype.itemsize,
+            optimizer=config.train.optimizer,
+            bucket=student.reduce_bucket_size,
+            # At stage 3 one bucket serves reduction and backward alike.
+            buffers=2 if student.overlap_comm and student.stage < 3 else 1,
+            live=student.max_live_parameters,
+            offloaded=_offloaded(student.offload_optimizer),
+            accumulates=accumulates,
+            lazy=not gpu,
+        ),
+        teacher_offloaded=teacher is not None and _offloaded(teacher.offload_param),
+        overlap=teacher is not None and teacher.max_live_parameters > 0,
+    )
+
+
+def _offloaded(section) -> bool:
+    return section is not None and section.device != "none"
+
+
+def _loading(config: Config, models: Models, gpu: bool) -> Counter:
+    """Models are read in float32: a whole teacher goes to its device so, a student is cut from one in host memory."""
+    found = Counter()
+    if models.teacher is not None and config.teacher.zero_stage == 0:
+        found[TEACHER] = 4 * _parameters(config, models.teacher)
+    if not gpu and config.student.from_teacher is not None:
+        found[TEACHER] = 4 * _parameters(config, models.teacher)
+        found[zero.WEIGHTS] = 4 * _parameters(config, models.student)
+    return found
+
+
+def _parameters(config: Config, model: PretrainedConfig) -> int:
+    with torch.device("meta"):
+        return count_parameters(build(model, None, config.task, "model", needs_head=False))
+
+
+def _kept(phases: dict[str, Counter]) -> int:
+    """What a forward pass leaves for backward and the terms."""
+    return phases["terms"][ACTIVATIONS] + phases["terms"][CAPTURED]
+
+
+def _materialised(config: Config, models: Models, stage: Stage, size: int) -> dict[str, int]:
+    """One copy, in train.dtype, of what the operators never hold."""
+    width, tokens = deepspeed.DTYPES[config.train.dtype].itemsize, config.data.max_length
+    pair, found = models.pair, {}
+    attention = stage.terms.named().get("attention")
+    if attention is not None:
+        (objective,) = objective_layers(
+            config.model_copy(update={"stages": (stage,)}), models.student, models.teacher
+        )
+        maps = sum(
+            len(objective.layers(f"{name}_attention")) * shape.heads
+            for name, shape in (("student", pair.student), ("teacher", pair.teacher))
+        )
+        found["attention maps of the mapped layers"] = width * size * maps * tokens**2
+    if config.task in LANGUAGE:
+        entries = sum(shape.vocabulary for shape in (pair.student, pair.teacher) if shape is not None)
+        found["logits"] = width * size * tokens * entries
+    return found
+
+
+def _largest(at: dict[int, dict[str, Counter]], room: int) -> int:
+    """The largest micro-batch that fits: each phase grows along the line through two batches that were rehearsed.
+
+    Large batches are not rehearsed themselves: the operators' blocks would take minutes.
+    """
+    (low, small), (high, large) = sorted(at.items())
+    fits = []
+    for phase in small:
+        slope = (large[phase].total() - small[phase].total()) / (high - low)
+        if slope > 0:
+            fits.append(low + int((room - small[phase].total()) / slope))
+    return max(1, min(fits))
+
+
+def write(plan: Plan, path: str) -> None:
+    """The plan as JSON, in bytes."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(vars(plan) | {"peak": plan.peak}, file, indent=1)
+        file.write("\n")
+
+
+def table(plan: Plan, config: Config, world_size: int, memory: int) -> str:
+    """The plan for people."""
+    owners = dict.fromkeys(owner for phase in plan.phases.values() for owner in phase)
+    rows = [["MiB a rank", *plan.phases]]
+    for owner in owners:
+        sizes = [phase[owner] for phase in plan.phases.values()]
+        if max(sizes) >= MIB / 2:
+            rows.append([owner, *(f"{size / MIB:,.0f}" for size in sizes)])
+    rows.append(["sum", *(f"{phase.total() / MIB:,.0f}" for phase in plan.phases.values())])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    lines[1:1] = lines[-1:-1] = ["-" * len(lines[0])]
+    train = config.train
+    stage = f", stage {plan.stage}" if config.stages else ""
+    head = (
+        f"{world_size} rank(s), micro-batches of {train.micro_batch_size} × {config.data.max_length} tokens, "
+        f"{train.dtype}{stage}"
+    )
+    reserve = f" + {plan.reserve / GIB:g} set aside for CUDA and NCCL" if plan.reserve else ""
+    need = plan.peak + plan.reserve
+    verdict = f"peak: {plan.peak / GIB:.2f} GiB ({plan.highest}){reserve} = {need / GIB:.2f} of {memory / GIB:.2f} GiB"
+    tail = [f"  {name}: {size / MIB:,.0f} MiB" for name, size in plan.instead.items()]
+    if plan.largest:
+        fit = f"largest micro-batch that fits: {plan.largest}"
+        if plan.largest < train.micro_batch_size:
+            fit += f" (train.micro_batch_size {train.micro_batch_size} does not, by {(need - memory) / GIB:.2f} GiB)"
+        tail.append(fit)
+    return "\n".join([head, "", *lines, "", verdict, "not part of it:", *tail]) + "\n"
+
+
+def refusal(plan: Plan, memory: int) -> str | None:
+    """One line that says what does not fit and by how much; None where micro-batches of one do."""
+    if plan.largest:
+        return None
+    owner, size = plan.phases[plan.highest].most_common(1)[0]
+    return (
+        f"does not fit, not even with micro-batches of 1: {plan.least / GIB:.2f} GiB are needed, "
+        f"{(plan.least - memory) / GIB:.2f} more than there are; the most goes to {owner} ({size / GIB:.2f} GiB)"
+    )

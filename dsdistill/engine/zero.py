@@ -1,0 +1,179 @@
+"""What DeepSpeed ZeRO keeps of the student on a rank, and when, told to a ledger; no DeepSpeed runs.
+
+Follows deepspeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py). With S trainable parameters of e bytes on w ranks:
+
+  weights           S·e, at stage 3 S·e/w and, while layers run, all of them gathered (its default limits let go of
+                    nothing in a model of less than 1e9 parameters)
+  master weights    4·S/w in float32, also beside weights that are float32 themselves
+  moments           8·S/w for Adam, 4·S/w for momentum SGD and AdaGrad
+  gradients         at stage 1 S·e until the last micro-batch; from then on, as always at stage 2, those of parameters
+                    that this rank's share touches, each whole; at stage 3 S·e/w
+  bucket            gradients are copied there to be reduced, and once more, flat, to be sent: on a GPU
+                    reduce_bucket_size elements whatever the model's size, on a CPU what is written there
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dsdistill.engine.ledger import Ledger
+
+WEIGHTS, GATHERED, GRADIENTS = "student, weights", "student, gathered weights", "student, gradients"
+MASTER, MOMENTS = "optimizer, master weights", "optimizer, moments"
+BUCKETS, STEP = "DeepSpeed, buckets", "DeepSpeed, flat copies in the step"
+
+STATES = {"adamw": 2, "adam": 2, "sgd": 1, "adagrad": 1}  # float32 values a parameter
+TEMPORARY = {
+    "adamw": 0,
+    "adam": 0,
+    "sgd": 1,
+    "adagrad": 3,
+}  # the same, while it steps: the fused ones need none
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the student's engine."""
+
+    stage: int
+    world_size: int
+    width: int  # bytes of a weight
+    optimizer: str
+    bucket: int  # reduce_bucket_size, elements
+    buffers: int  # buckets: 2 where communication overlaps with backward
+    live: int  # most gathered elements at stage 3
+    offloaded: bool  # optimizer and its state in host memory
+    accumulates: bool  # over more than one micro-batch
+    lazy: bool  # a buffer costs only what is written there: CPUs
+
+
+class StudentZero:
+    """Follows the student's parameters through a step.
+
+    groups: trainable parameters by optimizer group, in order. frozen: elements that do not train.
+    """
+
+    def __init__(
+        self, ledger: Ledger, settings: Settings, groups: Sequence[Sequence[nn.Parameter]], frozen: int
+    ):
+        self.ledger, self.settings = ledger, settings
+        self.groups = [[parameter.numel() for parameter in group] for group in groups]
+        self.total = sum(map(sum, self.groups))
+        self.largest = max(size for group in self.groups for size in group)
+        world, width = settings.world_size, settings.width
+        self.sharded = settings.stage == 3
+        self.share = self.total / world  # elements of a rank
+        ledger.add(WEIGHTS, width * (self.total + frozen) / (world if self.sharded else 1))
+        self.whole = width * min(self.total + frozen, settings.live) if self.sharded else 0
+        if not settings.offloaded:
+            ledger.add(MASTER, 4 * self.share)
+            ledger.add(MOMENTS, 4 * STATES[settings.optimizer] * self.share)
+        self.mine = width * (
+            self.share if self.sharded else max(self._touched())
+        )  # gradients this rank keeps
+        self._filled = self._held = 0  # elements: in the bucket now, and what it takes
+        self._keeps = False  # a reduced gradient, of this backward pass
+        if self.sharded:  # both stay from step to step
+            ledger.add(GRADIENTS, 0 if settings.offloaded else self.mine)
+            self._allocate()
+        if settings.accumulates:  # what earlier micro-batches left
+            mine = 0 if settings.offloaded else self.mine
+            ledger.add(GRADIENTS, {1: width * self.total, 2: mine, 3: 0}[settings.stage])
+
+    def _touched(self) -> list[int]:
+        """Elements, by rank, of the parameters of which the rank's share of a group holds some."""
+        world = self.settings.world_size
+        touched = [0] * world
+        for group in self.groups:
+            share, start = math.ceil(sum(group) / world), 0
+            for size in group:
+                for rank in range(start // share, min(world - 1, (start + size - 1) // share) + 1):
+                    touched[rank] += size
+                start += size
+        return touched
+
+    def gather(self) -> None:
+        self.ledger.add(GATHERED, self.whole)
+
+    def release(self) -> None:
+        self.ledger.add(GATHERED, -self.whole)
+
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Do with each gradient what DeepSpeed's hooks do."""
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        self._allocate()
+        if self.settings.stage == 1:
+            if not self.settings.accumulates:
+                self.ledger.give([parameter.grad], GRADIENTS)
+                return
+        else:
+            self._copy(parameter.numel())
+        parameter.grad = None
+
+    def _copy(self, size: int) -> None:
+        """One gradient into the bucket."""
+        if self._filled + size > self.settings.bucket and self._filled:
+            self._reduce()
+        if size <= self.settings.bucket:
+            self._hold(self._filled + size)
+        self._filled += size
+
+    def _allocate(self) -> None:
+        """The bucket, before the first gradient."""
+        if not self.settings.lazy:
+            self._hold(self.settings.buffers * self.settings.bucket)
+
+    def _hold(self, elements: int) -> None:
+        """The bucket takes at least so many elements."""
+        if elements > self._held:
+            self.ledger.add(BUCKETS, self.settings.width * (elements - self._held))
+            self._held = elements
+
+    def _reduce(self) -> None:
+        """Send the bucket, from a flat copy, and keep what is this rank's."""
+        flat = self.settings.width * self._filled
+        self.ledger.add(BUCKETS, flat)
+        self.ledger.add(BUCKETS, -flat)
+        self._filled = 0
+        if not self.sharded and not self.settings.offloaded and not self._keeps:
+            self._keeps = True
+            self.ledger.add(GRADIENTS, self.mine)
+
+    def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The end of a step's last backward pass."""
+        if self.settings.stage == 1:
+            for parameter in parameters:
+                size = parameter.numel()
+                self._copy(size)
+                if self.settings.accumulates:
+                    self.ledger.add(GRADIENTS, -self.settings.width * size)
+                parameter.grad = None
+        self._reduce()
+        if not self.sharded:
+            self.ledger.add(BUCKETS, -self.settings.width * self._held)
+            self._held = 0
+            if self.settings.stage == 2 and self.settings.accumulates and self._keeps:
+                self.ledger.add(GRADIENTS, -self.mine)  # added to what was there
+
+    def step(self) -> None:
+        """The optimizer, one group at a time, on a flat float32 copy of its gradients."""
+        if self.settings.offloaded:
+            return
+        shares = [sum(group) / self.settings.world_size for group in self.groups]
+        self._passing(
+            8 * min(self.largest, max(shares))
+        )  # norms are taken in float64, parameter by parameter
+        for share in shares:
+            flat = self.settings.width * share
+            single = 0 if self.settings.width == 4 else 4 * share
+            self._passing(flat + single)
+            self._passing((single or flat) + 4 * TEMPORARY[self.settings.optimizer] * share)
+
+    def _passing(self, size: float) -> None:
+        self.ledger.add(STEP, size)
+        self.ledger.add(STEP, -int(size))

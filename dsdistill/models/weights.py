@@ -1,0 +1,63 @@
+"""Weight files, looked at before anything is loaded from them."""
+
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+
+from dsdistill.config import UserError
+from dsdistill.config.schema import LANGUAGE
+from dsdistill.models.build import auto_class, locate
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> None:
+    """Raise UserError where a local folder's weights are missing, pickled, damaged or of other shapes than its config.
+
+    Reads headers alone. A hub id is left to the download, which takes safetensors alone too.
+    """
+    folder = locate(path, f"{place}.path")
+    if not os.path.isdir(folder):
+        return
+    theirs = {}
+    for name in _files(folder, f"{place}.path"):
+        try:
+            with safe_open(os.path.join(folder, name), framework="pt") as file:
+                theirs |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{place}.path", f"{path} with {name} ({error})", "weights that are whole"
+            ) from None
+    with torch.device("meta"):
+        ours = auto_class(task).from_config(model)
+    prefix = f"{ours.base_model_prefix}."
+    for name, value in ours.state_dict().items():
+        if task not in LANGUAGE and not name.startswith(prefix):
+            continue  # a head of classes may be another: build() makes a new one
+        found = theirs.get(name) or theirs.get(name.removeprefix(prefix))
+        if found is not None and found != list(value.shape):
+            raise UserError(
+                f"{place}.path",
+                f"{path} with {name} of shape {found}",
+                f"{list(value.shape)}, as its config.json says",
+            )
+
+
+def _files(folder: str, place: str) -> list[str]:
+    """The names of the safetensors files that hold a folder's weights."""
+    if os.path.isfile(os.path.join(folder, SINGLE)):
+        return [SINGLE]
+    try:
+        with open(os.path.join(folder, INDEX), encoding="utf-8") as file:
+            return sorted(set(json.load(file)["weight_map"].values()))
+    except FileNotFoundError:
+        there = sorted(name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth", ".h5")))
+        kept = f"{folder} with {', '.join(there)} alone" if there else f"{folder} without weights"
+        raise UserError(place, kept, f"{SINGLE}: files that can hold code are not opened") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            place, f"{INDEX} ({type(error).__name__}: {error})", "a list of weight files"
+        ) from None

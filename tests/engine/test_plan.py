@@ -1,0 +1,323 @@
+"""What `dsdistill plan` foretells: against resident memory of real runs, by hand, and in words."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from dsdistill import cli
+from dsdistill.config import load
+from dsdistill.config.load import build as build_config
+from dsdistill.engine import zero
+from dsdistill.engine.ledger import Ledger
+from dsdistill.engine.plan import Forecast, make_plan, peak
+from tests.conftest import WORDS
+from tests.engine.launch import launch
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("plan_worker.py")
+# What makes glibc give back what is freed, so that resident memory is memory in use.
+EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+BERT = {"model_type": "bert", "vocab_size": 8000, "max_position_embeddings": 512}
+TEACHER = BERT | {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+}
+STUDENT = BERT | {
+    "hidden_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "attention_probs_dropout_prob": 0.0,
+}
+ALL = {"task": {}, "soft_label": {}, "hidden": {}, "attention": {"heads": "mean"}, "pairwise": {}}
+
+# What differs from micro-batches of 4 × 128 tokens, teacher at stage 3, student at stage 2, float32.
+MORE = {
+    "long, checkpointing, stage 3": {
+        "data.max_length": 320,
+        "student.gradient_checkpointing": True,
+        "student.zero_stage": 3,
+    },
+    "stage 1, accumulating, bf16, whole teacher, fewer terms": {
+        "student.zero_stage": 1,
+        "teacher.zero_stage": 0,
+        "train.dtype": "bf16",
+        "train.batch_size": 8,
+        "terms": {"task": {}, "soft_label": {}, "hidden": {}},
+    },
+    "plain": {},
+    "deep": {"student.config": STUDENT | {"num_hidden_layers": 10}, "data.max_length": 256},
+    "stage 2, accumulating": {"train.batch_size": 8, "data.max_length": 256},
+    "sgd, checkpointing": {"train.optimizer": "sgd", "student.gradient_checkpointing": True},
+    "cut from its teacher": {
+        "student.config": {"attention_probs_dropout_prob": 0.0},
+        "student.from_teacher": [2, 4, 6, 8],
+    },
+}
+TWO = {
+    "stage 2": {"train.micro_batch_size": 8, "train.batch_size": 16},
+    "stage 3, long, checkpointing": {
+        "student.zero_stage": 3,
+        "student.gradient_checkpointing": True,
+        "data.max_length": 320,
+        "train.batch_size": 8,
+    },
+}
+MORE_OF_TWO = {
+    "stage 3": {"student.zero_stage": 3, "train.batch_size": 8},
+    "stage 1, bf16": {"student.zero_stage": 1, "train.batch_size": 8, "train.dtype": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict:
+    """Texts longer than any sequence of the tests."""
+    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
+    for name, count in (("train", 48), ("dev", 2)):
+        lines = [f"{' '.join(rng.choices(WORDS, k=600))}\t{'ab'[i % 2]}" for i in range(count)]
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n", encoding="utf-8")
+    return {"source": "files", "train": str(folder / "train.tsv"), "dev": str(folder / "dev.tsv")}
+
+
+def settings_of(changes: dict, data: dict) -> dict:
+    found = {
+        "data": data | {"max_length": 128},
+        "teacher": {"config": TEACHER, "zero_stage": 3},
+        "student": {"config": STUDENT, "zero_stage": 2},
+        "terms": ALL,
+        "train": {"steps": 2, "batch_size": 4, "micro_batch_size": 4},
+    }
+    for dotted, value in changes.items():
+        *parents, key = dotted.split(".")
+        section = found
+        for parent in parents:
+            section[parent] = dict(section[parent])
+            section = section[parent]
+        section[key] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "runs"),
+    [
+        pytest.param(2, TWO, id="two ranks"),
+        pytest.param(1, MORE, id="one rank", marks=pytest.mark.soak),
+        pytest.param(2, MORE_OF_TWO, id="more on two ranks", marks=pytest.mark.soak),
+    ],
+)
+def test_measured_peaks(ranks, runs, texts, tokenizer_dir, tmp_path, monkeypatch):
+    for name, value in EXACT.items():
+        monkeypatch.setenv(name, value)
+    data = texts | {"tokenizer": str(tokenizer_dir), "cache": str(tmp_path / "cache")}
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    warm = {f"{model}.config": BERT | small for model in ("teacher", "student")}
+    paths, plans = [], []
+    for index, changes in enumerate(
+        [warm | {"data.max_length": 16, "train.batch_size": 4 * ranks}, *runs.values()]
+    ):
+        settings = settings_of(changes, data) | {"run": {"dir": str(tmp_path / f"run{index}")}}
+        paths.append(tmp_path / f"{index}.yaml")
+        paths[-1].write_text(yaml.safe_dump(settings))
+        plans.append(settings)
+    out = tmp_path / "peaks.json"
+    done = launch(WORKER, *paths, out, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for index, (name, settings) in enumerate(zip(runs, plans[1:], strict=True)):
+        planned = peak(Forecast(build_config(settings), ranks, gpu=False).highest()[1])
+        for measured in (peaks[index] for peaks in json.loads(out.read_text())):
+            found[name] = f"{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} measured"
+            print(name, found[name], f"{planned / measured:.3f}")
+            assert measured > 100 * 2**20, "too small to tell"
+    for text in found.values():
+        planned, measured = (int(word) for word in text.split() if word.isdigit())
+        assert abs(planned / measured - 1) <= 0.15, found
+
+
+class TestLedger:
+    def test_a_layer_by_hand(self):
+        """(8, 16) × (16, 32) and its ReLU: 8·32·4 = 1024 bytes each; ReLU keeps its own output for backward."""
+        ledger = Ledger((8, 16))
+        with ledger.fake:
+            weight, x = torch.zeros(16, 32, requires_grad=True), torch.zeros(8, 16)
+        with ledger.running():
+            ledger.enter("forward", "made")
+            y = (x @ weight).relu()
+            assert ledger.held["made"] == 1024  # the product is gone
+            loss = y.sum()
+            ledger.enter("backward", "passing")
+            del y
+            assert ledger.held["made"] == 1024 + 4  # but for autograd
+            loss.backward()
+            del loss
+        assert ledger.peaks["forward"]["made"] == 2048
+        assert ledger.held["made"] == 0
+        assert ledger.held["passing"] == 16 * 32 * 4  # the weight's gradient
+
+    def test_views_and_what_was_there_count_nothing(self):
+        ledger = Ledger((1, 1))
+        with ledger.fake:
+            weight = torch.zeros(64, 64)
+        with ledger.running():
+            ledger.enter("forward", "made")
+            part = weight.t()[:2]
+            assert ledger.held["made"] == 0
+            copy = part.clone()
+            view = copy[0]
+            del copy
+            assert ledger.held["made"] == 2 * 64 * 4
+            del view
+        assert ledger.held["made"] == 0
+
+    def test_contents_that_nobody_knows(self):
+        ledger = Ledger((3, 7))
+        with ledger.running():
+            mask = torch.ones(3, 7, dtype=torch.bool)
+            assert mask.nonzero().shape == (21, 2)
+            assert torch.zeros(3, 7, 5)[mask].shape == (21, 5)
+            assert int(torch.tensor([1, 2]).max()) == 7 and bool(mask.any())
+
+
+class TestZero:
+    """Two parameters of 600 and 400 elements in one group, on two ranks, in bfloat16 under AdamW."""
+
+    def held(self, stage: int, **changes) -> tuple[Ledger, dict]:
+        options = {"offloaded": False, "accumulates": False, "lazy": False, "bucket": 5000, "buffers": 1}
+        settings = zero.Settings(stage, 2, 2, "adamw", live=10**9, **options | changes)
+        ledger = Ledger((1, 1))
+        with ledger.fake:
+            parameters = [nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (600, 400)]
+        student = zero.StudentZero(ledger, settings, [parameters], frozen=100)
+        rest = dict(ledger.held)
+        student.follow(parameters)
+        with ledger.running():
+            ledger.enter("backward", "passing")
+            sum(p.sum() for p in parameters).backward()
+            ledger.enter("reduce", "passing")
+            student.reduce(parameters)
+            ledger.enter("step", "passing")
+            student.step()
+        return ledger, rest
+
+    @pytest.mark.parametrize(
+        ("stage", "weights", "gradients"),
+        # Rank 0 owns elements 0 to 499 and so touches 600 of them; rank 1 touches both parameters.
+        [(1, 2200, 2000), (2, 2200, 2000), (3, 1100, 1000)],
+    )
+    def test_what_stays(self, stage, weights, gradients):
+        ledger, rest = self.held(stage)
+        assert rest[zero.WEIGHTS] == weights
+        assert rest[zero.MASTER] == 4 * 500 and rest[zero.MOMENTS] == 8 * 500
+        assert ledger.held[zero.GRADIENTS] == gradients
+        assert ledger.held[zero.BUCKETS] == (10000 if stage == 3 else 0)
+
+    def test_a_bucket_is_whole_on_a_gpu_and_as_filled_on_a_cpu(self):
+        for lazy, bucket in ((False, 10000), (True, 2000)):
+            ledger, _ = self.held(2, lazy=lazy)
+            assert ledger.peaks["reduce"][zero.BUCKETS] == bucket + 2000  # and its flat copy
+
+    def test_a_small_bucket_is_sent_twice(self):
+        """Once for each gradient; what the first leaves is there while the second waits and is sent, from a copy."""
+        ledger, _ = self.held(2, lazy=True, bucket=700)
+        assert ledger.peaks["backward"][zero.BUCKETS] == 2 * 600
+        assert ledger.peaks["backward"][zero.GRADIENTS] == 2000
+        assert ledger.peaks["reduce"][zero.BUCKETS] == 2 * 2 * 600
+        assert ledger.peaks["reduce"][zero.GRADIENTS] == 2000
+
+    def test_the_step_and_offload(self):
+        # A flat copy in bfloat16 and one in float32; norms in float64 would take 8 · 500 for the larger parameter.
+        ledger, _ = self.held(2)
+        assert ledger.peaks["step"][zero.STEP] == 8 * 500
+        ledger, rest = self.held(2, offloaded=True)
+        assert zero.MASTER not in rest and ledger.held[zero.GRADIENTS] == 0
+
+
+def test_the_largest_micro_batch(texts, tokenizer_dir):
+    """Rehearsed at the size found and at one more, memory fits and does not."""
+    settings = settings_of({"train.batch_size": 4096, "data.max_length": 64}, texts)
+    config, memory = build_config(settings), 700 * 2**20
+    found = make_plan(config, 1, memory, gpu=False)
+    assert found.largest > 4
+    forecast, stage = Forecast(config, 1, gpu=False), config.parts[0]
+    sizes = [peak(forecast.phases(stage, size, False)) for size in (found.largest, found.largest + 2)]
+    assert sizes[0] <= memory < sizes[1] * 1.02
+
+
+def test_what_is_not_there(texts):
+    """4 × 128 tokens, float32: maps of 4 layers of 6 heads and of 4 layers of 8; logits of 2 × 8000 entries."""
+    found = make_plan(build_config(settings_of({}, texts)), 1, 2**34, gpu=False).instead
+    assert found["attention maps of the mapped layers"] == 4 * 4 * 128**2 * (4 * 6 + 4 * 8)
+    less, more = (found[f"student, activations {how} checkpointing"] for how in ("with", "without"))
+    assert less < 0.5 * more
+
+
+class TestCommand:
+    def run(self, monkeypatch, capsys, *arguments):
+        monkeypatch.setattr(sys, "argv", ["dsdistill", "plan", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, capsys.readouterr()
+
+    @pytest.fixture
+    def config(self, texts, tmp_path):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings_of({}, texts)))
+        return path
+
+    def test_what_fits(self, config, tmp_path, monkeypatch, capsys):
+        out = tmp_path / "plan.json"
+        options = ["train.micro_batch_size=2", "--world-size", 2, "--gpu-memory", "6GiB", "--json", out]
+        code, printed = self.run(monkeypatch, capsys, config, *options)
+        assert code == 0, printed.err
+        assert "optimizer, master weights" in printed.out and "largest micro-batch that fits:" in printed.out
+        found = json.loads(out.read_text())
+        assert found["peak"] == max(sum(phase.values()) for phase in found["phases"].values())
+        assert f"peak: {found['peak'] / 2**30:.2f} GiB" in printed.out
+
+    def test_a_clear_no(self, config, monkeypatch, capsys):
+        code, printed = self.run(monkeypatch, capsys, config, "--cpu", "--gpu-memory", "300MiB")
+        assert code == 1
+        (line,) = printed.err.splitlines()
+        assert "does not fit, not even with micro-batches of 1: 0.4" in line and "teacher, weights" in line
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--gpu-memory", "80"], "--gpu-memory: got '80', expected a size such as 80GiB"),
+            (["--world-size", 0], "--world-size: got 0, expected 1 or more"),
+            (["--world-size", 3], "train.batch_size: got 4, expected a multiple"),
+            (["terms.attention.heads=match"], "terms.attention.heads: got match for 6 student and 8"),
+        ],
+    )
+    def test_refused(self, config, monkeypatch, capsys, arguments, message):
+        code, printed = self.run(monkeypatch, capsys, config, *arguments)
+        assert code == 2 and message in printed.err and not printed.out
+
+
+SHIPPED = [
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if path.parent.name in ("configs", "recipes") and not path.name.startswith("compare_")
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_has_a_plan(path, monkeypatch):
+    """Offline, as it is."""
+    monkeypatch.chdir(ROOT)
+    found = make_plan(load([str(path)]), 8 if "small" not in path.stem else 2, 80 * 2**30)
+    assert 0 < found.peak < 80 * 2**30 and found.largest > 0
+    print(f"{path.stem}: {found.peak / 2**30:.2f} GiB, micro-batches to {found.largest}")

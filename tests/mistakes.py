@@ -1,0 +1,220 @@
+"""Configs that must be refused, for test_bad_input.py."""
+
+from tests.conftest import BERT
+
+SMALL = {key: value for key, value in BERT.items() if key != "model_type"}
+DEBERTA = {"model_type": "deberta", "relative_attention": True, "pos_att_type": ["c2p"], **SMALL}
+
+# A config that works, what is changed in it, and what the line must hold.
+CONFIG = {
+    "unknown key": ({"train.lerning_rate": 1}, ["train.lerning_rate", "did you mean learning_rate?"]),
+    "wrong type": ({"train.steps": "ten"}, ["train.steps", "'ten'", "integer"]),
+    "temperature": (
+        {"terms.soft_label.temperature": 0},
+        ["terms.soft_label.temperature", "got 0", "greater than 0"],
+    ),
+    "batch sizes": ({"train.batch_size": 10}, ["train.batch_size: got 10", "train.micro_batch_size (4)"]),
+    "no term": ({"terms": {}}, ["terms: got no term"]),
+    "DeepSpeed key": (
+        {"student.deepspeed": {"zero_optimisation": {}}},
+        ["zero_optimisation", "zero_optimization?"],
+    ),
+    "DeepSpeed key of a section": (
+        {"student.deepspeed": {"zero_optimization": {"overlap_com": True}}},
+        [
+            "student.deepspeed.zero_optimization.overlap_com: got an unknown DeepSpeed key",
+            "mean overlap_comm?",
+        ],
+    ),
+    "DeepSpeed key further down": (
+        {"teacher.deepspeed": {"zero_optimization": {"offload_param": {"devise": "cpu"}}}},
+        ["teacher.deepspeed.zero_optimization.offload_param.devise", "did you mean device?"],
+    ),
+    "DeepSpeed value": (
+        {"student.deepspeed": {"zero_optimization": {"reduce_bucket_size": "big"}}},
+        ["student.deepspeed.zero_optimization.reduce_bucket_size: got 'big'", "integer"],
+    ),
+    "DeepSpeed rule": (
+        {"student.deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
+        ["student.deepspeed.zero_optimization: got ", "only supported for ZeRO Stage 3"],
+    ),
+    "DeepSpeed monitor": (
+        {"student.deepspeed": {"tensorboard": {"enable": True}}},
+        ["student.deepspeed.tensorboard.enable", "did you mean enabled?"],
+    ),
+    "fp16 on CPU": ({"train.dtype": "fp16"}, ["train.dtype: got fp16 without a GPU", "fp32 or bf16"]),
+    "missing file": ({"data.train": "nowhere.tsv"}, ["nowhere.tsv: got no such file"]),
+    "unknown extension": ({"data.train": "train.xyz"}, ["train.xyz", "'.xyz'"]),
+    "text column": ({"data.text": ["txt"]}, ["train.tsv: got no column 'txt'", "text"]),
+    "label column": ({"data.label": "lable"}, ["train.tsv: got no column 'lable'", "label"]),
+    "label names": ({"data.labels": ["a", "b"]}, ["train.tsv, line 4", "'c'", "2 classes a, b"]),
+    "map out of range": (
+        {"terms.hidden.layers": [[1, 9]]},
+        ["terms.hidden.layers: got teacher layer 9", "1 to 4"],
+    ),
+    "map beyond student": (
+        {"terms.attention.layers": [[3, 4]]},
+        ["terms.attention.layers", "student layer 3", "1 to 2"],
+    ),
+    "deeper student": (
+        {"student": {"config": {**BERT, "num_hidden_layers": 5}}},
+        ["terms.hidden.layers: got a student of 5 layers and a teacher of 4"],
+    ),
+    "heads": (
+        {"student": {"config": {**BERT, "num_attention_heads": 2}}},
+        ["terms.attention.heads: got match for 2 student and 4 teacher heads", "heads: mean"],
+    ),
+    "mean of scores": (
+        {"terms.attention": {"heads": "mean", "divergence": "score_mse"}},
+        ["terms.attention.divergence: got score_mse with heads: mean"],
+    ),
+    "layers beyond the teacher": (
+        {"student": {"from_teacher": [2, 5]}},
+        ["student.from_teacher: got layer 5", "layers 1 to 4"],
+    ),
+    "small vocabulary": (
+        {"student": {"config": {**BERT, "vocab_size": 20}}},
+        ["student.config.vocab_size: got 20", "entries"],
+    ),
+    "long sequences": ({"data.max_length": 65}, ["data.max_length: got 65", "64 positions"]),
+    "structure": (
+        {"student.config": {"num_hidden_layers": 3}},
+        ["student.config.num_hidden_layers: got 3, expected 2, as the weights have it"],
+    ),
+    "unknown architecture key": (
+        {"student.config": {"layers": 3}},
+        ["student.config.layers: got an unknown key"],
+    ),
+    "unknown architecture": (
+        {"student": {"config": {"model_type": "brt"}}},
+        ["student.config.model_type: got 'brt'"],
+    ),
+    "attention that hides": (
+        {"student": {"config": DEBERTA}},
+        ["student: got model type deberta, 0 of 2 attention"],
+    ),
+    "relative bias": (
+        {"student": {"config": {"model_type": "mpnet", **SMALL}}},
+        ["student: got model type mpnet"],
+    ),
+    "shared layers": (
+        {"student": {"config": {"model_type": "albert", **SMALL}}},
+        ["student: got model type albert"],
+    ),
+    "encoder-decoder": (
+        {
+            "student": {"config": {"model_type": "t5", "vocab_size": 64, "num_layers": 2}},
+            "terms": {"task": {}},
+        },
+        ["student: got model type t5, an encoder-decoder"],
+    ),
+    "unequal windows": (
+        {
+            "student": {
+                "config": {
+                    "model_type": "modernbert",
+                    "vocab_size": 64,
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "max_position_embeddings": 64,
+                    "local_attention": 8,
+                    "layer_types": ["sliding_attention", "full_attention"],
+                }
+            }
+        },
+        ["terms.attention.layers: got student layer 1 with two-sided attention in a window of 5"],
+    ),
+    "missing teacher": ({"teacher.path": "./nowhere"}, ["teacher.path: got no such folder: ./nowhere"]),
+    "hub teacher offline": ({"teacher.path": "some/model"}, ["teacher.path: got some/model ("]),
+    "regression on text": (
+        {"task": "regression", "terms": {"task": {}}},
+        ["train.tsv, line 2", "'a'", "number"],
+    ),
+    "language model of an encoder": ({"task": "causal_lm", "data.train": "t.txt"}, ["got model type bert"]),
+    "no tokenizer": (
+        {"teacher": {"config": BERT}, "student": {"config": BERT}, "terms": {"task": {}}},
+        ["data.tokenizer: got nothing"],
+    ),
+    "tokenizer folder": ({"data.tokenizer": "./nowhere"}, ["data.tokenizer: got no such folder"]),
+    "hub data offline": ({"data.source": "nobody/nothing"}, ["data.source: got nobody/nothing"]),
+    "recipe": ({"teacher": {"recipe": "nowhere.yaml"}}, ["nowhere.yaml: got no such file"]),
+    "negative rate": ({"train.learning_rate": -1.0}, ["train.learning_rate: got -1.0", "greater than 0"]),
+    "rate NaN": ({"train.learning_rate": float("nan")}, ["train.learning_rate: got nan", "finite"]),
+    "infinite decay": ({"train.weight_decay": float("inf")}, ["train.weight_decay: got inf", "finite"]),
+    "rate as text": ({"train.learning_rate": "fast"}, ["train.learning_rate: got 'fast'", "number"]),
+    "no steps": ({"train.steps": 0}, ["train.steps: got 0", "greater than or equal to 1"]),
+    "half an epoch": ({"train.epochs": 0.5}, ["train.epochs: got 0.5", "integer"]),
+    "warm-up of all": ({"train.warmup": 1.0}, ["train.warmup: got 1.0", "less than 1"]),
+    "negative seed": ({"run.seed": -1}, ["run.seed: got -1"]),
+    "huge seed": ({"run.seed": 2**70}, ["run.seed: got 1180591620717411303424"]),
+    "name with a slash": ({"run.name": "a/b"}, ["run.name: got 'a/b'"]),
+    "name above": ({"run.name": ".."}, ["run.name: got '..'"]),
+    "unknown task": ({"task": "translation"}, ["task: got 'translation'", "classification"]),
+    "unknown optimizer": ({"train.optimizer": "lion"}, ["train.optimizer: got 'lion'", "adamw"]),
+    "unknown scheduler": ({"train.scheduler": "step"}, ["train.scheduler: got 'step'", "linear"]),
+    "unknown dtype": ({"train.dtype": "float32"}, ["train.dtype: got 'float32'", "fp32"]),
+    "unknown term": ({"terms.hiden": {}}, ["terms.hiden: got an unknown key", "did you mean hidden?"]),
+    "unknown divergence": ({"terms.attention.divergence": "l2"}, ["terms.attention.divergence: got 'l2'"]),
+    "negative weight": ({"terms.hidden.weight": -1}, ["terms.hidden.weight: got -1"]),
+    "weight NaN": ({"terms.hidden.weight": float("nan")}, ["terms.hidden.weight: got nan"]),
+    "layers as text": ({"terms.hidden.layers": "all"}, ["terms.hidden.layers: got 'all'", "uniform, skip"]),
+    "layer zero": ({"terms.hidden.layers": [[0, 1]]}, ["terms.hidden.layers: got"]),
+    "no layer": ({"terms.hidden.layers": []}, ["terms.hidden.layers: got []"]),
+    "section as a number": ({"train": 3}, ["train: got 3"]),
+    "section as a list": ({"terms": ["hidden"]}, ["terms: got ['hidden']"]),
+    "section that is null": ({"data": "null"}, ["data: got 'null'"]),
+    "switch as text": ({"run.baseline": "maybe"}, ["run.baseline: got 'maybe'", "boolean"]),
+    "ZeRO stage of the student": ({"student.zero_stage": 4}, ["student.zero_stage: got 4", "1, 2 or 3"]),
+    "ZeRO stage of the teacher": ({"teacher.zero_stage": 2}, ["teacher.zero_stage: got 2", "0 or 3"]),
+    "evaluation now and then": ({"run.evaluate_every": "hour"}, ["run.evaluate_every: got 'hour'"]),
+    "no patience": ({"run.timeout": 0}, ["run.timeout: got 0"]),
+    "stage without a name": ({"stages": [{"share": 1}]}, ["stages.0.name: got nothing"]),
+    "stages of one name": (
+        {"stages": [{"name": "a"}, {"name": "a"}]},
+        ["stages: got names ['a', 'a']", "a name of its own"],
+    ),
+    "stage without a share": ({"stages": [{"name": "a", "share": 0}]}, ["stages.0.share: got 0"]),
+    "more stages than steps": (
+        {"stages": [{"name": "a"}, {"name": "b"}], "train.steps": 1},
+        ["train.steps: got 1", "each of 2 stages"],
+    ),
+    "smooth without a stage before": (
+        {"stages": [{"name": "a", "terms": {"smooth": {}}}]},
+        ["stages.0.terms.smooth: got no stage before"],
+    ),
+    "frozen by no name": (
+        {"stages": [{"name": "a", "freeze": ["*.nothing.*"]}]},
+        ["stages.0.freeze: got *.nothing.*, which names nothing"],
+    ),
+    "frozen throughout": (
+        {"stages": [{"name": "a", "freeze": ["*"]}]},
+        ["stages.0.freeze: got every parameter"],
+    ),
+    "three texts": ({"data.text": ["a", "b", "c"]}, ["data.text: got ['a', 'b', 'c']"]),
+    "one class named": ({"data.labels": ["a"]}, ["data.labels: got ['a']"]),
+    "noise above all": ({"data.label_noise": 1.5}, ["data.label_noise: got 1.5"]),
+    "no data": ({"data.fraction": 0}, ["data.fraction: got 0"]),
+    "temperature of no sampler": (
+        {"data.sampler_temperature": 1.0},
+        ["data.sampler_temperature: got a value with sampler uniform"],
+    ),
+    "prompts of a classifier": (
+        {"evaluation.generate": 5},
+        ["evaluation.generate: got task classification"],
+    ),
+    "architecture without a type": (
+        {"student": {"config": {"hidden_size": 32}}},
+        ["student.config: got no model_type"],
+    ),
+    "architecture that contradicts itself": (
+        {"student": {"config": {**BERT, "hidden_size": 50}}},
+        ["student: got model type bert", "hidden size (50)"],
+    ),
+    "architecture of a wrong type": (
+        {"student": {"config": {**BERT, "hidden_size": "big"}}},
+        ["student.config", "big"],
+    ),
+    "a vision model": ({"student": {"config": {"model_type": "vit"}}}, ["student", "vit"]),
+    "longer than the data": ({"data.max_dev": 0}, ["data.max_dev: got 0"]),
+}
