@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsdistill.alignment.terms import TERMS
+from tests.alignment.rig import Rig, make_batch
 from tests.alignment.synthetic import CASES, Synthetic, term_of
 
 N, LENGTHS, VOCABULARY = 2048, (2048, 1500), 8192
@@ -64,3 +65,22 @@ def test_a_whole_matrix_is_seen(case):
 def test_every_term_is_here():
     alone = {"smooth"}  # compares states of one model token by token
     assert {term_of(case) for case in CASES} | alone == set(TERMS)
+
+
+def test_teacher_layers_go_as_they_are_read():
+    """Each is gone once its last term has read it, not before."""
+    rig, batch = Rig("bert"), make_batch("classification")
+    teacher, counts, seen = rig.teacher_trace(batch), rig.counts([batch]), {}
+    mapped = set(teacher.hidden), set(teacher.attention)
+    for name, term in rig.objective.terms.items():
+
+        def sums(*arguments, _name=name, _sums=term.sums):
+            seen[_name] = set(teacher.hidden), set(teacher.attention)
+            return _sums(*arguments)
+
+        term.sums = sums
+    rig.module(batch, teacher, counts)
+    assert seen["hidden"] == mapped and seen["attention"][1] == mapped[1]
+    assert seen["attention"][0] == seen["pairwise"][0] == rig.objective.terms["pairwise"].teacher_hidden
+    assert seen["pairwise"][1] == set()
+    assert teacher.hidden == teacher.attention == {}

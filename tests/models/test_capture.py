@@ -216,3 +216,11 @@ def test_windows_by_layer(family, windows):
         ours(**inputs())
     assert tuple(watch.geometry[layer].window for layer in LAYERS) == windows
     assert all(geometry.causal == (family in CAUSAL) for geometry in watch.geometry.values())
+
+
+def test_values_are_kept_only_where_asked_for():
+    ours, _ = pair("bert")
+    for values in (True, False):
+        with Capture(ours, attention=(1,), values=values).recording() as trace:
+            ours(**inputs())
+        assert (trace.attention[1].value is not None) is values and trace.attention[1].key is not None

@@ -1,0 +1,112 @@
+"""Counts what every rank sends in one optimizer step, by who sends it and how.
+
+deepspeed --num_gpus 2 traffic_worker.py OUT.json CONFIG.yaml ...
+"""
+
+# ruff: noqa: E402
+
+import contextlib
+import functools
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+# Name of a collective → which argument holds the whole: what all ranks' parts are gathered into or scattered from.
+COLLECTIVES = {
+    "all_reduce": 0,
+    "all_gather": 0,
+    "all_gather_into_tensor": 0,
+    "reduce_scatter": 1,
+    "reduce_scatter_tensor": 1,
+    "broadcast": 0,
+    "reduce": 0,
+    "all_to_all_single": 0,
+}
+phase, inside, sent = "student", False, {}
+
+
+def counted(name, function):
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        global inside
+        if inside:  # some are made of others
+            return function(*arguments, **options)
+        tensors = [*arguments, *options.values()][COLLECTIVES[name]]
+        size = sum(t.nbytes for t in (tensors if isinstance(tensors, list) else [tensors]))
+        sent.setdefault(f"{phase} {name}", []).append(size)
+        inside = True
+        try:
+            return function(*arguments, **options)
+        finally:
+            inside = False
+
+    return call
+
+
+for collective in COLLECTIVES:  # before deepspeed is imported: it keeps the functions it finds
+    setattr(dist, collective, counted(collective, getattr(dist, collective)))
+
+from dsdistill.config import load
+from dsdistill.engine import deepspeed
+from dsdistill.engine.prepare import prepare
+from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.teacher import Teacher, count_parameters
+from dsdistill.engine.train import Trainer
+
+
+@contextlib.contextmanager
+def during(name):
+    global phase
+    before, phase = phase, name
+    try:
+        yield
+    finally:
+        phase = before
+
+
+def measure(path: str, ranks: Ranks) -> dict:
+    config = load([path])
+    prepared = prepare(config, ranks.world_size)
+    teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+    trainer = Trainer(prepared, 0, config.student.path, None, teacher, None, ranks)
+    trainer.engine.train()
+    gathers = teacher.trace
+
+    @contextlib.contextmanager
+    def trace(batch):
+        with contextlib.ExitStack() as stack:
+            with during("teacher"):
+                found = stack.enter_context(gathers(batch))
+            yield found
+
+    teacher.trace = trace
+    for step in range(2):  # ZeRO-3 learns the order of the layers in the first
+        sent.clear()
+        trainer.train_step(trainer.loader.step(0, step))
+    sizes = {
+        "teacher": count_parameters(teacher.model),
+        "student": count_parameters(trainer.module),
+        "head": count_parameters(teacher.model.get_output_embeddings()) if teacher.headless else 0,
+    }
+    found = {name: list(sizes) for name, sizes in sent.items()}
+    return {
+        "sent": found,
+        "sizes": sizes,
+        "parts": sum(t.parts for t in trainer.module.objective.terms.values()),
+    }
+
+
+if __name__ == "__main__":
+    out, *paths = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    group = deepspeed.start()
+    Ranks.sum = during("ours")(Ranks.sum)
+    try:
+        everything = [measure(path, group) for path in paths]
+        if group.first:
+            with open(out, "w") as file:
+                json.dump(everything, file)
+        torch.distributed.barrier()
+    finally:
+        deepspeed.stop()
