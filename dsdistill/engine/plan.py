@@ -172,6 +172,7 @@ def _place(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Pla
             # At stage 3 one bucket serves reduction and backward alike.
             buffers=2 if student.overlap_comm and student.stage < 3 else 1,
             live=student.max_live_parameters,
+            prefetch=student.prefetch_bucket_size,
             offloaded=_offloaded(student.offload_optimizer),
             accumulates=accumulates,
             lazy=not gpu,

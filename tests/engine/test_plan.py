@@ -55,7 +55,7 @@ MORE = {
         "terms": {"task": {}, "soft_label": {}, "hidden": {}},
     },
     "plain": {},
-    "deep": {"student.config": STUDENT | {"num_hidden_layers": 10}, "data.max_length": 256},
+    "deep": {"student.config": STUDENT | {"num_hidden_layers": 8}, "data.max_length": 256},
     "stage 2, accumulating": {"train.batch_size": 8, "data.max_length": 256},
     "sgd, checkpointing": {"train.optimizer": "sgd", "student.gradient_checkpointing": True},
     "cut from its teacher": {
@@ -192,7 +192,7 @@ class TestZero:
 
     def held(self, stage: int, **changes) -> tuple[Ledger, dict]:
         options = {"offloaded": False, "accumulates": False, "lazy": False, "bucket": 5000, "buffers": 1}
-        settings = zero.Settings(stage, 2, 2, "adamw", live=10**9, **options | changes)
+        settings = zero.Settings(stage, 2, 2, "adamw", live=10**9, prefetch=10**9, **options | changes)
         ledger = Ledger((1, 1))
         with ledger.fake:
             parameters = [nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (600, 400)]
@@ -318,6 +318,7 @@ SHIPPED = [
 def test_every_shipped_config_has_a_plan(path, monkeypatch):
     """Offline, as it is."""
     monkeypatch.chdir(ROOT)
-    found = make_plan(load([str(path)]), 8 if "small" not in path.stem else 2, 80 * 2**30)
+    laptop = "small" in path.stem or "quickstart" in path.stem
+    found = make_plan(load([str(path)]), 1 if laptop else 8, 80 * 2**30, gpu=not laptop)
     assert 0 < found.peak < 80 * 2**30 and found.largest > 0
     print(f"{path.stem}: {found.peak / 2**30:.2f} GiB, micro-batches to {found.largest}")
