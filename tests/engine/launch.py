@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
@@ -25,6 +26,9 @@ def launch_command(*arguments: object, ranks: int = 2) -> tuple[list[str], dict[
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),  # workers share code
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     environment.pop("TRITON_INTERPRET", None)  # of the operators' tests
