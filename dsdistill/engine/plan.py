@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from dsdistill.models.build import architecture, build, for_task, override
 MIB, GIB = 2**20, 2**30
 # CUDA's context and libraries, NCCL's buffers and what the caching allocator cannot reuse: a guess, not measured.
 RESERVE = 2 * GIB
+REHEARSED = 32768
 LOADING = "loading"
 UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
 
@@ -40,7 +42,7 @@ class Plan:
 
     phases: by phase of the run, bytes by owner at the phase's highest moment; of `stage`, which needs the most.
     instead: what is not there, and what it would take.
-    largest: most examples of a micro-batch that fit; 0: not even one. least: what micro-batches of one need.
+    largest: most examples of a micro-batch that fit; 0: not even one, for which `least` is needed.
     """
 
     stage: str
@@ -48,7 +50,7 @@ class Plan:
     instead: dict[str, int]
     reserve: int
     largest: int
-    least: int
+    least: int  # the least that was rehearsed
 
     @property
     def highest(self) -> str:
@@ -115,13 +117,16 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
         "student, activations with checkpointing": kept[True],
         **_materialised(config, forecast.models, stage, size),
     }
-    room, least, at = memory - reserve, phases, {size: phases}
-    if peak(phases) <= room:
-        at[2 * size] = forecast.phases(stage, 2 * size, checkpointing)
-    elif size > 1:
-        at[1] = least = forecast.phases(stage, 1, checkpointing)
-    largest = _largest(at, room) if peak(least) <= room else 0
-    return Plan(stage.name, phases, instead, reserve, largest, peak(least) + reserve)
+    at = {size: phases}
+
+    def need(batch: int) -> dict[str, Counter]:
+        if batch not in at:
+            at[batch] = forecast.phases(stage, batch, checkpointing)
+        return at[batch]
+
+    largest = _largest(need, size, memory - reserve, config.data.max_length)
+    least = peak(need(1)) if not largest else min(map(peak, at.values()))
+    return Plan(stage.name, phases, instead, reserve, largest, least + reserve)
 
 
 def _models(config: Config, gpu: bool) -> Models:
@@ -172,6 +177,7 @@ def _place(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Pla
             # At stage 3 one bucket serves reduction and backward alike.
             buffers=2 if student.overlap_comm and student.stage < 3 else 1,
             live=student.max_live_parameters,
+            prefetch=student.prefetch_bucket_size,
             offloaded=_offloaded(student.offload_optimizer),
             accumulates=accumulates,
             lazy=not gpu,
@@ -226,18 +232,29 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
     return found
 
 
-def _largest(at: dict[int, dict[str, Counter]], room: int) -> int:
-    """The largest micro-batch that fits: each phase grows along the line through two batches that were rehearsed.
+def _largest(need: Callable[[int], dict[str, Counter]], size: int, room: int, tokens: int) -> int:
+    """The largest micro-batch that fits, 0 if none; size: one to begin with, tokens: of a sequence.
 
-    Large batches are not rehearsed themselves: the operators' blocks would take minutes.
+    Beyond REHEARSED tokens, where rehearsing takes minutes, everything grows as the phase that grows the fastest does
+    there: small batches would not do, because what is the same for all of them hides what grows.
     """
-    (low, small), (high, large) = sorted(at.items())
-    fits = []
-    for phase in small:
-        slope = (large[phase].total() - small[phase].total()) / (high - low)
-        if slope > 0:
-            fits.append(low + int((room - small[phase].total()) / slope))
-    return max(1, min(fits))
+    high = max(2 * size, REHEARSED // tokens)
+    low = max(size, high // 2)
+    if peak(need(size)) > room:
+        if size == 1 or peak(need(1)) > room:
+            return 0
+        low, high = 1, size
+    elif peak(need(high)) <= room:
+        slope = max(need(high)[p].total() - need(low)[p].total() for p in PHASES) / (high - low)
+        return high + int((room - peak(need(high))) / slope)
+    elif peak(need(low)) > room:
+        low, high = size, low
+    while high - low > 1 + low // 20:
+        rise = (peak(need(high)) - peak(need(low))) / (high - low)
+        guess = low + int((room - peak(need(low))) / rise)
+        guess = min(max(guess, low + 1), high - 1)
+        low, high = (guess, high) if peak(need(guess)) <= room else (low, guess)
+    return low
 
 
 def write(plan: Plan, path: str) -> None:

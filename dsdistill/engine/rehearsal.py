@@ -144,10 +144,10 @@ def rehearse(
         loss = _forward(ledger, module, batch, found, before, counts)
         del found, before
         ledger.add(RESIDENT, -held)
+        student.arrived()
         ledger.enter("backward", BACKWARD)
         loss.backward()
         del loss
-        student.release()
         ledger.enter("reduce", BACKWARD)
         student.reduce(trainable)
         ledger.enter("step", BACKWARD)
@@ -258,11 +258,17 @@ def _gathering(ledger: Ledger, teacher: Frozen, config: Config, place: Place) ->
     blocks = layer_list(teacher.model) or [teacher.model]
     least = 2 * max(map(count_parameters, blocks)) if place.overlap else 0
     hooks = []
+
+    def arrive(size: int) -> None:
+        copies = size * place.zero.copies
+        ledger.add(RESIDENT, size + copies)
+        ledger.add(RESIDENT, -copies)
+
     for module in teacher.model.modules():
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if own:
             size = width * max(own, least)
-            hooks.append(module.register_forward_pre_hook(lambda *_, n=size: ledger.add(RESIDENT, n)))
+            hooks.append(module.register_forward_pre_hook(lambda *_, n=size: arrive(n)))
             hooks.append(module.register_forward_hook(lambda *_, n=size: ledger.add(RESIDENT, -n)))
     head = 0
     if teacher.language:

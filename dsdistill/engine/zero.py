@@ -2,8 +2,9 @@
 
 Follows deepspeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py). With S trainable parameters of e bytes on w ranks:
 
-  weights           S·e, at stage 3 S·e/w and, while layers run, all of them gathered (its default limits let go of
-                    nothing in a model of less than 1e9 parameters)
+  weights           S·e, at stage 3 S·e/w and, until the step, all of them gathered (its default limits let go of
+                    nothing in a model of less than 1e9 parameters); the buffers they arrive in live as long as
+                    anything fetched at once with them is still to be used, which is to the end of the forward pass
   master weights    4·S/w in float32, also beside weights that are float32 themselves
   moments           8·S/w for Adam, 4·S/w for momentum SGD and AdaGrad
   gradients         at stage 1 S·e until the last micro-batch; from then on, as always at stage 2, those of parameters
@@ -44,9 +45,15 @@ class Settings:
     bucket: int  # reduce_bucket_size, elements
     buffers: int  # buckets: 2 where communication overlaps with backward
     live: int  # most gathered elements at stage 3
+    prefetch: int  # of them, those that are fetched ahead at once
     offloaded: bool  # optimizer and its state in host memory
     accumulates: bool  # over more than one micro-batch
     lazy: bool  # a buffer costs only what is written there: CPUs
+
+    @property
+    def copies(self) -> int:
+        """Of what is gathered, while it is: the flat buffer it arrives in and, on CPUs, gloo's own."""
+        return 0 if self.world_size == 1 else 1 + self.lazy
 
 
 class StudentZero:
@@ -67,6 +74,8 @@ class StudentZero:
         self.share = self.total / world  # elements of a rank
         ledger.add(WEIGHTS, width * (self.total + frozen) / (world if self.sharded else 1))
         self.whole = width * min(self.total + frozen, settings.live) if self.sharded else 0
+        fetched = min(self.total + frozen, settings.prefetch)
+        self.arriving = width * fetched * settings.copies if self.sharded else 0
         if not settings.offloaded:
             ledger.add(MASTER, 4 * self.share)
             ledger.add(MOMENTS, 4 * STATES[settings.optimizer] * self.share)
@@ -96,17 +105,19 @@ class StudentZero:
         return touched
 
     def gather(self) -> None:
-        self.ledger.add(GATHERED, self.whole)
+        """Before the forward pass."""
+        self.ledger.add(GATHERED, self.whole + self.arriving)
 
-    def release(self) -> None:
-        self.ledger.add(GATHERED, -self.whole)
+    def arrived(self) -> None:
+        """After it."""
+        self.ledger.add(GATHERED, -self.arriving)
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
         """Do with each gradient what DeepSpeed's hooks do."""
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(self._take)
 
-    def _arrived(self, parameter: nn.Parameter) -> None:
+    def _take(self, parameter: nn.Parameter) -> None:
         self._allocate()
         if self.settings.stage == 1:
             if not self.settings.accumulates:
@@ -138,6 +149,8 @@ class StudentZero:
     def _reduce(self) -> None:
         """Send the bucket, from a flat copy, and keep what is this rank's."""
         flat = self.settings.width * self._filled
+        if self.sharded:
+            flat *= max(1, self.settings.copies)
         self.ledger.add(BUCKETS, flat)
         self.ledger.add(BUCKETS, -flat)
         self._filled = 0
@@ -163,6 +176,7 @@ class StudentZero:
 
     def step(self) -> None:
         """The optimizer, one group at a time, on a flat float32 copy of its gradients."""
+        self.ledger.add(GATHERED, -self.whole)  # DeepSpeed shards them again before it steps
         if self.settings.offloaded:
             return
         shares = [sum(group) / self.settings.world_size for group in self.groups]
