@@ -87,7 +87,6 @@ class StudentZero:
         if self.sharded:  # both stay from step to step
             ledger.add(GRADIENTS, 0 if settings.offloaded else self.mine)
             self._allocate()
-            self._hold(min(settings.bucket, self.total))  # as the step before has written it
         if settings.accumulates:  # what earlier micro-batches left
             mine = 0 if settings.offloaded else self.mine
             ledger.add(GRADIENTS, {1: width * self.total, 2: mine, 3: 0}[settings.stage])
