@@ -176,6 +176,9 @@ class Student(Model):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute layers in backward to save memory"
     )
+    freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="parameters that stay as they are in every stage, by patterns (*embeddings*)"
+    )
 
 
 class Train(Section):
@@ -248,7 +251,7 @@ class Stage(Section):
         default=Terms(), description="added to the run's terms, or changing them; null leaves a term out"
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        default=(), description="student parameters that stay as they are, by patterns such as *.layer.0.*"
+        default=(), description="student parameters that stay as they are, beside student.freeze"
     )
     learning_rate: LearningRate | None = Field(default=None, description="default: train.learning_rate")
     scheduler: Scheduler | None = Field(default=None, description="default: train.scheduler")
@@ -286,8 +289,11 @@ class Config(Section):
 
     @property
     def parts(self) -> tuple[Stage, ...]:
-        """The stages; of a run without any, the one that it is."""
-        return self.stages or (Stage(name="all", terms=self.terms),)
+        """The stages, each with what the whole run freezes; of a run without any, the one that it is."""
+        return tuple(
+            stage.model_copy(update={"freeze": (*self.student.freeze, *stage.freeze)})
+            for stage in self.stages or (Stage(name="all", terms=self.terms),)
+        )
 
     @property
     def needs_spans(self) -> bool:

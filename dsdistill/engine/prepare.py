@@ -228,17 +228,18 @@ def objective_layers(
 
 def check_frozen(config: Config, student: PretrainedConfig) -> None:
     """Refuse patterns that name no parameter, or that leave none to train."""
-    if not any(stage.freeze for stage in config.stages):
+    if not any(stage.freeze for stage in config.parts):
         return
     with torch.device("meta"):
         model = build(student, None, config.task, "student", needs_head=False)
     names = [name for name, _ in model.named_parameters()]
-    for index, stage in enumerate(config.stages):
-        place = f"stages.{index}.freeze"
-        for pattern in stage.freeze:
+    stages = {f"stages.{index}.freeze": stage.freeze for index, stage in enumerate(config.stages)}
+    for place, patterns in {"student.freeze": config.student.freeze, **stages}.items():
+        for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise UserError(place, f"{pattern}, which names nothing", f"a name such as {names[0]}")
-        if all(frozen(name, stage.freeze) for name in names):
+        # A stage freezes what the whole run does as well.
+        if all(frozen(name, (*config.student.freeze, *patterns)) for name in names):
             raise UserError(place, "every parameter", "some left to train")
 
 
