@@ -124,7 +124,9 @@ def compare(
     ],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides for every run.", show_default=False),
+        typer.Argument(
+            metavar="[FILE|KEY=VALUE]...", help="After every method's own sources.", show_default=False
+        ),
     ] = None,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the runs.")] = "runs/compare",
 ):
