@@ -6,6 +6,7 @@ come from the models' `config:` where their files are not at hand; data, tokeniz
 
 import dataclasses
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from dsdistill.engine.prepare import (
 from dsdistill.engine.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Place, rehearse
 from dsdistill.engine.teacher import count_parameters
 from dsdistill.models.build import architecture, build, for_task, override
+
+log = logging.getLogger("dsdistill")
 
 MIB, GIB = 2**20, 2**30
 # CUDA's context and libraries, NCCL's buffers and what the caching allocator cannot reuse: a guess, not measured.
@@ -86,6 +89,7 @@ class Forecast:
 
     def phases(self, stage: Stage, size: int, checkpointing: bool) -> dict[str, Counter]:
         """Bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
+        log.info("rehearsing a step of stage %s with micro-batches of %d", stage.name, size)
         accumulates = size * self.world_size < self.config.train.batch_size
         place = _place(self.config, self.world_size, self.gpu, accumulates)
         ledger = rehearse(self.config, stage, self.models, place, size, checkpointing=checkpointing)

@@ -59,12 +59,12 @@ def run(config: Config, ranks: Ranks) -> dict:
     with ranks.first_alone():
         done = folder.summary()
         finished = done is not None and done.get("finished", False)
-        prepared = prepare(config, ranks.world_size)
-        if not finished:
+        prepared = None if finished else prepare(config, ranks.world_size)
+        if prepared is not None:
             checkpoint.check_relations(folder.path, config, ranks.world_size)
         if ranks.first:
             folder.open(config)
-    if finished:
+    if prepared is None:
         log.info("%s is finished; nothing to do", folder.path)
         return done
     if prepared.recipe is not None:
@@ -77,6 +77,9 @@ def run(config: Config, ranks: Ranks) -> dict:
 def evaluate_run(path: str) -> dict:
     """Score the newest checkpoint of a run on its dev set; returns (and writes) its summary with those scores."""
     config, tag = read_run(path)
+    if config.train.dtype == "fp16" and not torch.cuda.is_available():
+        log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
+        config = _with(config, train=_with(config.train, dtype="fp32"))
     folder = RunFolder(path)
     ranks = deepspeed.start()
     try:

@@ -77,12 +77,18 @@ def test_recipe_baseline_evaluate_export(settings, home):
     assert "is finished" in run_configs([home / "config.yaml"])
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*.safetensors")} == before
 
-    done = command("evaluate", run, cwd=home)
-    assert done.returncode == 0, done.stderr
-    again = json.loads((run / "summary.json").read_text())["models"]
-    for name in ("teacher", "student"):
-        for metric in ("accuracy", "kl"):
-            assert again[name][metric] == pytest.approx(summary["models"][name][metric], rel=1e-4, abs=1e-6)
+    # As it is, and as one that trained in fp16: without a GPU it is evaluated in fp32.
+    as_it_is = (run / "config.yaml").read_text()
+    for dtype in ("fp32",) if torch.cuda.is_available() else ("fp32", "fp16"):
+        (run / "config.yaml").write_text(as_it_is.replace("dtype: fp32", f"dtype: {dtype}"))
+        done = command("evaluate", run, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert ("evaluating in fp32" in done.stderr) == (dtype == "fp16")
+        again = json.loads((run / "summary.json").read_text())["models"]
+        for name in ("teacher", "student"):
+            for metric in ("accuracy", "kl"):
+                assert again[name][metric] == pytest.approx(summary["models"][name][metric], rel=1e-4, abs=1e-6)
+    (run / "config.yaml").write_text(as_it_is)
 
     done = command("export", run, "--out", "exported", cwd=home)
     assert done.returncode == 0, done.stderr
