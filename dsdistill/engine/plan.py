@@ -253,11 +253,16 @@ def _largest(need: Callable[[int], dict[str, Counter]], size: int, room: int, to
         return high + int((room - peak(need(high))) / slope)
     elif peak(need(low)) > room:
         low, high = size, low
-    while high - low > 1 + low // 20:
+    while high - low > 1:
         rise = (peak(need(high)) - peak(need(low))) / (high - low)
         guess = low + int((room - peak(need(low))) / rise)
         guess = min(max(guess, low + 1), high - 1)
-        low, high = (guess, high) if peak(need(guess)) <= room else (low, guess)
+        for batch in (guess, guess + 1):  # nearly straight as it grows, so that one more often ends it
+            if batch < high and peak(need(batch)) <= room:
+                low = batch
+            else:
+                high = batch
+                break
     return low
 
 

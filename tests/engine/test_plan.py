@@ -13,7 +13,7 @@ from torch import nn
 from dsdistill import cli
 from dsdistill.config import load
 from dsdistill.config.load import build as build_config
-from dsdistill.engine import zero
+from dsdistill.engine import rehearsal, zero
 from dsdistill.engine.ledger import Ledger
 from dsdistill.engine.plan import Forecast, make_plan, peak
 from tests.conftest import WORDS
@@ -71,6 +71,11 @@ TWO = {
         "data.max_length": 320,
         "train.batch_size": 8,
     },
+}
+OWNERS = {
+    *(rehearsal.TEACHER, rehearsal.RESIDENT, rehearsal.TEACHER_CAPTURED, rehearsal.CAPTURED),
+    *(rehearsal.ACTIVATIONS, rehearsal.OPERATORS),
+    *(zero.WEIGHTS, zero.GRADIENTS, zero.MASTER, zero.MOMENTS),
 }
 MORE_OF_TWO = {
     "stage 3": {"student.zero_stage": 3, "train.batch_size": 8},
@@ -131,16 +136,14 @@ def test_measured_peaks(ranks, runs, texts, tokenizer_dir, tmp_path, monkeypatch
     out = tmp_path / "peaks.json"
     done = launch(WORKER, *paths, out, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
+    ratios = {}
     for index, (name, settings) in enumerate(zip(runs, plans[1:], strict=True)):
         planned = peak(Forecast(build_config(settings), ranks, gpu=False).highest()[1])
-        for measured in (peaks[index] for peaks in json.loads(out.read_text())):
-            found[name] = f"{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} measured"
-            print(name, found[name], f"{planned / measured:.3f}")
+        for rank, measured in enumerate(peaks[index] for peaks in json.loads(out.read_text())):
             assert measured > 100 * 2**20, "too small to tell"
-    for text in found.values():
-        planned, measured = (int(word) for word in text.split() if word.isdigit())
-        assert abs(planned / measured - 1) <= 0.15, found
+            ratios[name, rank] = planned / measured
+            print(f"{name}, rank {rank}: {planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} measured")
+    assert all(abs(ratio - 1) <= 0.15 for ratio in ratios.values()), ratios
 
 
 class TestLedger:
@@ -241,7 +244,6 @@ class TestZero:
         assert zero.MASTER not in rest and ledger.held[zero.GRADIENTS] == 0
 
 
-@pytest.mark.soak
 def test_the_largest_micro_batch(texts, tokenizer_dir):
     """Rehearsed at the size found and at one more, memory fits and does not."""
     settings = settings_of({"train.batch_size": 4096, "data.max_length": 64}, texts)
@@ -249,8 +251,8 @@ def test_the_largest_micro_batch(texts, tokenizer_dir):
     found = make_plan(config, 1, memory, gpu=False)
     assert found.largest > 4
     forecast, stage = Forecast(config, 1, gpu=False), config.parts[0]
-    sizes = [peak(forecast.phases(stage, size, False)) for size in (found.largest, found.largest + 2)]
-    assert sizes[0] <= memory < sizes[1] * 1.02
+    sizes = [peak(forecast.phases(stage, size, False)) for size in (found.largest, found.largest + 1)]
+    assert sizes[0] <= memory < sizes[1]
 
 
 class TestCommand:
@@ -269,15 +271,19 @@ class TestCommand:
         path.write_text(yaml.safe_dump(settings_of({}, texts)))
         return path
 
-    def test_what_fits(self, config, tmp_path, monkeypatch, capsys):
+    def test_what_fits(self, config, tmp_path, monkeypatch, capsys, caplog):
+        caplog.set_level("INFO", "dsdistill")
         out = tmp_path / "plan.json"
         options = ["train.micro_batch_size=2", "--world-size", 2, "--gpu-memory", "6GiB", "--json", out]
         code, printed = self.run(monkeypatch, capsys, config, *options)
         assert code == 0, printed.err
-        assert "optimizer, master weights" in printed.out and "largest micro-batch that fits:" in printed.out
+        assert "largest micro-batch that fits:" in printed.out and "does not" not in printed.out
+        assert "rehearsing a step of stage all with micro-batches of 2" in caplog.text
         found = json.loads(out.read_text())
         assert found["peak"] == max(sum(phase.values()) for phase in found["phases"].values())
         assert f"peak: {found['peak'] / 2**30:.2f} GiB" in printed.out
+        owners = {owner for phase in found["phases"].values() for owner, size in phase.items() if size}
+        assert owners >= OWNERS
         # 2 × 128 tokens, float32: maps of 4 layers of 6 heads and of 4 layers of 8.
         assert found["instead"]["attention maps of the mapped layers"] == 4 * 2 * 128**2 * (4 * 6 + 4 * 8)
         less, more = (
@@ -288,7 +294,7 @@ class TestCommand:
     def test_a_clear_no(self, config, monkeypatch, capsys):
         code, printed = self.run(monkeypatch, capsys, config, "--cpu", "--gpu-memory", "300MiB")
         assert code == 1
-        (line,) = printed.err.splitlines()
+        line = printed.err.splitlines()[-1]
         assert "does not fit, not even with micro-batches of 1: 0.4" in line and "teacher, weights" in line
 
     @pytest.mark.parametrize(
