@@ -1,0 +1,85 @@
+"""What presets make of every recipe, and that the arms which recipes name in their comments can be typed."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dsdistill.config import load
+
+RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
+METHODS = ("multi_stage", "multi_level", "feature_alignment", "trajectory", "domain_mapping")
+ALL = [f"{method}{size}" for method in METHODS for size in ("", "_small")]
+# After any recipe: the terms of each stage.
+PRESETS = {
+    "none": [["task"]],
+    "logits": [["task", "soft_label"]],
+    "distilbert": [["task", "soft_label", "feature"]],
+    "tinybert": [["hidden", "attention"], ["soft_label"]],
+    "minilm": [["attention"], ["task"]],
+    "minilmv2": [["attention"], ["task"]],
+}
+# Arms of one recipe's ablation.
+ARMS = {
+    ("domain_none", "domain_mapping"): [["task"]],
+    ("domain_logits", "domain_mapping"): [["task", "soft_label"]],
+    ("distillation_only", "feature_alignment"): [["soft_label"]],
+    ("feature_only", "feature_alignment"): [["task", "hidden", "feature", "attention", "contrastive"]],
+}
+
+
+def after(recipe: str, *sources: str):
+    return load([str(RECIPES / f"{recipe}.yaml"), *sources])
+
+
+def preset(name: str) -> str:
+    return str(RECIPES / "presets" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("recipe", ALL)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_leaves_nothing_of_the_recipes_terms(name, recipe):
+    found, alone = (after(base, preset(name)) for base in (recipe, "multi_level_small"))
+    assert [list(stage.terms.named()) for stage in found.parts] == PRESETS[name]
+    # Nor of their weights and divergences, nor of the recipe's stages.
+    assert [stage.terms for stage in found.parts] == [stage.terms for stage in alone.parts]
+    assert found.stages == alone.stages
+    assert found.train.distill_weight == alone.train.distill_weight == (0.5 if name == "logits" else None)
+    assert found.student.domain is None
+
+
+@pytest.mark.parametrize("size", ["", "_small"])
+@pytest.mark.parametrize(("name", "recipe"), ARMS)
+def test_an_arm_of_an_ablation(name, recipe, size):
+    found = after(recipe + size, preset(name))
+    assert [list(stage.terms.named()) for stage in found.parts] == ARMS[name, recipe]
+    assert (found.student.domain is None) and found.data.sampler == "uniform"
+
+
+@pytest.mark.parametrize("recipe", ["multi_stage_small", "multi_level_small"])
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_another_task_keeps_the_terms(name, recipe):
+    """presets/stsb.yaml after a recipe and a preset, as `compare` puts them."""
+    sources = [preset(name)] if name else []
+    first, second = after(recipe, *sources), after(recipe, *sources, preset("stsb"))
+    assert second.task == "regression" and second.data.subset == "stsb"
+    assert second.parts == first.parts and second.train == first.train
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arm"),
+    [
+        ("domain_mapping_small", "data.sampler=uniform"),
+        (
+            "domain_mapping_small",
+            "data.sampler=hard_negative 'terms.contrastive={}' train.group_by_length=false",
+        ),
+        ("trajectory", "terms.soft_label.divergence=forward_kl 'terms.fdd={}'"),
+    ],
+)
+def test_an_arm_named_in_a_comment_can_be_typed(recipe, arm):
+    comments = [
+        x for x in (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines() if x[:1] == "#"
+    ]
+    assert arm in "\n".join(comments)
+    assert after(recipe, *shlex.split(arm)) != after(recipe)
