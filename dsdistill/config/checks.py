@@ -50,6 +50,12 @@ def check(config) -> None:
         _check_terms(config, config.terms, "terms", first=True)
     if config.evaluation.rcs == 1:
         raise UserError("evaluation.rcs", 1, "2 points or more, or 0")
+    if config.evaluation.rcs and config.teacher is None:  # a model that never moves scores best
+        raise UserError(
+            "evaluation.rcs",
+            f"{config.evaluation.rcs} without a teacher",
+            "a teacher, whose KL stands beside it",
+        )
     if config.evaluation.generate and config.task != "causal_lm":
         raise UserError("evaluation.generate", f"task {config.task}", "causal_lm, or 0")
     names = [stage.name for stage in config.stages]

@@ -16,10 +16,13 @@ from dsdistill.models.forward import model_inputs
 WARM, TIMED = 10, 100  # examples
 
 
-def stability(run_dir: str, step: int) -> dict[str, float]:
-    """RCS and 1 − debiased CKA between the points of a run up to `step`; nothing where fewer than two were kept."""
+def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, float]:
+    """RCS and 1 − debiased CKA between the points of a run up to `step`; nothing where fewer than two were kept.
+
+    A model that never moved has an RCS of 0: without the KL among its other scores it has none.
+    """
     kept = representation.kept(run_dir, step)
-    if len(kept) < 2:
+    if len(kept) < 2 or "kl" not in scores:
         return {}
     found = change(kept)
     return {"rcs": found.rcs, "cka_distance": found.cka_distance}

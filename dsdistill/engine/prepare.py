@@ -92,6 +92,12 @@ def prepare(config: Config, world_size: int) -> Prepared:
     )
     contrast = _contrast(config, tokenizer)
     judged = _has_head(config, teacher, recipe)
+    if config.evaluation.rcs and not judged:
+        raise UserError(
+            "evaluation.rcs",
+            f"{config.evaluation.rcs} with a teacher whose head is not trained",
+            "one that is, whose KL stands beside it, or 0",
+        )
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)
     for model in (student, teacher):

@@ -102,7 +102,7 @@ def evaluate_run(path: str) -> dict:
         scores = score(module, teacher if prepared.judged else None, prepared, ranks)
         if structural:
             scores["student"] |= structure.measure(module, teacher, prepared, ranks)
-        scores["student"] |= stability(path, checkpoint.read_state(path, tag)["step"])
+        scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
         if config.evaluation.latency and ranks.first:
             scores["student"] |= latency(model, prepared)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
@@ -162,7 +162,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     judge = teacher if prepared.judged else None
     student = _through_stages(prepared, init, teacher, judge, folder, ranks)
     scores = student.evaluate()
-    scores["student"] |= stability(folder.path, student.total)
+    scores["student"] |= stability(scores["student"], folder.path, student.total)
     models = {}
     if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}

@@ -204,6 +204,7 @@ class TestRulesBetweenFields:
             (["data.subset=sst2", "data.source=files"], "data.subset: got sst2 with data.source files"),
             (["data.root=x"], "data.root: got x with data.source docstrings"),
             (["evaluation.rcs=1"], "evaluation.rcs: got 1, expected 2 points or more"),
+            (["teacher=null", "terms.hidden=null", "evaluation.rcs=3"], "evaluation.rcs: got 3 without a"),
             (
                 ["train.distill_weight=0.5", "terms={task: {}}", "terms.hidden=null"],
                 "train.distill_weight: got terms of",

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +12,9 @@ from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import load_student, read_run
+from dsdistill.engine.measure import stability
 from dsdistill.engine.prepare import prepare
+from tests.conftest import BERT
 from tests.engine.launch import run_configs
 from tests.engine.test_resume import kill_at, losses, steps_done, write
 
@@ -139,6 +142,25 @@ def test_refused(staged, change, message):
     staged["stages"][0] |= change
     with pytest.raises(UserError, match=message):
         prepare(build_config(staged), world_size=1)
+
+
+def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokenizer_dir, tmp_path):
+    """A student that never moved would have the best; a teacher without a trained head gives no distance."""
+    bare = staged | {
+        "terms": {"task": {}, "hidden": {}},
+        "stages": [],
+        "teacher": {"config": BERT},
+        "data": staged["data"] | {"tokenizer": str(tokenizer_dir)},
+    }
+    with pytest.raises(UserError, match=r"evaluation.rcs: got 3 with a teacher whose head is not trained"):
+        prepare(build_config(bare), world_size=1)
+    assert not prepare(build_config(bare | {"evaluation": {}}), world_size=1).judged
+    (tmp_path / "representations").mkdir()
+    for step in (1, 2):
+        np.save(tmp_path / "representations" / f"step-{step:08d}.npy", np.eye(5) + step)
+    assert stability({"accuracy": 0.5}, str(tmp_path), 2) == {}
+    assert stability({"accuracy": 0.5, "kl": 0.1}, str(tmp_path), 1) == {}
+    assert set(stability({"accuracy": 0.5, "kl": 0.1}, str(tmp_path), 2)) == {"rcs", "cka_distance"}
 
 
 def test_a_stage_changes_the_runs_terms(staged):
