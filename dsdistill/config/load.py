@@ -19,7 +19,7 @@ def load(sources: Sequence[str]) -> Config:
     """Merge files and overrides from left to right.
 
     sources: YAML files (each adds to or replaces what came before) and key=value overrides, where keys are
-    dotted and values are YAML: ["configs/quickstart.yaml", "train.steps=5"].
+    dotted, with numbers from 0 in lists, and values are YAML: ["configs/quickstart.yaml", "train.steps=5"].
     """
     if not sources or _is_override(sources[0]):
         raise UserError(
@@ -29,13 +29,16 @@ def load(sources: Sequence[str]) -> Config:
     for source in sources:
         try:
             if _is_override(source):
-                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([source]))
+                key, value = source.split("=", 1)
+                parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+                OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
                 merged = OmegaConf.merge(merged, _read(source))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(
-                source, _first_line(error), "valid YAML" if not _is_override(source) else "key=value"
-            ) from None
+        except UserError:
+            raise
+        except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+            form = "key=value" if _is_override(source) else "valid YAML"
+            raise UserError(source, _first_line(error), f"{form} that fits what is there") from None
     try:
         plain = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

@@ -37,6 +37,21 @@ class TestLoading:
         assert load([first, "train.steps=3", second]).train.steps == 2
         assert load([second, first]).train.steps == 1
 
+    def test_into_a_list_by_number(self, write):
+        path = write(MINIMAL | {"stages": [{"name": "a", "share": 1}, {"name": "b", "share": 1}]})
+        config = load([path, "stages.1.learning_rate=0.5", "stages[0].terms.hidden={weight: 3}"])
+        assert [stage.learning_rate for stage in config.stages] == [None, 0.5]
+        assert [stage.name for stage in config.stages] == ["a", "b"]
+        assert config.stages[0].terms.hidden.weight == 3
+
+    @pytest.mark.parametrize(
+        "change", ["stages.7.share=2", "stages.x=2", "stages={a: 1}", "stages.0=[", {"stages": {"a": 1}}]
+    )
+    def test_what_does_not_merge(self, write, change):
+        path = write(MINIMAL | {"stages": [{"name": "a", "share": 1}]})
+        change = change if isinstance(change, str) else write(change, "second.yaml")
+        assert refusal([path, change]).startswith(f"{change}: got ")
+
     def test_a_list_replaces_a_list(self, write):
         path = write(MINIMAL | {"student": {"from_teacher": [1, 2, 3]}})
         assert load([path, "student.from_teacher=[4]"]).student.from_teacher == (4,)
