@@ -120,6 +120,7 @@ CONFIGS = [path for path in ALL if path not in PLANS]
 AFTER = {
     "deepspeed/": "configs/quickstart.yaml",
     "presets/domain_": "configs/recipes/domain_mapping_small.yaml",
+    "presets/novels": "configs/recipes/feature_alignment_small.yaml",
     "presets/": "configs/recipes/multi_level_small.yaml",
 }
 
