@@ -1,13 +1,16 @@
-"""Published objectives, put together from our terms, against plain PyTorch that writes their formulas out.
+"""Published objectives, as the presets' files put them together, against plain PyTorch that writes their formulas out.
 
 In float64, loss and every gradient. Published averages that count padding are taken over what is valid instead;
 without padding the formulas are literally those of the papers.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dsdistill.config import load
 from tests.alignment.plain_bert import look, relation, row_kl
 from tests.alignment.rig import Rig, make_batch
 
@@ -16,24 +19,17 @@ TEACHER = {"num_hidden_layers": 4}
 NARROW = {"num_hidden_layers": 2, "hidden_size": 24}
 EQUAL = {"num_hidden_layers": 2}
 
-TINYBERT_INTERMEDIATE = {
-    "hidden": {"layer_agg": "sum", "projector": "linear"},
-    "attention": {"divergence": "score_mse", "layer_agg": "sum"},
-}
-TINYBERT_PREDICTION = {"soft_label": {"temperature": 1.0}}
-MINILM = {"attention": {"layers": "last", "relations": ["query_key", "value_value"]}}
-MINILMV2 = {
-    "attention": {
-        "layers": [[2, 3]],
-        "relations": ["query_query", "key_key", "value_value"],
-        "relation_heads": 8,
-    }
-}
-DISTILBERT = {
-    "soft_label": {"weight": 5.0, "temperature": 2.0},
-    "task": {"weight": 2.0},
-    "feature": {"weight": 1.0, "layers": "last"},
-}
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+
+
+def terms_of(preset: str, stage: int, heads: int | None) -> dict:
+    """Of a stage of configs/recipes/presets; heads: relation heads, of which the file has more than fit here."""
+    config = load([str(RECIPES / "multi_level_small.yaml"), str(RECIPES / "presets" / f"{preset}.yaml")])
+    terms = config.parts[stage].terms.model_dump(mode="json", exclude_none=True)
+    if heads is not None:
+        assert terms["attention"]["relation_heads"] == 48  # as published for a width of 384 or 768
+        terms["attention"]["relation_heads"] = heads
+    return terms
 
 
 def tinybert_intermediate(student, teacher, batch, term):
@@ -62,10 +58,10 @@ def minilm(student, teacher, batch, term):
 
 
 def minilmv2(student, teacher, batch, term):
-    """Wang et al. 2021: relations of queries, keys and values in 8 relation heads; teacher layer 3 of 4."""
+    """Wang et al. 2021: relations of queries, keys and values of the last layers, in 8 relation heads."""
     loss = 0.0
     for name in ("query", "key", "value"):
-        t, s = (relation(x, heads=8) for x in (getattr(teacher, name)[2], getattr(student, name)[1]))
+        t, s = (relation(x, heads=8) for x in (getattr(teacher, name)[3], getattr(student, name)[1]))
         loss = loss + row_kl(t, s, batch.mask).mean()
     return loss
 
@@ -81,20 +77,27 @@ def distilbert(student, teacher, batch, term):
     return 5 * soft + 2 * F.cross_entropy(student.logits, batch.labels) + cosine
 
 
+def fine_tuning(student, teacher, batch, term):
+    return F.cross_entropy(student.logits, batch.labels)
+
+
+# Preset and stage, relation heads in the place of the file's, the student, the formula.
 PRESETS = {
-    "TinyBERT, intermediate": (TINYBERT_INTERMEDIATE, NARROW, tinybert_intermediate),
-    "TinyBERT, prediction": (TINYBERT_PREDICTION, NARROW, tinybert_prediction),
-    "MiniLM": (MINILM, NARROW, minilm),
-    "MiniLMv2": (MINILMV2, NARROW | {"num_attention_heads": 6}, minilmv2),
-    "DistilBERT": (DISTILBERT, EQUAL, distilbert),
+    "TinyBERT, intermediate": ("tinybert", 0, None, NARROW, tinybert_intermediate),
+    "TinyBERT, prediction": ("tinybert", 1, None, NARROW, tinybert_prediction),
+    "MiniLM": ("minilm", 0, None, NARROW, minilm),
+    "MiniLM, fine-tuning": ("minilm", 1, None, NARROW, fine_tuning),
+    "MiniLMv2": ("minilmv2", 0, 8, NARROW | {"num_attention_heads": 6}, minilmv2),
+    "MiniLMv2, fine-tuning": ("minilmv2", 1, None, NARROW, fine_tuning),
+    "DistilBERT": ("distilbert", 0, None, EQUAL, distilbert),
 }
 
 
 @pytest.mark.parametrize("lengths", [(9,) * 4, (9, 4, 1, 7)], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_equals_the_published_formula(name, lengths):
-    terms, student, formula = PRESETS[name]
-    rig = Rig("bert", terms=terms, student=student, teacher=TEACHER)
+    preset, stage, heads, student, formula = PRESETS[name]
+    rig = Rig("bert", terms=terms_of(preset, stage, heads), student=student, teacher=TEACHER)
     rig.module.double(), rig.teacher.double()
     batch = make_batch("classification", lengths, width=max(lengths))
     total, _, gradients = rig.step(batch)
