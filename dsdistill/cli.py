@@ -87,6 +87,9 @@ def plan(
 
     Exit code 1 where not even micro-batches of one example fit.
     """
+    from dsdistill.engine.run_folder import check_file
+
+    check_file(json, "--json")
     config = load(settings)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     _quiet_libraries()
@@ -166,6 +169,9 @@ def verify(
     ] = False,
 ):
     """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
+    from dsdistill.engine.run_folder import check_file
+
+    check_file(json, "--json")
     _quiet_libraries()
     if aot:
         from dsdistill.bench.aot import run_aot
@@ -217,6 +223,10 @@ def bench(
 
     step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
     """
+    from dsdistill.engine.run_folder import check_file
+
+    check_file(json, "--json")
+    check_file(plot, "--plot")
     _quiet_libraries()
     import yaml
 
@@ -228,7 +238,12 @@ def bench(
         name, found, value = part.partition("=")
         if not found:
             raise UserError("--shapes", part, "NAME=VALUE")
-        options[name.strip()] = yaml.safe_load(value)
+        try:
+            options[name.strip()] = found = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):  # the second: a date that is none
+            found = None
+        if not isinstance(found, str | int | float):
+            raise UserError("--shapes", part, "NAME=VALUE, a number or a word")
     try:
         code = (run_step if operator == "step" else functools.partial(run_bench, operator))(
             options=options,

@@ -1,4 +1,6 @@
-"""Configs that must be refused, for test_bad_input.py."""
+"""Configs and data files that must be refused, for test_bad_input.py."""
+
+import gzip
 
 from tests.conftest import BERT
 
@@ -33,6 +35,10 @@ CONFIG = {
     "DeepSpeed value": (
         {"student.deepspeed": {"zero_optimization": {"reduce_bucket_size": "big"}}},
         ["student.deepspeed.zero_optimization.reduce_bucket_size: got 'big'", "integer"],
+    ),
+    "no gradient norm": (
+        {"student.deepspeed": {"zero_optimization": {"compute_grad_norm": False}}, "train.clip": 0.0},
+        ["student.deepspeed.zero_optimization.compute_grad_norm: got false", "expected true"],
     ),
     "DeepSpeed rule": (
         {"student.deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
@@ -75,6 +81,10 @@ CONFIG = {
     "small vocabulary": (
         {"student": {"config": {**BERT, "vocab_size": 20}}},
         ["student.config.vocab_size: got 20", "entries"],
+    ),
+    "small vocabulary of the teacher": (
+        {"teacher": {"config": {**BERT, "vocab_size": 20}}},
+        ["teacher.config.vocab_size: got 20", "entries"],
     ),
     "long sequences": ({"data.max_length": 65}, ["data.max_length: got 65", "64 positions"]),
     "structure": (
@@ -222,4 +232,115 @@ CONFIG = {
     ),
     "a vision model": ({"student": {"config": {"model_type": "vit"}}}, ["student", "vit"]),
     "longer than the data": ({"data.max_dev": 0}, ["data.max_dev: got 0"]),
+}
+
+HEADER = "text\tlabel\n"
+
+
+def _broken_parquet() -> bytes:
+    """With a text that is no UTF-8, as other programs may write it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.array([b"\xed\xa0\x80"]).cast(pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(len(text), text.buffers()[1], text.buffers()[2])
+    whole = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": text, "label": ["a"]}), whole)
+    return whole.getvalue().to_pybytes()
+
+
+# Data files: name, bytes, further changes of the config, what the line must hold beside the file.
+DATA = {
+    "empty file": ("train.tsv", b"", {}, ["an empty file"]),
+    "header alone": ("train.tsv", HEADER.encode(), {}, ["got no rows"]),
+    "one class": ("train.tsv", f"{HEADER}the sum\ta\n".encode(), {}, ["one class, 'a'"]),
+    "label of no class": (
+        "dev.tsv",
+        f"{HEADER}the sum\td\n".encode(),
+        {},
+        ["line 2: got label 'd'", "a, b, c"],
+    ),
+    "index of no class": ("dev.tsv", f"{HEADER}the sum\t3\n".encode(), {}, ["line 2: got label '3'"]),
+    "no label": ("dev.tsv", f"{HEADER}the sum\t\n".encode(), {}, ["line 2: got no label"]),
+    "empty text": ("dev.tsv", f"{HEADER}\ta\n".encode(), {}, ["line 2", "an empty text"]),
+    "spaces alone": ("dev.tsv", f"{HEADER}  \ta\n".encode(), {}, ["line 2", "an empty text"]),
+    "ragged rows": ("dev.tsv", f"{HEADER}the\tsum\ta\n".encode(), {}, ["line 2: got 3 fields"]),
+    "latin-1": ("dev.tsv", f"{HEADER}grün\ta\n".encode("latin-1"), {}, ["line 2: got byte 0xfc", "UTF-8"]),
+    "UTF-16": ("dev.tsv", f"{HEADER}sum\ta\n".encode("utf-16"), {}, ["line 1: got byte 0xff", "UTF-8"]),
+    "NUL bytes": ("dev.tsv", b"text\tlabel\n\0\0\ta\n", {}, ["line 2", "NUL"]),
+    "columns twice": ("dev.tsv", b"text\ttext\nx\ty\n", {}, ["line 1: got columns"]),
+    "an open quote": ("dev.csv", b'text,label\n"x,a\n', {}, ["line 2"]),
+    "rows of JSON that are none": ("dev.jsonl", b"text\n", {}, ["line 1: got Expecting value"]),
+    "a list of JSON": ("dev.jsonl", b"[1]\n", {}, ["line 1: got a list"]),
+    "a row without its text": ("dev.jsonl", b'{"label": "a"}\n', {}, ["no column 'text'"]),
+    "a number as text": ("dev.jsonl", b'{"text": 5, "label": "a"}\n', {}, ["line 1: got a int in text"]),
+    "deep JSON": ("dev.jsonl", b"[" * 100_000, {}, ["line 1"]),
+    "half a character": (
+        "dev.jsonl",
+        b'{"text": "the sum", "label": "a"}\n{"text": "\\ud800", "label": "a"}\n',
+        {},
+        [r"line 2: got '\ud800'", "expected text"],
+    ),
+    "half a character in a label": (
+        "dev.jsonl",
+        b'{"text": "sum", "label": "\\uDFFF"}\n',
+        {},
+        ["line 1: got"],
+    ),
+    "half a character in parquet": ("dev.parquet", _broken_parquet(), {}, ["parquet"]),
+    "a label of 5,000 digits": (
+        "train.tsv",
+        f"{HEADER}the sum\t{'1' * 5000}\nthe mean\t2\n \t2\n".encode(),  # a name, then
+        {},
+        ["line 4: got an empty text"],
+    ),
+    "a number of 5,000 digits": (
+        "dev.jsonl",
+        b'{"text": "sum", "label": ' + b"1" * 5000 + b"}\n",
+        {},
+        ["line 1: got", "digits"],
+    ),
+    "a huge label": ("dev.tsv", f"{HEADER}sum\t{'x' * 3_000_000}\n".encode(), {}, ["line 2: got label 'xxx"]),
+    "a huge row of TSV": (
+        "dev.tsv",
+        f"{HEADER}sum\ta".encode() + b"\tx" * 999_999,
+        {},
+        ["line 2: got 100"],
+    ),
+    "a huge row of CSV": (
+        "dev.csv",
+        f"text,label\nsum,{'x' * 3_000_000}\n".encode(),
+        {},
+        ["line 2: got label"],
+    ),
+    "a huge open quote": ("dev.csv", f'text,label\n"{"x " * 999_999},a\n'.encode(), {}, ["line 2"]),
+    "a huge row of JSON": (
+        "dev.jsonl",
+        f'{{"text": "{"x " * 999_999}"'.encode(),
+        {},
+        ["line 1: got Expecting"],
+    ),
+    "a huge header": ("dev.tsv", f"{'x' * 3_000_000}\nthe sum\n".encode(), {}, ["got no column 'text'"]),
+    "not parquet": ("dev.parquet", b"PAR1", {}, ["a parquet file"]),
+    "not gzip": ("dev.tsv.gz", HEADER.encode(), {}, ["BadGzipFile"]),
+    "gzip cut short": ("dev.tsv.gz", gzip.compress(HEADER.encode() * 99)[:-9], {}, ["EOFError"]),
+    "a sheet": ("dev.xlsx", b"PK", {}, ["extension '.xlsx'", ".tsv"]),
+    "score of words": (
+        "dev.tsv",
+        f"{HEADER}the sum\tmuch\n".encode(),
+        {"task": "regression", "data.label": "label", "terms": {"task": {}}, "data.train": "SAME"},
+        ["line 2: got label 'much'", "a finite number"],
+    ),
+    "a score beyond all floats": (
+        "dev.jsonl",
+        b'{"text": "sum", "label": 1' + b"0" * 400 + b"}\n",
+        {"task": "regression", "terms": {"task": {}}, "data.train": "SAME"},
+        ["line 1: got label 1000", "a finite number"],
+    ),
+    "score NaN": (
+        "dev.tsv",
+        f"{HEADER}the sum\tnan\n".encode(),
+        {"task": "regression", "terms": {"task": {}}, "data.train": "SAME"},
+        ["line 2: got label 'nan'"],
+    ),
 }

@@ -1,16 +1,20 @@
 """Bad input of every kind: refused in one line, before any weight loads, with nothing written (conftest.refused)."""
 
-import gzip
+import contextlib
 import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from dsdistill.config import UserError
-from dsdistill.engine.run_folder import check_writable
-from tests.mistakes import CONFIG
+from dsdistill.config import UserError, load
+from dsdistill.data import read
+from dsdistill.engine.run_folder import RunFolder, check_file, check_writable
+from tests.engine.test_resume import make_checkpoint
+from tests.mistakes import CONFIG, DATA, HEADER
 
 # What is typed after `dsdistill`; CONFIG stands for a config that works.
 ARGUMENTS = {
@@ -37,6 +41,35 @@ ARGUMENTS = {
     "sizes without values": (["bench", "attention", "--shapes", "tokens"], ["--shapes: got tokens"]),
     "sizes of nothing": (["bench", "attention", "--shapes", "tokenz=8"], ["tokenz"]),
     "sizes below 1": (["bench", "attention", "--shapes", "tokens=0"], ["bench tokens: got 0"]),
+    "sizes of broken YAML": (["bench", "attention", "--shapes", "tokens=["], ["--shapes: got tokens=["]),
+    "a day that is none": (
+        ["bench", "step", "--shapes", "tokens=2026-13-45"],
+        ["--shapes: got tokens=2026-13-45"],
+    ),
+    "a day for a size": (
+        ["bench", "attention", "--shapes", "tokens=2026-01-01"],
+        ["--shapes: got tokens=20"],
+    ),
+    "a word for a size": (["bench", "attention", "--shapes", "tokens=all"], ["tokens: got 'all'"]),
+    "half a size": (["bench", "attention", "--shapes", "tokens=1.5"], ["tokens: got 1.5"]),
+    "a word for a size of a step": (["bench", "step", "--shapes", "tokens=all"], ["tokens: got 'all'"]),
+    "figures into no folder": (
+        ["bench", "attention", "--json", "nowhere/x.json"],
+        ["--json: got nowhere/x.json", "is no folder"],
+    ),
+    "a plot over a folder": (["bench", "step", "--plot", "."], ["--plot: got ., which is a folder"]),
+    "a plot below a file": (
+        ["bench", "step", "--plot", "config.yaml/x.png"],
+        ["--plot: got config.yaml/x.png"],
+    ),
+    "rows into no folder": (["verify", "--json", "nowhere/x.json"], ["--json: got nowhere/x.json"]),
+    "a plan into no folder": (["plan", "CONFIG", "--json", "nowhere/x.json"], ["--json: got nowhere/x.json"]),
+    "a plan over a folder": (["plan", "CONFIG", "--json", "."], ["--json: got ., which is a folder"]),
+    "export below a file": (
+        ["export", "nowhere", "--out", "config.yaml/out"],
+        ["--out: got config.yaml/out", "is no folder"],
+    ),
+    "export over a file": (["export", "nowhere", "--out", "CONFIG"], ["--out: got ", "is no folder"]),
     "no such dtype": (["bench", "attention", "--dtype", "float8"], ["float8"]),
     "no such backend": (["bench", "attention", "--backends", "metal"], ["metal"]),
     "no such plan": (["compare", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -59,52 +92,6 @@ YAML = {
     "a key twice": (b"run: {name: a}\nrun: {name: b}", ["broken.yaml", "duplicate"]),
     "a number as key": (b"student: {path: x}\n1: 2", ["broken.yaml: 1"]),
     "an alias of itself": (b"run: &a {name: *a}", ["broken.yaml"]),
-}
-
-HEADER = "text\tlabel\n"
-
-# Data files: name, bytes, further changes of the config, what the line must hold beside the file.
-DATA = {
-    "empty file": ("train.tsv", b"", {}, ["an empty file"]),
-    "header alone": ("train.tsv", HEADER.encode(), {}, ["got no rows"]),
-    "one class": ("train.tsv", f"{HEADER}the sum\ta\n".encode(), {}, ["one class, 'a'"]),
-    "label of no class": (
-        "dev.tsv",
-        f"{HEADER}the sum\td\n".encode(),
-        {},
-        ["line 2: got label 'd'", "a, b, c"],
-    ),
-    "index of no class": ("dev.tsv", f"{HEADER}the sum\t3\n".encode(), {}, ["line 2: got label '3'"]),
-    "no label": ("dev.tsv", f"{HEADER}the sum\t\n".encode(), {}, ["line 2: got no label"]),
-    "empty text": ("dev.tsv", f"{HEADER}\ta\n".encode(), {}, ["line 2", "an empty text"]),
-    "spaces alone": ("dev.tsv", f"{HEADER}  \ta\n".encode(), {}, ["line 2", "an empty text"]),
-    "ragged rows": ("dev.tsv", f"{HEADER}the\tsum\ta\n".encode(), {}, ["line 2: got 3 fields"]),
-    "latin-1": ("dev.tsv", f"{HEADER}grün\ta\n".encode("latin-1"), {}, ["line 2: got byte 0xfc", "UTF-8"]),
-    "UTF-16": ("dev.tsv", f"{HEADER}sum\ta\n".encode("utf-16"), {}, ["line 1: got byte 0xff", "UTF-8"]),
-    "NUL bytes": ("dev.tsv", b"text\tlabel\n\0\0\ta\n", {}, ["line 2", "NUL"]),
-    "columns twice": ("dev.tsv", b"text\ttext\nx\ty\n", {}, ["line 1: got columns"]),
-    "an open quote": ("dev.csv", b'text,label\n"x,a\n', {}, ["line 2"]),
-    "rows of JSON that are none": ("dev.jsonl", b"text\n", {}, ["line 1: got Expecting value"]),
-    "a list of JSON": ("dev.jsonl", b"[1]\n", {}, ["line 1: got a list"]),
-    "a row without its text": ("dev.jsonl", b'{"label": "a"}\n', {}, ["no column 'text'"]),
-    "a number as text": ("dev.jsonl", b'{"text": 5, "label": "a"}\n', {}, ["line 1: got a int in text"]),
-    "deep JSON": ("dev.jsonl", b"[" * 100_000, {}, ["line 1"]),
-    "not parquet": ("dev.parquet", b"PAR1", {}, ["a parquet file"]),
-    "not gzip": ("dev.tsv.gz", HEADER.encode(), {}, ["BadGzipFile"]),
-    "gzip cut short": ("dev.tsv.gz", gzip.compress(HEADER.encode() * 99)[:-9], {}, ["EOFError"]),
-    "a sheet": ("dev.xlsx", b"PK", {}, ["extension '.xlsx'", ".tsv"]),
-    "score of words": (
-        "dev.tsv",
-        f"{HEADER}the sum\tmuch\n".encode(),
-        {"task": "regression", "data.label": "label", "terms": {"task": {}}, "data.train": "SAME"},
-        ["line 2: got label 'much'", "a finite number"],
-    ),
-    "score NaN": (
-        "dev.tsv",
-        f"{HEADER}the sum\tnan\n".encode(),
-        {"task": "regression", "terms": {"task": {}}, "data.train": "SAME"},
-        ["line 2: got label 'nan'"],
-    ),
 }
 
 
@@ -238,7 +225,6 @@ def test_config(config, refused, case):
 
 def test_the_config_without_mistakes_is_not_refused(config):
     """Else the tests above could be refused for a reason that they share."""
-    from dsdistill.config import load
     from dsdistill.engine.prepare import prepare
 
     prepared = prepare(load([config()]), world_size=1)
@@ -308,18 +294,97 @@ def test_minilm_without_its_package(config, refused, monkeypatch):
     )
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
+@contextlib.contextmanager
+def _nobody():
+    """Nothing is read-only to root: be nobody for the moment."""
     users = os.getresuid()
-    if 0 in users:  # nothing is read-only to root: be nobody for the moment
+    if 0 in users:
         os.setresuid(65534, 65534, 0)
     try:
-        with pytest.raises(UserError, match=r"run\.dir: got .* is read-only"):
-            check_writable(str(locked / "run"))
+        yield
     finally:
         os.setresuid(*users)
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    with _nobody(), pytest.raises(UserError, match=r"run\.dir: got .* is read-only"):
+        check_writable(str(locked / "run"))
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    check_file(str(tmp_path / "new.json"), "--json")
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder, "there.json")
+        there.touch(mode=0o444)
+        os.chmod(folder, 0o555)  # to be seen by nobody, too
+        with _nobody():
+            for path in (there, Path(folder, "new.json")):
+                with pytest.raises(UserError, match=r"--json: got .*, which is read-only"):
+                    check_file(str(path), "--json")
+        os.chmod(folder, 0o755)
+
+
+def _a_run(config, tmp_path, **changes):
+    """A run that began, with two checkpoints of one small file each, and its config."""
+    run, path = tmp_path / "run", config(changes)
+    RunFolder(str(run)).open(load([path]))
+    for step in (1, 2):
+        make_checkpoint(run, step)
+    return run / "checkpoints", path
+
+
+def _each(name, content):
+    def change(checkpoints):
+        for folder in checkpoints.glob("step-*"):
+            (folder / name).write_text(content)
+
+    return change
+
+
+def _cut(checkpoints):
+    for path in checkpoints.glob("step-*/weights.bin"):
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+# What is done to the checkpoints of a run, and what the line must hold.
+CHECKPOINTS = {
+    "a manifest of nothing": (_each("manifest.json", "{}"), ["a manifest that save() did not write"]),
+    "a manifest that is a list": (_each("manifest.json", "[]"), ["a manifest that save() did not write"]),
+    "a manifest without sizes": (_each("manifest.json", '{"state.json": {}}'), ["state.json has changed"]),
+    "a manifest cut short": (_each("manifest.json", '{"state.json": '), ["no complete manifest"]),
+    "another state.json": (_each("state.json", "{}"), ["state.json has changed"]),
+    "a state.json that is none": (_each("state.json", "["), ["state.json has changed"]),
+    "weights cut short": (_cut, ["weights.bin has changed"]),
+}
+
+
+@_all(CHECKPOINTS)
+def test_checkpoints(config, refused, tmp_path, case):
+    change, parts = CHECKPOINTS[case]
+    checkpoints, path = _a_run(config, tmp_path)
+    change(checkpoints)
+    line = refused("train", path)
+    _holds(line, [f"{checkpoints}: got no checkpoint that verifies (step-00000002: ", "remove", *parts])
+    for command in (["evaluate", checkpoints.parent], ["export", checkpoints.parent, "--out", "out"]):
+        _holds(refused(*command), ["without a checkpoint that verifies"])
+
+
+def test_a_huge_line_is_read(config, tmp_path):
+    """Of any format; the tokenizer cuts it."""
+    text = "the sum " * 400_000
+    files = {
+        "tsv": f"{HEADER}{text}\ta\nsum\tb\n",
+        "csv": f'text,label\n"{text}",a\nsum,b\n',
+        "jsonl": f'{{"text": "{text}", "label": "a"}}\n{{"text": "sum", "label": "b"}}\n',
+    }
+    for suffix, content in files.items():
+        path = tmp_path / f"train.{suffix}"
+        path.write_text(content)
+        section = load([config({"data.train": str(path), "data.dev": str(path)})]).data
+        assert len(read(section, "classification").train.texts[0][0]) == len(text), suffix
+
+
 def test_there_are_a_hundred_kinds():
-    assert sum(map(len, (CONFIG, ARGUMENTS, YAML, DATA, MODELS, ENVIRONMENT))) >= 100
+    assert sum(map(len, (CONFIG, ARGUMENTS, YAML, DATA, MODELS, ENVIRONMENT, CHECKPOINTS))) >= 100

@@ -401,10 +401,13 @@ def run_bench(
     if unknown:
         raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(CONTENDERS)}")
     options = options or {}
-    known = [name for name in inspect.signature(WORKS[operator]).parameters if name != "dtype"]
+    known = {p.name: p.default for p in inspect.signature(WORKS[operator]).parameters.values()}
+    del known["dtype"]
     for name in options:
         if name not in known:
             raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+        if type(options[name]) is not type(known[name]):
+            raise ValueError(f"{name}: got {options[name]!r}, expected a value like {known[name]}")
         if type(options[name]) is int and options[name] < 1:
             raise ValueError(f"{name}: got {options[name]}, expected 1 or more")
     present = {"eager", "compile", *available_backends()}

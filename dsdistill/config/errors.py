@@ -1,5 +1,7 @@
 """What a run raises that people are to read: their own mistakes, and why it cannot go on."""
 
+LONGEST = 500  # characters that a message shows of a value
+
 
 class UserError(ValueError):
     """Something the user gave cannot be used.
@@ -9,7 +11,10 @@ class UserError(ValueError):
     """
 
     def __init__(self, place: str, got: object, expected: str):
-        super().__init__(f"{place}: got {got}, expected {expected}".replace("\n", " "))
+        got, expected = (
+            text if len(text) <= LONGEST else f"{text[:LONGEST]}…" for text in (str(got), expected)
+        )
+        super().__init__(" ".join(f"{place}: got {got}, expected {expected}".splitlines()))
 
     def within(self, origin: str) -> "UserError":
         """The same, its place inside `origin`, such as the config file it comes from."""

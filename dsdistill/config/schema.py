@@ -209,7 +209,8 @@ class Train(Section):
     warmup: Fraction = Field(default=0.1, description="fraction of the steps")
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
     bad_steps: Positive = Field(
-        default=3, description="losses in a row that may not be finite; the last of them ends the run"
+        default=3,
+        description="steps in a row whose loss or gradient may not be finite; the last of them ends the run",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="of weights in forward; fp16: GPU only"

@@ -79,6 +79,7 @@ def _tsv(place: str, data: bytes) -> Table:
 
 
 def _csv(place: str, data: bytes) -> Table:
+    csv.field_size_limit(len(data) + 1)  # it would refuse a field above 131,072 characters
     reader = csv.reader(io.StringIO(_decode(place, data), newline=""), strict=True)
     rows = []
     try:
@@ -116,9 +117,22 @@ def _jsonl(place: str, data: bytes) -> Table:
             raise UserError(f"{place}, line {i}", f"{error}", "one JSON object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{place}, line {i}", f"a {type(row).__name__}", "one JSON object a line")
+        if (half := _half_character(line, row)) is not None:
+            raise UserError(f"{place}, line {i}", f"{half}, half of a character", "text")
         rows.append((i, row))
     names = dict.fromkeys(name for _, row in rows for name in row)  # in order of appearance
     return Table(place, {name: [row.get(name) for _, row in rows] for name in names}, [i for i, _ in rows])
+
+
+def _half_character(line: str, row: dict) -> str | None:
+    """A lone surrogate, which JSON can write and no other text can hold; or None."""
+    if "\\u" not in line:
+        return None
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return ascii(error.object[error.start])
+    return None
 
 
 def _parquet(place: str, data: bytes) -> Table:
@@ -129,7 +143,7 @@ def _parquet(place: str, data: bytes) -> Table:
 
     try:
         return from_arrow(place, pyarrow.parquet.read_table(pyarrow.BufferReader(data)))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second: a text that is no UTF-8
         raise UserError(place, f"{error}", "a parquet file") from error
 
 

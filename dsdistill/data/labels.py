@@ -7,7 +7,7 @@ from typing import Any
 from dsdistill.config.errors import UserError
 from dsdistill.data.table import Table
 
-INTEGER = re.compile(r"-?\d+")
+INTEGER = re.compile(r"-?\d{1,18}")  # longer ones are names like any other
 
 
 def class_names(train: Table, column: str, given: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def scores(table: Table, column: str) -> list[float]:
     for row, value in enumerate(table.column(column)):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last: an integer beyond all floats
             number = math.nan
         if not math.isfinite(number):
             raise UserError(table.at(row), f"label {value!r} in column {column}", "a finite number")

@@ -27,6 +27,7 @@ from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
 log = logging.getLogger("dsdistill")
 
 _MANIFEST = "manifest.json"
+_STATE = "state.json"
 _POINTER = "newest"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -48,7 +49,7 @@ def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) 
     ranks.barrier()
     if ranks.first:
         _write(
-            os.path.join(target, "state.json"),
+            os.path.join(target, _STATE),
             json.dumps(state | {"step": step, "world_size": ranks.world_size}),
         )
         manifest = {name: _fingerprint(os.path.join(target, name)) for name in _files(target)}
@@ -67,7 +68,7 @@ def tag_of(step: int) -> str:
 def newest(run_dir: str) -> str | None:
     """Tag of the newest checkpoint that verifies, or None; says so when it had to pass one over."""
     folder = os.path.join(run_dir, FOLDER)
-    for tag in dict.fromkeys([*_pointed(folder), *sorted(_tags(folder), reverse=True)]):
+    for tag in _candidates(folder):
         reason = damage(os.path.join(folder, tag))
         if reason is None:
             return tag
@@ -82,12 +83,38 @@ def damage(folder: str) -> str | None:
             manifest = json.load(file)
     except (OSError, ValueError):
         return "no complete manifest (the save was interrupted)"
+    if not isinstance(manifest, dict) or _STATE not in manifest:
+        return "a manifest that save() did not write"
     for name, expected in manifest.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             return f"{name} is missing"
-        if os.path.getsize(path) != expected["size"] or _fingerprint(path) != expected:
+        size = expected.get("size") if isinstance(expected, dict) else None
+        if os.path.getsize(path) != size or _fingerprint(path) != expected:
             return f"{name} has changed"
+    return None
+
+
+def check(run_dir: str, config: Config, world_size: int) -> str | None:
+    """Tag of the checkpoint that a run goes on from; None before its first.
+
+    Raises UserError where there were some and none verifies, or where a term relates the examples that meet and fewer
+    or more would meet than before.
+    """
+    folder, tag = os.path.join(run_dir, FOLDER), newest(run_dir)
+    if tag is not None:
+        _check_relations(run_dir, tag, config, world_size)
+        return tag
+    # A save that was interrupted before any was whole leaves neither of these, and costs nothing.
+    if _pointed(folder) or any(
+        os.path.isfile(os.path.join(folder, name, _MANIFEST)) for name in _tags(folder)
+    ):
+        latest = _candidates(folder)[0]
+        raise UserError(
+            folder,
+            f"no checkpoint that verifies ({latest}: {damage(os.path.join(folder, latest))})",
+            f"a whole one: put it back, or remove {run_dir} to begin anew, or take another run.dir",
+        )
     return None
 
 
@@ -116,12 +143,11 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: in
 
 
 def read_state(run_dir: str, tag: str) -> dict:
-    with open(os.path.join(run_dir, FOLDER, tag, "state.json"), encoding="utf-8") as file:
+    with open(os.path.join(run_dir, FOLDER, tag, _STATE), encoding="utf-8") as file:
         return json.load(file)
 
 
-def check_relations(run_dir: str, config: Config, world_size: int) -> None:
-    """Raise UserError where a term relates the examples that meet, and fewer or more would meet than before."""
+def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) -> None:
     at_once = config.train.micro_batch_size * world_size
     related = [
         name
@@ -129,17 +155,13 @@ def check_relations(run_dir: str, config: Config, world_size: int) -> None:
         for name, term in stage.terms.named().items()
         if isinstance(term, Related)
     ]
-    for tag in _tags(os.path.join(run_dir, FOLDER)) if related else ():
-        try:
-            before = read_state(run_dir, tag)["at_once"]
-        except (OSError, ValueError):  # a save that was interrupted
-            continue
-        if before != at_once:
-            raise UserError(
-                f"{run_dir}, {tag}: train.micro_batch_size × ranks",
-                at_once,
-                f"{before}, as it was saved with: terms.{related[0]} relates the examples that meet",
-            )
+    before = read_state(run_dir, tag)["at_once"]
+    if related and before != at_once:
+        raise UserError(
+            f"{run_dir}, {tag}: train.micro_batch_size × ranks",
+            at_once,
+            f"{before}, as it was saved with: terms.{related[0]} relates the examples that meet",
+        )
 
 
 def random_state() -> dict[str, torch.Tensor]:
@@ -154,6 +176,11 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _candidates(folder: str) -> list[str]:
+    """Tags in the order in which to try them."""
+    return list(dict.fromkeys([*_pointed(folder), *sorted(_tags(folder), reverse=True)]))
 
 
 def _pointed(folder: str) -> list[str]:

@@ -5,6 +5,7 @@ import copy
 import datetime
 import functools
 import logging
+import math
 import os
 import typing
 import warnings
@@ -183,6 +184,9 @@ def zero_section(settings: dict) -> DeepSpeedZeroConfig:
 def check_settings(config: Config, world_size: int) -> None:
     """Raise UserError for a `deepspeed:` section that DeepSpeed itself would refuse; needs no process group."""
     _check_sections(student_settings(config, world_size), "student")
+    if not config.student.deepspeed.get("zero_optimization", {}).get("compute_grad_norm", True):
+        place = "student.deepspeed.zero_optimization.compute_grad_norm"
+        raise UserError(place, "false", "true: without it a gradient that is not finite spoils the weights")
     if config.teacher is not None and config.teacher.zero_stage == 3:
         _check_sections(teacher_settings(config, 1, torch.device("cpu")), "teacher")
 
@@ -252,7 +256,22 @@ def student_engine(
     if config.student.zero_stage == 3:
         for parameter in external:
             deepspeed.zero.register_external_parameter(module, parameter)
+    engine.optimizer.loss_scaler.raise_error_at_min_scale = (
+        False  # finite_gradient tells, and the run ends by name
+    )
     return engine
+
+
+def finite_gradient(engine, skipped: int) -> bool:
+    """Whether that of the last step is; the same on every rank.
+
+    skipped: engine.skipped_steps before that step. DeepSpeed passes over a step without a finite gradient and goes on,
+    for ever. In fp16 that is how it finds its loss scale: no fault as long as the scale can still fall.
+    """
+    if engine.skipped_steps == skipped and math.isfinite(engine.get_global_grad_norm()):
+        return True
+    scaler = engine.optimizer.loss_scaler
+    return scaler.dynamic and scaler.cur_scale > scaler.min_scale
 
 
 def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Optimizer]:

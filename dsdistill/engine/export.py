@@ -12,7 +12,7 @@ from dsdistill import config as configs
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.engine import checkpoint, deepspeed
-from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder
+from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_writable
 from dsdistill.models.build import build
 from dsdistill.models.domain import FUSION, STUDENT
 
@@ -54,9 +54,10 @@ def export(run: str, out: str) -> None:
 
     The folder appears whole or not at all. Raises UserError where `out` holds something already.
     """
-    config, tag = read_run(run)
+    check_writable(out, "--out")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
+    config, tag = read_run(run)
     model, fusion = load_student(run, config, tag)
     partial = out.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Watches the losses of a run: stops it where they are no longer finite, and says where they jump."""
+"""Watches losses and gradients of a run: stops it where they are no longer finite, and says where losses jump."""
 
 import json
 import logging
@@ -11,26 +11,29 @@ from dsdistill.engine.ranks import Ranks
 
 log = logging.getLogger("dsdistill")
 
-BAD = "bad_steps.jsonl"  # in the run folder: terms and examples of each step without a finite loss
+# In the run folder: terms and examples of each step without a finite loss or gradient; steps whose loss jumped.
+BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"
 SPIKE = 4.0  # times the moving average
 MEMORY, SEEN = 0.98, 50  # of that average, and the steps before it is trusted
 
 
 class Guard:
-    """limit: losses in a row that may not be finite; the last of them ends the run."""
+    """limit: steps in a row whose loss or gradient may not be finite; the last of them ends the run."""
 
     def __init__(self, limit: int, run_dir: str, ranks: Ranks):
-        self.limit, self.path, self.ranks = limit, os.path.join(run_dir, BAD), ranks
+        self.limit, self.run_dir, self.ranks = limit, run_dir, ranks
         self.bad, self.mean, self.seen = 0, 0.0, 0
 
-    def finite(self, step: int, report: dict[str, dict], batches: list[Batch], last: bool) -> bool:
-        """Whether the step's loss is; the same on every rank.
+    def finite(
+        self, step: int, report: dict[str, dict], batches: list[Batch], last: bool, gradient: bool = True
+    ) -> bool:
+        """Whether the step's loss and gradient are; the same on every rank.
 
         report: Objective.report of the whole step. batches: this rank's. last: no step follows in which the loss could
-        recover. Raises RunError at the limit.
+        recover. gradient: whether that is finite, the same on every rank. Raises RunError at the limit.
         """
         terms = {name: term["raw"] for name, term in report.items()}
-        if all(map(math.isfinite, terms.values())):
+        if gradient and all(map(math.isfinite, terms.values())):
             self.bad = 0
             self._watch(step, sum(term["weighted"] for term in report.values()))
             return True
@@ -40,21 +43,26 @@ class Guard:
             for of_rank in self.ranks.gather([i for b in batches for i in b.ids if i])
             for name in of_rank
         ]
-        if self.ranks.first:
-            with open(self.path, "a", encoding="utf-8") as file:
-                shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
-                file.write(json.dumps({"step": step, "terms": shown, "examples": ids}) + "\n")
-        broken = [name for name, value in terms.items() if not math.isfinite(value)]
+        broken = [name for name, value in terms.items() if not math.isfinite(value)] or ["the gradient alone"]
+        shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
+        self._note(BAD, {"step": step, "in": broken, "terms": shown, "examples": ids})
         if self.bad == self.limit or last:
             raise RunError(
-                f"step {step}: {self.bad} loss(es) in a row are not finite, in {', '.join(broken)}: {terms}; "
-                f"{self.path} has the examples"
+                f"step {step}: {self.bad} step(s) in a row are not finite, in {', '.join(broken)}: {terms}; "
+                f"{os.path.join(self.run_dir, BAD)} has the examples"
             )
-        log.warning("step %d: the loss is not finite, in %s; the step is skipped", step, ", ".join(broken))
+        log.warning("step %d is not finite, in %s; it is skipped", step, ", ".join(broken))
         return False
 
     def _watch(self, step: int, loss: float) -> None:
         if self.seen >= SEEN and loss > SPIKE * self.mean > 0:
             log.warning("step %d: loss %.4g, %.1f times its average of late", step, loss, loss / self.mean)
+            self._note(SPIKES, {"step": step, "loss": loss, "average": self.mean})
         self.mean = loss if self.seen == 0 else MEMORY * self.mean + (1 - MEMORY) * loss
         self.seen += 1
+
+    def _note(self, name: str, record: dict) -> None:
+        """Append one line to a file of the run folder."""
+        if self.ranks.first:
+            with open(os.path.join(self.run_dir, name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")

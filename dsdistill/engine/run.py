@@ -60,10 +60,8 @@ def run(config: Config, ranks: Ranks) -> dict:
         done = folder.summary()
         finished = done is not None and done.get("finished", False)
         prepared = None if finished else prepare(config, ranks.world_size)
-        if prepared is not None:
-            checkpoint.check_relations(folder.path, config, ranks.world_size)
         if ranks.first:
-            folder.open(config)
+            _open(folder, config, ranks, finished)
     if prepared is None:
         log.info("%s is finished; nothing to do", folder.path)
         return done
@@ -72,6 +70,14 @@ def run(config: Config, ranks: Ranks) -> dict:
     summary = _distil(prepared, folder, ranks)
     ranks.barrier()
     return summary
+
+
+def _open(folder: RunFolder, config: Config, ranks: Ranks, finished: bool = False) -> None:
+    """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it."""
+    folder.claim()
+    if not finished:
+        folder.tag = checkpoint.check(folder.path, config, ranks.world_size)
+    folder.open(config)
 
 
 def evaluate_run(path: str) -> dict:
@@ -84,6 +90,8 @@ def evaluate_run(path: str) -> dict:
     ranks = deepspeed.start()
     try:
         with ranks.first_alone():
+            if ranks.first:
+                folder.claim()
             prepared = prepare(config, ranks.world_size)
         if prepared.recipe is not None:
             _use_recipe(prepared, folder, ranks)
@@ -137,9 +145,8 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
         folder = RunFolder(home)
         with ranks.first_alone():
-            checkpoint.check_relations(home, recipe.config, ranks.world_size)
             if ranks.first:
-                folder.open(recipe.config)
+                _open(folder, recipe.config, ranks)
         if recipe.recipe is not None:
             _use_recipe(recipe, folder, ranks)
         _distil(recipe, folder, ranks)
@@ -204,7 +211,7 @@ def _through_stages(
 ) -> Trainer:
     """Train stage after stage, from the newest checkpoint that verifies; the trainer of the last."""
     parts = prepared.config.parts
-    tag = ranks.gather(checkpoint.newest(folder.path) if ranks.first else None)[0]
+    tag = ranks.gather(folder.tag)[0]
     start = checkpoint.read_state(folder.path, tag)["stage"] if tag is not None else 0
     before = stages.weights_path(folder.path, parts[start - 1].name) if start else None
     trainer = None
@@ -239,8 +246,9 @@ def _baseline(
         run=_with(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
     )
     alone.objectives = make_objectives(alone.config, prepared.pair)
-    if ranks.first:
-        home.open(alone.config)
+    with ranks.first_alone():
+        if ranks.first:
+            _open(home, alone.config, ranks)
     student = _through_stages(alone, init, None, judge, home, ranks)
     return _row(student.evaluate()["student"], student)
 

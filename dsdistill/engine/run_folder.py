@@ -41,6 +41,7 @@ class RunFolder:
 
     def __init__(self, path: str):
         self.path = path
+        self.tag: str | None = None  # of the checkpoint to go on from, on rank 0
 
     def __truediv__(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -50,11 +51,7 @@ class RunFolder:
 
         A start that failed before its first checkpoint binds nobody: its config is replaced.
         """
-        check_writable(self.path)
-        if not self.lock():
-            raise UserError(
-                "run.dir", f"{self.path}, which another process is writing", "a folder of its own"
-            )
+        self.claim()
         if not self.begun:
             shutil.rmtree(self / INIT, ignore_errors=True)
         elif os.path.exists(self / CONFIG):
@@ -67,6 +64,14 @@ class RunFolder:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(configs.dump(config))
         os.replace(partial, self / CONFIG)
+
+    def claim(self) -> None:
+        """Take the folder for this process; raise UserError where it cannot be written, or another process has it."""
+        check_writable(self.path)
+        if not self.lock():
+            raise UserError(
+                "run.dir", f"{self.path}, which another process is writing", "a folder that no other has"
+            )
 
     def lock(self) -> bool:
         """Take the folder for this process, until it ends however it ends; False where another has it."""
@@ -150,15 +155,28 @@ class RunFolder:
         os.replace(partial, self / METRICS)
 
 
-def check_writable(folder: str) -> None:
-    """Raise UserError unless a run could write there; makes nothing, so that a refused run leaves nothing behind."""
+def check_writable(folder: str, key: str = "run.dir") -> None:
+    """Raise UserError unless a folder could be written there; makes nothing: what is refused leaves nothing behind."""
     place = os.path.abspath(folder)
     while not os.path.exists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):
-        raise UserError("run.dir", f"{folder} ({place} is no folder)", "a folder that can be written")
+        raise UserError(key, f"{folder} ({place} is no folder)", "a folder that can be written")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError("run.dir", f"{folder} ({place} is read-only)", "a folder that can be written")
+        raise UserError(key, f"{folder} ({place} is read-only)", "a folder that can be written")
+
+
+def check_file(path: str | None, key: str) -> None:
+    """Raise UserError unless a file could be written there; makes nothing."""
+    if path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise UserError(key, f"{path}, which is a folder", "a file to be written")
+    if not os.path.isdir(folder):
+        raise UserError(key, f"{path} ({folder} is no folder)", "a file in a folder that is there")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(key, f"{path}, which is read-only", "a file that can be written")
 
 
 def _compare(old: Config, new: Config, place: str) -> None:

@@ -150,8 +150,14 @@ class Trainer:
 
     def run(self, folder: RunFolder, tag: str | None = None) -> None:
         """Train to the stage's last step, from checkpoint `tag` of this stage where there is one."""
-        with logging_redirect_tqdm():  # lines of the log above the bar, not in it
-            self._run(folder, tag)
+        try:
+            with logging_redirect_tqdm():  # lines of the log above the bar, not in it
+                self._run(folder, tag)
+        except Exception as error:
+            place = f"rank {self.ranks.rank}, step {self.progress.step + 1}"
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            error.add_note(f"dsdistill: {place}: {told}")  # the last line of a traceback, where there is one
+            raise
 
     def _run(self, folder: RunFolder, tag: str | None) -> None:
         config, every = self.config.run, self.config.run.save_every
@@ -176,6 +182,7 @@ class Trainer:
             started = time.perf_counter()
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
             rate = self.engine.get_lr()[0]
+            skipped = self.engine.skipped_steps
             raw = self.train_step(batches)
             tokens = torch.tensor(sum(int(b.mask.sum()) for b in batches), device=self.ranks.device)
             # Waits for the GPU, so it comes before the clock is read.
@@ -184,7 +191,8 @@ class Trainer:
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == self.end
             report = objective.report(raw)
-            finite = guard.finite(step, report, batches, last)
+            gradient = deepspeed.finite_gradient(self.engine, skipped)
+            finite = guard.finite(step, report, batches, last, gradient)
             if finite:
                 objective.update(raw)
                 self.progress.losses += sum(term["weighted"] for term in report.values())

@@ -11,10 +11,15 @@ from dsdistill.config import UserError
 from dsdistill.config.load import build
 from dsdistill.engine import checkpoint
 from tests.engine.launch import launch, run_configs
-from tests.engine.test_resume import losses, write
+from tests.engine.test_resume import losses, make_checkpoint, write
 
 RESHAPE = Path(__file__).with_name("reshape_worker.py")
-MOMENTS = {"adamw": ["exp_avg", "exp_avg_sq"], "sgd": ["momentum_buffer"], "adagrad": ["sum"]}
+MOMENTS = {
+    "AdamW": ["exp_avg", "exp_avg_sq"],
+    "Adam": ["exp_avg", "exp_avg_sq"],
+    "SGD": ["momentum_buffer"],
+    "AdaGrad": ["sum"],
+}
 
 
 @pytest.fixture
@@ -74,11 +79,12 @@ def test_a_run_goes_on_with_other_ranks_and_stages(elastic, tmp_path):
 
 def check_reshaped(results: list[dict]) -> None:
     """Masters and moments of every optimizer, tied, frozen and padded weights, buffers and rates: to the last bit."""
-    assert len(results) == 5
+    assert len(results) == 6
     for result in results:
         optimizer, dtype, *stages = result["case"]
         assert result["stages"] == stages
-        assert result["moments"] == MOMENTS[optimizer]
+        assert result["optimizer"].lower() == optimizer  # adam: decay in the gradient
+        assert result["moments"] == MOMENTS[result["optimizer"]]
         assert result["differences"] == [], result["case"]
         goes_on, other = result["losses"]
         assert other == pytest.approx(goes_on, rel=1e-6 if dtype == "fp32" else 1e-2), result["case"]
@@ -86,13 +92,11 @@ def check_reshaped(results: list[dict]) -> None:
 
 def test_what_meets_must_stay_where_a_term_relates_examples(settings, tmp_path):
     settings["terms"]["rkd"] = {}
-    saved = tmp_path / checkpoint.FOLDER / "step-00000005"
-    saved.mkdir(parents=True)
-    (saved / "state.json").write_text(json.dumps({"at_once": 8}))
-    checkpoint.check_relations(str(tmp_path), build(settings), 2)  # 4 on each of 2
+    make_checkpoint(tmp_path, 5, at_once=8)
+    checkpoint.check(str(tmp_path), build(settings), 2)  # 4 on each of 2
     with pytest.raises(
         UserError, match=r"micro_batch_size × ranks: got 4, expected 8, .* terms\.rkd relates"
     ):
-        checkpoint.check_relations(str(tmp_path), build(settings), 1)
+        checkpoint.check(str(tmp_path), build(settings), 1)
     del settings["terms"]["rkd"]
-    checkpoint.check_relations(str(tmp_path), build(settings), 1)
+    checkpoint.check(str(tmp_path), build(settings), 1)

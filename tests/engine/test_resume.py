@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dsdistill.config import UserError
+from dsdistill.config.load import build as build_config
 from dsdistill.engine import checkpoint
 from dsdistill.engine.export import read_run
 from tests.engine.launch import WORKER, launch, launch_command, run_configs
@@ -93,7 +94,7 @@ def test_resume_is_exact(with_dropout, tmp_path):
     assert scores[0]["student"]["kl"] == scores[1]["student"]["kl"]
 
 
-def make_checkpoint(run: Path, step: int) -> Path:
+def make_checkpoint(run: Path, step: int, **state: object) -> Path:
     """A finished checkpoint in the layout of checkpoint.save, with one small file."""
 
     class Engine:
@@ -106,7 +107,7 @@ def make_checkpoint(run: Path, step: int) -> Path:
         def barrier(self):
             pass
 
-    checkpoint.save(Engine(), str(run), step, {}, Ranks(), keep=2)
+    checkpoint.save(Engine(), str(run), step, {"at_once": 8} | state, Ranks(), keep=2)
     return run / checkpoint.FOLDER / f"step-{step:08d}"
 
 
@@ -120,6 +121,56 @@ def test_newest_skips_what_does_not_verify(tmp_path):
     assert checkpoint.newest(str(tmp_path)) == first.name
     (first / "manifest.json").unlink()  # as a kill during the save leaves it
     assert checkpoint.newest(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_any_bit_of_what_describes_a_checkpoint_counts(tmp_path, name):
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    whole = (second / name).read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (second / name).write_bytes(flipped)
+        assert checkpoint.damage(str(second)) is not None, (bit, bytes(flipped))
+    assert checkpoint.newest(str(tmp_path)) == first.name
+
+
+MANIFESTS = [
+    "{}",
+    "[]",
+    "3",
+    "null",
+    '"x"',
+    '{"state.json": {}}',
+    '{"state.json": 5}',
+    '{"state.json": {"size": 1}}',
+]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_a_manifest_of_another_form_is_damage(settings, tmp_path, manifest):
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    (second / "manifest.json").write_text(manifest)
+    (second / "state.json").write_text("[")  # is not looked into, where a term wants to know what it says
+    settings["terms"]["rkd"] = {}
+    assert checkpoint.check(str(tmp_path), build_config(settings), 2) == first.name
+
+
+def test_a_run_without_a_good_checkpoint_does_not_begin_anew_by_itself(settings, tmp_path):
+    config, found = build_config(settings), make_checkpoint(tmp_path, 1)
+    assert checkpoint.check(str(tmp_path), config, 2) == found.name
+    (found / "weights.bin").write_bytes(b"short")
+    refusal = (
+        r"checkpoints: got no checkpoint that verifies \(step-00000001: weights.bin has changed\), expected "
+    )
+    with pytest.raises(UserError, match=refusal):
+        checkpoint.check(str(tmp_path), config, 2)
+    (found / "manifest.json").unlink()  # the pointer tells that it was whole
+    with pytest.raises(UserError, match="no complete manifest"):
+        checkpoint.check(str(tmp_path), config, 2)
+    (found.parent / "newest").unlink()  # as a kill in the first save leaves it
+    assert checkpoint.check(str(tmp_path), config, 2) is None
+    assert checkpoint.check(str(tmp_path / "nowhere"), config, 2) is None
 
 
 def test_keeps_the_newest(tmp_path):
@@ -149,6 +200,6 @@ def test_losses_that_are_not_finite_end_the_run_and_are_not_saved(settings, tmp_
     settings["run"] |= {"save_every": 1, "keep": 9}
     settings["train"] |= {"learning_rate": 1e30, "clip": 0.0, "warmup": 0.0}
     done = launch(WORKER, write(settings, tmp_path, "run"))
-    assert done.returncode != 0 and "3 loss(es) in a row are not finite" in done.stderr
+    assert done.returncode != 0 and "3 step(s) in a row are not finite" in done.stderr
     tags = [p.name for p in (tmp_path / "run" / checkpoint.FOLDER).glob("step-*")]
     assert tags == ["step-00000001"]  # its loss was taken before the first update
