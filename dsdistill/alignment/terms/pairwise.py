@@ -15,9 +15,10 @@ from dsdistill.ops import pairwise_alignment
 class PairwiseTerm(AlignmentTerm):
     """Difference of the two models' token-by-token relations; needs no projector, widths may differ.
 
-    With `center` and cosines it is L_struct of the structured multi-stage method: its φ and ψ, which the paper names
-    without a formula, are read here as the centred, row-normalised Gram matrix of a sequence's tokens. They have no
-    parameters; φ and ψ trained together on this loss alone would both collapse to 0.
+    With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
+    formula. Of two readings, the centred, row-normalised Gram matrix of a sequence's tokens for both, or φ a PCA fitted
+    on the teacher with ψ a trained linear map, the first is what is built. It has no parameters; φ and ψ trained
+    together on this loss alone would both collapse to 0.
     """
 
     name = "pairwise"
