@@ -8,8 +8,11 @@ import torch.nn.functional as F
 
 from dsdistill.alignment import spans as module
 from dsdistill.alignment.spans import SpanGrid, token_weights
+from dsdistill.alignment.terms import TERMS, Pair, Shape
 from dsdistill.config import UserError
-from dsdistill.data.batch import PHRASE, WORD
+from dsdistill.config.terms import Trajectory
+from dsdistill.data.batch import PHRASE, WORD, Batch
+from dsdistill.models.trace import Trace
 from tests.alignment.rig import Rig, make_batch
 
 STUDENT = {"hidden_size": 24, "num_hidden_layers": 2}
@@ -99,6 +102,20 @@ class TestGrid:
     def test_no_span(self):
         grid = SpanGrid(torch.empty(0, 4, dtype=torch.int64), 2, 3)
         assert grid.mask.shape == (2, 0) and not grid.covered.any()
+
+
+@pytest.mark.parametrize(("pairs", "expected"), [("ordered", 1 / 2), ("upper", 1 / 4)])
+def test_structure_by_hand(pairs, expected):
+    """Two spans of a token each, of weight 1/2: at right angles in the student (δ = 1), parallel in the teacher (0)."""
+    shape = Shape(depth=1, width=2, heads=1, key_heads=1, head_width=2, vocabulary=9)
+    config = Trajectory(word_layers=[[1, 1]], hidden=0.0, pairs=pairs)
+    term = TERMS["trajectory"](config, Pair(shape, shape, "classification", "auto"))
+    student, teacher = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[1.0, 2.0], [2.0, 4.0]]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    assert token_weights(teacher, mask).tolist() == [[0.5, 0.5]]  # each attends to the other alone
+    batch = Batch(mask.long(), mask, None, spans=torch.tensor([[0, 0, 1, WORD], [0, 1, 2, WORD]]))
+    found = term.sums(Trace(hidden={1: student}), Trace(hidden={1: teacher}), batch)
+    assert found.tolist() == pytest.approx([expected]) and term.counts(batch, {}).tolist() == [1]
 
 
 @pytest.mark.parametrize("pairs", ["ordered", "upper"])
