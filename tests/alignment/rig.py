@@ -1,5 +1,6 @@
 """Tiny real models under an objective, fed step by step as training does."""
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -131,6 +132,12 @@ class Rig:
         self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens, width)
         torch.manual_seed(7)
         self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)
+        self.before = None  # the student as the stage before left it
+        if self.objective.needs_previous:
+            self.before = copy.deepcopy(self.student).eval().requires_grad_(False)
+            for parameter in self.before.parameters():
+                parameter.mul_(1.1)
+            self.earlier = Capture(self.before, self.objective.layers("student_hidden"))
         evaluation = Objective(Terms(task={}), self.pair)
         self.module = StudentModule(self.student, self.objective, evaluation, domain=domain)
         self.capture = Capture(
@@ -146,6 +153,13 @@ class Rig:
             found.head, found.head_bias = head.weight, head.bias
         return found
 
+    def previous_trace(self, batch: Batch) -> Trace | None:
+        if self.before is None:
+            return None
+        call = Headless(self.before, "student") if self.task in LANGUAGE else self.before
+        with torch.no_grad():
+            return trace(call, self.before, self.earlier, batch)
+
     def counts(self, batches: list[Batch]):
         if not self.module.capture.geometry:
             with torch.no_grad():
@@ -159,7 +173,7 @@ class Rig:
         self.module.zero_grad()
         total, raw = 0.0, 0.0
         for batch in batches:
-            loss, terms = self.module(batch, self.teacher_trace(batch), counts)
+            loss, terms = self.module(batch, self.teacher_trace(batch), counts, self.previous_trace(batch))
             loss.backward()
             total, raw = total + loss.item(), raw + terms.double()
         gradients = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}

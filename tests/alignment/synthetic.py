@@ -33,6 +33,7 @@ CASES = {
     "trajectory": {"word_layers": [[1, 2]], "phrase_layers": [[2, 3]]},
     "fdd": {},
     "domain": {},
+    "smooth": {},
 }
 LANGUAGE = {"task", "soft_label", "fdd"}  # the terms that read a vocabulary
 
@@ -71,6 +72,7 @@ class Synthetic:
         self.leaves: list[torch.Tensor] = []  # of the student
         self.student = self._trace(shapes[0], 1, self.leaves)
         self.teacher = self._trace(shapes[1], 2, None)
+        self.student.previous = self._trace(shapes[0], 3, None)
 
     def _trace(self, shape: Shape, seed: int, leaves: list | None) -> Trace:
         generator = torch.Generator().manual_seed(seed)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.alignment.rig import ALL_TERMS, Rig, make_batch, padded, rows, with_filler
+from tests.models.test_domain import fitted
 
 REGRESSION = {name: term for name, term in ALL_TERMS.items() if name != "soft_label"}
 SMALL_BERT = {"hidden_size": 24, "num_hidden_layers": 2}
@@ -30,7 +31,14 @@ CASES = {
             "trajectory": {"word_layers": [[1, 2]], "phrase_layers": [[2, 3], [1, 1]]},
             "attention": {"relations": ["query_key", "value_value"]},
             "pairwise": {"center": True},
+            "smooth": {},
         },
+        SMALL_BERT,
+    ),
+    "bert-domain": (
+        "bert",
+        "masked_lm",
+        {"task": {}, "domain": {"sequences": 0.0}},  # sequences relate those that meet
         SMALL_BERT,
     ),
     "modernbert-mse": (
@@ -42,7 +50,7 @@ CASES = {
     "llama-classifier": ("llama", "classification", ALL_TERMS, SMALL_LLAMA),
     "roberta-regression": ("roberta", "regression", REGRESSION, SMALL_BERT),
     "gpt2-language": ("gpt2", "causal_lm", ALL_TERMS, {"n_embd": 24, "n_layer": 2}),
-    "llama-language": ("llama", "causal_lm", ALL_TERMS, SMALL_LLAMA),
+    "llama-language": ("llama", "causal_lm", ALL_TERMS | {"fdd": {}}, SMALL_LLAMA),
     "qwen2-language-mse": (
         "qwen2",
         "causal_lm",
@@ -59,7 +67,12 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
     family, task, terms, student = CASES[request.param]
-    rig = Rig(family, task, terms, student)
+    fusion = None
+    if "domain" in terms:
+        fusion = fitted(student_width=student["hidden_size"], layers=(2, 3))
+        torch.nn.init.normal_(fusion.lift.weight)  # at 0, as it begins, its gate would learn nothing
+    rig = Rig(family, task, terms, student, domain=fusion)
+    rig.module.train()
     batch = make_batch(task)
     return rig, batch, rig.step(batch)
 
@@ -122,7 +135,7 @@ def test_a_micro_batch_of_filler_alone(case):
     assert not filler.rows.any()
     assert_same(rig.step(filler, batch), expected)
     counts = rig.counts([batch])
-    loss, raw = rig.module(filler, rig.teacher_trace(filler), counts)
+    loss, raw = rig.module(filler, rig.teacher_trace(filler), counts, rig.previous_trace(filler))
     loss.backward()
     assert loss.item() == 0 and not raw.any()
     assert all(p.grad is None or p.grad.isfinite().all() for p in rig.module.parameters())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dsdistill.data.batch import NO_LABEL
 from dsdistill.models.domain import Aggregate, DomainFusion, TeacherMap, normed
-from dsdistill.models.trace import Trace
+from dsdistill.models.trace import DomainTrace, Trace
 from tests.alignment.rig import Rig, make_batch, padded, rows, with_filler
 
 TERMS = {"domain": {}}
@@ -104,6 +104,50 @@ def test_padding_fillers_and_splits_change_nothing(task):
         again, found_raw, _ = found.step(*other)
         assert again == pytest.approx(total, rel=1e-4)
         assert found_raw == pytest.approx(raw, rel=1e-4)
+
+
+def test_sequences_do_not_see_padding_order_or_fillers():
+    """With every part on; all examples meet in one micro-batch, so gradients are the same too."""
+    found = rig()
+    torch.nn.init.normal_(found.module.domain.lift.weight)
+    batch = make_batch("masked_lm")
+    total, raw, gradients = found.step(batch)
+    names = [name for name, gradient in gradients.items() if gradient.any()]
+    assert {"domain.gate.weight", "objective.terms.domain.aggregate.attend.weight"} <= set(names)
+    whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+    for other in (padded(batch, 3), rows(batch, [4, 0, 5, 3, 1, 2]), with_filler(batch, 2)):
+        again, found_raw, found_gradients = found.step(other)
+        assert again == pytest.approx(total, rel=1e-5) and found_raw == pytest.approx(raw, rel=1e-5)
+        for name in names:
+            error = (found_gradients[name] - gradients[name]).norm()
+            assert error <= 1e-5 * gradients[name].norm() + 1e-6 * whole, name
+
+
+def test_a_perfect_student_has_nothing_to_learn():
+    """The teacher itself, ψ the map of its states, the aggregate their mean, the prediction right: each part is 0."""
+    found = Rig("bert", "masked_lm", TERMS, domain=fitted(layers=(1, 2, 3)))
+    found.module.train()
+    term, fusion, batch = found.objective.terms["domain"], found.module.domain, make_batch("masked_lm")
+    assert term.parts == 7  # three layers, tokens, phrases, sequences, predictor
+
+    def parts(right: bool):
+        teacher, student = found.teacher_trace(batch), found.module.trace(batch)
+        targets = fusion.targets(teacher)
+        predicted = fusion.trace({}).predicted
+        student.domain = DomainTrace(targets, targets[3] if right else predicted)
+        return term.sums(student, teacher, batch)
+
+    far = parts(right=False)
+    found.student.load_state_dict(found.teacher.state_dict())
+    with torch.no_grad():
+        for layer in (1, 2, 3):  # BERT's states are layer-normed already: without a mean the map is linear
+            fusion.maps[str(layer)].mean.zero_()
+            scaled = fusion.maps[str(layer)].components / fusion.maps[str(layer)].scale
+            term.projectors[f"{layer}-{layer}"].weight.copy_(scaled)
+        for gate, bias in zip(term.aggregate.gates, (0.0, -100.0, -100.0), strict=True):
+            gate.weight.zero_(), gate.bias.fill_(bias)
+    near = parts(right=True)
+    assert (far > 1e-4).all() and (near < 1e-6 * far.clamp(min=1)).all(), (far, near)
 
 
 def test_the_parts_by_hand():
