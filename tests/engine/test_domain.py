@@ -1,6 +1,7 @@
 """Domain structural mapping from a teacher to an exported student."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForMaskedLM
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.models.domain import load_exported
-from tests.engine.launch import run_configs
+from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 from tests.engine.test_run import command
 
@@ -72,6 +73,19 @@ def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teach
     ids = torch.tensor([[2, 7, 4, 3]])
     with torch.no_grad():
         assert not torch.allclose(student(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4)
+
+
+def test_the_teacher_hands_over_anew_in_each_stage(mapping, tmp_path):
+    """Its share is 1 at a stage's first step and falls by as much at every step, to come to 0 at its end."""
+    mapping |= {"evaluation": {}, "stages": [{"name": "short", "share": 1}, {"name": "long", "share": 3}]}
+    mapping["train"] |= {"steps": 16, "micro_batch_size": 8}
+    done = launch(Path(__file__).with_name("share_worker.py"), write(tmp_path, mapping, "run"), ranks=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    expected = [1 - step / 4 for step in range(4)] + [1 - step / 12 for step in range(12)]
+    assert found["shares"] == pytest.approx(expected)
+    # All examples take the teacher's features where its share is 1, few towards the end.
+    assert found["taken"][0] == found["taken"][4] == 1 and sum(found["taken"][-3:]) / 3 < 0.5
 
 
 @pytest.mark.parametrize(

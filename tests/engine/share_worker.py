@@ -1,0 +1,28 @@
+"""Trains by a config and prints, as JSON, at every step the teacher's share in what the student is given of it.
+
+python share_worker.py CONFIG.yaml
+"""
+
+import json
+
+from dsdistill.engine import deepspeed
+from dsdistill.models.domain import DomainFusion
+from tests.engine.worker import run_all, start
+
+if __name__ == "__main__":
+    configs, ranks = start()
+    prepare, shares, taken = DomainFusion.prepare, [], []
+
+    def watched(fusion, teacher, chance):
+        found = prepare(fusion, teacher, chance)
+        if fusion.training:
+            shares.append(fusion.share)
+            taken.append(fusion._given[1].float().mean().item())  # of the examples
+        return found
+
+    DomainFusion.prepare = watched
+    try:
+        run_all(configs, ranks)
+    finally:
+        deepspeed.stop()
+    print(json.dumps({"shares": shares, "taken": taken}), flush=True)
