@@ -5,17 +5,21 @@ import gzip
 import json
 import string
 import types
+from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from dsdistill.config import Config, UserError, dump, load
 from dsdistill.config.load import build
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.section import Section as AnySection
-from dsdistill.data import files, read
+from dsdistill.data import Data, files
+from dsdistill.data import load as tokenized
 
 # The same examples in every run: a failure here is a bug, never chance.
 FUZZ = settings(
@@ -31,6 +35,8 @@ SCALARS = st.one_of(
     st.integers(-3, 2**70),
     st.floats(),
     st.text(max_size=8),
+    st.integers(300, 420).map(lambda digits: 10**digits),  # up to beyond all floats
+    st.sampled_from(["\ud800", "ab\udfff", "9" * 5000]),  # halves of a character; digits that int() refuses
     st.sampled_from(
         ["uniform", "files", "docstrings", "auto", "bert", "x.tsv", "${run.name}", "${nowhere}", "???"]
     ),
@@ -127,7 +133,14 @@ def test_overrides(tmp_path, pairs):
         one_line(error)
 
 
-CELLS = st.text(st.sampled_from(string.ascii_letters + '"\t,\r\n \0é\u2028'), max_size=10)
+CELLS = st.text(st.sampled_from(string.ascii_letters + '"\t,\r\n \0é\u2028'), max_size=10) | st.sampled_from(
+    ["9" * 5000, "-" + "9" * 400, "1e999"]
+)
+WELL_FORMED = st.lists(
+    st.tuples(st.sampled_from(["the sum", "é mean"]), st.sampled_from([1, 2, 10**400, "\ud800", "9" * 5000])),
+    min_size=2,
+    max_size=4,
+).map(lambda rows: "\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
 ROWS = st.lists(st.lists(CELLS, max_size=4).map("\t".join), max_size=5).map("\n".join)
 OBJECTS = st.lists(
     st.dictionaries(st.sampled_from(["text", "label", "id"]), VALUES, max_size=3).map(json.dumps), max_size=4
@@ -140,27 +153,51 @@ CONTENTS = st.one_of(
     ROWS.map(lambda rows: ("text,label\n" + rows.replace("\t", ",")).encode()),
     OBJECTS.map(str.encode),
     ROWS.map(lambda rows: gzip.compress(rows.encode())),
+    WELL_FORMED.map(str.encode),
 )
+TASKS = ["classification", "regression", "causal_lm", "masked_lm"]
 
 
 @FUZZ
 @given(
     st.sampled_from([name + packed for name in files.READERS for packed in ("", ".gz")]),
     CONTENTS,
-    st.sampled_from(["classification", "regression", "causal_lm", "masked_lm"]),
+    st.sampled_from(TASKS),
 )
-def test_data_files(tmp_path, suffix, content, task):
-    path = tmp_path / f"fuzz{suffix}"
+def test_data_files(tmp_path, tokenizer, suffix, content, task):
+    found = examples(tmp_path / f"fuzz{suffix}", content, task, tokenizer)
+    for part in (found.train, found.dev) if found is not None else ():
+        assert len(part) and part.lengths.min() > 0
+
+
+def examples(path: Path, content: bytes, task: str, tokenizer) -> Data | None:
+    """What a run would train on; None where it refuses, in one line that names the file."""
     path.write_bytes(content)
-    section = Section(source="files", train=str(path), dev=str(path), cache=str(tmp_path))
+    section = Section(source="files", train=str(path), dev=str(path), cache=str(path.parent), max_length=8)
     try:
-        found = read(section, task)
+        return tokenized(section, task, tokenizer)
     except UserError as error:
         one_line(error)
         assert str(path) in str(error)
-        return
-    for rows in (found.train, found.dev):
-        assert rows.texts and all(isinstance(text, str) for texts in rows.texts for text in texts)
+        return None
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def test_data_files_are_accepted_too(tmp_path, tokenizer):
+    """Of each task."""
+    accepted = dict.fromkeys(TASKS, 0)
+
+    @FUZZ
+    @given(WELL_FORMED.map(str.encode), st.sampled_from(TASKS))
+    def reach(content, task):
+        accepted[task] += examples(tmp_path / "fuzz.jsonl", content, task, tokenizer) is not None
+
+    reach()
+    assert min(accepted.values()) > 5, accepted
 
 
 def test_configs_are_accepted_too():
