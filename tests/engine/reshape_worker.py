@@ -24,6 +24,7 @@ CASES = [
     ("adamw", "bf16", 3, 2),
     ("sgd", "fp32", 3, 1),
     ("adagrad", "fp32", 2, 3),
+    ("adam", "fp32", 1, 2),
 ]
 
 SOME_STAY_WHOLE = {"stage3_param_persistence_threshold": 6}  # elements; by default all of this module would
@@ -112,6 +113,7 @@ def reshape(folder: str, ranks) -> None:
         result = {
             "case": [optimizer, dtype, before, after],
             "stages": [saved.stage, again.stage],
+            "optimizer": type(engine.basic_optimizer).__name__,
             "moments": saved.moments,
             "differences": differences(saved, again),
             "losses": [goes_on, train(other, dtype, ranks, 3)],
