@@ -45,6 +45,31 @@ def not_a_number() -> None:
     Trainer._loss = broken
 
 
+def no_gradient() -> None:
+    """From here on one parameter's gradients are none, and the losses are as they were."""
+    _spoil(steps=99)
+
+
+def one_without_gradient() -> None:
+    """In this step alone."""
+    _spoil(steps=1)
+
+
+def _spoil(steps: int) -> None:
+    loss, first = Trainer._loss, None
+
+    def spoilt(trainer, batch, counts):
+        nonlocal first
+        if first is None:
+            first = trainer.progress.step
+            trainer.module.body.classifier.weight.register_hook(
+                lambda gradient: gradient * math.nan if trainer.progress.step < first + steps else gradient
+            )
+        return loss(trainer, batch, counts)
+
+    Trainer._loss = spoilt
+
+
 def die(*_, **__) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -67,13 +92,31 @@ def die_between_files() -> None:
     checkpoint._fingerprint = die
 
 
+def die_between_own_files() -> None:
+    """Killed with its shard written and its random state not."""
+    checkpoint.random_state = die
+
+
+def die_before_pointer() -> None:
+    """Killed with the manifest written and the pointer still at the checkpoint before."""
+
+    def write(path: str, text: str) -> None:
+        (die if path.endswith(checkpoint._POINTER) else whole)(path, text)
+
+    whole, checkpoint._write = checkpoint._write, write
+
+
 FAULTS = {
     "hang": hang,
     "raise": fail,
     "full disk": full_disk,
     "nan": not_a_number,
+    "nan gradient": no_gradient,
+    "one nan gradient": one_without_gradient,
     "kill in a file": die_in_file,
     "kill between files": die_between_files,
+    "kill between own files": die_between_own_files,
+    "kill before the pointer": die_before_pointer,
 }
 
 

@@ -1,9 +1,10 @@
 """Faults in the real two-rank job: an exit code, a reason, no process left behind, and a resume that is exact."""
 
+import json
+import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,19 @@ WORKER = Path(__file__).with_name("fault_worker.py")
 KILLED = r"exits with return code = -9|dsdistill: rank \d lost another rank: .*[Cc]onnection (closed|reset) by peer"
 KILLED_CODES = (1, 247)
 VAIN = r"dsdistill: rank 0 waited 0\.2 minutes \(run\.timeout\) for another rank in vain: .*[Tt]imed out"
-BAD = r"dsdistill: step 7: 3 loss\(es\) in a row are not finite, in task, .*bad_steps\.jsonl has"
+BAD = r"dsdistill: step 7: 3 step\(s\) in a row are not finite, in task, .*bad_steps\.jsonl has"
+BAD_GRADIENT = r"dsdistill: step 6: 2 step\(s\) in a row are not finite, in the gradient alone: "
 # Rank, step, reason.
 FAULTS = {
     "hang": (1, 6, VAIN),
-    "raise": (1, 6, "ArithmeticError: a rank that raises"),
+    "raise": (1, 6, r"(?m)^(\[rank1\]: )?dsdistill: rank 1, step 6: ArithmeticError: a rank that raises$"),
     "full disk": (1, 6, r"dsdistill: step 6: no checkpoint could be saved: "),
     "nan": (1, 5, BAD),
+    "nan gradient": (1, 5, BAD_GRADIENT),
     "kill in a file": (1, 6, KILLED),
     "kill between files": (0, 6, KILLED),
+    "kill between own files": (1, 6, KILLED),
+    "kill before the pointer": (0, 6, KILLED),
 }
 
 
@@ -51,7 +56,8 @@ def ended(settings, folder) -> dict[str, subprocess.CompletedProcess]:
     """Each fault's run, as it ended; none has left a process."""
     found = {}
     for fault, (rank, step, _) in FAULTS.items():
-        path = write(settings, folder, fault)
+        limit = {"bad_steps": 2} if fault == "nan gradient" else {}
+        path = write(settings | {"train": settings["train"] | limit}, folder, fault)
         found[fault] = launch(WORKER, path, fault, rank, step)
         wait_for_end(path, seconds=20)
     return found
@@ -66,12 +72,45 @@ def test_a_fault_ends_the_run_with_a_reason(ended, folder, fault):
     assert checkpoint.newest(str(folder / fault)) == "step-00000004"
 
 
-def test_a_row_that_went_bad_stops_a_resume_and_touches_nothing(ended, settings, folder):
+def noted(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "bad_steps.jsonl").read_text().splitlines()]
+
+
+def test_what_went_bad_is_in_the_folder(ended, folder):
+    terms = ["task", "soft_label", "hidden"]
+    for fault, steps, where, values in (
+        ("nan", [5, 6, 7], terms, {"nan"}),
+        ("nan gradient", [5, 6], ["the gradient alone"], None),
+    ):
+        found = noted(folder / fault)
+        assert [line["step"] for line in found] == steps
+        for line in found:
+            assert line["in"] == where and list(line["terms"]) == terms
+            assert values is None or set(line["terms"].values()) == values
+            assert values is not None or all(map(math.isfinite, line["terms"].values()))
+            assert (
+                len(set(line["examples"])) == len(line["examples"]) == (5 if line["step"] == 5 else 8)
+            )  # of both
+
+
+def test_one_bad_step_is_passed_over(settings, folder):
+    path = write(settings, folder, "one nan gradient")
+    done = launch(WORKER, path, "one nan gradient", 1, 5)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (bad,) = noted(folder / "one nan gradient")
+    assert bad["step"] == 5 and bad["in"] == ["the gradient alone"]
+    found = losses(folder / "one nan gradient")
+    assert [line["step"] for line in found] == list(range(1, 11))
+    assert [line["step"] for line in found if not math.isfinite(line["grad_norm"])] == [5]
+
+
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
+def test_a_row_that_went_bad_stops_a_resume_and_touches_nothing(ended, settings, folder, launched):
     train, run = Path(settings["data"]["train"]), folder / "raise"
     before, good = sorted(run.rglob("*")), train.read_bytes()
     train.write_bytes(good.replace(b"\n", b"\nbad \xff row\ta\t0\n", 1))
-    command = [sys.executable, "-m", "dsdistill", "train", folder / "raise.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    words = ["dsdistill", "train", folder / "raise.yaml"]
+    done = launch("--module", *words) if launched else launch("-m", *words, ranks=1)
     train.write_bytes(good)
     assert done.returncode == 2
     assert re.search(
@@ -88,6 +127,8 @@ def test_every_run_goes_on_exactly(ended, settings, folder):
     paths = [folder / f"{fault}.yaml" for fault in FAULTS]
     log = run_configs([write(settings, folder, "undisturbed"), *paths])
     assert f"step-00000004 is passed over: {shard.name} has changed" in log
+    resumed = re.findall(r"^resuming from step-0000000(\d)$", log, re.M)  # both ranks say so
+    assert sorted(resumed) == ["2"] * 2 + ["4"] * 2 * (len(FAULTS) - 1)
     for fault in FAULTS:
         assert losses(folder / fault) == losses(folder / "undisturbed"), fault
         left = [path.name for path in (folder / fault).rglob("*") if "partial" in path.name]

@@ -27,7 +27,8 @@ def often_saved(settings):
 
 
 def test_a_few_random_kills(often_saved, tmp_path):
-    kill_often(often_saved, tmp_path, kills=2, seed=0)
+    kills = kill_often(often_saved, tmp_path, kills=3, seed=22)
+    assert {rank for rank, _ in kills} == {0, 1} and any(startup for _, startup in kills)
 
 
 @pytest.mark.soak
@@ -37,14 +38,19 @@ def test_soak(often_saved, tmp_path):
     kill_often(often_saved, tmp_path, int(os.environ.get("DSDISTILL_KILLS", "100")), seed)
 
 
-def kill_often(settings: dict, folder: Path, kills: int, seed: int) -> None:
-    """Start a run, kill one rank, see it end; as often as asked; then let it come to its end."""
+def kill_often(settings: dict, folder: Path, kills: int, seed: int) -> list[tuple[int, bool]]:
+    """Start a run, kill one rank, see it end; as often as asked; then let it come to its end.
+
+    Returns the rank of each kill, and whether it came at the start.
+    """
     settings["train"]["steps"] = STEPS * (kills + 2)
     killed, undisturbed = (write(settings, folder, name) for name in ("killed", "undisturbed"))
     run, chance = folder / "killed", random.Random(seed)
     print(f"\n{kills} kills drawn from seed {seed}", flush=True)
+    done = []
     for number in range(kills):
-        rank, startup = chance.randrange(2), number % 5 == 4  # now and then before it has come to a step
+        rank, startup = chance.randrange(2), number % 5 == 2  # now and then before it has come to a step
+        done.append((rank, startup))
         step, delay = STEPS * number + chance.randint(1, STEPS), chance.uniform(0, 8 if startup else 0.5)
         moment = "the start" if startup else f"step {step}"
         print(f"kill {number + 1}: rank {rank}, {delay:.3f} s after {moment}", flush=True)
@@ -61,6 +67,7 @@ def kill_often(settings: dict, folder: Path, kills: int, seed: int) -> None:
     ]
     assert names[0] == names[1]
     assert not processes_of(folder)
+    return done
 
 
 def kill_rank(path: Path, run: Path, rank: int, step: int, delay: float) -> None:
