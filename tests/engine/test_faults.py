@@ -127,7 +127,7 @@ def test_every_run_goes_on_exactly(ended, settings, folder):
     paths = [folder / f"{fault}.yaml" for fault in FAULTS]
     log = run_configs([write(settings, folder, "undisturbed"), *paths])
     assert f"step-00000004 is passed over: {shard.name} has changed" in log
-    resumed = re.findall(r"^resuming from step-0000000(\d)$", log, re.M)  # both ranks say so
+    resumed = re.findall(r"resuming from step-0000000(\d)", log)  # both ranks say so, at times behind a bar
     assert sorted(resumed) == ["2"] * 2 + ["4"] * 2 * (len(FAULTS) - 1)
     for fault in FAULTS:
         assert losses(folder / fault) == losses(folder / "undisturbed"), fault
