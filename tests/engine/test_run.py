@@ -87,7 +87,9 @@ def test_recipe_baseline_evaluate_export(settings, home):
         again = json.loads((run / "summary.json").read_text())["models"]
         for name in ("teacher", "student"):
             for metric in ("accuracy", "kl"):
-                assert again[name][metric] == pytest.approx(summary["models"][name][metric], rel=1e-4, abs=1e-6)
+                assert again[name][metric] == pytest.approx(
+                    summary["models"][name][metric], rel=1e-4, abs=1e-6
+                )
     (run / "config.yaml").write_text(as_it_is)
 
     done = command("export", run, "--out", "exported", cwd=home)
