@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsdistill.alignment.units import wide
 
-BLOCK_ELEMENTS = 1 << 21  # of one block of scores
+BLOCK_ELEMENTS = 1 << 18  # of one block of scores: 1 MiB, a handful of which live at a time
 _FLOOR = 1e-6  # of a token's spread over features
 
 

@@ -22,14 +22,14 @@ NATIVE = {
     "pairwise",
     "trajectory",
     "domain",
-}  # that "auto" runs in C++, which is not watched here
+}  # "auto" runs them in C++, unwatched here
 RUNS = [(case, "auto") for case in CASES]
 RUNS += [(case, "chunked") for case in CASES if term_of(case) in NATIVE and "mean heads" not in case]
 
 WHOLE = N * N * 4 / 2**20  # MiB of a matrix of N×N, of float32
 # Case, backend, MiB that its step may need at most; from small to large, as freed memory is taken again.
 PEAKS = [(case, "auto", WHOLE / 2) for case in ("hidden", "pairwise", "domain", "smooth")]
-PEAKS += [("soft_label", "auto", N * VOCABULARY * 4 / 2**20)]
+PEAKS += [("trajectory", "auto", WHOLE), ("soft_label", "auto", N * VOCABULARY * 4 / 2**20)]
 
 
 class Largest(TorchDispatchMode):
