@@ -256,9 +256,8 @@ def student_engine(
     if config.student.zero_stage == 3:
         for parameter in external:
             deepspeed.zero.register_external_parameter(module, parameter)
-    engine.optimizer.loss_scaler.raise_error_at_min_scale = (
-        False  # finite_gradient tells, and the run ends by name
-    )
+    # At the least scale finite_gradient tells, and the run ends by name.
+    engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 

@@ -16,13 +16,8 @@ from tests.alignment.rig import Rig, make_batch
 from tests.alignment.synthetic import CASES, Synthetic, term_of
 
 N, LENGTHS, VOCABULARY = 2048, (2048, 1500), 8192
-NATIVE = {
-    "hidden",
-    "attention",
-    "pairwise",
-    "trajectory",
-    "domain",
-}  # "auto" runs them in C++, unwatched here
+# "auto" runs them in C++, unwatched here.
+NATIVE = {"hidden", "attention", "pairwise", "trajectory", "domain"}
 RUNS = [(case, "auto") for case in CASES]
 RUNS += [(case, "chunked") for case in CASES if term_of(case) in NATIVE and "mean heads" not in case]
 

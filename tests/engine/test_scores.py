@@ -9,15 +9,8 @@ import yaml
 from tests.conftest import BERT, sentence
 from tests.engine.test_run import command
 
-PROMISED = {
-    "kl",
-    "rcs",
-    "pearson",
-    "spearman",
-    "accuracy",
-    "f1",
-    "latency_ms",
-}  # of multi_stage and multi_level
+# Of multi_stage and multi_level.
+PROMISED = {"kl", "rcs", "pearson", "spearman", "accuracy", "f1", "latency_ms"}
 
 
 def test_train_and_evaluate_write_every_score_of_the_recipes(settings, tokenizer_dir, tmp_path):
