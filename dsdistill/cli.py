@@ -85,7 +85,7 @@ def plan(
 ):
     """What CONFIG would take of a rank's memory, and the largest micro-batch that fits; loads and downloads nothing.
 
-    Exit code 1 where not even micro-batches of one example fit.
+    Exit code 1 where it does not fit as it is.
     """
     from dsdistill.engine.run_folder import check_file
 

@@ -72,6 +72,7 @@ def measure(
         calls = {arm: functools.partial(one_step, loss, batch) for arm, (_, loss) in made.items()}
         for call in calls.values():
             call()
+        _progress(f"{tokens} tokens, {mapped} layers mapped: timing {', '.join(arms)}")
         times = {arm: [] for arm in arms}
         limit = time.perf_counter() + seconds
         for turn in range(repeats):
@@ -168,7 +169,11 @@ def run_step(
     if operators.device() == "cpu":
         keep_freed_memory()  # as a run does
     times, backends = measure(sizes, names, dtype, repeats, seconds)
-    peaks = {arm: peak_memory(arm, sizes, dtype) if memory else None for arm in names}
+    peaks = {}
+    for arm in names:
+        if memory:
+            _progress(f"{arm}: memory")
+        peaks[arm] = peak_memory(arm, sizes, dtype) if memory else None
     rows = []
     for index, ((tokens, mapped), medians) in enumerate(times.items()):
         floor = peaks[FLOOR] and peaks[FLOOR][index]
@@ -215,6 +220,10 @@ def check_sizes(options: dict) -> Sizes:
     if sizes.tokens < SHORTEST:
         raise ValueError(f"tokens: got {sizes.tokens}, expected at least {SHORTEST}")
     return sizes
+
+
+def _progress(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def versions(arms: Sequence[str]) -> dict[str, str]:

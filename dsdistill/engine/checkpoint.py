@@ -92,6 +92,8 @@ def damage(folder: str) -> str | None:
         size = expected.get("size") if isinstance(expected, dict) else None
         if os.path.getsize(path) != size or _fingerprint(path) != expected:
             return f"{name} has changed"
+        if name.endswith(".pt") and (found := deepspeed.foreign(path)):
+            return f"{name} holds what no run saves: {found}"
     return None
 
 
@@ -127,7 +129,7 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: in
     folder, state = os.path.join(run_dir, FOLDER), read_state(run_dir, tag)
     same_ranks = state["world_size"] == ranks.world_size
     if same_ranks and state["zero_stage"] == zero_stage:
-        engine.load_checkpoint(folder, tag=tag)
+        deepspeed.load_same(engine, folder, tag)
     else:
         log.info(
             "%s was saved by %d rank(s) in ZeRO stage %d; this run goes on with %d in stage %d",

@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import os
+import pickle
 import typing
 import warnings
 from collections.abc import Callable
@@ -30,16 +31,19 @@ os.environ.setdefault("DS_LOG_LEVEL", "warning")
 import deepspeed
 import pydantic
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.tensor_fragment import fragment_address
 from transformers.integrations import HfDeepSpeedConfig
 
 PATIENCE = datetime.timedelta(days=1)  # while rank 0 downloads or tokenises alone
+PICKLED = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]  # what it saves beside plain data
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sections of which DeepSpeed refuses unknown keys, though only once the models are loaded.
@@ -284,9 +288,46 @@ def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Opti
     return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
 
 
+@contextlib.contextmanager
+def known_pickles():
+    """torch.load takes tensors, plain Python and PICKLED here, and of the rest runs nothing, whoever calls it."""
+    asked = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in asked}
+    os.environ.update(asked)
+    try:
+        with torch.serialization.safe_globals(PICKLED):
+            yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def foreign(path: str) -> str | None:
+    """What loading a file would run that no run of this project saves, None if nothing; runs none of it."""
+    try:
+        with torch.serialization.safe_globals(PICKLED):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # nothing of torch.save
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    return ", ".join(sorted(found)) or None
+
+
+def load_same(engine, folder: str, tag: str) -> None:
+    """Restore all of the engine from a checkpoint of as many ranks and the same ZeRO stage."""
+    with known_pickles():
+        engine.load_checkpoint(folder, tag=tag)
+
+
+def read_shards(folder: str) -> Shards:
+    with known_pickles():
+        return Shards(folder)
+
+
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint that this project's own run wrote, by name in the student's module."""
-    shards = Shards(os.path.join(folder, tag))
+    """The float32 weights of a checkpoint, by name in the student's module."""
+    shards = read_shards(os.path.join(folder, tag))
     weights = {name: shards.weight(name) for name in shards.names}
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
@@ -297,7 +338,7 @@ def load_reshaped(engine, folder: str) -> None:
     DeepSpeed's universal checkpoints need the same stage and Adam, and write everything once more; so each rank reads
     the shards as they are and keeps what is its own. Values are those saved, to the last bit.
     """
-    shards, optimizer = Shards(folder), engine.optimizer
+    shards, optimizer = read_shards(folder), engine.optimizer
     sharded = engine.zero_optimization_stage() == 3
     _load_optimizer(optimizer, shards, sharded)
     if sharded:

@@ -19,17 +19,22 @@ from dsdistill.models.domain import FUSION, STUDENT
 log = logging.getLogger("dsdistill")
 
 
-def read_run(path: str) -> tuple[Config, str]:
-    """Config and newest good checkpoint of a run folder."""
+def read_config(path: str) -> Config:
+    """Config of a run folder; raises UserError where there is none."""
     folder = RunFolder(path)
     if not os.path.isfile(folder / CONFIG):
         raise UserError(
             path, f"a folder without {CONFIG}" if os.path.isdir(path) else "no such folder", "a run folder"
         )
+    return configs.load([folder / CONFIG])
+
+
+def find_checkpoint(path: str) -> str:
+    """Tag of a run's newest good checkpoint; raises UserError where there is none."""
     tag = checkpoint.newest(path)
     if tag is None:
         raise UserError(path, "a run without a checkpoint that verifies", "a run that saved at least one")
-    return configs.load([folder / CONFIG]), tag
+    return tag
 
 
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -57,7 +62,7 @@ def export(run: str, out: str) -> None:
     check_writable(out, "--out")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
-    config, tag = read_run(run)
+    config, tag = read_config(run), find_checkpoint(run)
     model, fusion = load_student(run, config, tag)
     partial = out.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)

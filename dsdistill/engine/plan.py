@@ -299,19 +299,21 @@ def table(plan: Plan, config: Config, world_size: int, memory: int) -> str:
     verdict = f"peak: {plan.peak / GIB:.2f} GiB ({plan.highest}){reserve} = {need / GIB:.2f} of {memory / GIB:.2f} GiB"
     tail = [f"  {name}: {size / MIB:,.0f} MiB" for name, size in plan.instead.items()]
     if plan.largest:
-        fit = f"largest micro-batch that fits: {plan.largest}"
-        if plan.largest < train.micro_batch_size:
-            fit += f" (train.micro_batch_size {train.micro_batch_size} does not, by {(need - memory) / GIB:.2f} GiB)"
-        tail.append(fit)
+        tail.append(f"largest micro-batch that fits: {plan.largest}")
     return "\n".join([head, "", *lines, "", verdict, "not part of it:", *tail]) + "\n"
 
 
 def refusal(plan: Plan, memory: int) -> str | None:
-    """One line that says what does not fit and by how much; None where micro-batches of one do."""
-    if plan.largest:
+    """One line that says by how much the config does not fit, and what would; None where it does."""
+    need = plan.peak + plan.reserve
+    if need <= memory:
         return None
+    if not plan.largest:
+        what, need = "does not fit, not even with micro-batches of 1", plan.least
+    else:
+        what = f"does not fit (micro-batches of {plan.largest} would)"
     owner, size = plan.phases[plan.highest].most_common(1)[0]
     return (
-        f"does not fit, not even with micro-batches of 1: {plan.least / GIB:.2f} GiB are needed, "
-        f"{(plan.least - memory) / GIB:.2f} more than there are; the most goes to {owner} ({size / GIB:.2f} GiB)"
+        f"{what}: {need / GIB:.2f} GiB are needed, {(need - memory) / GIB:.2f} more than there are; "
+        f"the most goes to {owner} ({size / GIB:.2f} GiB)"
     )

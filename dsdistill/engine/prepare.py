@@ -1,6 +1,7 @@
 """Everything that can be refused is refused here, before any weight is loaded."""
 
 import fnmatch
+import logging
 from dataclasses import dataclass
 from math import ceil
 
@@ -33,6 +34,8 @@ from dsdistill.models.build import (
 from dsdistill.models.probe import probe, rotates_queries
 from dsdistill.models.trace import Geometry
 from dsdistill.models.weights import check_weights
+
+log = logging.getLogger("dsdistill")
 
 # RoBERTa and its family start counting positions after the padding token.
 _POSITIONS_AFTER_PADDING = frozenset(
@@ -76,6 +79,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
         recipe = prepare(recipe_of(config), world_size)
         if recipe.config.task != config.task:
             raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
+        tell_other_data(config, recipe.config)
     teacher = _teacher_architecture(config, recipe)
     student = student_architecture(config, teacher)
     objectives = objective_layers(config, student, teacher)
@@ -144,6 +148,16 @@ def recipe_of(config: Config) -> Config:
     if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
+
+
+def tell_other_data(config: Config, recipe: Config) -> None:
+    """Overrides of the run's data do not reach its recipe: a teacher of other texts is allowed, but seldom meant."""
+    for key in ("source", "subset", "train"):
+        ours, theirs = (getattr(data, key) for data in (config.data, recipe.data))
+        if ours != theirs:
+            log.warning(
+                "data.%s: %s, but the teacher's recipe has %s (%s)", key, ours, theirs, config.teacher.recipe
+            )
 
 
 def check_ranks(config: Config, world_size: int) -> None:

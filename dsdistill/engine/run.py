@@ -17,7 +17,7 @@ from dsdistill.config.terms import Task, Terms
 from dsdistill.engine import checkpoint, deepspeed, stages, structure
 from dsdistill.engine.calibrate import resolve_layers
 from dsdistill.engine.domain import fit_maps, make_fusion
-from dsdistill.engine.export import export, load_student, read_run
+from dsdistill.engine.export import export, find_checkpoint, load_student, read_config
 from dsdistill.engine.generation import generation
 from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
@@ -82,7 +82,7 @@ def _open(folder: RunFolder, config: Config, ranks: Ranks, finished: bool = Fals
 
 def evaluate_run(path: str) -> dict:
     """Score the newest checkpoint of a run on its dev set; returns (and writes) its summary with those scores."""
-    config, tag = read_run(path)
+    config = read_config(path)
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
         config = _with(config, train=_with(config.train, dtype="fp32"))
@@ -92,7 +92,9 @@ def evaluate_run(path: str) -> dict:
         with ranks.first_alone():
             if ranks.first:
                 folder.claim()
+                folder.tag = find_checkpoint(path)  # now that nobody writes another
             prepared = prepare(config, ranks.world_size)
+        tag = ranks.gather(folder.tag)[0]
         if prepared.recipe is not None:
             _use_recipe(prepared, folder, ranks)
         teacher, structural = None, config.evaluation.structure

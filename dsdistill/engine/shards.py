@@ -4,7 +4,7 @@ Nothing is converted or written: files are mapped into memory, and a tensor is p
 is asked for. Stages 1 and 2 cut a parameter group's flat vector into one partition a rank, and each rank notes where
 in its partition which parameter lies; stage 3 cuts every parameter by itself, padded at its end.
 
-DeepSpeed saves by pickle: read only what this project's own runs wrote.
+DeepSpeed saves by pickle, which could run what it holds: deepspeed.known_pickles() is to be around.
 """
 
 import re
@@ -126,4 +126,4 @@ def _load(folder: str, pattern: str) -> list[dict]:
         Path(folder).glob(pattern),
         key=lambda path: [int(number) for number in re.findall(r"rank_(\d+)", path.name)],
     )
-    return [torch.load(path, map_location="cpu", mmap=True, weights_only=False) for path in paths]
+    return [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]

@@ -81,7 +81,7 @@ def train(engine, dtype: str, ranks, steps: int) -> list[float]:
 def save(engine, folder: str, tag: str, ranks) -> Shards:
     engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=False)
     ranks.barrier()
-    return Shards(os.path.join(folder, tag))
+    return deepspeed.read_shards(os.path.join(folder, tag))
 
 
 def differences(left: Shards, right: Shards) -> list[str]:

@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("fault_worker.py")
 # Who speaks first: the launcher, which looks every second, or the rank that is left.
 KILLED = r"exits with return code = -9|dsdistill: rank \d lost another rank: .*[Cc]onnection (closed|reset) by peer"
 KILLED_CODES = (1, 247)
-VAIN = r"dsdistill: rank 0 waited 0\.2 minutes \(run\.timeout\) for another rank in vain: .*[Tt]imed out"
+VAIN = r"dsdistill: rank \d waited 0\.2 minutes \(run\.timeout\) for another rank in vain: .*[Tt]imed out"
 BAD = r"dsdistill: step 7: 3 step\(s\) in a row are not finite, in task, .*bad_steps\.jsonl has"
 BAD_GRADIENT = r"dsdistill: step 6: 2 step\(s\) in a row are not finite, in the gradient alone: "
 # Rank, step, reason.
@@ -32,6 +32,9 @@ FAULTS = {
     "kill between files": (0, 6, KILLED),
     "kill between own files": (1, 6, KILLED),
     "kill before the pointer": (0, 6, KILLED),
+    "hang of rank 0": (0, 6, VAIN),
+    "full disk of rank 0": (0, 6, r"dsdistill: step 6: no checkpoint could be saved: "),
+    "nan of rank 0": (0, 5, BAD),
 }
 
 
@@ -58,7 +61,7 @@ def ended(settings, folder) -> dict[str, subprocess.CompletedProcess]:
     for fault, (rank, step, _) in FAULTS.items():
         limit = {"bad_steps": 2} if fault == "nan gradient" else {}
         path = write(settings | {"train": settings["train"] | limit}, folder, fault)
-        found[fault] = launch(WORKER, path, fault, rank, step)
+        found[fault] = launch(WORKER, path, fault.partition(" of ")[0], rank, step)
         wait_for_end(path, seconds=20)
     return found
 

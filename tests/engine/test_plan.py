@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -296,6 +297,16 @@ class TestCommand:
         assert code == 1
         line = printed.err.splitlines()[-1]
         assert "does not fit, not even with micro-batches of 1: 0.4" in line and "teacher, weights" in line
+
+    def test_less_would_fit(self, config, monkeypatch, capsys):
+        """As the config is it does not: the table comes all the same, and the exit code says no."""
+        options = ["train.batch_size=64", "train.micro_batch_size=64", "--cpu", "--gpu-memory", "700MiB"]
+        code, printed = self.run(monkeypatch, capsys, config, *options)
+        assert code == 1
+        line, largest = printed.err.splitlines()[-1], re.search(r"that fits: (\d+)", printed.out)[1]
+        assert 1 <= int(largest) < 64 and f"does not fit (micro-batches of {largest} would): " in line
+        found = [float(size) for size in re.findall(r"\d+\.\d+", line.partition("): ")[2])]
+        assert found[0] - found[1] == pytest.approx(700 / 1024, abs=0.011)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

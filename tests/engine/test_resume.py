@@ -13,7 +13,7 @@ import yaml
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.engine import checkpoint
-from dsdistill.engine.export import read_run
+from dsdistill.engine.export import find_checkpoint
 from tests.engine.launch import WORKER, launch, launch_command, run_configs
 
 
@@ -181,9 +181,8 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_a_run_without_checkpoint_is_refused(tmp_path):
-    (tmp_path / "config.yaml").write_text("student: {path: minilm}\n")
     with pytest.raises(UserError, match="without a checkpoint"):
-        read_run(str(tmp_path))
+        find_checkpoint(str(tmp_path))
 
 
 def test_a_passed_over_checkpoint_is_not_kept_for_a_good_one(tmp_path):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.engine import checkpoint, stages
-from dsdistill.engine.export import load_student, read_run
+from dsdistill.engine.export import find_checkpoint, load_student, read_config
 from dsdistill.engine.measure import stability
 from dsdistill.engine.prepare import prepare
 from tests.conftest import BERT
@@ -84,8 +84,7 @@ def test_stages_follow_each_other_and_resume_exactly(staged, tmp_path):
     assert "objective.terms.hidden.projectors.1-2.weight" in ended[0]
     kept = sorted(path.name for path in (tmp_path / "undisturbed" / "representations").iterdir())
     assert kept == ["step-00000008.npy", "step-00000016.npy", "step-00000024.npy"]
-    config, tag = read_run(str(run))
-    load_student(str(run), config, tag)
+    load_student(str(run), read_config(str(run)), find_checkpoint(str(run)))
 
 
 def test_a_kill_between_two_stages(staged, tmp_path):
