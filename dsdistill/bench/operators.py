@@ -347,12 +347,12 @@ def machine() -> dict:
     native = extension()
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0].split(":", 1)[1].strip() if names else model
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
     return {
+        "date": time.strftime("%Y-%m-%d"),
         "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if device() == "cuda" else None,
         "threads": torch.get_num_threads(),
         "instruction_set": native.instruction_set() if native else None,
