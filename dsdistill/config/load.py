@@ -19,7 +19,8 @@ def load(sources: Sequence[str]) -> Config:
     """Merge files and overrides from left to right.
 
     sources: YAML files (each adds to or replaces what came before) and key=value overrides, where keys are
-    dotted, with numbers from 0 in lists, and values are YAML: ["configs/quickstart.yaml", "train.steps=5"].
+    dotted, with numbers from 0 in lists, and values are YAML: ["configs/quickstart.yaml", "train.steps=5"]. A file with
+    `replace: [terms]` adds nothing to the terms of those before it: its own take their place.
     """
     if not sources or _is_override(sources[0]):
         raise UserError(
@@ -33,7 +34,10 @@ def load(sources: Sequence[str]) -> Config:
                 parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
                 OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
-                merged = OmegaConf.merge(merged, _read(source))
+                added = _read(source)
+                for section in _replaced(source, added):
+                    merged.pop(section, None)
+                merged = OmegaConf.merge(merged, added)
         except UserError:
             raise
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
@@ -76,6 +80,14 @@ def _read(path: str):
     if not OmegaConf.is_dict(settings):
         raise UserError(path, "a list or a single value", "a mapping of settings")
     return settings
+
+
+def _replaced(source: str, settings) -> list[str]:
+    """Takes `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
+    names = OmegaConf.to_container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
+    if not isinstance(names, list) or any(name not in list(Config.model_fields) for name in names):
+        raise UserError(f"{source}: replace", names, f"a list of {', '.join(Config.model_fields)}")
+    return names
 
 
 def _first_line(error: Exception) -> str:

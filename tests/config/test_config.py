@@ -56,6 +56,19 @@ class TestLoading:
         path = write(MINIMAL | {"student": {"from_teacher": [1, 2, 3]}})
         assert load([path, "student.from_teacher=[4]"]).student.from_teacher == (4,)
 
+    def test_a_file_replaces_whole_sections(self, write):
+        first = write(MINIMAL | {"train": {"steps": 5}, "stages": [{"name": "a"}]}, "first.yaml")
+        second = write({"replace": ["terms", "stages"], "terms": {"soft_label": {}}}, "second.yaml")
+        config = load([first, second, "terms.pairwise={}"])
+        assert list(config.terms.named()) == ["soft_label", "pairwise"] and config.stages == ()
+        assert config.train.steps == 5
+        assert list(load([second, first]).terms.named()) == ["task", "soft_label", "hidden"]
+
+    @pytest.mark.parametrize("names", ["terms", ["term"], [["terms"]], {"terms": {}}, ["terms", 1], None])
+    def test_what_cannot_be_replaced(self, write, names):
+        path = write(MINIMAL | {"replace": names})
+        assert refusal([path]).startswith(f"{path}: replace: got {names}, expected a list of task, run, ")
+
     def test_null_takes_a_term_away(self, write):
         assert list(load([write(MINIMAL), "terms.hidden=null"]).terms.named()) == ["task"]
         assert list(load([write(MINIMAL), "terms.hidden.weight=0"]).terms.named()) == ["task"]
