@@ -40,6 +40,22 @@ CONFIG = {
         {"student.deepspeed": {"zero_optimization": {"compute_grad_norm": False}}, "train.clip": 0.0},
         ["student.deepspeed.zero_optimization.compute_grad_norm: got false", "expected true"],
     ),
+    "DeepSpeed's checkpoints": (
+        {"student.deepspeed": {"checkpoint": {"checkpoint_serialization": False}}},
+        ["student.deepspeed.checkpoint: got ", "expected run.save_every and run.keep in its place"],
+    ),
+    "DeepSpeed's elastic checkpoints": (
+        {"student.deepspeed": {"zero_optimization": {"elastic_checkpoint": True}}},
+        ["student.deepspeed.zero_optimization.elastic_checkpoint: got true, expected false"],
+    ),
+    "sums of gradients that ZeRO-1 cannot watch": (
+        {
+            "student.deepspeed": {"data_types": {"grad_accum_dtype": "fp32"}},
+            "student.zero_stage": 1,
+            "train.dtype": "bf16",
+        },
+        ["student.deepspeed.data_types: got {'grad_accum_dtype': 'fp32'} in bf16 at stage 1", "zero_stage=2"],
+    ),
     "DeepSpeed rule": (
         {"student.deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}},
         ["student.deepspeed.zero_optimization: got ", "only supported for ZeRO Stage 3"],

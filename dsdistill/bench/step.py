@@ -63,6 +63,7 @@ def measure(
     """
     device, found, made, built = torch.device(operators.device()), {}, {}, None
     for tokens, mapped in points(sizes):
+        _progress(f"{tokens} tokens, {mapped} layers mapped: {', '.join(arms)}")
         if built != mapped:  # a contender's layers are fixed when it is made
             made.clear()
             gc.collect()
@@ -72,7 +73,6 @@ def measure(
         calls = {arm: functools.partial(one_step, loss, batch) for arm, (_, loss) in made.items()}
         for call in calls.values():
             call()
-        _progress(f"{tokens} tokens, {mapped} layers mapped: timing {', '.join(arms)}")
         times = {arm: [] for arm in arms}
         limit = time.perf_counter() + seconds
         for turn in range(repeats):
@@ -169,11 +169,10 @@ def run_step(
     if operators.device() == "cpu":
         keep_freed_memory()  # as a run does
     times, backends = measure(sizes, names, dtype, repeats, seconds)
-    peaks = {}
-    for arm in names:
-        if memory:
-            _progress(f"{arm}: memory")
-        peaks[arm] = peak_memory(arm, sizes, dtype) if memory else None
+    peaks = dict.fromkeys(names)
+    for arm in names if memory else ():
+        _progress(f"memory: {arm}")
+        peaks[arm] = peak_memory(arm, sizes, dtype)
     rows = []
     for index, ((tokens, mapped), medians) in enumerate(times.items()):
         floor = peaks[FLOOR] and peaks[FLOOR][index]

@@ -7,11 +7,11 @@ from dsdistill.config.errors import UserError
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
     """
-    activation_checkpointing aio autotuning checkpoint comet comms_logger communication_data_type
+    activation_checkpointing aio autotuning comet comms_logger communication_data_type
     compile compression_training csv_monitor curriculum_learning data_efficiency data_types
-    dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue
+    dataloader_drop_last disable_allgather disable_python_gc dump_state eigenvalue
     elasticity expert_parallel flops_profiler gradient_allreduce_op gradient_predivide_factor
-    graph_harvesting hybrid_engine log_level memory_breakdown nebula pipeline prescale_gradients
+    graph_harvesting hybrid_engine log_level memory_breakdown pipeline prescale_gradients
     progressive_layer_drop quantize_training seq_parallel_communication_data_type sparse_attention
     sparse_gradients steps_per_print tensor_parallel tensorboard timers
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
@@ -33,6 +33,10 @@ OWNED = {
     "torch_autocast": "train.dtype",
     "optimizer": "train.learning_rate and train.weight_decay",
     "scheduler": "train.scheduler",
+    # Other writers and formats than those that checkpoints are checked for and read by.
+    "checkpoint": "run.save_every and run.keep",
+    "datastates_ckpt": "run.save_every and run.keep",
+    "nebula": "run.save_every and run.keep",
 }
 
 

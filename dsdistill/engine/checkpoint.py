@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment.
 
 RUN/checkpoints/step-N/ holds what DeepSpeed saved, each rank's random state and a manifest of every file's size
-and hash. RUN/checkpoints/newest names the folder to resume from. DeepSpeed's own `latest` is not used: it can
-point at a checkpoint that was still being written. Here the manifest is written after all ranks are done, and
-the pointer moves only then, atomically; where what it names does not verify, resuming falls back to the newest
-checkpoint that does.
+and hash; what a file would run when it is loaded is looked up before. RUN/checkpoints/newest names the folder to
+resume from. DeepSpeed's own `latest` is not used: it can point at a checkpoint that was still being written. Here
+the manifest is written after all ranks are done, and the pointer moves only then, atomically; where what it names
+does not verify, resuming falls back to the newest checkpoint that does.
 """
 
 import hashlib
@@ -92,9 +92,10 @@ def damage(folder: str) -> str | None:
         size = expected.get("size") if isinstance(expected, dict) else None
         if os.path.getsize(path) != size or _fingerprint(path) != expected:
             return f"{name} has changed"
-        if name.endswith(".pt") and (found := deepspeed.foreign(path)):
-            return f"{name} holds what no run saves: {found}"
-    return None
+        if name.endswith(".pt") and (reason := deepspeed.foreign(path)):
+            return f"{name} {reason}"
+    added = [name for name in _files(folder) if name.endswith(".pt") and name not in manifest]
+    return f"{added[0]} was not saved with it" if added else None
 
 
 def check(run_dir: str, config: Config, world_size: int) -> str | None:

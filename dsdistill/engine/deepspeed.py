@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import pickle
 import typing
 import warnings
 from collections.abc import Callable
@@ -188,9 +187,20 @@ def zero_section(settings: dict) -> DeepSpeedZeroConfig:
 def check_settings(config: Config, world_size: int) -> None:
     """Raise UserError for a `deepspeed:` section that DeepSpeed itself would refuse; needs no process group."""
     _check_sections(student_settings(config, world_size), "student")
-    if not config.student.deepspeed.get("zero_optimization", {}).get("compute_grad_norm", True):
-        place = "student.deepspeed.zero_optimization.compute_grad_norm"
+    place, given = "student.deepspeed", config.student.deepspeed
+    zero = given.get("zero_optimization", {})
+    if not zero.get("compute_grad_norm", True):
+        place = f"{place}.zero_optimization.compute_grad_norm"
         raise UserError(place, "false", "true: without it a gradient that is not finite spoils the weights")
+    if zero.get("elastic_checkpoint", False):
+        raise UserError(
+            f"{place}.zero_optimization.elastic_checkpoint", "true", "false: every run is elastic"
+        )
+    kinds = given.get("data_types", {})
+    if config.train.dtype == "bf16" and config.student.zero_stage == 1 and kinds:
+        raise UserError(
+            f"{place}.data_types", f"{kinds} in bf16 at stage 1", "student.zero_stage=2, which takes them"
+        )
     if config.teacher is not None and config.teacher.zero_stage == 3:
         _check_sections(teacher_settings(config, 1, torch.device("cpu")), "teacher")
 
@@ -305,13 +315,13 @@ def known_pickles():
 
 
 def foreign(path: str) -> str | None:
-    """What loading a file would run that no run of this project saves, None if nothing; runs none of it."""
+    """Why a file is none that a run of this project saves, None where it may be loaded; runs none of it."""
     try:
         with torch.serialization.safe_globals(PICKLED):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # nothing of torch.save
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
-    return ", ".join(sorted(found)) or None
+    except Exception:  # of many kinds: it reads byte by byte what somebody may have made up
+        return "is no file that torch.save writes"
+    return f"would run {', '.join(sorted(found))}" if found else None
 
 
 def load_same(engine, folder: str, tag: str) -> None:

@@ -40,7 +40,11 @@ def find_checkpoint(path: str) -> str:
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The student of a checkpoint, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
     model = build(
-        AutoConfig.from_pretrained(os.path.join(run, INIT)), None, config.task, "student", needs_head=False
+        AutoConfig.from_pretrained(os.path.join(run, INIT), trust_remote_code=False),
+        None,
+        config.task,
+        "student",
+        needs_head=False,
     )
     saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
 
@@ -67,7 +71,7 @@ def export(run: str, out: str) -> None:
     partial = out.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(os.path.join(partial, STUDENT) if fusion else partial)
-    AutoTokenizer.from_pretrained(os.path.join(run, INIT)).save_pretrained(partial)
+    AutoTokenizer.from_pretrained(os.path.join(run, INIT), trust_remote_code=False).save_pretrained(partial)
     if fusion:  # the maps are of the teacher's states: they have done their work
         weights = {name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")}
         save_file(weights, os.path.join(partial, FUSION))

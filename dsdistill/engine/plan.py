@@ -311,7 +311,7 @@ def refusal(plan: Plan, memory: int) -> str | None:
     if not plan.largest:
         what, need = "does not fit, not even with micro-batches of 1", plan.least
     else:
-        what = f"does not fit (micro-batches of {plan.largest} would)"
+        what = f"does not fit (micro-batches of at most {plan.largest} would)"
     owner, size = plan.phases[plan.highest].most_common(1)[0]
     return (
         f"{what}: {need / GIB:.2f} GiB are needed, {(need - memory) / GIB:.2f} more than there are; "

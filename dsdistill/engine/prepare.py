@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import os
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,6 +15,7 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
+from dsdistill.config.schema import Data as DataSettings
 from dsdistill.config.terms import Related, SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load, read, tokenize
 from dsdistill.data.ngrams import Bigrams, Contrast
@@ -152,12 +154,21 @@ def recipe_of(config: Config) -> Config:
 
 def tell_other_data(config: Config, recipe: Config) -> None:
     """Overrides of the run's data do not reach its recipe: a teacher of other texts is allowed, but seldom meant."""
-    for key in ("source", "subset", "train"):
-        ours, theirs = (getattr(data, key) for data in (config.data, recipe.data))
-        if ours != theirs:
-            log.warning(
-                "data.%s: %s, but the teacher's recipe has %s (%s)", key, ours, theirs, config.teacher.recipe
-            )
+    ours, theirs = _texts(config.data), _texts(recipe.data)
+    other = [f"data.{key}: {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
+    if other:
+        log.warning("%s makes a teacher of other data: %s", config.teacher.recipe, "; ".join(other))
+
+
+def _texts(data: DataSettings) -> dict:
+    """What they are read from."""
+    files = [data.train] if isinstance(data.train, str) else data.train
+    return {
+        "source": data.source,
+        "subset": data.subset,
+        "train": ", ".join(map(os.path.normpath, files)),
+        "text": ", ".join(data.text),
+    }
 
 
 def check_ranks(config: Config, world_size: int) -> None:

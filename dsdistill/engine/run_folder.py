@@ -41,7 +41,7 @@ class RunFolder:
 
     def __init__(self, path: str):
         self.path = path
-        self.tag: str | None = None  # of the checkpoint to go on from, on rank 0
+        self.tag: str | None = None  # of the checkpoint to go on from or to evaluate, on rank 0
 
     def __truediv__(self, name: str) -> str:
         return os.path.join(self.path, name)

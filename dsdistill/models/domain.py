@@ -140,8 +140,8 @@ def load_exported(folder: str) -> PreTrainedModel:
     that from_pretrained takes.
     """
     path = os.path.join(folder, STUDENT)
-    config = AutoConfig.from_pretrained(path)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(path, use_safetensors=True)
     weights = load_file(os.path.join(folder, FUSION))
     width, student_width = weights["predictor.2.weight"].shape
     fusion = DomainFusion(width, student_width, student_width, ())

@@ -32,6 +32,11 @@ FAULTS = {
     "kill between files": (0, 6, KILLED),
     "kill between own files": (1, 6, KILLED),
     "kill before the pointer": (0, 6, KILLED),
+    "raise of rank 0": (
+        0,
+        6,
+        r"(?m)^(\[rank0\]: )?dsdistill: rank 0, step 6: ArithmeticError: a rank that raises$",
+    ),
     "hang of rank 0": (0, 6, VAIN),
     "full disk of rank 0": (0, 6, r"dsdistill: step 6: no checkpoint could be saved: "),
     "nan of rank 0": (0, 5, BAD),

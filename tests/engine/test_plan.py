@@ -304,7 +304,7 @@ class TestCommand:
         code, printed = self.run(monkeypatch, capsys, config, *options)
         assert code == 1
         line, largest = printed.err.splitlines()[-1], re.search(r"that fits: (\d+)", printed.out)[1]
-        assert 1 <= int(largest) < 64 and f"does not fit (micro-batches of {largest} would): " in line
+        assert 1 <= int(largest) < 64 and f"does not fit (micro-batches of at most {largest} would): " in line
         found = [float(size) for size in re.findall(r"\d+\.\d+", line.partition("): ")[2])]
         assert found[0] - found[1] == pytest.approx(700 / 1024, abs=0.011)
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dsdistill.config import load
-from dsdistill.engine.prepare import recipe_of, tell_other_data
+from dsdistill.config.load import build
+from dsdistill.engine.prepare import prepare, recipe_of, tell_other_data
 
 ROOT = Path(__file__).parents[2]
 WITH_RECIPE = [
@@ -35,9 +37,14 @@ def test_shipped_configs_have_teachers_of_their_data(told, path):
 
 
 def test_a_teacher_of_other_data_is_told(told):
-    (line,) = told("configs/recipes/multi_level_small.yaml", "data.subset=cola")
-    assert line.startswith(
-        "data.subset: cola, but the teacher's recipe has sst2 (configs/recipes/sst2_teacher"
+    recipe = "configs/recipes/sst2_teacher_small.yaml"
+    (line,) = told("configs/recipes/multi_level_small.yaml", "data.subset=cola", "data.train=./train")
+    assert line == f"{recipe} makes a teacher of other data: data.subset: cola here, sst2 there"
+    (line,) = told(
+        "configs/recipes/multi_level_small.yaml", "data.subset=mrpc", "data.text=[sentence1, sentence2]"
+    )
+    assert line.endswith(
+        "data.subset: mrpc here, sst2 there; data.text: sentence1, sentence2 here, sentence there"
     )
     for preset in ("cola", "mrpc", "rte", "stsb"):
         assert told("configs/recipes/multi_level_small.yaml", f"configs/recipes/presets/{preset}.yaml") == []
@@ -45,3 +52,15 @@ def test_a_teacher_of_other_data_is_told(told):
 
 def test_most_configs_have_one():
     assert len(WITH_RECIPE) >= 10
+
+
+def test_a_run_says_so(settings, tmp_path, data_dir, caplog):
+    student = {"path": settings["teacher"]["path"]}
+    recipe = settings | {"teacher": None, "student": student, "terms": {"task": {}}}
+    recipe["data"] = settings["data"] | {"train": str(data_dir / "dev.tsv")}
+    (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe))
+    settings["teacher"] = {"recipe": str(tmp_path / "teacher.yaml")}
+    with caplog.at_level("WARNING", "dsdistill"):
+        prepare(build(settings), 1)
+    (line,) = (message for message in caplog.messages if "other data" in message)
+    assert "train.tsv here" in line and "dev.tsv there" in line
