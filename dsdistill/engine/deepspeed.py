@@ -258,6 +258,11 @@ def student_engine(
         for parameters, lr in ((student, rate), (terms, config.train.projector_learning_rate or rate))
         for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
     ]
+    # DeepSpeed takes memory for a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a
+    # heap that spreads, as blocks of 2 GB come and go in it at every step.
+    everyone = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    bucket = min(zero_section(settings).reduce_bucket_size, everyone)
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket
     optimizer = _optimizer(config, settings)([group for group in groups if group["params"]], lr=rate)
     with _quiet():
         engine, *_ = deepspeed.initialize(

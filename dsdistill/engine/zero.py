@@ -10,7 +10,7 @@ Follows deepspeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py). With S traina
   gradients         at stage 1 S·e until the last micro-batch; from then on, as always at stage 2, those of parameters
                     that this rank's share touches, each whole; at stage 3 S·e/w
   bucket            gradients are copied there to be reduced, and once more, flat, to be sent: on a GPU
-                    reduce_bucket_size elements whatever the model's size, on a CPU what is written there
+                    reduce_bucket_size elements, S if that is less, on a CPU what is written there
 """
 
 import math
@@ -68,6 +68,7 @@ class StudentZero:
         self.ledger, self.settings = ledger, settings
         self.groups = [[parameter.numel() for parameter in group] for group in groups]
         self.total = sum(map(sum, self.groups))
+        self.bucket = min(settings.bucket, self.total)
         self.largest = max(size for group in self.groups for size in group)
         world, width = settings.world_size, settings.width
         self.sharded = settings.stage == 3
@@ -128,16 +129,16 @@ class StudentZero:
 
     def _copy(self, size: int) -> None:
         """One gradient into the bucket."""
-        if self._filled + size > self.settings.bucket and self._filled:
+        if self._filled + size > self.bucket and self._filled:
             self._reduce()
-        if size <= self.settings.bucket:
+        if size <= self.bucket:
             self._hold(self._filled + size)
         self._filled += size
 
     def _allocate(self) -> None:
         """The bucket, before the first gradient."""
         if not self.settings.lazy:
-            self._hold(self.settings.buffers * self.settings.bucket)
+            self._hold(self.settings.buffers * self.bucket)
 
     def _hold(self, elements: int) -> None:
         """The bucket takes at least so many elements."""

@@ -115,6 +115,7 @@ def reshape(folder: str, ranks) -> None:
             "stages": [saved.stage, again.stage],
             "optimizer": type(engine.basic_optimizer).__name__,
             "moments": saved.moments,
+            "bucket": engine.optimizer.reduce_bucket_size,
             "differences": differences(saved, again),
             "losses": [goes_on, train(other, dtype, ranks, 3)],
         }

@@ -85,6 +85,7 @@ def check_reshaped(results: list[dict]) -> None:
         assert result["stages"] == stages
         assert result["optimizer"].lower() == optimizer  # adam: decay in the gradient
         assert result["moments"] == MOMENTS[result["optimizer"]]
+        assert result["bucket"] == 40 + 42 + 4  # what trains, once, and no more
         assert result["differences"] == [], result["case"]
         goes_on, other = result["losses"]
         assert other == pytest.approx(goes_on, rel=1e-6 if dtype == "fp32" else 1e-2), result["case"]

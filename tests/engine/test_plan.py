@@ -222,12 +222,12 @@ class TestZero:
         assert rest[zero.WEIGHTS] == weights
         assert rest[zero.MASTER] == 4 * 500 and rest[zero.MOMENTS] == 8 * 500
         assert ledger.held[zero.GRADIENTS] == gradients
-        assert ledger.held[zero.BUCKETS] == (10000 if stage == 3 else 0)
+        assert ledger.held[zero.BUCKETS] == (2000 if stage == 3 else 0)  # 5000 elements would never be filled
 
     def test_a_bucket_is_whole_on_a_gpu_and_as_filled_on_a_cpu(self):
-        for lazy, bucket in ((False, 10000), (True, 2000)):
-            ledger, _ = self.held(2, lazy=lazy)
-            assert ledger.peaks["reduce"][zero.BUCKETS] == bucket + 2000  # and its flat copy
+        for lazy, bucket in ((False, 1600), (True, 1200)):  # of 800 elements; the larger gradient, sent alone
+            ledger, _ = self.held(2, lazy=lazy, bucket=800)
+            assert ledger.peaks["reduce"][zero.BUCKETS] == bucket + 1200  # and its flat copy
 
     def test_a_small_bucket_is_sent_twice(self):
         """Once for each gradient; what the first leaves is there while the second waits and is sent, from a copy."""
