@@ -56,9 +56,12 @@ def test_textbrewer_runs():
     assert loss(Sizes(**TINY).batch(8, HERE)) > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the figures are those of a CPU")
-def test_memory_of_the_levels():
+def test_memory_of_the_levels(monkeypatch):
     """2 → 1 layers of width 384 at 64 to 512 tokens: what the table promises, with room for other machines."""
+    monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", ""
+    )  # the table is of a CPU; the measuring process has no other then
+    monkeypatch.setattr(step.operators, "device", lambda: "cpu")
     sizes = Sizes(teacher=2, student=1)
     points = step.points(sizes)
     logits, attention = (
@@ -66,9 +69,8 @@ def test_memory_of_the_levels():
         for arm in ("logits", "attention")
     )
     assert all(0 < logits[point] < attention[point] for point in points)
-    print(logits, attention)
-    assert attention[512, 1] < 1.35 * logits[512, 1]
-    assert attention[512, 1] < 1.1 * attention[64, 1]
+    assert attention[512, 1] < 1.25 * logits[512, 1]
+    assert attention[512, 1] < 1.05 * attention[64, 1]
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,9 @@ def _read(path: str):
 def _replaced(source: str, settings) -> list[str]:
     """Takes `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
     names = OmegaConf.to_container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
-    if not isinstance(names, list) or any(name not in list(Config.model_fields) for name in names):
-        raise UserError(f"{source}: replace", names, f"a list of {', '.join(Config.model_fields)}")
+    sections = list(Config.model_fields)  # a list, as what is given need not be hashable
+    if not isinstance(names, list) or any(name not in sections for name in names):
+        raise UserError(f"{source}: replace", names, f"a list of {', '.join(sections)}")
     return names
 
 

@@ -38,19 +38,10 @@ NO_FILE = "is no file that torch.save writes"
 # How it is written, and what is said of it.
 WAYS = {
     "as torch.save does": (saved, "would run posix.mkdir"),
-    "with a newer protocol": (
-        lambda thing: saved(thing, pickle_protocol=4),
-        NO_FILE,
-    ),
-    "in the old format": (
-        lambda thing: saved(thing, _use_new_zipfile_serialization=False),
-        NO_FILE,
-    ),
+    "with a newer protocol": (lambda thing: saved(thing, pickle_protocol=4), NO_FILE),
+    "in the old format": (lambda thing: saved(thing, _use_new_zipfile_serialization=False), NO_FILE),
     "a pickle alone": (pickle.dumps, NO_FILE),
-    "before a file of torch.save": (
-        lambda thing: pickle.dumps(thing) + saved([]),
-        NO_FILE,
-    ),
+    "before a file of torch.save": (lambda thing: pickle.dumps(thing) + saved([]), NO_FILE),
 }
 
 

@@ -1,5 +1,6 @@
 """What every term of the loss is."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Pair:
     domain_width: int = 0  # d' of a student with domain fusion
 
 
-class AlignmentTerm(nn.Module):
+class AlignmentTerm(nn.Module, ABC):
     """One summand of the loss, for each of its parts (mapped layers) a sum and the count to divide it by.
 
     Sum and count are apart because the loss divides by counts over all ranks and accumulation steps: the same
@@ -61,16 +62,16 @@ class AlignmentTerm(nn.Module):
         self.config, self.pair, self.weight = config, pair, config.weight
         self.weighting = Uniform(self.parts)
 
+    @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
         """(parts,) float64: what each sum is divided by, from the batch alone.
 
         geometry: of the student's attention layers, by layer.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
         """(parts,) float32 with gradients to the student: undivided, unweighted."""
-        raise NotImplementedError
 
     def _map_layers(self, pairs: tuple[tuple[int, int], ...], agg: str) -> None:
         """Take these (student, teacher) pairs as the parts, weighted as the config says."""

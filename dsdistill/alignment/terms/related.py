@@ -1,5 +1,7 @@
 """How the examples of a micro-batch relate to each other, and to themselves in the other model."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -27,9 +29,9 @@ class RelatedTerm(AlignmentTerm):
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
+    @abstractmethod
     def relate(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over the units of (n, D_s) and (n, D_t), n ≥ 1."""
-        raise NotImplementedError
 
     def project(self, pair: tuple[int, int], student: Tensor) -> Tensor:
         """Vectors of the student's layer as they are related."""
