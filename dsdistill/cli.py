@@ -276,10 +276,22 @@ def _quiet_libraries() -> None:
 
 
 def main() -> None:
+    """Run a command, and end the process with its exit code."""
+    from dsdistill.engine.leave import leave
+
+    try:
+        code = run()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    leave(code)
+
+
+def run() -> int:
     """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
     usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
     try:
-        sys.exit(app(standalone_mode=False, prog_name="dsdistill"))
+        return app(standalone_mode=False, prog_name="dsdistill") or 0
     except usage_error as error:
         if "\n" in error.message:  # the help itself, where nothing was given
             error.show()
@@ -288,11 +300,11 @@ def main() -> None:
             got = error.format_message().rstrip(".")
             mistake = UserError("command line", got[0].lower() + got[1:], f"what {asked} --help shows")
             print(f"dsdistill: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except UserError as error:
         if _first():
             print(f"dsdistill: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except RunError as error:  # of whichever rank: the others may not know
         print(f"dsdistill: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1

@@ -1,6 +1,7 @@
 """The command line as processes and run folders see it; what is refused otherwise: test_bad_input.py."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,31 @@ from tests.conftest import snapshot
 from tests.mistakes import CONFIG
 
 CODE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+# A command of the body's, in a process where a thread of torch's wants the interpreter as it ends.
+ENDING = """
+import sys
+from dsdistill import cli
+from dsdistill.config import RunError, UserError
+from tests.engine.fault_worker import want_the_interpreter_at_the_end
+
+@cli.app.command()
+def ends():
+    print("printed, not flushed", end="")
+    {body}
+
+want_the_interpreter_at_the_end()
+sys.argv = ["dsdistill", "ends"]
+cli.main()
+"""
+# What the command does last, exit code, standard error.
+ENDINGS = {
+    "done": ("pass", 0, None),
+    "refused": ("raise UserError('x', 1, '2')", 2, r"^dsdistill: x: got 1, expected 2\n$"),
+    "stopped": ("raise RunError('it cannot go on')", 1, r"^dsdistill: it cannot go on\n$"),
+    "broken": ("raise ArithmeticError('a bug')", 1, r"^Traceback [\s\S]*ArithmeticError: a bug\n$"),
+}
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
@@ -118,6 +144,21 @@ class TestProcess:
         assert done.returncode == 2 and done.stdout == ""
         assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("dsdistill: ")
         assert all(part in done.stderr for part in parts)
+
+    @pytest.mark.parametrize("ending", ENDINGS)
+    def test_ends_with_its_code_while_torch_waits_for_the_interpreter(self, ending):
+        """Left to the interpreter, each of these ends in SIGABRT."""
+        body, code, told = ENDINGS[ending]
+        done = subprocess.run(
+            [sys.executable, "-c", ENDING.format(body=body)],
+            env=os.environ | CODE,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (code, "printed, not flushed")
+        assert re.search(told, done.stderr) if told else not done.stderr
 
     def test_an_unknown_command(self):
         done = command("trian", "x.yaml")

@@ -18,6 +18,7 @@ import yaml
 
 from dsdistill.config import load
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.run import run
 
 LEVELS = {
@@ -128,3 +129,4 @@ def main(folder: Path, tiny: bool) -> None:
 if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     main(Path(given[0]), "--tiny" in given)
+    leave()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dsdistill.engine.leave import leave
 from tests.alignment.rig import Rig, make_batch, rows, with_filler
 
 TERMS = {"contrastive": {}, "sp": {}, "rkd": {}, "cka": {}, "pkt": {"weight": 10.0}}
@@ -78,3 +79,4 @@ def _rank(rank: int, port: str) -> tuple[dict, dict]:
 
 if __name__ == "__main__":
     torch.save(_rank(1, sys.argv[1]), sys.argv[2])
+    leave()

@@ -4,12 +4,14 @@ deepspeed --num_gpus 2 fault_worker.py CONFIG.yaml FAULT RANK STEP
 FAULT: of FAULTS, below.
 """
 
+import atexit
 import io
 import math
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 
 import torch
@@ -120,6 +122,20 @@ FAULTS = {
 }
 
 
+def want_the_interpreter_at_the_end() -> None:
+    """A thread of torch's that waits for the interpreter as the process ends; gloo's does where the moment is bad."""
+    ending = threading.Event()
+
+    def add() -> None:
+        ending.wait()
+        ones = torch.ones(10)
+        while True:
+            ones + ones
+
+    threading.Thread(target=add, daemon=True).start()
+    atexit.register(ending.set)
+
+
 def inject(fault: str, step: int) -> None:
     train_step = Trainer.train_step
 
@@ -135,5 +151,6 @@ if __name__ == "__main__":
     config, fault, rank, step = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
     if os.environ["RANK"] == rank:
         inject(fault, int(step))
+    want_the_interpreter_at_the_end()
     sys.argv = ["dsdistill", "train", config]
     cli.main()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsdistill.config import load
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.run import run
 
 
@@ -43,3 +44,4 @@ if __name__ == "__main__":
         ranks.barrier()
     finally:
         deepspeed.stop()
+    leave()

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dsdistill.config.load import build
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.shards import Shards
 from tests.engine.worker import run_all, start
 
@@ -130,3 +131,4 @@ if __name__ == "__main__":
         run_all(configs, ranks)
     finally:
         deepspeed.stop()
+    leave()

@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from dsdistill.config import load
 from dsdistill.data import evaluation_batches
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.teacher import Teacher
 from dsdistill.models.capture import layer_list
@@ -52,3 +53,4 @@ if __name__ == "__main__":
         torch.distributed.barrier()
     finally:
         deepspeed.stop()
+    leave()

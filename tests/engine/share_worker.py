@@ -6,6 +6,7 @@ python share_worker.py CONFIG.yaml
 import json
 
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.models.domain import DomainFusion
 from tests.engine.worker import run_all, start
 
@@ -26,3 +27,4 @@ if __name__ == "__main__":
     finally:
         deepspeed.stop()
     print(json.dumps({"shares": shares, "taken": taken}), flush=True)
+    leave()

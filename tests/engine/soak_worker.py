@@ -9,6 +9,7 @@ import sys
 
 from dsdistill.config import load
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.run import run
 from dsdistill.engine.train import Trainer
 
@@ -42,3 +43,4 @@ if __name__ == "__main__":
         ranks.barrier()
     finally:
         deepspeed.stop()
+    leave()

@@ -259,12 +259,7 @@ def test_the_largest_micro_batch(texts, tokenizer_dir):
 class TestCommand:
     def run(self, monkeypatch, capsys, *arguments):
         monkeypatch.setattr(sys, "argv", ["dsdistill", "plan", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        return code, capsys.readouterr()
+        return cli.run(), capsys.readouterr()
 
     @pytest.fixture
     def config(self, texts, tmp_path):

@@ -50,6 +50,7 @@ for collective in COLLECTIVES:  # before deepspeed is imported: it keeps the fun
 
 from dsdistill.config import load
 from dsdistill.engine import deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.teacher import Teacher, count_parameters
@@ -110,3 +111,4 @@ if __name__ == "__main__":
         torch.distributed.barrier()
     finally:
         deepspeed.stop()
+    leave()

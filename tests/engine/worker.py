@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsdistill.config import load
 from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.engine.leave import leave
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run import run
 
@@ -49,3 +50,4 @@ if __name__ == "__main__":
         run_all(configs, ranks)
     finally:
         deepspeed.stop()
+    leave()

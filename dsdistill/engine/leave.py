@@ -1,0 +1,21 @@
+"""The end of a process that was a rank."""
+
+import atexit
+import os
+import sys
+
+
+def leave(code: int = 0) -> None:
+    """End this process with an exit code, without the teardown of the interpreter.
+
+    Call it once the process group is left and everything is written. A thread of torch's own that waits for the
+    interpreter while it goes, such as gloo's with a last tensor to let go of, aborts the process under CPython 3.13
+    and before: its work is done, and its exit code says that it failed (pytorch issues 38228, 190489).
+    """
+    atexit._run_exitfuncs()  # W&B's and the like; multiprocessing's own processes end in this way too
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk, or nobody reads it any more
+            code = code or 1
+    os._exit(code)
