@@ -68,10 +68,15 @@ def tag_of(step: int) -> str:
 def newest(run_dir: str) -> str | None:
     """Tag of the newest checkpoint that verifies, or None; says so when it had to pass one over."""
     folder = os.path.join(run_dir, FOLDER)
+    pointed = _pointed(folder)
     for tag in _candidates(folder):
         reason = damage(os.path.join(folder, tag))
         if reason is None:
             return tag
+        if (
+            _pointed(folder) != pointed
+        ):  # the run that trains there saved another meanwhile, and removed this one
+            return newest(run_dir)
         log.warning("checkpoint %s is passed over: %s", tag, reason)
     return None
 
@@ -87,11 +92,14 @@ def damage(folder: str) -> str | None:
         return "a manifest that save() did not write"
     for name, expected in manifest.items():
         path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            return f"{name} is missing"
         size = expected.get("size") if isinstance(expected, dict) else None
-        if os.path.getsize(path) != size or _fingerprint(path) != expected:
-            return f"{name} has changed"
+        try:
+            if os.path.getsize(path) != size or _fingerprint(path) != expected:
+                return f"{name} has changed"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         if name.endswith(".pt") and (reason := deepspeed.foreign(path)):
             return f"{name} {reason}"
     added = [name for name in _files(folder) if name.endswith(".pt") and name not in manifest]

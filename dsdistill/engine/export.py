@@ -55,6 +55,17 @@ def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, d
     return model, below("domain.")
 
 
+def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """load_student of the newest checkpoint; of one newer still where a run that trains removes that under our eyes."""
+    while True:
+        tag = find_checkpoint(run)
+        try:
+            return load_student(run, config, tag)
+        except Exception:
+            if find_checkpoint(run) == tag:
+                raise
+
+
 def export(run: str, out: str) -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer included.
 
@@ -66,8 +77,7 @@ def export(run: str, out: str) -> None:
     check_writable(out, "--out")
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
-    config, tag = read_config(run), find_checkpoint(run)
-    model, fusion = load_student(run, config, tag)
+    model, fusion = _newest_student(run, read_config(run))
     partial = out.rstrip("/") + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(os.path.join(partial, STUDENT) if fusion else partial)

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import threading
 
 
 def leave(code: int = 0) -> None:
@@ -12,7 +13,8 @@ def leave(code: int = 0) -> None:
     interpreter while it goes, such as gloo's with a last tensor to let go of, aborts the process under CPython 3.13
     and before: its work is done, and its exit code says that it failed (pytorch issues 38228, 190489).
     """
-    atexit._run_exitfuncs()  # W&B's and the like; multiprocessing's own processes end in this way too
+    threading._shutdown()  # as the interpreter does, and multiprocessing in processes that it ends in this way
+    atexit._run_exitfuncs()  # W&B's and the like
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

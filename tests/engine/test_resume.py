@@ -12,7 +12,7 @@ import yaml
 
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
-from dsdistill.engine import checkpoint
+from dsdistill.engine import checkpoint, export
 from dsdistill.engine.export import find_checkpoint
 from tests.engine.launch import WORKER, launch, launch_command, run_configs
 
@@ -121,6 +121,59 @@ def test_newest_skips_what_does_not_verify(tmp_path):
     assert checkpoint.newest(str(tmp_path)) == first.name
     (first / "manifest.json").unlink()  # as a kill during the save leaves it
     assert checkpoint.newest(str(tmp_path)) is None
+
+
+class TestBesideARunThatTrains:
+    """Two checkpoints are kept: each that is saved removes one."""
+
+    @pytest.fixture
+    def saves(self, tmp_path):
+        """Steps 1 and 2 are there; a call saves 3 and 4."""
+        for step in (1, 2):
+            make_checkpoint(tmp_path, step)
+
+        def save() -> None:
+            if not (tmp_path / checkpoint.FOLDER / "step-00000003").exists():
+                for step in (3, 4):
+                    make_checkpoint(tmp_path, step)
+
+        return save
+
+    def test_the_newest_is_found(self, saves, tmp_path, monkeypatch, caplog):
+        def find(folder: str) -> list[str]:
+            tags = candidates(folder)
+            saves()
+            return tags
+
+        candidates = checkpoint._candidates
+        monkeypatch.setattr(checkpoint, "_candidates", find)
+        assert checkpoint.newest(str(tmp_path)) == "step-00000004"
+        assert not caplog.records
+
+    def test_a_student_is_exported(self, saves, tmp_path, monkeypatch):
+        def load(run: str, config: None, tag: str) -> bytes:
+            saves()
+            return Path(run, checkpoint.FOLDER, tag, "weights.bin").read_bytes()
+
+        monkeypatch.setattr(export, "load_student", load)
+        assert export._newest_student(str(tmp_path), None) == bytes(range(256)) * 4
+
+    def test_what_cannot_be_loaded_is_no_reason_to_wait(self, saves, tmp_path, monkeypatch):
+        def load(*_) -> None:
+            raise RuntimeError("weights of another architecture")
+
+        monkeypatch.setattr(export, "load_student", load)
+        with pytest.raises(RuntimeError, match="another architecture"):
+            export._newest_student(str(tmp_path), None)
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(tmp_path):
+    first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    (second / "weights.bin").unlink()
+    assert checkpoint.damage(str(second)) == "weights.bin is missing"
+    (second / "weights.bin").symlink_to("weights.bin")  # root reads whatever there is to read
+    assert checkpoint.damage(str(second)).startswith("weights.bin cannot be read (Too many levels")
+    assert checkpoint.newest(str(tmp_path)) == first.name
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
