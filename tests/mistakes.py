@@ -280,6 +280,18 @@ DATA = {
     "no label": ("dev.tsv", f"{HEADER}the sum\t\n".encode(), {}, ["line 2: got no label"]),
     "empty text": ("dev.tsv", f"{HEADER}\ta\n".encode(), {}, ["line 2", "an empty text"]),
     "spaces alone": ("dev.tsv", f"{HEADER}  \ta\n".encode(), {}, ["line 2", "an empty text"]),
+    "blank texts alone": (
+        "train.tsv",
+        b"text\n \n  \n",
+        {"task": "masked_lm", "terms": {"task": {}}},
+        ["got blank rows alone in text", "expected some text"],
+    ),
+    "a missing text among blanks": (
+        "train.jsonl",
+        b'{"text": " "}\n{"text": "the sum"}\n{"text": null}\n',
+        {"task": "masked_lm", "terms": {"task": {}}},
+        ["line 3: got no text"],
+    ),
     "ragged rows": ("dev.tsv", f"{HEADER}the\tsum\ta\n".encode(), {}, ["line 2: got 3 fields"]),
     "latin-1": ("dev.tsv", f"{HEADER}grün\ta\n".encode("latin-1"), {}, ["line 2: got byte 0xfc", "UTF-8"]),
     "UTF-16": ("dev.tsv", f"{HEADER}sum\ta\n".encode("utf-16"), {}, ["line 1: got byte 0xff", "UTF-8"]),

@@ -18,11 +18,12 @@ def class_names(train: Table, column: str, given: tuple[str, ...] | None) -> tup
         return given
     if train.classes and column in train.classes:
         return tuple(train.classes[column])
-    found = set(_names(train, column))
+    found = set(spelled(train, column))
     if len(found) < 2:
         raise UserError(train.place, f"one class, {found.pop()!r}, in {column}", "at least 2 classes")
     numbers = all(INTEGER.fullmatch(name) for name in found)
-    return tuple(sorted(found, key=int) if numbers else sorted(found))
+    # "1" and "01" are one number; by it alone they would come in the set's order, another one on each rank.
+    return tuple(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
 
 
 def class_indices(table: Table, column: str, names: tuple[str, ...]) -> list[int]:
@@ -34,7 +35,7 @@ def class_indices(table: Table, column: str, names: tuple[str, ...]) -> list[int
     if not any(INTEGER.fullmatch(name) for name in names):
         index |= {str(i): i for i in range(len(names))}
     indices = []
-    for row, name in enumerate(_names(table, column)):
+    for row, name in enumerate(spelled(table, column)):
         if name not in index:
             known = f"one of the {len(names)} classes {', '.join(names[:12])}" + ", …" * (len(names) > 12)
             raise UserError(table.at(row), f"label {name!r} in column {column}", known)
@@ -56,7 +57,8 @@ def scores(table: Table, column: str) -> list[float]:
     return values
 
 
-def _names(table: Table, column: str) -> list[str]:
+def spelled(table: Table, column: str) -> list[str]:
+    """(n,) each row's label as a name: the one that its table declares for an index, else the label itself."""
     declared = (table.classes or {}).get(column)
     return [_name(value, declared, table, column, row) for row, value in enumerate(table.column(column))]
 

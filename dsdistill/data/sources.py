@@ -5,7 +5,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.schema import Data as Section
 from dsdistill.data import docstrings, files, hub
 from dsdistill.data.examples import Data, Rows
-from dsdistill.data.labels import class_indices, class_names, scores
+from dsdistill.data.labels import class_indices, class_names, scores, spelled
 from dsdistill.data.table import Table
 
 CLASSES = "classification"
@@ -42,23 +42,37 @@ def _names(split: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _labels(tables: list[Table], section: Section) -> Table:
-    """One table of all labels."""
+    """One table of all labels, with the classes that tables declare where all that do declare the same."""
     if len(tables) == 1:
         return tables[0]
-    found = [label for table in tables for label in table.column(section.label)]
-    return Table(_places(tables), {section.label: found}, range(1, len(found) + 1), "row")
+    column = section.label
+    declared = {tuple(table.classes[column]) for table in tables if column in (table.classes or {})}
+    if len(declared) == 1:
+        found, classes = [label for table in tables for label in table.column(column)], list(*declared)
+    else:  # an index is a class of its own table alone
+        found, classes = [name for table in tables for name in spelled(table, column)], None
+    return Table(
+        _places(tables), {column: found}, range(1, len(found) + 1), "row", classes and {column: classes}
+    )
 
 
 def _rows(
     tables: list[Table], section: Section, task: str, names: tuple[str, ...], limit: int | None
 ) -> Rows:
-    """The rows of all tables, one after the other."""
-    texts = [text for table in tables for text in _texts(table, section)]
+    """The rows of all tables, one after the other.
+
+    Single texts of language models may be blank, as lines of raw corpora are; those rows are left out.
+    """
+    blank = task in LANGUAGE and len(section.text) == 1
+    texts = [text for table in tables for text in _texts(table, section, blank)]
     if len({len(text) for text in texts}) > 1:
         raise UserError(_places(tables), "one text here and pairs there", "files of one form")
     ids = [name for table in tables for name in _ids(table)]
     if len(tables) > 1 and len(set(ids)) < len(ids):
         ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
+    if blank:
+        kept = [row for row, text in enumerate(texts) if any(map(str.strip, text))]
+        texts, ids = [texts[row] for row in kept], [ids[row] for row in kept]
     if task == "causal_lm" and len(section.text) == 1:  # one text is cut into blocks
         return Rows(_places(tables), texts, None, ids, limit)
     for table in tables:
@@ -86,10 +100,11 @@ def _table(section: Section, split: str, task: str) -> Table:
         return docstrings.table(split, section.cache)
     if section.source == "files":
         table = files.table(split, section.root)
-        return _lines(table) if table.plain and task == "masked_lm" else table
-    if section.root is not None:
-        return files.local_copy(section.root, section.subset or section.source.rpartition("/")[2], split)
-    return hub.table(section.source, section.subset, split, section.cache)
+    elif section.root is not None:
+        table = files.local_copy(section.root, section.subset or section.source.rpartition("/")[2], split)
+    else:
+        table = hub.table(section.source, section.subset, split, section.cache)
+    return _lines(table) if table.plain and task == "masked_lm" else table
 
 
 def _lines(table: Table) -> Table:
@@ -98,7 +113,8 @@ def _lines(table: Table) -> Table:
     return Table(table.place, {"text": [line for _, line in lines]}, [i for i, _ in lines], plain=True)
 
 
-def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
+def _texts(table: Table, section: Section, blank: bool) -> list[tuple[str, ...]]:
+    """One of each row; blank: some of them, but not all, may be without a visible character."""
     wanted = ("text",) if table.plain else section.text  # the text of a txt file has no name of its own
     local = section.source == "files" or section.root is not None
     if local and wanted[0] not in table.columns and "text_a" in table.columns:
@@ -110,8 +126,10 @@ def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
             if not isinstance(text, str):
                 got = f"no {name}" if text is None else f"a {type(text).__name__} in {name}"
                 raise UserError(table.at(i), got, f"a text in column {name} (data.text)")
-        if not any(text.strip() for text in row):
+        if not blank and not any(map(str.strip, row)):
             raise UserError(table.at(i), f"an empty {' and '.join(wanted)}", "some text")
+    if not any(text.strip() for row in rows for text in row):
+        raise UserError(table.place, f"blank rows alone in {' and '.join(wanted)}", "some text")
     return rows
 
 

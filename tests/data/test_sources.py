@@ -94,6 +94,8 @@ def test_absolute_path_needs_no_root(tmp_path):
         (["1", "0", "1"], ("1", "0"), ("1", "0"), [0, 1, 0]),  # the names themselves
         ([2, 1, 2], None, ("1", "2"), [1, 0, 1]),
         ([2.0, 1.0, 1.0], None, ("1", "2"), [1, 0, 0]),
+        # One number in many spellings: in the order of a set each rank would have classes of its own.
+        (["1", "01", "001", "0001", "0"], None, ("0", "0001", "001", "01", "1"), [4, 3, 2, 1, 0]),
     ],
 )
 def test_classes(tmp_path, labels, given, expected, indices):
@@ -115,6 +117,35 @@ def test_declared_classes_keep_their_order(tmp_path):
     assert data.train.labels == [0, 2]
 
 
+DECLARED = {"a": ["neg", "pos"], "b": ["neg", "pos"], "c": ["pos", "neg"], "d": ["neg", "so-so"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected", "indices"),
+    [
+        (["a", "b"], None, ("neg", "pos"), [1, 0, 1, 0]),
+        (["a", "c"], None, ("neg", "pos"), [1, 0, 0, 1]),  # of one order here and another there: by name
+        (["c", "d"], None, ("neg", "pos", "so-so"), [0, 1, 2, 0]),
+        (
+            ["b", "plain"],
+            None,
+            ("neg", "pos"),
+            [1, 0, 0, 1],
+        ),  # a file that declares none has names or indices
+        (["a", "c"], ("pos", "neg"), ("pos", "neg"), [0, 1, 1, 0]),
+    ],
+)
+def test_declared_classes_of_several_files(tmp_path, names, given, expected, indices):
+    for name, classes in DECLARED.items():
+        features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=classes))
+        rows = {"text": ["one", "two"], "label": [1, 0]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / f"{name}.parquet")
+    write(tmp_path / "plain.jsonl", [{"text": "one", "label": "neg"}, {"text": "two", "label": 1}])
+    files = tuple("plain.jsonl" if name == "plain" else f"{name}.parquet" for name in names)
+    data = read(section(tmp_path, files, files[1], labels=given), "classification")
+    assert (data.labels, data.train.labels, data.dev.labels) == (expected, indices, indices[2:])
+
+
 def test_limits_are_taken_from_the_front(tmp_path):
     write(tmp_path / "train.tsv", ROWS)
     data = read(section(tmp_path, max_train=2, max_dev=1), "classification")
@@ -132,6 +163,42 @@ def test_text_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("first\n\nsecond\n")
     data = read(section(tmp_path, "a.txt", label=None), "causal_lm")
     assert data.train.texts == [("first\n\nsecond\n",)] and data.train.labels is None
+
+
+BLANK = ["", " = Title = \n", " \t\u3000", "a sentence", "\n"]
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
+@pytest.mark.parametrize("source", ["a.jsonl", "a.parquet", "folder", "hub"])
+def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, source, task):
+    """As the first row of wikitext is, which configs/qwen_24_to_6.yaml reads."""
+    held = datasets.Dataset.from_dict({"text": BLANK})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: held)
+    (tmp_path / "wikitext").mkdir()
+    for name in ("a.jsonl", "a.parquet", "wikitext/train.jsonl"):
+        write(tmp_path / name, [{"text": text} for text in BLANK])
+    given = {"train": "train", "dev": "train", "label": None, "source": "Salesforce/wikitext"}
+    if source == "folder":
+        given["root"] = str(tmp_path)
+    elif source != "hub":
+        given |= {"source": "files", "root": str(tmp_path), "train": (source, source), "dev": source}
+    data = read(Section(**given), task)
+    assert data.dev.texts == [(" = Title = \n",), ("a sentence",)]
+    assert data.dev.ids == ["1", "3"]  # where they are in their source
+    assert len(data.train) == 2 * (1 + (source[:2] == "a."))
+
+
+def test_a_limit_counts_the_texts_that_are_left(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": text} for text in BLANK])
+    data = read(section(tmp_path, "a.jsonl", label=None, max_dev=2), "masked_lm")
+    assert data.dev.texts == [(" = Title = \n",), ("a sentence",)]
+
+
+def test_lines_of_a_text_file_in_a_folder_of_hub_names(tmp_path):
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "wikitext" / "train.txt").write_text("first\n\nsecond\n")
+    given = Section(source="Salesforce/wikitext", root=str(tmp_path), dev="train", label=None)
+    assert read(given, "masked_lm").train.texts == [("first",), ("second",)]
 
 
 FINE = tsv(ROWS)
@@ -176,6 +243,21 @@ REFUSALS = {
     "no label column": ("a.tsv", FINE, {"label": None}, "classification", r"data\.label: got null"),
     "score": ("a.tsv", FINE, {}, "regression", r"a\.tsv, line 2: got label 'yes' in column label, expected a fin"),
     "score NaN": ("a.tsv", "text\tlabel\nx\tnan\n", {}, "regression", r"line 2: got label 'nan'"),
+    "missing text among blanks": (
+        "a.jsonl", '{"text": " "}\n{"text": "a"}\n\n{"text": null}', {}, "causal_lm", r"line 4: got no text",
+    ),
+    "number among blanks": ("a.jsonl", '{"text": ""}\n{"text": 5}', {}, "masked_lm", r"line 2: got a int in text"),
+    "blanks alone": ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "masked_lm", r"a\.jsonl: got blank rows alone in"),
+    "blanks alone, tsv": ("a.tsv", "text\tid\n \t1\n", {}, "causal_lm", r"a\.tsv: got blank .*, expected some text"),
+    "blank pair": (
+        "a.jsonl", '{"a": "x", "b": "y"}\n{"a": "", "b": " "}', {"text": ("a", "b")}, "masked_lm",
+        r"line 2: got an empty a and b",
+    ),
+    "blank prompt and response": (
+        "a.jsonl", '{"a": "x", "b": "y"}\n{"a": "", "b": " "}', {"text": ("a", "b")}, "causal_lm",
+        r"line 2: got an empty a and b",
+    ),
+    "blank text of a score": ("a.tsv", "text\tlabel\n \t1\n", {}, "regression", r"line 2: got an empty text"),
     "built in, regression": ("a.tsv", FINE, {"source": "docstrings"}, "regression", r"data\.source: got docstrings"),
     "built in, split": ("a.tsv", FINE, {"source": "docstrings"}, "classification", r"data\.train and data\.dev"),
 }  # fmt: skip
