@@ -48,6 +48,21 @@ def test_a_preset_leaves_nothing_of_the_recipes_terms(name, recipe):
     assert found.student.domain is None
 
 
+@pytest.mark.parametrize("recipe", ALL)
+def test_soft_labels_come_from_a_head_that_is_trained_first(recipe, monkeypatch):
+    """Published weights may have none for the task, or a random one, as hfl/chinese-roberta-wwm-ext-large has."""
+    monkeypatch.chdir(RECIPES.parents[1])
+    config = after(recipe)
+    teacher = load([config.teacher.recipe])
+    assert teacher.task == config.task and list(teacher.terms.named()) == ["task"]
+    assert teacher.data.max_length == config.data.max_length
+    if not recipe.endswith(
+        "_small"
+    ):  # `plan` reads the shape without the hub, and it is the one that is trained
+        assert teacher.student.config == config.teacher.config
+        assert config.data.tokenizer == teacher.student.path
+
+
 @pytest.mark.parametrize("size", ["", "_small"])
 @pytest.mark.parametrize(("name", "recipe"), ARMS)
 def test_an_arm_of_an_ablation(name, recipe, size):
