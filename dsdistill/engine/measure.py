@@ -4,6 +4,7 @@ import itertools
 import statistics
 import time
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -31,19 +32,23 @@ def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, fl
 def latency(model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
     """Median milliseconds of a forward pass over one example of the dev set, unpadded, after a warm-up.
 
+    Over up to TIMED examples, evenly spaced in the dev set: as long as its texts are, and the same for every model.
+
     model: in eval mode, where it is to be measured.
     """
-    batches = evaluation_batches(prepared.data.dev, 1, 1, 0, prepared.tokenizer.pad_token_id)
+    dev = prepared.data.dev
+    sample = dev.take(np.linspace(0, len(dev) - 1, min(TIMED, len(dev)), dtype=int).tolist())
+    batches = list(evaluation_batches(sample, 1, 1, 0, prepared.tokenizer.pad_token_id))
     seconds = []
     with torch.no_grad():
-        for batch in itertools.islice(batches, WARM + TIMED):
+        for batch in itertools.chain(batches[:WARM], batches):
             inputs = model_inputs(model, batch.to(model.device))
             _wait(model)
             started = time.perf_counter()
             model(**inputs)
             _wait(model)
             seconds.append(time.perf_counter() - started)
-    timed = seconds[WARM:] or seconds
+    timed = seconds[-len(batches) :]
     return {"latency_ms": round(1000 * statistics.median(timed), 3)}
 
 

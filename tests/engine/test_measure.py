@@ -1,0 +1,41 @@
+"""What `evaluate` measures beside the scores."""
+
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from dsdistill.data import Examples
+from dsdistill.engine import measure
+from dsdistill.engine.measure import TIMED, WARM, latency
+from tests.conftest import BERT
+
+
+def examples(lengths: list[int]) -> Examples:
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    labels = torch.zeros(len(lengths), dtype=torch.int64)
+    return Examples(torch.full((sum(lengths),), 5), starts, labels, [str(i) for i in range(len(lengths))])
+
+
+@pytest.mark.parametrize("count", [1000, TIMED, 7])
+def test_latency_is_the_median_over_the_dev_set_and_not_over_its_longest_texts(monkeypatch, count):
+    """Timed by a clock that a token moves on by a millisecond."""
+    lengths = [3 + i % 5 for i in range(count)]
+    lengths[: count // 5] = [60] * (count // 5)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**BERT)).eval()
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: sum(n for _, n in seen) / 1000))
+    prepared = SimpleNamespace(
+        data=SimpleNamespace(dev=examples(lengths)), tokenizer=SimpleNamespace(pad_token_id=0)
+    )
+    found = latency(model, prepared)
+    sample = min(TIMED, count)
+    assert len(seen) == min(WARM, sample) + sample and {rows for rows, _ in seen} == {1}
+    timed = [tokens for _, tokens in seen[-sample:]]
+    assert timed.count(60) == sample // 5  # as many as the whole set has
+    assert found == {"latency_ms": statistics.median(timed)} == {"latency_ms": statistics.median(lengths)}
