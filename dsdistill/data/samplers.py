@@ -54,7 +54,8 @@ class HardNegative:
 def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
     """(n, NEIGHBOURS) int64: of each of the (n, D) vectors the nearest by cosine among examples of another answer.
 
-    The answer is the label; of texts that have none, the second text of a pair; of single texts every one differs.
+    The answer is the label; of texts that have none, the response to a prompt or the second text of a pair; of single
+    texts every one differs, and so of pairs whose tokenizer has no token types, which do not tell their texts apart.
     """
     answers = torch.from_numpy(_answers(examples))
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
@@ -70,9 +71,13 @@ def _answers(examples: Examples) -> np.ndarray:
     """(n,) numbers, equal where the answers are."""
     if examples.labels is not None:
         return np.unique(examples.labels.numpy(), return_inverse=True)[1]
-    if examples.token_types is None or not examples.token_types.any():
+    if examples.prompts is not None:
+        beginnings = examples.starts[:-1] + examples.prompts
+        texts = [examples.tokens[a:b] for a, b in zip(beginnings, examples.starts[1:], strict=True)]
+    elif examples.token_types is not None and examples.token_types.any():
+        second, bounds = examples.token_types == 1, zip(examples.starts, examples.starts[1:], strict=False)
+        texts = [examples.tokens[a:b][second[a:b]] for a, b in bounds]
+    else:
         return np.arange(len(examples))
-    bounds = zip(examples.starts[:-1].tolist(), examples.starts[1:].tolist(), strict=True)
-    tokens, second = examples.tokens.numpy(), examples.token_types.numpy() == 1
-    texts = [tokens[a:b][second[a:b]].tobytes() for a, b in bounds]
-    return np.unique(texts, return_inverse=True)[1]
+    numbers: dict[bytes, int] = {}  # NumPy's own arrays of bytes would drop zeros at an end, which are tokens
+    return np.array([numbers.setdefault(text.numpy().tobytes(), len(numbers)) for text in texts])

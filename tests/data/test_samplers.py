@@ -1,6 +1,7 @@
 """Samplers and the n-gram models behind one of them."""
 
 import math
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -41,6 +42,17 @@ def test_neighbours_have_other_answers():
     pairs = [[7, 9], [8, 9], [7, 5], [7, 6], [7, 7], [7, 8]]
     second = [[0, 1]] * 6
     assert nearest_others(vectors, examples(pairs, second=second))[0].tolist() == [2, 3, 4]
+
+
+def test_the_answer_to_a_prompt_is_its_response():
+    angles = torch.tensor([0.0, 0.01, 0.02, 0.5, 1.0, 3.0])
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    rows = [[1, 2, 9], [1, 2, 2, 9], [1, 9, 9], [1, 8, 9], [2, 7], [2, 7, 0]]
+    prompted = replace(examples(rows), prompts=torch.tensor([2, 3, 1, 1, 1, 1]))
+    found = nearest_others(vectors, prompted)
+    assert found[0].tolist() == [2, 3, 4] and found[2].tolist() == [1, 0, 3]
+    assert found[4].tolist() == [3, 2, 1]
+    assert found[5].tolist() == [4, 3, 2]  # 7 and 7 0 are two answers, though a zero ends the second
 
 
 def test_groups_stay_together_on_any_ranks():
