@@ -31,9 +31,9 @@ def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(*(F.normalize(x @ x.T, dim=1) for x in (student, teacher)))
 
 
-def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
+def rkd_distance(student: Tensor, teacher: Tensor, backend: str = "auto") -> Tensor:
     """Smooth-L1 of distances relative to their mean positive one, mean over n² pairs (RKD-D, Park et al. 2019)."""
-    return pairwise_alignment(student[None], teacher[None], relation="distance")
+    return pairwise_alignment(student[None], teacher[None], relation="distance", backend=backend)
 
 
 def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:

@@ -35,6 +35,11 @@ class Pair:
     tokens: int = 0  # entries of the tokenizer
     domain_width: int = 0  # d' of a student with domain fusion
 
+    @property
+    def logit_backend(self) -> str:
+        """Of the operators over a vocabulary, which no kernel computes."""
+        return self.backend if self.backend in ("reference", "chunked") else "auto"
+
 
 class AlignmentTerm(nn.Module, ABC):
     """One summand of the loss, for each of its parts (mapped layers) a sum and the count to divide it by.

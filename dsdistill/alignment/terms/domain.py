@@ -93,7 +93,13 @@ class DomainTerm(AlignmentTerm):
                 target = student.domain.targets[self.pair.teacher.depth]
                 predicted = student.domain.predicted
                 found.append(
-                    hidden_alignment(predicted, target.to(predicted.dtype), mask=batch.mask, reduction="sum")
+                    hidden_alignment(
+                        predicted,
+                        target.to(predicted.dtype),
+                        mask=batch.mask,
+                        reduction="sum",
+                        backend=self.pair.backend,
+                    )
                 )
         return torch.stack([value.float() for value in found])
 

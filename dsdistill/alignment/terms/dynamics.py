@@ -61,7 +61,9 @@ class FeatureDynamicsTerm(AlignmentTerm):
         found = []
         if self.config.levels:
             found += [
-                soft_label_alignment(s, heads[0], t, heads[1], reduction="sum", **options)
+                soft_label_alignment(
+                    s, heads[0], t, heads[1], reduction="sum", backend=self.pair.logit_backend, **options
+                )
                 for s, t in zip(mine, other, strict=True)
             ]
         if self.config.changes:

@@ -92,7 +92,8 @@ class RelationalTerm(RelatedTerm):
     def relate(self, student, teacher):
         loss = 0.0 * student.sum()
         if self.config.distance:
-            loss = loss + self.config.distance * relations.rkd_distance(student, teacher)
+            distances = relations.rkd_distance(student, teacher, self.pair.backend)
+            loss = loss + self.config.distance * distances
         if self.config.angle:
             loss = loss + self.config.angle * relations.rkd_angle(student, teacher, self.config.triples)
         return loss

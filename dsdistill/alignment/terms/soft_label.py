@@ -66,5 +66,6 @@ class SoftLabelTerm(AlignmentTerm):
             student_bias=None if student.head_bias is None else student.head_bias[cut],
             teacher_bias=None if teacher.head_bias is None else teacher.head_bias[cut],
             mask=targets(batch, self.pair.task) != NO_LABEL,
+            backend=self.pair.logit_backend,
             **options,
         )[None]

@@ -47,6 +47,7 @@ class TaskTerm(AlignmentTerm):
                 bias=student.head_bias,
                 ignore_index=NO_LABEL,
                 reduction="sum",
+                backend=self.pair.logit_backend,
             )
         elif task == "regression":
             difference = student.logits[:, 0].float() - batch.labels.float()

@@ -1,0 +1,41 @@
+"""`train.backend` reaches every operator of every term."""
+
+import pytest
+
+from dsdistill.alignment.terms import TERMS
+from dsdistill.ops import available_backends, backends_taken, library
+from tests.alignment.synthetic import CASES, LANGUAGE, Synthetic, term_of
+
+
+@pytest.fixture(autouse=True)
+def taken_by_auto(monkeypatch):
+    monkeypatch.setattr(library, "_taken", {})
+    return backends_taken
+
+
+def loss(case: str, backend: str) -> float:
+    found = Synthetic(case, (9, 4, 1), backend=backend).loss()
+    found.backward()
+    return found.item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_left_to_auto(case, taken_by_auto):
+    expected = loss(case, "reference")
+    assert taken_by_auto() == {}
+    native = term_of(case) not in LANGUAGE and "mean heads" not in case
+    for backend in {"chunked", "cpp"} & {*available_backends()}:
+        if backend == "chunked" or native:
+            assert loss(case, backend) == pytest.approx(expected, rel=1e-4), backend
+            assert taken_by_auto() == {}, backend
+
+
+@pytest.mark.parametrize("case", sorted(LANGUAGE))
+@pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
+def test_operators_over_a_vocabulary_have_no_kernels(case, backend, taken_by_auto):
+    loss(case, backend)
+    assert list(taken_by_auto().values()) == [["chunked"]]
+
+
+def test_every_term_is_tried():
+    assert {term_of(case) for case in CASES} == {*TERMS}
