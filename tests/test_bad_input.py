@@ -201,6 +201,10 @@ ENVIRONMENT = {
         {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
         ["MASTER_PORT: got nothing"],
     ),
+    "local rank of words": (
+        {"RANK": "0", "LOCAL_RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        ["LOCAL_RANK: got 'x'"],
+    ),
     "port of words": (
         {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"},
         ["MASTER_PORT: got 'http'"],

@@ -11,6 +11,7 @@ import yaml
 import dsdistill
 from dsdistill.config import UserError
 from tests.conftest import snapshot
+from tests.engine.launch import free_port
 from tests.mistakes import CONFIG
 
 CODE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -41,11 +42,11 @@ ENDINGS = {
 }
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
+def command(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
     """python -m dsdistill ARGUMENTS, as a user types it."""
     return subprocess.run(
         [sys.executable, "-m", "dsdistill", *map(str, arguments)],
-        env=os.environ | CODE,
+        env=os.environ | CODE | variables,
         capture_output=True,
         text=True,
         timeout=120,
@@ -53,21 +54,22 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture
+def used(config, tmp_path):
+    """A folder in which a run began: it has a checkpoint, if a damaged one."""
+    from dsdistill.config import load
+    from dsdistill.engine.run_folder import RunFolder
+
+    RunFolder(str(tmp_path / "run")).open(load([config()]))
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    return tmp_path / "run"
+
+
 class TestRunFolder:
     def test_that_cannot_be_written(self, config, refused, tmp_path):
         (tmp_path / "file").touch()
         line = refused("train", config({"run.dir": str(tmp_path / "file" / "run")}))
         assert ".yaml: run.dir: got " in line and "file/run" in line
-
-    @pytest.fixture
-    def used(self, config, tmp_path):
-        """A folder in which a run began: it has a checkpoint, if a damaged one."""
-        from dsdistill.config import load
-        from dsdistill.engine.run_folder import RunFolder
-
-        RunFolder(str(tmp_path / "run")).open(load([config()]))
-        (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-        return tmp_path / "run"
 
     def test_of_another_run(self, config, refused, used):
         line = refused("train", config(), "train.learning_rate=0.5")
@@ -90,6 +92,58 @@ class TestRunFolder:
         folder.open(load([config(), "train.learning_rate=0.5", "run.resume=never"]))
         assert load([str(tmp_path / "run" / "config.yaml")]).train.learning_rate == 0.5
         assert not (tmp_path / "run" / "init").exists(), "it may have been cut from another teacher"
+
+    @pytest.mark.parametrize("begun", [False, True])
+    def test_what_a_failed_start_prepared_is_made_again(self, config, tmp_path, begun):
+        """It may come from another teacher or other data; what a run that goes on prepared stays."""
+        from dsdistill.config import load
+        from dsdistill.engine.run_folder import KEPT, RunFolder
+
+        folder = RunFolder(str(tmp_path / "run"))
+        folder.open(load([config()]))
+        for name in KEPT:
+            if "." in name:
+                (tmp_path / "run" / name).touch()
+            else:
+                (tmp_path / "run" / name / "within").mkdir(parents=True)
+        if begun:
+            (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        (tmp_path / "run" / "of the user's").touch()
+        folder.open(load([config()]))
+        assert [(tmp_path / "run" / name).exists() for name in KEPT] == [begun] * len(KEPT)
+        assert (tmp_path / "run" / "of the user's").exists()
+
+    def test_of_a_baseline_without_the_terms_that_its_sampler_asks_for(self, config, used):
+        from dsdistill.config import load
+        from dsdistill.config.terms import Task, Terms
+        from dsdistill.engine.run_folder import RunFolder
+
+        whole = load([config({"data.sampler": "hard_negative", "terms": {"contrastive": {}}})])
+        alone = whole.model_copy(update={"terms": Terms(task=Task())})
+        folder = RunFolder(str(used / "baseline"))
+        folder.open(alone)
+        (used / "baseline" / "checkpoints" / "step-00000001").mkdir(parents=True)
+        folder.open(alone)
+        with pytest.raises(UserError, match=r"config\.yaml: terms\..* as this run began"):
+            folder.open(whole)
+
+    def test_waited_for_until_what_it_makes_is_there(self, tmp_path):
+        import fcntl
+        import threading
+
+        from dsdistill.engine import run_folder
+        from dsdistill.engine.run_folder import RunFolder
+
+        folder, model = RunFolder(str(tmp_path / "teacher")), tmp_path / "teacher" / "model"
+        folder.lock()
+        folder.release()
+        with open(folder / "lock", "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            threading.Timer(0.3, model.mkdir).start()
+            folder.wait(str(model))
+            assert model.is_dir() and folder.path not in run_folder._held
+        folder.wait(str(tmp_path / "never"))
+        assert run_folder._held.pop(folder.path)
 
     def test_of_another_teacher(self, used):
         from dsdistill.engine.run_folder import RunFolder
@@ -159,6 +213,23 @@ class TestProcess:
         )
         assert (done.returncode, done.stdout) == (code, "printed, not flushed")
         assert re.search(told, done.stderr) if told else not done.stderr
+
+    @pytest.mark.parametrize("name", ["train", "evaluate"])
+    def test_a_rank_that_never_comes(self, config, used, name):
+        path = config({"run.timeout": 0.05})
+        (used / "config.yaml").write_text((used / "config.yaml").read_text().replace("10.0", "0.05"))
+        alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        done = command(name, path if name == "train" else used, **alone)
+        assert done.returncode == 1, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(
+            "dsdistill: rank 0 waited 0.05 minutes (run.timeout) for another rank in vain: "
+        )
+
+    def test_without_standard_streams(self, config):
+        for command in ("--version >&- 2>&-", f"train {config()} --dry-run >&-"):
+            line = f"{sys.executable} -m dsdistill {command}"
+            assert subprocess.run(["bash", "-c", line], env=os.environ | CODE, check=False).returncode == 0
 
     def test_an_unknown_command(self):
         done = command("trian", "x.yaml")

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import string
+import tempfile
 import types
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dsdistill.config import Config, UserError, dump, load
+from dsdistill.config import Config, UserError, dump, load, load_saved
 from dsdistill.config.load import build
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.section import Section as AnySection
@@ -99,7 +100,14 @@ def test_settings(given_settings):
         one_line(error)
         assert str(error).startswith("fuzz.yaml")
         return
-    assert build(yaml.safe_load(dump(config))) == config
+    try:
+        json.dumps(config.model_dump(mode="json"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character, which no file can hold
+        return
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(dump(config))
+        file.flush()
+        assert load([file.name]) == load_saved(file.name) == config
 
 
 @FUZZ

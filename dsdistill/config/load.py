@@ -1,6 +1,7 @@
 """From files and key=value to a Config; every mistake is one line that names file and key."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import get_args
 
@@ -11,8 +12,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
-from dsdistill.config.schema import Config
+from dsdistill.config.schema import SAVED, Config
 from dsdistill.config.section import Section
+
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
 
 
 def load(sources: Sequence[str]) -> Config:
@@ -43,26 +46,47 @@ def load(sources: Sequence[str]) -> Config:
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             form = "key=value" if _is_override(source) else "valid YAML"
             raise UserError(source, _first_line(error), f"{form} that fits what is there") from None
-    try:
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(origin, _first_line(error), "interpolations that resolve") from None
-    return build(plain, origin)
+    return build(_plain(merged, origin), origin)
 
 
-def build(settings: dict, origin: str = "config") -> Config:
-    """A Config from plain settings; `origin` names the file in messages."""
+def load_saved(path: str) -> Config:
+    """What `dump` wrote of a run; rules between fields, which it passed, may not hold: a baseline lost its terms."""
+    return build(_plain(_read(path), path), path, saved=True)
+
+
+def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Config:
+    """A Config from plain settings; `origin` names the file in messages. saved: rules between fields are left out."""
     try:
-        return Config.model_validate(settings)
+        return Config.model_validate(settings, context=SAVED if saved else None)
     except UserError as error:  # from checks
         raise error.within(origin) from None
     except pydantic.ValidationError as error:
         raise _explain(origin, error.errors()) from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what OmegaConf's YAML takes for a number (12e4567) and PyYAML's does not; escapes its interpolations."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    escaped = _INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
+    quote = "'" if escaped[:1] in tuple("+-.0123456789") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=quote)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _plain(settings, origin: str) -> dict:
+    try:
+        return OmegaConf.to_container(settings, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(origin, _first_line(error), "interpolations that resolve") from None
 
 
 def _is_override(source: str) -> bool:

@@ -23,6 +23,11 @@ Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 class Term(Section):
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
 
+    @property
+    def relates(self) -> bool:
+        """Whether its value depends on which examples meet in a micro-batch."""
+        return False
+
 
 class Task(Term):
     """Cross-entropy against the labels (squared error for regression)."""
@@ -133,6 +138,10 @@ class Related(Layered):
 
     layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
 
+    @property
+    def relates(self) -> bool:
+        return True
+
 
 class Contrastive(Related):
     """An example's two vectors must find each other among those of the others."""
@@ -213,6 +222,10 @@ class DomainMapping(Term):
     predictor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0, description="of what the student predicts of the teacher"
     )
+
+    @property
+    def relates(self) -> bool:
+        return self.sequences > 0
 
 
 class Smooth(Term):

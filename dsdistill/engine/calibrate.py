@@ -15,7 +15,7 @@ from dsdistill.config import Config
 from dsdistill.data import evaluation_batches, restore
 from dsdistill.engine.prepare import Prepared, make_objectives
 from dsdistill.engine.ranks import Ranks
-from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.run_folder import LAYERS, RunFolder
 from dsdistill.engine.teacher import Teacher
 from dsdistill.evaluation.structure import debiased_cka
 from dsdistill.models.build import build
@@ -25,7 +25,6 @@ from dsdistill.models.forward import trace
 log = logging.getLogger("dsdistill")
 
 EXAMPLES = 256
-LAYERS = "layers.json"
 
 
 def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, ranks: Ranks) -> None:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from dsdistill.config import Config, UserError
-from dsdistill.config.terms import Related
 from dsdistill.engine import deepspeed
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
@@ -56,8 +55,11 @@ def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) 
         _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
         _write(os.path.join(folder, _POINTER), tag)
         kept = sorted(name for name in _tags(folder) if name <= tag)[-keep:]  # later ones were passed over
-        for old in set(_tags(folder)) - set(kept):
-            shutil.rmtree(os.path.join(folder, old))
+        for old in sorted(set(_tags(folder)) - set(kept)):
+            try:
+                shutil.rmtree(os.path.join(folder, old))
+            except OSError as error:  # NFS keeps what another process has open; the next save tries again
+                log.warning("checkpoint %s stays: %s", old, error)
     ranks.barrier()
 
 
@@ -160,12 +162,7 @@ def read_state(run_dir: str, tag: str) -> dict:
 
 def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) -> None:
     at_once = config.train.micro_batch_size * world_size
-    related = [
-        name
-        for stage in config.parts
-        for name, term in stage.terms.named().items()
-        if isinstance(term, Related)
-    ]
+    related = [name for stage in config.parts for name, term in stage.terms.named().items() if term.relates]
     before = read_state(run_dir, tag)["at_once"]
     if related and before != at_once:
         raise UserError(

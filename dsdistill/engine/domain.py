@@ -10,11 +10,9 @@ from dsdistill.data import evaluation_batches
 from dsdistill.engine.calibrate import EXAMPLES
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.ranks import Ranks
-from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.run_folder import MAPS, RunFolder
 from dsdistill.engine.teacher import Teacher
 from dsdistill.models.domain import DomainFusion, normed
-
-MAPS = "domain_maps.safetensors"
 
 
 def make_fusion(prepared: Prepared, maps: dict[str, Tensor] | None = None) -> DomainFusion | None:

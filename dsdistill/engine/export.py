@@ -16,6 +16,8 @@ from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_writable
 from dsdistill.models.build import build
 from dsdistill.models.domain import FUSION, STUDENT
 
+PARTIAL = ".partial"
+
 log = logging.getLogger("dsdistill")
 
 
@@ -26,7 +28,7 @@ def read_config(path: str) -> Config:
         raise UserError(
             path, f"a folder without {CONFIG}" if os.path.isdir(path) else "no such folder", "a run folder"
         )
-    return configs.load([folder / CONFIG])
+    return configs.load_saved(folder / CONFIG)
 
 
 def find_checkpoint(path: str) -> str:
@@ -72,13 +74,14 @@ def export(run: str, out: str) -> None:
     A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
     and dsdistill.models.domain.load_exported puts them together.
 
-    The folder appears whole or not at all. Raises UserError where `out` holds something already.
+    A folder that is not there appears whole or not at all. Raises UserError where `out` holds something already.
     """
     check_writable(out, "--out")
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
+    if os.path.exists(out) and (not there or set(os.listdir(out)) - {PARTIAL}):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
     model, fusion = _newest_student(run, read_config(run))
-    partial = out.rstrip("/") + ".partial"
+    partial = os.path.join(out, PARTIAL) if there else os.path.realpath(out) + PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(os.path.join(partial, STUDENT) if fusion else partial)
     AutoTokenizer.from_pretrained(os.path.join(run, INIT), trust_remote_code=False).save_pretrained(partial)
@@ -86,6 +89,9 @@ def export(run: str, out: str) -> None:
         weights = {name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")}
         save_file(weights, os.path.join(partial, FUSION))
         log.info("with its domain fusion: dsdistill.models.domain.load_exported(%r) loads both", out)
-    if os.path.isdir(out):
-        os.rmdir(out)
-    os.replace(partial, out)
+    if not there:
+        os.replace(partial, out)
+        return
+    for name in os.listdir(partial):
+        os.replace(os.path.join(partial, name), os.path.join(out, name))
+    os.rmdir(partial)

@@ -16,6 +16,8 @@ def leave(code: int = 0) -> None:
     threading._shutdown()  # as the interpreter does, and multiprocessing in processes that it ends in this way
     atexit._run_exitfuncs()  # W&B's and the like
     for stream in (sys.stdout, sys.stderr):
+        if stream is None or stream.closed:
+            continue
         try:
             stream.flush()
         except OSError:  # a full disk, or nobody reads it any more

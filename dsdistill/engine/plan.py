@@ -96,11 +96,10 @@ class Forecast:
         loading = {LOADING: self._loading} if self._loading else {}
         return loading | {phase: ledger.peaks[phase] for phase in PHASES}
 
-    def highest(self) -> tuple[Stage, dict[str, Counter]]:
-        """The stage that needs the most, as the config says it."""
-        config = self.config
-        size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
-        found = [(stage, self.phases(stage, size, checkpointing)) for stage in config.parts]
+    def highest(self, size: int) -> tuple[Stage, dict[str, Counter]]:
+        """The stage that needs the most with micro-batches of that size."""
+        checkpointing = self.config.student.gradient_checkpointing
+        found = [(stage, self.phases(stage, size, checkpointing)) for stage in self.config.parts]
         return max(found, key=lambda item: peak(item[1]))
 
 
@@ -111,8 +110,8 @@ def peak(phases: dict[str, Counter]) -> int:
 def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True) -> Plan:
     """memory: bytes a rank may take."""
     forecast = Forecast(config, world_size, gpu=gpu)
-    stage, phases = forecast.highest()
     size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
+    stage, phases = forecast.highest(size)
     reserve = RESERVE if gpu else 0
     kept = {checkpointing: _kept(phases)}
     kept[not checkpointing] = _kept(forecast.phases(stage, size, not checkpointing))
@@ -125,7 +124,7 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
 
     def need(batch: int) -> dict[str, Counter]:
         if batch not in at:
-            at[batch] = forecast.phases(stage, batch, checkpointing)
+            at[batch] = forecast.highest(batch)[1]  # which stage that is may change with it
         return at[batch]
 
     largest = _largest(need, size, memory - reserve, config.data.max_length)

@@ -16,7 +16,7 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.schema import Data as DataSettings
-from dsdistill.config.terms import Related, SoftLabel, Task, Terms
+from dsdistill.config.terms import SoftLabel, Task, Terms
 from dsdistill.data import Data, Examples, load, read, tokenize
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import GROUP, Sampler
@@ -104,6 +104,10 @@ def prepare(config: Config, world_size: int) -> Prepared:
             f"{config.evaluation.rcs} with a teacher whose head is not trained",
             "one that is, whose KL stands beside it, or 0",
         )
+    if config.data.sampler == "entropy" and not judged:
+        raise UserError(
+            "data.sampler", "entropy with a teacher whose head is not trained", "one that is, or another"
+        )
     if config.task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         _check_classes(data.labels, teacher, recipe)
     for model in (student, teacher):
@@ -180,7 +184,7 @@ def check_ranks(config: Config, world_size: int) -> None:
             f"a multiple of train.micro_batch_size × ranks = {config.train.micro_batch_size} × {world_size}",
         )
     for name, term in (item for stage in config.parts for item in stage.terms.named().items()):
-        if isinstance(term, Related) and at_once == 1:
+        if term.relates and at_once == 1:
             raise UserError(
                 f"terms.{name}",
                 "one example at once (train.micro_batch_size 1 on 1 rank)",
@@ -334,7 +338,7 @@ def probe_models(
 ) -> dict[int, Geometry]:
     """Check that what the terms need can be captured; returns which keys each student layer sees."""
     attention = any(objective.layers("student_attention") for objective in objectives)
-    hidden = bool(config.evaluation.rcs) or any(
+    hidden = bool(config.evaluation.rcs or config.evaluation.structure) or any(
         objective.layers("student_hidden") for objective in objectives
     )
     lens = any("fdd" in objective.terms for objective in objectives)
@@ -368,12 +372,15 @@ def _has_head(config: Config, teacher: PretrainedConfig | None, recipe: Prepared
         return False
     if (
         recipe is not None
-        or config.task in LANGUAGE
-        or any("soft_label" in stage.terms.named() for stage in config.parts)
+        or config.task == "causal_lm"  # its head is the embeddings, or comes with them
+        or any("soft_label" in stage.terms.named() for stage in config.parts)  # the weights must bring it
     ):
         return True
+    heads = (
+        ("MaskedLM", "PreTraining", "LMHead") if config.task == "masked_lm" else ("SequenceClassification",)
+    )
     return config.teacher.path is not None and any(
-        "SequenceClassification" in name for name in teacher.architectures or ()
+        head in name for name in teacher.architectures or () for head in heads
     )
 
 

@@ -92,6 +92,8 @@ def environment() -> None:
 def _check_launch() -> None:
     """Raise UserError for variables of a launcher that contradict each other."""
     rank, size = _number("RANK"), _number("WORLD_SIZE")
+    if "LOCAL_RANK" in os.environ:
+        _number("LOCAL_RANK")
     if rank >= size:
         raise UserError("RANK", rank, f"0 to {size - 1} (WORLD_SIZE)")
     if not os.environ.get("MASTER_ADDR"):

@@ -6,8 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from dsdistill.engine.ranks import Ranks
-
-FOLDER = "representations"
+from dsdistill.engine.run_folder import REPRESENTATIONS
 
 
 def points(count: int, steps: int) -> list[int]:
@@ -19,7 +18,7 @@ def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
     """Write the (examples, D) states of a step."""
     if not ranks.first:
         return
-    folder = os.path.join(run_dir, FOLDER)
+    folder = os.path.join(run_dir, REPRESENTATIONS)
     os.makedirs(folder, exist_ok=True)
     partial = os.path.join(folder, "partial.npy")
     np.save(partial, states.numpy())
@@ -28,7 +27,7 @@ def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
 
 def kept(run_dir: str, until: int) -> list[np.ndarray]:
     """What keep() wrote up to this step, in order."""
-    folder = os.path.join(run_dir, FOLDER)
+    folder = os.path.join(run_dir, REPRESENTATIONS)
     names = (
         sorted(name for name in os.listdir(folder) if name.startswith("step-"))
         if os.path.isdir(folder)
@@ -40,4 +39,4 @@ def kept(run_dir: str, until: int) -> list[np.ndarray]:
 
 
 def _path(run_dir: str, step: int) -> str:
-    return os.path.join(run_dir, FOLDER, f"step-{step:08d}.npy")
+    return os.path.join(run_dir, REPRESENTATIONS, f"step-{step:08d}.npy")

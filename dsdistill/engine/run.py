@@ -1,5 +1,6 @@
 """A whole run: the teacher's own run where a recipe names one, the student's, a baseline's, the summary."""
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -7,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -38,17 +40,24 @@ TEACHERS = "runs/teachers"
 def train(config: Config) -> dict:
     """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
     check_writable(config.run_dir)
-    ranks = deepspeed.start(config.run.timeout)
-    try:
+    with _ranks(config.run.timeout) as ranks:
         return run(config, ranks)
+
+
+@contextlib.contextmanager
+def _ranks(timeout: float) -> Iterator[Ranks]:
+    """The processes of a run, from their meeting to their end; RunError where one does not come, or is lost."""
+    try:
+        yield deepspeed.start(timeout)
     except RuntimeError as error:
         if deepspeed.timed_out(error):
-            what = f"waited {config.run.timeout:g} minutes (run.timeout) for another rank in vain"
+            what = f"waited {timeout:g} minutes (run.timeout) for another rank in vain"
         elif deepspeed.lost(error):
             what = "lost another rank"
         else:
             raise
-        raise RunError(f"rank {ranks.rank} {what}: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"rank {os.environ['RANK']} {what}: {reason}") from None
     finally:
         deepspeed.stop()
 
@@ -87,8 +96,7 @@ def evaluate_run(path: str) -> dict:
         log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
         config = _with(config, train=_with(config.train, dtype="fp32"))
     folder = RunFolder(path)
-    ranks = deepspeed.start()
-    try:
+    with _ranks(config.run.timeout) as ranks:
         with ranks.first_alone():
             if ranks.first:
                 folder.claim()
@@ -128,8 +136,6 @@ def evaluate_run(path: str) -> dict:
         if ranks.first:
             folder.write_summary(summary)
         return summary
-    finally:
-        deepspeed.stop()
 
 
 def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
@@ -140,8 +146,7 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
     with ranks.first_alone():
         if ranks.first:
             run_folder.pin_teacher(model)
-            if not os.path.isdir(model):
-                RunFolder(home).wait()  # for another job that trains it now
+            RunFolder(home).wait(model)  # where another job trains it now
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
@@ -156,6 +161,7 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
         with ranks.first_alone():
             if ranks.first:
                 export(home, model)
+                folder.release()  # for a job that waits for it
     prepared.config = _with(prepared.config, teacher=_with(prepared.config.teacher, path=model, recipe=None))
 
 

@@ -9,31 +9,24 @@ import time
 
 from dsdistill import config as configs
 from dsdistill.config import Config, UserError
+from dsdistill.config.resume import check_same
 
 log = logging.getLogger("dsdistill")
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
-INIT = "init"  # the student's architecture, tokenizer and, where cut from a teacher, first weights
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 
-_held: dict[str, object] = {}  # open lock files of this process, by folder
+INIT = "init"  # the student's architecture, tokenizer and, where cut from a teacher, first weights
+LAYERS = "layers.json"  # the pairs that cka_offline found
+MAPS = "domain_maps.safetensors"  # of the teacher's states
+SAMPLING = "sampling.npy"  # what the teacher says of the train examples
+STAGES = "stages"  # what each hands on
+REPRESENTATIONS = "representations"  # of the dev set, on the way
+KEPT = (INIT, LAYERS, MAPS, SAMPLING, STAGES, REPRESENTATIONS)  # all that a resumed run does not make again
 
-# Settings that may change between a run and its continuation: they do not touch what is computed, or, the last two,
-# only in what order numbers are added.
-_FREE = (
-    "run.name",
-    "run.dir",
-    "run.resume",
-    "run.log_every",
-    "run.evaluate_every",
-    "run.save_every",
-    "run.keep",
-    "run.timeout",
-    "student.zero_stage",
-    "train.micro_batch_size",
-)
+_held: dict[str, object] = {}  # open lock files of this process, by folder
 
 
 class RunFolder:
@@ -49,17 +42,19 @@ class RunFolder:
     def open(self, config: Config) -> None:
         """Make the folder, or check that what lies there is an earlier part of this run; write the config.
 
-        A start that failed before its first checkpoint binds nobody: its config is replaced.
+        A start that failed before its first checkpoint binds nobody: its config is replaced, and what it prepared, of
+        another teacher or other data perhaps, is made again.
         """
         self.claim()
         if not self.begun:
-            shutil.rmtree(self / INIT, ignore_errors=True)
+            for name in KEPT:
+                _remove(self / name)
         elif os.path.exists(self / CONFIG):
             if config.run.resume == "never":
                 raise UserError(
                     "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
                 )
-            _compare(configs.load([self / CONFIG]), config, self / CONFIG)
+            check_same(self / CONFIG, config)
         partial = self / (CONFIG + ".partial")
         with open(partial, "w", encoding="utf-8") as file:
             file.write(configs.dump(config))
@@ -87,12 +82,17 @@ class RunFolder:
         _held[self.path] = file
         return True
 
-    def wait(self) -> None:
-        """Take the folder once no other process has it."""
-        if self.lock():
-            return
-        log.info("waiting for the process that writes %s", self.path)
-        while not self.lock():
+    def release(self) -> None:
+        """Give the folder back before this process ends."""
+        _held.pop(self.path).close()
+
+    def wait(self, made: str) -> None:
+        """Return once `made` is there, or take the folder once no other process has it."""
+        told = False
+        while not os.path.isdir(made) and not self.lock():
+            if not told:
+                log.info("waiting for the process that writes %s", self.path)
+                told = True
             time.sleep(1)
 
     @property
@@ -155,6 +155,14 @@ class RunFolder:
         os.replace(partial, self / METRICS)
 
 
+def _remove(path: str) -> None:
+    """A file or a folder, where there is one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.remove(path)
+
+
 def check_writable(folder: str, key: str = "run.dir") -> None:
     """Raise UserError unless a folder could be written there; makes nothing: what is refused leaves nothing behind."""
     place = os.path.abspath(folder)
@@ -177,22 +185,3 @@ def check_file(path: str | None, key: str) -> None:
         raise UserError(key, f"{path} ({folder} is no folder)", "a file in a folder that is there")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise UserError(key, f"{path}, which is read-only", "a file that can be written")
-
-
-def _compare(old: Config, new: Config, place: str) -> None:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    for key in before | after:
-        if key not in _FREE and before.get(key) != after.get(key):
-            raise UserError(
-                f"{place}: {key}", after.get(key), f"{before.get(key)} as this run began, or another run.name"
-            )
-
-
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -14,11 +14,10 @@ from dsdistill.data.batch import Batch
 from dsdistill.data.samplers import HardNegative, Sampler, Weighted, nearest_others
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.ranks import Ranks
-from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.run_folder import SAMPLING, RunFolder
 from dsdistill.engine.teacher import Teacher
 from dsdistill.models.trace import Trace
 
-KEPT = "sampling.npy"
 ROWS = 256  # tokens whose logits are whole at once
 
 
@@ -29,7 +28,7 @@ def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler
         return Weighted(prepared.contrast.scores(train), data.sampler_temperature or 1.0)
     if data.sampler not in ("entropy", "hard_negative"):
         return None
-    path = folder / KEPT
+    path = folder / SAMPLING
     if not ranks.gather(os.path.isfile(path))[0]:
         found = _pass(prepared, ranks)
         if data.sampler == "hard_negative":

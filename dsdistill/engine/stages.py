@@ -16,12 +16,11 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import STAGES
 from dsdistill.models.build import Headless, build
 from dsdistill.models.capture import Capture
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
-
-FOLDER = "stages"
 
 
 def ends(config: Config, steps: int) -> list[int]:
@@ -38,7 +37,7 @@ def ends(config: Config, steps: int) -> list[int]:
 
 
 def weights_path(run_dir: str, name: str) -> str:
-    return os.path.join(run_dir, FOLDER, f"{name}.safetensors")
+    return os.path.join(run_dir, STAGES, f"{name}.safetensors")
 
 
 def hand_over(run_dir: str, name: str, step: int, ranks: Ranks) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from dsdistill.config import UserError, load
+from dsdistill.config.resume import check_same
 from dsdistill.report.summary import TITLES, detail
 
 # What differs between machines or says nothing about a method.
@@ -43,27 +44,49 @@ def read_plan(path: str) -> tuple[list[int], dict[str, list[str]]]:
             raise UserError(
                 f"{path}: methods.{name}", sources, "a list of config files and key=value overrides"
             )
-    return seeds, {str(name): sources for name, sources in methods.items()}
+    methods = {str(name): sources for name, sources in methods.items()}
+    folders: dict[str, str] = {}
+    for name in methods:
+        other = folders.setdefault(_folder(name), name)
+        if other != name:
+            raise UserError(
+                f"{path}: methods", f"{other!r} and {name!r}", "names that differ in letters or digits"
+            )
+    return seeds, methods
 
 
 def compare(plan: str, out: str, overrides: list[str]) -> str:
     """Run what is not finished yet, in OUT/METHOD/seed-N; the table, also written to OUT/table.md.
 
-    Raises UserError for a config that is refused, before the first run starts.
+    Raises UserError, before the first run starts, for a config that is refused or is not what a run there began with.
     """
     seeds, methods = read_plan(plan)
-    for sources in methods.values():
-        load([*sources, *overrides])
-    rows: dict[str, list[dict]] = {}
+    runs = []
     for name, sources in methods.items():
         for seed in seeds:
-            run = os.path.join(out, re.sub(r"\W+", "-", name), f"seed-{seed}")
-            print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
-            _run(run, [*sources, *overrides, f"run.seed={seed}", f"run.dir={run}"])
-            rows.setdefault(name, []).append(json.loads(Path(run, "summary.json").read_text()))
+            run = os.path.join(out, _folder(name), f"seed-{seed}")
+            settings = [*sources, *overrides, f"run.seed={seed}", f"run.dir={run}"]
+            _check(run, settings)
+            runs.append((name, seed, run, settings))
+    rows: dict[str, list[dict]] = {}
+    for name, seed, run, settings in runs:
+        print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
+        _run(run, settings)
+        rows.setdefault(name, []).append(json.loads(Path(run, "summary.json").read_text()))
     text = table(rows)
     Path(out, "table.md").write_text(text)
     return text
+
+
+def _folder(name: str) -> str:
+    return re.sub(r"\W+", "-", name)
+
+
+def _check(run: str, sources: list[str]) -> None:
+    """Raise UserError for a config that is refused, or other settings than those that a run there is finished with."""
+    config, saved = load(sources), os.path.join(run, "config.yaml")
+    if os.path.isfile(os.path.join(run, "summary.json")) and os.path.isfile(saved):
+        check_same(saved, config)
 
 
 def _run(run: str, sources: list[str]) -> None:

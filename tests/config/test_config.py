@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from dsdistill.config import Config, UserError, dump, load, schema
+from dsdistill.config import Config, UserError, dump, load, load_saved, schema
 from dsdistill.config.checks import DEEPSPEED_KEYS, OWNED
 
 MINIMAL = {"teacher": {"path": "t"}, "student": {"path": "s"}, "terms": {"task": {}, "hidden": {}}}
@@ -109,6 +109,26 @@ class TestLoading:
         again = load([write(dump(config), "again.yaml")])
         assert again == config and dump(again) == dump(config)
         assert again.terms.attention.layers == ((1, 2), (2, 4)) and again.data.text == ("a", "b")
+
+    @pytest.mark.parametrize("loader", [lambda path: load([path]), load_saved], ids=["load", "load_saved"])
+    def test_any_text_comes_back(self, write, loader):
+        """Also what one YAML reader takes for a number and another does not, and what OmegaConf would fill in."""
+        texts = "12e4567 1e1 -1 +.5 1:20 0o7 .inf NaN null ~ yes ??? ${a} \\${a} a${b}\\ $ ${ - # << *x &y !z % é ="
+        labels = (*texts.split(), "a: b", " lead", "trail ", "two\nlines", "\\\\${a}", "'", '"')
+        config = load([write(MINIMAL)])
+        changes = {"data": {"labels": labels}, "run": {"name": "12e4567"}}
+        config = config.model_copy(
+            update={name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
+        )
+        again = loader(write(dump(config), "again.yaml"))
+        assert again == config and again.run.name == "12e4567"
+
+    def test_what_was_saved_need_not_keep_the_rules_between_fields(self, write):
+        path = write(MINIMAL | {"data": {"sampler": "hard_negative"}, "terms": {"task": {}}})
+        assert "got hard_negative without" in refusal([path])
+        assert load_saved(path).data.sampler == "hard_negative"
+        with pytest.raises(UserError, match="unknown key"):
+            load_saved(write(MINIMAL | {"data": {"smapler": "uniform"}}))
 
 
 class TestMessages:

@@ -139,7 +139,11 @@ def test_measured_peaks(ranks, runs, texts, tokenizer_dir, tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     ratios = {}
     for index, (name, settings) in enumerate(zip(runs, plans[1:], strict=True)):
-        planned = peak(Forecast(build_config(settings), ranks, gpu=False).highest()[1])
+        planned = peak(
+            Forecast(build_config(settings), ranks, gpu=False).highest(settings["train"]["micro_batch_size"])[
+                1
+            ]
+        )
         for rank, measured in enumerate(peaks[index] for peaks in json.loads(out.read_text())):
             assert measured > 100 * 2**20, "too small to tell"
             ratios[name, rank] = planned / measured
@@ -254,6 +258,27 @@ def test_the_largest_micro_batch(texts, tokenizer_dir):
     forecast, stage = Forecast(config, 1, gpu=False), config.parts[0]
     sizes = [peak(forecast.phases(stage, size, False)) for size in (found.largest, found.largest + 1)]
     assert sizes[0] <= memory < sizes[1]
+
+
+def test_the_largest_micro_batch_fits_every_stage(texts, tokenizer_dir):
+    """The stage that needs the most with small ones, all weights being trained, needs the least with large ones."""
+    changes = {"train.batch_size": 4096, "train.micro_batch_size": 1, "terms": {"task": {}}}
+    stages = [
+        {"name": "whole"},
+        {
+            "name": "frozen",
+            "freeze": ["*embeddings*"],
+            "terms": {"hidden": {}, "attention": {}, "pairwise": {}},
+        },
+    ]
+    settings = settings_of(changes | {"student.config.vocab_size": 30000}, texts) | {"stages": stages}
+    config, memory = build_config(settings), 300 * 2**20
+    forecast = Forecast(config, 1, gpu=False)
+    assert forecast.highest(1)[0].name == "whole"
+    found = make_plan(config, 1, memory, gpu=False)
+    assert forecast.highest(found.largest)[0].name == "frozen"
+    peaks = [peak(forecast.highest(size)[1]) for size in (found.largest, found.largest + 1)]
+    assert peaks[0] <= memory < peaks[1]
 
 
 class TestCommand:

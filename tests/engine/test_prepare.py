@@ -1,13 +1,16 @@
 """What is said before a run of data that its teacher does not know."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dsdistill.config import load
+from dsdistill.config import UserError, load
 from dsdistill.config.load import build
-from dsdistill.engine.prepare import prepare, recipe_of, tell_other_data
+from dsdistill.engine import checkpoint
+from dsdistill.engine.prepare import Prepared, check_ranks, prepare, recipe_of, tell_other_data
+from tests.engine.test_resume import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WITH_RECIPE = [
@@ -64,3 +67,60 @@ def test_a_run_says_so(settings, tmp_path, data_dir, caplog):
         prepare(build(settings), 1)
     (line,) = (message for message in caplog.messages if "other data" in message)
     assert "train.tsv here" in line and "dev.tsv there" in line
+
+
+class TestHeads:
+    def masked(self, settings: dict, tokenizer_dir: Path, **changes) -> Prepared:
+        data = settings["data"] | {"label": None, "tokenizer": str(tokenizer_dir)}
+        settings |= {"task": "masked_lm", "data": data, "terms": {"task": {}, "hidden": {}}} | changes
+        return prepare(build(settings), world_size=1)
+
+    def test_of_a_classifier_says_nothing_of_words(self, settings, tokenizer_dir):
+        prepared = self.masked(settings, tokenizer_dir)
+        assert not prepared.judged and set(prepared.evaluation.terms) == {"task"}
+        settings["data"]["sampler"] = "entropy"
+        with pytest.raises(
+            UserError, match=r"data.sampler: got entropy with a teacher whose head is not trained"
+        ):
+            self.masked(settings, tokenizer_dir)
+
+    def test_of_words(self, mapping, tokenizer_dir):
+        prepared = self.masked(mapping, tokenizer_dir, student=mapping["student"] | {"domain": None})
+        assert prepared.judged and set(prepared.evaluation.terms) == {"task", "soft_label"}
+
+
+@pytest.mark.parametrize("evaluation", [{"rcs": 2}, {"structure": True}], ids=["rcs", "structure"])
+def test_states_that_evaluation_alone_reads_are_probed(settings, tokenizer_dir, evaluation):
+    """ALBERT's layers are one module, called again and again: nothing can be hooked."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    model = {"config": {"model_type": "albert", "vocab_size": 64, "embedding_size": 16} | sizes}
+    settings |= {"teacher": model, "student": model, "terms": {"task": {}, "soft_label": {}}}
+    settings["data"]["tokenizer"] = str(tokenizer_dir)
+    prepare(build(settings), world_size=1)
+    with pytest.raises(UserError, match="albert"):
+        prepare(build(settings | {"evaluation": evaluation}), world_size=1)
+
+
+class TestOneExampleAtOnce:
+    """No term that relates examples can say anything of it."""
+
+    def check(self, settings: dict, **term) -> None:
+        settings["terms"] = {"task": {}, "domain": term}
+        check_ranks(build(settings), 1)
+
+    def test_is_refused_where_sequences_are_related(self, mapping):
+        mapping["train"] |= {"micro_batch_size": 1}
+        with pytest.raises(UserError, match=r"terms.domain: got one example at once"):
+            self.check(mapping)
+        self.check(mapping, sequences=0.0)
+
+    def test_resumes_with_as_many_alone(self, mapping, tmp_path):
+        make_checkpoint(tmp_path, 1)
+        mapping["train"] |= {"micro_batch_size": 4}
+        for sequences, refusal in (
+            (1.0, pytest.raises(UserError, match=r"terms.domain relates")),
+            (0.0, nullcontext()),
+        ):
+            mapping["terms"] = {"task": {}, "domain": {"sequences": sequences}}
+            with refusal:
+                checkpoint.check(str(tmp_path), build(mapping), world_size=1)

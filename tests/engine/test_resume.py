@@ -1,7 +1,9 @@
 """A run that was killed goes on as if nothing had happened."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -165,6 +167,28 @@ class TestBesideARunThatTrains:
         monkeypatch.setattr(export, "load_student", load)
         with pytest.raises(RuntimeError, match="another architecture"):
             export._newest_student(str(tmp_path), None)
+
+
+def test_an_old_one_that_cannot_be_removed_stays(tmp_path, monkeypatch, caplog):
+    """As over NFS while another process has its files open."""
+
+    def remove(path: str, **options) -> None:
+        if path.endswith("step-00000001") and os.path.exists(path):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+        rmtree(path, **options)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    for step in (1, 2, 3):
+        make_checkpoint(tmp_path, step)
+    assert checkpoint.newest(str(tmp_path)) == "step-00000003"
+    assert "step-00000001 stays: [Errno 39]" in caplog.text
+    monkeypatch.undo()
+    make_checkpoint(tmp_path, 4)
+    assert sorted(p.name for p in (tmp_path / checkpoint.FOLDER).glob("step-*")) == [
+        "step-00000003",
+        "step-00000004",
+    ]
 
 
 def test_a_file_that_cannot_be_read_is_passed_over(tmp_path):

@@ -111,6 +111,12 @@ def test_recipe_baseline_evaluate_export(settings, home):
     done = command("export", run, "--out", "exported", cwd=home)
     assert done.returncode == 2 and "not empty" in done.stderr
 
+    (home / "empty").mkdir()
+    done = command("export", run, "--out", ".", cwd=home / "empty")
+    assert done.returncode == 0, done.stderr
+    names = {path.name: path.stat().st_size for path in (home / "exported").iterdir()}
+    assert {path.name: path.stat().st_size for path in (home / "empty").iterdir()} == names
+
 
 def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data_dir, tokenizer_dir):
     """Sharded, tied heads; vocabularies padded to different sizes; accumulation, checkpointing, a ragged step."""

@@ -154,6 +154,11 @@ def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokeni
     with pytest.raises(UserError, match=r"evaluation.rcs: got 3 with a teacher whose head is not trained"):
         prepare(build_config(bare), world_size=1)
     assert not prepare(build_config(bare | {"evaluation": {}}), world_size=1).judged
+    bare |= {"evaluation": {}, "data": bare["data"] | {"sampler": "entropy"}}
+    with pytest.raises(
+        UserError, match=r"data.sampler: got entropy with a teacher whose head is not trained"
+    ):
+        prepare(build_config(bare), world_size=1)
     (tmp_path / "representations").mkdir()
     for step in (1, 2):
         np.save(tmp_path / "representations" / f"step-{step:08d}.npy", np.eye(5) + step)

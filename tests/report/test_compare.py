@@ -38,6 +38,7 @@ def test_table_by_hand():
         ("{seeds: [0], methods: []}", r"methods: got \[\], expected a mapping"),
         ("{seeds: [0], methods: {m: f}}", "methods.m: got f, expected a list of config files"),
         ("a: [", "expected a readable YAML file"),
+        ("{seeds: [0], methods: {a<1: [f], a>1: [f]}}", "methods: got 'a<1' and 'a>1', expected names that"),
     ],
 )
 def test_plans_refused(tmp_path, plan, message):
@@ -71,6 +72,12 @@ def test_runs_once_and_goes_on(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert summary.stat().st_mtime_ns == before
     assert "| all terms | 2 |" in done.stdout
+
+    done = compare("train.learning_rate=2e-3")
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        "seed-0/config.yaml: train.learning_rate: got 0.002, expected 0.001 as this run began" in done.stderr
+    )
 
     done = compare("train.stesp=3")
     assert done.returncode == 2 and "did you mean steps?" in done.stderr

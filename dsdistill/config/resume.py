@@ -1,0 +1,40 @@
+"""What a run began with, and whether a config would go on with it."""
+
+from dsdistill.config.errors import UserError
+from dsdistill.config.load import load_saved
+from dsdistill.config.schema import Config
+
+# Settings that may change between a run and its continuation: they do not touch what is computed, or, the last two,
+# only in what order numbers are added.
+_FREE = (
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.log_every",
+    "run.evaluate_every",
+    "run.save_every",
+    "run.keep",
+    "run.timeout",
+    "student.zero_stage",
+    "train.micro_batch_size",
+)
+
+
+def check_same(saved: str, config: Config) -> None:
+    """Raise UserError where `config` would compute something else than the config that `dump` wrote to `saved`."""
+    before, after = _flat(load_saved(saved).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    for key in before | after:
+        if key not in _FREE and before.get(key) != after.get(key):
+            raise UserError(
+                f"{saved}: {key}", after.get(key), f"{before.get(key)} as this run began, or another run.name"
+            )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
