@@ -16,6 +16,10 @@ CONFIG = {
         ["terms.soft_label.temperature", "got 0", "greater than 0"],
     ),
     "batch sizes": ({"train.batch_size": 10}, ["train.batch_size: got 10", "train.micro_batch_size (4)"]),
+    "a backend of other machines": (
+        {"train.backend": "cuda"},
+        ["train.backend: got cuda, which cannot run here", "auto, reference, chunked"],
+    ),
     "no term": ({"terms": {}}, ["terms: got no term"]),
     "DeepSpeed key": (
         {"student.deepspeed": {"zero_optimisation": {}}},

@@ -226,6 +226,13 @@ class TestProcess:
             "dsdistill: rank 0 waited 0.05 minutes (run.timeout) for another rank in vain: "
         )
 
+    def test_a_backend_that_cannot_run_a_term(self, config):
+        done = command("train", config({"train.backend": "cpp", "terms": {"attention": {"heads": "mean"}}}))
+        assert done.returncode == 2, done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert ": train.backend: got backend 'cpp' cannot run attention_alignment: " in line
+        assert line.endswith("expected auto, or one that runs every term") and "Traceback" not in done.stderr
+
     def test_without_standard_streams(self, config):
         for command in ("--version >&- 2>&-", f"train {config()} --dry-run >&-"):
             line = f"{sys.executable} -m dsdistill {command}"

@@ -10,7 +10,9 @@ from dsdistill.alignment.terms.base import AlignmentTerm
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
-from dsdistill.ops import backends_taken
+from dsdistill.ops import BackendError, available_backends, backends_taken
+
+__all__ = ["BackendError", "Loss", "Objective", "available_backends"]  # the engine, too, names backends
 
 
 class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what modules return

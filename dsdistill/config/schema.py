@@ -69,7 +69,8 @@ class Data(Section):
         default=("text",),
         description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
         "and text_b; of causal_lm two are a prompt, which has no loss, and its response, a row an example: [CLS] "
-        "prompt [SEP] response [SEP], or for tokenizers without these: prompt, line break, response, end of text",
+        "prompt [SEP] response [SEP], or for tokenizers without these: prompt, line break, response, end of text; "
+        "where tokens are predicted, blank rows of single texts are left out",
     )
     label: str | None = Field(
         default="label", description="column of the label; texts that predict tokens have none"
@@ -217,7 +218,8 @@ class Train(Section):
         default="fp32", description="of weights in forward; fp16: GPU only"
     )
     backend: Literal["auto", "reference", "chunked", "cpp", "triton", "cuda"] = Field(
-        default="auto", description="of the alignment operators"
+        default="auto",
+        description="of the alignment operators; those over logits have only reference and chunked, and choose else",
     )
 
 

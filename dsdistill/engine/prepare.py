@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsdistill import config as configs
-from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.objective import Objective, available_backends
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
@@ -73,6 +73,11 @@ def prepare(config: Config, world_size: int) -> Prepared:
     check_ranks(config, world_size)
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
+    backends = ("auto", *available_backends())
+    if config.train.backend not in backends:
+        raise UserError(
+            "train.backend", f"{config.train.backend}, which cannot run here", ", ".join(backends)
+        )
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
-from dsdistill.config import RunError
+from dsdistill.alignment.objective import BackendError
+from dsdistill.config import RunError, UserError
 from dsdistill.data import Batch, Loader, evaluation_batches, restore
 from dsdistill.engine import checkpoint, deepspeed, representation, stages
 from dsdistill.engine.domain import make_fusion
@@ -152,29 +153,34 @@ class Trainer:
         """Train to the stage's last step, from checkpoint `tag` of this stage where there is one."""
         try:
             with logging_redirect_tqdm():  # lines of the log above the bar, not in it
-                self._run(folder, tag)
+                self._resume(folder, tag)
+                with self._bar() as bar:  # closed before anything is said of an error
+                    self._run(folder, bar)
+        except BackendError as error:  # some are found out by the first call alone
+            raise UserError("train.backend", str(error), "auto, or one that runs every term") from None
         except Exception as error:
             place = f"rank {self.ranks.rank}, step {self.progress.step + 1}"
             told = f"{type(error).__name__}: {error}".splitlines()[0]
             error.add_note(f"dsdistill: {place}: {told}")  # the last line of a traceback, where there is one
             raise
 
-    def _run(self, folder: RunFolder, tag: str | None) -> None:
-        config, every = self.config.run, self.config.run.save_every
-        judge_every = config.evaluate_every
-        if judge_every == "epoch":
-            judge_every = self.loader.steps_per_epoch
-        points = representation.points(self.config.evaluation.rcs, self.total)
-        self._resume(folder, tag)
-        bar = tqdm(
+    def _bar(self) -> tqdm:
+        return tqdm(
             total=self.total,
             initial=self.progress.step,
-            desc=f"{config.name} {self.stage.name}" if self.config.stages else config.name,
+            desc=f"{self.config.run.name} {self.stage.name}" if self.config.stages else self.config.run.name,
             unit="step",
             disable=not self.ranks.first,
             mininterval=1.0,
             file=sys.stderr,
         )
+
+    def _run(self, folder: RunFolder, bar: tqdm) -> None:
+        config, every = self.config.run, self.config.run.save_every
+        judge_every = config.evaluate_every
+        if judge_every == "epoch":
+            judge_every = self.loader.steps_per_epoch
+        points = representation.points(self.config.evaluation.rcs, self.total)
         self.engine.train()
         objective = self.module.objective
         guard = Guard(self.config.train.bad_steps, folder.path, self.ranks)
@@ -223,7 +229,6 @@ class Trainer:
                     if deepspeed.timed_out(error) or deepspeed.lost(error):
                         raise
                     raise RunError(f"step {step}: no checkpoint could be saved: {error}") from error
-        bar.close()
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:

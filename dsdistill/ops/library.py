@@ -17,6 +17,10 @@ BACKENDS = ("reference", "chunked", "cpp", "triton", "cuda")
 logger = logging.getLogger("dsdistill")
 
 
+class BackendError(ValueError):
+    """A backend that was asked for by its name cannot run a call."""
+
+
 _extension: ModuleType | None = None
 
 
@@ -111,7 +115,7 @@ def choose_backend(
 
     requested: "auto" or a backend's name.
     preference: backends that can run this call, the fastest first; "auto" takes the first.
-    missing: for every other backend, what it lacks; an explicit request for one raises ValueError with it.
+    missing: for every other backend, what it lacks; an explicit request for one raises BackendError with it.
     """
     if requested == "auto":
         if not torch.compiler.is_compiling():  # logged once for each operator and choice, whatever the shapes
@@ -124,7 +128,7 @@ def choose_backend(
         )
     if requested not in preference:
         reason = missing.get(requested, f"{operator} has no {requested} implementation")
-        raise ValueError(
+        raise BackendError(
             f"backend {requested!r} cannot run {operator}: {reason}; can run: {', '.join(preference)}"
         )
     return requested
