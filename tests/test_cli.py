@@ -108,10 +108,17 @@ class TestRunFolder:
                 (tmp_path / "run" / name / "within").mkdir(parents=True)
         if begun:
             (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-        (tmp_path / "run" / "of the user's").touch()
         folder.open(load([config()]))
         assert [(tmp_path / "run" / name).exists() for name in KEPT] == [begun] * len(KEPT)
-        assert (tmp_path / "run" / "of the user's").exists()
+
+    def test_what_lies_in_a_folder_that_no_run_was_in_stays(self, config, tmp_path):
+        from dsdistill.config import load
+        from dsdistill.engine.run_folder import KEPT, RunFolder
+
+        for name in KEPT:
+            (tmp_path / "run" / name).mkdir(parents=True)
+        RunFolder(str(tmp_path / "run")).open(load([config()]))
+        assert all((tmp_path / "run" / name).exists() for name in KEPT)
 
     def test_of_a_baseline_without_the_terms_that_its_sampler_asks_for(self, config, used):
         from dsdistill.config import load

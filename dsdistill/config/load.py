@@ -65,12 +65,14 @@ def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Con
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what OmegaConf's YAML takes for a number (12e4567) and PyYAML's does not; escapes its interpolations."""
+    """Quotes what OmegaConf's YAML takes for a number (12e4567) and PyYAML's does not, and U+0085, which would become a
+    space; escapes interpolations.
+    """
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     escaped = _INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
-    quote = "'" if escaped[:1] in tuple("+-.0123456789") else None
+    quote = "'" if escaped[:1] in tuple("+-.0123456789") else '"' if "\x85" in escaped else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=quote)
 
 

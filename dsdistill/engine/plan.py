@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -96,14 +96,13 @@ class Forecast:
         loading = {LOADING: self._loading} if self._loading else {}
         return loading | {phase: ledger.peaks[phase] for phase in PHASES}
 
-    def highest(self, size: int) -> tuple[Stage, dict[str, Counter]]:
-        """The stage that needs the most with micro-batches of that size."""
+    def stages(self, size: int) -> dict[str, dict[str, Counter]]:
+        """phases of every stage, by its name, as the config says it but for the size."""
         checkpointing = self.config.student.gradient_checkpointing
-        found = [(stage, self.phases(stage, size, checkpointing)) for stage in self.config.parts]
-        return max(found, key=lambda item: peak(item[1]))
+        return {stage.name: self.phases(stage, size, checkpointing) for stage in self.config.parts}
 
 
-def peak(phases: dict[str, Counter]) -> int:
+def peak(phases: dict[Hashable, Counter]) -> int:
     return max(phase.total() for phase in phases.values())
 
 
@@ -111,7 +110,9 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
     """memory: bytes a rank may take."""
     forecast = Forecast(config, world_size, gpu=gpu)
     size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
-    stage, phases = forecast.highest(size)
+    stages = forecast.stages(size)
+    stage = max(config.parts, key=lambda stage: peak(stages[stage.name]))
+    phases = stages[stage.name]
     reserve = RESERVE if gpu else 0
     kept = {checkpointing: _kept(phases)}
     kept[not checkpointing] = _kept(forecast.phases(stage, size, not checkpointing))
@@ -120,15 +121,16 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
         "student, activations with checkpointing": kept[True],
         **_materialised(config, forecast.models, stage, size),
     }
-    at = {size: phases}
+    at = {size: stages}
 
-    def need(batch: int) -> dict[str, Counter]:
+    def need(batch: int) -> dict[tuple[str, str], Counter]:
+        """By stage and phase: which stage needs the most may change with the batch."""
         if batch not in at:
-            at[batch] = forecast.highest(batch)[1]  # which stage that is may change with it
-        return at[batch]
+            at[batch] = forecast.stages(batch)
+        return {(name, phase): held for name, found in at[batch].items() for phase, held in found.items()}
 
     largest = _largest(need, size, memory - reserve, config.data.max_length)
-    least = peak(need(1)) if not largest else min(map(peak, at.values()))
+    least = min(peak(need(batch)) for batch in (list(at) if largest else [1]))
     return Plan(stage.name, phases, instead, reserve, largest, least + reserve)
 
 
@@ -235,7 +237,7 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
     return found
 
 
-def _largest(need: Callable[[int], dict[str, Counter]], size: int, room: int, tokens: int) -> int:
+def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, room: int, tokens: int) -> int:
     """The largest micro-batch that fits, 0 if none; size: one to begin with, tokens: of a sequence.
 
     Beyond REHEARSED tokens, where rehearsing takes minutes, everything grows as the phase that grows the fastest does
@@ -248,8 +250,9 @@ def _largest(need: Callable[[int], dict[str, Counter]], size: int, room: int, to
             return 0
         low, high = 1, size
     elif peak(need(high)) <= room:
-        slope = max(need(high)[p].total() - need(low)[p].total() for p in PHASES) / (high - low)
-        return high + int((room - peak(need(high))) / slope)
+        small, large = need(low), need(high)
+        slope = max(large[key].total() - small[key].total() for key in large) / (high - low)
+        return high + int((room - peak(large)) / slope)
     elif peak(need(low)) > room:
         low, high = size, low
     while high - low > 1:

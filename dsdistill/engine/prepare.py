@@ -73,11 +73,6 @@ def prepare(config: Config, world_size: int) -> Prepared:
     check_ranks(config, world_size)
     if config.train.dtype == "fp16" and not torch.cuda.is_available():
         raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
-    backends = ("auto", *available_backends())
-    if config.train.backend not in backends:
-        raise UserError(
-            "train.backend", f"{config.train.backend}, which cannot run here", ", ".join(backends)
-        )
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()
@@ -138,6 +133,13 @@ def prepare(config: Config, world_size: int) -> Prepared:
         contrast,
         judged,
     )
+
+
+def check_backend(config: Config, device: torch.device) -> None:
+    """Raise UserError for a backend that no operator has here; what one term lacks its first call tells."""
+    here = ["auto", *(name for name in available_backends() if name != "cpp" or device.type == "cpu")]
+    if config.train.backend not in here:
+        raise UserError("train.backend", f"{config.train.backend}, which cannot run here", ", ".join(here))
 
 
 def _contrast(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contrast | None:
@@ -381,11 +383,10 @@ def _has_head(config: Config, teacher: PretrainedConfig | None, recipe: Prepared
         or any("soft_label" in stage.terms.named() for stage in config.parts)  # the weights must bring it
     ):
         return True
-    heads = (
-        ("MaskedLM", "PreTraining", "LMHead") if config.task == "masked_lm" else ("SequenceClassification",)
-    )
+    heads = {"masked_lm": ("MaskedLM", "PreTraining", "LMHead")}.get(config.task, ("SequenceClassification",))
+    discriminators = ("ElectraForPreTraining", "FunnelForPreTraining")  # these tell tokens from replaced ones
     return config.teacher.path is not None and any(
-        head in name for name in teacher.architectures or () for head in heads
+        head in name for name in teacher.architectures or () for head in heads if name not in discriminators
     )
 
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 
 import torch
+import yaml
 
-from dsdistill import config as configs
 from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
@@ -23,7 +23,7 @@ from dsdistill.engine.export import export, find_checkpoint, load_student, read_
 from dsdistill.engine.generation import generation
 from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
-from dsdistill.engine.prepare import Prepared, make_objectives, prepare
+from dsdistill.engine.prepare import Prepared, check_backend, make_objectives, prepare
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
 from dsdistill.engine.sampling import make_sampler
@@ -49,6 +49,8 @@ def _ranks(timeout: float) -> Iterator[Ranks]:
     """The processes of a run, from their meeting to their end; RunError where one does not come, or is lost."""
     try:
         yield deepspeed.start(timeout)
+    except RunError:
+        raise
     except RuntimeError as error:
         if deepspeed.timed_out(error):
             what = f"waited {timeout:g} minutes (run.timeout) for another rank in vain"
@@ -68,6 +70,8 @@ def run(config: Config, ranks: Ranks) -> dict:
     with ranks.first_alone():
         done = folder.summary()
         finished = done is not None and done.get("finished", False)
+        if not finished:
+            check_backend(config, ranks.device)
         prepared = None if finished else prepare(config, ranks.world_size)
         if ranks.first:
             _open(folder, config, ranks, finished)
@@ -300,7 +304,10 @@ def _fingerprint(prepared: Prepared) -> str:
     digest = hashlib.sha256()
     config = prepared.config
     neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
-    digest.update(configs.dump(neutral).encode())
+    settings = yaml.safe_dump(neutral.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    digest.update(
+        settings.encode()
+    )  # not dump's text, which quotes as readers need it: names must not change
     for part in (prepared.data.train, prepared.data.dev):
         for tensor in (part.tokens, part.starts, part.labels, part.prompts):
             if tensor is not None:

@@ -47,7 +47,7 @@ class RunFolder:
         """
         self.claim()
         if not self.begun:
-            for name in KEPT:
+            for name in KEPT if os.path.exists(self / CONFIG) else ():  # else they are somebody else's
                 _remove(self / name)
         elif os.path.exists(self / CONFIG):
             if config.run.resume == "never":

@@ -114,7 +114,17 @@ class TestLoading:
     def test_any_text_comes_back(self, write, loader):
         """Also what one YAML reader takes for a number and another does not, and what OmegaConf would fill in."""
         texts = "12e4567 1e1 -1 +.5 1:20 0o7 .inf NaN null ~ yes ??? ${a} \\${a} a${b}\\ $ ${ - # << *x &y !z % é ="
-        labels = (*texts.split(), "a: b", " lead", "trail ", "two\nlines", "\\\\${a}", "'", '"')
+        labels = (
+            *texts.split(),
+            "a: b",
+            " lead",
+            "trail ",
+            "two\nlines",
+            "next\x85line",
+            "\\\\${a}",
+            "'",
+            '"',
+        )
         config = load([write(MINIMAL)])
         changes = {"data": {"labels": labels}, "run": {"name": "12e4567"}}
         config = config.model_copy(

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from dsdistill.config import load
 from dsdistill.config.load import build as build_config
 from dsdistill.engine import rehearsal, zero
 from dsdistill.engine.ledger import Ledger
-from dsdistill.engine.plan import Forecast, make_plan, peak
+from dsdistill.engine.plan import Forecast, _largest, make_plan, peak
 from tests.conftest import WORDS
 from tests.engine.launch import launch
 
@@ -139,11 +140,12 @@ def test_measured_peaks(ranks, runs, texts, tokenizer_dir, tmp_path, monkeypatch
     assert done.returncode == 0, done.stderr[-3000:]
     ratios = {}
     for index, (name, settings) in enumerate(zip(runs, plans[1:], strict=True)):
-        planned = peak(
-            Forecast(build_config(settings), ranks, gpu=False).highest(settings["train"]["micro_batch_size"])[
-                1
-            ]
+        (phases,) = (
+            Forecast(build_config(settings), ranks, gpu=False)
+            .stages(settings["train"]["micro_batch_size"])
+            .values()
         )
+        planned = peak(phases)
         for rank, measured in enumerate(peaks[index] for peaks in json.loads(out.read_text())):
             assert measured > 100 * 2**20, "too small to tell"
             ratios[name, rank] = planned / measured
@@ -262,23 +264,46 @@ def test_the_largest_micro_batch(texts, tokenizer_dir):
 
 def test_the_largest_micro_batch_fits_every_stage(texts, tokenizer_dir):
     """The stage that needs the most with small ones, all weights being trained, needs the least with large ones."""
-    changes = {"train.batch_size": 4096, "train.micro_batch_size": 1, "terms": {"task": {}}}
-    stages = [
-        {"name": "whole"},
-        {
-            "name": "frozen",
-            "freeze": ["*embeddings*"],
-            "terms": {"hidden": {}, "attention": {}, "pairwise": {}},
-        },
-    ]
-    settings = settings_of(changes | {"student.config.vocab_size": 30000}, texts) | {"stages": stages}
-    config, memory = build_config(settings), 300 * 2**20
+    small = BERT | {
+        "vocab_size": 30000,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
+    changes = {
+        "teacher": {"config": small | {"num_hidden_layers": 4}, "zero_stage": 0},
+        "student.config": small | {"num_hidden_layers": 2},
+        "train.batch_size": 4096,
+        "train.micro_batch_size": 1,
+        "data.max_length": 64,
+        "terms": {"task": {}},
+    }
+    levels = {"hidden": {}, "attention": {}, "pairwise": {"layers": "uniform"}}
+    stages = [{"name": "whole"}, {"name": "frozen", "freeze": ["*embeddings*"], "terms": levels}]
+    config, memory = build_config(settings_of(changes, texts) | {"stages": stages}), 300 * 2**20
     forecast = Forecast(config, 1, gpu=False)
-    assert forecast.highest(1)[0].name == "whole"
     found = make_plan(config, 1, memory, gpu=False)
-    assert forecast.highest(found.largest)[0].name == "frozen"
-    peaks = [peak(forecast.highest(size)[1]) for size in (found.largest, found.largest + 1)]
-    assert peaks[0] <= memory < peaks[1]
+
+    def needed(size: int) -> dict[str, int]:
+        return {name: peak(phases) for name, phases in forecast.stages(size).items()}
+
+    small, large, larger = (needed(size) for size in (1, found.largest, found.largest + 1))
+    assert small["whole"] > small["frozen"] and large["whole"] < large["frozen"]
+    assert max(large.values()) <= memory < max(larger.values())
+
+
+def test_the_largest_beyond_what_is_rehearsed_fits_every_stage():
+    """By the line of each stage and phase: one that lies lower there may rise faster."""
+    room = 10_000_000
+
+    def need(batch: int) -> dict[tuple[str, str], Counter]:
+        return {
+            ("one", "step"): Counter(all=100_000 + batch),
+            ("two", "forward"): Counter(all=10 * batch),
+        }
+
+    found = _largest(need, 1, room, 16)
+    assert peak(need(found)) <= room and found > 900_000
 
 
 class TestCommand:

@@ -88,6 +88,14 @@ class TestHeads:
         prepared = self.masked(mapping, tokenizer_dir, student=mapping["student"] | {"domain": None})
         assert prepared.judged and set(prepared.evaluation.terms) == {"task", "soft_label"}
 
+    def test_of_a_discriminator(self, mapping, tokenizer_dir):
+        """It tells replaced tokens from others, and no words, though it was made for pre-training."""
+        path = Path(mapping["teacher"]["path"], "config.json")
+        path.write_text(path.read_text().replace("BertForMaskedLM", "ElectraForPreTraining"))
+        assert not self.masked(
+            mapping, tokenizer_dir, student=mapping["student"] | {"domain": None}, evaluation={}
+        ).judged
+
 
 @pytest.mark.parametrize("evaluation", [{"rcs": 2}, {"structure": True}], ids=["rcs", "structure"])
 def test_states_that_evaluation_alone_reads_are_probed(settings, tokenizer_dir, evaluation):

@@ -77,10 +77,12 @@ def test_recipe_baseline_evaluate_export(settings, home):
     assert "is finished" in run_configs([home / "config.yaml"])
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*.safetensors")} == before
 
-    # As it is, and as one that trained in fp16: without a GPU it is evaluated in fp32.
+    # As it is, and as one that trained on a GPU, with its backend, in fp16: without one it is evaluated in fp32.
     as_it_is = (run / "config.yaml").read_text()
     for dtype in ("fp32",) if torch.cuda.is_available() else ("fp32", "fp16"):
-        (run / "config.yaml").write_text(as_it_is.replace("dtype: fp32", f"dtype: {dtype}"))
+        (run / "config.yaml").write_text(
+            as_it_is.replace("dtype: fp32", f"dtype: {dtype}").replace("backend: auto", "backend: cuda")
+        )
         done = command("evaluate", run, cwd=home)
         assert done.returncode == 0, done.stderr
         assert ("evaluating in fp32" in done.stderr) == (dtype == "fp16")
