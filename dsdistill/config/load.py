@@ -72,7 +72,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     escaped = _INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
-    quote = "'" if escaped[:1] in tuple("+-.0123456789") else '"' if "\x85" in escaped else None
+    quote = '"' if "\x85" in escaped else "'" if escaped[:1] in tuple("+-.0123456789") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=quote)
 
 

@@ -75,9 +75,7 @@ def newest(run_dir: str) -> str | None:
         reason = damage(os.path.join(folder, tag))
         if reason is None:
             return tag
-        if (
-            _pointed(folder) != pointed
-        ):  # the run that trains there saved another meanwhile, and removed this one
+        if _pointed(folder) != pointed:  # a run that trains saved another meanwhile and removed this one
             return newest(run_dir)
         log.warning("checkpoint %s is passed over: %s", tag, reason)
     return None
