@@ -121,6 +121,7 @@ class TestLoading:
             "trail ",
             "two\nlines",
             "next\x85line",
+            "1\x852",
             "\\\\${a}",
             "'",
             '"',
