@@ -63,9 +63,11 @@ def train(
         return
     _quiet_libraries()
     from dsdistill.engine.run import train as run
+    from dsdistill.engine.run_folder import check_source
     from dsdistill.report import show
 
     try:
+        check_source(config, settings)
         summary = run(config)
     except UserError as error:
         raise error.within(settings[0]) from None
@@ -87,9 +89,9 @@ def plan(
 
     Exit code 1 where it does not fit as it is.
     """
-    from dsdistill.engine.run_folder import check_file
+    from dsdistill.disk import check_file
 
-    check_file(json, "--json")
+    check_file(json, "--json", settings)
     config = load(settings)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     _quiet_libraries()
@@ -169,7 +171,7 @@ def verify(
     ] = False,
 ):
     """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
-    from dsdistill.engine.run_folder import check_file
+    from dsdistill.disk import check_file
 
     check_file(json, "--json")
     _quiet_libraries()
@@ -223,7 +225,7 @@ def bench(
 
     step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
     """
-    from dsdistill.engine.run_folder import check_file
+    from dsdistill.disk import check_file
 
     check_file(json, "--json")
     check_file(plot, "--plot")

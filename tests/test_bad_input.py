@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from dsdistill.config import UserError, load
 from dsdistill.data import read
-from dsdistill.engine.run_folder import RunFolder, check_file, check_writable
+from dsdistill.disk import check_file, check_writable
+from dsdistill.engine.run_folder import RunFolder
 from tests.engine.test_resume import make_checkpoint
 from tests.mistakes import CONFIG, DATA, HEADER
 

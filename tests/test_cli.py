@@ -9,9 +9,12 @@ import pytest
 import yaml
 
 import dsdistill
-from dsdistill.config import UserError
+from dsdistill.config import UserError, load
+from dsdistill.engine import run_folder
+from dsdistill.engine.run_folder import KEPT, MARKER, RunFolder
 from tests.conftest import snapshot
 from tests.engine.launch import free_port
+from tests.engine.test_resume import make_checkpoint
 from tests.mistakes import CONFIG
 
 CODE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -57,9 +60,6 @@ def command(*arguments: object, **variables: str) -> subprocess.CompletedProcess
 @pytest.fixture
 def used(config, tmp_path):
     """A folder in which a run began: it has a checkpoint, if a damaged one."""
-    from dsdistill.config import load
-    from dsdistill.engine.run_folder import RunFolder
-
     RunFolder(str(tmp_path / "run")).open(load([config()]))
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     return tmp_path / "run"
@@ -83,9 +83,6 @@ class TestRunFolder:
         assert ".yaml: run.dir: got " in line and "which holds a run" in line
 
     def test_a_start_that_failed_binds_nobody(self, config, tmp_path):
-        from dsdistill.config import load
-        from dsdistill.engine.run_folder import RunFolder
-
         folder = RunFolder(str(tmp_path / "run"))
         folder.open(load([config()]))
         (tmp_path / "run" / "init").mkdir()
@@ -96,9 +93,6 @@ class TestRunFolder:
     @pytest.mark.parametrize("begun", [False, True])
     def test_what_a_failed_start_prepared_is_made_again(self, config, tmp_path, begun):
         """It may come from another teacher or other data; what a run that goes on prepared stays."""
-        from dsdistill.config import load
-        from dsdistill.engine.run_folder import KEPT, RunFolder
-
         folder = RunFolder(str(tmp_path / "run"))
         folder.open(load([config()]))
         for name in KEPT:
@@ -111,19 +105,65 @@ class TestRunFolder:
         folder.open(load([config()]))
         assert [(tmp_path / "run" / name).exists() for name in KEPT] == [begun] * len(KEPT)
 
-    def test_what_lies_in_a_folder_that_no_run_was_in_stays(self, config, tmp_path):
-        from dsdistill.config import load
-        from dsdistill.engine.run_folder import KEPT, RunFolder
+    @pytest.mark.parametrize("name", [*KEPT, "config.yaml", "summary.json", "notes.md", ".git"])
+    def test_a_folder_that_holds_something_else_is_refused(self, config, refused, tmp_path, name):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        line = refused("train", config())
+        assert (
+            f"run.dir: got {tmp_path}/run, which holds {name} and no run, expected a new or an empty" in line
+        )
 
-        for name in KEPT:
-            (tmp_path / "run" / name).mkdir(parents=True)
+    def test_a_project_with_a_config_of_its_own_is_no_run_folder(self, config, refused, tmp_path):
+        """As `train config.yaml run.dir=.` in it; nothing is removed or written over (`refused` looks)."""
+        for name in ("init/notes", "stages/plan.md", "representations/talk.md"):
+            path = tmp_path / name
+            path.parent.mkdir()
+            path.write_text("mine")
+        for name in ("layers.json", "metrics.jsonl"):
+            (tmp_path / name).write_text('{"mine": 1}\n')
+        path = config()
+        for folder in (".", str(tmp_path), f"{tmp_path}/../{tmp_path.name}/"):
+            assert "and no run, expected" in refused("train", path, f"run.dir={folder}")
+
+    def test_what_a_shell_writes_into_it_beforehand_is_let_be(self, config, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "slurm-1.out").write_text("started")
         RunFolder(str(tmp_path / "run")).open(load([config()]))
-        assert all((tmp_path / "run" / name).exists() for name in KEPT)
+        assert (tmp_path / "run" / "slurm-1.out").read_text() == "started"
+
+    def test_of_before_there_were_markers(self, config, refused, tmp_path):
+        """A checkpoint's manifest tells; what began and has none is refused, and its own line says how to go on."""
+        folder = RunFolder(str(tmp_path / "run"))
+        folder.open(load([config()]))
+        folder.release()
+        (tmp_path / "run" / MARKER).unlink()
+        assert "which holds config.yaml and no run" in refused("train", config())
+        make_checkpoint(tmp_path / "run", 1)
+        folder.open(load([config()]))
+        assert (tmp_path / "run" / MARKER).is_file()
+
+    def test_a_users_file_among_what_a_failed_start_prepared_stays(self, config, tmp_path):
+        folder = RunFolder(str(tmp_path / "run"))
+        folder.open(load([config()]))
+        mine = tmp_path / "run" / "init" / "thesis.tex"
+        mine.parent.mkdir()
+        mine.write_text("mine")
+        (tmp_path / "run" / "init" / "config.json").write_text("{}")
+        with pytest.raises(
+            UserError, match=r"run\.dir: got .*init \(it holds thesis\.tex, which no run wrote\)"
+        ):
+            folder.open(load([config()]))
+        assert {path.name for path in mine.parent.iterdir()} == {"thesis.tex", "config.json"}
+
+    def test_its_own_config_as_the_source(self, config, refused, used):
+        own = used / "config.yaml"
+        before = own.read_bytes()
+        line = refused("train", own, "run.save_every=7")
+        assert line.endswith("whose config.yaml is read here, expected another, or a copy of that file")
+        assert own.read_bytes() == before
 
     def test_of_a_baseline_without_the_terms_that_its_sampler_asks_for(self, config, used):
-        from dsdistill.config import load
         from dsdistill.config.terms import Task, Terms
-        from dsdistill.engine.run_folder import RunFolder
 
         whole = load([config({"data.sampler": "hard_negative", "terms": {"contrastive": {}}})])
         alone = whole.model_copy(update={"terms": Terms(task=Task())})
@@ -138,9 +178,6 @@ class TestRunFolder:
         import fcntl
         import threading
 
-        from dsdistill.engine import run_folder
-        from dsdistill.engine.run_folder import RunFolder
-
         folder, model = RunFolder(str(tmp_path / "teacher")), tmp_path / "teacher" / "model"
         folder.lock()
         folder.release()
@@ -153,8 +190,6 @@ class TestRunFolder:
         assert run_folder._held.pop(folder.path)
 
     def test_of_another_teacher(self, used):
-        from dsdistill.engine.run_folder import RunFolder
-
         folder = RunFolder(str(used))
         folder.pin_teacher("runs/teachers/one/model")
         folder.pin_teacher("runs/teachers/one/model")

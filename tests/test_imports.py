@@ -19,14 +19,15 @@ PACKAGE = ROOT / "dsdistill"
 
 # Which folders each may import, from the top down; config is a leaf that any may import except ops.
 ARROWS = {
-    "cli": {"report", "bench", "evaluation", "engine", "config"},
-    "engine": {"evaluation", "alignment", "models", "data", "config"},
+    "cli": {"report", "bench", "evaluation", "engine", "disk", "config"},
+    "engine": {"evaluation", "alignment", "models", "data", "disk", "config"},
     "evaluation": {"alignment", "models", "data", "config"},
     "alignment": {"ops", "models", "data.batch", "config"},
-    "bench": {"ops", "engine", "alignment", "models", "data.batch", "config"},
+    "bench": {"ops", "engine", "alignment", "models", "data.batch", "disk", "config"},
     "models": {"data.batch", "config"},
-    "data": {"config"},
-    "report": {"config"},
+    "data": {"disk", "config"},
+    "report": {"disk", "config"},
+    "disk": {"config.errors"},
     "ops": {"_C"},  # the native extension
     "config": set(),
     "__main__": {"cli"},

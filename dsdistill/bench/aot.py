@@ -6,7 +6,6 @@ is compiled for sm_80 and sm_90 with the Triton found here. A spill shows as STA
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dsdistill import disk
 from dsdistill.ops.gpu import Launch, interpreting, recording
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
@@ -240,7 +240,7 @@ def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
     failed = sum(bool(r.failures) for r in results)
     print(f"{len(results)} compiled, {failed} failed")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps([asdict(r) for r in results], indent=1))
+        disk.save_json(json_path, [asdict(r) for r in results])
     return int(failed > 0 or not results)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsdistill import disk
 from dsdistill.bench import verify
 from dsdistill.bench.cases import FUNCTIONS
 from dsdistill.ops import available_backends
@@ -457,7 +458,7 @@ def run_bench(
     found |= {"rows": rows, "failures": failures, "stopped": stopped}
     _print(found)
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1))
+        disk.save_json(json_path, found)
     if plot_path is not None:
         _plot(found, plot_path)
     return int(bool(failures))
@@ -490,10 +491,10 @@ def _plot(found: dict, path: str | Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    names = [row["backend"] for row in found["rows"]]
-    bars = axes.bar(names, [row["both"] * 1e3 for row in found["rows"]])
+    bars = axes.bar(*zip(*((row["backend"], row["both"] * 1e3) for row in found["rows"]), strict=True))
     axes.bar_label(bars, fmt="%.1f")
     axes.set_ylabel("forward + backward, ms")
     axes.set_title(f"{found['operator']} {found['work']} {found['dtype']}", fontsize=10)
-    figure.savefig(path, dpi=150)
+    with disk.explained(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsdistill import disk
 from dsdistill.bench import operators
 from dsdistill.bench.step_arms import ARMS, LEVELS, PRECISIONS, RIVALS, Sizes, make
 from dsdistill.data.batch import Batch
@@ -196,7 +197,7 @@ def run_step(
     }
     _print(found)
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1))
+        disk.save_json(json_path, found)
     if plot_path is not None:
         _plot(found, plot_path)
     return 0
@@ -286,4 +287,5 @@ def _plot(found: dict, path: str | Path) -> None:
         f"{found['dtype']}, {sizes['step']} tokens a step",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    with disk.explained(path):
+        figure.savefig(path, dpi=150)

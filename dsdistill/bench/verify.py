@@ -10,7 +10,6 @@ Each check raises `Mismatch` with figures; tests/ops runs them one by one, `run_
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsdistill import disk
 from dsdistill.bench.cases import FUNCTIONS, STUDENT, TOKEN_AXIS, Case, all_cases
 from dsdistill.ops import available_backends
 from dsdistill.ops.gpu import interpreting
@@ -339,7 +339,7 @@ def run_verify(json_path: str | Path | None = None) -> int:
         for failure in row["failures"]:
             print(f"    {failure}")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(rows, indent=1))
+        disk.save_json(json_path, rows)
     return int(any(row["failures"] for row in rows))
 
 

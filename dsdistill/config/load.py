@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import SAVED, Config
+from dsdistill.config.secrets import REDACTED, is_secret, places, redacted, without
 from dsdistill.config.section import Section
 
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
@@ -45,13 +46,20 @@ def load(sources: Sequence[str]) -> Config:
             raise
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             form = "key=value" if _is_override(source) else "valid YAML"
-            raise UserError(source, _first_line(error), f"{form} that fits what is there") from None
-    return build(_plain(merged, origin), origin)
+            raise UserError(_shown(source), _first_line(error), f"{form} that fits what is there") from None
+    settings = _plain(merged, origin)
+    if hidden := places(settings):
+        wanted = "the value itself, as ${oc.env:NAME} from the environment: no run folder holds it"
+        raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
+    return build(settings, origin)
 
 
 def load_saved(path: str) -> Config:
-    """What `dump` wrote of a run; rules between fields, which it passed, may not hold: a baseline lost its terms."""
-    return build(_plain(_read(path), path), path, saved=True)
+    """Return what `dump` wrote of a run, without its secrets.
+
+    Rules between fields, which it passed, may not hold: a baseline lost its terms.
+    """
+    return build(without(_plain(_read(path), path)), path, saved=True)
 
 
 def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Config:
@@ -80,8 +88,10 @@ _Dumper.add_representer(str, _text)
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML; `load` reads it back to an equal one."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """Return the resolved config as YAML, its secrets redacted; without any, `load` reads it back to an equal one."""
+    return yaml.dump(
+        redacted(config.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
 
 
 def _plain(settings, origin: str) -> dict:
@@ -89,6 +99,12 @@ def _plain(settings, origin: str) -> dict:
         return OmegaConf.to_container(settings, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(origin, _first_line(error), "interpolations that resolve") from None
+
+
+def _shown(source: str) -> str:
+    """Return a file's name or an override as messages show it."""
+    key, found, value = source.partition("=")
+    return f"{key}={REDACTED}" if found and _is_override(source) and is_secret(key, value) else source
 
 
 def _is_override(source: str) -> bool:
@@ -133,7 +149,7 @@ def _explain(origin: str, errors: list[dict]) -> UserError:
         return inner.within(origin)
     path = _readable(first["loc"])
     place = f"{origin}: {path or 'top level'}"
-    got = repr(first["input"])
+    got = repr(redacted(first["input"]) if not is_secret(path or "-", first["input"]) else REDACTED)
     got = got if len(got) <= 60 else got[:57] + "..."
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]

@@ -3,6 +3,7 @@
 from dsdistill.config.errors import UserError
 from dsdistill.config.load import load_saved
 from dsdistill.config.schema import Config
+from dsdistill.config.secrets import redacted, without
 
 # Settings that may change between a run and its continuation: they do not touch what is computed, or, the last two,
 # only in what order numbers are added.
@@ -22,12 +23,17 @@ _FREE = (
 
 def check_same(saved: str, config: Config) -> None:
     """Raise UserError where `config` would compute something else than the config that `dump` wrote to `saved`."""
-    before, after = _flat(load_saved(saved).model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    before, after = _plain(load_saved(saved)), _plain(config)
     for key in before | after:
         if key not in _FREE and before.get(key) != after.get(key):
             raise UserError(
                 f"{saved}: {key}", after.get(key), f"{before.get(key)} as this run began, or another run.name"
             )
+
+
+def _plain(config: Config) -> dict:
+    """Return a config's settings by dotted key; secrets, which may change from day to day, are left out."""
+    return _flat(without(redacted(config.model_dump(mode="json"))))
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

@@ -1,5 +1,6 @@
 """Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -308,7 +309,7 @@ class Config(Section):
 
     @property
     def run_dir(self) -> str:
-        return self.run.dir or f"runs/{self.run.name}"
+        return os.path.expanduser(self.run.dir or f"runs/{self.run.name}")
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo):

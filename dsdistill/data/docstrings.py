@@ -9,16 +9,15 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import re
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dsdistill.config.errors import UserError
+from dsdistill.data.cache import rows as cache_rows
 from dsdistill.data.table import Table
 
 # Classes: the standard library, and packages that our dependencies always bring.
@@ -64,11 +63,8 @@ def table(split: str, cache: str) -> Table:
     """
     if split not in ("train", "dev"):
         raise UserError("data.train and data.dev", f"{split!r} with source docstrings", "train and dev")
-    path = Path(cache, f"docstrings-{_key()}.jsonl")
-    if not path.is_file():
-        _write(path, collect())
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["split"] == split]
+    kept = cache_rows(Path(cache, f"docstrings-{_key()}.jsonl").expanduser(), collect)
+    rows = [row for row in kept if row["split"] == split]
     columns = {name: [row[name] for row in rows] for name in ("id", "text", "label")}
     return Table(f"docstrings {split}", columns, range(1, len(rows) + 1), "row")
 
@@ -167,11 +163,3 @@ def _version(package: str) -> str:
     except importlib.metadata.PackageNotFoundError as error:
         got = f"docstrings, for which package {package} is missing"
         raise UserError("data.source", got, "an installation with all of dsdistill's dependencies") from error
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    # Other ranks and runs may write the same file now: each makes its own, and the last to finish wins whole.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(file.name, path)

@@ -1,10 +1,7 @@
 """Words and phrases of the examples as runs of their tokens."""
 
 import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsdistill.data.batch import PHRASE, WORD
-from dsdistill.data.chunkers import Span, chunker
+from dsdistill.data.cache import rows as cache_rows
+from dsdistill.data.chunkers import Chunker, Span, chunker
 
 MOST = 256  # spans of a kind in one example
 
@@ -48,21 +46,25 @@ def chunks(texts: Sequence[str], ids: Sequence[str], name: str, cache: str) -> l
     Raises UserError naming what the chunker lacks.
     """
     find = chunker(name)
-    path = Path(cache, f"spans-{_key(name, texts, ids)}.jsonl")
-    if path.is_file():
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        kept = {row["id"]: (row["words"], row["phrases"]) for row in rows}
-        return [kept[i] for i in ids]
-    found = []
+
+    def make() -> Iterator[dict]:
+        for i, (words, phrases) in zip(ids, _found(texts, find), strict=True):
+            yield {"id": i, "words": words, "phrases": phrases}
+
+    rows = cache_rows(Path(cache, f"spans-{_key(name, texts, ids)}.jsonl").expanduser(), make)
+    kept = {row["id"]: (row["words"], row["phrases"]) for row in rows}
+    return [kept[i] for i in ids]
+
+
+def _found(texts: Sequence[str], find: Chunker) -> Iterator[Chunks]:
+    """Yield the words and phrases of each text, by character."""
     for text in texts:
         words, phrases, at = [], [], 0
         for line in text.split("\n"):
             for into, spans in zip((words, phrases), find(line), strict=True):
                 into += [(start + at, end + at) for start, end in spans]
             at += len(line) + 1
-        found.append((words, phrases))
-    _write(path, ids, found)
-    return found
+        yield words, phrases
 
 
 def token_spans(offsets: np.ndarray, of: Chunks) -> np.ndarray:
@@ -113,12 +115,3 @@ def _key(name: str, texts: Sequence[str], ids: Sequence[str]) -> str:
     for part in (name, *ids, *texts):
         digest.update(f"{len(part)} {part}".encode(errors="backslashreplace"))
     return digest.hexdigest()[:16]
-
-
-def _write(path: Path, ids: Sequence[str], found: list[Chunks]) -> None:
-    # Other ranks may write the same file now: each makes its own, and the last to finish wins whole.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        for name, (words, phrases) in zip(ids, found, strict=True):
-            file.write(json.dumps({"id": name, "words": words, "phrases": phrases}) + "\n")
-    os.replace(file.name, path)

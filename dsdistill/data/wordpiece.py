@@ -1,15 +1,16 @@
 """A WordPiece tokenizer from the train texts, for models that come without one."""
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from dsdistill import disk
+from dsdistill.config.errors import UserError
+from dsdistill.data.cache import is_there
 
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -29,8 +30,8 @@ def train_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
     digest = hashlib.sha256(f"{size} ".encode() + Path(__file__).read_bytes())
     for text in texts:
         digest.update(f"{len(text)} {text}".encode(errors="backslashreplace"))
-    folder = Path(cache, f"tokenizer-{digest.hexdigest()[:16]}")
-    if folder.is_dir():
+    folder = Path(cache, f"tokenizer-{digest.hexdigest()[:16]}").expanduser()
+    if is_there(folder):
         return str(folder)
     core = _tokenizer(models.WordPiece(_vocabulary(texts, size), unk_token=SPECIAL["unk_token"]))
     core.decoder = decoders.WordPiece()
@@ -39,17 +40,16 @@ def train_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
-    # Another run may train the same now: each writes its own, and the last to finish wins whole.
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = tempfile.mkdtemp(dir=folder.parent)
     names = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=names, **SPECIAL).save_pretrained(
-        partial
-    )
+    trained = PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=names, **SPECIAL)
     try:
-        os.rename(partial, folder)
-    except OSError:  # there already
-        shutil.rmtree(partial)
+        # Another run may train the same now: each writes its own, and the first to finish wins.
+        with disk.replacing(folder) as made:
+            trained.save_pretrained(made)
+    except disk.Unwritable as error:
+        if not is_there(folder):
+            wanted = "a cache that can be written, or one that has this tokenizer"
+            raise UserError("data.cache", str(error), wanted) from None
     return str(folder)
 
 

@@ -10,6 +10,7 @@ import os
 import numpy as np
 import torch
 
+from dsdistill import disk
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import Config
 from dsdistill.data import evaluation_batches, restore
@@ -38,9 +39,8 @@ def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, rank
     if not ranks.gather(os.path.isfile(path))[0]:
         found = most_similar(_similarities(prepared, init, ranks))
         if ranks.first:
-            with open(path + ".partial", "w", encoding="utf-8") as file:
+            with disk.writing(path) as file:
                 json.dump(found, file)
-            os.replace(path + ".partial", path)
     ranks.barrier()
     with open(path, encoding="utf-8") as file:
         pairs = tuple((student, teacher) for student, teacher in json.load(file))

@@ -7,18 +7,24 @@ the manifest is written after all ranks are done, and the pointer moves only the
 does not verify, resuming falls back to the newest checkpoint that does.
 """
 
+import contextlib
+import glob
 import hashlib
+import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
-import shutil
+import stat
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from dsdistill.config import Config, UserError
+from dsdistill import __version__, disk
+from dsdistill.config import Config, RunError, UserError
+from dsdistill.config.secrets import redacted
 from dsdistill.engine import deepspeed
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
@@ -29,38 +35,116 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _POINTER = "newest"
 _STEP = re.compile(r"step-(\d+)")
+# What a checkpoint's folder may hold of ours, by patterns; the last but one is DeepSpeed's copy of NVMe offload.
+MADE = (
+    "*_optim_states.pt", "*_model_states.pt", "random-*.pt", _STATE, _MANIFEST, ".partial-*", "*.partial",
+    "offloaded_tensors/*",
+)  # fmt: skip
+_LIMIT = 2**24  # bytes of a state or a manifest
+_VERSIONS = ("torch", "deepspeed", "transformers")
+
+
+class Unsaved(RunError):
+    """A checkpoint could not be saved; those of before are whole."""
 
 
 def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) -> None:
     """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
 
     state: among it zero_stage, the student's, and at_once, the examples of all ranks that meet in a micro-batch.
+
+    Raises Unsaved, on every rank, where a file of any rank could not be written: the checkpoints of before are whole.
     """
     folder = os.path.join(run_dir, FOLDER)
     tag = tag_of(step)
     target = os.path.join(folder, tag)
+    with _together(target, ranks):
+        if ranks.first:
+            _remove(target)  # what a killed run left half-written
+            os.makedirs(target)
+    with _together(target, ranks):
+        with _noting_failures(engine):
+            engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=False)
+        torch.save(random_state(), os.path.join(target, f"random-{ranks.rank}.pt"))
+    with _together(target, ranks):
+        if ranks.first:
+            _write_whole(folder, tag, state | {"step": step, "world_size": ranks.world_size})
     if ranks.first:
-        shutil.rmtree(target, ignore_errors=True)  # what a killed run left half-written
-        os.makedirs(target)
-    ranks.barrier()
-    engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=False)
-    torch.save(random_state(), os.path.join(target, f"random-{ranks.rank}.pt"))
-    ranks.barrier()
-    if ranks.first:
-        _write(
-            os.path.join(target, _STATE),
-            json.dumps(state | {"step": step, "world_size": ranks.world_size}),
-        )
-        manifest = {name: _fingerprint(os.path.join(target, name)) for name in _files(target)}
-        _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
-        _write(os.path.join(folder, _POINTER), tag)
         kept = sorted(name for name in _tags(folder) if name <= tag)[-keep:]  # later ones were passed over
         for old in sorted(set(_tags(folder)) - set(kept)):
             try:
-                shutil.rmtree(os.path.join(folder, old))
+                _remove(os.path.join(folder, old))
             except OSError as error:  # NFS keeps what another process has open; the next save tries again
                 log.warning("checkpoint %s stays: %s", old, error)
     ranks.barrier()
+
+
+def _write_whole(folder: str, tag: str, state: dict) -> None:
+    """Write what makes a saved checkpoint one to go on from: its state, its manifest, the pointer to it."""
+    target = os.path.join(folder, tag)
+    _write(os.path.join(target, _STATE), json.dumps(state | {"versions": versions()}))
+    manifest = {name: _fingerprint(os.path.join(target, name)) for name in sorted(_files(target))}
+    _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
+    _write(os.path.join(folder, _POINTER), tag)
+
+
+@contextlib.contextmanager
+def _noting_failures(engine) -> Iterator[None]:
+    """Have DeepSpeed write no secret, and come through its collectives even where a file cannot be written.
+
+    The first failure is raised at the end.
+    """
+    writer, failures = engine.checkpoint_engine, []
+    write = writer.save
+
+    def save(state_dict: dict, path: str) -> None:
+        if "ds_config" in state_dict:
+            state_dict = state_dict | {"ds_config": redacted(state_dict["ds_config"])}
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    writer.save = save
+    try:
+        yield
+    finally:
+        del writer.save
+    if failures:
+        raise failures[0]
+
+
+@contextlib.contextmanager
+def _together(target: str, ranks: Ranks) -> Iterator[None]:
+    """Let the ranks learn from each other whether all of them came through; where one did not, none goes on.
+
+    The reason is found while the files that were too large still lie there; then rank 0 removes them.
+    """
+    failure = None
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        if deepspeed.timed_out(error) or deepspeed.lost(error):
+            raise
+        there = target if os.path.isdir(target) else os.path.dirname(target)
+        failure = "the disk is full" if disk.full(error, there) else disk.reason(error)
+    failures = [reason for reason in ranks.gather(failure) if reason is not None]
+    if not failures:
+        return
+    if ranks.first:
+        with contextlib.suppress(OSError):
+            _remove(target)
+    ranks.barrier()
+    raise Unsaved(f"no checkpoint could be saved in {os.path.dirname(target)}: {failures[0]}")
+
+
+def _remove(target: str) -> None:
+    """Remove a checkpoint: what save() writes, and what its manifest names; OSError where it holds something else."""
+    try:
+        named = _read(os.path.join(target, _MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        named = ()
+    disk.remove(target, [*MADE, *(glob.escape(name) for name in named if isinstance(name, str))])
 
 
 def tag_of(step: int) -> str:
@@ -84,17 +168,21 @@ def newest(run_dir: str) -> str | None:
 def damage(folder: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        with open(os.path.join(folder, _MANIFEST), encoding="utf-8") as file:
-            manifest = json.load(file)
-    except (OSError, ValueError):
+        manifest = _read(os.path.join(folder, _MANIFEST))
+    except (OSError, ValueError, RecursionError):
         return "no complete manifest (the save was interrupted)"
     if not isinstance(manifest, dict) or _STATE not in manifest:
         return "a manifest that save() did not write"
     for name, expected in manifest.items():
         path = os.path.join(folder, name)
         size = expected.get("size") if isinstance(expected, dict) else None
+        if not name or os.path.isabs(name) or ".." in name.split(os.sep) or "\0" in name:
+            return f"a manifest that names {name!r}"
         try:
-            if os.path.getsize(path) != size or _fingerprint(path) != expected:
+            there = os.lstat(path)
+            if not stat.S_ISREG(there.st_mode):
+                return f"{name} is no plain file"
+            if there.st_size != size or _fingerprint(path) != expected:
                 return f"{name} has changed"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -103,7 +191,36 @@ def damage(folder: str) -> str | None:
         if name.endswith(".pt") and (reason := deepspeed.foreign(path)):
             return f"{name} {reason}"
     added = [name for name in _files(folder) if name.endswith(".pt") and name not in manifest]
-    return f"{added[0]} was not saved with it" if added else None
+    if added:
+        return f"{added[0]} was not saved with it"
+    return _odd_state(folder)
+
+
+# What a run writes into state.json, by the least value that it can have.
+_COUNTS = {"stage": 0, "zero_stage": 1, "at_once": 1, "tokens": 0, "counted": 0, "world_size": 1, "step": 1}
+
+
+def _odd_state(folder: str) -> str | None:
+    """Why a state.json, whose hash is right, is none that a run writes, or None."""
+    try:
+        state = _read(os.path.join(folder, _STATE))
+    except (OSError, ValueError, RecursionError):
+        return f"{_STATE} is no JSON"
+    if not isinstance(state, dict):
+        return f"{_STATE} is no mapping"
+    for name, least in _COUNTS.items():
+        value = state.get(name)
+        if type(value) is not int or value < least:
+            return f"{_STATE} has {name} {value!r}"
+    for name in ("seconds", "losses"):
+        value = state.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return f"{_STATE} has {name} {value!r}"
+    if tag_of(state["step"]) != os.path.basename(folder):
+        return f"{_STATE} has step {state['step']}"
+    if not isinstance(state.get("objective"), dict):
+        return f"{_STATE} has objective {state.get('objective')!r}"
+    return None
 
 
 def check(run_dir: str, config: Config, world_size: int) -> str | None:
@@ -114,7 +231,9 @@ def check(run_dir: str, config: Config, world_size: int) -> str | None:
     """
     folder, tag = os.path.join(run_dir, FOLDER), newest(run_dir)
     if tag is not None:
+        _check_stage(run_dir, tag, config)
         _check_relations(run_dir, tag, config, world_size)
+        tell_versions(read_state(run_dir, tag), tag)
         return tag
     # A save that was interrupted before any was whole leaves neither of these, and costs nothing.
     if _pointed(folder) or any(
@@ -154,8 +273,39 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: in
 
 
 def read_state(run_dir: str, tag: str) -> dict:
-    with open(os.path.join(run_dir, FOLDER, tag, _STATE), encoding="utf-8") as file:
+    """The state of a checkpoint that verifies."""
+    return _read(os.path.join(run_dir, FOLDER, tag, _STATE))
+
+
+def _read(path: str):
+    """JSON of a plain file; OSError or ValueError otherwise, and nothing that blocks or fills memory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, encoding="utf-8") as file:
+        there = os.fstat(descriptor)
+        if not stat.S_ISREG(there.st_mode) or there.st_size > _LIMIT:
+            raise ValueError(f"{path} is no file that save() writes")
         return json.load(file)
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was saved with, by package."""
+    return {"dsdistill": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONS}
+
+
+def tell_versions(state: dict, tag: str) -> None:
+    """Warn once, naming each package, where a checkpoint was saved with other versions than those that run now."""
+    before, now = state.get("versions"), versions()
+    if not isinstance(before, dict):  # a checkpoint of before versions were noted
+        return
+    other = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
+    if other:
+        log.warning("%s was saved with %s: losses may differ in their last digits", tag, ", ".join(other))
+
+
+def _check_stage(run_dir: str, tag: str, config: Config) -> None:
+    stage, stages = read_state(run_dir, tag)["stage"], len(config.parts)
+    if stage >= stages:
+        raise UserError(f"{run_dir}, {tag}: stage", stage, f"0 to {stages - 1}, as the config has stages")
 
 
 def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) -> None:
@@ -193,7 +343,7 @@ def _pointed(folder: str) -> list[str]:
     """The tag that the pointer names, where there is one."""
     try:
         with open(os.path.join(folder, _POINTER), encoding="utf-8") as file:
-            tag = file.read().strip()
+            tag = file.read(100).strip()
     except (OSError, ValueError):
         return []
     return [tag] if _STEP.fullmatch(tag) else []
@@ -216,9 +366,5 @@ def _fingerprint(path: str) -> dict:
 
 def _write(path: str, text: str) -> None:
     """Whole or not at all."""
-    partial = path + ".partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    with disk.writing(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dsdistill import disk
 from dsdistill.data import evaluation_batches
 from dsdistill.engine.calibrate import EXAMPLES
 from dsdistill.engine.prepare import Prepared
@@ -42,8 +43,8 @@ def fit_maps(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict[str, T
             fusion.maps[str(layer)].fit(count, total, products)
         if ranks.first:
             weights = {name: value.contiguous() for name, value in fusion.maps.state_dict().items()}
-            save_file(weights, path + ".partial")
-            os.replace(path + ".partial", path)
+            with disk.replacing(path) as made:
+                save_file(weights, made)
     ranks.barrier()
     return load_file(path)
 

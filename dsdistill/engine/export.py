@@ -2,21 +2,20 @@
 
 import logging
 import os
-import shutil
 
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from dsdistill import config as configs
+from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
+from dsdistill.disk import check_writable
 from dsdistill.engine import checkpoint, deepspeed
-from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_writable
+from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
 from dsdistill.models.build import build
 from dsdistill.models.domain import FUSION, STUDENT
-
-PARTIAL = ".partial"
 
 log = logging.getLogger("dsdistill")
 
@@ -28,6 +27,7 @@ def read_config(path: str) -> Config:
         raise UserError(
             path, f"a folder without {CONFIG}" if os.path.isdir(path) else "no such folder", "a run folder"
         )
+    check_plain(path)
     return configs.load_saved(folder / CONFIG)
 
 
@@ -78,20 +78,15 @@ def export(run: str, out: str) -> None:
     """
     check_writable(out, "--out")
     there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
-    if os.path.exists(out) and (not there or set(os.listdir(out)) - {PARTIAL}):
+    if os.path.exists(out) and (not there or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
     model, fusion = _newest_student(run, read_config(run))
-    partial = os.path.join(out, PARTIAL) if there else os.path.realpath(out) + PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(os.path.join(partial, STUDENT) if fusion else partial)
-    AutoTokenizer.from_pretrained(os.path.join(run, INIT), trust_remote_code=False).save_pretrained(partial)
-    if fusion:  # the maps are of the teacher's states: they have done their work
-        weights = {name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")}
-        save_file(weights, os.path.join(partial, FUSION))
-        log.info("with its domain fusion: dsdistill.models.domain.load_exported(%r) loads both", out)
-    if not there:
-        os.replace(partial, out)
-        return
-    for name in os.listdir(partial):
-        os.replace(os.path.join(partial, name), os.path.join(out, name))
-    os.rmdir(partial)
+    with disk.replacing(out if there else os.path.realpath(out)) as made:
+        model.save_pretrained(os.path.join(made, STUDENT) if fusion else made)
+        AutoTokenizer.from_pretrained(os.path.join(run, INIT), trust_remote_code=False).save_pretrained(made)
+        if fusion:  # the maps are of the teacher's states: they have done their work
+            weights = {
+                name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")
+            }
+            save_file(weights, os.path.join(made, FUSION))
+            log.info("with its domain fusion: dsdistill.models.domain.load_exported(%r) loads both", out)

@@ -5,14 +5,14 @@ import json
 import numpy as np
 from transformers import PreTrainedModel
 
+from dsdistill import disk
 from dsdistill.data.prompted import special_tokens
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import GENERATED
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
 from dsdistill.evaluation.text import text_scores
 from dsdistill.models.build import build
-
-GENERATED = "generated.jsonl"
 
 
 def generation(
@@ -44,7 +44,7 @@ def generation(
         texts[name] = _written(load().eval(), pairs, prepared, ranks)
         scores[name] = text_scores(texts[name], texts["reference"])
     if ranks.first:
-        with open(f"{path}/{GENERATED}", "w", encoding="utf-8") as file:
+        with disk.writing(f"{path}/{GENERATED}") as file:
             for row in zip(*texts.values(), strict=True):
                 file.write(json.dumps(dict(zip(texts, row, strict=True)), ensure_ascii=False) + "\n")
     return scores

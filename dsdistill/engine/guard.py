@@ -5,14 +5,14 @@ import logging
 import math
 import os
 
+from dsdistill import disk
 from dsdistill.config import RunError
 from dsdistill.data import Batch
 from dsdistill.engine.ranks import Ranks
+from dsdistill.engine.run_folder import BAD, SPIKES
 
 log = logging.getLogger("dsdistill")
 
-# In the run folder: terms and examples of each step without a finite loss or gradient; steps whose loss jumped.
-BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"
 SPIKE = 4.0  # times the moving average
 MEMORY, SEEN = 0.98, 50  # of that average, and the steps before it is trusted
 
@@ -62,7 +62,13 @@ class Guard:
         self.seen += 1
 
     def _note(self, name: str, record: dict) -> None:
-        """Append one line to a file of the run folder."""
+        """Append one line to a file of the run folder.
+
+        BAD holds terms and examples of each step without a finite loss or gradient, SPIKES the steps whose loss jumped.
+        """
         if self.ranks.first:
-            with open(os.path.join(self.run_dir, name), "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            path = os.path.join(self.run_dir, name)
+            try:
+                disk.append(path, json.dumps(record) + "\n")
+            except OSError as error:  # the note is lost, the training is not
+                log.warning("%s cannot be written: %s", path, disk.reason(error))

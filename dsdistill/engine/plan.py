@@ -5,7 +5,6 @@ come from the models' `config:` where their files are not at hand; data, tokeniz
 """
 
 import dataclasses
-import json
 import logging
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.engine import deepspeed, zero
@@ -270,9 +270,7 @@ def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, r
 
 def write(plan: Plan, path: str) -> None:
     """The plan as JSON, in bytes."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(vars(plan) | {"peak": plan.peak}, file, indent=1)
-        file.write("\n")
+    disk.save_json(path, vars(plan) | {"peak": plan.peak})
 
 
 def table(plan: Plan, config: Config, world_size: int, memory: int) -> str:

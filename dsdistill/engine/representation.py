@@ -5,6 +5,7 @@ import os
 import numpy as np
 from torch import Tensor
 
+from dsdistill import disk
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import REPRESENTATIONS
 
@@ -18,11 +19,8 @@ def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
     """Write the (examples, D) states of a step."""
     if not ranks.first:
         return
-    folder = os.path.join(run_dir, REPRESENTATIONS)
-    os.makedirs(folder, exist_ok=True)
-    partial = os.path.join(folder, "partial.npy")
-    np.save(partial, states.numpy())
-    os.replace(partial, _path(run_dir, step))
+    with disk.writing(_path(run_dir, step), binary=True) as file:
+        np.save(file, states.numpy())
 
 
 def kept(run_dir: str, until: int) -> list[np.ndarray]:

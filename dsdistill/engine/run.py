@@ -6,13 +6,13 @@ import gc
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator
 
 import torch
 import yaml
 
+from dsdistill import disk
 from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
 from dsdistill.config.terms import Task, Terms
@@ -25,7 +25,7 @@ from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared, check_backend, make_objectives, prepare
 from dsdistill.engine.ranks import Ranks
-from dsdistill.engine.run_folder import INIT, RunFolder, check_writable
+from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
 from dsdistill.engine.sampling import make_sampler
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
@@ -39,7 +39,7 @@ TEACHERS = "runs/teachers"
 
 def train(config: Config) -> dict:
     """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
-    check_writable(config.run_dir)
+    RunFolder(config.run_dir).check()
     with _ranks(config.run.timeout) as ranks:
         return run(config, ranks)
 
@@ -146,15 +146,15 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
     """Point the config at the teacher its recipe makes, training it unless it is there already."""
     recipe = prepared.recipe
     home = os.path.join(TEACHERS, _fingerprint(recipe))
-    model = os.path.join(home, "model")
+    model = os.path.join(home, MODEL)
     with ranks.first_alone():
         if ranks.first:
             run_folder.pin_teacher(model)
-            RunFolder(home).wait(model)  # where another job trains it now
+            RunFolder(home, known=True).wait(model)  # where another job trains it now
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
         recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
-        folder = RunFolder(home)
+        folder = RunFolder(home, known=True)
         with ranks.first_alone():
             if ranks.first:
                 _open(folder, recipe.config, ranks)
@@ -248,7 +248,7 @@ def _baseline(
     log.info("training the baseline: the same student without distillation")
     config = prepared.config
     alone = copy.copy(prepared)
-    home = RunFolder(folder / "baseline")
+    home = RunFolder(folder / BASELINE, known=True)
     alone.config = _with(
         config,
         terms=Terms(task=Task()),
@@ -282,20 +282,17 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
     target, config = folder / INIT, prepared.config
     with ranks.first_alone():
         if ranks.first and not os.path.isdir(target):
-            partial = target + ".partial"
-            shutil.rmtree(partial, ignore_errors=True)
+            made = prepared.student
             if config.student.from_teacher is not None:
                 torch.manual_seed(config.run.seed)
-                student = build(prepared.student, None, config.task, "student", needs_head=False)
+                made = build(prepared.student, None, config.task, "student", needs_head=False)
                 teacher = build(
                     prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
                 )
-                copy_layers(student, teacher, config.student.from_teacher)
-                student.save_pretrained(partial)
-            else:
-                prepared.student.save_pretrained(partial)
-            prepared.tokenizer.save_pretrained(partial)
-            os.replace(partial, target)
+                copy_layers(made, teacher, config.student.from_teacher)
+            with disk.replacing(target) as name:
+                made.save_pretrained(name)
+                prepared.tokenizer.save_pretrained(name)
     return target if config.student.from_teacher is not None else config.student.path
 
 

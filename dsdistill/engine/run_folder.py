@@ -1,14 +1,17 @@
-"""The folder of a run: its resolved config, its log, its summary."""
+"""The folder of a run: its marker, its lock, its resolved config, its log, its summary."""
 
+import contextlib
 import fcntl
 import json
 import logging
 import os
-import shutil
+import stat
 import time
+from typing import Any
 
+from dsdistill import __version__, disk
 from dsdistill import config as configs
-from dsdistill.config import Config, UserError
+from dsdistill.config import Config, RunError, UserError
 from dsdistill.config.resume import check_same
 
 log = logging.getLogger("dsdistill")
@@ -17,6 +20,7 @@ CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
+MARKER = "dsdistill-run.txt"  # tells that the files of a folder are this project's to replace and to remove
 
 INIT = "init"  # the student's architecture, tokenizer and, where cut from a teacher, first weights
 LAYERS = "layers.json"  # the pairs that cka_offline found
@@ -24,20 +28,91 @@ MAPS = "domain_maps.safetensors"  # of the teacher's states
 SAMPLING = "sampling.npy"  # what the teacher says of the train examples
 STAGES = "stages"  # what each hands on
 REPRESENTATIONS = "representations"  # of the dev set, on the way
-KEPT = (INIT, LAYERS, MAPS, SAMPLING, STAGES, REPRESENTATIONS)  # all that a resumed run does not make again
+BASELINE = "baseline"  # a run of its own
+MODEL = "model"  # what a recipe's run exports
+BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"  # of the guard
+GENERATED, PLOT = "generated.jsonl", "loss.png"
+NOTES = (BAD, SPIKES, GENERATED, PLOT)
+# All that a resumed run does not make again, and the files that are written there (`disk.remove`).
+KEPT = {
+    INIT: (
+        "*config.json",
+        "model*.safetensors*",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+        "spiece.model",
+        "*.model",
+        "chat_template*",
+        "additional_chat_templates/*",
+    ),
+    LAYERS: (),
+    MAPS: (),
+    SAMPLING: (),
+    STAGES: ("*.safetensors", "*.partial"),
+    REPRESENTATIONS: ("step-*.npy", "partial.npy"),
+}
+_MANIFEST = "manifest.json"
+_REDIRECTED = (".log", ".out", ".err")  # what a shell or Slurm writes into a folder before the run begins
+_WAITING = 10_000  # most lines of the log that wait for room on a full disk
 
-_held: dict[str, object] = {}  # open lock files of this process, by folder
+_held: dict[str, "_Lock"] = {}  # the locks of this process, by folder
 
 
 class RunFolder:
-    """Written by rank 0 alone; read by all."""
+    """Written by rank 0 alone; read by all.
 
-    def __init__(self, path: str):
-        self.path = path
+    known: the path is one that only runs make (a baseline's, a recipe's teacher), so that an unmarked folder of
+    before is taken for one.
+    """
+
+    def __init__(self, path: str, known: bool = False):
+        self.path, self.known = path, known
         self.tag: str | None = None  # of the checkpoint to go on from or to evaluate, on rank 0
+        self._waiting: list[str] = []  # lines of the log that a full disk did not take
 
     def __truediv__(self, name: str) -> str:
         return os.path.join(self.path, name)
+
+    def check(self) -> None:
+        """Raise UserError unless the folder is unused or a run's, and could be written; makes nothing."""
+        disk.check_writable(self.path)
+        if not os.path.isdir(self.path):
+            return
+        try:
+            there = sorted(os.listdir(self.path))
+        except OSError as error:
+            raise UserError(
+                "run.dir", f"{self.path} ({error.strerror})", "a folder that can be read"
+            ) from None
+        check_plain(self.path)
+        if self._marked or self.known or self._of_before:
+            return
+        used = [
+            name
+            for name in there
+            if name != LOCK and not name.endswith(_REDIRECTED) and not disk.is_scratch(name)
+        ]
+        if used:
+            wanted = f"a new or an empty folder, or a run's (it has {MARKER})"
+            raise UserError("run.dir", f"{self.path}, which holds {', '.join(used[:5])} and no run", wanted)
+
+    @property
+    def _marked(self) -> bool:
+        return os.path.isfile(self / MARKER)
+
+    @property
+    def _of_before(self) -> bool:
+        """Whether a version without markers began a run here: a checkpoint's manifest tells."""
+        saved = self / CHECKPOINTS
+        for name in sorted(os.listdir(saved)) if os.path.isdir(saved) else ():
+            path = os.path.join(saved, name, _MANIFEST)
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+                if "state.json" in json.load(file):
+                    return True
+        return False
 
     def open(self, config: Config) -> None:
         """Make the folder, or check that what lies there is an earlier part of this run; write the config.
@@ -46,45 +121,87 @@ class RunFolder:
         another teacher or other data perhaps, is made again.
         """
         self.claim()
+        saved = self / CONFIG
         if not self.begun:
-            for name in KEPT if os.path.exists(self / CONFIG) else ():  # else they are somebody else's
-                _remove(self / name)
-        elif os.path.exists(self / CONFIG):
+            for name in KEPT:
+                self._forget(name)
+        elif os.path.exists(saved):
             if config.run.resume == "never":
                 raise UserError(
                     "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
                 )
-            check_same(self / CONFIG, config)
-        partial = self / (CONFIG + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(configs.dump(config))
-        os.replace(partial, self / CONFIG)
+            check_same(saved, config)
+        if not (os.path.exists(saved) and self.holds(config)):
+            with disk.writing(saved) as file:
+                file.write(configs.dump(config))
+
+    def holds(self, config: Config) -> bool:
+        """Whether config.yaml already says what `dump` would write."""
+        try:
+            return configs.dump(configs.load_saved(self / CONFIG)) == configs.dump(config)
+        except UserError:
+            return False
+
+    def _forget(self, name: str) -> None:
+        """Remove what a start that failed prepared under this name."""
+        if not os.path.lexists(self / name):
+            return
+        try:
+            disk.remove(self / name, KEPT[name])
+        except disk.Foreign as error:
+            raise UserError("run.dir", f"{self / name} ({error.strerror})", "another folder") from None
+        log.info("removed %s, which a start that failed had prepared", self / name)
 
     def claim(self) -> None:
-        """Take the folder for this process; raise UserError where it cannot be written, or another process has it."""
-        check_writable(self.path)
+        """Take the folder for this process; raise UserError where it is no run's, or another process has it."""
+        self.check()
         if not self.lock():
             raise UserError(
                 "run.dir", f"{self.path}, which another process is writing", "a folder that no other has"
             )
+        if not self._marked:
+            with disk.writing(self / MARKER) as file:
+                file.write(
+                    f"dsdistill {__version__} keeps a run in this folder: it replaces and removes files of its own.\n"
+                )
+        for name in ("", CHECKPOINTS, STAGES, REPRESENTATIONS):
+            disk.sweep(self / name)
 
     def lock(self) -> bool:
         """Take the folder for this process, until it ends however it ends; False where another has it."""
-        if self.path in _held:
-            return True
-        os.makedirs(self.path, exist_ok=True)
-        file = open(self / LOCK, "w")  # noqa: SIM115  closing it would give the lock back
+        home = os.path.realpath(self.path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            os.makedirs(self.path, exist_ok=True)
+            if home in _held and _held[home].renew():
+                return True
+            found = _Lock.take(self.path)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be locked: {disk.reason(error)}") from None
+        if found is None:
             return False
-        _held[self.path] = file
+        _held[home] = found
         return True
+
+    def keep(self) -> None:
+        """Make sure that the folder is still this process's, before something is written there.
+
+        Somebody may have removed the lock, or the whole folder. Raises RunError where another process came in between.
+        """
+        held = _held.get(os.path.realpath(self.path))
+        if held is None or held.current():
+            return
+        try:
+            renewed = held.renew()
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be locked again: {disk.reason(error)}") from None
+        if not renewed:
+            what = "another process writes there now" if os.path.isdir(self.path) else "the folder is gone"
+            raise RunError(f"{self.path}: the lock of this run was removed, and {what}")
+        log.warning("the lock of %s was removed while this run writes there: it is locked again", self.path)
 
     def release(self) -> None:
         """Give the folder back before this process ends."""
-        _held.pop(self.path).close()
+        _held.pop(os.path.realpath(self.path)).close()
 
     def wait(self, made: str) -> None:
         """Return once `made` is there, or take the folder once no other process has it."""
@@ -99,7 +216,9 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether there is something to lose: a checkpoint or a summary."""
         saved = self / CHECKPOINTS
-        return os.path.exists(self / SUMMARY) or (os.path.isdir(saved) and bool(os.listdir(saved)))
+        return os.path.exists(self / SUMMARY) or (
+            os.path.isdir(saved) and not all(map(disk.is_scratch, os.listdir(saved)))
+        )
 
     def pin_teacher(self, path: str) -> None:
         """Note which teacher this run learns from; raise UserError where it began with another."""
@@ -114,74 +233,164 @@ class RunFolder:
                     f"{before}, as this run began",
                 )
             return
-        with open(note, "w", encoding="utf-8") as file:
+        with disk.writing(note) as file:
             file.write(path + "\n")
 
-    def summary(self) -> dict | None:
+    def summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
         try:
             with open(self / SUMMARY, encoding="utf-8") as file:
-                return json.load(file)
-        except (OSError, ValueError):
+                found = json.load(file)
+        except (OSError, ValueError, RecursionError):
             return None
+        return found if isinstance(found, dict) and isinstance(found.get("models"), dict) else None
 
     def write_summary(self, summary: dict) -> None:
-        partial = self / (SUMMARY + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with disk.writing(self / SUMMARY) as file:
             json.dump(summary, file, indent=2)
             file.write("\n")
-        os.replace(partial, self / SUMMARY)
 
     def log(self, record: dict) -> None:
-        """Append one line to metrics.jsonl."""
-        with open(self / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one line to metrics.jsonl; while the disk is full, lines wait, and training goes on."""
+        self.keep()
+        lines = [*self._waiting, json.dumps(record) + "\n"]
+        try:
+            disk.append(self / METRICS, "".join(lines))
+        except OSError as error:
+            if error.errno not in disk.FULL:
+                raise RunError(f"{self / METRICS} cannot be written: {disk.reason(error)}") from None
+            if not self._waiting:
+                log.warning("%s waits, training goes on: %s", self / METRICS, disk.reason(error))
+            self._waiting = lines[-_WAITING:]
+            return
+        if self._waiting:
+            log.warning("%s is written again", self / METRICS)
+        self._waiting = []
 
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`: a resumed run computes them again."""
         if not os.path.exists(self / METRICS):
             return
         kept = []
-        with open(self / METRICS, encoding="utf-8") as file:
+        with open(self / METRICS, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-                except ValueError:  # the line that a kill cut short
+                except (ValueError, TypeError, KeyError, RecursionError):  # a line that a kill cut short
                     continue
-        partial = self / (METRICS + ".partial")
-        with open(partial, "w", encoding="utf-8") as file:
+        with disk.writing(self / METRICS) as file:
             file.writelines(kept)
-        os.replace(partial, self / METRICS)
 
 
-def _remove(path: str) -> None:
-    """A file or a folder, where there is one."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.remove(path)
+class _Lock:
+    """The open lock file of a folder, and the folder itself where its file system locks folders.
+
+    The file alone would not do: who removes it could lock a new one beside the process that holds the old.
+    """
+
+    def __init__(self, folder: str, own: int, file: int):
+        self.folder, self.own, self.file = folder, own, file
+
+    @classmethod
+    def take(cls, folder: str) -> "_Lock | None":
+        """Lock a folder that is there; None where another process has it."""
+        own = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            if _lock(own, needed=False) and (file := _lock_file(folder)) is not None:
+                return cls(folder, own, file)
+        except OSError:
+            os.close(own)
+            raise
+        os.close(own)
+        return None
+
+    def current(self) -> bool:
+        """Whether the folder and the file under the lock's name are those that are held."""
+        return _is(self.own, self.folder) and _is(self.file, os.path.join(self.folder, LOCK))
+
+    def renew(self) -> bool:
+        """Hold the file under the lock's name again where it was removed; False where the folder is another."""
+        if not _is(self.own, self.folder):
+            return False
+        if not self.current():
+            file = _lock_file(self.folder)
+            if file is None:
+                return False
+            os.close(self.file)
+            self.file = file
+        return True
+
+    def close(self) -> None:
+        os.close(self.own)
+        os.close(self.file)
 
 
-def check_writable(folder: str, key: str = "run.dir") -> None:
-    """Raise UserError unless a folder could be written there; makes nothing: what is refused leaves nothing behind."""
-    place = os.path.abspath(folder)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise UserError(key, f"{folder} ({place} is no folder)", "a folder that can be written")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(key, f"{folder} ({place} is read-only)", "a folder that can be written")
+def _lock_file(folder: str) -> int | None:
+    """The descriptor of a folder's locked lock file; None where another process has it."""
+    path = os.path.join(folder, LOCK)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not _lock(file):
+            os.close(file)
+            return None
+        if _is(file, path):
+            return file
+        os.close(file)  # somebody removed it between opening and locking
 
 
-def check_file(path: str | None, key: str) -> None:
-    """Raise UserError unless a file could be written there; makes nothing."""
-    if path is None:
-        return
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
-        raise UserError(key, f"{path}, which is a folder", "a file to be written")
-    if not os.path.isdir(folder):
-        raise UserError(key, f"{path} ({folder} is no folder)", "a file in a folder that is there")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise UserError(key, f"{path}, which is read-only", "a file that can be written")
+def _lock(descriptor: int, needed: bool = True) -> bool:
+    """Lock without waiting; False where another process has it. needed: NFS, for one, locks no folders."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        if needed:
+            raise
+    return True
+
+
+def _is(descriptor: int, path: str) -> bool:
+    """Whether a path leads to what is open; a link to a folder may, one to a file may not."""
+    try:
+        there = os.stat(path, follow_symlinks=os.path.isdir(path))
+        return os.path.samestat(os.fstat(descriptor), there)
+    except OSError:
+        return False
+
+
+def check_plain(path: str) -> None:
+    """Raise UserError where a run folder holds a link, a pipe or the like under one of its own names.
+
+    Whoever may write into a shared folder could have run files written or read elsewhere, or a run hang.
+    """
+    own = (CONFIG, METRICS, SUMMARY, TEACHER, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
+    places = [os.path.join(path, name) for name in own]
+    while places:
+        place = places.pop()
+        try:
+            mode = os.lstat(place).st_mode
+        except OSError:
+            continue
+        if stat.S_ISDIR(mode):
+            with contextlib.suppress(OSError):
+                places += [os.path.join(place, name) for name in os.listdir(place)]
+        elif not stat.S_ISREG(mode):
+            kind = "a link" if stat.S_ISLNK(mode) else "no plain file"
+            raise UserError(
+                "run.dir", f"{path}, in which {place} is {kind}", "files and folders of a run alone"
+            )
+
+
+def check_source(config: Config, sources: list[str]) -> None:
+    """Raise UserError where a run would write another config over one that the command line names."""
+    target = os.path.join(config.run_dir, CONFIG)
+    named = any(
+        os.path.isfile(source) and os.path.exists(target) and os.path.samefile(source, target)
+        for source in sources
+    )
+    if named and not RunFolder(config.run_dir).holds(config):
+        raise UserError(
+            "run.dir", f"{config.run_dir}, whose {CONFIG} is read here", "another, or a copy of that file"
+        )

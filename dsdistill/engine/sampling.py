@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsdistill import disk
 from dsdistill.alignment.terms.task import predicting, targets
 from dsdistill.alignment.units import mean_pool
 from dsdistill.data import NO_LABEL, evaluation_batches, restore
@@ -34,9 +35,8 @@ def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler
         if data.sampler == "hard_negative":
             found = nearest_others(found, train)
         if ranks.first:
-            with open(path + ".partial", "wb") as file:
+            with disk.writing(path, binary=True) as file:
                 np.save(file, np.asarray(found))
-            os.replace(path + ".partial", path)
     ranks.barrier()
     found = np.load(path)
     if data.sampler == "entropy":

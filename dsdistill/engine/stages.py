@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
@@ -48,10 +49,9 @@ def hand_over(run_dir: str, name: str, step: int, ranks: Ranks) -> str:
             weights = deepspeed.whole_weights(
                 os.path.join(run_dir, checkpoint.FOLDER), checkpoint.tag_of(step)
             )
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             # Tied weights come under each of their names; the format takes no shared memory.
-            save_file({key: value.detach().clone() for key, value in weights.items()}, path + ".partial")
-            os.replace(path + ".partial", path)
+            with disk.replacing(path) as made:
+                save_file({key: value.detach().clone() for key, value in weights.items()}, made)
     return path
 
 

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from dsdistill import disk
 from dsdistill.report.plot import loss_plot, read_log
 from dsdistill.report.summary import table
 
@@ -14,5 +15,6 @@ def show(run: str, summary: dict[str, Any]) -> None:
     print(f"\n{table(summary)}")
     log, picture = os.path.join(run, "metrics.jsonl"), os.path.join(run, "loss.png")
     if os.path.exists(log) and any("loss" in record for record in read_log(log)):
-        loss_plot(log, picture)
+        with disk.replacing(picture) as made:
+            loss_plot(log, made)
         print(f"\nloss curves: {picture}")

@@ -1,0 +1,57 @@
+"""Secrets in a config: nothing that this project writes or prints holds them."""
+
+import re
+from typing import Any
+
+REDACTED = "(redacted)"
+
+# A tokenizer is no token.
+_TEXTS = re.compile(r"key|token(?!iz)|secret|password|passwd|passphrase|credential", re.IGNORECASE)
+_ANYTHING = re.compile(r"secret|password|passwd|passphrase|credential", re.IGNORECASE)
+
+
+def redacted(settings: Any, secret: str = "") -> Any:
+    """Return plain settings with (redacted) in the place of every secret.
+
+    A secret is a text under a key with "key", "token", "secret", "password" or the like in its name, at any depth
+    below that key; numbers count only where the name cannot mean one (`num_key_value_heads` is no secret).
+    """
+    if isinstance(settings, dict):
+        return {
+            key: redacted(value, secret or (str(key) if _TEXTS.search(str(key)) else ""))
+            for key, value in settings.items()
+        }
+    if isinstance(settings, list | tuple):
+        return [redacted(value, secret) for value in settings]
+    if not secret or settings is None or isinstance(settings, bool) or settings == "":
+        return settings
+    return REDACTED if isinstance(settings, str) or _ANYTHING.search(secret) else settings
+
+
+def is_secret(dotted: str, value: Any) -> bool:
+    """Return whether a value under a dotted key is one that `redacted` hides."""
+    settings = value
+    for key in reversed(dotted.split(".")):
+        settings = {key: settings}
+    return redacted(settings) != settings
+
+
+def without(settings: Any) -> Any:
+    """Return plain settings without the keys whose values were redacted."""
+    if isinstance(settings, dict):
+        return {key: without(value) for key, value in settings.items() if value != REDACTED}
+    if isinstance(settings, list):
+        return [without(value) for value in settings if value != REDACTED]
+    return settings
+
+
+def places(settings: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys whose values were redacted."""
+    items = settings.items() if isinstance(settings, dict) else enumerate(settings)
+    found = []
+    for key, value in items:
+        if value == REDACTED:
+            found.append(f"{prefix}{key}")
+        elif isinstance(value, dict | list):
+            found += places(value, f"{prefix}{key}.")
+    return found

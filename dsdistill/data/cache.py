@@ -1,0 +1,54 @@
+"""What is costly to make is kept in a cache folder, which several runs, ranks and people may share."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from dsdistill import disk
+from dsdistill.config.errors import UserError
+
+log = logging.getLogger("dsdistill")
+
+
+def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the rows of a JSON Lines file of the cache; where it is missing or damaged, they are made and kept there.
+
+    A cache that cannot be written is used as it is, with one warning.
+
+    Raises:
+        UserError: the cache is there and cannot be read.
+    """
+    if is_there(path):
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        except ValueError:
+            log.warning("%s is damaged and made again", path)
+    found = list(make())
+    try:
+        # Other ranks and runs may write the same file now: each makes its own, and the last to finish wins whole.
+        with disk.writing(path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+    except disk.Unwritable as error:
+        log.warning("nothing is kept in the cache: %s", error)
+    return found
+
+
+def is_there(path: Path) -> bool:
+    """Return whether the cache holds a file or folder; UserError where nobody may look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    return True
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        "data.cache", f"{path} ({disk.reason(error)})", "a cache that can be read, or another folder"
+    )
