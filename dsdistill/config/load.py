@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import SAVED, Config
-from dsdistill.config.secrets import REDACTED, is_secret, places, redacted, without
+from dsdistill.config.secrets import REDACTED, is_secret, places, redacted, shown, without
 from dsdistill.config.section import Section
 
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
@@ -149,7 +149,7 @@ def _explain(origin: str, errors: list[dict]) -> UserError:
         return inner.within(origin)
     path = _readable(first["loc"])
     place = f"{origin}: {path or 'top level'}"
-    got = repr(redacted(first["input"]) if not is_secret(path or "-", first["input"]) else REDACTED)
+    got = shown(path, first["input"])
     got = got if len(got) <= 60 else got[:57] + "..."
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]

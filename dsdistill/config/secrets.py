@@ -28,12 +28,15 @@ def redacted(settings: Any, secret: str = "") -> Any:
     return REDACTED if isinstance(settings, str) or _ANYTHING.search(secret) else settings
 
 
+def shown(dotted: str, value: Any) -> str:
+    """Return how a message shows the value of a dotted key: as Python writes it, without secrets."""
+    return REDACTED if is_secret(dotted, value) else repr(redacted(value))
+
+
 def is_secret(dotted: str, value: Any) -> bool:
-    """Return whether a value under a dotted key is one that `redacted` hides."""
-    settings = value
-    for key in reversed(dotted.split(".")):
-        settings = {key: settings}
-    return redacted(settings) != settings
+    """Return whether the dotted key alone, not what lies below it, makes `redacted` hide the value."""
+    settings = {dotted: value}
+    return redacted(settings)[dotted] != redacted(value)
 
 
 def without(settings: Any) -> Any:

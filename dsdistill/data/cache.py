@@ -25,7 +25,7 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except OSError as error:
             raise _unreadable(path, error) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             log.warning("%s is damaged and made again", path)
     found = list(make())
     try:

@@ -18,6 +18,7 @@ from torch import nn
 from dsdistill.config import UserError
 from dsdistill.config.checks import nearest
 from dsdistill.config.schema import Config
+from dsdistill.config.secrets import shown
 from dsdistill.engine.adagrad import AdaGrad
 from dsdistill.engine.allocator import keep_freed_memory
 from dsdistill.engine.ranks import Ranks, environment
@@ -225,7 +226,7 @@ def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> User
     dotted = ".".join([place, *location])
     if error["type"] != "extra_forbidden":
         return UserError(
-            dotted, repr(error["input"])[:60], error["msg"].lower().removeprefix("input should be ")
+            dotted, shown(dotted, error["input"])[:60], error["msg"].lower().removeprefix("input should be ")
         )
     for parent in location[:-1]:
         types = typing.get_args(section.model_fields[parent].annotation) or (
