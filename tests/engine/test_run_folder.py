@@ -39,7 +39,6 @@ class TestLock:
     def test_removing_it_lets_nobody_in(self, folder, caplog):
         os.remove(folder / LOCK)
         assert not another_process_can_lock(folder.path)
-        os.remove(folder / LOCK)  # the other one made it
         folder.log({"step": 1})
         assert os.path.exists(folder / LOCK) and "it is locked again" in caplog.text
         assert not another_process_can_lock(folder.path)
@@ -134,11 +133,12 @@ class TestFullDisk:
                 folder.write_summary({"models": {}, "much": "x" * 10_000})
         run_folder._held.pop(folder.path).close()
 
-    def test_a_checkpoint_leaves_the_ones_before(self, small):  # noqa: F811
+    def test_a_checkpoint_leaves_the_ones_before(self, small, monkeypatch):  # noqa: F811
+        monkeypatch.setattr(checkpoint, "MADE", (*checkpoint.MADE, "weights.bin"))
         make_checkpoint(small, 1)
         with pytest.raises(checkpoint.Unsaved, match=r"no checkpoint could be saved in .*: the disk is full"):
             make_checkpoint(small, 4000)
-        assert os.listdir(small / CHECKPOINTS) == ["step-00000001", "newest"] or checkpoint.newest(str(small))
+        assert checkpoint.newest(str(small)) == "step-00000001"
         assert not (small / CHECKPOINTS / "step-00004000").exists()
         assert make_checkpoint(small, 2).name == checkpoint.newest(str(small))
 
@@ -270,11 +270,7 @@ class TestSecrets:
         done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         # The modes are the umask's, so that a group can share what it makes.
-        narrow = [
-            p
-            for p in (tmp_path / "run").rglob("*")
-            if p.is_file() and stat.S_IMODE(p.stat().st_mode) != 0o644
-        ]
+        narrow = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and not p.stat().st_mode & 0o044]
         assert not narrow
 
     def test_as_printed(self, config, monkeypatch):
