@@ -63,11 +63,11 @@ def train(
         return
     _quiet_libraries()
     from dsdistill.engine.run import train as run
-    from dsdistill.engine.run_folder import check_source
+    from dsdistill.engine.run_folder import check_sources
     from dsdistill.report import show
 
     try:
-        check_source(config, settings)
+        check_sources(config, settings)
         summary = run(config)
     except UserError as error:
         raise error.within(settings[0]) from None

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from tests.conftest import snapshot
 from tests.engine.launch import free_port
 from tests.engine.test_resume import make_checkpoint
 from tests.mistakes import CONFIG
+from tests.test_disk import PLACES
 
 CODE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -70,6 +72,13 @@ class TestRunFolder:
         (tmp_path / "file").touch()
         line = refused("train", config({"run.dir": str(tmp_path / "file" / "run")}))
         assert ".yaml: run.dir: got " in line and "file/run" in line
+
+    @pytest.mark.parametrize("place", PLACES)
+    def test_in_an_impossible_place(self, config, refused, tmp_path, place):
+        make, wanted = PLACES[place]
+        if place != "half a character":  # YAML cannot hold one
+            line = refused("train", config({"run.dir": make(tmp_path)}))
+            assert "run.dir: got " in line and wanted in line
 
     def test_of_another_run(self, config, refused, used):
         line = refused("train", config(), "train.learning_rate=0.5")
@@ -165,6 +174,16 @@ class TestRunFolder:
         line = refused("train", own, "run.save_every=7")
         assert line.endswith("whose config.yaml is read here, expected another, or a copy of that file")
         assert own.read_bytes() == before
+
+    @pytest.mark.parametrize("key", ["student.path", "teacher.path", "data.tokenizer"])
+    def test_what_it_is_to_read_lies_in_it(self, config, refused, models_dir, tmp_path, key):
+        """A start that failed would have removed it."""
+        RunFolder(str(tmp_path / "run")).open(load([config()]))
+        shutil.copytree(models_dir / "student", tmp_path / "run" / "init")
+        line = refused("train", config({key: str(tmp_path / "run" / "init")}))
+        assert (
+            f"{key}: got {tmp_path}/run/init, which the run writes itself, expected another run.dir" in line
+        )
 
     def test_of_a_baseline_without_the_terms_that_its_sampler_asks_for(self, config, used):
         from dsdistill.config.terms import Task, Terms

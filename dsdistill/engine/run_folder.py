@@ -54,6 +54,7 @@ KEPT = {
     STAGES: ("*.safetensors", "*.partial"),
     REPRESENTATIONS: ("step-*.npy", "partial.npy"),
 }
+OWN = (CONFIG, METRICS, SUMMARY, TEACHER, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
 _MANIFEST = "manifest.json"
 _REDIRECTED = (".log", ".out", ".err")  # what a shell or Slurm writes into a folder before the run begins
 _WAITING = 10_000  # most lines of the log that wait for room on a full disk
@@ -365,8 +366,7 @@ def check_plain(path: str) -> None:
 
     Whoever may write into a shared folder could have run files written or read elsewhere, or a run hang.
     """
-    own = (CONFIG, METRICS, SUMMARY, TEACHER, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
-    places = [os.path.join(path, name) for name in own]
+    places = [os.path.join(path, name) for name in OWN]
     while places:
         place = places.pop()
         try:
@@ -383,8 +383,11 @@ def check_plain(path: str) -> None:
             )
 
 
-def check_source(config: Config, sources: list[str]) -> None:
-    """Raise UserError where a run would write another config over one that the command line names."""
+def check_sources(config: Config, sources: list[str]) -> None:
+    """Raise UserError where a run would write over, or remove, what it is to read.
+
+    sources: files and overrides of the command line.
+    """
     target = os.path.join(config.run_dir, CONFIG)
     named = any(
         os.path.isfile(source) and os.path.exists(target) and os.path.samefile(source, target)
@@ -394,3 +397,18 @@ def check_source(config: Config, sources: list[str]) -> None:
         raise UserError(
             "run.dir", f"{config.run_dir}, whose {CONFIG} is read here", "another, or a copy of that file"
         )
+    teacher, data = config.teacher, config.data
+    read = {"student.path": config.student.path, "data.tokenizer": data.tokenizer}
+    if teacher is not None:
+        read |= {"teacher.path": teacher.path, "teacher.recipe": teacher.recipe}
+    if data.source == "files":
+        files = [data.train] if isinstance(data.train, str) else data.train
+        files = [*files, data.dev, *(data.domain or ()), *(data.general or ())]
+        read |= {f"data: {name}": os.path.join(data.root or "", name) for name in files}
+    home = os.path.realpath(config.run_dir)
+    for place, path in read.items():
+        if path is None or not os.path.exists(path):
+            continue
+        below = os.path.relpath(os.path.realpath(path), home).split(os.sep)[0]
+        if below in OWN:
+            raise UserError(place, f"{path}, which the run writes itself", "another run.dir, or a copy")
