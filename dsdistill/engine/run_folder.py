@@ -388,6 +388,7 @@ def check_sources(config: Config, sources: list[str]) -> None:
 
     sources: files and overrides of the command line.
     """
+    RunFolder(config.run_dir).check()
     target = os.path.join(config.run_dir, CONFIG)
     named = any(
         os.path.isfile(source) and os.path.exists(target) and os.path.samefile(source, target)
