@@ -92,7 +92,8 @@ def _write_whole(folder: str, tag: str, state: dict) -> None:
 def _noting_failures(engine) -> Iterator[None]:
     """Have DeepSpeed write no secret, and come through its collectives even where a file cannot be written.
 
-    The first failure is raised at the end.
+    The first failure is raised at the end. DeepSpeed's scripts for converting are not copied beside the checkpoints:
+    `export` needs none, and a copy that failed would leave the other ranks waiting.
     """
     writer, failures = engine.checkpoint_engine, []
     write = writer.save
@@ -106,10 +107,11 @@ def _noting_failures(engine) -> Iterator[None]:
             failures.append(error)
 
     writer.save = save
+    engine._copy_recovery_script = lambda save_path: None
     try:
         yield
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
     if failures:
         raise failures[0]
 
