@@ -1,5 +1,6 @@
 """From files and key=value to a Config; every mistake is one line that names file and key."""
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -10,12 +11,16 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dsdistill.config.bounded import check_yaml, read_yaml
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import SAVED, Config
 from dsdistill.config.secrets import REDACTED, is_secret, places, redacted, shown, without
 from dsdistill.config.section import Section
 
+KEY_DEPTH = 32  # most levels of a dotted key
+EXPANDED = 2**24  # most characters and values that interpolations may come to
+_REFERENCE = re.compile(r"\$\{\s*([^${}:\s]+)\s*\}")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
 
 
@@ -35,6 +40,9 @@ def load(sources: Sequence[str]) -> Config:
         try:
             if _is_override(source):
                 key, value = source.split("=", 1)
+                check_yaml(value, source)
+                if key.count(".") + key.count("[") > KEY_DEPTH:
+                    raise UserError(source, "a key of too many levels", "a key of the config")
                 parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
                 OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
@@ -44,7 +52,14 @@ def load(sources: Sequence[str]) -> Config:
                 merged = OmegaConf.merge(merged, added)
         except UserError:
             raise
-        except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        except (
+            OmegaConfBaseException,
+            yaml.YAMLError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:
             form = "key=value" if _is_override(source) else "valid YAML"
             raise UserError(_shown(source), _first_line(error), f"{form} that fits what is there") from None
     settings = _plain(merged, origin)
@@ -96,8 +111,9 @@ def dump(config: Config) -> str:
 
 def _plain(settings, origin: str) -> dict:
     try:
+        _check_interpolations(OmegaConf.to_container(settings, resolve=False), origin)
         return OmegaConf.to_container(settings, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(origin, _first_line(error), "interpolations that resolve") from None
 
 
@@ -107,18 +123,61 @@ def _shown(source: str) -> str:
     return f"{key}={REDACTED}" if found and _is_override(source) and is_secret(key, value) else source
 
 
+def _check_interpolations(settings: dict, origin: str) -> None:
+    """Refuse interpolations that repeat each other until nothing could hold them."""
+    known: dict[tuple, int] = {}  # characters and values of each key's subtree, written out
+
+    def size(path: tuple) -> int:
+        if path not in known:
+            known[path] = 0  # those that lead back to themselves OmegaConf refuses
+            known[path] = found = measure(_at(settings, path), path)
+            if found > EXPANDED:
+                key = ".".join(map(str, path))
+                raise UserError(f"{origin}: {key}", f"interpolations of {found:.1e} characters", "fewer")
+        return known[path]
+
+    def measure(value: object, path: tuple) -> int:
+        if isinstance(value, dict | list):
+            keys = value if isinstance(value, dict) else range(len(value))
+            return 1 + sum(size((*path, key)) for key in keys)
+        if not isinstance(value, str):
+            return 1
+        return len(value) + sum(size(_target(name, path)) for name in _REFERENCE.findall(value))
+
+    size(())
+
+
+def _target(name: str, path: tuple) -> tuple:
+    """The keys that `${name}` at `path` leads through; leading dots start beside it, or further up."""
+    bare = name.lstrip(".")
+    dots = len(name) - len(bare)
+    keys = (int(key) if key.isdecimal() else key for key in re.split(r"[.\[\]]+", bare) if key)
+    return (*path[: max(0, len(path) - dots)], *keys) if dots else tuple(keys)
+
+
+def _at(settings: object, path: tuple) -> object:
+    """The value there, or None."""
+    for key in path:
+        if isinstance(settings, dict):
+            settings = settings.get(key, settings.get(str(key)))
+        elif isinstance(settings, list) and isinstance(key, int) and key < len(settings):
+            settings = settings[key]
+        else:
+            return None
+    return settings
+
+
 def _is_override(source: str) -> bool:
     return "=" in source and not os.path.exists(source)
 
 
 def _read(path: str):
-    if not os.path.isfile(path):
-        raise UserError(path, "no such file", "a YAML file")
     try:
-        with open(path, encoding="utf-8") as file:
-            settings = OmegaConf.load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, _first_line(error), "a readable UTF-8 file") from None
+        settings = OmegaConf.load(io.StringIO(read_yaml(path)))
+    except UserError:
+        raise
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, LookupError, TypeError, ValueError) as error:
+        raise UserError(path, _first_line(error), "valid YAML") from None
     if not OmegaConf.is_dict(settings):
         raise UserError(path, "a list or a single value", "a mapping of settings")
     return settings

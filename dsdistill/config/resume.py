@@ -16,6 +16,7 @@ _FREE = (
     "run.save_every",
     "run.keep",
     "run.timeout",
+    "data.max_file",
     "student.zero_stage",
     "train.micro_batch_size",
 )

@@ -3,8 +3,10 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
+from dsdistill.config.bounded import parse_size
+from dsdistill.config.errors import UserError
 from dsdistill.config.section import NonNegative, Positive, Section
 from dsdistill.config.terms import Task, Terms
 
@@ -17,6 +19,14 @@ SAVED = object()  # context of a validation without the rules between fields
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 Files = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, bool) or not (
+        parse_size(value) if isinstance(value, str) else isinstance(value, int) and value > 0
+    ):
+        raise UserError("data.max_file", repr(value)[:60], "a size such as 200GiB or 500MB, or bytes")
+    return value
 
 
 class Run(Section):
@@ -122,6 +132,14 @@ class Data(Section):
         "(English, parsed) or jieba (Chinese); the last two as installed",
     )
     cache: str = Field(default="runs/cache", description="folder for what is costly to make again")
+    max_file: Annotated[int | str, BeforeValidator(_size)] = Field(
+        default="200GiB",
+        description="largest data file, decompressed: a size such as 200GiB or 500MB, or bytes",
+    )
+
+    @property
+    def most_bytes(self) -> int:
+        return self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
 
 
 class Model(Section):

@@ -35,8 +35,7 @@ def shown(dotted: str, value: Any) -> str:
 
 def is_secret(dotted: str, value: Any) -> bool:
     """Return whether the dotted key alone, not what lies below it, makes `redacted` hide the value."""
-    settings = {dotted: value}
-    return redacted(settings)[dotted] != redacted(value)
+    return repr(redacted({dotted: value})[dotted]) != repr(redacted(value))  # as texts: NaN is unlike itself
 
 
 def without(settings: Any) -> Any:

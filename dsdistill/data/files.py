@@ -4,28 +4,50 @@ Text formats are read here and not through `datasets`, whose readers guess types
 missing value) and cannot name the line of an error.
 """
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import os
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from dsdistill.config.bounded import open_file
 from dsdistill.config.errors import UserError
+from dsdistill.data.arrow import read_parquet
 from dsdistill.data.table import Table
 
+LINE = 2**26  # bytes
+LIMIT = "data.max_file"
 
-def table(name: str, root: str | None) -> Table:
-    """The rows of a file; a relative name starts from root."""
+
+def table(name: str, root: str | None, wanted: Iterable[str], most: int) -> Table:
+    """The rows of a file of at most `most` bytes, decompressed; a relative name starts from root.
+
+    wanted: columns; formats that hold them one by one give no others.
+    """
     path = Path(root or "", name).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in READERS:
         raise UserError(str(path), f"extension {suffix!r}", f"{', '.join(READERS)} (.gz too)")
-    return READERS[suffix](str(path), _bytes(path))
+    try:
+        packed = gzip.open if path.name.endswith(".gz") else contextlib.nullcontext
+        with _open(path, most) as raw, packed(raw) as file:
+            if suffix == ".parquet":
+                return read_parquet(str(path), _seekable(str(path), file, most), wanted, most)
+            return READERS[suffix](str(path), _lines(str(path), file, most))
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            str(path), f"{type(error).__name__}: {error}", "a readable file, gzip where it ends in .gz"
+        ) from error
+    except MemoryError:
+        raise UserError(str(path), "more than this machine's memory holds", "a smaller file") from None
 
 
-def local_copy(root: str, name: str, split: str) -> Table:
+def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: int) -> Table:
     """A split of a hub data set from a folder that holds it as files: ROOT/NAME/{train,dev,test}.FORMAT.
 
     Columns are the hub's, or label, text_a and text_b. The hub's `validation` is `dev` there.
@@ -42,45 +64,63 @@ def local_copy(root: str, name: str, split: str) -> Table:
         raise UserError(
             f"data.root: {folder}", there, f"a file {stem}.FORMAT, {', '.join(READERS)} (.gz too)"
         )
-    return table(found, str(folder))
+    return table(found, str(folder), wanted, most)
 
 
-def _bytes(path: Path) -> bytes:
-    if not path.is_file():
+def _open(path: Path, most: int) -> BinaryIO:
+    if not path.exists() or path.is_dir():
         beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else None
         there = f"{path.parent} does not exist" if beside is None else f"{path.parent} has {beside[:12]}"
         raise UserError(str(path), "no such file", f"a file ({there})")
-    try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.name.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            str(path), f"{type(error).__name__}: {error}", "a readable file, gzip where it ends in .gz"
-        ) from error
+    return open_file(str(path), most, LIMIT)
 
 
-def _decode(place: str, data: bytes) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{place}, line {line}", f"byte 0x{data[error.start]:02x}", "UTF-8 text") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{place}, line {line}", "a NUL character", "text")
-    return text
+def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
+    """A file as it is, or what a gzipped one holds, which is unpacked no further than a parquet file could be."""
+    if not isinstance(file, gzip.GzipFile):
+        return file
+    whole = io.BytesIO(file.read(4))
+    if whole.getvalue() != b"PAR1":
+        raise UserError(place, f"{whole.getvalue()!r} at its start", "a parquet file")
+    whole.seek(0, os.SEEK_END)
+    while part := file.read(LINE):
+        if whole.tell() + len(part) > most:
+            raise UserError(place, f"more than {most:,} bytes decompressed", f"at most that ({LIMIT})")
+        whole.write(part)
+    whole.seek(0)
+    return whole
 
 
-def _tsv(place: str, data: bytes) -> Table:
+def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
+    """The lines of a text, each with its line feed; nothing beyond a bound is read or kept."""
+    size = number = 0
+    while line := file.readline(LINE + 1):
+        number += 1
+        size += len(line)
+        if len(line) > LINE:
+            raise UserError(f"{place}, line {number}", f"more than {LINE:,} bytes", "a shorter line")
+        if size > most:
+            raise UserError(place, f"more than {most:,} bytes decompressed", f"at most that ({LIMIT})")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            got = f"byte 0x{line[error.start]:02x}"
+            raise UserError(f"{place}, line {number}", got, "UTF-8 text") from error
+        if "\0" in text:
+            raise UserError(f"{place}, line {number}", "a NUL character", "text")
+        yield text.removeprefix("\ufeff") if number == 1 else text
+
+
+def _tsv(place: str, lines: Iterator[str]) -> Table:
     # csv.QUOTE_NONE in effect: a quote is a plain character, and no field holds a tab or a line break.
-    lines = _decode(place, data).split("\n")
-    rows = [(i, line.removesuffix("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip("\r")]
-    return _with_header(place, rows)
+    found = ((i, line.removesuffix("\n").removesuffix("\r")) for i, line in enumerate(lines, 1))
+    return _with_header(place, [(i, line.split("\t")) for i, line in found if line.strip("\r")])
 
 
-def _csv(place: str, data: bytes) -> Table:
-    csv.field_size_limit(len(data) + 1)  # it would refuse a field above 131,072 characters
-    reader = csv.reader(io.StringIO(_decode(place, data), newline=""), strict=True)
+def _csv(place: str, lines: Iterator[str]) -> Table:
+    csv.field_size_limit(LINE)  # it would refuse a field above 131,072 characters
+    # A carriage return by itself ends a line too.
+    reader = csv.reader((part for line in lines for part in io.StringIO(line, newline="")), strict=True)
     rows = []
     try:
         for row in reader:
@@ -106,9 +146,9 @@ def _with_header(place: str, rows: list[tuple[int, list[str]]]) -> Table:
     return Table(place, columns, [line for line, _ in rows])
 
 
-def _jsonl(place: str, data: bytes) -> Table:
+def _jsonl(place: str, lines: Iterator[str]) -> Table:
     rows: list[tuple[int, dict[str, Any]]] = []
-    for i, line in enumerate(_decode(place, data).split("\n"), 1):
+    for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -135,23 +175,11 @@ def _half_character(line: str, row: dict) -> str | None:
     return None
 
 
-def _parquet(place: str, data: bytes) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    from dsdistill.data.hub import from_arrow
-
-    try:
-        return from_arrow(place, pyarrow.parquet.read_table(pyarrow.BufferReader(data)))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the second: a text that is no UTF-8
-        raise UserError(place, f"{error}", "a parquet file") from error
-
-
-def _txt(place: str, data: bytes) -> Table:
-    text = _decode(place, data)
+def _txt(place: str, lines: Iterator[str]) -> Table:
+    text = "".join(lines)
     if not text.strip():
         raise UserError(place, "an empty file", "some text")
     return Table(place, {"text": [text]}, [1], plain=True)
 
 
-READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}
+READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": read_parquet, ".txt": _txt}

@@ -1,16 +1,14 @@
 """Data sets of the Hugging Face hub, through `datasets`."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from dsdistill.config.errors import UserError
+from dsdistill.data.arrow import from_arrow
 from dsdistill.data.table import Table
 
-if TYPE_CHECKING:
-    import pyarrow
 
-
-def table(name: str, subset: str | None, split: str, cache: str) -> Table:
-    """One split of a hub data set, downloaded once into the cache folder."""
+def table(name: str, subset: str | None, split: str, cache: str, wanted: Iterable[str]) -> Table:
+    """The wanted columns of one split of a hub data set, downloaded once into the cache folder."""
     import datasets
 
     called = f"load_dataset({name!r}, {subset!r}, split={split!r})"
@@ -20,18 +18,7 @@ def table(name: str, subset: str | None, split: str, cache: str) -> Table:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = f"docstrings, files, or a data set that the hub or {cache}/hub has ({called} was tried)"
         raise UserError("data.source", f"{name}: {reason}", expected) from error
-    return _from_dataset(f"{name} {split}", dataset)
-
-
-def from_arrow(place: str, arrow: "pyarrow.Table") -> Table:
-    """A parquet file's table; `datasets` leaves class names in its metadata."""
-    import datasets
-
-    return _from_dataset(place, datasets.Dataset(datasets.table.InMemoryTable(arrow)))
-
-
-def _from_dataset(place: str, dataset) -> Table:
-    from datasets import ClassLabel
-
-    classes = {name: list(f.names) for name, f in dataset.features.items() if isinstance(f, ClassLabel)}
-    return Table(place, dataset[:], range(1, len(dataset) + 1), "row", classes)
+    features = dataset.features.items()
+    classes = {key: list(f.names) for key, f in features if isinstance(f, datasets.ClassLabel)}
+    # As Arrow holds them: the library's own decoding would open the images that other columns name.
+    return from_arrow(f"{name} {split}", dataset.with_format("arrow")[:], wanted, classes)

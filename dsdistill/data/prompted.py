@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from dsdistill.config.errors import UserError
+from dsdistill.data.encode import encode
 from dsdistill.data.examples import Examples, Rows
 from dsdistill.data.spans import pack, token_spans
 
@@ -38,7 +39,14 @@ def tokenize_prompted(rows: Rows, tokenizer: Any, max_length: int, find: Callabl
     for at in range(0, len(rows), AT_ONCE):
         columns = (list(column) for column in zip(*rows.texts[at : at + AT_ONCE], strict=True))
         encoded = [
-            tokenizer(column, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            encode(
+                tokenizer,
+                rows.place,
+                column,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+            )
             for column in columns
         ]
         for i, (prompt, response) in enumerate(zip(*(of["input_ids"] for of in encoded), strict=True)):

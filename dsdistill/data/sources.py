@@ -98,12 +98,16 @@ def _table(section: Section, split: str, task: str) -> Table:
                 "data.source", "docstrings for task regression", "a source whose labels are numbers"
             )
         return docstrings.table(split, section.cache)
+    wanted = dict.fromkeys([*section.text, "text_a", "text_b", "id"])
+    if task not in LANGUAGE:
+        wanted[section.label] = None
     if section.source == "files":
-        table = files.table(split, section.root)
+        table = files.table(split, section.root, wanted, section.most_bytes)
     elif section.root is not None:
-        table = files.local_copy(section.root, section.subset or section.source.rpartition("/")[2], split)
+        name = section.subset or section.source.rpartition("/")[2]
+        table = files.local_copy(section.root, name, split, wanted, section.most_bytes)
     else:
-        table = hub.table(section.source, section.subset, split, section.cache)
+        table = hub.table(section.source, section.subset, split, section.cache, wanted)
     return _lines(table) if table.plain and task == "masked_lm" else table
 
 

@@ -24,6 +24,7 @@ class Table:
     unit: str = "line"  # what `lines` counts
     classes: dict[str, list[str]] | None = None  # class names of columns that hold their indices
     plain: bool = False  # a text file: the only column is `text` and the only row all of it
+    others: tuple[str, ...] = ()  # names of columns that nobody wants and that were not read
 
     def __post_init__(self):
         if not self.lines:
@@ -37,12 +38,13 @@ class Table:
 
     def column(self, name: str) -> list[Any]:
         if name not in self.columns:
-            near = sorted(self.columns, key=lambda known: -_likeness(name, known))[:SHOWN]
+            known = [*self.columns, *self.others]
+            near = sorted(known, key=lambda column: -_likeness(name, column))[:SHOWN]
             raise UserError(
                 self.place,
                 f"no column {name!r}",
                 f"one of its columns: {', '.join(near)}"
-                + (f" (nearest of {len(self.columns)})" if len(near) < len(self.columns) else ""),
+                + (f" (nearest of {len(known)})" if len(near) < len(known) else ""),
             )
         return self.columns[name]
 

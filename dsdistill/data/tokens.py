@@ -11,6 +11,7 @@ import torch
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
+from dsdistill.data.encode import encode
 from dsdistill.data.examples import Data, Examples, Rows
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.prompted import tokenize_prompted
@@ -84,7 +85,14 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
     found = [find(texts, rows.ids) for texts in zip(*rows.texts, strict=True)] if find else []
     for start in range(0, len(rows), AT_ONCE):
         columns = [list(column) for column in zip(*rows.texts[start : start + AT_ONCE], strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+        encoded = encode(
+            tokenizer,
+            rows.place,
+            *columns,
+            truncation=True,
+            max_length=max_length,
+            return_attention_mask=False,
+        )
         tokens += encoded["input_ids"]
         token_types += encoded.get("token_type_ids", ())
         if find:
@@ -123,7 +131,9 @@ def _pack(rows: Rows, tokenizer: Any, max_length: int, find: Find | None) -> Exa
     documents, offsets, count = [], [], 0
     for start in range(0, len(rows), AT_ONCE):
         texts = ["\n".join(texts) for texts in rows.texts[start : start + AT_ONCE]]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = encode(
+            tokenizer, rows.place, texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
         for i, ids in enumerate(encoded["input_ids"]):
             separated = bool(documents) and between is not None
             if separated:

@@ -5,7 +5,7 @@ import os
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dsdistill import config as configs
 from dsdistill import disk
@@ -14,7 +14,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.disk import check_writable
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
-from dsdistill.models.build import build
+from dsdistill.models.build import architecture, build
 from dsdistill.models.domain import FUSION, STUDENT
 
 log = logging.getLogger("dsdistill")
@@ -42,7 +42,7 @@ def find_checkpoint(path: str) -> str:
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The student of a checkpoint, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
     model = build(
-        AutoConfig.from_pretrained(os.path.join(run, INIT), trust_remote_code=False),
+        architecture(os.path.join(run, INIT), None, "student"),
         None,
         config.task,
         "student",

@@ -6,7 +6,6 @@ come from the models' `config:` where their files are not at hand; data, tokeniz
 
 import dataclasses
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import PretrainedConfig
 
 from dsdistill import disk
 from dsdistill.config import Config, UserError
+from dsdistill.config.bounded import GIB, MIB, parse_size
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.engine import deepspeed, zero
 from dsdistill.engine.prepare import (
@@ -31,12 +31,10 @@ from dsdistill.models.build import architecture, build, for_task, override
 
 log = logging.getLogger("dsdistill")
 
-MIB, GIB = 2**20, 2**30
 # CUDA's context and libraries, NCCL's buffers and what the caching allocator cannot reuse: a guess, not measured.
 RESERVE = 2 * GIB
 REHEARSED = 32768
 LOADING = "loading"
-UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,9 @@ class Plan:
 
 def parse_memory(text: str) -> int:
     """Bytes of a text such as 80GiB."""
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", text.strip())
-    if found is None:
+    if (found := parse_size(text)) is None:
         raise UserError("--gpu-memory", repr(text), "a size such as 80GiB or 40000MiB")
-    return int(float(found[1]) * UNITS[found[2]])
+    return found
 
 
 class Forecast:

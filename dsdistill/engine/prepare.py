@@ -34,6 +34,7 @@ from dsdistill.models.build import (
     override,
 )
 from dsdistill.models.probe import probe, rotates_queries
+from dsdistill.models.tokenizer import check_vocabulary, entries
 from dsdistill.models.trace import Geometry
 from dsdistill.models.weights import check_weights
 
@@ -113,7 +114,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for model in (student, teacher):
         if model is not None:
             for_task(model, config.task, data.labels, tokenizer.pad_token_id)
-    pair = make_pair(config, student, teacher, len(tokenizer))
+    pair = make_pair(config, student, teacher, entries(tokenizer))
     evaluation = Terms(
         task=Task(),
         soft_label=SoftLabel(temperature=1.0) if judged and config.task in LANGUAGE else None,
@@ -148,7 +149,7 @@ def _contrast(config: Config, tokenizer: PreTrainedTokenizerBase) -> Contrast | 
     models = (
         Bigrams(
             tokenize(read_texts(config.data, files), tokenizer, config.data.max_length, "masked_lm"),
-            len(tokenizer),
+            entries(tokenizer),
         )
         for files in (config.data.domain, config.data.general)
     )
@@ -320,12 +321,7 @@ def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBa
 def _check_sizes(
     config: Config, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str
 ) -> None:
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(
-            f"{place}.config.vocab_size",
-            model.vocab_size,
-            f"at least the tokenizer's {len(tokenizer)} entries",
-        )
+    check_vocabulary(tokenizer, model, place)
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None:
         usable = positions

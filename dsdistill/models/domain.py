@@ -12,8 +12,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from dsdistill.config import UserError
+from dsdistill.models.build import architecture
 from dsdistill.models.capture import layer_list
 from dsdistill.models.trace import DomainTrace, Trace
 
@@ -140,8 +142,14 @@ def load_exported(folder: str) -> PreTrainedModel:
     that from_pretrained takes.
     """
     path = os.path.join(folder, STUDENT)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    model = getattr(transformers, config.architectures[0]).from_pretrained(path, use_safetensors=True)
+    config = architecture(path, None, folder)
+    name = str((config.architectures or [None])[0])
+    kind = getattr(transformers, name, None)
+    if not (
+        isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config)
+    ):
+        raise UserError(path, f"architecture {name!r}", f"a model of type {config.model_type}")
+    model = kind.from_pretrained(path, config=config, use_safetensors=True)
     weights = load_file(os.path.join(folder, FUSION))
     width, student_width = weights["predictor.2.weight"].shape
     fusion = DomainFusion(width, student_width, student_width, ())

@@ -7,6 +7,7 @@ captured tensors do not tell the whole story.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import Headless, auto_class
+from dsdistill.models.build import Headless, auto_class, skeleton
 from dsdistill.models.capture import ATTENTION, Capture, attention_trace, final_norm, layer_list
 from dsdistill.models.trace import Geometry
 
@@ -25,6 +26,8 @@ _RECOMPUTED = "dsdistill_recomputed"
 _LENGTH = 12  # tokens of the probe's sequence; longer than its windows
 _WINDOW = 8
 _PADDING = 3  # tokens at the end of its first row
+
+LARGEST = 2**33  # values of the small copy
 
 _EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
 
@@ -61,9 +64,11 @@ def probe(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
-            model = (
-                auto_class(task).from_config(_small_copy(config), attn_implementation="eager").float().eval()
+            _check_size(_small_copy(config), task, place)
+            model = auto_class(task).from_config(
+                _small_copy(config), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
             )
+            model = model.float().eval()
             _sharpen(model)
             if task in LANGUAGE:
                 _probe_language(model, place, causal=task == "causal_lm")
@@ -84,6 +89,24 @@ def probe(
                 f"model type {name} ({reason[:100]})",
                 f"an encoder or decoder of transformers for {task}",
             ) from error
+
+
+def _check_size(small: PretrainedConfig, task: str, place: str) -> None:
+    """Refuse a small copy that no memory holds, before any is taken: what it keeps may be beyond all models."""
+    sizes = sorted(value for value in _numbers(small.to_dict()) if value < 2**40)
+    if not sizes[1:] or sizes[-1] * sizes[-2] <= LARGEST // 8:
+        return
+    size = sum(parameter.numel() for parameter in skeleton(small, task, place).parameters())
+    if size > LARGEST:
+        raise UserError(place, f"a model of {size:,} values in two layers", f"at most {LARGEST:,}")
+
+
+def _numbers(value: object) -> Iterator[int]:
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
+    elif isinstance(value, int):
+        yield value
 
 
 def rotates_queries(config: PretrainedConfig, task: str) -> bool:

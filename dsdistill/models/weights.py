@@ -1,17 +1,20 @@
 """Weight files, looked at before anything is loaded from them."""
 
-import json
 import os
+import re
 
-import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from dsdistill.config import UserError
+from dsdistill.config.bounded import MIB, read_json
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import auto_class, locate
+from dsdistill.models.build import locate, skeleton
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX_BYTES = 256 * MIB
+# What several ranks saved each a part of; the library takes such files before all others.
+_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 
 
 def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> None:
@@ -31,8 +34,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
             raise UserError(
                 f"{place}.path", f"{path} with {name} ({error})", "weights that are whole"
             ) from None
-    with torch.device("meta"):
-        ours = auto_class(task).from_config(model)
+    ours = skeleton(model, task, place)
     prefix = f"{ours.base_model_prefix}."
     for name, value in ours.state_dict().items():
         if task not in LANGUAGE and not name.startswith(prefix):
@@ -48,16 +50,29 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
 
 def _files(folder: str, place: str) -> list[str]:
     """The names of the safetensors files that hold a folder's weights."""
+    if shards := [name for name in os.listdir(folder) if _SHARD.match(name)]:
+        raise UserError(place, f"{folder} with {min(shards)}, a checkpoint's shard", SINGLE)
     if os.path.isfile(os.path.join(folder, SINGLE)):
         return [SINGLE]
-    try:
-        with open(os.path.join(folder, INDEX), encoding="utf-8") as file:
-            return sorted(set(json.load(file)["weight_map"].values()))
-    except FileNotFoundError:
+    if not os.path.lexists(path := os.path.join(folder, INDEX)):
         there = sorted(name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth", ".h5")))
         kept = f"{folder} with {', '.join(there)} alone" if there else f"{folder} without weights"
-        raise UserError(place, kept, f"{SINGLE}: files that can hold code are not opened") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            place, f"{INDEX} ({type(error).__name__}: {error})", "a list of weight files"
-        ) from None
+        raise UserError(place, kept, f"{SINGLE}: files that can hold code are not opened")
+    try:
+        names = read_json(path, INDEX_BYTES).get("weight_map")
+    except UserError as error:
+        raise UserError(place, f"{folder} ({error})", "a list of weight files") from None
+    if not isinstance(names, dict) or not names:
+        raise UserError(place, f"{INDEX} without a weight_map", "a list of weight files")
+    for name in names.values():
+        if not isinstance(name, str) or not _beside(folder, name):
+            raise UserError(place, f"{INDEX}, which names {name!r}", "safetensors files beside it")
+    return sorted(set(names.values()))
+
+
+def _beside(folder: str, name: str) -> bool:
+    """Whether a name is that of a safetensors file in the folder, or of the hub's cache, whose folders hold links."""
+    home, real = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name.replace("\0", "")))
+    blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
+    plain = name == os.path.basename(name) and name.endswith(".safetensors") and "\0" not in name
+    return plain and os.path.dirname(real) in (home, blobs)

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from dsdistill.config import UserError, load
+from dsdistill.config.bounded import read_yaml
 from dsdistill.config.resume import check_same
 from dsdistill.report.summary import TITLES, detail
 
@@ -25,9 +26,10 @@ def read_plan(path: str) -> tuple[list[int], dict[str, list[str]]]:
     The file: `seeds: [0, 1, 2]` and `methods: {NAME: [FILE or KEY=VALUE, ...], ...}`, files as `train` takes them.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            plan = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        plan = yaml.safe_load(read_yaml(path))
+    except UserError:
+        raise
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(path, str(error).split("\n")[0], "a readable YAML file") from None
     known = {"seeds", "methods"}
     if not isinstance(plan, dict) or set(plan) != known:

@@ -1,0 +1,126 @@
+"""What others wrote, read with bounds: no file is read that is too large, blocks or grows, and no YAML that expands."""
+
+import json
+import os
+import re
+import stat
+from typing import Any, BinaryIO
+
+import yaml
+
+from dsdistill.config.errors import UserError
+
+MIB, GIB = 2**20, 2**30
+UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
+
+# Of YAML: bytes of a file, levels, nodes with what aliases repeat, characters of an unquoted number, and
+# interpolations in one text.
+YAML_BYTES, YAML_DEPTH, YAML_NODES, YAML_DIGITS, YAML_REFERENCES = 4 * MIB, 64, 10_000, 1000, 100
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a text such as 80GiB; None where it is no size."""
+    found = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)\s*({'|'.join(UNITS)})", text.strip())
+    return None if found is None else int(float(found[1]) * UNITS[found[2]])
+
+
+def open_file(path: str, most: int, limit: str) -> BinaryIO:
+    """Open a regular file of at most `most` bytes; `limit` names that bound in messages.
+
+    Raises UserError for a folder, a pipe, a device or a larger file, and OSError as `open` does. It never blocks.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+        return file
+    file.close()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(path, "a pipe, a device or a folder", "a regular file")
+    raise UserError(path, f"a file of {found.st_size:,} bytes", f"at most {most:,} ({limit})")
+
+
+def read_bytes(path: str, most: int, limit: str = "the largest that is read") -> bytes:
+    """The content of a regular file, whose size may be told wrongly (/proc), as `open_file` takes it."""
+    with open_file(path, most, limit) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(path, f"a file of more than {most:,} bytes", f"at most {most:,} ({limit})")
+    return content
+
+
+def read_json(path: str, most: int) -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes.
+
+    Raises UserError for one that cannot be read, is no JSON or no object.
+    """
+    try:
+        found = json.loads(read_bytes(path, most).decode("utf-8"))
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(path, f"{type(error).__name__}: {error}", "a readable file of JSON") from None
+    if not isinstance(found, dict):
+        raise UserError(path, f"a {type(found).__name__}", "one JSON object")
+    return found
+
+
+def read_yaml(path: str) -> str:
+    """The text of a YAML file that `check_yaml` accepts.
+
+    Raises UserError for a file that cannot be read or is not UTF-8, and yaml.YAMLError for what is no YAML.
+    """
+    if not os.path.exists(path) or os.path.isdir(path):
+        raise UserError(path, "no such file", "a YAML file")
+    try:
+        text = read_bytes(path, YAML_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, str(error), "a readable UTF-8 file") from None
+    check_yaml(text, path)
+    return text
+
+
+def check_yaml(text: str, place: str) -> None:
+    """Refuse YAML that is too deep or too large once its aliases are written out, before anything is built of it."""
+    nodes, open_nodes = 0, []  # of each open list or mapping: its anchor and how many nodes came before it
+    known: dict[str, tuple[int, int]] = {}  # of each anchor: nodes and levels
+    deepest: list[int] = []  # levels below each open list or mapping
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        size, levels = 1, 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, nodes))
+            deepest.append(0)
+            nodes += 1
+            if len(open_nodes) > YAML_DEPTH:
+                raise UserError(
+                    place, f"YAML of more than {YAML_DEPTH} levels", "settings that are less deep"
+                )
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            size, levels, nodes = nodes - before, deepest.pop() + 1, before
+        elif isinstance(event, yaml.AliasEvent):
+            anchor = None
+            size, levels = known.get(event.anchor, (1, 0))
+            if any(event.anchor == name for name, _ in open_nodes):
+                raise UserError(place, f"*{event.anchor}, an alias of itself", "settings that end")
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor = event.anchor
+            if (
+                event.style not in tuple("'\"|>")
+                and len(event.value) > YAML_DIGITS
+                and event.value[0] in "+-.0123456789"
+            ):
+                raise UserError(place, f"a number of {len(event.value):,} characters", "a shorter one")
+            if event.value.count("${") > YAML_REFERENCES:
+                raise UserError(place, f"a text of more than {YAML_REFERENCES} interpolations", "fewer")
+        else:
+            continue
+        if anchor is not None:
+            known[anchor] = size, levels
+        nodes += size
+        if deepest:
+            deepest[-1] = max(deepest[-1], levels)
+        if nodes > YAML_NODES:
+            raise UserError(place, f"YAML of more than {YAML_NODES:,} values", "fewer")
+        if len(open_nodes) + levels > YAML_DEPTH:
+            raise UserError(place, f"YAML of more than {YAML_DEPTH} levels", "settings that are less deep")

@@ -1,0 +1,163 @@
+"""Parquet files and hub sets as tables, through Arrow alone: the wanted columns are read, no other is decoded.
+
+`datasets` would fetch or open what an image or audio column names, whether a run reads that column or not.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.table import Table
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ROWS = 1024  # rows decoded at once
+VALUE = 2**26  # bytes of one text, as of a line in a text file
+MOST_CLASSES = 2**20
+
+
+def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -> Table:
+    """The wanted columns of a parquet file that come to at most `most` bytes decoded."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        schema, footer = parquet.schema_arrow, parquet.metadata
+        names = _readable(place, schema, wanted)
+        if footer.num_rows > most:
+            raise UserError(place, f"{footer.num_rows:,} rows", f"at most {most:,} bytes (data.max_file)")
+        heads = {column.split(".")[0] for column in names}
+        told = sum(
+            chunk.total_uncompressed_size
+            for group in map(footer.row_group, range(footer.num_row_groups))
+            for chunk in map(group.column, range(group.num_columns))
+            if chunk.path_in_schema.split(".")[0] in heads
+        )
+        _bound(place, told, most)
+        batches = parquet.iter_batches(batch_size=ROWS, columns=names, use_threads=False)
+        return _table(
+            place, schema, names, batches, footer.num_rows, most, _declared(place, schema.metadata, names)
+        )
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        # OSError: pages that are not what the footer says; UnicodeDecodeError: a text that is no UTF-8
+        raise UserError(place, f"{error}", "a parquet file") from error
+
+
+def from_arrow(
+    place: str, table: "pyarrow.Table", wanted: Iterable[str], classes: dict[str, list[str]]
+) -> Table:
+    """The wanted columns of an Arrow table; classes: names of the classes of columns that hold their indices."""
+    names = _readable(place, table.schema, wanted)
+    batches = table.select(names).to_batches(max_chunksize=ROWS)
+    declared = {name: found for name, found in classes.items() if name in names}
+    return _table(place, table.schema, names, batches, table.num_rows, None, declared)
+
+
+def _readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> list[str]:
+    """Those of the wanted columns that are there; UserError for one that holds neither texts nor numbers."""
+    from pyarrow import types
+
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(place, "a column twice", "each name once")
+    found = []
+    for name in dict.fromkeys(wanted):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        inner = kind.value_type if types.is_dictionary(kind) else kind
+        simple = (
+            types.is_string(inner)
+            or types.is_large_string(inner)
+            or types.is_string_view(inner)
+            or types.is_integer(inner)
+            or types.is_floating(inner)
+            or types.is_decimal(inner)
+            or types.is_boolean(inner)
+            or types.is_null(inner)
+        )
+        if simple:
+            found.append(name)
+        elif name != "id":  # rows without it are told apart by their positions
+            raise UserError(place, f"column {name!r} of type {kind}", "texts or numbers")
+    return found
+
+
+def _table(
+    place: str,
+    schema: "pyarrow.Schema",
+    names: list[str],
+    batches: Iterable["pyarrow.RecordBatch"],
+    rows: int,
+    most: int | None,
+    classes: dict[str, list[str]],
+) -> Table:
+    import pyarrow.compute
+
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    size = count = 0
+    for batch in batches:
+        size += batch.nbytes + 8 * batch.num_rows * len(names)  # of nulls Arrow keeps next to nothing
+        if most is not None:
+            _bound(place, size, most)
+        for name in names:
+            column = batch.column(name)
+            if isinstance(column, pyarrow.DictionaryArray):
+                column = column.dictionary_decode()
+            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                longest = pyarrow.compute.max(pyarrow.compute.binary_length(column)).as_py() or 0
+                if longest > VALUE:
+                    raise UserError(
+                        f"{place}, column {name}", f"a text of {longest:,} bytes", f"at most {VALUE:,}"
+                    )
+            columns[name].extend(column.to_pylist())
+        count += batch.num_rows
+    others = tuple(name for name in schema.names if name not in columns)
+    return Table(place, columns, range(1, (count if names else rows) + 1), "row", classes, others=others)
+
+
+def _bound(place: str, size: int, most: int) -> None:
+    if size > most:
+        raise UserError(place, f"{size:,} bytes once decompressed", f"at most {most:,} (data.max_file)")
+
+
+def _declared(place: str, metadata: dict[bytes, bytes] | None, names: list[str]) -> dict[str, list[str]]:
+    """The names of classes that `datasets` left for the columns, in the `huggingface` entry of a file's metadata."""
+    text = (metadata or {}).get(b"huggingface")
+    if text is None:
+        return {}
+    place = f"{place}, metadata huggingface"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(place, f"{type(error).__name__}: {error}", "JSON") from None
+    for key in ("info", "features"):
+        found = found.get(key) if isinstance(found, dict) else found
+        if found is None:
+            return {}
+    if not isinstance(found, dict):
+        raise UserError(place, f"a {type(found).__name__} as features", "a mapping of columns")
+    classes = {}
+    for name in names:
+        feature = found.get(name)
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            classes[name] = _class_names(f"{place}, {name}", feature)
+    return classes
+
+
+def _class_names(place: str, feature: dict[str, Any]) -> list[str]:
+    names, count = feature.get("names"), feature.get("num_classes")
+    whole = isinstance(count, int) and not isinstance(count, bool) and 0 < count <= MOST_CLASSES
+    if count is not None and not whole:
+        raise UserError(place, f"num_classes {count!r}", f"a whole number up to {MOST_CLASSES:,}")
+    if names is None and whole:
+        return [str(index) for index in range(count)]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(place, f"class names {names!r}", "a list of texts")
+    if len(set(names)) < len(names):
+        raise UserError(place, f"class names {names!r}", "each name once")
+    if whole and count != len(names):
+        raise UserError(place, f"{len(names)} class names for {count} classes", "one name a class")
+    return names

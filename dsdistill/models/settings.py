@@ -1,0 +1,202 @@
+"""What a config.json or a `config:` may say, looked at before the library builds anything of it.
+
+A config.json comes with a model from others. The library would take from it code to fetch and run, other files to
+read, and sizes that nothing ends for.
+"""
+
+import inspect
+import os
+import re
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.utils import cached_file
+
+from dsdistill.config import UserError
+from dsdistill.config.bounded import MIB, read_json
+
+CONFIG, ADAPTER, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
+CONFIG_BYTES = 16 * MIB
+DEPTH = 16  # most levels of a config.json
+
+# Settings that are refused, and what is expected in their place.
+_REFUSED = {
+    "quantization_config": "weights in full precision",
+    "compression_config": "weights in full precision",
+    "transformers_weights": "weights in model.safetensors",
+    "configuration_files": "one config.json",
+    "fusion_config": "a model as its architecture has it",
+    "distributed_config": "no settings of devices",
+    "kernel_config": "no kernels of others",
+    "use_kernels": "no kernels of others",
+    "attribute_map": "the library's own names",
+    "sub_configs": "the library's own parts",
+    "sub_configs_defaults": "the library's own parts",
+}
+# Settings of how the library computes, which are dsdistill's to choose: a config.json may have them to no effect.
+_OURS = ("attn_implementation", "experts_implementation", "_attn_implementation", "_experts_implementation")
+# What the library reads of an object's own attributes, where its class's are meant.
+_OF_THE_CLASS = (
+    "auto_map",
+    "base_model_tp_plan",
+    "base_model_pp_plan",
+    "base_model_ep_plan",
+    "base_model_fsdp_plan",
+)
+
+# Names that every family has under these or by its attribute_map; where they are given they are 1 or more.
+_POSITIVE = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+# By the end of a setting's name: the least and the largest that it may be, and what it counts.
+_LIMITS = (
+    (re.compile(r"vocab_size$|vocab_size_|vocabulary"), 0, 2**24, "entries"),
+    (
+        re.compile(r"window|chunk|positions?$|position_embeddings$|n_ctx$|seq_len|_length$"),
+        -1,
+        2**24,
+        "tokens",
+    ),
+    (re.compile(r"num_labels$"), 0, 2**20, "classes"),
+    (re.compile(r"experts?($|_)"), 0, 2**16, "experts"),
+    (re.compile(r"(layers?|blocks|groups?|group_num|stages|depth)$"), 0, 1024, "layers"),
+    (
+        re.compile(r"(size|dims?|rank|width|inner|embd|model|_ff|_kv|units|channels|state|kernel)$"),
+        0,
+        2**20,
+        "features",
+    ),
+    (re.compile(r"heads?($|_)"), 0, 4096, "heads"),
+)
+
+
+def read_settings(folder: str) -> dict[str, Any]:
+    """The settings in a model folder's config.json.
+
+    Raises UserError where it cannot be read, where the folder holds an adapter in place of a model, or where a file
+    beside it that the library reads cannot be.
+    """
+    if os.path.lexists(os.path.join(folder, ADAPTER)):
+        raise UserError(ADAPTER, "an adapter", "a whole model: merge the two first")
+    if os.path.lexists(path := os.path.join(folder, GENERATION)):
+        read_json(path, CONFIG_BYTES)
+    return read_json(os.path.join(folder, CONFIG), CONFIG_BYTES)
+
+
+def find(source: str, name: str) -> str | None:
+    """Where a file of a folder or hub id lies, if it has it."""
+    if os.path.isdir(source):
+        path = os.path.join(source, name)
+        return path if os.path.exists(path) else None
+    return cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) -> None:
+    """Raise UserError for a setting that reaches for files or code, and for sizes beyond all models.
+
+    place: what holds the settings, for messages; ours: they are from a `config:`, where settings that dsdistill
+    chooses itself are refused too.
+    """
+    kind = settings.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    for key in settings:
+        made = inspect.getattr_static(CONFIG_MAPPING[kind] if known else PretrainedConfig, str(key), None)
+        if (
+            str(key).startswith("__")
+            or inspect.isroutine(made)
+            or isinstance(made, classmethod | staticmethod)
+        ):
+            raise UserError(f"{place}.{key}", "the name of a part of the library's code", "a setting")
+    _check(settings, CONFIG_MAPPING[kind].attribute_map if known else {}, place, ours, 0)
+
+
+def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bool, depth: int) -> None:
+    if depth > DEPTH:
+        raise UserError(place, f"settings of more than {DEPTH} levels", "fewer")
+    names = {alias: name for name, alias in usual.items()}  # n_layer is num_hidden_layers
+    for key, value in settings.items():
+        where = f"{place}.{key}"
+        if key in _REFUSED and value not in (None, False, {}, []):
+            raise UserError(where, repr(value), _REFUSED[key])
+        if ours and key in _OURS and value is not None:
+            raise UserError(where, repr(value), "no such setting: dsdistill's own is used")
+        if key in ("dtype", "torch_dtype") and not _is_dtype(value):
+            raise UserError(where, repr(value), "a floating-point type such as float32")
+        _check_size(names.get(key, str(key)), value, where)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                _check(part, {}, where, ours, depth + 1)
+
+
+def _is_dtype(value: Any) -> bool:
+    if value is None or isinstance(value, torch.dtype):
+        return True
+    found = getattr(torch, value, None) if isinstance(value, str) else None
+    return isinstance(found, torch.dtype) and found.is_floating_point
+
+
+def _check_size(name: str, value: Any, where: str) -> None:
+    positive = name in _POSITIVE
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if positive and isinstance(value, bool | float):
+        raise UserError(where, repr(value), "a whole number")
+    limits = next((limits for limits in _LIMITS if limits[0].search(name)), None)
+    if limits is None:
+        if whole and abs(value) >= 2**63:
+            raise UserError(where, repr(value), "a number of 64 bits")
+        return
+    _, least, most, what = limits
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int) or isinstance(number, bool):
+            continue
+        if not max(least, int(positive)) <= number <= most:
+            raise UserError(where, repr(number), f"{max(least, int(positive))} to {most:,} {what}")
+
+
+def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -> None:
+    """Raise UserError for an architecture without a size that every part of a run asks for, or of sizes at odds."""
+    for name in needed:
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(place, f"model type {config.model_type}, which has no {name}", "a model of texts")
+        _check_size(name, value, f"{place}.config.{name}")
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if isinstance(groups, int) and (groups < 1 or heads % groups):
+        expected = f"a number that divides the {heads} heads"
+        raise UserError(f"{place}.config.num_key_value_heads", groups, expected)
+    if not (getattr(config, "head_dim", None) or config.hidden_size // heads):
+        got = f"{heads} heads for a width of {config.hidden_size}"
+        raise UserError(f"{place}.config.num_attention_heads", got, "a feature a head at least")
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and not isinstance(padding, int):
+        raise UserError(f"{place}.config.pad_token_id", padding, "one token")
+
+
+def make_ours(config: PretrainedConfig) -> PretrainedConfig:
+    """The config without what it says of code to run: the library would fetch the kernels that it names."""
+    for part in _parts(config):
+        part._attn_implementation = part._experts_implementation = None
+        for name in _OF_THE_CLASS:
+            part.__dict__.pop(name, None)
+    return config
+
+
+def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
+    inner = (getattr(config, name, None) for name in config.sub_configs)
+    return [
+        config,
+        *(part for found in inner if isinstance(found, PretrainedConfig) for part in _parts(found)),
+    ]

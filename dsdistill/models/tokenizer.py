@@ -1,0 +1,103 @@
+"""Tokenizers, which are tried in a process of their own before this one loads them."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dsdistill.config import UserError
+from dsdistill.config.bounded import MIB, open_file, read_json
+from dsdistill.models.settings import find
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_BYTES = 512 * MIB
+ENTRIES = 2**24  # most ids
+PATIENCE = 120  # seconds of the trial, whose own limit counts computing alone
+# Files that the library reads as text beside these, where a folder has them.
+_READ = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+
+
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id that a tokenizer gives: vocabularies have holes, and frames may have other ids."""
+    vocabulary = max(tokenizer.get_vocab().values(), default=-1)
+    frames = [*tokenizer("")["input_ids"], *tokenizer("", "")["input_ids"], *tokenizer.all_special_ids]
+    return 1 + max([vocabulary, *(token for token in frames if token is not None)])
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, place: str) -> None:
+    """Raise UserError for a tokenizer that gives ids or token types for which the model has no embedding."""
+    if (count := entries(tokenizer)) > model.vocab_size:
+        expected = f"at least the tokenizer's {count} entries"
+        raise UserError(f"{place}.config.vocab_size", model.vocab_size, expected)
+    types = getattr(model, "type_vocab_size", None)
+    found = 1 + max(tokenizer("a", "a").get("token_type_ids", ()), default=0)
+    if isinstance(types, int) and 0 < types < found:
+        raise UserError(
+            f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {found} token types"
+        )
+
+
+def check_tokenizer(source: str) -> dict[str, None]:
+    """Look at a tokenizer's files and try it; returns settings of tokenizer_config.json that are to be left out.
+
+    Raises UserError for what the library should not be given.
+    """
+    for name in sorted(os.listdir(source)) if os.path.isdir(source) else ():
+        path = os.path.join(source, name)
+        if name.endswith(_READ) and os.path.exists(path):
+            open_file(path, TOKENIZER_BYTES, "the largest that is read").close()
+    options: dict[str, None] = {}
+    if (path := find(source, TOKENIZER_CONFIG)) is not None:
+        options = _check_settings(read_json(path, TOKENIZER_BYTES))
+    if (path := find(source, TOKENIZER)) is not None:
+        found = os.stat(path)
+        try_tokenizer(path, (found.st_mtime_ns, found.st_size))
+    return options
+
+
+def _check_settings(settings: dict[str, Any]) -> dict[str, None]:
+    """Raise UserError for settings that choose other files; returns those of paths, which are to no effect."""
+    for key in ("init_inputs", "gguf_file", "fast_tokenizer_files", "tokenizer_object", "from_slow"):
+        if settings.get(key):
+            raise UserError(f"{TOKENIZER_CONFIG}.{key}", repr(settings[key]), "the usual files alone")
+    kind = settings.get("tokenizer_class")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"{TOKENIZER_CONFIG}.tokenizer_class", repr(kind), "the name of a class")
+    return {key: None for key in settings if key.endswith("_file") or key == "fix_mistral_regex"}
+
+
+@functools.cache
+def try_tokenizer(path: str, _version: tuple[int, int]) -> None:
+    """Raise UserError where a short-lived process cannot load and use a tokenizer.json, or gives ids beyond bounds.
+
+    _version: time and size of the file, so that a changed one is tried anew.
+    """
+    quiet = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("try_tokenizer.py")), path]
+    try:
+        done = subprocess.run(
+            command,
+            env=os.environ | quiet,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PATIENCE,
+        )
+        said = json.loads(done.stdout) if done.returncode == 0 else {"error": _death(done.returncode)}
+    except subprocess.TimeoutExpired:
+        said = {"error": f"no end after {PATIENCE} seconds"}
+    except ValueError:
+        said = {"error": "no answer"}
+    if "error" in said:
+        raise UserError(path, said["error"], "a file that the tokenizers library can use")
+    if said["largest"] >= ENTRIES:
+        raise UserError(path, f"id {said['largest']}", f"ids below {ENTRIES:,}")
+
+
+def _death(code: int) -> str:
+    return {-24: "it does not end", -9: "it was killed"}.get(code, f"it dies with code {code}")
