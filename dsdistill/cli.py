@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dsdistill import __version__
-from dsdistill.config import RunError, UserError, load
+from dsdistill.config import RunError, Stopped, UserError, load
 
 app = typer.Typer(
     name="dsdistill",
@@ -61,16 +61,19 @@ def train(
 
         typer.echo(dump(config), nl=False)
         return
-    _quiet_libraries()
-    from dsdistill.engine.run import train as run
-    from dsdistill.report import show
+    from dsdistill.engine import stopping
 
-    try:
-        summary = run(config)
-    except UserError as error:
-        raise error.within(settings[0]) from None
-    if _first():
-        show(config.run_dir, summary)
+    with stopping.watch(config.run.grace):
+        _quiet_libraries()
+        from dsdistill.engine.run import train as run
+        from dsdistill.report import show
+
+        try:
+            summary = run(config)
+        except UserError as error:
+            raise error.within(settings[0]) from None
+        if _first():
+            show(config.run_dir, summary)
 
 
 @app.command()
@@ -110,13 +113,16 @@ def plan(
 @app.command()
 def evaluate(run: RunPath):
     """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
-    _quiet_libraries()
-    from dsdistill.engine.run import evaluate_run
-    from dsdistill.report import show
+    from dsdistill.engine import stopping
 
-    summary = evaluate_run(run)
-    if _first():
-        show(run, summary)
+    with stopping.watch():
+        _quiet_libraries()
+        from dsdistill.engine.run import evaluate_run
+        from dsdistill.report import show
+
+        summary = evaluate_run(run)
+        if _first():
+            show(run, summary)
 
 
 @app.command()
@@ -308,3 +314,9 @@ def run() -> int:
     except RunError as error:  # of whichever rank: the others may not know
         print(f"dsdistill: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        if _first():
+            print(f"dsdistill: {stopped}", file=sys.stderr)
+        return stopped.code
+    except typer.Abort:  # Ctrl-C in a command that has nothing to save
+        return 130

@@ -13,8 +13,10 @@ _FREE = (
     "run.log_every",
     "run.evaluate_every",
     "run.save_every",
+    "run.save_minutes",
     "run.keep",
     "run.timeout",
+    "run.grace",
     "student.zero_stage",
     "train.micro_batch_size",
 )

@@ -1,15 +1,19 @@
 """The processes of a run and what they tell each other."""
 
 import contextlib
+import functools
+import ipaddress
+import itertools
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsdistill.config import UserError
+from dsdistill.config import Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -52,17 +56,23 @@ class Ranks:
         if not self.first:
             failure = self._first_is_done(None)
             if failure is not None:
-                refused, message = failure
+                kind, message, code = failure
+                if kind is Stopped:
+                    raise Stopped(message, code)
                 raise (
                     UserError("rank 0", message, "no failure")
-                    if refused
+                    if kind is UserError
                     else RuntimeError(f"rank 0: {message}")
                 )
         failure = None
         try:
             yield
+        except Stopped as stopped:
+            failure = (Stopped, str(stopped), stopped.code)
+            raise
         except BaseException as error:
-            failure = (isinstance(error, UserError), f"{type(error).__name__}: {error}")
+            kind = UserError if isinstance(error, UserError) else None
+            failure = (kind, f"{type(error).__name__}: {error}", 1)
             raise
         finally:
             if self.first:
@@ -102,6 +112,49 @@ def _check_launch() -> None:
 
 
 _BY_LAUNCHER = "what deepspeed or torchrun set, or RANK unset for one process"
+
+
+def private_store(timeout: timedelta) -> dist.Store | None:
+    """What the ranks of this machine meet through where nobody else needs to; None where other machines may.
+
+    One rank has a store that listens nowhere, several have one that listens on the loopback interface alone: torch's
+    own listens on every interface, to whoever comes. Call it before anything opens a socket: all others follow.
+    Raises UserError where the port is taken. torchrun brings a store of its own.
+    """
+    host = os.environ["MASTER_ADDR"].replace("localhost", "127.0.0.1")
+    if not _loopback(host) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    size = int(os.environ["WORLD_SIZE"])
+    if size == 1:
+        return dist.HashStore()
+    store = _loopback_store(host, int(os.environ["MASTER_PORT"]), size, os.environ["RANK"] == "0", timeout)
+    return dist.PrefixStore(f"start-{next(_starts)}", store)
+
+
+_starts = itertools.count()
+
+
+@functools.cache  # its port stays taken until the process ends
+def _loopback_store(host: str, port: int, size: int, first: bool, timeout: timedelta) -> dist.TCPStore:
+    if not first:
+        return dist.TCPStore(host, port, size, False, timeout)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=size + 128)
+    except OSError as error:
+        raise UserError(
+            "MASTER_PORT", f"{port} ({error.strerror})", "a free port: deepspeed --master_port PORT"
+        ) from None
+    return dist.TCPStore(host, port, size, True, timeout, master_listen_fd=listener.detach())
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _number(name: str) -> int:
