@@ -5,6 +5,7 @@ import functools
 import ipaddress
 import itertools
 import os
+import resource
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,9 +88,16 @@ class Ranks:
 
 
 def environment() -> None:
-    """What torch.distributed reads, where no launcher has set it: one rank on this machine."""
-    if "RANK" in os.environ:
+    """What torch.distributed reads, where no launcher has set it: one rank on this machine.
+
+    Raises UserError for variables of a launcher that contradict each other, and for a limit of open files that is less
+    than the sockets and files of a rank.
+    """
+    launched = "RANK" in os.environ
+    if launched:
         _check_launch()
+    _allow_files(64 + 8 * int(os.environ["WORLD_SIZE"] if launched else 1))  # sockets, in several groups
+    if launched:
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,6 +105,14 @@ def environment() -> None:
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
+
+def _allow_files(needed: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError("ulimit -n", soft, f"at least {needed} open files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _check_launch() -> None:
@@ -145,7 +161,7 @@ def _loopback_store(host: str, port: int, size: int, first: bool, timeout: timed
         listener = socket.create_server((host, port), family=family, backlog=size + 128)
     except OSError as error:
         raise UserError(
-            "MASTER_PORT", f"{port} ({error.strerror})", "a free port: deepspeed --master_port PORT"
+            "MASTER_PORT", f"{port} ({os.strerror(error.errno)})", "a free port: deepspeed --master_port PORT"
         ) from None
     return dist.TCPStore(host, port, size, True, timeout, master_listen_fd=listener.detach())
 

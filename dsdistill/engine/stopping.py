@@ -259,12 +259,15 @@ def _stat(process: int) -> list[str] | None:
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     return fields if fields[0] not in "ZX" else None
 
 
 def _gone(launcher: tuple[int, str]) -> bool:
     process, start = launcher
-    stat = _stat(process)
+    try:
+        stat = _stat(process)
+    except OSError:  # says nothing about it: too many open files
+        return False
     return stat is None or stat[19] != start
