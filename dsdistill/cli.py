@@ -1,16 +1,18 @@
 """The command line. Each command imports what it needs when it runs, so that --help is instant."""
 
+import contextlib
 import functools
 import logging
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated
 
 import typer
 
-from dsdistill import __version__
-from dsdistill.config import RunError, UserError, load
+from dsdistill import __version__, disk
+from dsdistill.config import RunError, SharedError, Stopped, UserError, load
 
 app = typer.Typer(
     name="dsdistill",
@@ -61,18 +63,21 @@ def train(
 
         typer.echo(dump(config), nl=False)
         return
-    _quiet_libraries()
-    from dsdistill.engine.run import train as run
-    from dsdistill.engine.run_folder import check_sources
-    from dsdistill.report import show
+    from dsdistill.engine import stopping
 
-    try:
-        check_sources(config, settings)
-        summary = run(config)
-    except UserError as error:
-        raise error.within(settings[0]) from None
-    if _first():
-        show(config.run_dir, summary)
+    with stopping.watch(config.run.grace):
+        _quiet_libraries()
+        from dsdistill.engine.run import train as run
+        from dsdistill.engine.run_folder import check_sources
+        from dsdistill.report import show
+
+        try:
+            check_sources(config, settings)
+            summary = run(config)
+        except UserError as error:
+            raise error.within(settings[0]) from None
+        if _first():
+            show(config.run_dir, summary)
 
 
 @app.command()
@@ -112,13 +117,16 @@ def plan(
 @app.command()
 def evaluate(run: RunPath):
     """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
-    _quiet_libraries()
-    from dsdistill.engine.run import evaluate_run
-    from dsdistill.report import show
+    from dsdistill.engine import stopping
 
-    summary = evaluate_run(run)
-    if _first():
-        show(run, summary)
+    with stopping.watch():
+        _quiet_libraries()
+        from dsdistill.engine.run import evaluate_run
+        from dsdistill.report import show
+
+        summary = evaluate_run(run)
+        if _first():
+            show(run, summary)
 
 
 @app.command()
@@ -272,6 +280,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # or a rank that is gone costs the others a stack each
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("dsdistill").setLevel(logging.INFO if _first() else logging.ERROR)
@@ -289,6 +300,12 @@ def main() -> None:
     leave(code)
 
 
+def _say(told: object) -> None:
+    """Print the one line of an end; where nobody can be told, the exit code still is."""
+    with contextlib.suppress(OSError):
+        print(f"dsdistill: {told}", file=sys.stderr, flush=True)
+
+
 def run() -> int:
     """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
     usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
@@ -301,12 +318,26 @@ def run() -> int:
             asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
             got = error.format_message().rstrip(".")
             mistake = UserError("command line", got[0].lower() + got[1:], f"what {asked} --help shows")
-            print(f"dsdistill: {mistake}", file=sys.stderr)
+            _say(mistake)
         return 2
     except UserError as error:
         if _first():
-            print(f"dsdistill: {error}", file=sys.stderr)
+            _say(error)
         return 2
-    except RunError as error:  # of whichever rank: the others may not know
-        print(f"dsdistill: {error}", file=sys.stderr)
+    except RunError as error:  # of whichever rank, where the others may not know
+        if _first() or not isinstance(error, SharedError):
+            _say(error)
         return 1
+    except Stopped as stopped:
+        if _first():
+            _say(stopped)
+        return stopped.code
+    except BrokenPipeError:  # as `| head` leaves it
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in disk.FULL:
+            raise
+        _say(f"{error.filename or 'output'} cannot be written: {disk.reason(error)}")
+        return 1
+    except typer.Abort:  # Ctrl-C in a command that has nothing to save
+        return 130

@@ -10,4 +10,5 @@ gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 [ "$gpus" -gt 0 ] || { echo "dsdistill: launch/node.sh: got no GPU, expected at least one that nvidia-smi lists" >&2; exit 2; }
 # The host's cores, shared out; NUMA pinning would need numactl and deepspeed's --bind_cores_to_rank.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / gpus))}
+trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved
 exec deepspeed --num_gpus "$gpus" --module dsdistill train "$@"

@@ -8,4 +8,5 @@ ranks=2
 if [ "$gpus" = 1 ]; then ranks=1; fi # two ranks cannot share one GPU
 say "distilling on $ranks rank(s): configs/quickstart.yaml (results in runs/quickstart)"
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved
 exec deepspeed --num_gpus "$ranks" --master_port "$port" --module dsdistill train configs/quickstart.yaml "$@"

@@ -25,3 +25,18 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that was accepted cannot go on; its checkpoints are as they were. One line says why."""
+
+
+class SharedError(RunError):
+    """A RunError that every rank raises, so that the first alone says it."""
+
+
+class Stopped(BaseException):
+    """A run was told to stop, by a signal or by its launcher's end; `code` is the exit code of its process.
+
+    Like KeyboardInterrupt it is no Exception, so that nobody takes it for a fault. One line says what became of it.
+    """
+
+    def __init__(self, told: str, code: int):
+        super().__init__(told)
+        self.code = code

@@ -14,9 +14,11 @@ _FREE = (
     "run.log_every",
     "run.evaluate_every",
     "run.save_every",
+    "run.save_minutes",
     "run.keep",
     "run.timeout",
     "data.max_file",
+    "run.grace",
     "student.zero_stage",
     "train.micro_batch_size",
 )

@@ -47,10 +47,18 @@ class Run(Section):
     save_every: Annotated[int, Field(ge=0)] = Field(
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
     )
+    save_minutes: Annotated[float, Field(ge=0)] = Field(
+        default=30.0,
+        description="minutes after the last checkpoint at which another is saved as well; 0: never by the clock",
+    )
     keep: Positive = Field(default=2, description="newest checkpoints kept")
     timeout: Annotated[float, Field(gt=0)] = Field(
         default=10.0,
         description="minutes after which a process that waits for the others in vain ends the run",
+    )
+    grace: Annotated[float, Field(gt=0)] = Field(
+        default=60.0,
+        description="seconds that a run which is told to stop has for its step and its checkpoint",
     )
     baseline: bool = Field(
         default=False,

@@ -38,10 +38,10 @@ def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, rank
     path = folder / LAYERS
     if not ranks.gather(os.path.isfile(path))[0]:
         found = most_similar(_similarities(prepared, init, ranks))
-        if ranks.first:
-            with disk.writing(path) as file:
-                json.dump(found, file)
-    ranks.barrier()
+        with ranks.first_alone():
+            if ranks.first:
+                with disk.writing(path) as file:
+                    json.dump(found, file)
     with open(path, encoding="utf-8") as file:
         pairs = tuple((student, teacher) for student, teacher in json.load(file))
     log.info("layers by CKA: %s", ", ".join(f"{student} from {teacher}" for student, teacher in pairs))

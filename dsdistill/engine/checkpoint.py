@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dsdistill import __version__, disk
-from dsdistill.config import Config, RunError, UserError
+from dsdistill.config import Config, SharedError, UserError
 from dsdistill.config.secrets import redacted
 from dsdistill.engine import deepspeed
 from dsdistill.engine.ranks import Ranks
@@ -44,7 +44,7 @@ _LIMIT = 2**24  # bytes of a state or a manifest
 _VERSIONS = ("torch", "deepspeed", "transformers")
 
 
-class Unsaved(RunError):
+class Unsaved(SharedError):
     """A checkpoint could not be saved; those of before are whole."""
 
 

@@ -19,9 +19,10 @@ from dsdistill.config import UserError
 from dsdistill.config.checks import nearest
 from dsdistill.config.schema import Config
 from dsdistill.config.secrets import shown
+from dsdistill.engine import stopping
 from dsdistill.engine.adagrad import AdaGrad
 from dsdistill.engine.allocator import keep_freed_memory
-from dsdistill.engine.ranks import Ranks, environment
+from dsdistill.engine.ranks import Ranks, environment, private_store
 from dsdistill.engine.shards import Shards
 
 if not torch.cuda.is_available():
@@ -76,14 +77,34 @@ def start(timeout: float = 10.0) -> Ranks:
             beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            timeout=datetime.timedelta(minutes=timeout),
-            auto_mpi_discovery=False,
-            verbose=False,
+        limit, backend = datetime.timedelta(minutes=timeout), "nccl" if cuda else "gloo"
+        store = private_store(limit)
+        if store is not None:
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            bound = device if cuda and size > 1 else None  # as DeepSpeed does
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=bound
+            )
+        deepspeed.init_distributed(  # takes the group that is there
+            dist_backend=backend, timeout=limit, auto_mpi_discovery=False, verbose=False
         )
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.get_world_size() > 1 else None
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, patient)
+    size = dist.get_world_size()
+    stopping.connect(dist.distributed_c10d._get_default_store(), size)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=_PATIENT) if size > 1 else None
+    return Ranks(dist.get_rank(), size, device, patient)
+
+
+_PATIENT = "patient"
+
+
+def _limit_waits() -> None:
+    """Give the groups that DeepSpeed made the timeout of the run: without one of their own they wait half an hour."""
+    default = dist.distributed_c10d._get_default_group()
+    kind = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    limit = default._get_backend(kind).options._timeout
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc != _PATIENT:
+            dist.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def timed_out(error: Exception) -> bool:
@@ -103,6 +124,7 @@ def lost(error: Exception) -> bool:
 
 def stop() -> None:
     """Leave the process group: without it some runs end in a crash after their work is done."""
+    stopping.disconnect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -155,6 +177,7 @@ def shard_teacher(
     module.eval().requires_grad_(False)
     with _quiet():
         engine, *_ = deepspeed.initialize(model=module, config=settings)
+    _limit_waits()
     engine.eval()
     return engine
 
@@ -273,6 +296,7 @@ def student_engine(
             config=settings,
             dist_init_required=False,
         )
+    _limit_waits()
     if config.student.zero_stage == 3:
         for parameter in external:
             deepspeed.zero.register_external_parameter(module, parameter)

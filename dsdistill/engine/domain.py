@@ -41,11 +41,11 @@ def fit_maps(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict[str, T
         fusion = make_fusion(prepared)
         for layer, (count, total, products) in _moments(prepared, ranks).items():
             fusion.maps[str(layer)].fit(count, total, products)
-        if ranks.first:
-            weights = {name: value.contiguous() for name, value in fusion.maps.state_dict().items()}
-            with disk.replacing(path) as made:
-                save_file(weights, made)
-    ranks.barrier()
+        with ranks.first_alone():
+            if ranks.first:
+                weights = {name: value.contiguous() for name, value in fusion.maps.state_dict().items()}
+                with disk.replacing(path) as made:
+                    save_file(weights, made)
     return load_file(path)
 
 

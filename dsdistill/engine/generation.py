@@ -43,10 +43,11 @@ def generation(
     for name, load in models.items():
         texts[name] = _written(load().eval(), pairs, prepared, ranks)
         scores[name] = text_scores(texts[name], texts["reference"])
-    if ranks.first:
-        with disk.writing(f"{path}/{GENERATED}") as file:
-            for row in zip(*texts.values(), strict=True):
-                file.write(json.dumps(dict(zip(texts, row, strict=True)), ensure_ascii=False) + "\n")
+    with ranks.first_alone():
+        if ranks.first:
+            with disk.writing(f"{path}/{GENERATED}") as file:
+                for row in zip(*texts.values(), strict=True):
+                    file.write(json.dumps(dict(zip(texts, row, strict=True)), ensure_ascii=False) + "\n")
     return scores
 
 

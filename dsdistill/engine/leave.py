@@ -1,9 +1,13 @@
 """The end of a process that was a rank."""
 
 import atexit
+import contextlib
+import errno
 import os
 import sys
 import threading
+
+from dsdistill import disk
 
 
 def leave(code: int = 0) -> None:
@@ -20,6 +24,9 @@ def leave(code: int = 0) -> None:
             continue
         try:
             stream.flush()
-        except OSError:  # a full disk, or nobody reads it any more
+        except OSError as error:  # a full disk, or nobody reads it any more
             code = code or 1
+            if stream is sys.stdout and error.errno != errno.EPIPE:
+                with contextlib.suppress(OSError):
+                    print(f"dsdistill: output cannot be written: {disk.reason(error)}", file=sys.stderr)
     os._exit(code)

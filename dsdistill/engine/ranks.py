@@ -1,15 +1,20 @@
 """The processes of a run and what they tell each other."""
 
 import contextlib
+import functools
+import ipaddress
+import itertools
 import os
+import resource
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsdistill.config import UserError
+from dsdistill.config import RunError, SharedError, Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -52,17 +57,24 @@ class Ranks:
         if not self.first:
             failure = self._first_is_done(None)
             if failure is not None:
-                refused, message = failure
-                raise (
-                    UserError("rank 0", message, "no failure")
-                    if refused
-                    else RuntimeError(f"rank 0: {message}")
-                )
+                kind, message, code = failure
+                if kind is Stopped:
+                    raise Stopped(message, code)
+                if kind is UserError:
+                    raise UserError("rank 0", message, "no failure")
+                raise kind(f"rank 0: {message}")
         failure = None
         try:
             yield
+        except Stopped as stopped:
+            failure = (Stopped, str(stopped), stopped.code)
+            raise
         except BaseException as error:
-            failure = (isinstance(error, UserError), f"{type(error).__name__}: {error}")
+            kind = RuntimeError
+            for refusal, told in ((UserError, UserError), (RunError, SharedError)):
+                if isinstance(error, refusal):
+                    kind = told
+            failure = (kind, f"{type(error).__name__}: {error}", 1)
             raise
         finally:
             if self.first:
@@ -77,9 +89,16 @@ class Ranks:
 
 
 def environment() -> None:
-    """What torch.distributed reads, where no launcher has set it: one rank on this machine."""
-    if "RANK" in os.environ:
+    """What torch.distributed reads, where no launcher has set it: one rank on this machine.
+
+    Raises UserError for variables of a launcher that contradict each other, and for a limit of open files that is less
+    than the sockets and files of a rank.
+    """
+    launched = "RANK" in os.environ
+    if launched:
         _check_launch()
+    _allow_files(64 + 8 * int(os.environ["WORLD_SIZE"] if launched else 1))  # sockets, in several groups
+    if launched:
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -87,6 +106,14 @@ def environment() -> None:
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
+
+def _allow_files(needed: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError("ulimit -n", soft, f"at least {needed} open files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _check_launch() -> None:
@@ -102,6 +129,49 @@ def _check_launch() -> None:
 
 
 _BY_LAUNCHER = "what deepspeed or torchrun set, or RANK unset for one process"
+
+
+def private_store(timeout: timedelta) -> dist.Store | None:
+    """What the ranks of this machine meet through where nobody else needs to; None where other machines may.
+
+    One rank has a store that listens nowhere, several have one that listens on the loopback interface alone: torch's
+    own listens on every interface, to whoever comes. Call it before anything opens a socket: all others follow.
+    Raises UserError where the port is taken. torchrun brings a store of its own.
+    """
+    host = os.environ["MASTER_ADDR"].replace("localhost", "127.0.0.1")
+    if not _loopback(host) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    size = int(os.environ["WORLD_SIZE"])
+    if size == 1:
+        return dist.HashStore()
+    store = _loopback_store(host, int(os.environ["MASTER_PORT"]), size, os.environ["RANK"] == "0", timeout)
+    return dist.PrefixStore(f"start-{next(_starts)}", store)
+
+
+_starts = itertools.count()
+
+
+@functools.cache  # its port stays taken until the process ends
+def _loopback_store(host: str, port: int, size: int, first: bool, timeout: timedelta) -> dist.TCPStore:
+    if not first:
+        return dist.TCPStore(host, port, size, False, timeout)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=size + 128)
+    except OSError as error:
+        raise UserError(
+            "MASTER_PORT", f"{port} ({os.strerror(error.errno)})", "a free port: deepspeed --master_port PORT"
+        ) from None
+    return dist.TCPStore(host, port, size, True, timeout, master_listen_fd=listener.detach())
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _number(name: str) -> int:

@@ -17,10 +17,10 @@ def points(count: int, steps: int) -> list[int]:
 
 def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
     """Write the (examples, D) states of a step."""
-    if not ranks.first:
-        return
-    with disk.writing(_path(run_dir, step), binary=True) as file:
-        np.save(file, states.numpy())
+    with ranks.first_alone():
+        if ranks.first:
+            with disk.writing(_path(run_dir, step), binary=True) as file:
+                np.save(file, states.numpy())
 
 
 def kept(run_dir: str, until: int) -> list[np.ndarray]:

@@ -10,13 +10,15 @@ import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import yaml
 
 from dsdistill import disk
 from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
+from dsdistill.config.secrets import redacted
 from dsdistill.config.terms import Task, Terms
-from dsdistill.engine import checkpoint, deepspeed, stages, structure
+from dsdistill.engine import checkpoint, deepspeed, stages, stopping, structure
 from dsdistill.engine.calibrate import resolve_layers
 from dsdistill.engine.domain import fit_maps, make_fusion
 from dsdistill.engine.export import export, find_checkpoint, load_student, read_config
@@ -52,16 +54,23 @@ def _ranks(timeout: float) -> Iterator[Ranks]:
     except RunError:
         raise
     except RuntimeError as error:
+        if (stopped := stopping.consequence()) is not None:
+            raise stopped from None
         if deepspeed.timed_out(error):
             what = f"waited {timeout:g} minutes (run.timeout) for another rank in vain"
         elif deepspeed.lost(error):
             what = "lost another rank"
+        elif isinstance(error, dist.DistError):
+            what = "could not meet the others"
         else:
             raise
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"rank {os.environ['RANK']} {what}: {reason}") from None
     finally:
-        deepspeed.stop()
+        if (
+            not stopping.requested()
+        ):  # or others may wait in vain for what the group's end takes; the process ends
+            deepspeed.stop()
 
 
 def run(config: Config, ranks: Ranks) -> dict:
@@ -136,9 +145,9 @@ def evaluate_run(path: str) -> dict:
         for name, found in scores.items():
             summary["models"].setdefault(name, {}).update(found)
         summary["evaluated"] = tag
-        ranks.barrier()
-        if ranks.first:
-            folder.write_summary(summary)
+        with ranks.first_alone():
+            if ranks.first:
+                folder.write_summary(summary)
         return summary
 
 
@@ -208,8 +217,9 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
         "finished": True,
         "versions": {"torch": torch.__version__, "dsdistill": _version()},
     }
-    if ranks.first:
-        folder.write_summary(summary)
+    with ranks.first_alone():
+        if ranks.first:
+            folder.write_summary(summary)
     return summary
 
 
@@ -302,10 +312,12 @@ def _fingerprint(prepared: Prepared) -> str:
     config = prepared.config
     neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
     # Not dump's text, which quotes as its readers need it: the names of teachers must not change with that.
-    settings = yaml.safe_dump(
-        neutral.model_dump(mode="json", exclude={"data": {"max_file"}}), sort_keys=False, allow_unicode=True
-    )
-    digest.update(settings.encode())
+    later = {
+        "run": {"save_minutes", "grace"},
+        "data": {"max_file"},
+    }  # settings that the first teachers had not
+    settings = redacted(neutral.model_dump(mode="json", exclude=later))
+    digest.update(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
     for part in (prepared.data.train, prepared.data.dev):
         for tensor in (part.tokens, part.starts, part.labels, part.prompts):
             if tensor is not None:

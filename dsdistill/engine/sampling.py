@@ -34,10 +34,10 @@ def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler
         found = _pass(prepared, ranks)
         if data.sampler == "hard_negative":
             found = nearest_others(found, train)
-        if ranks.first:
-            with disk.writing(path, binary=True) as file:
-                np.save(file, np.asarray(found))
-    ranks.barrier()
+        with ranks.first_alone():
+            if ranks.first:
+                with disk.writing(path, binary=True) as file:
+                    np.save(file, np.asarray(found))
     found = np.load(path)
     if data.sampler == "entropy":
         return Weighted(found, data.sampler_temperature or 0.1)

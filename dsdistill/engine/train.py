@@ -1,5 +1,6 @@
 """A run from its config to its summary."""
 
+import contextlib
 import logging
 import resource
 import sys
@@ -14,9 +15,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
 from dsdistill.alignment.objective import BackendError
-from dsdistill.config import RunError, UserError
+from dsdistill.config import UserError
 from dsdistill.data import Batch, Loader, evaluation_batches, restore
-from dsdistill.engine import checkpoint, deepspeed, representation, stages
+from dsdistill.engine import checkpoint, deepspeed, representation, stages, stopping
 from dsdistill.engine.domain import make_fusion
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule
@@ -39,6 +40,24 @@ class Progress:
     tokens: int = 0  # valid tokens trained on, all ranks
     losses: float = 0.0  # summed over the steps since the last evaluation
     counted: int = 0  # those steps
+
+
+class _Forgiving:
+    """A stream whose failures cost what is shown, not the run: a log on a full disk, a terminal that is gone."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 class Trainer:
@@ -154,7 +173,7 @@ class Trainer:
         try:
             with logging_redirect_tqdm():  # lines of the log above the bar, not in it
                 self._resume(folder, tag)
-                with self._bar() as bar:  # closed before anything is said of an error
+                with self._bar() as bar, stopping.training():  # the bar is closed before anything is said
                     self._run(folder, bar)
         except BackendError as error:  # some are found out by the first call alone
             raise UserError("train.backend", str(error), "auto, or one that runs every term") from None
@@ -172,7 +191,7 @@ class Trainer:
             unit="step",
             disable=not self.ranks.first,
             mininterval=1.0,
-            file=sys.stderr,
+            file=_Forgiving(sys.stderr),
         )
 
     def _run(self, folder: RunFolder, bar: tqdm) -> None:
@@ -184,15 +203,20 @@ class Trainer:
         self.engine.train()
         objective = self.module.objective
         guard = Guard(self.config.train.bad_steps, folder.path, self.ranks)
+        saved = time.monotonic()
         while self.progress.step < self.end:
             started = time.perf_counter()
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
             rate = self.engine.get_lr()[0]
             skipped = self.engine.skipped_steps
             raw = self.train_step(batches)
-            tokens = torch.tensor(sum(int(b.mask.sum()) for b in batches), device=self.ranks.device)
+            tokens = sum(int(b.mask.sum()) for b in batches)
+            # By rank 0's clock.
+            due = self.ranks.first and 0 < config.save_minutes * 60 <= time.monotonic() - saved
+            told = torch.tensor([tokens, due, *stopping.votes()], device=self.ranks.device)
             # Waits for the GPU, so it comes before the clock is read.
-            self.progress.tokens += int(self.ranks.sum(tokens))
+            tokens, due, *votes = self.ranks.sum(told).tolist()
+            self.progress.tokens += tokens
             self.progress.seconds += time.perf_counter() - started
             self.progress.step += 1
             step, last = self.progress.step, self.progress.step == self.end
@@ -215,7 +239,11 @@ class Trainer:
                 if self.ranks.first:
                     folder.log({"step": step, "training_loss": mean, "evaluation": scores})
                 self._monitor({f"Dev/{name}": value for name, value in scores.items()})
-            if last or (every and step % every == 0 and finite):  # never weights that a bad loss has touched
+            ending = stopping.agreed(votes)
+            if ending and not finite:
+                raise stopping.stopped(f"step {step}, which is not finite: ", ", not saved")
+            due = due or ending or (every and step % every == 0)
+            if last or (due and finite):  # never weights that a bad loss has touched
                 state = {
                     "stage": self.index,
                     "objective": objective.state(),
@@ -224,11 +252,15 @@ class Trainer:
                     **vars(self.progress),
                 }
                 try:
-                    checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
-                except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-                    if deepspeed.timed_out(error) or deepspeed.lost(error):
-                        raise
-                    raise RunError(f"step {step}: no checkpoint could be saved: {error}") from error
+                    with stopping.saving():
+                        checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
+                except checkpoint.Unsaved as error:
+                    if last or ending:
+                        raise checkpoint.Unsaved(f"step {step}: {error}") from None
+                    log.warning("step %d: %s; training goes on", step, error)
+                saved = time.monotonic()
+                if ending:
+                    raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:

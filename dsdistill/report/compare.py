@@ -1,21 +1,26 @@
 """Methods side by side: each config with each seed, one run after the other, and a table of means and deviations."""
 
+import contextlib
 import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 
-from dsdistill.config import UserError, load
+from dsdistill import disk
+from dsdistill.config import Stopped, UserError, load
 from dsdistill.config.bounded import read_yaml
 from dsdistill.config.resume import check_same
 from dsdistill.report.summary import TITLES, detail
 
+_HEAD = "| method | runs |"  # of the table
 # What differs between machines or says nothing about a method.
 _LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
 
@@ -63,6 +68,10 @@ def compare(plan: str, out: str, overrides: list[str]) -> str:
     Raises UserError, before the first run starts, for a config that is refused or is not what a run there began with.
     """
     seeds, methods = read_plan(plan)
+    disk.check_writable(out, "--out")
+    written = Path(out, "table.md")
+    if os.path.lexists(written) and not _is_table(written):
+        raise UserError("--out", f"{written}, which no comparison wrote", "another folder")
     runs = []
     for name, sources in methods.items():
         for seed in seeds:
@@ -71,13 +80,23 @@ def compare(plan: str, out: str, overrides: list[str]) -> str:
             _check(run, settings)
             runs.append((name, seed, run, settings))
     rows: dict[str, list[dict]] = {}
-    for name, seed, run, settings in runs:
-        print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
-        _run(run, settings)
-        rows.setdefault(name, []).append(json.loads(Path(run, "summary.json").read_text()))
+    with _passing_on() as call:
+        for name, seed, run, settings in runs:
+            print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
+            _run(run, settings, call)
+            rows.setdefault(name, []).append(json.loads(Path(run, "summary.json").read_text()))
     text = table(rows)
-    Path(out, "table.md").write_text(text)
+    with disk.writing(written) as file:
+        file.write(text)
     return text
+
+
+def _is_table(path: Path) -> bool:
+    """Return whether a comparison wrote this file, which the next one replaces."""
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline(100).startswith(_HEAD)
 
 
 def _folder(name: str) -> str:
@@ -91,17 +110,53 @@ def _check(run: str, sources: list[str]) -> None:
         check_same(saved, config)
 
 
-def _run(run: str, sources: list[str]) -> None:
+@contextlib.contextmanager
+def _passing_on() -> Iterator[Callable[[list[str]], int]]:
+    """Gives what runs a command and returns its exit code; signals to this process reach that one, which saves.
+
+    Raises Stopped where none runs. A process whose comparison is killed notices that by itself.
+    """
+    child, told = None, None
+
+    def stop(number: int, _) -> None:
+        nonlocal told
+        told = number
+        if child is None:
+            check()
+        child.send_signal(number)
+
+    def check() -> None:
+        if told is not None:
+            code = 128 + (told if told == signal.SIGINT else signal.SIGTERM)
+            raise Stopped(f"stopped by {signal.Signals(told).name}: the same command goes on", code)
+
+    def call(command: list[str]) -> int:
+        nonlocal child
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        code = child.wait()
+        child = None
+        if not code:
+            check()
+        return code if code >= 0 else 128 - code
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    taken = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in taken}
+    try:
+        yield call
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(run: str, sources: list[str], call: Callable[[list[str]], int]) -> None:
     summary = Path(run, "summary.json")
     done = json.loads(summary.read_text()) if summary.is_file() else {}
     commands = [] if done.get("finished") else [["train", *sources]]
     if not commands and "evaluated" in done:
         return
     for command in (*commands, ["evaluate", run]):
-        code = subprocess.run(
-            [sys.executable, "-m", "dsdistill", *command], stdout=subprocess.DEVNULL
-        ).returncode
-        if code:
+        if code := call([sys.executable, "-m", "dsdistill", *command]):
             raise SystemExit(code)  # its own line stands on standard error
 
 
@@ -120,7 +175,7 @@ def table(rows: dict[str, list[dict]]) -> str:
     seen -= _LEFT_OUT
     columns = [score for score in TITLES if score in seen] + sorted(seen - TITLES.keys())
     lines = [
-        "| method | runs | " + " | ".join(TITLES.get(score, score) for score in columns) + " |",
+        _HEAD + " " + " | ".join(TITLES.get(score, score) for score in columns) + " |",
         "|---|---:|" + "---:|" * len(columns),
     ]
     for name, runs in found.items():

@@ -1,0 +1,273 @@
+"""A run that is told to stop: by a signal, or by the end of the launcher above it.
+
+Python's own handlers do not run while the main thread waits in a collective. So a thread reads each signal at once
+and holds the deadlines, and another tells the other ranks through their store. Between training steps nothing is
+raised: the ranks vote in a collective that is there already, save, and leave together. Everywhere else `Stopped` is
+raised in the main thread; where it does not come out in time, the thread ends the process.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from dsdistill.config import Stopped
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Where ranks have several, the first of these counts.
+_REASONS = (*(number.name for number in _SIGNALS), "the end of its launcher")
+_ORPHANED = len(_SIGNALS)
+_WAKE = signal.SIGURG  # from a thread to the main thread; without a handler it does nothing
+
+ONE_REQUEST = 2.0  # seconds: Ctrl-C reaches a rank from the terminal, and once more from its launcher
+PROMPT = 5.0  # seconds that the main thread has outside of training
+_LOOK = 0.25  # seconds between two looks at launchers or store
+_KEY, _KNOWN = "dsdistill/stop", "dsdistill/stop/known"
+
+
+class _Watch:
+    """grace: seconds from the request until training must have saved."""
+
+    def __init__(self, grace: float):
+        self.grace = grace
+        self.reason: int | None = None  # of _REASONS
+        self.since = self.deadline = 0.0  # on the monotonic clock
+        self.training = self.saving = self.raised = self.spoken = self.closed = False
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.connected, self.shared = False, threading.Event()
+        self.launchers = _launchers()
+        self.ear, self.mouth = socket.socketpair()
+        for end in (self.ear, self.mouth):
+            end.setblocking(False)
+
+    def note(self, reason: int) -> None:
+        """Take the first request. A handler calls this between any two instructions, so it takes no lock."""
+        if self.reason is None:
+            self.since = time.monotonic()
+            self.deadline = self.since + (self.grace if self.training else PROMPT)
+            self.reason = reason
+
+    def handle(self, number: int, _) -> None:
+        if number != _WAKE:
+            self.note(_SIGNALS.index(number))
+        self.check()
+
+    def check(self) -> None:
+        """Raise Stopped, once, where a request came and no step's end will see to it."""
+        if self.reason is not None and not self.training and not self.raised:
+            raise self.stopped("")
+
+    def stopped(self, place: str, what: str = "") -> Stopped:
+        self.raised = True
+        return Stopped(
+            f"{place}stopped by {_REASONS[self.reason]}{what}: the same command goes on", self.code
+        )
+
+    @property
+    def code(self) -> int:
+        return 128 + (signal.SIGINT if _REASONS[self.reason] == "SIGINT" else signal.SIGTERM)
+
+    def listen(self) -> None:
+        """What the thread does until the run or the process ends."""
+        while not self.closed:
+            if select.select([self.ear], [], [], _LOOK)[0]:
+                for number in filter(_SIGNALS.__contains__, self.ear.recv(64)):
+                    self.note(_SIGNALS.index(number))
+                    if time.monotonic() - self.since > ONE_REQUEST:
+                        self.leave(f" and {signal.Signals(number).name}, and left at once")
+            elif self.reason is None and any(map(_gone, self.launchers)):
+                self.note(_ORPHANED)
+                self.wake()
+            if self.reason is not None and not self.saving and time.monotonic() > self.deadline:
+                late = f"; no step ended and was saved within run.grace ({self.grace:g} s)"
+                self.leave(late if self.training else "")
+
+    def share(self, store, size: int) -> None:
+        """What the other thread does: learn what the other ranks know, and tell them. Any call may wait for rank 0."""
+        try:
+            while self.reason is None:
+                if not self.connected:
+                    return
+                if store.check([_KEY]):
+                    self.note(int(store.get(_KEY)))
+                    self.wake()
+                else:
+                    time.sleep(_LOOK)
+            store.set(_KEY, str(self.reason))
+            store.add(_KNOWN, 1)
+            while self.first and store.add(_KNOWN, 0) < size:
+                time.sleep(_LOOK / 5)
+        except RuntimeError:  # rank 0, which holds the store, is gone: the main thread finds that out too
+            return
+        self.shared.set()
+
+    def wake(self) -> None:
+        signal.pthread_kill(threading.main_thread().ident, _WAKE)
+
+    def leave(self, what: str) -> None:
+        """End the process from the thread."""
+        if self.first and not self.spoken:
+            line = f"dsdistill: {self.stopped('', what)}\n"
+            with contextlib.suppress(OSError):  # nobody reads it
+                os.write(2, f"\n{line}".encode() if self.training else line.encode())  # below the bar
+        os._exit(self.code)
+
+
+_watch: _Watch | None = None
+
+
+@contextlib.contextmanager
+def watch(grace: float = 60.0) -> Iterator[None]:
+    """Let the block, a whole run, be stopped; raises Stopped where it was.
+
+    grace: seconds in which training is to save. After Stopped the process must end: the watch stays on until then.
+    """
+    global _watch
+    _watch = this = _Watch(grace)
+    # A signal that whoever started this process told it to ignore stays ignored: SIGHUP under nohup.
+    taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, this.handle) for number in (*taken, _WAKE)}
+    signal.set_wakeup_fd(this.mouth.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=this.listen, name="stopping", daemon=True).start()
+    try:
+        yield
+    except Stopped:
+        this.deadline = time.monotonic() + grace
+        if (
+            this.connected
+        ):  # rank 0, whose end ends the store, waits until all know; the others until it may know
+            this.shared.wait(3.0 if this.first else 1.0)
+        this.spoken = True
+        raise
+    finally:
+        if not this.spoken:
+            this.raised = this.closed = True
+            _watch = None
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def connect(store, size: int) -> None:
+    """Let ranks that share a c10d store know of each other's requests."""
+    if _watch is not None and size > 1:
+        _watch.connected = True
+        threading.Thread(target=_watch.share, args=(store.clone(), size), name="sharing", daemon=True).start()
+
+
+def disconnect() -> None:
+    """The store is about to go."""
+    if _watch is not None:
+        _watch.connected = False
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """Steps that vote: a request raises nothing before their end, for as long as the grace lasts."""
+    if _watch is None:
+        yield
+        return
+    _watch.deadline = time.monotonic() + _watch.grace
+    _watch.training = True
+    try:
+        yield
+    finally:
+        _watch.deadline = time.monotonic() + PROMPT
+        _watch.training = False
+    _watch.check()
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """A save is finished, whatever the grace says."""
+    if _watch is None:
+        yield
+        return
+    _watch.saving = True
+    try:
+        yield
+    finally:
+        _watch.deadline = max(_watch.deadline, time.monotonic() + PROMPT)
+        _watch.saving = False
+
+
+def votes() -> list[int]:
+    """What this rank was told, as counts that may be summed over the ranks."""
+    return [int(_watch is not None and _watch.reason == reason) for reason in range(len(_REASONS))]
+
+
+def agreed(counts: list[int]) -> bool:
+    """Whether the votes of all ranks, summed, say that they stop; from then on all know why, and give it alike."""
+    reason = next((reason for reason, count in enumerate(counts) if count), None)
+    if reason is None or _watch is None:
+        return False
+    _watch.note(reason)
+    _watch.reason = reason
+    return True
+
+
+def stopped(place: str, what: str) -> Stopped:
+    """What every rank raises once they agreed. place: begins the line. what: has become of it."""
+    return _watch.stopped(place, what)
+
+
+def requested() -> bool:
+    return _watch is not None and _watch.reason is not None
+
+
+def consequence() -> Stopped | None:
+    """What to raise instead of an error that another rank's end may have caused, where that rank was stopped."""
+    if _watch is None:
+        return None
+    if _watch.reason is None and _watch.connected:
+        time.sleep(4 * _LOOK)  # the other thread may yet learn of it
+    return _watch.stopped("") if _watch.reason is not None else None
+
+
+def _launchers() -> list[tuple[int, str]]:
+    """Process and start time of each launcher above this process, from the nearest on."""
+    found, parent = [], os.getppid()
+    while parent > 1 and _launches(parent) and (stat := _stat(parent)) is not None:
+        found.append((parent, stat[19]))
+        parent = int(stat[1])
+    return found
+
+
+def _launches(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/cmdline", encoding="utf-8", errors="replace") as file:
+            words = file.read().split("\0")
+    except OSError:
+        return False
+    names = {os.path.basename(word) for word in words[:5]}
+    return bool(names & _LAUNCHERS) or ("dsdistill" in names and "compare" in words)
+
+
+_LAUNCHERS = {"deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launcher.launch"} | {
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+}
+
+
+def _stat(process: int) -> list[str] | None:
+    """State, parent and so on of a process that lives, None of others."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return fields if fields[0] not in "ZX" else None
+
+
+def _gone(launcher: tuple[int, str]) -> bool:
+    process, start = launcher
+    try:
+        stat = _stat(process)
+    except OSError:  # says nothing about it: too many open files
+        return False
+    return stat is None or stat[19] != start
