@@ -76,17 +76,19 @@ def start(timeout: float = 10.0) -> Ranks:
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take every core spend their time waiting
             beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+    global _limit
+    _limit = datetime.timedelta(minutes=timeout)
     if not dist.is_initialized():
-        limit, backend = datetime.timedelta(minutes=timeout), "nccl" if cuda else "gloo"
-        store = private_store(limit)
+        backend = "nccl" if cuda else "gloo"
+        store = private_store(_limit)
         if store is not None:
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             bound = device if cuda and size > 1 else None  # as DeepSpeed does
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=bound
+                backend, store=store, rank=rank, world_size=size, timeout=_limit, device_id=bound
             )
         deepspeed.init_distributed(  # takes the group that is there
-            dist_backend=backend, timeout=limit, auto_mpi_discovery=False, verbose=False
+            dist_backend=backend, timeout=_limit, auto_mpi_discovery=False, verbose=False
         )
     size = dist.get_world_size()
     stopping.connect(dist.distributed_c10d._get_default_store(), size)
@@ -95,16 +97,14 @@ def start(timeout: float = 10.0) -> Ranks:
 
 
 _PATIENT = "patient"
+_limit: datetime.timedelta | None = None  # that of the run
 
 
 def _limit_waits() -> None:
     """Give the groups that DeepSpeed made the timeout of the run: without one of their own they wait half an hour."""
-    default = dist.distributed_c10d._get_default_group()
-    kind = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    limit = default._get_backend(kind).options._timeout
-    for group in dist.distributed_c10d._world.pg_map:
+    for group in dist.distributed_c10d._world.pg_map if _limit is not None else ():
         if group.group_desc != _PATIENT:
-            dist.distributed_c10d._set_pg_timeout(limit, group)
+            dist.distributed_c10d._set_pg_timeout(_limit, group)
 
 
 def timed_out(error: Exception) -> bool:

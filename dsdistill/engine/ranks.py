@@ -139,10 +139,12 @@ def private_store(timeout: timedelta) -> dist.Store | None:
     Raises UserError where the port is taken. torchrun brings a store of its own.
     """
     host = os.environ["MASTER_ADDR"].replace("localhost", "127.0.0.1")
-    if not _loopback(host) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if not _loopback(host):
         return None
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
     size = int(os.environ["WORLD_SIZE"])
     if size == 1:
         return dist.HashStore()

@@ -39,6 +39,7 @@ class _Watch:
         self.training = self.saving = self.raised = self.spoken = self.closed = False
         self.first = os.environ.get("RANK", "0") == "0"
         self.connected, self.shared = False, threading.Event()
+        self.heard = False  # of a request that reached another rank
         self.launchers = _launchers()
         self.ear, self.mouth = socket.socketpair()
         for end in (self.ear, self.mouth):
@@ -93,10 +94,12 @@ class _Watch:
                 if not self.connected:
                     return
                 if store.check([_KEY]):
+                    self.heard = True
                     self.note(int(store.get(_KEY)))
                     self.wake()
                 else:
                     time.sleep(_LOOK)
+            self.heard = self.heard or store.check([_KEY])
             store.set(_KEY, str(self.reason))
             store.add(_KNOWN, 1)
             while self.first and store.add(_KNOWN, 0) < size:
@@ -137,9 +140,8 @@ def watch(grace: float = 60.0) -> Iterator[None]:
         yield
     except Stopped:
         this.deadline = time.monotonic() + grace
-        if (
-            this.connected
-        ):  # rank 0, whose end ends the store, waits until all know; the others until it may know
+        # Rank 0, with which the store ends, waits until all know; the others until it may know.
+        if this.connected:
             this.shared.wait(3.0 if this.first else 1.0)
         this.spoken = True
         raise
@@ -221,11 +223,17 @@ def requested() -> bool:
 
 def consequence() -> Stopped | None:
     """What to raise instead of an error that another rank's end may have caused, where that rank was stopped."""
-    if _watch is None:
+    this = _watch
+    if this is None or (this.reason is None and not this.connected):
         return None
-    if _watch.reason is None and _watch.connected:
-        time.sleep(4 * _LOOK)  # the other thread may yet learn of it
-    return _watch.stopped("") if _watch.reason is not None else None
+    if this.reason is None:
+        this.raised = (
+            True  # a signal that comes now is the launcher's, which ends what another rank's fault has left
+        )
+        time.sleep(4 * _LOOK)  # the other thread may yet learn of a request
+        if not this.heard:
+            return None
+    return this.stopped("")
 
 
 def _launchers() -> list[tuple[int, str]]:

@@ -16,8 +16,11 @@ import threading
 import time
 from pathlib import Path
 
+# Some of these the forks would import one by one: DeepSpeed wants inductor, which takes seconds.
+import matplotlib.figure  # noqa: F401
 import torch
-import transformers.models.bert.modeling_bert  # noqa: F401 - what the forks would import one by one
+import torch._inductor.compile_fx
+import transformers.models.bert.modeling_bert  # noqa: F401
 
 from dsdistill import cli
 from dsdistill.engine import checkpoint, run, stopping, train
@@ -75,6 +78,7 @@ def ignored() -> None:
 
 
 def in_preparation(*acts) -> None:
+    stopping.PROMPT = 1.5
     before(run, "prepare", lambda: [act() for act in acts])
 
 
@@ -150,20 +154,22 @@ def run_one(config: Path, place: str = "nothing") -> None:
 
 
 def see(process: int, folder: Path, name: str) -> None:
-    """Wait for the fork; one that stands still when the other rank is gone is killed."""
+    """Wait for the fork and for the other rank's; one that stands still is killed when the other is gone."""
     others = [folder / f"{name}-{rank}.code" for rank in range(SIZE) if rank != RANK]
-    patience = None
-    while not (found := os.waitpid(process, os.WNOHANG))[0]:
-        if others and all(other.exists() for other in others):
-            patience = patience or time.monotonic() + 10
-            if time.monotonic() > patience:
-                os.kill(process, signal.SIGKILL)
-        time.sleep(0.05)
-    code = folder / f"{name}-{RANK}.code"
-    code.with_suffix(".partial").write_text(str(os.waitstatus_to_exitcode(found[1])))
-    code.with_suffix(".partial").rename(code)
-    while not all(other.exists() for other in others):
-        time.sleep(0.05)
+
+    def meet() -> None:
+        while not all(other.exists() for other in others):
+            time.sleep(0.05)
+
+    _, status = os.waitpid(process, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        meet()
+        os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+    partial = folder / f"{name}-{RANK}.partial"
+    partial.write_text(str(os.waitstatus_to_exitcode(status)))
+    partial.rename(partial.with_suffix(".code"))
+    meet()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config import dump
 from dsdistill.config.load import build as build_config
+from dsdistill.engine.run import _fingerprint
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 
@@ -31,6 +33,15 @@ def home(tmp_path, monkeypatch):
     """A working folder of its own: recipes keep their teachers below it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_teachers_keep_their_names():
+    """A name that changes trains its teacher once more."""
+    settings = {"run": {"name": "tuned", "seed": 3}, "student": {"path": "a/model"}}
+    config = build_config(settings | {"terms": {"task": {}}, "train": {"steps": 7}})
+    part = SimpleNamespace(tokens=torch.arange(5), starts=None, labels=torch.tensor([1]), prompts=None)
+    prepared = SimpleNamespace(config=config, data=SimpleNamespace(train=part, dev=part))
+    assert _fingerprint(prepared) == "tuned-2772b030ed6e"
 
 
 def test_recipe_baseline_evaluate_export(settings, home):
