@@ -171,6 +171,7 @@ def listened(path: Path) -> set[str]:
 # What happens to the launcher, its exit code, what the ranks say.
 LAUNCHED = {
     "runner": (lambda runner: runner.terminate(), -15, "the end of its launcher"),
+    "runner killed": (lambda runner: runner.kill(), -9, "the end of its launcher"),
     "terminal": (lambda runner: os.killpg(runner.pid, signal.SIGINT), -2, "SIGINT"),
 }
 
