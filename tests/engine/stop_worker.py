@@ -118,7 +118,7 @@ def at_a_port_in_use() -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
-    before(run, "check_writable", lambda: taken)  # keeps it open
+    before(run, "_ranks", lambda: taken)  # keeps it open
 
 
 PLACES = {
@@ -136,7 +136,7 @@ PLACES = {
     "preparation": lambda: in_preparation(tell, wait),
     "stuck preparation": lambda: in_preparation(tell, stuck),
     "long preparation": lambda: in_preparation(wait),
-    "told while it waits": lambda: before(run, "RunFolder", threading.Timer(1.5, tell).start),
+    "told while it waits": lambda: before(run, "run", threading.Timer(1.5, tell).start),
     "few files": with_few_files,
     "port in use": at_a_port_in_use,
     "evaluation": lambda: before(train, "evaluate", lambda: [tell(), wait()]),

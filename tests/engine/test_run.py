@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dsdistill.config import dump
 from dsdistill.config.load import build as build_config
 from dsdistill.engine.run import _fingerprint
+from dsdistill.engine.run_folder import RunFolder
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 
@@ -189,8 +189,9 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
 def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):
     """Only rank 0 opens the run folder: the others must not wait for it, nor fail for want of it."""
     run = Path(settings["run"]["dir"])
+    RunFolder(str(run)).open(build_config(settings))
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)  # it had begun
-    (run / "config.yaml").write_text(dump(build_config(settings)))
+    RunFolder(str(run)).release()
     done = launch("--module", "dsdistill", "train", write(home / "config.yaml", settings), "train.epochs=3")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("dsdistill: ")]
