@@ -230,7 +230,6 @@ TOKENIZERS = {
     "a pattern that is none": (_split("("), FAILS),
     "a text that doubles 20 times": (_growing({"String": "a"}, "aa", 20), ["characters become"]),
     "a text that doubles without end": (_growing({"String": "q"}, "qq", 60), FAILS),
-    "a rare text that doubles": (_growing({"String": "ǂǂ"}, "ǂǂǂǂ", 60), FAILS),
     "a letter of a megabyte": (
         _growing({"String": "z"}, string.ascii_letters * 20_000, 1),
         ["characters become"],
