@@ -94,28 +94,37 @@ def _table(
     most: int | None,
     classes: dict[str, list[str]],
 ) -> Table:
-    import pyarrow.compute
+    import pyarrow
 
     columns: dict[str, list[Any]] = {name: [] for name in names}
     size = count = 0
     for batch in batches:
-        size += batch.nbytes + 8 * batch.num_rows * len(names)  # of nulls Arrow keeps next to nothing
-        if most is not None:
-            _bound(place, size, most)
         for name in names:
             column = batch.column(name)
+            size += _decoded(place, name, column) + 8 * len(column)  # and one reference a row
+            if most is not None:
+                _bound(place, size, most)
             if isinstance(column, pyarrow.DictionaryArray):
                 column = column.dictionary_decode()
-            if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                longest = pyarrow.compute.max(pyarrow.compute.binary_length(column)).as_py() or 0
-                if longest > VALUE:
-                    raise UserError(
-                        f"{place}, column {name}", f"a text of {longest:,} bytes", f"at most {VALUE:,}"
-                    )
             columns[name].extend(column.to_pylist())
         count += batch.num_rows
     others = tuple(name for name in schema.names if name not in columns)
     return Table(place, columns, range(1, (count if names else rows) + 1), "row", classes, others=others)
+
+
+def _decoded(place: str, name: str, column: "pyarrow.Array") -> int:
+    """Bytes that the column's values come to; a dictionary holds once what many rows repeat."""
+    import pyarrow
+    from pyarrow import compute
+
+    repeated = isinstance(column, pyarrow.DictionaryArray)
+    values = column.dictionary if repeated else column
+    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
+        return 0 if repeated else column.nbytes
+    lengths = compute.binary_length(values)
+    if (longest := compute.max(lengths).as_py() or 0) > VALUE:
+        raise UserError(f"{place}, column {name}", f"a text of {longest:,} bytes", f"at most {VALUE:,}")
+    return compute.sum((lengths.take(column.indices) if repeated else lengths).cast("int64")).as_py() or 0
 
 
 def _bound(place: str, size: int, most: int) -> None:

@@ -10,12 +10,12 @@ import resource
 import string
 import sys
 
-MEMORY = 8 * 2**30  # bytes of address space
+MEMORY = 4 * 2**30  # bytes of address space
 GROWTH = 64  # characters and tokens that a text's character may become
 
 
 def main(path: str) -> None:
-    seconds = 10 + os.path.getsize(path) // 2**21
+    seconds = 5 + os.path.getsize(path) // 2**21
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = min(limit for limit in (MEMORY, *resource.getrlimit(resource.RLIMIT_AS)) if limit >= 0)
