@@ -5,7 +5,7 @@ import os
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsdistill import config as configs
 from dsdistill import disk
@@ -14,7 +14,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.disk import check_writable
 from dsdistill.engine import checkpoint, deepspeed
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
-from dsdistill.models.build import architecture, build
+from dsdistill.models.build import architecture, build, load_tokenizer
 from dsdistill.models.domain import FUSION, STUDENT
 
 log = logging.getLogger("dsdistill")
@@ -81,9 +81,10 @@ def export(run: str, out: str) -> None:
     if os.path.exists(out) and (not there or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
     model, fusion = _newest_student(run, read_config(run))
+    tokenizer = load_tokenizer(os.path.join(run, INIT), INIT)
     with disk.replacing(out if there else os.path.realpath(out)) as made:
         model.save_pretrained(os.path.join(made, STUDENT) if fusion else made)
-        AutoTokenizer.from_pretrained(os.path.join(run, INIT), trust_remote_code=False).save_pretrained(made)
+        tokenizer.save_pretrained(made)
         if fusion:  # the maps are of the teacher's states: they have done their work
             weights = {
                 name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")
