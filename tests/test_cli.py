@@ -1,5 +1,6 @@
 """The command line as processes and run folders see it; what is refused otherwise: test_bad_input.py."""
 
+import io
 import os
 import re
 import shutil
@@ -299,6 +300,37 @@ class TestProcess:
         for command in ("--version >&- 2>&-", f"train {config()} --dry-run >&-"):
             line = f"{sys.executable} -m dsdistill {command}"
             assert subprocess.run(["bash", "-c", line], env=os.environ | CODE, check=False).returncode == 0
+
+    def test_onto_a_full_disk(self, config):
+        """What is printed is lost, and the exit code and one line say so."""
+        path = config()
+        line = "dsdistill: output cannot be written: the disk is full (No space left on device)\n"
+        for words, code, told in (
+            (f"train {path} --dry-run >/dev/full", 1, line),
+            ("--version >/dev/full", 1, line),
+            (f"train {path} train.stepz=1 2>/dev/full", 2, ""),
+            ("--help >/dev/full 2>/dev/full", 1, ""),
+        ):
+            done = subprocess.run(
+                ["bash", "-c", f"{sys.executable} -m dsdistill {words}"],
+                env=os.environ | CODE,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (code, told), words
+
+    def test_a_bar_on_a_full_disk_costs_no_run(self):
+        from tqdm import tqdm
+
+        from dsdistill.engine.train import _Forgiving
+
+        with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True) as full:
+            bar = tqdm(total=3, file=_Forgiving(full), mininterval=0, leave=True)
+            for _ in range(3):
+                bar.update()
+            bar.close()
+            assert bar.n == 3
 
     def test_an_unknown_command(self):
         done = command("trian", "x.yaml")

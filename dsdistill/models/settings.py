@@ -67,7 +67,8 @@ _LIMITS = (
     ),
     (re.compile(r"num_labels$"), 0, 2**20, "classes"),
     (re.compile(r"experts?($|_)"), 0, 2**16, "experts"),
-    (re.compile(r"(layers?|blocks|groups?|group_num|stages|depth)$"), 0, 1024, "layers"),
+    # Below 0 it counts from the end, as vision_feature_layer does.
+    (re.compile(r"(layers?|blocks|groups?|group_num|stages|depth)$"), -1024, 1024, "layers"),
     (
         re.compile(r"(size|dims?|rank|width|inner|embd|model|_ff|_kv|units|channels|state|kernel)$"),
         0,
