@@ -98,6 +98,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             _finish(inside, os.stat(scratch).st_mode)
             if not into:
                 os.replace(inside, path)
+                sync(home or ".")
                 return
             if len(os.listdir(path)) > 1:
                 raise OSError(errno.ENOTEMPTY, "something else lies there now")
@@ -175,16 +176,33 @@ def foreign(folder: str, made: Iterable[str]) -> list[str]:
     return found
 
 
-def sweep(folder: str) -> None:
-    """Remove what a killed process left under scratch names in `folder`; the caller holds the folder's lock."""
-    for name in filter(_SCRATCH.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ()):
+def sweep(folder: str, names: Iterable[str] | None = None) -> None:
+    """Remove what a killed process left under scratch names in `folder`; the caller holds the folder's lock.
+
+    names: what the caller makes there; scratch of other things is somebody else's, who may be at work.
+    """
+    for scratch in filter(_SCRATCH.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ()):
         with contextlib.suppress(OSError):
-            remove(os.path.join(folder, name), ["*"])
+            inside = os.path.join(folder, scratch)
+            if names is None or ((found := set(os.listdir(inside))) and found <= set(names)):
+                remove(inside, ["*"])
 
 
 def is_scratch(name: str) -> bool:
     """Return whether a file or folder has a name that only `replacing` gives."""
     return _SCRATCH.fullmatch(name) is not None
+
+
+def sync(path: str) -> None:
+    """Write a file, or the names in a folder, through to the disk, where its file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in FULL or error.errno == errno.EIO:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _scratch(folder: str) -> str:
@@ -203,11 +221,7 @@ def _finish(made: str, mode: int) -> None:
     plain = stat.S_IMODE(mode) & 0o666
     if not os.path.isdir(made):
         os.chmod(made, plain)
-        descriptor = os.open(made, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(made)
         return
     os.chmod(made, stat.S_IMODE(mode))
     for base, folders, files in os.walk(made):
@@ -215,6 +229,8 @@ def _finish(made: str, mode: int) -> None:
             os.chmod(os.path.join(base, name), stat.S_IMODE(mode))
         for name in files:
             os.chmod(os.path.join(base, name), plain)
+            sync(os.path.join(base, name))
+        sync(base)
 
 
 def check_writable(folder: str, key: str = "run.dir") -> None:

@@ -52,11 +52,6 @@ def index(weight_map):
     return change
 
 
-def _linked(folder: Path) -> None:
-    index({"a": "inside.safetensors"})(folder)
-    (folder / "inside.safetensors").symlink_to("../outside.safetensors")
-
-
 CONFIG_JSON = {
     "no heads": ({"num_attention_heads": 0}, ["num_attention_heads", "got 0"]),
     "heads below nothing": ({"num_attention_heads": -4}, ["num_attention_heads", "got -4"]),
@@ -132,7 +127,6 @@ FOLDERS = {
     "an index of pickles": (index({"a": "model.bin"}), ["names 'model.bin'"]),
     "an index of a NUL": (index({"a": "\0.safetensors"}), ["index.json, which names"]),
     "an index of files that are not there": (index({"a": "x.safetensors"}), ["x.safetensors"]),
-    "a link out of the folder": (_linked, ["names 'inside.safetensors'"]),
     "a pipe as index": (
         lambda folder: (index({})(folder), pipe("model.safetensors.index.json")(folder)),
         ["a pipe"],

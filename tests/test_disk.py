@@ -150,6 +150,15 @@ def test_only_what_was_made_is_removed(tmp_path):
     assert mine.read_text() == "mine" and os.listdir(tmp_path) == ["mine"]
 
 
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with disk.replacing(os.path.realpath(tmp_path / "link")) as made:
+        os.mkdir(made)
+        Path(made, "new").touch()
+    assert os.listdir(tmp_path / "real") == ["new"] and (tmp_path / "link").is_symlink()
+
+
 def test_what_a_kill_left_is_swept(tmp_path):
     (tmp_path / ".partial-01234567").mkdir()
     (tmp_path / ".partial-01234567" / "half").touch()

@@ -15,9 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING
 
 from dsdistill.config import UserError, load
 from dsdistill.config.resume import check_same
+from dsdistill.models.settings import check_settings
 from tests import mistakes_files, mistakes_models
 from tests.mistakes_files import DATA, OVERRIDES, YAML
 from tests.mistakes_models import CONFIG_JSON, CONFIGS, FOLDERS, TOKENIZERS
@@ -225,3 +228,42 @@ def test_there_are_many_kinds():
     tables = (YAML, OVERRIDES, DATA, CONFIG_JSON, FOLDERS, TOKENIZERS, CONFIGS)
     assert sum(map(len, tables)) >= 150
     assert yaml.__with_libyaml__, "the pure parser takes minutes for some of these"
+
+
+def test_every_family_as_the_library_has_it_is_let_through():
+    """The limits are those of no real model: defaults count from the end, or write 0 or -1 for none."""
+    refused = {}
+    for kind, made in CONFIG_MAPPING.items():
+        try:
+            settings = made().to_dict()
+        except Exception:  # some need another package, or parts that are given
+            continue
+        try:
+            check_settings(settings, "config.json")
+        except UserError as error:
+            refused[kind] = str(error)
+    assert set(refused) <= {"musicflamingo"}, refused  # 1200.0 positions
+
+
+@pytest.mark.parametrize("text", ["${oc.select:a.b}", "${a.${b}}", "${oc.env:A,${b}}", "${x:1}"])
+def test_interpolations_of_other_kinds_are_refused(config, refused, text):
+    """Their sizes are not counted; plain ones and the environment's are."""
+    line = refused("train", config({"run.name": text}))
+    assert "run.name: got an interpolation of another kind, expected ${KEY}, ${oc.env:NAME}" in line
+
+
+def test_what_lies_beside_a_model_is_not_read(config, models_dir, tmp_path):
+    """Large texts, folders with a tokenizer file's name; shards may be links to another disk."""
+    from dsdistill.engine.prepare import prepare
+
+    path = shutil.copytree(models_dir / "teacher", tmp_path / "teacher")
+    (path / "spiece.model").mkdir()
+    with open(path / "corpus.txt", "wb") as file:
+        file.truncate(2**30)
+    os.rename(path / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (path / "model-00001-of-00001.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with safe_open(tmp_path / "elsewhere.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert prepare(load([config({"teacher.path": str(path)})]), 1).judged

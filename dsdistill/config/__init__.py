@@ -1,7 +1,17 @@
 """Configuration: YAML and key=value in, one typed frozen object out."""
 
 from dsdistill.config.errors import RunError, SharedError, Stopped, UserError
-from dsdistill.config.load import dump, load, load_saved
+from dsdistill.config.load import dump, holds_secrets, load, load_saved
 from dsdistill.config.schema import Config
 
-__all__ = ["Config", "RunError", "SharedError", "Stopped", "UserError", "dump", "load", "load_saved"]
+__all__ = [
+    "Config",
+    "RunError",
+    "SharedError",
+    "Stopped",
+    "UserError",
+    "dump",
+    "holds_secrets",
+    "load",
+    "load_saved",
+]

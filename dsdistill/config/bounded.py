@@ -29,11 +29,11 @@ def open_file(path: str, most: int, limit: str) -> BinaryIO:
 
     Raises UserError for a folder, a pipe, a device or a larger file, and OSError as `open` does. It never blocks.
     """
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    found = os.fstat(file.fileno())
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_size <= most:
-        return file
-    file.close()
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
     if not stat.S_ISREG(found.st_mode):
         raise UserError(path, "a pipe, a device or a folder", "a regular file")
     raise UserError(path, f"a file of {found.st_size:,} bytes", f"at most {most:,} ({limit})")

@@ -15,12 +15,13 @@ from dsdistill.config.bounded import check_yaml, read_yaml
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import SAVED, Config
-from dsdistill.config.secrets import REDACTED, is_secret, places, redacted, shown, without
+from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, shown, without
 from dsdistill.config.section import Section
 
 KEY_DEPTH = 32  # most levels of a dotted key
 EXPANDED = 2**24  # most characters and values that interpolations may come to
 _REFERENCE = re.compile(r"\$\{\s*([^${}:\s]+)\s*\}")
+_KNOWN = re.compile(_REFERENCE.pattern + r"|\$\{\s*oc\.env:[^${}]*\}")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
 
 
@@ -40,9 +41,9 @@ def load(sources: Sequence[str]) -> Config:
         try:
             if _is_override(source):
                 key, value = source.split("=", 1)
-                check_yaml(value, source)
+                check_yaml(value, _shown(source))
                 if key.count(".") + key.count("[") > KEY_DEPTH:
-                    raise UserError(source, "a key of too many levels", "a key of the config")
+                    raise UserError(_shown(source), "a key of too many levels", "a key of the config")
                 parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
                 OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
@@ -102,6 +103,12 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _text)
 
 
+def holds_secrets(path: str) -> bool:
+    """Return whether a config file has secrets in clear, as versions of before wrote them."""
+    settings = _plain(_read(path), path)
+    return repr(redacted(settings)) != repr(settings)
+
+
 def dump(config: Config) -> str:
     """Return the resolved config as YAML, its secrets redacted; without any, `load` reads it back to an equal one."""
     return yaml.dump(
@@ -120,7 +127,9 @@ def _plain(settings, origin: str) -> dict:
 def _shown(source: str) -> str:
     """Return a file's name or an override as messages show it."""
     key, found, value = source.partition("=")
-    return f"{key}={REDACTED}" if found and _is_override(source) and is_secret(key, value) else source
+    if not found or not _is_override(source):
+        return source
+    return f"{key}={REDACTED}" if is_secret(key, value) or mentions(value) else source
 
 
 def _check_interpolations(settings: dict, origin: str) -> None:
@@ -142,6 +151,14 @@ def _check_interpolations(settings: dict, origin: str) -> None:
             return 1 + sum(size((*path, key)) for key in keys)
         if not isinstance(value, str):
             return 1
+        rest = _KNOWN.sub("", value)
+        if any(len(found[1]) % 2 == 0 for found in _INTERPOLATION.finditer(rest)):
+            key = ".".join(map(str, path))
+            raise UserError(
+                f"{origin}: {key}",
+                "an interpolation of another kind",
+                "${KEY}, ${oc.env:NAME} or \\${ for the text",
+            )
         return len(value) + sum(size(_target(name, path)) for name in _REFERENCE.findall(value))
 
     size(())

@@ -33,6 +33,11 @@ def shown(dotted: str, value: Any) -> str:
     return REDACTED if is_secret(dotted, value) else repr(redacted(value))
 
 
+def mentions(text: str) -> bool:
+    """Return whether a text, such as YAML that cannot be parsed, may name a secret."""
+    return _TEXTS.search(text) is not None
+
+
 def is_secret(dotted: str, value: Any) -> bool:
     """Return whether the dotted key alone, not what lies below it, makes `redacted` hide the value."""
     return repr(redacted({dotted: value})[dotted]) != repr(redacted(value))  # as texts: NaN is unlike itself

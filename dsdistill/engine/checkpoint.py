@@ -83,7 +83,11 @@ def _write_whole(folder: str, tag: str, state: dict) -> None:
     """Write what makes a saved checkpoint one to go on from: its state, its manifest, the pointer to it."""
     target = os.path.join(folder, tag)
     _write(os.path.join(target, _STATE), json.dumps(state | {"versions": versions()}))
-    manifest = {name: _fingerprint(os.path.join(target, name)) for name in sorted(_files(target))}
+    manifest = {}
+    for name in sorted(_files(target)):  # a power cut after the pointer has moved must find them whole
+        disk.sync(os.path.join(target, name))
+        manifest[name] = _fingerprint(os.path.join(target, name))
+    disk.sync(target)
     _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
     _write(os.path.join(folder, _POINTER), tag)
 

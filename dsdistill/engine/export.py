@@ -82,7 +82,7 @@ def export(run: str, out: str) -> None:
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
     model, fusion = _newest_student(run, read_config(run))
     tokenizer = load_tokenizer(os.path.join(run, INIT), INIT)
-    with disk.replacing(out if there else os.path.realpath(out)) as made:
+    with disk.replacing(os.path.realpath(out)) as made:
         model.save_pretrained(os.path.join(made, STUDENT) if fusion else made)
         tokenizer.save_pretrained(made)
         if fusion:  # the maps are of the teacher's states: they have done their work

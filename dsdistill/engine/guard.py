@@ -6,7 +6,7 @@ import math
 import os
 
 from dsdistill import disk
-from dsdistill.config import RunError
+from dsdistill.config import SharedError
 from dsdistill.data import Batch
 from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import BAD, SPIKES
@@ -30,7 +30,7 @@ class Guard:
         """Whether the step's loss and gradient are; the same on every rank.
 
         report: Objective.report of the whole step. batches: this rank's. last: no step follows in which the loss could
-        recover. gradient: whether that is finite, the same on every rank. Raises RunError at the limit.
+        recover. gradient: whether that is finite, the same on every rank. Raises SharedError at the limit.
         """
         terms = {name: term["raw"] for name, term in report.items()}
         if gradient and all(map(math.isfinite, terms.values())):
@@ -47,7 +47,7 @@ class Guard:
         shown = {name: value if math.isfinite(value) else str(value) for name, value in terms.items()}
         self._note(BAD, {"step": step, "in": broken, "terms": shown, "examples": ids})
         if self.bad == self.limit or last:
-            raise RunError(
+            raise SharedError(
                 f"step {step}: {self.bad} step(s) in a row are not finite, in {', '.join(broken)}: {terms}; "
                 f"{os.path.join(self.run_dir, BAD)} has the examples"
             )

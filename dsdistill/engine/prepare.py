@@ -321,7 +321,8 @@ def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBa
 def _check_sizes(
     config: Config, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str
 ) -> None:
-    check_vocabulary(tokenizer, model, place)
+    pairs = len(config.data.text) == 2 and config.task != "causal_lm"
+    check_vocabulary(tokenizer, model, place, pairs)
     positions = getattr(model, "max_position_embeddings", None)
     if positions is not None:
         usable = positions

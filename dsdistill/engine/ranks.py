@@ -97,7 +97,9 @@ def environment() -> None:
     launched = "RANK" in os.environ
     if launched:
         _check_launch()
-    _allow_files(64 + 8 * int(os.environ["WORLD_SIZE"] if launched else 1))  # sockets, in several groups
+    _allow_files(
+        64 + 8 * min(64, int(os.environ["WORLD_SIZE"] if launched else 1))
+    )  # sockets, in several groups
     if launched:
         return
     with socket.socket() as free:

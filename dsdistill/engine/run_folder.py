@@ -12,6 +12,7 @@ from typing import Any
 from dsdistill import __version__, disk
 from dsdistill import config as configs
 from dsdistill.config import Config, RunError, UserError
+from dsdistill.config.bounded import read_json
 from dsdistill.config.resume import check_same
 
 log = logging.getLogger("dsdistill")
@@ -55,7 +56,7 @@ KEPT = {
     REPRESENTATIONS: ("step-*.npy", "partial.npy"),
 }
 OWN = (CONFIG, METRICS, SUMMARY, TEACHER, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
-_MANIFEST = "manifest.json"
+_MANIFEST, _MANIFEST_BYTES = "manifest.json", 2**24
 _REDIRECTED = (".log", ".out", ".err")  # what a shell or Slurm writes into a folder before the run begins
 _WAITING = 10_000  # most lines of the log that wait for room on a full disk
 
@@ -106,13 +107,15 @@ class RunFolder:
 
     @property
     def _of_before(self) -> bool:
-        """Whether a version without markers began a run here: a checkpoint's manifest tells."""
+        """Whether a version without markers began a run here: a checkpoint's manifest tells, or summary and config."""
         saved = self / CHECKPOINTS
         for name in sorted(os.listdir(saved)) if os.path.isdir(saved) else ():
             path = os.path.join(saved, name, _MANIFEST)
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-                if "state.json" in json.load(file):
+            with contextlib.suppress(UserError):
+                if "state.json" in read_json(path, _MANIFEST_BYTES):
                     return True
+        with contextlib.suppress(UserError):
+            return self.summary() is not None and bool(configs.load_saved(self / CONFIG))
         return False
 
     def open(self, config: Config) -> None:
@@ -132,7 +135,7 @@ class RunFolder:
                     "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
                 )
             check_same(saved, config)
-        if not (os.path.exists(saved) and self.holds(config)):
+        if not (os.path.exists(saved) and self.holds(config)) or configs.holds_secrets(saved):
             with disk.writing(saved) as file:
                 file.write(configs.dump(config))
 
@@ -165,7 +168,8 @@ class RunFolder:
                 file.write(
                     f"dsdistill {__version__} keeps a run in this folder: it replaces and removes files of its own.\n"
                 )
-        for name in ("", CHECKPOINTS, STAGES, REPRESENTATIONS):
+        disk.sweep(self.path, OWN)  # an export into the folder may have a scratch name of its own there
+        for name in (CHECKPOINTS, STAGES, REPRESENTATIONS):
             disk.sweep(self / name)
 
     def lock(self) -> bool:

@@ -271,8 +271,9 @@ class Trainer:
             self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
             self.module.objective.load(state["objective"])
             log.info("resuming from %s", tag)
-        if self.ranks.first:
-            folder.rewind(self.progress.step)
+        with self.ranks.first_alone():
+            if self.ranks.first:
+                folder.rewind(self.progress.step)
 
     def _log(self, folder: RunFolder, terms: dict[str, dict], rate: float, bar: tqdm) -> None:
         loss = sum(term["weighted"] for term in terms.values())

@@ -58,7 +58,7 @@ _POSITIVE = (
 )
 # By the end of a setting's name: the least and the largest that it may be, and what it counts.
 _LIMITS = (
-    (re.compile(r"vocab_size$|vocab_size_|vocabulary"), 0, 2**24, "entries"),
+    (re.compile(r"vocab_size$|vocab_size_|vocabulary"), 0, 2**26, "entries"),
     (
         re.compile(r"window|chunk|positions?$|position_embeddings$|n_ctx$|seq_len|_length$"),
         -1,
@@ -71,11 +71,11 @@ _LIMITS = (
     (re.compile(r"(layers?|blocks|groups?|group_num|stages|depth)$"), -1024, 1024, "layers"),
     (
         re.compile(r"(size|dims?|rank|width|inner|embd|model|_ff|_kv|units|channels|state|kernel)$"),
-        0,
+        -1,
         2**20,
         "features",
     ),
-    (re.compile(r"heads?($|_)"), 0, 4096, "heads"),
+    (re.compile(r"heads?($|_)"), -1, 4096, "heads"),
 )
 
 
@@ -163,8 +163,11 @@ def _check_size(name: str, value: Any, where: str) -> None:
     for number in value if isinstance(value, list) else [value]:
         if not isinstance(number, int) or isinstance(number, bool):
             continue
-        if not max(least, int(positive)) <= number <= most:
-            raise UserError(where, repr(number), f"{max(least, int(positive))} to {most:,} {what}")
+        low = (
+            0 if name == "head_dim" else 1 if positive else least
+        )  # some families write 0 for one that follows
+        if not low <= number <= most:
+            raise UserError(where, repr(number), f"{low} to {most:,} {what}")
 
 
 def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_BYTES = 512 * MIB
 ENTRIES = 2**24  # most ids
 PATIENCE = 120  # seconds of the trial, whose own limit counts computing alone
-# Files that the library reads as text beside these, where a folder has them.
-_READ = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+# Files that the library reads beside these, where a folder has them.
+_READ = re.compile(
+    r"(tokenizer|vocab|special_tokens|added_tokens|chat_template|merges|spiece|sentencepiece|tekken).*|.*\.(model|tiktoken)"
+)
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -29,13 +32,19 @@ def entries(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max([vocabulary, *(token for token in frames if token is not None)])
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, place: str) -> None:
-    """Raise UserError for a tokenizer that gives ids or token types for which the model has no embedding."""
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig, place: str, pairs: bool
+) -> None:
+    """Raise UserError for a tokenizer that gives ids or token types for which the model has no embedding.
+
+    pairs: two texts are tokenized together.
+    """
     if (count := entries(tokenizer)) > model.vocab_size:
         expected = f"at least the tokenizer's {count} entries"
         raise UserError(f"{place}.config.vocab_size", model.vocab_size, expected)
     types = getattr(model, "type_vocab_size", None)
-    found = 1 + max(tokenizer("a", "a").get("token_type_ids", ()), default=0)
+    texts = ("a", "a") if pairs else ("a",)
+    found = 1 + max(tokenizer(*texts).get("token_type_ids", ()), default=0)
     if isinstance(types, int) and 0 < types < found:
         raise UserError(
             f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {found} token types"
@@ -49,7 +58,7 @@ def check_tokenizer(source: str) -> dict[str, None]:
     """
     for name in sorted(os.listdir(source)) if os.path.isdir(source) else ():
         path = os.path.join(source, name)
-        if name.endswith(_READ) and os.path.exists(path):
+        if _READ.fullmatch(name) and os.path.exists(path) and not os.path.isdir(path):
             open_file(path, TOKENIZER_BYTES, "the largest that is read").close()
     options: dict[str, None] = {}
     if (path := find(source, TOKENIZER_CONFIG)) is not None:
@@ -62,13 +71,15 @@ def check_tokenizer(source: str) -> dict[str, None]:
 
 def _check_settings(settings: dict[str, Any]) -> dict[str, None]:
     """Raise UserError for settings that choose other files; returns those of paths, which are to no effect."""
-    for key in ("init_inputs", "gguf_file", "fast_tokenizer_files", "tokenizer_object", "from_slow"):
+    for key in ("init_inputs", "gguf_file", "fast_tokenizer_files", "tokenizer_object"):
         if settings.get(key):
             raise UserError(f"{TOKENIZER_CONFIG}.{key}", repr(settings[key]), "the usual files alone")
     kind = settings.get("tokenizer_class")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"{TOKENIZER_CONFIG}.tokenizer_class", repr(kind), "the name of a class")
-    return {key: None for key in settings if key.endswith("_file") or key == "fix_mistral_regex"}
+    return {
+        key: None for key in settings if key.endswith("_file") or key in ("fix_mistral_regex", "from_slow")
+    }
 
 
 @functools.cache

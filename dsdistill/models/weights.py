@@ -65,14 +65,7 @@ def _files(folder: str, place: str) -> list[str]:
     if not isinstance(names, dict) or not names:
         raise UserError(place, f"{INDEX} without a weight_map", "a list of weight files")
     for name in names.values():
-        if not isinstance(name, str) or not _beside(folder, name):
+        plain = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
+        if not plain or not name.endswith(".safetensors"):
             raise UserError(place, f"{INDEX}, which names {name!r}", "safetensors files beside it")
     return sorted(set(names.values()))
-
-
-def _beside(folder: str, name: str) -> bool:
-    """Whether a name is that of a safetensors file in the folder, or of the hub's cache, whose folders hold links."""
-    home, real = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name.replace("\0", "")))
-    blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
-    plain = name == os.path.basename(name) and name.endswith(".safetensors") and "\0" not in name
-    return plain and os.path.dirname(real) in (home, blobs)

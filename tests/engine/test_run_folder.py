@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsdistill import disk
 from dsdistill.config import RunError, UserError, dump, load
 from dsdistill.engine import checkpoint, run_folder
 from dsdistill.engine.export import find_checkpoint
@@ -273,6 +274,16 @@ class TestSecrets:
         narrow = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and not p.stat().st_mode & 0o044]
         assert not narrow
 
+    def test_that_a_version_of_before_wrote_are_taken_out(self, config, tmp_path, monkeypatch):
+        monkeypatch.setenv("DSD_TEST_KEY", SECRET)
+        path = self.settings(config)
+        folder = RunFolder(str(tmp_path / "run"))
+        folder.open(load([path]))
+        written = tmp_path / "run" / "config.yaml"
+        written.write_text(written.read_text().replace("(redacted)", SECRET))
+        folder.open(load([path]))
+        assert SECRET not in written.read_text() and "(redacted)" in written.read_text()
+
     def test_as_printed(self, config, monkeypatch):
         monkeypatch.setenv("DSD_TEST_KEY", SECRET)
         path = self.settings(config)
@@ -288,6 +299,9 @@ class TestSecrets:
             f"run.password={SECRET}",
             f"run.password=[{SECRET}",
             f"student.deepspeed.comet.api_key.more={SECRET}",
+            f"student.deepspeed={{comet: [{{api_key: {SECRET}}}",
+            f"student.deepspeed.comet.api_key={SECRET}" + "${x}" * 200,
+            "student.deepspeed.api_key" + ".x" * 50 + f"={SECRET}",
         ):
             assert SECRET not in refused("train", self.settings(config), change), change
 
@@ -335,3 +349,31 @@ def test_export_beside_a_folder_of_the_scratch_name(config, tmp_path, monkeypatc
 def test_home_is_home(config, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load([config({"run.dir": "~/runs/x"})]).run_dir == f"{tmp_path}/runs/x"
+
+
+def test_an_export_into_a_run_folder_keeps_its_scratch(tmp_path):
+    """While another process takes the folder, which sweeps what kills left of a run's own."""
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.claim()
+    for scratch, name in ((".partial-01234567", "summary.json"), (".partial-89abcdef", "hf")):
+        (tmp_path / "run" / scratch).mkdir()
+        (tmp_path / "run" / scratch / name).touch()
+    folder.claim()
+    assert [name for name in os.listdir(folder.path) if disk.is_scratch(name)] == [".partial-89abcdef"]
+
+
+@pytest.mark.parametrize("manifest", ["5", "[" * 100_000, "{}", "\0"])
+def test_a_manifest_that_is_none_makes_no_run(config, refused, tmp_path, manifest):
+    path = tmp_path / "run" / "checkpoints" / "step-00000001" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(manifest)
+    assert "which holds checkpoints and no run" in refused("train", config())
+
+
+def test_a_finished_run_of_before_whose_checkpoints_are_gone(config, tmp_path):
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.open(load([config()]))
+    folder.write_summary({"models": {}, "finished": True})
+    folder.release()
+    os.remove(folder / "dsdistill-run.txt")
+    folder.check()
