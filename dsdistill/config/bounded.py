@@ -19,7 +19,7 @@ YAML_BYTES, YAML_DEPTH, YAML_NODES, YAML_DIGITS, YAML_REFERENCES = 4 * MIB, 64, 
 
 
 def parse_size(text: str) -> int | None:
-    """Bytes of a text such as 80GiB; None where it is no size."""
+    """Return the bytes of a text such as 80GiB; None where it is no size."""
     found = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)\s*({'|'.join(UNITS)})", text.strip())
     return None if found is None else int(float(found[1]) * UNITS[found[2]])
 
@@ -40,7 +40,7 @@ def open_file(path: str, most: int, limit: str) -> BinaryIO:
 
 
 def read_bytes(path: str, most: int, limit: str = "the largest that is read") -> bytes:
-    """The content of a regular file, whose size may be told wrongly (/proc), as `open_file` takes it."""
+    """Return the content of a regular file, whose size may be told wrongly (/proc), as `open_file` takes it."""
     with open_file(path, most, limit) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -49,7 +49,7 @@ def read_bytes(path: str, most: int, limit: str = "the largest that is read") ->
 
 
 def read_json(path: str, most: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes.
+    """Return the JSON object in a file of at most `most` bytes.
 
     Raises UserError for one that cannot be read, is no JSON or no object.
     """
@@ -65,7 +65,7 @@ def read_json(path: str, most: int) -> dict[str, Any]:
 
 
 def read_yaml(path: str) -> str:
-    """The text of a YAML file that `check_yaml` accepts.
+    """Return the text of a YAML file that `check_yaml` accepts.
 
     Raises UserError for a file that cannot be read or is not UTF-8, and yaml.YAMLError for what is no YAML.
     """

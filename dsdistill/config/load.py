@@ -19,7 +19,7 @@ from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, reda
 from dsdistill.config.section import Section
 
 KEY_DEPTH = 32  # most levels of a dotted key
-EXPANDED = 2**24  # most characters and values that interpolations may come to
+EXPANDED = 2**24  # most characters and values, with every interpolation written out
 _REFERENCE = re.compile(r"\$\{\s*([^${}:\s]+)\s*\}")
 _KNOWN = re.compile(_REFERENCE.pattern + r"|\$\{\s*oc\.env:[^${}]*\}")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
@@ -165,7 +165,7 @@ def _check_interpolations(settings: dict, origin: str) -> None:
 
 
 def _target(name: str, path: tuple) -> tuple:
-    """The keys that `${name}` at `path` leads through; leading dots start beside it, or further up."""
+    """Return the keys that `${name}` at `path` leads through; leading dots start beside it, or further up."""
     bare = name.lstrip(".")
     dots = len(name) - len(bare)
     keys = (int(key) if key.isdecimal() else key for key in re.split(r"[.\[\]]+", bare) if key)
@@ -173,7 +173,7 @@ def _target(name: str, path: tuple) -> tuple:
 
 
 def _at(settings: object, path: tuple) -> object:
-    """The value there, or None."""
+    """Return the value there, or None."""
     for key in path:
         if isinstance(settings, dict):
             settings = settings.get(key, settings.get(str(key)))

@@ -19,7 +19,7 @@ MOST_CLASSES = 2**20
 
 
 def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -> Table:
-    """The wanted columns of a parquet file that come to at most `most` bytes decoded."""
+    """Return the wanted columns of a parquet file that come to at most `most` bytes decoded."""
     import pyarrow
     import pyarrow.parquet
 
@@ -49,7 +49,10 @@ def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -
 def from_arrow(
     place: str, table: "pyarrow.Table", wanted: Iterable[str], classes: dict[str, list[str]]
 ) -> Table:
-    """The wanted columns of an Arrow table; classes: names of the classes of columns that hold their indices."""
+    """Return the wanted columns of an Arrow table.
+
+    classes: the names of the classes of columns that hold their indices.
+    """
     names = _readable(place, table.schema, wanted)
     batches = table.select(names).to_batches(max_chunksize=ROWS)
     declared = {name: found for name, found in classes.items() if name in names}
@@ -57,7 +60,7 @@ def from_arrow(
 
 
 def _readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> list[str]:
-    """Those of the wanted columns that are there; UserError for one that holds neither texts nor numbers."""
+    """Return the wanted columns that are there; raise UserError for one that holds neither texts nor numbers."""
     from pyarrow import types
 
     if len(set(schema.names)) < len(schema.names):
@@ -113,7 +116,7 @@ def _table(
 
 
 def _decoded(place: str, name: str, column: "pyarrow.Array") -> int:
-    """Bytes that the column's values come to; a dictionary holds once what many rows repeat."""
+    """Return the bytes that the column's values take, written out; a dictionary holds once what many rows repeat."""
     import pyarrow
     from pyarrow import compute
 
@@ -133,7 +136,7 @@ def _bound(place: str, size: int, most: int) -> None:
 
 
 def _declared(place: str, metadata: dict[bytes, bytes] | None, names: list[str]) -> dict[str, list[str]]:
-    """The names of classes that `datasets` left for the columns, in the `huggingface` entry of a file's metadata."""
+    """Return the names of classes that `datasets` left for the columns, in the `huggingface` entry of a file's metadata."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return {}

@@ -1,4 +1,4 @@
-"""Texts to tokens by a tokenizer of somebody else's, whose failures are one line."""
+"""Turn texts into tokens with a tokenizer that somebody else made; its failures are one line."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from dsdistill.config.errors import UserError
 
 
 def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any:
-    """What the tokenizer makes of the texts.
+    """Return what the tokenizer makes of the texts.
 
     Raises UserError where it fails: its patterns may give up on some text, and its ids need not be ids.
     """

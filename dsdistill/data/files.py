@@ -25,7 +25,7 @@ LIMIT = "data.max_file"
 
 
 def table(name: str, root: str | None, wanted: Iterable[str], most: int) -> Table:
-    """The rows of a file of at most `most` bytes, decompressed; a relative name starts from root.
+    """Return the rows of a file of at most `most` bytes, decompressed; a relative name starts from root.
 
     wanted: columns; formats that hold them one by one give no others.
     """
@@ -76,7 +76,7 @@ def _open(path: Path, most: int) -> BinaryIO:
 
 
 def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
-    """A file as it is, or what a gzipped one holds, which is unpacked no further than a parquet file could be."""
+    """Return a file as it is, or what a gzipped one holds, which is unpacked no further than a parquet file could be."""
     if not isinstance(file, gzip.GzipFile):
         return file
     whole = io.BytesIO(file.read(4))
@@ -92,7 +92,7 @@ def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
 
 
 def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
-    """The lines of a text, each with its line feed; nothing beyond a bound is read or kept."""
+    """Yield the lines of a text, each with its line feed; nothing beyond a bound is read or kept."""
     size = number = 0
     while line := file.readline(LINE + 1):
         number += 1

@@ -8,7 +8,7 @@ from dsdistill.data.table import Table
 
 
 def table(name: str, subset: str | None, split: str, cache: str, wanted: Iterable[str]) -> Table:
-    """The wanted columns of one split of a hub data set, downloaded once into the cache folder."""
+    """Return the wanted columns of one split of a hub data set, downloaded once into the cache folder."""
     import datasets
 
     called = f"load_dataset({name!r}, {subset!r}, split={split!r})"

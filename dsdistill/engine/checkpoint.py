@@ -207,7 +207,7 @@ _COUNTS = {"stage": 0, "zero_stage": 1, "at_once": 1, "tokens": 0, "counted": 0,
 
 
 def _odd_state(folder: str) -> str | None:
-    """Why a state.json, whose hash is right, is none that a run writes, or None."""
+    """Return why a state.json, whose hash is right, is none that a run writes, or None."""
     try:
         state = _read(os.path.join(folder, _STATE))
     except (OSError, ValueError, RecursionError):
@@ -279,12 +279,12 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: in
 
 
 def read_state(run_dir: str, tag: str) -> dict:
-    """The state of a checkpoint that verifies."""
+    """Return the state of a checkpoint that verifies."""
     return _read(os.path.join(run_dir, FOLDER, tag, _STATE))
 
 
 def _read(path: str):
-    """JSON of a plain file; OSError or ValueError otherwise, and nothing that blocks or fills memory."""
+    """Return the JSON in a plain file; raise OSError or ValueError for anything else, which neither blocks nor fills memory."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, encoding="utf-8") as file:
         there = os.fstat(descriptor)
@@ -294,7 +294,7 @@ def _read(path: str):
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was saved with, by package."""
+    """Return what a checkpoint is saved with, by package."""
     return {"dsdistill": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 

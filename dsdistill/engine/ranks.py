@@ -89,7 +89,7 @@ class Ranks:
 
 
 def environment() -> None:
-    """What torch.distributed reads, where no launcher has set it: one rank on this machine.
+    """Set what torch.distributed reads where no launcher has: one rank on this machine.
 
     Raises UserError for variables of a launcher that contradict each other, and for a limit of open files that is less
     than the sockets and files of a rank.
@@ -134,7 +134,7 @@ _BY_LAUNCHER = "what deepspeed or torchrun set, or RANK unset for one process"
 
 
 def private_store(timeout: timedelta) -> dist.Store | None:
-    """What the ranks of this machine meet through where nobody else needs to; None where other machines may.
+    """Return the store of a run on this machine alone; None where ranks of other machines may take part.
 
     One rank has a store that listens nowhere, several have one that listens on the loopback interface alone: torch's
     own listens on every interface, to whoever comes. Call it before anything opens a socket: all others follow.

@@ -64,7 +64,7 @@ _held: dict[str, "_Lock"] = {}  # the locks of this process, by folder
 
 
 class RunFolder:
-    """Written by rank 0 alone; read by all.
+    """A run folder, which rank 0 alone writes and all ranks read.
 
     known: the path is one that only runs make (a baseline's, a recipe's teacher), so that an unmarked folder of
     before is taken for one.
@@ -107,7 +107,7 @@ class RunFolder:
 
     @property
     def _of_before(self) -> bool:
-        """Whether a version without markers began a run here: a checkpoint's manifest tells, or summary and config."""
+        """Return whether a version without markers began a run here: a checkpoint's manifest tells, or summary and config."""
         saved = self / CHECKPOINTS
         for name in sorted(os.listdir(saved)) if os.path.isdir(saved) else ():
             path = os.path.join(saved, name, _MANIFEST)
@@ -140,7 +140,7 @@ class RunFolder:
                 file.write(configs.dump(config))
 
     def holds(self, config: Config) -> bool:
-        """Whether config.yaml already says what `dump` would write."""
+        """Return whether config.yaml already says what `dump` would write."""
         try:
             return configs.dump(configs.load_saved(self / CONFIG)) == configs.dump(config)
         except UserError:
@@ -289,7 +289,7 @@ class RunFolder:
 
 
 class _Lock:
-    """The open lock file of a folder, and the folder itself where its file system locks folders.
+    """This is the open lock file of a folder, and the folder itself where its file system locks folders.
 
     The file alone would not do: who removes it could lock a new one beside the process that holds the old.
     """
@@ -311,7 +311,7 @@ class _Lock:
         return None
 
     def current(self) -> bool:
-        """Whether the folder and the file under the lock's name are those that are held."""
+        """Return whether the folder and the file under the lock's name are those that are held."""
         return _is(self.own, self.folder) and _is(self.file, os.path.join(self.folder, LOCK))
 
     def renew(self) -> bool:
@@ -332,7 +332,7 @@ class _Lock:
 
 
 def _lock_file(folder: str) -> int | None:
-    """The descriptor of a folder's locked lock file; None where another process has it."""
+    """Return the descriptor of a folder's locked lock file; None where another process has it."""
     path = os.path.join(folder, LOCK)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -357,7 +357,7 @@ def _lock(descriptor: int, needed: bool = True) -> bool:
 
 
 def _is(descriptor: int, path: str) -> bool:
-    """Whether a path leads to what is open; a link to a folder may, one to a file may not."""
+    """Return whether a path leads to what is open; it may be a link to a folder, not one to a file."""
     try:
         there = os.stat(path, follow_symlinks=os.path.isdir(path))
         return os.path.samestat(os.fstat(descriptor), there)

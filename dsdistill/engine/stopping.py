@@ -30,7 +30,10 @@ _KEY, _KNOWN = "dsdistill/stop", "dsdistill/stop/known"
 
 
 class _Watch:
-    """grace: seconds from the request until training must have saved."""
+    """The watch over one run.
+
+    grace: seconds from the request until training must have saved.
+    """
 
     def __init__(self, grace: float):
         self.grace = grace
@@ -73,7 +76,7 @@ class _Watch:
         return 128 + (signal.SIGINT if _REASONS[self.reason] == "SIGINT" else signal.SIGTERM)
 
     def listen(self) -> None:
-        """What the thread does until the run or the process ends."""
+        """Listen for signals, launchers and deadlines until the run or the process ends."""
         while not self.closed:
             if select.select([self.ear], [], [], _LOOK)[0]:
                 for number in filter(_SIGNALS.__contains__, self.ear.recv(64)):
@@ -88,7 +91,7 @@ class _Watch:
                 self.leave(late if self.training else "")
 
     def share(self, store, size: int) -> None:
-        """What the other thread does: learn what the other ranks know, and tell them. Any call may wait for rank 0."""
+        """Learn what the other ranks know, and tell them, in a thread of its own: any call may wait for rank 0."""
         try:
             while self.reason is None:
                 if not self.connected:
@@ -169,7 +172,7 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Steps that vote: a request raises nothing before their end, for as long as the grace lasts."""
+    """Mark steps that vote: a request raises nothing before their end, for as long as the grace lasts."""
     if _watch is None:
         yield
         return
@@ -185,7 +188,7 @@ def training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """A save is finished, whatever the grace says."""
+    """Mark a save, which is finished whatever the grace says."""
     if _watch is None:
         yield
         return
@@ -198,12 +201,12 @@ def saving() -> Iterator[None]:
 
 
 def votes() -> list[int]:
-    """What this rank was told, as counts that may be summed over the ranks."""
+    """Return what this rank was told, as counts that may be summed over the ranks."""
     return [int(_watch is not None and _watch.reason == reason) for reason in range(len(_REASONS))]
 
 
 def agreed(counts: list[int]) -> bool:
-    """Whether the votes of all ranks, summed, say that they stop; from then on all know why, and give it alike."""
+    """Return whether the summed votes of all ranks say that they stop; from then on all give the same reason."""
     reason = next((reason for reason, count in enumerate(counts) if count), None)
     if reason is None or _watch is None:
         return False
@@ -213,7 +216,10 @@ def agreed(counts: list[int]) -> bool:
 
 
 def stopped(place: str, what: str) -> Stopped:
-    """What every rank raises once they agreed. place: begins the line. what: has become of it."""
+    """Return what every rank raises once they agreed.
+
+    place: the beginning of the line. what: what has become of the step.
+    """
     return _watch.stopped(place, what)
 
 
@@ -222,7 +228,7 @@ def requested() -> bool:
 
 
 def consequence() -> Stopped | None:
-    """What to raise instead of an error that another rank's end may have caused, where that rank was stopped."""
+    """Return what to raise instead of an error that another rank's end may have caused, where that rank was stopped."""
     this = _watch
     if this is None or (this.reason is None and not this.connected):
         return None
@@ -237,7 +243,7 @@ def consequence() -> Stopped | None:
 
 
 def _launchers() -> list[tuple[int, str]]:
-    """Process and start time of each launcher above this process, from the nearest on."""
+    """Return process and start time of each launcher above this process, from the nearest on."""
     found, parent = [], os.getppid()
     while parent > 1 and _launches(parent) and (stat := _stat(parent)) is not None:
         found.append((parent, stat[19]))
@@ -263,7 +269,7 @@ _LAUNCHERS = {"deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launche
 
 
 def _stat(process: int) -> list[str] | None:
-    """State, parent and so on of a process that lives, None of others."""
+    """Return state, parent and so on of a process that lives; None for others."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()

@@ -218,7 +218,7 @@ def check_cut(
 
 
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
-    """The model as build() makes it, without memory for its weights; UserError where the library cannot make it."""
+    """Return the model as build() makes it, without memory for its weights; UserError where the library cannot make it."""
     with torch.device("meta"):
         return _random(config, task, place)
 
@@ -249,7 +249,7 @@ def for_task(
 
 
 def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; it has a padding token.
+    """Return the tokenizer of a folder or hub id; it has a padding token.
 
     Raises UserError where there is none, or one that fails, grows without bound or names files of its own.
     """

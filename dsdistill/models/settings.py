@@ -1,4 +1,4 @@
-"""What a config.json or a `config:` may say, looked at before the library builds anything of it.
+"""Check what a config.json or a `config:` says before the library builds anything from it.
 
 A config.json comes with a model from others. The library would take from it code to fetch and run, other files to
 read, and sizes that nothing ends for.
@@ -80,7 +80,7 @@ _LIMITS = (
 
 
 def read_settings(folder: str) -> dict[str, Any]:
-    """The settings in a model folder's config.json.
+    """Return the settings in a model folder's config.json.
 
     Raises UserError where it cannot be read, where the folder holds an adapter in place of a model, or where a file
     beside it that the library reads cannot be.
@@ -93,7 +93,7 @@ def read_settings(folder: str) -> dict[str, Any]:
 
 
 def find(source: str, name: str) -> str | None:
-    """Where a file of a folder or hub id lies, if it has it."""
+    """Return where a file of a folder or hub id lies, or None."""
     if os.path.isdir(source):
         path = os.path.join(source, name)
         return path if os.path.exists(path) else None
@@ -190,7 +190,7 @@ def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -
 
 
 def make_ours(config: PretrainedConfig) -> PretrainedConfig:
-    """The config without what it says of code to run: the library would fetch the kernels that it names."""
+    """Return the config without what it says of code to run: the library would fetch the kernels that it names."""
     for part in _parts(config):
         part._attn_implementation = part._experts_implementation = None
         for name in _OF_THE_CLASS:

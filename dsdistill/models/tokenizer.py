@@ -1,4 +1,4 @@
-"""Tokenizers, which are tried in a process of their own before this one loads them."""
+"""Try tokenizers in a process of their own before this one loads them."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ _READ = re.compile(
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id that a tokenizer gives: vocabularies have holes, and frames may have other ids."""
+    """Return one more than the largest id that a tokenizer gives: vocabularies have holes, and frames may have other ids."""
     vocabulary = max(tokenizer.get_vocab().values(), default=-1)
     frames = [*tokenizer("")["input_ids"], *tokenizer("", "")["input_ids"], *tokenizer.all_special_ids]
     return 1 + max([vocabulary, *(token for token in frames if token is not None)])
@@ -52,7 +52,7 @@ def check_vocabulary(
 
 
 def check_tokenizer(source: str) -> dict[str, None]:
-    """Look at a tokenizer's files and try it; returns settings of tokenizer_config.json that are to be left out.
+    """Look at a tokenizer's files and try it; return the settings of tokenizer_config.json to leave out.
 
     Raises UserError for what the library should not be given.
     """

@@ -42,7 +42,7 @@ def main(path: str) -> None:
 
 
 def _texts() -> list[str]:
-    """Words, every printable character, and runs on which patterns that branch too much do not come to an end."""
+    """Return words, every printable character, and runs on which a pattern that branches too much never ends."""
     runs = string.ascii_letters + string.digits + " \n\t.,-_'\"/\\é中😀"
     return [
         "The quick brown fox, 12.5 metres from Zoë's 中文 and العربية 😀, doesn't jump.",
@@ -54,7 +54,7 @@ def _texts() -> list[str]:
 
 
 def _patterns(node):
-    """The texts that a tokenizer.json replaces or cuts at: what they become is tried too."""
+    """Yield the texts that a tokenizer.json replaces or cuts at: what they become is tried too."""
     stack = [node]
     while stack:
         part = stack.pop()

@@ -3,14 +3,13 @@
 import json
 import math
 import multiprocessing
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from dsdistill.config import RunError, UserError
+from dsdistill.config import RunError, UserError, load
 from dsdistill.config.load import build as build_config
 from dsdistill.data import Batch
 from dsdistill.engine import deepspeed
@@ -107,8 +106,9 @@ def _hold(path, held, done):
 def test_no_evaluation_of_a_run_that_another_process_writes(config, refused, tmp_path):
     """Both would write its summary. Which checkpoint is the newest is not asked before: the other may be saving one."""
     run = tmp_path / "run"
-    run.mkdir()
-    shutil.copy(config(), run / "config.yaml")
+    folder = RunFolder(str(run))
+    folder.open(load([config()]))
+    folder.release()
     context = multiprocessing.get_context("spawn")
     held, done = context.Event(), context.Event()
     other = context.Process(target=_hold, args=(str(run), held, done))
