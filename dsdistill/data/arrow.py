@@ -136,7 +136,7 @@ def _bound(place: str, size: int, most: int) -> None:
 
 
 def _declared(place: str, metadata: dict[bytes, bytes] | None, names: list[str]) -> dict[str, list[str]]:
-    """Return the names of classes that `datasets` left for the columns, in the `huggingface` entry of a file's metadata."""
+    """Return the class names of columns that `datasets` left in the `huggingface` entry of a file's metadata."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return {}

@@ -76,7 +76,7 @@ def _open(path: Path, most: int) -> BinaryIO:
 
 
 def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
-    """Return a file as it is, or what a gzipped one holds, which is unpacked no further than a parquet file could be."""
+    """Return a file as it is, or what a gzipped one holds, unpacked no further than a parquet file could be."""
     if not isinstance(file, gzip.GzipFile):
         return file
     whole = io.BytesIO(file.read(4))

@@ -284,7 +284,7 @@ def read_state(run_dir: str, tag: str) -> dict:
 
 
 def _read(path: str):
-    """Return the JSON in a plain file; raise OSError or ValueError for anything else, which neither blocks nor fills memory."""
+    """Return the JSON in a plain file; raise OSError or ValueError for anything else, at once."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, encoding="utf-8") as file:
         there = os.fstat(descriptor)

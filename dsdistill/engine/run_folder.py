@@ -107,7 +107,7 @@ class RunFolder:
 
     @property
     def _of_before(self) -> bool:
-        """Return whether a version without markers began a run here: a checkpoint's manifest tells, or summary and config."""
+        """Return whether a version without markers ran here: a manifest tells, or summary and config."""
         saved = self / CHECKPOINTS
         for name in sorted(os.listdir(saved)) if os.path.isdir(saved) else ():
             path = os.path.join(saved, name, _MANIFEST)

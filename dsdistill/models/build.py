@@ -218,7 +218,7 @@ def check_cut(
 
 
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
-    """Return the model as build() makes it, without memory for its weights; UserError where the library cannot make it."""
+    """Return the model as build() makes it, without memory for weights; raise UserError where it cannot be made."""
     with torch.device("meta"):
         return _random(config, task, place)
 

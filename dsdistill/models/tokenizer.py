@@ -26,7 +26,7 @@ _READ = re.compile(
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return one more than the largest id that a tokenizer gives: vocabularies have holes, and frames may have other ids."""
+    """Return one more than the largest id that a tokenizer gives: vocabularies have holes, and frames other ids."""
     vocabulary = max(tokenizer.get_vocab().values(), default=-1)
     frames = [*tokenizer("")["input_ids"], *tokenizer("", "")["input_ids"], *tokenizer.all_special_ids]
     return 1 + max([vocabulary, *(token for token in frames if token is not None)])

@@ -112,7 +112,7 @@ def _check(run: str, sources: list[str]) -> None:
 
 @contextlib.contextmanager
 def _passing_on() -> Iterator[Callable[[list[str]], int]]:
-    """Yield a function that runs a command and returns its exit code; it passes signals on to that command, which saves.
+    """Yield a function that runs a command and returns its exit code; it passes signals on, and the command saves.
 
     Raises Stopped where none runs. A process whose comparison is killed notices that by itself.
     """
