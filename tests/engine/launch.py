@@ -1,6 +1,7 @@
 """Start real ranks the way users do."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,12 @@ from pathlib import Path
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(__file__).parents[2]
+
+
+def heed() -> None:
+    """Take signals as a process of a terminal does, even where the tests run below nohup, which ignores SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def free_port() -> int:

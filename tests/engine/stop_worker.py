@@ -25,6 +25,7 @@ import transformers.models.bert.modeling_bert  # noqa: F401
 from dsdistill import cli
 from dsdistill.engine import checkpoint, run, stopping, train
 from dsdistill.engine.train import Trainer
+from tests.engine.launch import heed
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEP = 5  # of the 10
@@ -148,6 +149,7 @@ def run_one(config: Path, place: str = "nothing") -> None:
     output = os.open(config.with_name(f"{config.stem}-{RANK}.err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    heed()
     PLACES[place]()
     sys.argv = ["dsdistill", "train", str(config)]
     cli.main()

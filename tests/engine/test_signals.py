@@ -14,7 +14,7 @@ import yaml
 
 from dsdistill.engine import checkpoint
 from tests.conftest import small_run
-from tests.engine.launch import launch, launch_command, processes_of, wait_for_end
+from tests.engine.launch import heed, launch, launch_command, processes_of, wait_for_end
 from tests.engine.test_resume import losses, steps_done, write
 
 WORKER = Path(__file__).with_name("stop_worker.py")
@@ -154,7 +154,9 @@ def start(command: list[object], log: Path, run: Path, steps: int = 2) -> subpro
     """A real command in a group of processes of its own, once the run in that folder has done some steps."""
     words, environment = command
     with log.open("w") as file:
-        process = subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            words, env=environment, stdout=file, stderr=file, start_new_session=True, preexec_fn=heed
+        )
     deadline = time.time() + 120
     while steps_done(run) < steps:
         assert process.poll() is None and time.time() < deadline, log.read_text()[-3000:]
