@@ -25,8 +25,9 @@ from dsdistill.ops.gpu import interpreting
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Units in the last place, relative to the RMS of the truth. Half precision: gradients are rounded once at the end;
-# bfloat16 products of the native attention kernel round dS as well.
-SLACK_ULPS = {torch.float64: 4096, torch.float32: 128, torch.bfloat16: 3, torch.float16: 2}
+# bfloat16 products of the native attention kernel round dS as well. float32: 130 is the most that was seen, in Triton's
+# interpreter on an AMD EPYC of 2026, where numpy adds in another order than on the machines before.
+SLACK_ULPS = {torch.float64: 4096, torch.float32: 160, torch.bfloat16: 3, torch.float16: 2}
 
 
 class Mismatch(AssertionError):
