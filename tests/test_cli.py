@@ -124,7 +124,7 @@ class TestRunFolder:
         )
 
     def test_a_project_with_a_config_of_its_own_is_no_run_folder(self, config, refused, tmp_path):
-        """As `train config.yaml run.dir=.` in it; nothing is removed or written over (`refused` looks)."""
+        """`train config.yaml run.dir=.` removes nothing there and writes over nothing; `refused` looks."""
         for name in ("init/notes", "stages/plan.md", "representations/talk.md"):
             path = tmp_path / name
             path.parent.mkdir()
@@ -302,7 +302,7 @@ class TestProcess:
             assert subprocess.run(["bash", "-c", line], env=os.environ | CODE, check=False).returncode == 0
 
     def test_onto_a_full_disk(self, config):
-        """What is printed is lost, and the exit code and one line say so."""
+        """The output is lost, and the exit code and one line say so."""
         path = config()
         line = "dsdistill: output cannot be written: the disk is full (No space left on device)\n"
         for words, code, told in (

@@ -1,4 +1,4 @@
-"""What others wrote, read with bounds: no file is read that is too large, blocks or grows, and no YAML that expands."""
+"""Read what others wrote with bounds: no file that is too large, blocks or grows, and no YAML that expands."""
 
 import json
 import os

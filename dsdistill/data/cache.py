@@ -1,4 +1,4 @@
-"""What is costly to make is kept in a cache folder, which several runs, ranks and people may share."""
+"""Keep what is costly to make in a cache folder, which several runs, ranks and people may share."""
 
 import json
 import logging

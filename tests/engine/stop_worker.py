@@ -41,7 +41,7 @@ def stuck() -> None:
 
 
 def wait() -> None:
-    """As Python does: a handler may raise in between."""
+    """Wait in Python, where a handler may raise in between."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What a run folder promises: one writer, no links, no secret; what another version or a full disk changes."""
+"""Hold what a run folder promises: one writer, no links, no secret, one line about other versions or a full disk."""
 
 import json
 import os
@@ -325,7 +325,7 @@ class TestSecrets:
 
 
 def test_export_beside_a_folder_of_the_scratch_name(config, tmp_path, monkeypatch):
-    """As versions of before deleted it."""
+    """Versions of before deleted that folder."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from dsdistill.engine import export

@@ -145,7 +145,7 @@ def test_one_rank_goes_on_exactly(alone):
 
 
 def test_the_clock_saves(alone):
-    """After every step here, as these take longer."""
+    """The limit here is shorter than a step, so every step is saved."""
     assert len(list((alone / "clock" / checkpoint.FOLDER).glob("step-*"))) == 10
     assert losses(alone / "clock") == losses(alone / "undisturbed")
 
