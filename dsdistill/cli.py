@@ -63,7 +63,7 @@ def train(
 
         typer.echo(dump(config), nl=False)
         return
-    from dsdistill.engine import stopping
+    from dsdistill.distributed import stopping
 
     with stopping.watch(config.run.grace):
         _quiet_libraries()
@@ -100,7 +100,7 @@ def plan(
     config = load(settings)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     _quiet_libraries()
-    from dsdistill.engine.plan import make_plan, parse_memory, refusal, table, write
+    from dsdistill.planner.plan import make_plan, parse_memory, refusal, table, write
 
     memory = parse_memory(gpu_memory)
     try:
@@ -117,7 +117,7 @@ def plan(
 @app.command()
 def evaluate(run: RunPath):
     """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
-    from dsdistill.engine import stopping
+    from dsdistill.distributed import stopping
 
     with stopping.watch():
         _quiet_libraries()
@@ -147,7 +147,7 @@ def compare(
 
     Runs that are finished are kept: a stopped comparison goes on where it was, a longer plan adds its runs.
     """
-    from dsdistill.report.compare import compare as run
+    from dsdistill.engine.compare import compare as run
 
     typer.echo(run(plan, out, settings or []), nl=False)
 
@@ -290,7 +290,7 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Run a command, and end the process with its exit code."""
-    from dsdistill.engine.leave import leave
+    from dsdistill.distributed.leave import leave
 
     try:
         code = run()

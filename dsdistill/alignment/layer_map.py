@@ -12,7 +12,8 @@ def layer_map(
     skip: PKD's map (Sun et al. 2019): layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th; the last, which the soft
         labels guide, from none.
     last: the last from the last (MiniLM).
-    cka_offline: as uniform, until the models have been compared (engine/calibrate.py puts pairs in its place).
+    cka_offline: as uniform, until the models have been compared (engine/passes/layer_similarity.py then puts pairs
+        in its place).
     emd: every pair, the teacher's layer running fastest (weighting.EarthMover says how much each counts).
     pairs: as given, checked.
 

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 from dsdistill.config import load
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
 from dsdistill.engine.run import run
 
 LEVELS = {

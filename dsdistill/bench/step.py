@@ -27,7 +27,7 @@ from dsdistill import disk
 from dsdistill.bench import operators
 from dsdistill.bench.step_arms import ARMS, LEVELS, PRECISIONS, RIVALS, Sizes, make
 from dsdistill.data.batch import Batch
-from dsdistill.engine.allocator import keep_freed_memory
+from dsdistill.distributed.allocator import keep_freed_memory
 
 FLOOR = "logits"  # what the others are compared with
 SHORTEST = 8  # tokens: the longest sequence is halved this far at most

@@ -20,10 +20,10 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.config.schema import Config
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
-from dsdistill.engine import deepspeed
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import make_objectives, make_pair, probe_models
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.teacher import Teacher
 from dsdistill.models.build import build, for_task
 

@@ -25,8 +25,8 @@ import torch
 from dsdistill import __version__, disk
 from dsdistill.config import Config, SharedError, UserError
 from dsdistill.config.secrets import redacted
-from dsdistill.engine import deepspeed
-from dsdistill.engine.ranks import Ranks
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
 
 log = logging.getLogger("dsdistill")

@@ -12,10 +12,11 @@ from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.disk import check_writable
-from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.distributed import deepspeed
+from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
 from dsdistill.models.build import architecture, build, load_tokenizer
-from dsdistill.models.domain import FUSION, STUDENT
+from dsdistill.models.domain_fusion import FUSION, STUDENT
 
 log = logging.getLogger("dsdistill")
 
@@ -72,7 +73,7 @@ def export(run: str, out: str) -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer included.
 
     A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
-    and dsdistill.models.domain.load_exported puts them together.
+    and dsdistill.models.domain_fusion.load_exported puts them together.
 
     A folder that is not there appears whole or not at all. Raises UserError where `out` holds something already.
     """
@@ -90,4 +91,6 @@ def export(run: str, out: str) -> None:
                 name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")
             }
             save_file(weights, os.path.join(made, FUSION))
-            log.info("with its domain fusion: dsdistill.models.domain.load_exported(%r) loads both", out)
+            log.info(
+                "with its domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both", out
+            )

@@ -8,7 +8,7 @@ import os
 from dsdistill import disk
 from dsdistill.config import SharedError
 from dsdistill.data import Batch
-from dsdistill.engine.ranks import Ranks
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.run_folder import BAD, SPIKES
 
 log = logging.getLogger("dsdistill")

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dsdistill.data import evaluation_batches
-from dsdistill.engine import representation
+from dsdistill.engine.passes import stability as representation
 from dsdistill.engine.prepare import Prepared
 from dsdistill.evaluation.structure import change
 from dsdistill.models.forward import model_inputs

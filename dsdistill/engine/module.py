@@ -9,7 +9,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.models.build import Headless
 from dsdistill.models.capture import Capture
-from dsdistill.models.domain import DomainFusion
+from dsdistill.models.domain_fusion import DomainFusion
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
 

@@ -22,7 +22,8 @@ from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import GROUP, Sampler
 from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
-from dsdistill.engine import deepspeed, stages
+from dsdistill.distributed import deepspeed
+from dsdistill.engine import stages
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
@@ -62,8 +63,10 @@ class Prepared:
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
     contrast: Contrast | None  # what sets the domain apart, where the data tells
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
-    maps: dict[str, Tensor] | None = None  # of the teacher's states, once they are fitted (engine/domain.py)
-    sampler: Sampler | None = None  # of the train set, once it is made (engine/sampling.py)
+    maps: dict[str, Tensor] | None = (
+        None  # of the teacher's states, once fitted (engine/passes/domain_maps.py)
+    )
+    sampler: Sampler | None = None  # of the train set, once it is made (engine/passes/teacher_scores.py)
 
 
 def prepare(config: Config, world_size: int) -> Prepared:

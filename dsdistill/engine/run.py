@@ -18,17 +18,19 @@ from dsdistill.config import Config, RunError
 from dsdistill.config.schema import Run
 from dsdistill.config.secrets import redacted
 from dsdistill.config.terms import Task, Terms
-from dsdistill.engine import checkpoint, deepspeed, stages, stopping, structure
-from dsdistill.engine.calibrate import resolve_layers
-from dsdistill.engine.domain import fit_maps, make_fusion
+from dsdistill.distributed import deepspeed, stopping
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import export, find_checkpoint, load_student, read_config
-from dsdistill.engine.generation import generation
 from dsdistill.engine.measure import latency, stability
 from dsdistill.engine.module import StudentModule
+from dsdistill.engine.passes import representation_space
+from dsdistill.engine.passes.domain_maps import fit_maps, make_fusion
+from dsdistill.engine.passes.generation import generation
+from dsdistill.engine.passes.layer_similarity import resolve_layers
+from dsdistill.engine.passes.teacher_scores import make_sampler
 from dsdistill.engine.prepare import Prepared, check_backend, make_objectives, prepare
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
-from dsdistill.engine.sampling import make_sampler
 from dsdistill.engine.teacher import Teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib, score
 from dsdistill.evaluation.text import bleu_signature
@@ -132,7 +134,7 @@ def evaluate_run(path: str) -> dict:
         module = module.to(ranks.device).eval()
         scores = score(module, teacher if prepared.judged else None, prepared, ranks)
         if structural:
-            scores["student"] |= structure.measure(module, teacher, prepared, ranks)
+            scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
         scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
         if config.evaluation.latency and ranks.first:
             scores["student"] |= latency(model, prepared)

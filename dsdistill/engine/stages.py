@@ -15,8 +15,9 @@ from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
-from dsdistill.engine import checkpoint, deepspeed
-from dsdistill.engine.ranks import Ranks
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import STAGES
 from dsdistill.models.build import Headless, build
 from dsdistill.models.capture import Capture

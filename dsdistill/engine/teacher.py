@@ -9,8 +9,8 @@ from transformers import PretrainedConfig
 from dsdistill.alignment.objective import Objective
 from dsdistill.config.schema import LANGUAGE, Config
 from dsdistill.data.batch import Batch
-from dsdistill.engine import deepspeed
-from dsdistill.engine.ranks import Ranks
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.models.build import Headless, build
 from dsdistill.models.capture import Capture, layer_list
 from dsdistill.models.forward import trace

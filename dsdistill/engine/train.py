@@ -17,15 +17,17 @@ from transformers import get_scheduler
 from dsdistill.alignment.objective import BackendError
 from dsdistill.config import UserError
 from dsdistill.data import Batch, Loader, evaluation_batches, restore
-from dsdistill.engine import checkpoint, deepspeed, representation, stages, stopping
-from dsdistill.engine.domain import make_fusion
+from dsdistill.distributed import deepspeed, stopping
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule
+from dsdistill.engine.passes import stability
+from dsdistill.engine.passes.domain_maps import make_fusion
 from dsdistill.engine.prepare import Prepared, frozen
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.engine.teacher import Teacher, count_parameters
-from dsdistill.evaluation.evaluate import evaluate
+from dsdistill.evaluation.scores import evaluate
 from dsdistill.models.build import build
 
 log = logging.getLogger("dsdistill")
@@ -199,7 +201,7 @@ class Trainer:
         judge_every = config.evaluate_every
         if judge_every == "epoch":
             judge_every = self.loader.steps_per_epoch
-        points = representation.points(self.config.evaluation.rcs, self.total)
+        points = stability.points(self.config.evaluation.rcs, self.total)
         self.engine.train()
         objective = self.module.objective
         guard = Guard(self.config.train.bad_steps, folder.path, self.ranks)
@@ -231,7 +233,7 @@ class Trainer:
                 self._log(folder, report, rate, bar)
             bar.update()
             if step in points:
-                representation.keep(folder.path, step, self.represent(), self.ranks)
+                stability.keep(folder.path, step, self.represent(), self.ranks)
             if judge_every and step % judge_every == 0:
                 scores = self.evaluate()["student"]
                 mean = self.progress.losses / max(1, self.progress.counted)

@@ -31,7 +31,7 @@ class AttentionTrace:
 
 @dataclass(frozen=True)
 class DomainTrace:
-    """What domain fusion leaves behind (models/domain.py)."""
+    """What domain fusion leaves behind (models/domain_fusion.py)."""
 
     targets: dict[int, Tensor]  # teacher layer → φ of its states, (B, N, d'); empty in evaluation
     predicted: Tensor  # (B, N, d')

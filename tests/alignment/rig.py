@@ -15,7 +15,7 @@ from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import shape
 from dsdistill.models.build import Headless, build, for_task
 from dsdistill.models.capture import Capture
-from dsdistill.models.domain import DomainFusion
+from dsdistill.models.domain_fusion import DomainFusion
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
 from tests.models.families import FAMILIES, peaked

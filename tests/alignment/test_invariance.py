@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.alignment.rig import ALL_TERMS, Rig, make_batch, padded, rows, with_filler
-from tests.models.test_domain import fitted
+from tests.models.test_domain_fusion import fitted
 
 REGRESSION = {name: term for name, term in ALL_TERMS.items() if name != "soft_label"}
 SMALL_BERT = {"hidden_size": 24, "num_hidden_layers": 2}

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsdistill.alignment import spans as module
-from dsdistill.alignment.spans import SpanGrid, token_weights
+from dsdistill.alignment import span_grid as module
+from dsdistill.alignment.span_grid import SpanGrid, token_weights
 from dsdistill.alignment.terms import TERMS, Pair, Shape
 from dsdistill.config import UserError
 from dsdistill.config.terms import Trajectory

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dsdistill.engine.leave import leave
+from dsdistill.distributed.leave import leave
 from tests.alignment.rig import Rig, make_batch, rows, with_filler
 
 TERMS = {"contrastive": {}, "sp": {}, "rkd": {}, "cka": {}, "pkt": {"weight": 10.0}}

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsdistill.config.load import build
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
-from dsdistill.engine.shards import Shards
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
+from dsdistill.distributed.shards import Shards
 from tests.engine.worker import run_all, start
 
 # Optimizer, dtype, ZeRO stage before, ZeRO stage after.

@@ -11,8 +11,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from dsdistill.config import load
 from dsdistill.data import evaluation_batches
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.teacher import Teacher
 from dsdistill.models.capture import layer_list

@@ -5,9 +5,9 @@ python share_worker.py CONFIG.yaml
 
 import json
 
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
-from dsdistill.models.domain import DomainFusion
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
+from dsdistill.models.domain_fusion import DomainFusion
 from tests.engine.worker import run_all, start
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import os
 import sys
 
 from dsdistill.config import load
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
 from dsdistill.engine.run import run
 from dsdistill.engine.train import Trainer
 

@@ -23,7 +23,8 @@ import torch._inductor.compile_fx
 import transformers.models.bert.modeling_bert  # noqa: F401
 
 from dsdistill import cli
-from dsdistill.engine import checkpoint, run, stopping, train
+from dsdistill.distributed import stopping
+from dsdistill.engine import checkpoint, run, train
 from dsdistill.engine.train import Trainer
 from tests.engine.launch import heed
 

@@ -12,9 +12,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from dsdistill.config import RunError, UserError, load
 from dsdistill.config.load import build as build_config
 from dsdistill.data import Batch
-from dsdistill.engine import deepspeed
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.guard import SEEN, Guard
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import RunFolder
 
 ONE = Ranks(0, 1, torch.device("cpu"))

@@ -16,9 +16,9 @@ import yaml
 from dsdistill import disk
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, export
 from dsdistill.engine.export import find_checkpoint
-from dsdistill.engine.ranks import Ranks
 from tests.engine.launch import WORKER, launch, launch_command, run_configs
 
 

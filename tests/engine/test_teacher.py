@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig
 
 from dsdistill.config.load import build as build_config
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.teacher import Teacher, _largest_layer
 from tests.conftest import BERT
 

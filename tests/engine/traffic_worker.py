@@ -49,10 +49,10 @@ for collective in COLLECTIVES:  # before deepspeed is imported: it keeps the fun
     setattr(dist, collective, counted(collective, getattr(dist, collective)))
 
 from dsdistill.config import load
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.teacher import Teacher, count_parameters
 from dsdistill.engine.train import Trainer
 

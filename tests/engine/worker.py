@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from dsdistill.config import load
-from dsdistill.engine import checkpoint, deepspeed
-from dsdistill.engine.leave import leave
-from dsdistill.engine.ranks import Ranks
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine import checkpoint
 from dsdistill.engine.run import run
 
 

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from dsdistill.alignment import relations
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
-from dsdistill.alignment.spans import SpanGrid
+from dsdistill.alignment.span_grid import SpanGrid
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum, wide
 from dsdistill.config import UserError
 from dsdistill.config.terms import DomainMapping
 from dsdistill.data.batch import PHRASE, Batch
-from dsdistill.models.domain import Aggregate
+from dsdistill.models.domain_fusion import Aggregate
 from dsdistill.ops import hidden_alignment, pairwise_alignment
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
-from dsdistill.alignment.spans import SpanGrid, token_weights
+from dsdistill.alignment.span_grid import SpanGrid, token_weights
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.config import UserError
 from dsdistill.config.terms import Trajectory

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from dsdistill.config import load
-from dsdistill.engine import deepspeed
-from dsdistill.engine.leave import leave
+from dsdistill.distributed import deepspeed
+from dsdistill.distributed.leave import leave
 from dsdistill.engine.run import run
 
 

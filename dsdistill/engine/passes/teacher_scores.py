@@ -13,8 +13,8 @@ from dsdistill.alignment.units import mean_pool
 from dsdistill.data import NO_LABEL, evaluation_batches, restore
 from dsdistill.data.batch import Batch
 from dsdistill.data.samplers import HardNegative, Sampler, Weighted, nearest_others
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import SAMPLING, RunFolder
 from dsdistill.engine.teacher import Teacher
 from dsdistill.models.trace import Trace

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.evaluation.evaluate import evaluate
+from dsdistill.evaluation.scores import evaluate
 from dsdistill.models.trace import Trace
 
 

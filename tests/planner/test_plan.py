@@ -15,9 +15,9 @@ from torch import nn
 from dsdistill import cli
 from dsdistill.config import load
 from dsdistill.config.load import build as build_config
-from dsdistill.engine import rehearsal, zero
-from dsdistill.engine.ledger import Ledger
-from dsdistill.engine.plan import Forecast, _largest, make_plan, peak
+from dsdistill.planner import rehearsal, zero_memory
+from dsdistill.planner.ledger import Ledger
+from dsdistill.planner.plan import Forecast, _largest, make_plan, peak
 from tests.conftest import WORDS
 from tests.engine.launch import launch
 
@@ -77,7 +77,7 @@ TWO = {
 OWNERS = {
     *(rehearsal.TEACHER, rehearsal.RESIDENT, rehearsal.TEACHER_CAPTURED, rehearsal.CAPTURED),
     *(rehearsal.ACTIVATIONS, rehearsal.OPERATORS),
-    *(zero.WEIGHTS, zero.GRADIENTS, zero.MASTER, zero.MOMENTS),
+    *(zero_memory.WEIGHTS, zero_memory.GRADIENTS, zero_memory.MASTER, zero_memory.MOMENTS),
 }
 MORE_OF_TWO = {
     "stage 3": {"student.zero_stage": 3, "train.batch_size": 8},
@@ -202,11 +202,11 @@ class TestZero:
 
     def held(self, stage: int, **changes) -> tuple[Ledger, dict]:
         options = {"offloaded": False, "accumulates": False, "lazy": False, "bucket": 5000, "buffers": 1}
-        settings = zero.Settings(stage, 2, 2, "adamw", live=10**9, prefetch=10**9, **options | changes)
+        settings = zero_memory.Settings(stage, 2, 2, "adamw", live=10**9, prefetch=10**9, **options | changes)
         ledger = Ledger((1, 1))
         with ledger.fake:
             parameters = [nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (600, 400)]
-        student = zero.StudentZero(ledger, settings, [parameters], frozen=100)
+        student = zero_memory.StudentZero(ledger, settings, [parameters], frozen=100)
         rest = dict(ledger.held)
         student.follow(parameters)
         with ledger.running():
@@ -225,30 +225,32 @@ class TestZero:
     )
     def test_what_stays(self, stage, weights, gradients):
         ledger, rest = self.held(stage)
-        assert rest[zero.WEIGHTS] == weights
-        assert rest[zero.MASTER] == 4 * 500 and rest[zero.MOMENTS] == 8 * 500
-        assert ledger.held[zero.GRADIENTS] == gradients
-        assert ledger.held[zero.BUCKETS] == (2000 if stage == 3 else 0)  # 5000 elements would never be filled
+        assert rest[zero_memory.WEIGHTS] == weights
+        assert rest[zero_memory.MASTER] == 4 * 500 and rest[zero_memory.MOMENTS] == 8 * 500
+        assert ledger.held[zero_memory.GRADIENTS] == gradients
+        assert ledger.held[zero_memory.BUCKETS] == (
+            2000 if stage == 3 else 0
+        )  # 5000 elements would never be filled
 
     def test_a_bucket_is_whole_on_a_gpu_and_as_filled_on_a_cpu(self):
         for lazy, bucket in ((False, 1600), (True, 1200)):  # of 800 elements; the larger gradient, sent alone
             ledger, _ = self.held(2, lazy=lazy, bucket=800)
-            assert ledger.peaks["reduce"][zero.BUCKETS] == bucket + 1200  # and its flat copy
+            assert ledger.peaks["reduce"][zero_memory.BUCKETS] == bucket + 1200  # and its flat copy
 
     def test_a_small_bucket_is_sent_twice(self):
         """Once for each gradient; what the first leaves is there while the second waits and is sent, from a copy."""
         ledger, _ = self.held(2, lazy=True, bucket=700)
-        assert ledger.peaks["backward"][zero.BUCKETS] == 2 * 600
-        assert ledger.peaks["backward"][zero.GRADIENTS] == 2000
-        assert ledger.peaks["reduce"][zero.BUCKETS] == 2 * 2 * 600
-        assert ledger.peaks["reduce"][zero.GRADIENTS] == 2000
+        assert ledger.peaks["backward"][zero_memory.BUCKETS] == 2 * 600
+        assert ledger.peaks["backward"][zero_memory.GRADIENTS] == 2000
+        assert ledger.peaks["reduce"][zero_memory.BUCKETS] == 2 * 2 * 600
+        assert ledger.peaks["reduce"][zero_memory.GRADIENTS] == 2000
 
     def test_the_step_and_offload(self):
         # A flat copy in bfloat16 and one in float32; norms in float64 would take 8 · 500 for the larger parameter.
         ledger, _ = self.held(2)
-        assert ledger.peaks["step"][zero.STEP] == 8 * 500
+        assert ledger.peaks["step"][zero_memory.STEP] == 8 * 500
         ledger, rest = self.held(2, offloaded=True)
-        assert zero.MASTER not in rest and ledger.held[zero.GRADIENTS] == 0
+        assert zero_memory.MASTER not in rest and ledger.held[zero_memory.GRADIENTS] == 0
 
 
 def test_the_largest_micro_batch(texts, tokenizer_dir):

@@ -10,7 +10,7 @@ import yaml
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.engine.sampling import entropy
+from dsdistill.engine.passes.teacher_scores import entropy
 from dsdistill.models.trace import Trace
 from tests.engine.launch import run_configs
 from tests.engine.test_resume import losses

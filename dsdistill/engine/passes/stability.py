@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from dsdistill import disk
-from dsdistill.engine.ranks import Ranks
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.run_folder import REPRESENTATIONS
 
 

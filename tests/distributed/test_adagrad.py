@@ -2,7 +2,7 @@
 
 import torch
 
-from dsdistill.engine.adagrad import AdaGrad
+from dsdistill.distributed.adagrad import AdaGrad
 
 
 def test_steps_as_torchs():

@@ -1,7 +1,7 @@
 """What a run would take of each rank's memory, before anything of it is loaded: `dsdistill plan`.
 
-The step is rehearsed (engine/rehearsal.py), DeepSpeed's part in it told by formulas (engine/zero.py). Architectures
-come from the models' `config:` where their files are not at hand; data, tokenizers and weights are not read.
+planner/rehearsal.py rehearses the step, and planner/zero_memory.py tells DeepSpeed's part in it by formulas.
+Architectures come from the models' `config:` where their files are not at hand; data, tokenizers and weights are not read.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.bounded import GIB, MIB, parse_size
 from dsdistill.config.schema import LANGUAGE, Stage
-from dsdistill.engine import deepspeed, zero
+from dsdistill.distributed import deepspeed
 from dsdistill.engine.prepare import (
     check_ranks,
     make_pair,
@@ -25,9 +25,10 @@ from dsdistill.engine.prepare import (
     recipe_of,
     student_architecture,
 )
-from dsdistill.engine.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Place, rehearse
 from dsdistill.engine.teacher import count_parameters
 from dsdistill.models.build import architecture, build, for_task, override
+from dsdistill.planner import zero_memory
+from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Place, rehearse
 
 log = logging.getLogger("dsdistill")
 
@@ -170,7 +171,7 @@ def _place(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Pla
         world_size=world_size,
         dtype=dtype,
         gpu=gpu,
-        zero=zero.Settings(
+        zero=zero_memory.Settings(
             stage=int(student.stage),
             world_size=world_size,
             width=dtype.itemsize,
@@ -200,7 +201,7 @@ def _loading(config: Config, models: Models, gpu: bool) -> Counter:
         found[TEACHER] = 4 * _parameters(config, models.teacher)
     if not gpu and config.student.from_teacher is not None:
         found[TEACHER] = 4 * _parameters(config, models.teacher)
-        found[zero.WEIGHTS] = 4 * _parameters(config, models.student)
+        found[zero_memory.WEIGHTS] = 4 * _parameters(config, models.student)
     return found
 
 

@@ -17,16 +17,16 @@ from dsdistill.alignment.terms import Pair
 from dsdistill.config import Config
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
-from dsdistill.engine import zero
-from dsdistill.engine.ledger import Ledger
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import frozen
 from dsdistill.engine.teacher import count_parameters
 from dsdistill.models.build import Headless, build
 from dsdistill.models.capture import Capture, layer_list
-from dsdistill.models.domain import DomainFusion
+from dsdistill.models.domain_fusion import DomainFusion
 from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
+from dsdistill.planner import zero_memory
+from dsdistill.planner.ledger import Ledger
 
 TEACHER, RESIDENT = "teacher, weights", "teacher, gathered layers"
 TEACHER_ACTIVATIONS, TEACHER_CAPTURED = "teacher, activations", "captured, teacher's"
@@ -52,7 +52,7 @@ class Place:
     world_size: int
     dtype: torch.dtype
     gpu: bool
-    zero: zero.Settings  # of the student's engine
+    zero: zero_memory.Settings  # of the student's engine
     teacher_offloaded: bool = False
     overlap: bool = False  # of a sharded teacher's layers
 
@@ -121,7 +121,7 @@ def rehearse(
         counts = torch.ones(sum(term.parts for term in objective.terms.values()), dtype=torch.float64)
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = _groups(trainable, objective)
-    student = zero.StudentZero(
+    student = zero_memory.StudentZero(
         ledger, place.zero, groups, count_parameters(module) - sum(map(_size, trainable))
     )
     _rest(ledger, config, models, previous, place)

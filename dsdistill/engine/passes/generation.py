@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from dsdistill import disk
 from dsdistill.data.prompted import special_tokens
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import GENERATED
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
 from dsdistill.evaluation.text import text_scores

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM
 
 from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
-from dsdistill.models.domain import load_exported
+from dsdistill.models.domain_fusion import load_exported
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 from tests.engine.test_run import command

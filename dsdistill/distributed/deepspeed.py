@@ -19,11 +19,11 @@ from dsdistill.config import UserError
 from dsdistill.config.checks import nearest
 from dsdistill.config.schema import Config
 from dsdistill.config.secrets import shown
-from dsdistill.engine import stopping
-from dsdistill.engine.adagrad import AdaGrad
-from dsdistill.engine.allocator import keep_freed_memory
-from dsdistill.engine.ranks import Ranks, environment, private_store
-from dsdistill.engine.shards import Shards
+from dsdistill.distributed import stopping
+from dsdistill.distributed.adagrad import AdaGrad
+from dsdistill.distributed.allocator import keep_freed_memory
+from dsdistill.distributed.ranks import Ranks, environment, private_store
+from dsdistill.distributed.shards import Shards
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences its search

@@ -13,7 +13,8 @@ import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from dsdistill.engine import checkpoint, deepspeed
+from dsdistill.distributed import deepspeed
+from dsdistill.engine import checkpoint
 from tests.engine.test_resume import make_checkpoint
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from dsdistill.alignment.units import mean_pool
 from dsdistill.data import Examples, evaluation_batches
 from dsdistill.data.batch import PHRASE, Batch
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import Prepared
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.teacher import Teacher
 from dsdistill.evaluation.structure import (
     UNITS,

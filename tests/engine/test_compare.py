@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dsdistill.config import UserError
-from dsdistill.report.compare import read_plan, table
+from dsdistill.engine.compare import read_plan, table
 
 
 def student(**scores):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dsdistill.data.batch import NO_LABEL
-from dsdistill.models.domain import Aggregate, DomainFusion, TeacherMap, normed
+from dsdistill.models.domain_fusion import Aggregate, DomainFusion, TeacherMap, normed
 from dsdistill.models.trace import DomainTrace, Trace
 from tests.alignment.rig import Rig, make_batch, padded, rows, with_filler
 

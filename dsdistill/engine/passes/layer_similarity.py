@@ -14,8 +14,8 @@ from dsdistill import disk
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import Config
 from dsdistill.data import evaluation_batches, restore
+from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared, make_objectives
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import LAYERS, RunFolder
 from dsdistill.engine.teacher import Teacher
 from dsdistill.evaluation.structure import debiased_cka

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dsdistill.engine.ledger import Ledger
+from dsdistill.planner.ledger import Ledger
 
 WEIGHTS, GATHERED, GRADIENTS = "student, weights", "student, gathered weights", "student, gradients"
 MASTER, MOMENTS = "optimizer, master weights", "optimizer, moments"

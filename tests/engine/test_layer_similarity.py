@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from dsdistill.engine.calibrate import most_similar
+from dsdistill.engine.passes.layer_similarity import most_similar
 from tests.engine.launch import run_configs
 from tests.engine.test_resume import losses, write
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.data import evaluation_batches
-from dsdistill.engine.calibrate import EXAMPLES
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.passes.layer_similarity import EXAMPLES
 from dsdistill.engine.prepare import Prepared
-from dsdistill.engine.ranks import Ranks
 from dsdistill.engine.run_folder import MAPS, RunFolder
 from dsdistill.engine.teacher import Teacher
-from dsdistill.models.domain import DomainFusion, normed
+from dsdistill.models.domain_fusion import DomainFusion, normed
 
 
 def make_fusion(prepared: Prepared, maps: dict[str, Tensor] | None = None) -> DomainFusion | None:
