@@ -121,7 +121,7 @@ def evaluate(run: RunPath):
 
     with stopping.watch():
         _quiet_libraries()
-        from dsdistill.engine.run import evaluate_run
+        from dsdistill.engine.evaluate import evaluate_run
         from dsdistill.report import show
 
         summary = evaluate_run(run)

@@ -174,9 +174,9 @@ def config(settings, tmp_path):
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Runs a command in this process; returns the one line it leaves, having changed nothing and loaded no weight."""
+    import dsdistill.engine.module
     import dsdistill.engine.run
     import dsdistill.engine.teacher
-    import dsdistill.engine.train
     import dsdistill.models.build
     from dsdistill import cli
 
@@ -188,7 +188,7 @@ def refused(monkeypatch, capsys, tmp_path):
         with monkeypatch.context() as patch:
             for module in (
                 dsdistill.engine.run,
-                dsdistill.engine.train,
+                dsdistill.engine.module,
                 dsdistill.engine.teacher,
                 dsdistill.models.build,
             ):

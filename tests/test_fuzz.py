@@ -20,7 +20,7 @@ from dsdistill.config.load import build
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.section import Section as AnySection
 from dsdistill.data import Data, files
-from dsdistill.data import load as tokenized
+from dsdistill.data import load_data as tokenized
 
 # The same examples in every run: a failure here is a bug, never chance.
 FUZZ = settings(

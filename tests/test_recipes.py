@@ -40,9 +40,9 @@ def preset(name: str) -> str:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_leaves_nothing_of_the_recipes_terms(name, recipe):
     found, alone = (after(base, preset(name)) for base in (recipe, "multi_level_small"))
-    assert [list(stage.terms.named()) for stage in found.parts] == PRESETS[name]
+    assert [list(stage.terms.named()) for stage in found.run_stages] == PRESETS[name]
     # Nor of their weights and divergences, nor of the recipe's stages.
-    assert [stage.terms for stage in found.parts] == [stage.terms for stage in alone.parts]
+    assert [stage.terms for stage in found.run_stages] == [stage.terms for stage in alone.run_stages]
     assert found.stages == alone.stages
     assert found.train.distill_weight == alone.train.distill_weight == (0.5 if name == "logits" else None)
     assert found.student.domain is None
@@ -67,7 +67,7 @@ def test_soft_labels_come_from_a_head_that_is_trained_first(recipe, monkeypatch)
 @pytest.mark.parametrize(("name", "recipe"), ARMS)
 def test_an_arm_of_an_ablation(name, recipe, size):
     found = after(recipe + size, preset(name))
-    assert [list(stage.terms.named()) for stage in found.parts] == ARMS[name, recipe]
+    assert [list(stage.terms.named()) for stage in found.run_stages] == ARMS[name, recipe]
     assert (found.student.domain is None) and found.data.sampler == "uniform"
 
 
@@ -78,7 +78,7 @@ def test_another_task_keeps_the_terms(name, recipe):
     sources = [preset(name)] if name else []
     first, second = after(recipe, *sources), after(recipe, *sources, preset("stsb"))
     assert second.task == "regression" and second.data.subset == "stsb"
-    assert second.parts == first.parts and second.train.distill_weight == first.train.distill_weight
+    assert second.run_stages == first.run_stages and second.train.distill_weight == first.train.distill_weight
 
 
 @pytest.mark.parametrize(

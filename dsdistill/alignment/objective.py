@@ -43,7 +43,7 @@ class Objective(nn.Module):
     def weights(self) -> dict[str, float]:
         w = self.distill_weight
         return {
-            name: term.weight * (1.0 if w is None else 1 - w if name == "task" else w)
+            name: term.weight * (1.0 if w is None else 1 - w if term.supervised else w)
             for name, term in self.terms.items()
         }
 
@@ -52,17 +52,22 @@ class Objective(nn.Module):
         """Which backends the operators have run on in this process."""
         return backends_taken()
 
-    @property
-    def needs_teacher(self) -> bool:
-        return any(term.needs_teacher for term in self.terms.values())
+    def needs(self, what: str) -> str | None:
+        """Return the name of a term that needs it, None where none does.
+
+        what: teacher, head, lens, labels, spans, values or previous, as AlignmentTerm says.
+        """
+        return next((name for name, term in self.terms.items() if getattr(term, f"needs_{what}")), None)
 
     @property
-    def needs_values(self) -> bool:
-        return any(term.needs_values for term in self.terms.values())
+    def fused(self) -> tuple[int, ...]:
+        """Teacher layers that the student's domain fusion maps, in order."""
+        return tuple(sorted({layer for term in self.terms.values() for layer in term.fused}))
 
     @property
-    def needs_previous(self) -> bool:
-        return any(term.needs_previous for term in self.terms.values())
+    def moves(self) -> bool:
+        """Whether some layer weights change while training."""
+        return any(term.weighting.moves for term in self.terms.values())
 
     def layers(self, kind: str) -> frozenset[int]:
         """Layers to capture; kind: student_hidden, teacher_hidden, student_attention or teacher_attention."""
@@ -97,6 +102,15 @@ class Objective(nn.Module):
         for name, values in self._by_term(raw).items():
             self.terms[name].weighting.update(values)
 
+    def values(self, raw: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Return each term before and after its weight, and its (parts,), of (parts of all terms,); without waiting."""
+        parts = raw.split([term.parts for term in self.terms.values()])
+        made = {}
+        for (name, term), values in zip(self.terms.items(), parts, strict=True):
+            value = term.factor * (values * values.new_tensor(term.weighting.values)).sum()
+            made[name] = value, self.weights[name] * value, values
+        return made
+
     def report(self, raw: Tensor) -> dict[str, dict]:
         """Of a step's raw values, before update(): each term before and after its weight, and moving layer weights."""
         found = {}
@@ -112,7 +126,8 @@ class Objective(nn.Module):
         """What moves outside the parameters, as plain JSON."""
         return {name: term.weighting.state() for name, term in self.terms.items()}
 
-    def load(self, state: dict[str, dict]) -> None:
+    def restore(self, state: dict[str, dict]) -> None:
+        """Take state() back."""
         for name, term in self.terms.items():
             term.weighting.load(state[name])
 

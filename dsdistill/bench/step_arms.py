@@ -17,14 +17,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.probing import check_pair
 from dsdistill.config.schema import Config
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
-from dsdistill.engine.prepare import make_objectives, make_pair, probe_models
-from dsdistill.engine.teacher import Teacher
+from dsdistill.engine.prepare import make_objectives, make_pair
+from dsdistill.engine.teacher import load_teacher
 from dsdistill.models.build import build, for_task
 
 LEVELS = ("logits", "hidden", "attention", "pairwise")  # each with all before it
@@ -104,17 +105,17 @@ def engine_step(
     student, teacher = sizes.architecture(sizes.student), sizes.architecture(sizes.teacher)
     pair = make_pair(config, student, teacher, sizes.vocabulary)
     (objective,) = make_objectives(config, pair)
-    geometry = probe_models(config, student, teacher, (objective,))
-    guide = Teacher(config, teacher, (objective,), Ranks(0, 1, device))
+    geometry = check_pair(config.task, student, teacher, (objective,))
+    guide = load_teacher(config, teacher, (objective,), Ranks(0, 1, device))
     torch.manual_seed(STUDENT_SEED)
     model = build(student, None, "classification", "student", needs_head=False)
-    module = StudentModule(model, objective, Objective(Terms(task={}), pair))
+    module = StudentModule(
+        model, objective, Objective(Terms(task={}), pair), teacher=guide, geometry=geometry
+    )
     module = module.to(device, deepspeed.DTYPES[precision]).train()
 
     def loss(batch: Batch) -> Tensor:
-        counts = objective.counts(batch, geometry)
-        with guide.trace(batch) as trace:
-            return module(batch, trace, counts)[0]
+        return module(batch, module.counts([batch])).total
 
     return module, loss
 

@@ -1,6 +1,7 @@
 """Configuration: YAML and key=value in, one typed frozen object out."""
 
 from dsdistill.config.errors import RunError, SharedError, Stopped, UserError
+from dsdistill.config.load import build as make_config
 from dsdistill.config.load import dump, holds_secrets, load, load_saved
 from dsdistill.config.schema import Config
 
@@ -14,4 +15,5 @@ __all__ = [
     "holds_secrets",
     "load",
     "load_saved",
+    "make_config",
 ]

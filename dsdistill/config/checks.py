@@ -173,7 +173,7 @@ def _check_chunker(config) -> None:
 
 
 def _check_domain(config) -> None:
-    domain, terms = config.student.domain, [stage.terms.named() for stage in config.parts]
+    domain, terms = config.student.domain, [stage.terms.named() for stage in config.run_stages]
     used = [index for index, found in enumerate(terms) if "domain" in found]
     if domain is None:
         if used:
@@ -204,7 +204,7 @@ def _check_sampler(config) -> None:
     if data.sampler == "entropy" and config.task == "regression":
         raise UserError(place, "entropy with task regression", "a task of classes or tokens")
     if data.sampler == "hard_negative":
-        if not all("contrastive" in stage.terms.named() for stage in config.parts):
+        if not all("contrastive" in stage.terms.named() for stage in config.run_stages):
             raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
         if config.train.group_by_length:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
@@ -218,7 +218,7 @@ def _check_noise(config) -> None:
         raise UserError(
             "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
-    if not any("task" in stage.terms.named() for stage in config.parts):
+    if not any("task" in stage.terms.named() for stage in config.run_stages):
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
 
 

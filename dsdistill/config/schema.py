@@ -319,7 +319,7 @@ class Config(Section):
         return settings
 
     @property
-    def parts(self) -> tuple[Stage, ...]:
+    def run_stages(self) -> tuple[Stage, ...]:
         """The stages, each with what the whole run freezes; of a run without any, the one that it is."""
         return tuple(
             stage.model_copy(update={"freeze": (*self.student.freeze, *stage.freeze)})
@@ -330,7 +330,7 @@ class Config(Section):
     def needs_spans(self) -> bool:
         """Whether some stage, or evaluation, reads words and phrases."""
         return self.evaluation.structure or any(
-            {"trajectory", "domain"} & stage.terms.named().keys() for stage in self.parts
+            {"trajectory", "domain"} & stage.terms.named().keys() for stage in self.run_stages
         )
 
     @property

@@ -71,7 +71,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Data(Generic[T]):
+class Splits(Generic[T]):
     """Both splits, as Rows or as Examples, and the names of the classes in the order of their indices."""
 
     train: T

@@ -4,14 +4,14 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.schema import Data as Section
 from dsdistill.data import docstrings, files, hub
-from dsdistill.data.examples import Data, Rows
+from dsdistill.data.examples import Rows, Splits
 from dsdistill.data.labels import class_indices, class_names, scores, spelled
 from dsdistill.data.table import Table
 
 CLASSES = "classification"
 
 
-def read(section: Section, task: str) -> Data[Rows]:
+def read(section: Section, task: str) -> Splits[Rows]:
     """Both splits with every check that needs no tokenizer; labels as class indices or scores.
 
     Args:
@@ -29,7 +29,7 @@ def read(section: Section, task: str) -> Data[Rows]:
         _rows(tables, section, task, names, limit)
         for tables, limit in zip(splits, (section.max_train, section.max_dev), strict=True)
     )
-    return Data(train, dev, names)
+    return Splits(train, dev, names)
 
 
 def read_texts(section: Section, files: tuple[str, ...]) -> Rows:

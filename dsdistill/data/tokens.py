@@ -12,7 +12,7 @@ import torch
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.encode import encode
-from dsdistill.data.examples import Data, Examples, Rows
+from dsdistill.data.examples import Examples, Rows, Splits
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.prompted import tokenize_prompted
 from dsdistill.data.sample import draw, with_noise
@@ -24,9 +24,9 @@ Find = Callable[[Sequence[str], Sequence[str]], list[Chunks]]
 AT_ONCE = 1000  # texts handed to the tokenizer in one call
 
 
-def load(
+def load_data(
     section: Section, task: str, tokenizer: Any, seed: int = 0, with_spans: bool = False
-) -> Data[Examples]:
+) -> Splits[Examples]:
     """Both splits, read, checked and tokenised.
 
     Args:
@@ -53,7 +53,7 @@ def load(
     if predicted or hidden:
         hide = masking(tokenizer, PREDICTED * predicted, HIDDEN * hidden, seed)
         train = replace(train, masking=hide)
-    return Data(train, dev, rows.labels)
+    return Splits(train, dev, rows.labels)
 
 
 def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find | None = None) -> Examples:

@@ -9,7 +9,7 @@ import math
 import os
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -63,15 +63,9 @@ def start(timeout: float = 10.0) -> Ranks:
     timeout: minutes after which a rank that waits for the others in vain gives up.
     """
     environment()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Only tensor-parallel inference uses this extension, and it costs a minute of compilation at first use.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:
+    device = _device()
+    cuda = device.type == "cuda"
+    if not cuda:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take every core spend their time waiting
             beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
@@ -94,6 +88,29 @@ def start(timeout: float = 10.0) -> Ranks:
     stopping.connect(dist.distributed_c10d._get_default_store(), size)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE, group_desc=_PATIENT) if size > 1 else None
     return Ranks(dist.get_rank(), size, device, patient)
+
+
+def join() -> torch.device:
+    """Return this rank's device; torch.distributed is started as its launcher says, where nobody has."""
+    if not dist.is_initialized():
+        environment()
+    device = _device()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    return device
+
+
+def _device() -> torch.device:
+    """Return the device of this rank, which is torch's current one from here on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Only tensor-parallel inference uses this extension, and it costs a minute of compilation at first use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 _PATIENT = "patient"
@@ -144,15 +161,16 @@ def _merge(ours: dict, users: dict) -> dict:
     return merged
 
 
-def teacher_settings(config: Config, largest_layer: int, device: torch.device) -> dict:
-    """DeepSpeed settings of a sharded teacher.
+def teacher_settings(
+    dtype: str, residency: str, further: dict, largest_layer: int, device: torch.device
+) -> dict:
+    """Return the DeepSpeed settings of a sharded teacher.
 
-    largest_layer: parameters of its largest layer. DeepSpeed's defaults would keep almost all of a model of
-    BERT's size gathered; these limits keep its shard and one layer (tight) or two (overlap) on a rank.
+    further: what the user adds. largest_layer: parameters of its largest layer. DeepSpeed's defaults would keep
+    almost all of a model of BERT's size gathered; these limits keep its shard and one layer (tight) or two (overlap)
+    on a rank.
     """
-    overlap = config.teacher.residency == "overlap" or (
-        config.teacher.residency == "auto" and device.type == "cuda"
-    )
+    overlap = residency == "overlap" or (residency == "auto" and device.type == "cuda")
     zero = {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -160,23 +178,27 @@ def teacher_settings(config: Config, largest_layer: int, device: torch.device) -
         "stage3_max_live_parameters": 2 * largest_layer if overlap else 0,
         "stage3_prefetch_bucket_size": largest_layer if overlap else 0,
     }
-    ours = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **_precision(config.train.dtype)}
-    return _merge(ours, config.teacher.deepspeed)
+    ours = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **_precision(dtype)}
+    return _merge(ours, further)
 
 
-def shard_teacher(
-    load: Callable[[], nn.Module], config: Config, largest_layer: int, device: torch.device
-) -> Callable:
-    """A ZeRO-3 engine around the module that load() makes; the weights are sharded while they are read."""
-    settings = teacher_settings(config, largest_layer, device)
-    sharding = HfDeepSpeedConfig(settings)  # transformers looks for a living one while it loads
+def shard(
+    load: Callable[[], nn.Module],
+    settings: Callable[[int], dict],
+    largest_layer: Callable[[nn.Module], int],
+):
+    """Return a frozen ZeRO-3 engine around the module that load() makes; its weights are sharded while they are read.
+
+    settings: of the engine, by the parameters of the module's largest layer; what these decide matters once it is read.
+    """
+    sharding = HfDeepSpeedConfig(settings(1))  # transformers looks for a living one while it loads
     try:
         module = load()
     finally:
         del sharding  # or the student would be sharded as this says
     module.eval().requires_grad_(False)
     with _quiet():
-        engine, *_ = deepspeed.initialize(model=module, config=settings)
+        engine, *_ = deepspeed.initialize(model=module, config=settings(largest_layer(module)))
     _limit_waits()
     engine.eval()
     return engine
@@ -186,6 +208,15 @@ def gathered(parameters: list[nn.Parameter]):
     """A context in which the parameters are whole on every rank, sharded or not."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+def register_external(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Tell ZeRO-3 which sharded parameters `module` uses outside the forward pass of the submodule that holds them."""
+    known = module.ds_external_parameters() if hasattr(module, "ds_external_parameters") else ()
+    known = {id(parameter) for _, parameter in known}
+    for parameter in parameters:
+        if id(parameter) not in known:
+            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def student_settings(config: Config, world_size: int) -> dict:
@@ -226,7 +257,11 @@ def check_settings(config: Config, world_size: int) -> None:
             f"{place}.data_types", f"{kinds} in bf16 at stage 1", "student.zero_stage=2, which takes them"
         )
     if config.teacher is not None and config.teacher.zero_stage == 3:
-        _check_sections(teacher_settings(config, 1, torch.device("cpu")), "teacher")
+        teacher = config.teacher
+        made = teacher_settings(
+            config.train.dtype, teacher.residency, teacher.deepspeed, 1, torch.device("cpu")
+        )
+        _check_sections(made, "teacher")
 
 
 def _check_sections(settings: dict, model: str) -> None:
@@ -262,7 +297,6 @@ def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> User
 
 def student_engine(
     module: nn.Module,
-    external: list[nn.Parameter],
     terms: list[nn.Parameter],
     config: Config,
     rate: float,
@@ -271,23 +305,16 @@ def student_engine(
 ):
     """The engine that trains `module`.
 
-    external: parameters that the module uses outside their own submodule's forward (ZeRO-3 must know them).
     terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
     """
     settings = student_settings(config, ranks.world_size)
-    mine = {id(parameter) for parameter in terms}
-    student = [p for p in module.parameters() if p.requires_grad and id(p) not in mine]
-    groups = [
-        {"params": [p for p in parameters if (p.dim() > 1) == matrices], "weight_decay": decay, "lr": lr}
-        for parameters, lr in ((student, rate), (terms, config.train.projector_learning_rate or rate))
-        for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
-    ]
+    groups = parameter_groups(module, terms, config, rate)
     # DeepSpeed takes memory for a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a
     # heap that spreads, as blocks of 2 GB come and go in it at every step.
     everyone = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
     bucket = min(zero_section(settings).reduce_bucket_size, everyone)
     settings["zero_optimization"]["reduce_bucket_size"] = bucket
-    optimizer = _optimizer(config, settings)([group for group in groups if group["params"]], lr=rate)
+    optimizer = _optimizer(config, settings)(groups, lr=rate)
     with _quiet():
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -297,12 +324,30 @@ def student_engine(
             dist_init_required=False,
         )
     _limit_waits()
-    if config.student.zero_stage == 3:
-        for parameter in external:
-            deepspeed.zero.register_external_parameter(module, parameter)
     # At the least scale finite_gradient tells, and the run ends by name.
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
+
+
+def parameter_groups(
+    module: nn.Module, terms: Iterable[nn.Parameter], config: Config, rate: float
+) -> list[dict]:
+    """Return the optimizer's groups of what trains in `module`, in order; none is empty.
+
+    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    mine = {id(parameter) for parameter in terms}
+    groups = [
+        {
+            "params": [p for p in trained if (id(p) in mine) == own and (p.dim() > 1) == matrices],
+            "weight_decay": decay,
+            "lr": lr,
+        }
+        for own, lr in ((False, rate), (True, config.train.projector_learning_rate or rate))
+        for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def finite_gradient(engine, skipped: int) -> bool:

@@ -309,14 +309,16 @@ def tell_versions(state: dict, tag: str) -> None:
 
 
 def _check_stage(run_dir: str, tag: str, config: Config) -> None:
-    stage, stages = read_state(run_dir, tag)["stage"], len(config.parts)
+    stage, stages = read_state(run_dir, tag)["stage"], len(config.run_stages)
     if stage >= stages:
         raise UserError(f"{run_dir}, {tag}: stage", stage, f"0 to {stages - 1}, as the config has stages")
 
 
 def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) -> None:
     at_once = config.train.micro_batch_size * world_size
-    related = [name for stage in config.parts for name, term in stage.terms.named().items() if term.relates]
+    related = [
+        name for stage in config.run_stages for name, term in stage.terms.named().items() if term.relates
+    ]
     before = read_state(run_dir, tag)["at_once"]
     if related and before != at_once:
         raise UserError(

@@ -1,21 +1,26 @@
-"""The module that DeepSpeed wraps: student, projectors and objective."""
+"""The module that a run trains: the distillation of one stage, and what evaluation asks of the same student."""
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import fnmatch
+from collections.abc import Iterable
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.terms import Pair
 from dsdistill.alignment.units import mean_pool
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.config import Config
+from dsdistill.config.schema import Stage
 from dsdistill.data.batch import Batch
-from dsdistill.models.build import Headless
-from dsdistill.models.capture import Capture
+from dsdistill.distiller import Distillation
+from dsdistill.models.build import build
 from dsdistill.models.domain_fusion import DomainFusion
-from dsdistill.models.forward import trace
-from dsdistill.models.trace import Trace
+from dsdistill.models.trace import Geometry, Trace
+from dsdistill.models.tracer import Tracer, callee
 
 
-class StudentModule(nn.Module):
-    """Everything trainable in one module, so that every parameter is gathered and saved by the same hooks."""
+class StudentModule(Distillation):
+    """A Distillation whose student may have domain fusion, be evaluated, and represent texts."""
 
     def __init__(
         self,
@@ -23,73 +28,100 @@ class StudentModule(nn.Module):
         objective: Objective,
         evaluation: Objective,
         *,
+        teacher: Tracer | None = None,
+        previous: Tracer | None = None,
+        geometry: dict[int, Geometry] | None = None,
         represents: bool = False,
         domain: DomainFusion | None = None,
     ):
-        """represents: forward may be asked to `represent`; domain: what to put before the model's first layer."""
-        super().__init__()
-        language = objective.task in LANGUAGE
-        self.body = Headless(model, "student") if language else model
-        self.objective = objective
-        self.evaluation = evaluation  # what evaluate() measures; holds no parameters
-        self._model = [model]  # in a list: `body` already registers it
+        """evaluation: what evaluate() measures; holds no parameters. represents: the last layer is kept for it.
+
+        domain: what to put before the model's first layer. geometry: of the student's attention layers.
+        """
         self._last = model.config.num_hidden_layers
         hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
-        self.capture = Capture(model, hidden, objective.layers("student_attention"))
+        student = Tracer(
+            callee(model, objective.task, "student"), hidden, objective.layers("student_attention")
+        )
+        super().__init__(student, teacher, objective, geometry or {}, previous)
+        self.evaluation = evaluation
         self.domain = domain
         if domain is not None:
-            domain.attach(model)  # after Capture: layer 0 is what comes before the fusion
+            domain.attach(model)  # after the capture: layer 0 is what comes before the fusion
 
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._model[0]
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Used outside their own module's forward, by the terms of language models."""
-        if not isinstance(self.body, Headless):
-            return []
-        head = self.model.get_output_embeddings()
-        return [parameter for parameter in (head.weight, head.bias) if parameter is not None]
-
-    def trace(self, batch: Batch) -> Trace:
-        found = trace(self.body, self.model, self.capture, batch)
-        if isinstance(self.body, Headless):
-            head = self.model.get_output_embeddings()
-            found.head, found.head_bias = head.weight, head.bias
-        return found
+    def trace(self, batch: Batch, teacher: Trace | None = None) -> Trace:
+        """Return the student's trace; while training its fusion may take what the teacher knows."""
+        if self.domain is None:
+            return super().trace(batch)
+        targets = self.domain.prepare(teacher, batch.chance)
+        made = super().trace(batch)
+        made.domain = self.domain.trace(targets)
+        return made
 
     def forward(
-        self,
-        batch: Batch,
-        teacher: Trace | None = None,
-        counts: Tensor | None = None,
-        previous: Trace | None = None,
-        represent: bool = False,
-        last: bool = False,
+        self, batch: Batch, counts: Tensor | None = None, teacher: Trace | None = None, ask: str = "scores"
     ):
-        """With counts: (loss with gradients, (parts,) raw values). Without: what evaluation reads, see below.
+        """Return the loss of a micro-batch with `counts`, as Distillation does; without them what `ask` names.
 
-        Without counts: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective
-        for language models. With represent: (B, D) mean of the last layer's states over valid tokens; with last:
-        (B, N, D), the states themselves.
+        scores: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective for language
+            models, with the teacher's trace its terms too.
+        mean: (B, D) mean of the last layer's states over valid tokens.
+        states: (B, N, D), the states themselves.
         """
-        targets = self.domain.prepare(teacher, batch.chance) if self.domain is not None else {}
-        student = self.trace(batch)
-        if self.domain is not None:
-            student.domain = self.domain.trace(targets)
-        student.previous = previous
-        if last:
+        if counts is not None:
+            return super().forward(batch, counts)
+        student = self.trace(batch, teacher)
+        if ask == "states":
             return student.hidden[self._last]
-        if represent:
+        if ask == "mean":
             return mean_pool(student.hidden[self._last], batch.mask)
-        if counts is None:
-            return (
-                student.logits
-                if student.logits is not None
-                else self.evaluation.sums(student, teacher, batch)
-            )
-        loss = self.objective(student, teacher, batch, counts)
-        # Ties the loss to the model's end: with ZeRO-3 and checkpointing a loss on captured tensors alone crashes
-        # in backward. One value a row, so that the sum cannot overflow in fp16.
-        end = student.logits if student.logits is not None else student.output[:, 0]
-        return loss.total + 0.0 * end[:, 0].float().sum(), loss.raw
+        return student.logits if student.logits is not None else self.evaluation.sums(student, teacher, batch)
+
+
+def make_student(
+    config: Config,
+    stage: Stage,
+    architecture: PretrainedConfig,
+    init: str | None,
+    pair: Pair,
+    objective: Objective,
+    evaluation: Objective,
+    layers: tuple[int, ...],
+    *,
+    checkpointing: bool,
+    **parts,
+) -> StudentModule:
+    """Return the module that a stage trains, on the CPU in float32; run and planner both make it here.
+
+    init: where the first weights lie (None: random). layers: of the teacher, that the student's fusion maps.
+    parts: teacher, previous and geometry of the StudentModule.
+    """
+    model = build(architecture, init, config.task, "student", needs_head=False)
+    if checkpointing:
+        # Newer transformers have another name for it, 5.17 knows this one alone.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fusion = make_fusion(config, pair, layers)
+    module = StudentModule(
+        model, objective, evaluation, represents=bool(config.evaluation.rcs), domain=fusion, **parts
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen(name, stage.freeze))
+    return module
+
+
+def make_fusion(config: Config, pair: Pair, layers: tuple[int, ...]) -> DomainFusion | None:
+    """Return the student's domain fusion as training begins with it, its maps not yet fitted; None without one."""
+    domain = config.student.domain
+    if domain is None:
+        return None
+    return DomainFusion(domain.width, pair.student.width, pair.teacher.width, layers)
+
+
+def frozen(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a stage leaves this parameter of the student as it is."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def fused_layers(objectives: Iterable[Objective]) -> tuple[int, ...]:
+    """Return the teacher layers that the fusion of a student maps in some stage."""
+    return tuple(sorted({layer for objective in objectives for layer in objective.fused}))

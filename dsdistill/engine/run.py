@@ -1,4 +1,4 @@
-"""A whole run: the teacher's own run where a recipe names one, the student's, a baseline's, the summary."""
+"""A whole run: the teacher's own where a recipe names one, the student's, a baseline's, the summary."""
 
 import contextlib
 import copy
@@ -21,20 +21,18 @@ from dsdistill.config.terms import Task, Terms
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
-from dsdistill.engine.export import export, find_checkpoint, load_student, read_config
-from dsdistill.engine.measure import latency, stability
-from dsdistill.engine.module import StudentModule
-from dsdistill.engine.passes import representation_space
-from dsdistill.engine.passes.domain_maps import fit_maps, make_fusion
-from dsdistill.engine.passes.generation import generation
+from dsdistill.engine.export import export
+from dsdistill.engine.passes.domain_maps import fit_maps
 from dsdistill.engine.passes.layer_similarity import resolve_layers
+from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.passes.teacher_scores import make_sampler
-from dsdistill.engine.prepare import Prepared, check_backend, make_objectives, prepare
+from dsdistill.engine.prepare import Prepared, make_objectives, prepare
+from dsdistill.engine.refusals import check_backend
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
-from dsdistill.engine.teacher import Teacher
-from dsdistill.engine.train import Trainer, peak_memory_mib, score
-from dsdistill.evaluation.text import bleu_signature
+from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.train import Trainer, peak_memory_mib
 from dsdistill.models.build import build, copy_layers
+from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
 
@@ -44,12 +42,12 @@ TEACHERS = "runs/teachers"
 def train(config: Config) -> dict:
     """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
     RunFolder(config.run_dir).check()
-    with _ranks(config.run.timeout) as ranks:
+    with running(config.run.timeout) as ranks:
         return run(config, ranks)
 
 
 @contextlib.contextmanager
-def _ranks(timeout: float) -> Iterator[Ranks]:
+def running(timeout: float) -> Iterator[Ranks]:
     """The processes of a run, from their meeting to their end; RunError where one does not come, or is lost."""
     try:
         yield deepspeed.start(timeout)
@@ -82,7 +80,7 @@ def run(config: Config, ranks: Ranks) -> dict:
         done = folder.summary()
         finished = done is not None and done.get("finished", False)
         if not finished:
-            check_backend(config, ranks.device)
+            check_backend(config.train, ranks.device)
         prepared = None if finished else prepare(config, ranks.world_size)
         if ranks.first:
             _open(folder, config, ranks, finished)
@@ -90,7 +88,7 @@ def run(config: Config, ranks: Ranks) -> dict:
         log.info("%s is finished; nothing to do", folder.path)
         return done
     if prepared.recipe is not None:
-        _use_recipe(prepared, folder, ranks)
+        use_recipe(prepared, folder, ranks)
     summary = _distil(prepared, folder, ranks)
     ranks.barrier()
     return summary
@@ -104,57 +102,8 @@ def _open(folder: RunFolder, config: Config, ranks: Ranks, finished: bool = Fals
     folder.open(config)
 
 
-def evaluate_run(path: str) -> dict:
-    """Score the newest checkpoint of a run on its dev set; returns (and writes) its summary with those scores."""
-    config = read_config(path)
-    if config.train.dtype == "fp16" and not torch.cuda.is_available():
-        log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
-        config = _with(config, train=_with(config.train, dtype="fp32"))
-    folder = RunFolder(path)
-    with _ranks(config.run.timeout) as ranks:
-        with ranks.first_alone():
-            if ranks.first:
-                folder.claim()
-                folder.tag = find_checkpoint(path)  # now that nobody writes another
-            prepared = prepare(config, ranks.world_size)
-        tag = ranks.gather(folder.tag)[0]
-        if prepared.recipe is not None:
-            _use_recipe(prepared, folder, ranks)
-        teacher, structural = None, config.evaluation.structure
-        if prepared.judged or structural:
-            last = [prepared.pair.teacher.depth] if structural else []
-            teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives[-1:], ranks, last)
-        model, weights = load_student(path, config, tag)
-        fusion = make_fusion(prepared)
-        if fusion is not None:
-            fusion.load_state_dict(weights)
-        module = StudentModule(
-            model, prepared.objectives[-1], prepared.evaluation, represents=structural, domain=fusion
-        )
-        module = module.to(ranks.device).eval()
-        scores = score(module, teacher if prepared.judged else None, prepared, ranks)
-        if structural:
-            scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
-        scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
-        if config.evaluation.latency and ranks.first:
-            scores["student"] |= latency(model, prepared)
-        summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
-        if config.evaluation.generate:
-            del teacher  # a whole one comes in its place
-            for name, found in generation(model, prepared, path, ranks).items():
-                scores.setdefault(name, {}).update(found)
-            summary["bleu_signature"] = bleu_signature()
-        for name, found in scores.items():
-            summary["models"].setdefault(name, {}).update(found)
-        summary["evaluated"] = tag
-        with ranks.first_alone():
-            if ranks.first:
-                folder.write_summary(summary)
-        return summary
-
-
-def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
-    """Point the config at the teacher its recipe makes, training it unless it is there already."""
+def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
+    """Point the config at the teacher that its recipe makes, training it unless it is there already."""
     recipe = prepared.recipe
     home = os.path.join(TEACHERS, _fingerprint(recipe))
     model = os.path.join(home, MODEL)
@@ -164,20 +113,24 @@ def _use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None
             RunFolder(home, known=True).wait(model)  # where another job trains it now
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
-        recipe.config = _with(recipe.config, run=_with(recipe.config.run, dir=home, resume="auto"))
+        recipe.config = with_fields(
+            recipe.config, run=with_fields(recipe.config.run, dir=home, resume="auto")
+        )
         folder = RunFolder(home, known=True)
         with ranks.first_alone():
             if ranks.first:
                 _open(folder, recipe.config, ranks)
         if recipe.recipe is not None:
-            _use_recipe(recipe, folder, ranks)
+            use_recipe(recipe, folder, ranks)
         _distil(recipe, folder, ranks)
         gc.collect()  # its engine, before the next ones are made
         with ranks.first_alone():
             if ranks.first:
                 export(home, model)
                 folder.release()  # for a job that waits for it
-    prepared.config = _with(prepared.config, teacher=_with(prepared.config.teacher, path=model, recipe=None))
+    prepared.config = with_fields(
+        prepared.config, teacher=with_fields(prepared.config.teacher, path=model, recipe=None)
+    )
 
 
 def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
@@ -188,14 +141,14 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     prepared.sampler = make_sampler(prepared, folder, ranks)
     teacher = None
     if config.teacher is not None:
-        teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks)
+        teacher = load_teacher(config, prepared.teacher, prepared.objectives, ranks)
     judge = teacher if prepared.judged else None
     student = _through_stages(prepared, init, teacher, judge, folder, ranks)
     scores = student.evaluate()
     scores["student"] |= stability(scores["student"], folder.path, student.total)
     models = {}
     if judge is not None:
-        models["teacher"] = {**scores["teacher"], "parameters": teacher.parameters}
+        models["teacher"] = {**scores["teacher"], "parameters": count_parameters(teacher.model)}
     models["student"] = _row(scores["student"], student)
     steps, peak = student.total, max(ranks.gather(peak_memory_mib(ranks)))
     if config.run.baseline:
@@ -228,13 +181,13 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
 def _through_stages(
     prepared: Prepared,
     init: str | None,
-    teacher: Teacher | None,
-    judge: Teacher | None,
+    teacher: Tracer | None,
+    judge: Tracer | None,
     folder: RunFolder,
     ranks: Ranks,
 ) -> Trainer:
     """Train stage after stage, from the newest checkpoint that verifies; the trainer of the last."""
-    parts = prepared.config.parts
+    parts = prepared.config.run_stages
     tag = ranks.gather(folder.tag)[0]
     start = checkpoint.read_state(folder.path, tag)["stage"] if tag is not None else 0
     before = stages.weights_path(folder.path, parts[start - 1].name) if start else None
@@ -254,20 +207,20 @@ def _through_stages(
 
 
 def _baseline(
-    prepared: Prepared, init: str | None, folder: RunFolder, judge: Teacher | None, ranks: Ranks
+    prepared: Prepared, init: str | None, folder: RunFolder, judge: Tracer | None, ranks: Ranks
 ) -> dict:
     """The same student, steps and data on the task alone."""
     log.info("training the baseline: the same student without distillation")
     config = prepared.config
     alone = copy.copy(prepared)
     home = RunFolder(folder / BASELINE, known=True)
-    alone.config = _with(
+    alone.config = with_fields(
         config,
         terms=Terms(task=Task()),
         stages=(),
-        student=_with(config.student, domain=None),
-        train=_with(config.train, distill_weight=None),
-        run=_with(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
+        student=with_fields(config.student, domain=None),
+        train=with_fields(config.train, distill_weight=None),
+        run=with_fields(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
     )
     alone.objectives = make_objectives(alone.config, prepared.pair)
     with ranks.first_alone():
@@ -312,7 +265,9 @@ def _fingerprint(prepared: Prepared) -> str:
     """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
     digest = hashlib.sha256()
     config = prepared.config
-    neutral = _with(config, run=Run(seed=config.run.seed), data=_with(config.data, root=None, cache=""))
+    neutral = with_fields(
+        config, run=Run(seed=config.run.seed), data=with_fields(config.data, root=None, cache="")
+    )
     # Not dump's text, which quotes as its readers need it: the names of teachers must not change with that.
     later = {
         "run": {"save_minutes", "grace"},
@@ -327,7 +282,7 @@ def _fingerprint(prepared: Prepared) -> str:
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
 
 
-def _with(section, **changes):
+def with_fields(section, **changes):
     """A frozen config section with some fields changed."""
     return section.model_copy(update=changes)
 

@@ -9,25 +9,21 @@ import os
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from dsdistill import disk
 from dsdistill.config import Config, UserError
-from dsdistill.config.schema import LANGUAGE
-from dsdistill.data.batch import Batch
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import STAGES
-from dsdistill.models.build import Headless, build
-from dsdistill.models.capture import Capture
-from dsdistill.models.forward import trace
-from dsdistill.models.trace import Trace
+from dsdistill.models.build import build
+from dsdistill.models.tracer import Tracer, callee, freeze
 
 
 def ends(config: Config, steps: int) -> list[int]:
-    """The step that each stage ends with, by the stages' shares of `steps`."""
-    shares = [stage.share for stage in config.parts]
+    """Return the step that each stage ends with, by the stages' shares of `steps`."""
+    shares = [stage.share for stage in config.run_stages]
     if steps < len(shares):
         raise UserError("train.steps", steps, f"at least one for each of {len(shares)} stages")
     found, before = [], 0
@@ -67,27 +63,17 @@ def load_weights(module: torch.nn.Module, path: str) -> None:
     module.load_state_dict(known, strict=False)
 
 
-class Snapshot:
-    """The student as a stage left it: frozen, whole on every rank, without dropout."""
+def earlier_student(
+    config: Config, architecture: PretrainedConfig, path: str, layers: frozenset[int], ranks: Ranks
+) -> Tracer:
+    """Return the student as a stage left it: frozen, whole on every rank, without dropout.
 
-    def __init__(
-        self, config: Config, architecture: PretrainedConfig, path: str, layers: frozenset[int], ranks: Ranks
-    ):
-        self.model: PreTrainedModel = build(architecture, None, config.task, "student", needs_head=False)
-        self.model.config.use_cache = False
-        self.call = Headless(self.model, "student") if config.task in LANGUAGE else self.model
-        self.call.load_state_dict(
-            {
-                name.removeprefix("body."): value
-                for name, value in load_file(path).items()
-                if name.startswith("body.")
-            }
-        )
-        self.call.to(ranks.device).eval().requires_grad_(False)
-        for parameter in self.call.parameters():
-            parameter.data = parameter.data.to(deepspeed.DTYPES[config.train.dtype])
-        self.capture = Capture(self.model, layers)
-
-    def trace(self, batch: Batch) -> Trace:
-        with torch.no_grad():
-            return trace(self.call, self.model, self.capture, batch)
+    path: what that stage handed on; layers: to trace.
+    """
+    made = callee(build(architecture, None, config.task, "student", needs_head=False), config.task, "student")
+    weights = load_file(path)
+    made.module.load_state_dict(
+        {name.removeprefix("body."): value for name, value in weights.items() if name.startswith("body.")}
+    )
+    freeze(made.module, deepspeed.DTYPES[config.train.dtype], ranks.device)
+    return Tracer(made, layers)

@@ -1,88 +1,110 @@
 """The frozen teacher: whole on every rank, or sharded by ZeRO-3."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
-from dsdistill.config.schema import LANGUAGE, Config
-from dsdistill.data.batch import Batch
+from dsdistill.config import Config, UserError
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
-from dsdistill.models.build import Headless, build
-from dsdistill.models.capture import Capture, layer_list
-from dsdistill.models.forward import trace
-from dsdistill.models.trace import Trace
+from dsdistill.models.build import build, plain_model, task_of
+from dsdistill.models.capture import layer_list
+from dsdistill.models.tracer import Callee, Tracer, callee, count_parameters, freeze
 
 
-class Teacher:
-    """Makes traces; holds no gradient and draws no random number (dropout is off)."""
+def load_teacher(
+    config: Config,
+    architecture: PretrainedConfig,
+    objectives: Sequence[Objective],
+    ranks: Ranks,
+    hidden: Iterable[int] = (),
+) -> Tracer:
+    """Return the teacher of a run; it draws no random number (dropout is off).
 
-    def __init__(
-        self,
-        config: Config,
-        architecture: PretrainedConfig,
-        objectives: Sequence[Objective],
-        ranks: Ranks,
-        hidden: Iterable[int] = (),
-    ):
-        """hidden: layers to trace beside those that the objectives read."""
-        path = config.teacher.path
-        needs_head = any("soft_label" in objective.terms for objective in objectives)
+    hidden: layers to trace beside those that the objectives read.
+    """
+    needs_head = any(objective.needs("head") for objective in objectives)
 
-        def load() -> torch.nn.Module:
-            torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
-            model = build(architecture, path, config.task, "teacher", needs_head=needs_head)
-            model.config.use_cache = False
-            return Headless(model, "teacher") if config.task in LANGUAGE else model
+    def load() -> PreTrainedModel:
+        torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
+        return build(architecture, config.teacher.path, config.task, "teacher", needs_head=needs_head)
 
-        if config.teacher.zero_stage == 3:
-            self.call = deepspeed.shard_teacher(
-                load, config, _largest_layer(architecture, config.task), ranks.device
-            )
-            module = self.call.module
-        else:
-            module = load().to(ranks.device).eval().requires_grad_(False)
-            # Parameters alone: rotary frequencies, which are buffers, would turn positions if they were rounded.
-            for parameter in module.parameters():
-                parameter.data = parameter.data.to(deepspeed.DTYPES[config.train.dtype])
-            self.call = module
-        self.model = module.model if isinstance(module, Headless) else module
-        self.headless = isinstance(module, Headless)
-        seen, attention = (
-            frozenset().union(*(objective.layers(kind) for objective in objectives))
-            for kind in ("teacher_hidden", "teacher_attention")
+    if config.teacher.zero_stage == 3:
+        section = config.teacher
+        made = _sharded(
+            load, config.task, config.train.dtype, section.residency, section.deepspeed, ranks.device
         )
-        values = any(objective.needs_values for objective in objectives)
-        self.capture = Capture(self.model, seen.union(hidden), attention, values)
-
-    @contextmanager
-    def trace(self, batch: Batch) -> Iterator[Trace]:
-        """The trace of a batch; a language model's head is whole on this rank inside the context only."""
-        with torch.no_grad():
-            found = trace(self.call, self.model, self.capture, batch)
-        if not self.headless:
-            yield found
-            return
-        head = self.model.get_output_embeddings()
-        with deepspeed.gathered([p for p in (head.weight, head.bias) if p is not None]):
-            found.head, found.head_bias = head.weight, head.bias
-            yield found
-
-    @property
-    def parameters(self) -> int:
-        return count_parameters(self.model)
+    else:
+        made = callee(load(), config.task, "teacher")
+        freeze(made.module, deepspeed.DTYPES[config.train.dtype], ranks.device)
+    seen, attention = (
+        frozenset().union(*(objective.layers(kind) for objective in objectives))
+        for kind in ("teacher_hidden", "teacher_attention")
+    )
+    values = any(objective.needs("values") for objective in objectives)
+    return Tracer(made, seen.union(hidden), attention, values)
 
 
-def count_parameters(model: torch.nn.Module) -> int:
-    """Whole parameters, tied ones once, sharded or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+def shard_teacher(
+    load: Callable[[], PreTrainedModel],
+    *,
+    dtype: str = "bf16",
+    residency: str = "auto",
+    settings: dict | None = None,
+) -> Callee:
+    """Return a teacher sharded over all ranks by DeepSpeed's ZeRO-3, for a Distiller in any training loop.
+
+    Each rank holds 1/W of the weights, and whole layers only while they run. Every rank must call this, and run
+    the Distiller equally often. Where torch.distributed is not up yet it is started, as the launcher's variables say.
+
+    Args:
+        load: makes the model, such as lambda: AutoModelForCausalLM.from_pretrained(path). The weights are sharded
+            while they are read.
+        dtype: fp32, bf16 or fp16, what the teacher computes in.
+        residency: tight, a rank holds one layer beside its shard; overlap, two, so that gathering hides behind
+            compute; auto, overlap on a GPU.
+        settings: further ones of its DeepSpeed engine.
+
+    Raises:
+        UserError: a setting that does not exist, or a model that is not one of transformers.
+    """
+    for name, value, known in (
+        ("dtype", dtype, tuple(deepspeed.DTYPES)),
+        ("residency", residency, ("auto", "tight", "overlap")),
+    ):
+        if value not in known:
+            raise UserError(f"shard_teacher: {name}", value, ", ".join(known))
+    return _sharded(load, None, dtype, residency, settings or {}, deepspeed.join())
 
 
-def _largest_layer(architecture: PretrainedConfig, task: str) -> int:
-    """Parameters of the largest block (of all, where it has no list of them), from a model without weights."""
-    with torch.device("meta"):
-        model = build(architecture, None, task, "teacher", needs_head=False)
+def _sharded(
+    load: Callable[[], PreTrainedModel],
+    task: str | None,
+    dtype: str,
+    residency: str,
+    further: dict,
+    device: torch.device,
+) -> Callee:
+    whole = None
+
+    def make() -> nn.Module:
+        nonlocal whole
+        model, _ = plain_model(load(), "teacher")
+        whole = callee(model, task or task_of(model, "teacher"), "teacher")
+        return whole.module
+
+    def settings(largest: int) -> dict:
+        return deepspeed.teacher_settings(dtype, residency, further, largest, device)
+
+    engine = deepspeed.shard(make, settings, largest_layer)
+    return Callee(whole.model, engine.module, engine, deepspeed.gathered)
+
+
+def largest_layer(module: nn.Module) -> int:
+    """Return the parameters of the largest block, sharded or not; of the model where it has no list of them."""
+    model = getattr(module, "model", module)
+    model = model if isinstance(model, PreTrainedModel) else module
     return max(map(count_parameters, layer_list(model) or [model]))

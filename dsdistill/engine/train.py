@@ -5,7 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,19 +16,17 @@ from transformers import get_scheduler
 
 from dsdistill.alignment.objective import BackendError
 from dsdistill.config import UserError
-from dsdistill.data import Batch, Loader, evaluation_batches, restore
+from dsdistill.data import Batch, Loader
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.guard import Guard
-from dsdistill.engine.module import StudentModule
+from dsdistill.engine.module import fused_layers, make_student
 from dsdistill.engine.passes import stability
-from dsdistill.engine.passes.domain_maps import make_fusion
-from dsdistill.engine.prepare import Prepared, frozen
+from dsdistill.engine.passes.dev_scores import represent, score
+from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import RunFolder
-from dsdistill.engine.teacher import Teacher, count_parameters
-from dsdistill.evaluation.scores import evaluate
-from dsdistill.models.build import build
+from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
 
@@ -76,35 +74,40 @@ class Trainer:
         index: int,
         init: str | None,
         before: str | None,
-        teacher: Teacher | None,
-        judge: Teacher | None,
+        teacher: Tracer | None,
+        judge: Tracer | None,
         ranks: Ranks,
     ):
         config = prepared.config
         self.prepared, self.config, self.judge, self.ranks = prepared, config, judge, ranks
-        self.index, self.stage = index, config.parts[index]
+        self.index, self.stage = index, config.run_stages[index]
         objective = prepared.objectives[index].requires_grad_(True)
-        self.teacher = teacher if objective.needs_teacher else None
+        previous = None
+        if before is not None and objective.needs("previous"):
+            layers = objective.layers("student_hidden")
+            previous = stages.earlier_student(config, prepared.student, before, layers, ranks)
         torch.manual_seed(config.run.seed)
-        model = build(prepared.student, init, config.task, "student", needs_head=False)
-        model.config.use_cache = False
-        if config.student.gradient_checkpointing:
-            # Newer transformers have another name for it, 5.17 knows this one alone.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.parameters = count_parameters(model)
-        fusion = make_fusion(prepared, prepared.maps)
-        self.parameters += count_parameters(fusion) if fusion is not None else 0
-        self.module = StudentModule(
-            model, objective, prepared.evaluation, represents=bool(config.evaluation.rcs), domain=fusion
+        self.module = make_student(
+            config,
+            self.stage,
+            prepared.student,
+            init,
+            prepared.pair,
+            objective,
+            prepared.evaluation,
+            fused_layers(prepared.objectives),
+            checkpointing=config.student.gradient_checkpointing,
+            teacher=teacher if objective.needs("teacher") else None,
+            previous=previous,
+            geometry=prepared.geometry,
         )
-        self.previous = None
+        fusion = self.module.domain
+        if fusion is not None and prepared.maps is not None:
+            fusion.maps.load_state_dict(prepared.maps)
+        self.parameters = count_parameters(self.module.model)
+        self.parameters += count_parameters(fusion) if fusion is not None else 0
         if before is not None:
             stages.load_weights(self.module, before)
-            if objective.needs_previous:
-                layers = objective.layers("student_hidden")
-                self.previous = stages.Snapshot(config, prepared.student, before, layers, ranks)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not frozen(name, self.stage.freeze))
         self.loader = Loader(
             prepared.data.train,
             config.train.batch_size,
@@ -122,7 +125,6 @@ class Trainer:
         objective.begin(self.end - self.start)
         self.engine = deepspeed.student_engine(
             self.module.to(ranks.device),
-            self.module.head_parameters(),
             list(objective.parameters()),
             config,
             self.stage.learning_rate or config.train.learning_rate,
@@ -146,29 +148,20 @@ class Trainer:
         )
 
     def train_step(self, batches: list[Batch]) -> Tensor:
-        """One optimizer step over this rank's micro-batches; (parts,) float64 raw values of the whole step."""
+        """Make one optimizer step of this rank's micro-batches; return (parts,) float64 raw values of all ranks."""
         batches = [batch.to(self.ranks.device) for batch in batches]
-        objective = self.module.objective
-        counts = torch.stack([objective.counts(batch, self.prepared.geometry) for batch in batches]).sum(0)
-        counts = self.ranks.sum(counts)
+        counts = self.module.counts(batches)
         if self.module.domain is not None:  # from the step alone, so that a resume goes on exactly
             done = (self.progress.step - self.start) / (self.end - self.start)
             self.module.domain.share = 1 - done
         raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            loss, parts = self._loss(batch, counts)
+            loss, parts = self.engine(batch, counts)
             # Undoes DeepSpeed's mean over ranks and micro-batches: counts already are those of the whole step.
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
             self.engine.step()
             raw += parts
         return self.ranks.sum(raw)
-
-    def _loss(self, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        previous = self.previous.trace(batch) if self.previous is not None else None
-        if self.teacher is None:
-            return self.engine(batch, None, counts, previous)
-        with self.teacher.trace(batch) as trace:
-            return self.engine(batch, trace, counts, previous)
 
     def run(self, folder: RunFolder, tag: str | None = None) -> None:
         """Train to the stage's last step, from checkpoint `tag` of this stage where there is one."""
@@ -197,72 +190,93 @@ class Trainer:
         )
 
     def _run(self, folder: RunFolder, bar: tqdm) -> None:
-        config, every = self.config.run, self.config.run.save_every
-        judge_every = config.evaluate_every
-        if judge_every == "epoch":
-            judge_every = self.loader.steps_per_epoch
         points = stability.points(self.config.evaluation.rcs, self.total)
         self.engine.train()
-        objective = self.module.objective
         guard = Guard(self.config.train.bad_steps, folder.path, self.ranks)
-        saved = time.monotonic()
+        self._saved = time.monotonic()
         while self.progress.step < self.end:
-            started = time.perf_counter()
             batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
-            rate = self.engine.get_lr()[0]
-            skipped = self.engine.skipped_steps
-            raw = self.train_step(batches)
-            tokens = sum(int(b.mask.sum()) for b in batches)
-            # By rank 0's clock.
-            due = self.ranks.first and 0 < config.save_minutes * 60 <= time.monotonic() - saved
-            told = torch.tensor([tokens, due, *stopping.votes()], device=self.ranks.device)
-            # Waits for the GPU, so it comes before the clock is read.
-            tokens, due, *votes = self.ranks.sum(told).tolist()
-            self.progress.tokens += tokens
-            self.progress.seconds += time.perf_counter() - started
-            self.progress.step += 1
-            step, last = self.progress.step, self.progress.step == self.end
-            report = objective.report(raw)
-            gradient = deepspeed.finite_gradient(self.engine, skipped)
-            finite = guard.finite(step, report, batches, last, gradient)
-            if finite:
-                objective.update(raw)
-                self.progress.losses += sum(term["weighted"] for term in report.values())
-                self.progress.counted += 1
-            if step % config.log_every == 0 or last:
-                self._log(folder, report, rate, bar)
+            rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps
+            raw, due, votes = self._timed_step(batches)
+            report = self.module.objective.report(raw)
+            finite = self._guard(guard, report, raw, batches, skipped)
+            self._log(folder, report, rate, bar)
             bar.update()
-            if step in points:
-                stability.keep(folder.path, step, self.represent(), self.ranks)
-            if judge_every and step % judge_every == 0:
-                scores = self.evaluate()["student"]
-                mean = self.progress.losses / max(1, self.progress.counted)
-                self.progress.losses, self.progress.counted = 0.0, 0
-                if self.ranks.first:
-                    folder.log({"step": step, "training_loss": mean, "evaluation": scores})
-                self._monitor({f"Dev/{name}": value for name, value in scores.items()})
-            ending = stopping.agreed(votes)
-            if ending and not finite:
-                raise stopping.stopped(f"step {step}, which is not finite: ", ", not saved")
-            due = due or ending or (every and step % every == 0)
-            if last or (due and finite):  # never weights that a bad loss has touched
-                state = {
-                    "stage": self.index,
-                    "objective": objective.state(),
-                    "zero_stage": self.config.student.zero_stage,
-                    "at_once": self.config.train.micro_batch_size * self.ranks.world_size,
-                    **vars(self.progress),
-                }
-                try:
-                    with stopping.saving():
-                        checkpoint.save(self.engine, folder.path, step, state, self.ranks, config.keep)
-                except checkpoint.Unsaved as error:
-                    if last or ending:
-                        raise checkpoint.Unsaved(f"step {step}: {error}") from None
-                    log.warning("step %d: %s; training goes on", step, error)
-                saved = time.monotonic()
-                if ending:
-                    raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
+            if self.progress.step in points:
+                states = self._judging(represent, self.engine, self.prepared, self.ranks)
+                stability.keep(folder.path, self.progress.step, states, self.ranks)
+            self._evaluate(folder)
+            self._save(folder, finite, due, stopping.agreed(votes))
+
+    @property
+    def _last(self) -> bool:
+        return self.progress.step == self.end
+
+    def _timed_step(self, batches: list[Batch]) -> tuple[Tensor, bool, list[int]]:
+        """Make a step; return its raw values, whether a checkpoint is due by the clock, and the votes to stop."""
+        started = time.perf_counter()
+        raw = self.train_step(batches)
+        tokens = sum(int(b.mask.sum()) for b in batches)
+        # By rank 0's clock.
+        due = self.ranks.first and 0 < self.config.run.save_minutes * 60 <= time.monotonic() - self._saved
+        told = torch.tensor([tokens, due, *stopping.votes()], device=self.ranks.device)
+        # Waits for the GPU, so it comes before the clock is read.
+        tokens, due, *votes = self.ranks.sum(told).tolist()
+        self.progress.tokens += tokens
+        self.progress.seconds += time.perf_counter() - started
+        self.progress.step += 1
+        return raw, bool(due), votes
+
+    def _guard(self, guard: Guard, report: dict, raw: Tensor, batches: list[Batch], skipped: int) -> bool:
+        """Return whether the step's loss and gradient are finite; layer weights follow those that are."""
+        gradient = deepspeed.finite_gradient(self.engine, skipped)
+        finite = guard.finite(self.progress.step, report, batches, self._last, gradient)
+        if finite:
+            self.module.objective.update(raw)
+            self.progress.losses += sum(term["weighted"] for term in report.values())
+            self.progress.counted += 1
+        return finite
+
+    def _evaluate(self, folder: RunFolder) -> None:
+        """Score the student, where the step is one to do so."""
+        every = self.config.run.evaluate_every
+        if every == "epoch":
+            every = self.loader.steps_per_epoch
+        step = self.progress.step
+        if not every or step % every:
+            return
+        scores = self.evaluate()["student"]
+        mean = self.progress.losses / max(1, self.progress.counted)
+        self.progress.losses, self.progress.counted = 0.0, 0
+        if self.ranks.first:
+            folder.log({"step": step, "training_loss": mean, "evaluation": scores})
+        self._monitor({f"Dev/{name}": value for name, value in scores.items()})
+
+    def _save(self, folder: RunFolder, finite: bool, due: bool, ending: bool) -> None:
+        """Save a checkpoint where one is due; raise Stopped where the run was told to end."""
+        step, every = self.progress.step, self.config.run.save_every
+        if ending and not finite:
+            raise stopping.stopped(f"step {step}, which is not finite: ", ", not saved")
+        due = due or ending or (every and step % every == 0)
+        if not (self._last or (due and finite)):  # never weights that a bad loss has touched
+            return
+        state = {
+            "stage": self.index,
+            "objective": self.module.objective.state(),
+            "zero_stage": self.config.student.zero_stage,
+            "at_once": self.config.train.micro_batch_size * self.ranks.world_size,
+            **vars(self.progress),
+        }
+        try:
+            with stopping.saving():
+                checkpoint.save(self.engine, folder.path, step, state, self.ranks, self.config.run.keep)
+        except checkpoint.Unsaved as error:
+            if self._last or ending:
+                raise checkpoint.Unsaved(f"step {step}: {error}") from None
+            log.warning("step %d: %s; training goes on", step, error)
+        self._saved = time.monotonic()
+        if ending:
+            raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:
@@ -271,13 +285,16 @@ class Trainer:
                 self.engine, folder.path, tag, self.ranks, config.student.zero_stage, config.run.seed
             )
             self.progress = Progress(**{name: state[name] for name in vars(self.progress)})
-            self.module.objective.load(state["objective"])
+            self.module.objective.restore(state["objective"])
             log.info("resuming from %s", tag)
         with self.ranks.first_alone():
             if self.ranks.first:
                 folder.rewind(self.progress.step)
 
     def _log(self, folder: RunFolder, terms: dict[str, dict], rate: float, bar: tqdm) -> None:
+        """Write a line of metrics.jsonl, where the step is one of those."""
+        if self.progress.step % self.config.run.log_every and not self._last:
+            return
         loss = sum(term["weighted"] for term in terms.values())
         norm = self.engine.get_global_grad_norm()
         record = {
@@ -303,56 +320,17 @@ class Trainer:
             step = self.progress.step * self.config.train.batch_size  # DeepSpeed's axis: examples
             self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
-    def represent(self) -> Tensor:
-        """(examples, D) mean last-layer states of the dev set, in its order, on every rank."""
-        self.engine.eval()
-        parts = []
-        with torch.no_grad():
-            for batch in dev_batches(self.prepared, self.ranks):
-                found = self.engine(batch.to(self.ranks.device), represent=True)
-                parts.append((found.float().cpu(), batch.index))
-        self.engine.train()
-        everyone = [part for of_rank in self.ranks.gather(parts) for part in of_rank]
-        return restore(
-            torch.cat([found for found, _ in everyone]), torch.cat([index for _, index in everyone])
-        )
-
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Scores of student and teacher on the dev set."""
+        """Return the scores of student and teacher on the dev set."""
+        return self._judging(score, self.engine, self.judge, self.prepared, self.ranks)
+
+    def _judging(self, function: Callable, *arguments):
+        """Call with the student in evaluation mode."""
         self.engine.eval()
-        scores = score(self.engine, self.judge, self.prepared, self.ranks)
-        self.engine.train()
-        return scores
-
-
-def score(
-    student: Callable, teacher: Teacher | None, prepared: Prepared, ranks: Ranks
-) -> dict[str, dict[str, float]]:
-    """Scores on the dev set.
-
-    student: a StudentModule in eval mode, or the engine around one.
-    """
-    batches = dev_batches(prepared, ranks)
-    with torch.no_grad():
-        return evaluate(
-            student,
-            teacher.trace if teacher is not None else None,
-            lambda trace, batch: prepared.evaluation.terms["task"].sums(trace, None, batch),
-            (batch.to(ranks.device) for batch in batches),
-            task=prepared.config.task,
-            gather=ranks.gather,
-        )
-
-
-def dev_batches(prepared: Prepared, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's share of the dev set; every rank has equally many."""
-    return evaluation_batches(
-        prepared.data.dev,
-        prepared.config.train.micro_batch_size,
-        ranks.world_size,
-        ranks.rank,
-        prepared.tokenizer.pad_token_id,
-    )
+        try:
+            return function(*arguments)
+        finally:
+            self.engine.train()
 
 
 def peak_memory_mib(ranks: Ranks) -> int:

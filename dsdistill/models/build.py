@@ -20,7 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
@@ -52,7 +56,38 @@ _STRUCTURE = (
 
 
 # What every part of a run asks of an architecture.
-_NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+
+
+def task_of(model: PreTrainedModel, place: str) -> str:
+    """Return the task that a model's class is made for; raise UserError where it does not tell one alone."""
+    name, config = type(model).__name__, model.config
+    tasks = [
+        task
+        for task, names in (
+            ("causal_lm", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+            ("masked_lm", MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+            ("classification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        )
+        if name in names.values()
+    ]
+    if len(tasks) != 1:
+        wanted = "a model for causal_lm, masked_lm, classification or regression, or task=..."
+        raise UserError(place, f"class {name}" + " of several tasks" * bool(tasks), wanted)
+    if tasks == ["classification"]:
+        if config.problem_type == "multi_label_classification":
+            raise UserError(place, f"problem_type {config.problem_type}", "one class an example, or a score")
+        if config.problem_type == "regression" or config.num_labels == 1:
+            return "regression"
+    return tasks[0]
+
+
+def plain_model(model: Any, place: str) -> tuple[PreTrainedModel, bool]:
+    """Return a model of transformers without torch.compile's wrapper, and whether it is compiled."""
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(place, type(model).__name__, "a transformers model, not yet wrapped")
+    return inner, inner is not model or getattr(inner, "_compiled_call_impl", None) is not None
 
 
 def auto_class(task: str) -> type:
@@ -97,7 +132,7 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
     found = (
         _from_scratch(overrides or {}, place) if found is None else override(found, overrides or {}, place)
     )
-    check_shape(found, _NEEDED, place)
+    check_shape(found, NEEDED, place)
     return found
 
 

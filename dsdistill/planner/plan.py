@@ -1,7 +1,8 @@
 """What a run would take of each rank's memory, before anything of it is loaded: `dsdistill plan`.
 
 planner/rehearsal.py rehearses the step, and planner/zero_memory.py tells DeepSpeed's part in it by formulas.
-Architectures come from the models' `config:` where their files are not at hand; data, tokenizers and weights are not read.
+Architectures come from the models' `config:` where their files are not at hand; data, tokenizers and weights are not
+read.
 """
 
 import dataclasses
@@ -19,16 +20,16 @@ from dsdistill.config.bounded import GIB, MIB, parse_size
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.distributed import deepspeed
 from dsdistill.engine.prepare import (
-    check_ranks,
     make_pair,
     objective_layers,
     recipe_of,
     student_architecture,
 )
-from dsdistill.engine.teacher import count_parameters
+from dsdistill.engine.refusals import check_ranks
 from dsdistill.models.build import architecture, build, for_task, override
+from dsdistill.models.tracer import count_parameters
 from dsdistill.planner import zero_memory
-from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Place, rehearse
+from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Rank, rehearse
 
 log = logging.getLogger("dsdistill")
 
@@ -78,7 +79,7 @@ class Forecast:
         """gpu: the ranks are GPUs; else processes on CPUs."""
         if world_size < 1:
             raise UserError("--world-size", world_size, "1 or more")
-        check_ranks(config, world_size)
+        check_ranks(config.train, config.run_stages, config.data.sampler, world_size)
         deepspeed.check_settings(config, world_size)
         self.config, self.world_size, self.gpu = config, world_size, gpu
         self.models = _models(config, gpu)
@@ -89,15 +90,15 @@ class Forecast:
         """Bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
         log.info("rehearsing a step of stage %s with micro-batches of %d", stage.name, size)
         accumulates = size * self.world_size < self.config.train.batch_size
-        place = _place(self.config, self.world_size, self.gpu, accumulates)
-        ledger = rehearse(self.config, stage, self.models, place, size, checkpointing=checkpointing)
+        rank = _rank(self.config, self.world_size, self.gpu, accumulates)
+        ledger = rehearse(self.config, stage, self.models, rank, size, checkpointing=checkpointing)
         loading = {LOADING: self._loading} if self._loading else {}
         return loading | {phase: ledger.peaks[phase] for phase in PHASES}
 
     def stages(self, size: int) -> dict[str, dict[str, Counter]]:
         """phases of every stage, by its name, as the config says it but for the size."""
         checkpointing = self.config.student.gradient_checkpointing
-        return {stage.name: self.phases(stage, size, checkpointing) for stage in self.config.parts}
+        return {stage.name: self.phases(stage, size, checkpointing) for stage in self.config.run_stages}
 
 
 def peak(phases: dict[Hashable, Counter]) -> int:
@@ -109,7 +110,7 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
     forecast = Forecast(config, world_size, gpu=gpu)
     size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
     stages = forecast.stages(size)
-    stage = max(config.parts, key=lambda stage: peak(stages[stage.name]))
+    stage = max(config.run_stages, key=lambda stage: peak(stages[stage.name]))
     phases = stages[stage.name]
     reserve = RESERVE if gpu else 0
     kept = {checkpointing: _kept(phases)}
@@ -136,7 +137,7 @@ def _models(config: Config, gpu: bool) -> Models:
     teacher = None
     if config.teacher is not None:
         teacher = _teacher(config)
-    student = student_architecture(config, teacher)
+    student = student_architecture(config.student, teacher)
     labels = config.data.labels or ("0", "1")  # their number is the data's; it hardly weighs
     for model in (student, teacher):
         if model is not None:
@@ -156,18 +157,22 @@ def _teacher(config: Config) -> PretrainedConfig:
         and "model_type" not in (given or {})
     ):
         recipe = recipe_of(config)
-        return override(student_architecture(recipe, None), given or {}, "teacher")
+        return override(student_architecture(recipe.student, None), given or {}, "teacher")
     return architecture(config.teacher.path, given, "teacher")
 
 
-def _place(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Place:
+def _rank(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Rank:
     dtype = deepspeed.DTYPES[config.train.dtype]
     device = torch.device("cuda" if gpu else "cpu")
     student = deepspeed.zero_section(deepspeed.student_settings(config, world_size))
     teacher = None
     if config.teacher is not None and config.teacher.zero_stage == 3:
-        teacher = deepspeed.zero_section(deepspeed.teacher_settings(config, 1, device))
-    return Place(
+        teacher = deepspeed.zero_section(
+            deepspeed.teacher_settings(
+                config.train.dtype, config.teacher.residency, config.teacher.deepspeed, 1, device
+            )
+        )
+    return Rank(
         world_size=world_size,
         dtype=dtype,
         gpu=gpu,
@@ -219,15 +224,15 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
     """One copy, in train.dtype, of what the operators never hold."""
     width, tokens = deepspeed.DTYPES[config.train.dtype].itemsize, config.data.max_length
     pair, found = models.pair, {}
-    attention = stage.terms.named().get("attention")
-    if attention is not None:
-        (objective,) = objective_layers(
-            config.model_copy(update={"stages": (stage,)}), models.student, models.teacher
-        )
-        maps = sum(
-            len(objective.layers(f"{name}_attention")) * shape.heads
-            for name, shape in (("student", pair.student), ("teacher", pair.teacher))
-        )
+    (objective,) = objective_layers(
+        config.model_copy(update={"stages": (stage,)}), models.student, models.teacher
+    )
+    maps = sum(
+        len(objective.layers(f"{name}_attention")) * shape.heads
+        for name, shape in (("student", pair.student), ("teacher", pair.teacher))
+        if shape is not None
+    )
+    if maps:
         found["attention maps of the mapped layers"] = width * size * maps * tokens**2
     if config.task in LANGUAGE:
         entries = sum(shape.vocabulary for shape in (pair.student, pair.teacher) if shape is not None)

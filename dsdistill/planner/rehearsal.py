@@ -17,14 +17,12 @@ from dsdistill.alignment.terms import Pair
 from dsdistill.config import Config
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
-from dsdistill.engine.module import StudentModule
-from dsdistill.engine.prepare import frozen
-from dsdistill.engine.teacher import count_parameters
-from dsdistill.models.build import Headless, build
-from dsdistill.models.capture import Capture, layer_list
-from dsdistill.models.domain_fusion import DomainFusion
-from dsdistill.models.forward import trace
+from dsdistill.distributed.deepspeed import parameter_groups
+from dsdistill.engine.module import make_student
+from dsdistill.models.build import build
+from dsdistill.models.capture import layer_list
 from dsdistill.models.trace import Trace
+from dsdistill.models.tracer import Tracer, callee, cast_parameters, count_parameters, freeze
 from dsdistill.planner import zero_memory
 from dsdistill.planner.ledger import Ledger
 
@@ -46,8 +44,8 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank runs."""
+class Rank:
+    """What a rank is, and what its engines hold."""
 
     world_size: int
     dtype: torch.dtype
@@ -57,26 +55,19 @@ class Place:
     overlap: bool = False  # of a sharded teacher's layers
 
 
-class Frozen:
-    """A model that leaves traces and learns nothing."""
-
-    def __init__(
-        self, architecture: PretrainedConfig, task: str, place: str, dtype, hidden, attention=(), values=False
-    ):
-        model = build(architecture, None, task, place, needs_head=False)
-        model.config.use_cache = False
-        self.model, self.language = model, task in LANGUAGE
-        self.call = Headless(model, place) if self.language else model
-        _cast(self.call.eval().requires_grad_(False), dtype)
-        self.capture = Capture(model, hidden, attention, values)
-
-    def trace(self, batch: Batch) -> Trace:
-        with torch.no_grad():
-            found = trace(self.call, self.model, self.capture, batch)
-        if self.language:
-            head = self.model.get_output_embeddings()
-            found.head, found.head_bias = head.weight, head.bias
-        return found
+def _frozen(
+    architecture: PretrainedConfig,
+    task: str,
+    place: str,
+    dtype: torch.dtype,
+    hidden,
+    attention=(),
+    values=False,
+) -> Tracer:
+    """Return a model that leaves traces and learns nothing."""
+    made = callee(build(architecture, None, task, place, needs_head=False), task, place)
+    freeze(made.module, dtype, torch.device("cpu"))
+    return Tracer(made, hidden, attention, values)
 
 
 def _pretence(gpu: bool) -> list:
@@ -99,7 +90,7 @@ def _without_dropout(attention, *args, **options) -> Tensor:
 
 
 def rehearse(
-    config: Config, stage: Stage, models: Models, place: Place, batch_size: int, *, checkpointing: bool
+    config: Config, stage: Stage, models: Models, rank: Rank, batch_size: int, *, checkpointing: bool
 ) -> Ledger:
     """What a rank holds in each phase of an optimizer step of `stage`, with micro-batches of batch_size examples.
 
@@ -110,33 +101,49 @@ def rehearse(
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
         batch = _batch(config, objective, batch_size)
         teacher = previous = None
-        if objective.needs_teacher:
+        if objective.needs("teacher"):
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
-            values = objective.needs_values
-            teacher = Frozen(models.teacher, config.task, "teacher", place.dtype, *layers, values)
-        if objective.needs_previous:
+            values = bool(objective.needs("values"))
+            teacher = _frozen(models.teacher, config.task, "teacher", rank.dtype, *layers, values)
+        if objective.needs("previous"):
             layers = objective.layers("student_hidden")
-            previous = Frozen(models.student, config.task, "student", place.dtype, layers)
-        module = _student(config, stage, models, objective, place.dtype, checkpointing)
+            previous = _frozen(models.student, config.task, "student", rank.dtype, layers)
+        module = make_student(
+            config,
+            stage,
+            models.student,
+            None,
+            models.pair,
+            objective,
+            objective,
+            objective.fused,
+            checkpointing=checkpointing,
+        )
+        cast_parameters(module, rank.dtype)
+        module.train()
         counts = torch.ones(sum(term.parts for term in objective.terms.values()), dtype=torch.float64)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = _groups(trainable, objective)
+    groups = [
+        group["params"]
+        for group in parameter_groups(module, objective.parameters(), config, config.train.learning_rate)
+    ]
     student = zero_memory.StudentZero(
-        ledger, place.zero, groups, count_parameters(module) - sum(map(_size, trainable))
+        ledger, rank.zero, groups, count_parameters(module) - sum(map(_size, trainable))
     )
-    _rest(ledger, config, models, previous, place)
+    _rest(ledger, config, models, previous, rank)
     student.follow(trainable)
     with contextlib.ExitStack() as stack:
-        for each in [ledger.running(), *_pretence(place.gpu)]:
+        for each in [ledger.running(), *_pretence(rank.gpu)]:
             stack.enter_context(each)
         held, found, before = 0, None, None
         ledger.enter("teacher", TEACHER_ACTIVATIONS)
         if teacher is not None:
-            with _gathering(ledger, teacher, config, place) as held:
-                found = teacher.trace(batch)
+            with _gathering(ledger, teacher, config, rank) as held, teacher.frozen(batch) as found:
+                pass
             ledger.give(_tensors(found), TEACHER_CAPTURED)
         if previous is not None:
-            before = previous.trace(batch)
+            with previous.frozen(batch) as before:
+                pass
             ledger.give(_tensors(before), BEFORE)
         student.gather()
         ledger.add(RESIDENT, held)
@@ -164,13 +171,13 @@ def _forward(ledger, module, batch, found, before, counts) -> Tensor:
 
     hook = module.objective.register_forward_pre_hook(begins)
     try:
-        loss, _ = module(batch, found, counts, before)
+        loss, _ = module.loss(batch, found, counts, before)
     finally:
         hook.remove()
     return loss
 
 
-def _rest(ledger: Ledger, config: Config, models: Models, previous: Frozen | None, place: Place) -> None:
+def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | None, rank: Rank) -> None:
     """What lies there all the time beside what the student's engine holds."""
     if models.teacher is not None:
         with torch.device("meta"):
@@ -178,52 +185,10 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Frozen | Non
         sharded = config.teacher.zero_stage == 3
         ledger.add(
             TEACHER,
-            0
-            if place.teacher_offloaded
-            else place.dtype.itemsize * size / (place.world_size if sharded else 1),
+            0 if rank.teacher_offloaded else rank.dtype.itemsize * size / (rank.world_size if sharded else 1),
         )
     if previous is not None:
-        ledger.add(BEFORE, place.dtype.itemsize * count_parameters(previous.model))
-
-
-def _student(config, stage, models, objective, dtype, checkpointing: bool) -> StudentModule:
-    model = build(models.student, None, config.task, "student", needs_head=False)
-    model.config.use_cache = False
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    fusion = None
-    if config.student.domain is not None:
-        mapped = objective.terms["domain"].mapped if "domain" in objective.terms else ()
-        fusion = DomainFusion(
-            config.student.domain.width, models.pair.student.width, models.pair.teacher.width, mapped
-        )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen(name, stage.freeze))
-    represents = bool(config.evaluation.rcs)
-    module = StudentModule(model, objective, objective, represents=represents, domain=fusion)
-    _cast(module, dtype)
-    return module.train()
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """As model.to(dtype), which wants to swap parameters and cannot where they have no contents."""
-    cast: dict[int, nn.Parameter] = {}  # tied ones stay one
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(p) not in cast:
-                cast[id(p)] = nn.Parameter(p.detach().to(dtype), requires_grad=p.requires_grad)
-            setattr(module, name, cast[id(p)])
-
-
-def _groups(trainable: list[nn.Parameter], objective: Objective) -> list[list[nn.Parameter]]:
-    """As engine.deepspeed.student_engine makes them."""
-    terms = {id(parameter) for parameter in objective.parameters()}
-    groups = [
-        [p for p in trainable if (id(p) in terms) == own and (p.dim() > 1) == matrices]
-        for own in (False, True)
-        for matrices in (True, False)
-    ]
-    return [group for group in groups if group]
+        ledger.add(BEFORE, rank.dtype.itemsize * count_parameters(previous.model))
 
 
 def _batch(config: Config, objective: Objective, size: int) -> Batch:
@@ -249,18 +214,18 @@ def _batch(config: Config, objective: Objective, size: int) -> Batch:
 
 
 @contextlib.contextmanager
-def _gathering(ledger: Ledger, teacher: Frozen, config: Config, place: Place) -> Iterator[int]:
+def _gathering(ledger: Ledger, teacher: Tracer, config: Config, rank: Rank) -> Iterator[int]:
     """A sharded teacher's modules are whole while they run; yields the bytes of a head that stays so for the terms."""
     if config.teacher.zero_stage != 3:
         yield 0
         return
-    width = place.dtype.itemsize
+    width = rank.dtype.itemsize
     blocks = layer_list(teacher.model) or [teacher.model]
-    least = 2 * max(map(count_parameters, blocks)) if place.overlap else 0
+    least = 2 * max(map(count_parameters, blocks)) if rank.overlap else 0
     hooks = []
 
     def arrive(size: int) -> None:
-        copies = size * place.zero.copies
+        copies = size * rank.zero.copies
         ledger.add(RESIDENT, size + copies)
         ledger.add(RESIDENT, -copies)
 
@@ -270,10 +235,7 @@ def _gathering(ledger: Ledger, teacher: Frozen, config: Config, place: Place) ->
             size = width * max(own, least)
             hooks.append(module.register_forward_pre_hook(lambda *_, n=size: arrive(n)))
             hooks.append(module.register_forward_hook(lambda *_, n=size: ledger.add(RESIDENT, -n)))
-    head = 0
-    if teacher.language:
-        output = teacher.model.get_output_embeddings()
-        head = width * count_parameters(output)
+    head = width * sum(map(_size, teacher.head))
     try:
         yield head
     finally:

@@ -7,17 +7,14 @@ import torch
 from transformers import AutoConfig
 
 from dsdistill.alignment.objective import Objective
-from dsdistill.alignment.terms import Pair
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import NO_LABEL, PHRASE, WORD, Batch
 from dsdistill.engine.module import StudentModule
-from dsdistill.engine.prepare import shape
-from dsdistill.models.build import Headless, build, for_task
-from dsdistill.models.capture import Capture
+from dsdistill.models.build import build, for_task
 from dsdistill.models.domain_fusion import DomainFusion
-from dsdistill.models.forward import trace
 from dsdistill.models.trace import Trace
+from dsdistill.models.tracer import Tracer, callee
 from tests.models.families import FAMILIES, peaked
 
 LENGTHS = (14, 9, 3, 1, 12, 7)
@@ -125,47 +122,42 @@ class Rig:
             config = AutoConfig.for_model(kind, **FAMILIES[kind] | (changes or {}))
             torch.manual_seed(seed)
             model = build(for_task(config, task, ("a", "b", "c"), 0), None, task, "student", needs_head=False)
-            model.config.use_cache = False
             models.append(peaked(model, 6.0))
         self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
         width = 0 if domain is None else domain.lift.in_features
-        self.pair = Pair(shape(self.student.config), shape(self.teacher.config), task, "auto", tokens, width)
+        self.pair = Pair(
+            Shape.of(self.student.config), Shape.of(self.teacher.config), task, "auto", tokens, width
+        )
         torch.manual_seed(7)
         self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)
         self.before = None  # the student as the stage before left it
-        if self.objective.needs_previous:
+        if self.objective.needs("previous"):
             self.before = copy.deepcopy(self.student).eval().requires_grad_(False)
             for parameter in self.before.parameters():
                 parameter.mul_(1.1)
-            self.earlier = Capture(self.before, self.objective.layers("student_hidden"))
-        evaluation = Objective(Terms(task={}), self.pair)
-        self.module = StudentModule(self.student, self.objective, evaluation, domain=domain)
-        self.capture = Capture(
-            self.teacher, self.objective.layers("teacher_hidden"), self.objective.layers("teacher_attention")
+        previous = None
+        if self.before is not None:
+            previous = Tracer(callee(self.before, task, "student"), self.objective.layers("student_hidden"))
+        layers = self.objective.layers("teacher_hidden"), self.objective.layers("teacher_attention")
+        self.module = StudentModule(
+            self.student,
+            self.objective,
+            Objective(Terms(task={}), self.pair),
+            teacher=Tracer(callee(self.teacher, task, "teacher"), *layers),
+            previous=previous,
+            domain=domain,
         )
-        self.call = Headless(self.teacher, "teacher") if task in LANGUAGE else self.teacher
 
     def teacher_trace(self, batch: Batch) -> Trace:
-        with torch.no_grad():
-            found = trace(self.call, self.teacher, self.capture, batch)
-        if self.task in LANGUAGE:
-            head = self.teacher.get_output_embeddings()
-            found.head, found.head_bias = head.weight, head.bias
-        return found
-
-    def previous_trace(self, batch: Batch) -> Trace | None:
-        if self.before is None:
-            return None
-        call = Headless(self.before, "student") if self.task in LANGUAGE else self.before
-        with torch.no_grad():
-            return trace(call, self.before, self.earlier, batch)
+        with self.module.teacher.frozen(batch) as trace:
+            return trace
 
     def counts(self, batches: list[Batch]):
-        if not self.module.capture.geometry:
+        if not self.module.geometry:
             with torch.no_grad():
                 self.module.trace(batches[0])
-        geometry = self.module.capture.geometry
-        return torch.stack([self.objective.counts(batch, geometry) for batch in batches]).sum(0)
+            self.module.geometry = self.module.student.capture.geometry
+        return self.module.counts(batches, everywhere=False)
 
     def step(self, *batches: Batch):
         """(total, raw by term, gradients by name) of one step over these micro-batches."""
@@ -173,7 +165,7 @@ class Rig:
         self.module.zero_grad()
         total, raw = 0.0, 0.0
         for batch in batches:
-            loss, terms = self.module(batch, self.teacher_trace(batch), counts, self.previous_trace(batch))
+            loss, terms = self.module(batch, counts)
             loss.backward()
             total, raw = total + loss.item(), raw + terms.double()
         gradients = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}

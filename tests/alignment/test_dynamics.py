@@ -129,7 +129,7 @@ def test_the_trace_of_a_language_model_holds_its_norm():
     rig = Rig("gpt2", "causal_lm", {"fdd": {}})
     trace = rig.module.trace(make_batch("causal_lm"))
     assert torch.allclose(trace.norm(trace.hidden[3]), trace.output, atol=1e-6)
-    assert isinstance(rig.module.capture, Capture) and "gpt2" in FAMILIES
+    assert isinstance(rig.module.student.capture, Capture) and "gpt2" in FAMILIES
 
 
 @pytest.mark.parametrize(

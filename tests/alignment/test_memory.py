@@ -105,7 +105,7 @@ def test_teacher_layers_go_as_they_are_read():
             return _sums(*arguments)
 
         term.sums = sums
-    rig.module(batch, teacher, counts)
+    rig.module.loss(batch, teacher, counts)
     assert seen["hidden"] == mapped and seen["attention"][1] == mapped[1]
     assert seen["attention"][0] == seen["pairwise"][0] == rig.objective.terms["pairwise"].teacher_hidden
     assert seen["pairwise"][1] == set()

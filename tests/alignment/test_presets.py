@@ -25,7 +25,7 @@ RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 def terms_of(preset: str, stage: int, heads: int | None) -> dict:
     """Of a stage of configs/recipes/presets; heads: relation heads, of which the file has more than fit here."""
     config = load([str(RECIPES / "multi_level_small.yaml"), str(RECIPES / "presets" / f"{preset}.yaml")])
-    terms = config.parts[stage].terms.model_dump(mode="json", exclude_none=True)
+    terms = config.run_stages[stage].terms.model_dump(mode="json", exclude_none=True)
     if heads is not None:
         assert terms["attention"]["relation_heads"] == 48  # as published for a width of 384 or 768
         terms["attention"]["relation_heads"] = heads

@@ -9,7 +9,7 @@ from dsdistill.alignment import relations
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import UserError
 from dsdistill.config.load import build
-from dsdistill.engine.prepare import check_ranks
+from dsdistill.engine.refusals import check_ranks
 from tests.alignment.rig import Rig, make_batch, padded, with_filler
 from tests.alignment.two_ranks import NAMES, TERMS, average_over_two_ranks, whole
 
@@ -190,8 +190,8 @@ class TestTerms:
         settings = {"teacher": model, "student": model, "terms": {"task": {}, "cka": {}}}
         config = build(settings | {"train": {"micro_batch_size": 1, "batch_size": 2}})
         with pytest.raises(UserError, match=r"^terms.cka: got one example at once"):
-            check_ranks(config, world_size=1)
-        check_ranks(config, world_size=2)
+            check_ranks(config.train, config.run_stages, config.data.sampler, world_size=1)
+        check_ranks(config.train, config.run_stages, config.data.sampler, world_size=2)
 
 
 def test_two_ranks_are_one_with_all_rows(tmp_path):

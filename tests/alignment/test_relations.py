@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from dsdistill.alignment.probing import check_pair
 from dsdistill.config import UserError
 from dsdistill.config.load import build
-from dsdistill.engine.prepare import objective_layers, probe_models
+from dsdistill.engine.prepare import objective_layers
 from dsdistill.models.probe import rotates_queries
 from tests.alignment.rig import Rig, make_batch, padded, rows
 from tests.models.families import CAUSAL, FAMILIES, architecture
@@ -100,7 +101,7 @@ def prepared(family: str, options: dict):
     model = {"config": {"model_type": family, **FAMILIES[family]}}
     config = build({"task": "causal_lm", "teacher": model, "student": model, "terms": {"attention": options}})
     architectures = architecture(family), architecture(family)
-    return probe_models(config, *architectures, objective_layers(config, *architectures))
+    return check_pair(config.task, *architectures, objective_layers(config, *architectures))
 
 
 @pytest.mark.parametrize(

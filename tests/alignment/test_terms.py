@@ -289,7 +289,7 @@ class TestObjective:
         total, raw, _ = rig.step(make_batch("classification"))
         assert total == pytest.approx(2 * raw["task"] + raw["hidden"] / 2, rel=1e-6)
         alone = Rig("bert", terms={"task": {}}, student=STUDENT["bert"])
-        assert rig.objective.needs_teacher and not alone.objective.needs_teacher
+        assert rig.objective.needs("teacher") and not alone.objective.needs("teacher")
 
     def test_layers_to_capture(self):
         terms = {

@@ -6,7 +6,7 @@ import torch
 from dsdistill.config.errors import UserError
 from dsdistill.config.load import build
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import load
+from dsdistill.data import load_data
 from dsdistill.data.sample import draw, with_noise
 from tests.data.test_loader import examples
 
@@ -81,8 +81,8 @@ def test_the_train_set_alone(tokenizer, tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\tid\n" + "\n".join(lines) + "\n", encoding="utf-8")
     section = {"source": "files", "train": str(path), "dev": str(path)}
-    clean = load(Section(**section), "classification", tokenizer)
-    found = load(Section(**section, fraction=0.5, label_noise=0.25), "classification", tokenizer, seed=7)
+    clean = load_data(Section(**section), "classification", tokenizer)
+    found = load_data(Section(**section, fraction=0.5, label_noise=0.25), "classification", tokenizer, seed=7)
     assert len(found.train) == 20 and found.dev.labels.equal(clean.dev.labels)
     right = torch.tensor([int(name.split()[1]) % 2 for name in found.train.ids])
     assert int((found.train.labels != right).sum()) == 5

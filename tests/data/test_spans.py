@@ -8,7 +8,7 @@ import torch
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import load, tokenize
+from dsdistill.data import load_data, tokenize
 from dsdistill.data import spans as module
 from dsdistill.data.batch import PHRASE, WORD
 from dsdistill.data.chunkers import _outermost, builtin, chunker, parsed
@@ -148,10 +148,10 @@ class TestExamples:
         path = tmp_path / "rows.tsv"
         path.write_text("text\tlabel\nbig cat\tx\nthe dog\ty\n", encoding="utf-8")
         section = Section(source="files", train=str(path), dev=str(path), cache=str(tmp_path / "cache"))
-        data = load(section, "classification", tokenizer, with_spans=True)
+        data = load_data(section, "classification", tokenizer, with_spans=True)
         assert read(data.dev, tokenizer, 1, WORD) == ["the", "dog"]
         assert len(list((tmp_path / "cache").glob("spans-*.jsonl"))) == 1  # both splits are one file
-        assert load(section, "classification", tokenizer).train.spans is None
+        assert load_data(section, "classification", tokenizer).train.spans is None
 
 
 def chunks_of_lines(texts):

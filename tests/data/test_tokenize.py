@@ -3,7 +3,7 @@ import torch
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import Rows, load, tokenize
+from dsdistill.data import Rows, load_data, tokenize
 
 A, CLS, SEP = 4, 2, 3  # ids: a is 4, b is 5, …
 
@@ -83,11 +83,11 @@ def test_row_without_tokens(tokenizer, monkeypatch):
 def test_load_real_sets(tokenizer, real):
     section = Section(source="files", root=str(real), train="stsb/train.tsv.gz", dev="stsb/dev.tsv.gz",
                       text=("text_a", "text_b"), max_length=32, max_train=500, max_dev=20)  # fmt: skip
-    data = load(section, "regression", tokenizer)
+    data = load_data(section, "regression", tokenizer)
     assert (len(data.train), len(data.dev), data.labels) == (500, 20, ())
     assert data.train.lengths.max() == 32 and data.dev.labels[:2].tolist() == [5.0, pytest.approx(2.4)]
     section = Section(source="files", root=str(real), train="wikitext2/dev.txt.gz", dev="zhgeneral/dev.jsonl.gz",
                       text=("answer",), max_length=64, max_train=100)  # fmt: skip
-    data = load(section, "causal_lm", tokenizer)
+    data = load_data(section, "causal_lm", tokenizer)
     assert data.train.lengths.tolist() == [64] * 100
     assert set(data.dev.lengths[:-1].tolist()) == {64} and data.dev.lengths[-1] >= 2

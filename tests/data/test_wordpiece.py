@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import load, read
+from dsdistill.data import load_data, read
 from dsdistill.data.wordpiece import train_tokenizer
 
 TEXTS = ["高血压患者能吃党参吗？", "The doctor said: Drink water", "糖尿病 water doctors", "高血压 the"] * 3
@@ -62,7 +62,7 @@ def test_files_of_unlike_columns_make_one_train_set(tmp_path):
     assert len(read(limited, "masked_lm").train) == 1
     texts = [text for row in found.train.texts for text in row]
     tokenizer = AutoTokenizer.from_pretrained(train_tokenizer(texts, 100, section.cache))
-    examples = load(section, "masked_lm", tokenizer).train
+    examples = load_data(section, "masked_lm", tokenizer).train
     assert examples.masking is not None and examples.labels is None and examples.lengths.tolist() == [6, 5]
 
 

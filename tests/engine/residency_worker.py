@@ -14,7 +14,7 @@ from dsdistill.data import evaluation_batches
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import Teacher
+from dsdistill.engine.teacher import load_teacher
 from dsdistill.models.capture import layer_list
 
 if __name__ == "__main__":
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     ranks = deepspeed.start()
     try:
         prepared = prepare(load([config_path]), ranks.world_size)
-        teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+        teacher = load_teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
         parameters = list(teacher.model.parameters())
         whole = []
 
@@ -35,7 +35,7 @@ if __name__ == "__main__":
             module.register_forward_hook(count)
         pad = prepared.tokenizer.pad_token_id
         for batch in evaluation_batches(prepared.data.dev, 4, ranks.world_size, ranks.rank, pad):
-            with teacher.trace(batch):
+            with teacher.frozen(batch):
                 count()
         count()
         found = {

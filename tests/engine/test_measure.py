@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dsdistill.data import Examples
-from dsdistill.engine import measure
-from dsdistill.engine.measure import TIMED, WARM, latency
+from dsdistill.engine.passes import dev_scores
+from dsdistill.engine.passes.dev_scores import TIMED, WARM, latency
 from tests.conftest import BERT
 
 
@@ -29,7 +29,9 @@ def test_latency_is_the_median_over_the_dev_set_and_not_over_its_longest_texts(m
     model.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["input_ids"].shape), with_kwargs=True
     )
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: sum(n for _, n in seen) / 1000))
+    monkeypatch.setattr(
+        dev_scores, "time", SimpleNamespace(perf_counter=lambda: sum(n for _, n in seen) / 1000)
+    )
     prepared = SimpleNamespace(
         data=SimpleNamespace(dev=examples(lengths)), tokenizer=SimpleNamespace(pad_token_id=0)
     )

@@ -9,7 +9,8 @@ import yaml
 from dsdistill.config import UserError, load
 from dsdistill.config.load import build
 from dsdistill.engine import checkpoint
-from dsdistill.engine.prepare import Prepared, check_ranks, prepare, recipe_of, tell_other_data
+from dsdistill.engine.prepare import Prepared, prepare, recipe_of, tell_other_data
+from dsdistill.engine.refusals import check_ranks
 from tests.engine.test_resume import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,8 @@ class TestOneExampleAtOnce:
 
     def check(self, settings: dict, **term) -> None:
         settings["terms"] = {"task": {}, "domain": term}
-        check_ranks(build(settings), 1)
+        config = build(settings)
+        check_ranks(config.train, config.run_stages, config.data.sampler, 1)
 
     def test_is_refused_where_sequences_are_related(self, mapping):
         mapping["train"] |= {"micro_batch_size": 1}

@@ -12,7 +12,7 @@ from dsdistill.config import UserError
 from dsdistill.config.load import build as build_config
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import find_checkpoint, load_student, read_config
-from dsdistill.engine.measure import stability
+from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.prepare import prepare
 from tests.conftest import BERT
 from tests.engine.launch import run_configs
@@ -168,9 +168,9 @@ def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokeni
 
 
 def test_a_stage_changes_the_runs_terms(staged):
-    first, second, third = build_config(staged).parts
+    first, second, third = build_config(staged).run_stages
     assert first.terms.hidden.layers == ((1, 2),) and not first.terms.hidden.embedding
     assert second.terms.hidden.layers == "uniform" and second.terms.hidden.embedding
     assert third.terms.soft_label is not None and first.terms.smooth is None
     staged["stages"][0]["terms"]["soft_label"] = None
-    assert build_config(staged).parts[0].terms.soft_label is None
+    assert build_config(staged).run_stages[0].terms.soft_label is None

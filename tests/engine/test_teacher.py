@@ -7,7 +7,8 @@ from transformers import AutoConfig
 from dsdistill.config.load import build as build_config
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import Teacher, _largest_layer
+from dsdistill.engine.teacher import largest_layer, load_teacher
+from dsdistill.models.build import skeleton
 from tests.conftest import BERT
 
 DECODER = {
@@ -34,7 +35,7 @@ def test_a_replicated_teacher_keeps_its_rotary_frequencies(settings, data_dir, t
     }
     settings["train"]["dtype"] = "bf16"
     prepared = prepare(build_config(settings), world_size=1)
-    teacher = Teacher(
+    teacher = load_teacher(
         prepared.config, prepared.teacher, prepared.objectives, Ranks(0, 1, torch.device("cpu"))
     )
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
@@ -49,5 +50,5 @@ def test_largest_layer(kind):
     model = AutoConfig.for_model(kind, **{key: value for key, value in BERT.items() if key != "model_type"})
     width, inner = 48, 64
     layer = 4 * (width**2 + width) + 2 * width * inner + width + inner + 4 * width
-    found = _largest_layer(model, "classification")
+    found = largest_layer(skeleton(model, "classification", "teacher"))
     assert found == layer if kind == "bert" else found > layer

@@ -49,12 +49,14 @@ for collective in COLLECTIVES:  # before deepspeed is imported: it keeps the fun
     setattr(dist, collective, counted(collective, getattr(dist, collective)))
 
 from dsdistill.config import load
+from dsdistill.distiller import Distillation
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import Teacher, count_parameters
+from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer
+from dsdistill.models.tracer import count_parameters
 
 
 @contextlib.contextmanager
@@ -70,10 +72,10 @@ def during(name):
 def measure(path: str, ranks: Ranks) -> dict:
     config = load([path])
     prepared = prepare(config, ranks.world_size)
-    teacher = Teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+    teacher = load_teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
     trainer = Trainer(prepared, 0, config.student.path, None, teacher, None, ranks)
     trainer.engine.train()
-    gathers = teacher.trace
+    gathers = teacher.frozen
 
     @contextlib.contextmanager
     def trace(batch):
@@ -82,14 +84,14 @@ def measure(path: str, ranks: Ranks) -> dict:
                 found = stack.enter_context(gathers(batch))
             yield found
 
-    teacher.trace = trace
+    teacher.frozen = trace
     for step in range(2):  # ZeRO-3 learns the order of the layers in the first
         sent.clear()
         trainer.train_step(trainer.loader.step(0, step))
     sizes = {
         "teacher": count_parameters(teacher.model),
         "student": count_parameters(trainer.module),
-        "head": count_parameters(teacher.model.get_output_embeddings()) if teacher.headless else 0,
+        "head": sum(parameter.ds_numel for parameter in teacher.head),
     }
     found = {name: list(sizes) for name, sizes in sent.items()}
     return {
@@ -103,6 +105,7 @@ if __name__ == "__main__":
     out, *paths = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
     group = deepspeed.start()
     Ranks.sum = during("ours")(Ranks.sum)
+    Distillation.counts = during("ours")(Distillation.counts)
     try:
         everything = [measure(path, group) for path in paths]
         if group.first:

@@ -259,7 +259,7 @@ def test_the_largest_micro_batch(texts, tokenizer_dir):
     config, memory = build_config(settings), 700 * 2**20
     found = make_plan(config, 1, memory, gpu=False)
     assert found.largest > 4
-    forecast, stage = Forecast(config, 1, gpu=False), config.parts[0]
+    forecast, stage = Forecast(config, 1, gpu=False), config.run_stages[0]
     sizes = [peak(forecast.phases(stage, size, False)) for size in (found.largest, found.largest + 1)]
     assert sizes[0] <= memory < sizes[1]
 

@@ -79,9 +79,9 @@ class AttentionTerm(AlignmentTerm):
         mixed = self.config.relation_heads is not None
         return tuple(r for r in self.config.relations if r != "value_value" and (mixed or r != "query_key"))
 
-    def check_rotation(self, rotating: dict[str, str]) -> None:
-        """Raise UserError if one of the models rotates its queries; rotating: model type by place."""
-        for place, kind in rotating.items():
+    def check_models(self, seen, rotating):
+        self.check_geometry(*seen)
+        for place, kind in rotating().items() if self.unrotated else ():
             split = " with relation_heads" if self.config.relation_heads is not None else ""
             raise UserError(
                 "terms.attention.relations",

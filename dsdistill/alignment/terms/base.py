@@ -1,9 +1,11 @@
 """What every term of the loss is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from dsdistill.alignment.weighting import Dynamic, EarthMover, Uniform
 from dsdistill.config import UserError
@@ -22,6 +24,19 @@ class Shape:
     key_heads: int  # of keys and values
     head_width: int
     vocabulary: int
+
+    @classmethod
+    def of(cls, model: PretrainedConfig) -> "Shape":
+        """Return the shape of an architecture."""
+        heads = model.num_attention_heads
+        return cls(
+            depth=model.num_hidden_layers,
+            width=model.hidden_size,
+            heads=heads,
+            key_heads=getattr(model, "num_key_value_heads", None) or heads,
+            head_width=getattr(model, "head_dim", None) or model.hidden_size // heads,
+            vocabulary=model.vocab_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,27 @@ class AlignmentTerm(nn.Module, ABC):
     teacher_attention: frozenset[int] = frozenset()
     needs_values: bool = False  # of the captured attention
     needs_teacher: bool = True
+    needs_head: bool = False  # the teacher's, trained for the task
+    needs_lens: bool = False  # hidden states are read as if they were the last
+    needs_labels: bool = False  # Batch.labels
+    needs_spans: bool = False  # Batch.spans
     needs_previous: bool = False  # the student as the stage before left it, as Trace.previous
+    supervised: bool = False  # by labels alone: train.distill_weight weighs it against all others
+    fused: tuple[int, ...] = ()  # teacher layers that the student's domain fusion maps
 
     def __init__(self, config: TermConfig, pair: Pair):
         super().__init__()
         self.config, self.pair, self.weight = config, pair, config.weight
         self.weighting = Uniform(self.parts)
+
+    def check_models(
+        self, seen: Sequence[dict[int, Geometry]], rotating: Callable[[], dict[str, str]]
+    ) -> None:
+        """Raise UserError for models that the term cannot compare.
+
+        seen: of student and teacher, which keys each attention layer sees. rotating: finds the models that rotate
+        queries and keys by their position, their types by place.
+        """
 
     @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:

@@ -31,6 +31,7 @@ class DomainTerm(AlignmentTerm):
     """
 
     name = "domain"
+    needs_spans = True
 
     def __init__(self, config: DomainMapping, pair: Pair):
         super().__init__(config, pair)
@@ -42,9 +43,9 @@ class DomainTerm(AlignmentTerm):
             )
         depths = pair.student.depth, pair.teacher.depth
         self.layers = layer_map(config.layers, *depths, "terms.domain.layers")
-        self.mapped = tuple(sorted({teacher for _, teacher in self.layers} | {depths[1]}))
+        self.fused = tuple(sorted({teacher for _, teacher in self.layers} | {depths[1]}))
         self.student_hidden = frozenset(student for student, _ in self.layers) | {depths[0]}
-        self.teacher_hidden = frozenset(self.mapped)
+        self.teacher_hidden = frozenset(self.fused)
         count = len(self.layers) if config.hidden else 0
         weights = [config.hidden / count] * count if count else []
         self.others = [

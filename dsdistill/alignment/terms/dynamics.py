@@ -27,6 +27,8 @@ class FeatureDynamicsTerm(AlignmentTerm):
     """
 
     name = "fdd"
+    needs_lens = True
+    needs_labels = True
 
     def __init__(self, config: FeatureDynamics, pair: Pair):
         super().__init__(config, pair)

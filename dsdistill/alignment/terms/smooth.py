@@ -11,6 +11,7 @@ class SmoothTerm(AlignmentTerm):
     names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading.
     """
 
+    name = "smooth"
     needs_teacher = False
     needs_previous = True
 

@@ -33,8 +33,12 @@ class SoftLabelTerm(AlignmentTerm):
     2 KL of unit normal distributions around them; τ² cancels τ there.
     """
 
+    name = "soft_label"
+    needs_head = True
+
     def __init__(self, config: SoftLabel, pair: Pair):
         super().__init__(config, pair)
+        self.needs_labels = pair.task in LANGUAGE  # they tell which tokens are predicted
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0
         self.common = common_vocabulary(pair, "terms.soft_label") if pair.task in LANGUAGE else None
 

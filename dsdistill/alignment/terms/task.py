@@ -30,7 +30,10 @@ def predicting(states: Tensor, task: str) -> Tensor:
 class TaskTerm(AlignmentTerm):
     """Cross-entropy over examples or predicted tokens; squared error for scores."""
 
+    name = "task"
     needs_teacher = False
+    needs_labels = True
+    supervised = True
 
     def counts(self, batch, geometry):
         task = self.pair.task

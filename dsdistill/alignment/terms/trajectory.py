@@ -26,6 +26,7 @@ class TrajectoryTerm(AlignmentTerm):
     """
 
     name = "trajectory"
+    needs_spans = True
 
     def __init__(self, config: Trajectory, pair: Pair):
         super().__init__(config, pair)

@@ -1,0 +1,39 @@
+"""Passes over a whole set: every example once, the work shared out over the ranks, results in the set's order."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dsdistill.data import Batch, Examples, evaluation_batches, restore
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.prepare import Prepared
+
+T = TypeVar("T")
+
+
+def over(prepared: Prepared, ranks: Ranks, examples: Examples, read: Callable[[Batch], T]) -> list[T]:
+    """Return what `read` makes of each batch of one pass over `examples`, of all ranks, on every rank.
+
+    read: of a batch on this rank's device, without gradients; what it returns is small and picklable. Every rank
+    reads equally many batches, the last perhaps of filler rows alone; `in_order` puts rows in the set's order.
+    """
+    made = []
+    with torch.no_grad():
+        for batch in evaluation_batches(
+            examples,
+            prepared.config.train.micro_batch_size,
+            ranks.world_size,
+            ranks.rank,
+            prepared.tokenizer.pad_token_id,
+        ):
+            made.append(read(batch.to(ranks.device)))
+    return [part for of_rank in ranks.gather(made) for part in of_rank]
+
+
+def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return (n, …) values in the order of the set, from (rows, …) values of each batch and its Batch.index."""
+    return restore(
+        torch.cat([values.cpu() for values, _ in parts]), torch.cat([index.cpu() for _, index in parts])
+    )

@@ -9,19 +9,20 @@ import os
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import Config
-from dsdistill.data import evaluation_batches, restore
+from dsdistill.data import Batch
 from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.prepare import Prepared, make_objectives
 from dsdistill.engine.run_folder import LAYERS, RunFolder
-from dsdistill.engine.teacher import Teacher
+from dsdistill.engine.teacher import load_teacher
 from dsdistill.evaluation.structure import debiased_cka
 from dsdistill.models.build import build
-from dsdistill.models.capture import Capture
-from dsdistill.models.forward import trace
+from dsdistill.models.tracer import Tracer, callee
 
 log = logging.getLogger("dsdistill")
 
@@ -37,11 +38,11 @@ def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, rank
         return
     path = folder / LAYERS
     if not ranks.gather(os.path.isfile(path))[0]:
-        found = most_similar(_similarities(prepared, init, ranks))
+        pairs = most_similar(_similarities(prepared, init, ranks))
         with ranks.first_alone():
             if ranks.first:
                 with disk.writing(path) as file:
-                    json.dump(found, file)
+                    json.dump(pairs, file)
     with open(path, encoding="utf-8") as file:
         pairs = tuple((student, teacher) for student, teacher in json.load(file))
     log.info("layers by CKA: %s", ", ".join(f"{student} from {teacher}" for student, teacher in pairs))
@@ -72,7 +73,7 @@ def most_similar(similarity: np.ndarray) -> tuple[tuple[int, int], ...]:
 def _wanted(config: Config) -> bool:
     return any(
         getattr(term, "layers", None) == "cka_offline"
-        for stage in config.parts
+        for stage in config.run_stages
         for term in stage.terms.named().values()
     )
 
@@ -91,37 +92,32 @@ def _with_pairs(config: Config, pairs: tuple[tuple[int, int], ...]) -> Config:
 
 
 def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndarray:
-    """(L_S, L_T) debiased CKA of mean-pooled states over the first train examples."""
+    """Return (L_S, L_T) debiased CKA of mean-pooled states over the first train examples."""
     config = prepared.config
-    teacher = Teacher(config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1))
+    teacher = load_teacher(
+        config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1)
+    )
     torch.manual_seed(config.run.seed)
-    student = build(prepared.student, init, config.task, "student", needs_head=False)
-    student.config.use_cache = False
-    student = student.base_model.to(ranks.device).eval()
-    capture = Capture(student, range(1, prepared.pair.student.depth + 1))
+    model = build(prepared.student, init, config.task, "student", needs_head=False)
+    student = Tracer(
+        callee(model.to(ranks.device).eval(), config.task, "student"),
+        range(1, prepared.pair.student.depth + 1),
+    )
     examples = prepared.data.train.take(list(range(min(EXAMPLES, len(prepared.data.train)))))
-    parts = []
-    for batch in evaluation_batches(
-        examples,
-        config.train.micro_batch_size,
-        ranks.world_size,
-        ranks.rank,
-        prepared.tokenizer.pad_token_id,
-    ):
-        batch = batch.to(ranks.device)
-        with torch.no_grad(), teacher.trace(batch) as other:
-            mine = trace(student, student, capture, batch)
+
+    def read(batch: Batch) -> tuple[list[list[Tensor]], Tensor]:
+        with teacher.frozen(batch) as theirs, student.frozen(batch) as ours:
             vectors = [
-                [mean_pool(states, batch.mask).cpu() for _, states in sorted(found.hidden.items())]
-                for found in (mine, other)
+                [mean_pool(states, batch.mask).cpu() for _, states in sorted(trace.hidden.items())]
+                for trace in (ours, theirs)
             ]
-        parts.append((vectors, batch.index.cpu()))
-    everyone = [part for of_rank in ranks.gather(parts) for part in of_rank]
-    index = torch.cat([index for _, index in everyone])
+        return vectors, batch.index.cpu()
+
+    parts = over(prepared, ranks, examples, read)
     mine, other = (
         [
-            restore(torch.cat(layer), index)
-            for layer in zip(*(vectors[model] for vectors, _ in everyone), strict=True)
+            in_order([(vectors[model][layer], index) for vectors, index in parts])
+            for layer in range(len(parts[0][0][model]))
         ]
         for model in (0, 1)
     )

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from dsdistill.alignment.units import mean_pool
-from dsdistill.data import Examples, evaluation_batches
+from dsdistill.data import Examples
 from dsdistill.data.batch import PHRASE, Batch
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
+from dsdistill.engine.passes import over
 from dsdistill.engine.prepare import Prepared
-from dsdistill.engine.teacher import Teacher
 from dsdistill.evaluation.structure import (
     UNITS,
     Estimate,
@@ -25,6 +25,7 @@ from dsdistill.evaluation.structure import (
     semantic_alignment,
     structural_consistency,
 )
+from dsdistill.models.tracer import Tracer
 
 PER_FEATURE = 10  # train examples
 GROUPS = 64  # dev examples whose tokens and phrases are compared among themselves
@@ -41,7 +42,7 @@ class Vectors:
     tokens: tuple[list[Tensor], list[Tensor]]  # (tokens, D) of the first GROUPS examples
 
 
-def measure(module: StudentModule, teacher: Teacher, prepared: Prepared, ranks: Ranks) -> dict[str, float]:
+def measure(module: StudentModule, teacher: Tracer, prepared: Prepared, ranks: Ranks) -> dict[str, float]:
     """Semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
 
     module: in eval mode, with `represents`; teacher: traces its last layer. domain_capture where data.domain and
@@ -76,27 +77,21 @@ def _named(name: str, estimate: Estimate) -> dict[str, float]:
 
 def collect(
     module: StudentModule,
-    teacher: Teacher,
+    teacher: Tracer,
     prepared: Prepared,
     examples: Examples,
     ranks: Ranks,
     most: int | None = None,
 ) -> Vectors:
     """Vectors of both models; most: phrases of an example. The same on every rank."""
-    layers = prepared.pair.student.depth, prepared.pair.teacher.depth
-    found = []
-    for batch in evaluation_batches(
-        replace(examples, masking=None),
-        prepared.config.train.micro_batch_size,
-        ranks.world_size,
-        ranks.rank,
-        prepared.tokenizer.pad_token_id,
-    ):
-        batch = batch.to(ranks.device)
-        with torch.no_grad(), teacher.trace(batch) as other:
-            states = module(batch, last=True), other.hidden[layers[1]]
-            found += _examples(states, batch, prepared, most)
-    everyone = sorted((item for of_rank in ranks.gather(found) for item in of_rank), key=lambda item: item[0])
+    layer = prepared.pair.teacher.depth
+
+    def read(batch: Batch) -> list:
+        with teacher.frozen(batch) as theirs:
+            return _examples((module(batch, ask="states"), theirs.hidden[layer]), batch, prepared, most)
+
+    parts = over(prepared, ranks, replace(examples, masking=None), read)
+    everyone = sorted((item for part in parts for item in part), key=lambda item: item[0])
     _, sequences, phrases, terms, tokens = zip(*everyone, strict=True)
     return Vectors(
         tuple(torch.stack(of) for of in zip(*sequences, strict=True)),

@@ -1,4 +1,4 @@
-"""Representations of the dev set that a run keeps on its way, for the representation consistency score."""
+"""How steady a run is: representations of the dev set that it keeps on its way, and how far they turn."""
 
 import os
 
@@ -8,10 +8,11 @@ from torch import Tensor
 from dsdistill import disk
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.run_folder import REPRESENTATIONS
+from dsdistill.evaluation.structure import change
 
 
 def points(count: int, steps: int) -> list[int]:
-    """The steps after which representations are kept: `count`, evenly spread, the last the run's end."""
+    """Return the steps after which representations are kept: `count`, evenly spread, the last the run's end."""
     return sorted({max(1, round(steps * (index + 1) / count)) for index in range(count)})
 
 
@@ -24,7 +25,7 @@ def keep(run_dir: str, step: int, states: Tensor, ranks: Ranks) -> None:
 
 
 def kept(run_dir: str, until: int) -> list[np.ndarray]:
-    """What keep() wrote up to this step, in order."""
+    """Return what keep() wrote up to this step, in order."""
     folder = os.path.join(run_dir, REPRESENTATIONS)
     names = (
         sorted(name for name in os.listdir(folder) if name.startswith("step-"))
@@ -34,6 +35,18 @@ def kept(run_dir: str, until: int) -> list[np.ndarray]:
     return [
         np.load(os.path.join(folder, name)) for name in names if name <= os.path.basename(_path("", until))
     ]
+
+
+def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, float]:
+    """Return RCS and 1 − debiased CKA between the points up to `step`; nothing where fewer than two were kept.
+
+    A model that never moved has an RCS of 0: without the KL among its other scores it has none.
+    """
+    states = kept(run_dir, step)
+    if len(states) < 2 or "kl" not in scores:
+        return {}
+    moved = change(states)
+    return {"rcs": moved.rcs, "cka_distance": moved.cka_distance}
 
 
 def _path(run_dir: str, step: int) -> str:

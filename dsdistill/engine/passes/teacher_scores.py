@@ -10,13 +10,14 @@ from torch import Tensor
 from dsdistill import disk
 from dsdistill.alignment.terms.task import predicting, targets
 from dsdistill.alignment.units import mean_pool
-from dsdistill.data import NO_LABEL, evaluation_batches, restore
+from dsdistill.data import NO_LABEL
 from dsdistill.data.batch import Batch
 from dsdistill.data.samplers import HardNegative, Sampler, Weighted, nearest_others
 from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SAMPLING, RunFolder
-from dsdistill.engine.teacher import Teacher
+from dsdistill.engine.teacher import load_teacher
 from dsdistill.models.trace import Trace
 
 ROWS = 256  # tokens whose logits are whole at once
@@ -31,40 +32,33 @@ def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler
         return None
     path = folder / SAMPLING
     if not ranks.gather(os.path.isfile(path))[0]:
-        found = _pass(prepared, ranks)
+        values = _values(prepared, ranks)
         if data.sampler == "hard_negative":
-            found = nearest_others(found, train)
+            values = nearest_others(values, train)
         with ranks.first_alone():
             if ranks.first:
                 with disk.writing(path, binary=True) as file:
-                    np.save(file, np.asarray(found))
-    found = np.load(path)
+                    np.save(file, np.asarray(values))
+    values = np.load(path)
     if data.sampler == "entropy":
-        return Weighted(found, data.sampler_temperature or 0.1)
-    return HardNegative(found)
+        return Weighted(values, data.sampler_temperature or 0.1)
+    return HardNegative(values)
 
 
-def _pass(prepared: Prepared, ranks: Ranks) -> Tensor:
-    """(n,) entropies or (n, D) mean-pooled last states of the teacher over the train set, in its order."""
+def _values(prepared: Prepared, ranks: Ranks) -> Tensor:
+    """Return (n,) entropies or (n, D) mean-pooled last states of the teacher over the train set, in its order."""
     config, depth = prepared.config, prepared.pair.teacher.depth
-    teacher = Teacher(config, prepared.teacher, prepared.objectives, ranks, hidden=[depth])
-    parts = []
-    for batch in evaluation_batches(
-        prepared.data.train,
-        config.train.micro_batch_size,
-        ranks.world_size,
-        ranks.rank,
-        prepared.tokenizer.pad_token_id,
-    ):
-        batch = batch.to(ranks.device)
-        with torch.no_grad(), teacher.trace(batch) as trace:
+    teacher = load_teacher(config, prepared.teacher, prepared.objectives, ranks, hidden=[depth])
+
+    def read(batch: Batch) -> tuple[Tensor, Tensor]:
+        with teacher.frozen(batch) as trace:
             if config.data.sampler == "entropy":
                 values = entropy(trace, batch, config.task)
             else:
                 values = mean_pool(trace.hidden[depth], batch.mask)
-        parts.append((values.cpu(), batch.index.cpu()))
-    everyone = [part for of_rank in ranks.gather(parts) for part in of_rank]
-    return restore(torch.cat([values for values, _ in everyone]), torch.cat([index for _, index in everyone]))
+        return values.cpu(), batch.index.cpu()
+
+    return in_order(over(prepared, ranks, prepared.data.train, read))
 
 
 def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:

@@ -1,0 +1,164 @@
+"""From what collators make to a Batch: one form inside, whatever the form outside."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.batch import NO_LABEL, Batch
+
+# Other inputs than tokens would be lost without a word.
+_REFUSED = ("inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values")
+
+
+def as_batch(inputs: Mapping[str, Any] | Batch, task: str, pad_id: int | None = None) -> Batch:
+    """Return the batch that a collator's tensors mean: documents as rows, padded on the right.
+
+    Rows padded on the left, or in the middle, are moved; rows that pack several documents are taken apart, so that
+    the same documents give the same loss in every form. That waits for the device where documents are packed.
+
+    Args:
+        inputs: a Batch, which is returned as it is, or
+            input_ids (B, N) int64;
+            attention_mask (B, N), not 0 where a token counts; numbers above 1 tell the documents of a row apart.
+                Without one every token counts;
+            position_ids (B, N): documents begin where they are 0. They must count up by 1 inside a document;
+            token_type_ids (B, N);
+            labels: (B, N) where tokens are predicted, not shifted, NO_LABEL (-100) where nothing is; a causal model's
+                are by default its input_ids; (B,) or (B, 1) classes or scores else;
+            spans (S, 4), as Batch.spans, of rows that are not packed.
+            Other keys are left alone.
+        task: that of a config.
+        pad_id: what padding is filled with; by default the ids stay that stand there.
+
+    Raises:
+        UserError: a shape, a mask of more than two dimensions, or an input that is not made of tokens.
+    """
+    if isinstance(inputs, Batch):
+        return inputs
+    ids = _tensor(inputs, "input_ids", dimensions=2)
+    if ids is None:
+        raise UserError(
+            "batch", f"no input_ids, but {', '.join(map(str, inputs)) or 'nothing'}", "input_ids (B, N)"
+        )
+    for name in _REFUSED:
+        if inputs.get(name) is not None:
+            raise UserError("batch", name, "input_ids alone")
+    shape = tuple(ids.shape)
+    mask = _tensor(inputs, "attention_mask", dimensions=2, shape=shape)
+    positions = _tensor(inputs, "position_ids", dimensions=2, shape=shape)
+    labels = _labels(inputs, ids, task)
+    columns = {"ids": ids, "types": _tensor(inputs, "token_type_ids", dimensions=2, shape=shape)}
+    columns = {name: values for name, values in columns.items() if values is not None}
+    if labels is not None and labels.dim() == 2:
+        columns["labels"] = labels
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    documents = _documents(mask, positions, valid)
+    spans = inputs.get("spans")
+    if documents is not None:
+        if labels is not None and labels.dim() == 1:
+            raise UserError("batch", "several documents in a row", f"one a row with task {task}")
+        if spans is not None:
+            raise UserError("batch", "spans of packed rows", "spans of rows of one document each")
+        columns, valid = _unpacked(columns, documents, valid)
+    elif mask is not None:
+        columns, valid, before = _moved(columns, valid)
+        if spans is not None:
+            shift = before[spans[:, 0]]
+            spans = torch.stack([spans[:, 0], spans[:, 1] - shift, spans[:, 2] - shift, spans[:, 3]], dim=1)
+    if pad_id is not None:
+        columns["ids"] = columns["ids"].masked_fill(~valid, pad_id)
+    if "labels" in columns:
+        labels = columns["labels"].masked_fill(~valid, NO_LABEL)
+    return Batch(columns["ids"], valid, labels, columns.get("types"), spans=spans)
+
+
+def _tensor(
+    inputs: Mapping[str, Any], name: str, dimensions: int, shape: tuple[int, ...] | None = None
+) -> Tensor | None:
+    values = inputs.get(name)
+    if values is None:
+        return None
+    if not isinstance(values, Tensor):
+        raise UserError(
+            f"batch: {name}", type(values).__name__, "a tensor (a collator's return_tensors='pt')"
+        )
+    if values.dim() != dimensions or values.is_floating_point() or (shape and tuple(values.shape) != shape):
+        wanted = " × ".join(map(str, shape)) if shape else "(B, N)"
+        raise UserError(
+            f"batch: {name}", f"{tuple(values.shape)} {values.dtype}", f"{wanted} integers, one a token"
+        )
+    return values
+
+
+def _labels(inputs: Mapping[str, Any], ids: Tensor, task: str) -> Tensor | None:
+    labels = inputs.get("labels")
+    if labels is None:
+        labels = inputs.get("label")
+    if task in ("causal_lm", "masked_lm"):
+        if labels is None:
+            return ids if task == "causal_lm" else None
+        if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
+            raise UserError("batch: labels", _shown(labels), f"{tuple(ids.shape)} integers, one a token")
+        return labels
+    if labels is None:
+        return None
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if not isinstance(labels, Tensor) or labels.shape != ids.shape[:1]:
+        raise UserError("batch: labels", _shown(labels), f"({ids.shape[0]},), one a row")
+    if task == "classification" and labels.is_floating_point():
+        raise UserError("batch: labels", str(labels.dtype), "integers, the indices of classes")
+    return labels
+
+
+def _shown(values: object) -> str:
+    return f"{tuple(values.shape)} {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+
+
+def _documents(mask: Tensor | None, positions: Tensor | None, valid: Tensor) -> Tensor | None:
+    """Return (B, N) int64, the document that each token belongs to, counted over all rows; None: one a row."""
+    starts = None
+    if mask is not None and mask.dtype != torch.bool and bool((mask > 1).any()):
+        starts = mask != torch.nn.functional.pad(mask[:, :-1], (1, 0), value=0)
+    elif positions is not None:
+        first = torch.nn.functional.pad(valid[:, :-1], (1, 0), value=False)
+        starts = valid & ((positions == 0) | ~first)
+        follows = positions == torch.nn.functional.pad(positions[:, :-1], (1, 0), value=-1) + 1
+        if not bool((~valid | torch.where(starts, positions == 0, follows)).all()):
+            raise UserError(
+                "batch: position_ids", "some that do not count up by 1 from 0", "0, 1, 2, … in each document"
+            )
+    if starts is None:
+        return None
+    starts = starts.clone()
+    starts[:, 0] = True
+    documents = starts.flatten().cumsum(0).view_as(valid) - 1
+    held = documents.masked_fill(~valid, -1)
+    one_a_row = held.amax(1) == held.masked_fill(~valid, torch.iinfo(held.dtype).max).amin(1)
+    return None if bool((one_a_row | ~valid.any(1)).all()) else documents
+
+
+def _unpacked(
+    columns: dict[str, Tensor], documents: Tensor, valid: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the columns with a row for each document, and the mask of those rows."""
+    held = documents[valid]
+    _, rows, lengths = torch.unique_consecutive(held, return_inverse=True, return_counts=True)
+    width = max(2, int(lengths.max())) if len(lengths) else 2
+    places = torch.arange(len(held), device=held.device) - (lengths.cumsum(0) - lengths)[rows]
+    mask = torch.arange(width, device=held.device) < lengths[:, None]
+
+    def laid(values: Tensor) -> Tensor:
+        return values.new_zeros(len(lengths), width).index_put((rows, places), values[valid])
+
+    return {name: laid(values) for name, values in columns.items()}, mask
+
+
+def _moved(columns: dict[str, Tensor], valid: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Return the columns with valid tokens first, the mask, and (B,) tokens that were before each row's first."""
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # of equal ones the order stays
+    moved = {name: values.gather(1, order) for name, values in columns.items()}
+    return moved, valid.gather(1, order), valid.to(torch.uint8).argmax(1)

@@ -1,0 +1,339 @@
+"""Teacher, student and terms, and the loss of a batch: the heart of `dsdistill train` and of anybody's own loop."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dsdistill.alignment.objective import Loss, Objective
+from dsdistill.alignment.probing import check_pair
+from dsdistill.alignment.terms import Pair, Shape
+from dsdistill.config import Config, UserError, make_config
+from dsdistill.config.terms import Terms
+from dsdistill.data.batch import Batch
+from dsdistill.data.inputs import as_batch
+from dsdistill.models.build import NEEDED, plain_model, task_of
+from dsdistill.models.capture import ATTENTION
+from dsdistill.models.settings import check_shape
+from dsdistill.models.trace import Geometry, Trace
+from dsdistill.models.tracer import Callee, Tracer, callee
+
+ORIGIN = "Distiller"  # begins every message about an argument
+
+
+class TermValue(NamedTuple):
+    """One term's value in a batch, detached: a scalar tensor each, so that nobody waits until it is read."""
+
+    raw: Tensor  # before its weight
+    weighted: Tensor
+    parts: Tensor  # (parts,) by mapped layer or the like, before any weight
+
+
+class Output(NamedTuple):
+    """What a Distiller makes of a batch; a tuple, because engines look for tensors in what modules return."""
+
+    loss: Tensor  # scalar with gradients
+    terms: dict[str, TermValue]
+
+
+class Distillation(nn.Module):
+    """A student under capture, what it learns from, and the objective between them.
+
+    Everything trainable lies in this one module, so that every parameter is gathered and saved by the same hooks.
+    Teacher and earlier student are no submodules: they are neither trained nor saved, and move along with `.to()`.
+    """
+
+    def __init__(
+        self,
+        student: Tracer,
+        teacher: Tracer | None,
+        objective: Objective,
+        geometry: dict[int, Geometry],
+        previous: Tracer | None = None,
+    ):
+        """geometry: of the student's attention layers, as counts need it; previous: as the stage before left it."""
+        super().__init__()
+        self.body = student.callee.module
+        self.objective = objective
+        self.geometry = geometry
+        self._tracers = (student, teacher, previous)  # in a tuple: `body` registers the student already
+        self.register_forward_pre_hook(_tell_zero)  # before those that DeepSpeed adds
+
+    @property
+    def student(self) -> Tracer:
+        return self._tracers[0]
+
+    @property
+    def teacher(self) -> Tracer | None:
+        return self._tracers[1]
+
+    @property
+    def previous(self) -> Tracer | None:
+        return self._tracers[2]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.student.model
+
+    def counts(self, batches: Sequence[Batch], everywhere: bool = True) -> Tensor:
+        """Return (parts of all terms,) float64: what the sums of a step are divided by.
+
+        batches: all micro-batches of this rank's step. everywhere: add up over the ranks, where there are several.
+        """
+        counts = torch.stack([self.objective.counts(batch, self.geometry) for batch in batches]).sum(0)
+        if everywhere and _world_size() > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def trace(self, batch: Batch, teacher: Trace | None = None) -> Trace:
+        """Return the student's trace; `teacher` is for students whose forward pass reads the teacher."""
+        return self.student(batch)
+
+    def traces(self, batch: Batch) -> AbstractContextManager[tuple[Trace | None, Trace | None]]:
+        """Return a context with the traces of the teacher and of the student of the stage before."""
+        return _traces(self.teacher, self.previous, batch)
+
+    def loss(
+        self, batch: Batch, teacher: Trace | None, counts: Tensor, previous: Trace | None = None
+    ) -> Loss:
+        """Return the loss of one micro-batch, in units of the step that `counts` are of."""
+        student = self.trace(batch, teacher)
+        student.previous = previous
+        loss = self.objective(student, teacher, batch, counts)
+        # Ties the loss to the model's end: with ZeRO-3 and checkpointing a loss on captured tensors alone crashes
+        # in backward. One value a row, so that the sum cannot overflow in fp16.
+        end = student.logits if student.logits is not None else student.output[:, 0]
+        return Loss(loss.total + 0.0 * end[:, 0].float().sum(), loss.raw)
+
+    def forward(self, batch: Batch, counts: Tensor) -> Loss:
+        """Return the loss of one micro-batch: over all micro-batches and ranks of a step they add up."""
+        with self.traces(batch) as (teacher, previous):
+            return self.loss(batch, teacher, counts, previous)
+
+
+@contextlib.contextmanager
+def _traces(
+    teacher: Tracer | None, previous: Tracer | None, batch: Batch
+) -> Iterator[tuple[Trace | None, Trace | None]]:
+    with contextlib.ExitStack() as stack:
+        yield tuple(
+            stack.enter_context(tracer.frozen(batch)) if tracer is not None else None
+            for tracer in (previous, teacher)
+        )[::-1]
+
+
+class Distiller(Distillation):
+    """The distillation loss of a batch, for any training loop.
+
+        distiller = Distiller(teacher, student, terms={"task": {}, "soft_label": {"temperature": 1.0}})
+        optimizer = torch.optim.AdamW(distiller.parameters())
+        for batch in loader:
+            out = distiller(batch)
+            out.loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    The loss is Σ_k weight_k · Σ_parts sum / count, where `count` is what the part's sum adds up: valid tokens, rows,
+    predicted tokens or pairs, over all micro-batches and ranks of an optimizer step. Averages of averages would weigh
+    a token of a short batch more than one of a long batch. So counts come first:
+
+        counts = distiller.counts(batches)            # all micro-batches of this rank's step; the ranks add up
+        for batch in batches:
+            distiller(batch, counts=counts).loss.backward()
+
+    `out.loss` is this micro-batch's share times the number of ranks W. Its gradient, added up over the micro-batches
+    and averaged over the ranks, is the gradient of the step's loss. Plain loops, DDP and FSDP do just that. DeepSpeed
+    and Accelerate also divide by the number A of micro-batches in a step; multiply by it:
+
+        engine.backward(A * distiller_engine(batch, counts=counts).loss)
+
+    Without `counts` a batch is a step of its own: in training together with what the other ranks have at the same
+    moment, in evaluation (`distiller.eval()`) by itself, so that one rank may evaluate alone.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel | Callee | None,
+        student: PreTrainedModel,
+        terms: Mapping[str, Any] | Terms,
+        *,
+        task: str | None = None,
+        distill_weight: float | None = None,
+        backend: str = "auto",
+    ):
+        """Check that the models and terms fit together, and put the student under capture.
+
+        Args:
+            teacher: a transformers model, what `shard_teacher` returns, or None where no term needs one. It is
+                frozen: evaluation mode, no gradients; its type stays.
+            student: a transformers model of the same task, on its device, before it is wrapped (DDP, DeepSpeed, FSDP
+                of the whole); layers may be sharded already.
+            terms: by name, settings as in a config: dicts, or objects of dsdistill.terms.
+            task: classification, regression, causal_lm or masked_lm; by default what the models' classes say.
+            distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w.
+            backend: of the operators, as train.backend.
+
+        Raises:
+            UserError: one line for the first thing that does not fit; nothing has been changed then.
+        """
+        given, compiled = plain_model(student, f"{ORIGIN}: student")
+        guide = teacher.model if isinstance(teacher, Callee) else teacher
+        if guide is not None:
+            guide, _ = plain_model(guide, f"{ORIGIN}: teacher")
+        task = task or _same_task(given, guide)
+        config = _config(task, terms, guide is not None, distill_weight, backend)
+        for place, model in (("student", given), ("teacher", guide)):
+            if model is not None:
+                check_shape(model.config, NEEDED, f"{ORIGIN}: {place}")
+        pair = _pair(config, given, guide)
+        try:
+            objective = Objective(config.terms, pair, distill_weight)
+            geometry = check_pair(
+                task, given.config, guide.config if guide is not None else None, (objective,)
+            )
+        except UserError as error:
+            raise error.within(ORIGIN) from None
+        if not objective.needs("teacher"):
+            teacher = guide = None
+        if objective.layers("student_attention"):
+            for model in (given, guide):
+                model.set_attn_implementation(ATTENTION)
+        target = next(given.parameters())
+        if target.device.type != "meta":
+            objective.to(target.device, target.dtype)
+        run = callee(given, task, "student")
+        if compiled:
+            run.module.compile()
+        tracers = [
+            Tracer(run, objective.layers("student_hidden"), objective.layers("student_attention")),
+            None,
+        ]
+        if guide is not None:
+            guide.eval().requires_grad_(False)
+            tracers[1] = Tracer(
+                teacher if isinstance(teacher, Callee) else callee(guide, task, "teacher"),
+                objective.layers("teacher_hidden"),
+                objective.layers("teacher_attention"),
+                bool(objective.needs("values")),
+            )
+        super().__init__(*tracers, objective, geometry)
+
+    def counts(self, batches: Sequence[Batch | Mapping[str, Any]], everywhere: bool = True) -> Tensor:
+        """Return (parts of all terms,) float64: what the sums of a step are divided by.
+
+        Args:
+            batches: all micro-batches of this rank's step, as `forward` takes them.
+            everywhere: add up over the ranks, where torch.distributed is up: every rank must call it.
+        """
+        return super().counts([self._batch(batch) for batch in batches], everywhere)
+
+    def forward(self, batch: Batch | Mapping[str, Any], counts: Tensor | None = None) -> Output:
+        """Return the loss of one micro-batch, and its terms.
+
+        Args:
+            batch: input_ids, attention_mask, labels, token_type_ids, position_ids as collators give them, see
+                data.inputs.as_batch.
+            counts: of the step, see the class; None: the batch is a step of its own.
+
+        Raises:
+            UserError: an input of another form, or one that the terms need and that is missing.
+        """
+        batch = self._batch(batch)
+        everywhere = counts is not None or self.training
+        if counts is None:
+            counts = super().counts([batch], everywhere)
+        loss = super().forward(batch, counts)
+        ranks = _world_size() if everywhere else 1
+        values = self.objective.values(ranks * loss.raw)
+        return Output(ranks * loss.total, {name: TermValue(*pair) for name, pair in values.items()})
+
+    def update(self, outputs: Sequence[Output]) -> None:
+        """Let layer weights that move (`layer_weights: dynamic`, `layers: emd`) follow the losses of a step.
+
+        Call it after each optimizer step, on every rank, with what `forward` returned for its micro-batches; where no
+        weight moves it does nothing. `distiller.objective.begin(steps)` tells how long training is;
+        `distiller.objective.state()` and `.restore()` carry the weights over a restart.
+        """
+        if not self.objective.moves:
+            return
+        raw = torch.stack([torch.cat([term.parts for term in out.terms.values()]) for out in outputs]).sum(0)
+        if _world_size() > 1:
+            dist.all_reduce(raw)
+            raw = raw / _world_size()
+        self.objective.update(raw)
+
+    def _batch(self, batch: Batch | Mapping[str, Any]) -> Batch:
+        made = as_batch(batch, self.objective.task, getattr(self.model.config, "pad_token_id", None))
+        if made.labels is None and (name := self.objective.needs("labels")):
+            raise UserError("batch", "no labels", f"labels, which terms.{name} reads")
+        if made.spans is None and (name := self.objective.needs("spans")):
+            raise UserError("batch", "no spans", f"spans (S, 4), which terms.{name} reads")
+        return made
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        if self.teacher is not None and device.type != "meta":
+            model = self.teacher.model
+            sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+            if not sharded and model.device != device:
+                model.to(device)
+        return self
+
+
+def _tell_zero(module: Distillation, _) -> None:
+    """Forward pre-hook: ZeRO-3 must know what a module uses outside the forward pass of the submodule that holds it."""
+    unknown = [parameter for parameter in module.student.head if hasattr(parameter, "ds_id")]
+    if unknown:
+        from dsdistill.distributed.deepspeed import register_external
+
+        register_external(module, unknown)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _same_task(student: PreTrainedModel, teacher: PreTrainedModel | None) -> str:
+    models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    tasks = [task_of(model, f"{ORIGIN}: {place}") for place, model in models.items()]
+    if len(set(tasks)) > 1:
+        raise UserError(f"{ORIGIN}: teacher", f"a model for {tasks[1]}", f"{tasks[0]}, as the student")
+    return tasks[0]
+
+
+def _config(
+    task: str, terms: Mapping[str, Any] | Terms, teacher: bool, distill_weight: float | None, backend: str
+) -> Config:
+    """Validate the arguments as a config is."""
+    given = terms.named() if isinstance(terms, Terms) else terms
+    if not isinstance(given, Mapping):
+        raise UserError(f"{ORIGIN}: terms", type(terms).__name__, "a dict of terms by name")
+    models: dict[str, Any] = {"student": {"config": {}}} | ({"teacher": {"config": {}}} if teacher else {})
+    train = {"distill_weight": distill_weight, "backend": backend}
+    made = make_config({"task": task, **models, "terms": dict(given), "train": train}, ORIGIN)
+    for name, term in made.terms.named().items():
+        if getattr(term, "layers", None) == "cka_offline":
+            raise UserError(
+                f"{ORIGIN}: terms.{name}.layers",
+                "cka_offline, which compares the models on a train set before training",
+                "[student, teacher] pairs, uniform, skip or last",
+            )
+    return made
+
+
+def _pair(config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Pair:
+    shapes = [Shape.of(model.config) for model in (student, teacher) if model is not None]
+    classes = [model.config.num_labels for model in (student, teacher) if model is not None]
+    if config.task == "classification" and "soft_label" in config.terms.named() and len(set(classes)) > 1:
+        raise UserError(f"{ORIGIN}: teacher", f"{classes[1]} classes", f"the student's {classes[0]}")
+    return Pair(
+        shapes[0],
+        shapes[1] if teacher is not None else None,
+        config.task,
+        config.train.backend,
+        min(shape.vocabulary for shape in shapes),
+    )

@@ -1,0 +1,84 @@
+"""`dsdistill evaluate`: the newest checkpoint of a run on its dev set."""
+
+import logging
+
+import torch
+
+from dsdistill.config import Config
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine import checkpoint
+from dsdistill.engine.export import find_checkpoint, load_student, read_config
+from dsdistill.engine.module import StudentModule, fused_layers, make_fusion
+from dsdistill.engine.passes import representation_space
+from dsdistill.engine.passes.dev_scores import latency, score
+from dsdistill.engine.passes.generation import generation
+from dsdistill.engine.passes.stability import stability
+from dsdistill.engine.prepare import Prepared, prepare
+from dsdistill.engine.run import running, use_recipe, with_fields
+from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.teacher import load_teacher
+from dsdistill.evaluation.text import bleu_signature
+
+log = logging.getLogger("dsdistill")
+
+
+def evaluate_run(path: str) -> dict:
+    """Score the newest checkpoint of a run on its dev set; return (and write) its summary with those scores."""
+    config = _computable(read_config(path), path)
+    folder = RunFolder(path)
+    with running(config.run.timeout) as ranks:
+        with ranks.first_alone():
+            if ranks.first:
+                folder.claim()
+                folder.tag = find_checkpoint(path)  # now that nobody writes another
+            prepared = prepare(config, ranks.world_size)
+        tag = ranks.gather(folder.tag)[0]
+        if prepared.recipe is not None:
+            use_recipe(prepared, folder, ranks)
+        summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
+        for name, values in _scores(prepared, path, tag, ranks).items():
+            summary["models"].setdefault(name, {}).update(values)
+        if config.evaluation.generate:
+            summary["bleu_signature"] = bleu_signature()
+        summary["evaluated"] = tag
+        with ranks.first_alone():
+            if ranks.first:
+                folder.write_summary(summary)
+        return summary
+
+
+def _computable(config: Config, path: str) -> Config:
+    """Return a run's config in a precision that this machine has."""
+    if config.train.dtype != "fp16" or torch.cuda.is_available():
+        return config
+    log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
+    return with_fields(config, train=with_fields(config.train, dtype="fp32"))
+
+
+def _scores(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, dict]:
+    """Return the scores of a checkpoint's student and of the teacher, all that the config asks for."""
+    config = prepared.config
+    asked = config.evaluation
+    teacher = None
+    if prepared.judged or asked.structure:
+        last = [prepared.pair.teacher.depth] if asked.structure else []
+        teacher = load_teacher(config, prepared.teacher, prepared.objectives[-1:], ranks, last)
+    model, weights = load_student(path, config, tag)
+    fusion = make_fusion(config, prepared.pair, fused_layers(prepared.objectives))
+    if fusion is not None:
+        fusion.load_state_dict(weights)
+    module = StudentModule(
+        model, prepared.objectives[-1], prepared.evaluation, represents=asked.structure, domain=fusion
+    )
+    module = module.to(ranks.device).eval()
+    scores = score(module, teacher if prepared.judged else None, prepared, ranks)
+    if asked.structure:
+        scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
+    scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
+    if asked.latency and ranks.first:
+        scores["student"] |= latency(model, prepared)
+    if asked.generate:
+        del teacher  # a whole one comes in its place
+        for name, values in generation(model, prepared, path, ranks).items():
+            scores.setdefault(name, {}).update(values)
+    return scores

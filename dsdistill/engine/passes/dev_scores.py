@@ -1,0 +1,87 @@
+"""What student and teacher score on the dev set, and how long a text takes."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dsdistill.data import evaluation_batches
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.passes import in_order, over
+from dsdistill.engine.prepare import Prepared
+from dsdistill.evaluation.scores import evaluate
+from dsdistill.models.tracer import Tracer, model_inputs
+
+WARM, TIMED = 10, 100  # examples
+
+
+def score(
+    student: Callable, teacher: Tracer | None, prepared: Prepared, ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """Return the scores of student and teacher on the dev set.
+
+    student: a StudentModule in eval mode, or the engine around one.
+    """
+    batches = evaluation_batches(
+        prepared.data.dev,
+        prepared.config.train.micro_batch_size,
+        ranks.world_size,
+        ranks.rank,
+        prepared.tokenizer.pad_token_id,
+    )
+    with torch.no_grad():
+        return evaluate(
+            lambda batch, trace: student(batch, teacher=trace),
+            teacher.frozen if teacher is not None else None,
+            lambda trace, batch: prepared.evaluation.sums(trace, None, batch),
+            (batch.to(ranks.device) for batch in batches),
+            task=prepared.config.task,
+            gather=ranks.gather,
+        )
+
+
+def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:
+    """Return (examples, D) float32 mean last-layer states of the dev set, in its order, on every rank.
+
+    student: as of `score`, with `represents`.
+    """
+    parts = over(
+        prepared,
+        ranks,
+        prepared.data.dev,
+        lambda batch: (student(batch, ask="mean").float().cpu(), batch.index.cpu()),
+    )
+    return in_order(parts)
+
+
+def latency(model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
+    """Return the median milliseconds of a forward pass over one example of the dev set, unpadded, after a warm-up.
+
+    Over up to TIMED examples, evenly spaced in the dev set: as long as its texts are, and the same for every model.
+
+    model: in eval mode, where it is to be measured.
+    """
+    dev = prepared.data.dev
+    sample = dev.take(np.linspace(0, len(dev) - 1, min(TIMED, len(dev)), dtype=int).tolist())
+    batches = list(evaluation_batches(sample, 1, 1, 0, prepared.tokenizer.pad_token_id))
+    seconds = []
+    with torch.no_grad():
+        for batch in itertools.chain(batches[:WARM], batches):
+            inputs = model_inputs(model, batch.to(model.device))
+            _wait(model)
+            started = time.perf_counter()
+            model(**inputs)
+            _wait(model)
+            seconds.append(time.perf_counter() - started)
+    timed = seconds[-len(batches) :]
+    return {"latency_ms": round(1000 * statistics.median(timed), 3)}
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,142 @@
+"""What a run refuses before any weight is loaded; each check takes the part of the config that it is about."""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dsdistill.alignment.objective import Objective, available_backends
+from dsdistill.config import UserError
+from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, Train
+from dsdistill.data.samplers import GROUP
+from dsdistill.engine.module import frozen
+from dsdistill.models.build import skeleton
+from dsdistill.models.tokenizer import check_vocabulary
+from dsdistill.models.weights import check_weights
+
+# RoBERTa and its family start counting positions after the padding token.
+_POSITIONS_AFTER_PADDING = frozenset(
+    "roberta camembert xlm-roberta xlm-roberta-xl data2vec-text roberta-prelayernorm mpnet longformer".split()
+)
+
+
+def check_precision(train: Train) -> None:
+    if train.dtype == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.dtype", "fp16 without a GPU", "fp32 or bf16")
+
+
+def check_backend(train: Train, device: torch.device) -> None:
+    """Refuse a backend that no operator has here; what one term lacks its first call tells."""
+    here = ["auto", *(name for name in available_backends() if name != "cpp" or device.type == "cpu")]
+    if train.backend not in here:
+        raise UserError("train.backend", f"{train.backend}, which cannot run here", ", ".join(here))
+
+
+def check_ranks(train: Train, stages: Sequence[Stage], sampler: str, world_size: int) -> None:
+    """Refuse sizes of batches that so many ranks cannot share, or that leave terms nothing to relate."""
+    at_once = train.micro_batch_size * world_size
+    if train.batch_size % at_once:
+        raise UserError(
+            "train.batch_size",
+            train.batch_size,
+            f"a multiple of train.micro_batch_size × ranks = {train.micro_batch_size} × {world_size}",
+        )
+    for name, term in (item for stage in stages for item in stage.terms.named().items()):
+        if term.relates and at_once == 1:
+            raise UserError(
+                f"terms.{name}",
+                "one example at once (train.micro_batch_size 1 on 1 rank)",
+                "at least 2: the term relates examples that meet in a micro-batch",
+            )
+    if sampler == "hard_negative" and at_once % GROUP:
+        raise UserError(
+            "train.micro_batch_size",
+            f"{at_once} examples at once on {world_size} rank(s)",
+            f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
+        )
+
+
+def check_sizes(
+    data: Data, task: str, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str
+) -> None:
+    """Refuse a model with fewer embeddings than the tokenizer has entries, or fewer positions than a text may have."""
+    pairs = len(data.text) == 2 and task != "causal_lm"
+    check_vocabulary(tokenizer, model, place, pairs)
+    positions = getattr(model, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if model.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= (model.pad_token_id or 0) + 1
+    if data.max_length > positions:
+        raise UserError("data.max_length", data.max_length, f"at most the {place}'s {positions} positions")
+
+
+def check_files(
+    sections: dict[str, tuple[Teacher | Student | None, PretrainedConfig | None]], task: str
+) -> None:
+    """Refuse weights that are missing, damaged or of other shapes; sections: by place, with the architecture."""
+    for place, (section, model) in sections.items():
+        if section is not None and section.path is not None:
+            check_weights(section.path, model, task, place)
+
+
+def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedConfig, task: str) -> None:
+    """Refuse patterns that name no parameter, or that leave none to train.
+
+    stages: as the config has them, without what the whole run freezes.
+    """
+    by_place = {f"stages.{index}.freeze": stage.freeze for index, stage in enumerate(stages)}
+    by_place = {"student.freeze": student.freeze, **by_place}
+    if not any(by_place.values()):
+        return
+    names = [name for name, _ in skeleton(model, task, "student").named_parameters()]
+    for place, patterns in by_place.items():
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise UserError(place, f"{pattern}, which names nothing", f"a name such as {names[0]}")
+        # A stage freezes what the whole run does as well.
+        if all(frozen(name, (*student.freeze, *patterns)) for name in names):
+            raise UserError(place, "every parameter", "some left to train")
+
+
+def has_head(task: str, teacher: Teacher, model: PretrainedConfig, objectives: Sequence[Objective]) -> bool:
+    """Return whether the teacher's head is trained for the task: one of hidden states alone may have none yet."""
+    if task == "causal_lm" or any(objective.needs("head") for objective in objectives):
+        return True  # that head is the embeddings, or comes with them; or the weights must bring it
+    heads = {"masked_lm": ("MaskedLM", "PreTraining", "LMHead")}.get(task, ("SequenceClassification",))
+    discriminators = ("ElectraForPreTraining", "FunnelForPreTraining")  # these tell tokens from replaced ones
+    return teacher.path is not None and any(
+        head in name for name in model.architectures or () for head in heads if name not in discriminators
+    )
+
+
+def check_judge(evaluation: Evaluation, data: Data, judged: bool) -> None:
+    """Refuse what only a teacher with a trained head can tell."""
+    if judged:
+        return
+    if evaluation.rcs:
+        raise UserError(
+            "evaluation.rcs",
+            f"{evaluation.rcs} with a teacher whose head is not trained",
+            "one that is, whose KL stands beside it, or 0",
+        )
+    if data.sampler == "entropy":
+        raise UserError(
+            "data.sampler", "entropy with a teacher whose head is not trained", "one that is, or another"
+        )
+
+
+def check_classes(labels: tuple[str, ...], theirs: tuple[str, ...]) -> None:
+    """Refuse a teacher of other classes than the data's, or of another order."""
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
+    if len(theirs) != len(labels) or (not unnamed and theirs != labels):
+        raise UserError(
+            "teacher", f"a teacher of the classes {list(theirs)[:8]}", f"the data's {list(labels)[:8]}"
+        )
+
+
+def class_names(model: Any) -> tuple[str, ...]:
+    """Return the classes that an architecture names, in the order of their indices."""
+    return tuple(str(model.id2label[index]) for index in sorted(model.id2label))

@@ -1,0 +1,139 @@
+"""Models that leave traces: what the alignment terms read of one forward pass."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dsdistill.config.schema import LANGUAGE
+from dsdistill.data.batch import Batch
+from dsdistill.models.build import Headless
+from dsdistill.models.capture import Capture, final_norm
+from dsdistill.models.trace import Trace
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Return what the library's forward takes.
+
+    Filler rows show it one token: attention over none would be undefined.
+    """
+    mask = batch.mask
+    first = torch.zeros_like(mask)
+    first[:, 0] = ~batch.rows
+    inputs = {"input_ids": batch.input_ids, "attention_mask": (mask | first).long()}
+    if batch.token_types is not None and getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = batch.token_types
+    return inputs
+
+
+def _whole_already(_: list[nn.Parameter]) -> AbstractContextManager:
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Callee:
+    """A model and what to call in its place.
+
+    module: the model itself or, where it is a language model, a Headless around it. call: the module, or an engine
+    around it. whole: of some of its parameters, a context in which they are whole on this rank.
+    """
+
+    model: PreTrainedModel
+    module: nn.Module
+    call: Callable
+    whole: Callable[[list[nn.Parameter]], AbstractContextManager] = _whole_already
+
+
+def callee(model: PreTrainedModel, task: str, place: str) -> Callee:
+    """Return the model as its task is traced; `place` names it in messages."""
+    module = Headless(model, place) if task in LANGUAGE else model
+    return Callee(model, module, module)
+
+
+class Tracer:
+    """Makes the trace of a batch; the only place where a forward pass runs under capture."""
+
+    def __init__(
+        self,
+        callee: Callee,
+        hidden: Iterable[int] = (),
+        attention: Iterable[int] = (),
+        values: bool = True,
+    ):
+        """hidden, attention, values: what to keep, see Capture."""
+        self.callee = callee
+        self.model = callee.model
+        self.capture = Capture(callee.model, hidden, attention, values)
+
+    @property
+    def head(self) -> list[nn.Parameter]:
+        """Weight and perhaps bias of a language model's head, which terms use outside its own forward; else nothing."""
+        if not isinstance(self.callee.module, Headless):
+            return []
+        head = self.model.get_output_embeddings()
+        return [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+
+    def __call__(self, batch: Batch) -> Trace:
+        """Return the trace of one forward pass; a language model's head must be whole on this rank."""
+        with self.capture.recording() as made, _without_cache(self.model):
+            outputs = self.callee.call(**model_inputs(self.model, batch))
+        if not isinstance(self.callee.module, Headless):
+            made.logits = outputs["logits"]
+            return made
+        made.output, made.norm = outputs["last_hidden_state"], final_norm(self.model)
+        head = self.model.get_output_embeddings()
+        made.head, made.head_bias = head.weight, head.bias
+        return made
+
+    @contextlib.contextmanager
+    def frozen(self, batch: Batch) -> Iterator[Trace]:
+        """Yield a trace without gradients; inside the context alone a language model's head is whole on this rank."""
+        with torch.no_grad():
+            made = self(batch)
+        with self.callee.whole(self.head):
+            yield made
+
+
+@contextlib.contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the model from filling a cache of keys and values, which only generation reads."""
+    cached = getattr(model.config, "use_cache", None)
+    if cached:
+        model.config.use_cache = False
+    try:
+        yield
+    finally:
+        if cached:
+            model.config.use_cache = cached
+
+
+def freeze(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Make a model one that learns nothing and computes in `dtype`.
+
+    Buffers keep their type: rotary frequencies would turn positions if they were rounded.
+    """
+    cast_parameters(module.to(device).eval().requires_grad_(False), dtype)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter another type; tied ones stay one.
+
+    `model.to(dtype)` would cast buffers too, and cannot swap parameters without contents, such as the planner's.
+    """
+    cast: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in cast:
+                cast[id(parameter)] = nn.Parameter(
+                    parameter.detach().to(dtype), requires_grad=parameter.requires_grad
+                )
+            setattr(module, name, cast[id(parameter)])
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of values of all parameters, tied ones once, sharded or not."""
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
