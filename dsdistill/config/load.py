@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dsdistill.config.bounded import check_yaml, read_yaml
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
+from dsdistill.config.formats import FORMAT, complete, take_format
 from dsdistill.config.schema import SAVED, Config
 from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, shown, without
 from dsdistill.config.section import Section
@@ -67,15 +68,19 @@ def load(sources: Sequence[str]) -> Config:
     if hidden := places(settings):
         wanted = "the value itself, as ${oc.env:NAME} from the environment: no run folder holds it"
         raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
+    take_format(settings, origin)
     return build(settings, origin)
 
 
 def load_saved(path: str) -> Config:
     """Return what `dump` wrote of a run, without its secrets.
 
-    Rules between fields, which it passed, may not hold: a baseline lost its terms.
+    What an earlier format lacks is completed by the defaults of its time. Rules between fields, which it passed, may
+    not hold: a baseline lost its terms. Raises UserError for a format that is newer than this version's.
     """
-    return build(without(_plain(_read(path), path)), path, saved=True)
+    settings = without(_plain(_read(path), path))
+    complete(settings, take_format(settings, path, saved=True))
+    return build(settings, path, saved=True)
 
 
 def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Config:
@@ -110,10 +115,12 @@ def holds_secrets(path: str) -> bool:
 
 
 def dump(config: Config) -> str:
-    """Return the resolved config as YAML, its secrets redacted; without any, `load` reads it back to an equal one."""
-    return yaml.dump(
-        redacted(config.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    """Return the resolved config as YAML, its format first and its secrets redacted.
+
+    Without secrets, `load` reads it back to an equal config.
+    """
+    settings = {"format": FORMAT} | redacted(config.model_dump(mode="json"))
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _plain(settings, origin: str) -> dict:
