@@ -3,6 +3,7 @@
 import difflib
 
 from dsdistill.config.errors import UserError
+from dsdistill.config.terms import SoftLabel, Term
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
@@ -104,22 +105,18 @@ def _check_terms(config, section, place: str, first: bool) -> None:
         raise UserError(
             place, "no term with a weight above 0", f"at least one of {', '.join(type(section).model_fields)}"
         )
-    matching = [name for name in terms if name not in ("task", "smooth")]
+    matching = [name for name, term in terms.items() if term.needs_teacher]
     if matching and config.teacher is None:
         raise UserError(f"{place}.{matching[0]}", "no teacher", f"a teacher section, or {place}.task alone")
-    if (
-        config.task == "regression"
-        and "soft_label" in terms
-        and terms["soft_label"].divergence != "forward_kl"
-    ):
-        raise UserError(
-            f"{place}.soft_label.divergence",
-            f"{terms['soft_label'].divergence} with task regression",
-            "forward_kl: a score has the distance to the teacher's alone",
-        )
-    if "smooth" in terms and first:
-        raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")
     for name, term in terms.items():
+        if config.task == "regression" and isinstance(term, SoftLabel) and term.divergence != "forward_kl":
+            raise UserError(
+                f"{place}.{name}.divergence",
+                f"{term.divergence} with task regression",
+                "forward_kl: a score has the distance to the teacher's alone",
+            )
+        if term.needs_previous and first:
+            raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")
         if getattr(term, "layers", None) == "emd" and term.layer_weights != "uniform":
             raise UserError(
                 f"{place}.{name}.layer_weights", f"{term.layer_weights} with layers: emd", "one of them"
@@ -128,6 +125,11 @@ def _check_terms(config, section, place: str, first: bool) -> None:
         raise UserError(
             "train.distill_weight", f"{place} of {', '.join(terms)} alone", "terms.task and at least another"
         )
+
+
+def _terms(config) -> list[tuple[str, Term]]:
+    """Return the terms of all stages by name."""
+    return [item for stage in config.parts for item in stage.terms.named().items()]
 
 
 def _check_optimizer(config) -> None:
@@ -173,11 +175,13 @@ def _check_chunker(config) -> None:
 
 
 def _check_domain(config) -> None:
-    domain, terms = config.student.domain, [stage.terms.named() for stage in config.parts]
-    used = [index for index, found in enumerate(terms) if "domain" in found]
+    domain, terms = config.student.domain, _terms(config)
+    mapping = [name for name, term in terms if term.needs_domain]
     if domain is None:
-        if used:
-            raise UserError("terms.domain", "no student.domain", "student.domain: {width: ...} beside it")
+        if mapping:
+            raise UserError(
+                f"terms.{mapping[0]}", "no student.domain", "student.domain: {width: ...} beside it"
+            )
         return
     if domain.teacher_map == "trained":
         raise UserError(
@@ -185,10 +189,10 @@ def _check_domain(config) -> None:
             "trained: learned together, the teacher's map and the student's both collapse to 0",
             "frozen",
         )
-    if not used:
+    if not mapping:
         raise UserError("student.domain", "no terms.domain", "terms.domain, which trains what it predicts")
-    if any("smooth" in found for found in terms):
-        raise UserError("student.domain", "terms.smooth beside it", "one of them")
+    if smoothing := [name for name, term in terms if term.needs_previous]:
+        raise UserError("student.domain", f"terms.{smoothing[0]} beside it", "one of them")
 
 
 def _check_sampler(config) -> None:
@@ -204,7 +208,7 @@ def _check_sampler(config) -> None:
     if data.sampler == "entropy" and config.task == "regression":
         raise UserError(place, "entropy with task regression", "a task of classes or tokens")
     if data.sampler == "hard_negative":
-        if not all("contrastive" in stage.terms.named() for stage in config.parts):
+        if not all(any(term.contrasts for term in stage.terms.named().values()) for stage in config.parts):
             raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
         if config.train.group_by_length:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
@@ -218,7 +222,7 @@ def _check_noise(config) -> None:
         raise UserError(
             "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
-    if not any("task" in stage.terms.named() for stage in config.parts):
+    if not any(term.reads_labels for _, term in _terms(config)):
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
 
 

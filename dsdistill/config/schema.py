@@ -330,7 +330,7 @@ class Config(Section):
     def needs_spans(self) -> bool:
         """Whether some stage, or evaluation, reads words and phrases."""
         return self.evaluation.structure or any(
-            {"trajectory", "domain"} & stage.terms.named().keys() for stage in self.parts
+            term.reads_spans for stage in self.parts for term in stage.terms.named().values()
         )
 
     @property

@@ -21,6 +21,8 @@ Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
 class Term(Section):
+    """What every term has: a weight, and properties that say what it needs of a run."""
+
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
 
     @property
@@ -28,9 +30,52 @@ class Term(Section):
         """Whether its value depends on which examples meet in a micro-batch."""
         return False
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether it tells an example from the others that meet it: data.sampler hard_negative needs such a term."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares the student with a teacher."""
+        return True
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether it reads the teacher's logits, so that the teacher's head must be trained."""
+        return False
+
+    @property
+    def needs_previous(self) -> bool:
+        """Whether it compares the student with what the stage before this one handed over."""
+        return False
+
+    @property
+    def needs_domain(self) -> bool:
+        """Whether it trains the fusion that student.domain describes."""
+        return False
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether it compares words and phrases, which data.chunker finds."""
+        return False
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it reads the labels of the data."""
+        return False
+
 
 class Task(Term):
     """Cross-entropy against the labels (squared error for regression)."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def reads_labels(self) -> bool:
+        return True
 
 
 class SoftLabel(Term):
@@ -53,6 +98,10 @@ class SoftLabel(Term):
     scale_tau2: bool = Field(
         default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
     )
+
+    @property
+    def needs_head(self) -> bool:
+        return True
 
 
 class Layered(Term):
@@ -151,6 +200,10 @@ class Contrastive(Related):
         default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
     )
 
+    @property
+    def contrasts(self) -> bool:
+        return True
+
 
 class SimilarityPreserving(Related):
     """Rows of the matrix of inner products, normalised (SP)."""
@@ -194,6 +247,10 @@ class Trajectory(Term):
         default="ordered", description="pairs of spans that are summed: both ways round, or once"
     )
 
+    @property
+    def reads_spans(self) -> bool:
+        return True
+
 
 class FeatureDynamics(Term):
     """What a language model would predict from its middle layers, and how that changes on the way up (FDD)."""
@@ -227,11 +284,27 @@ class DomainMapping(Term):
     def relates(self) -> bool:
         return self.sequences > 0
 
+    @property
+    def needs_domain(self) -> bool:
+        return True
+
+    @property
+    def reads_spans(self) -> bool:
+        return True
+
 
 class Smooth(Term):
     """How far the student's last layer has moved since the end of the stage before."""
 
     weight: NonNegative = Field(default=0.1, description="factor of this term in the loss")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def needs_previous(self) -> bool:
+        return True
 
 
 class Terms(Section):
