@@ -3,7 +3,7 @@
 import difflib
 
 from dsdistill.config.errors import UserError
-from dsdistill.config.terms import SoftLabel, Term
+from dsdistill.config.terms import Layered, SoftLabel, Term
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
@@ -117,7 +117,13 @@ def _check_terms(config, section, place: str, first: bool) -> None:
             )
         if term.needs_previous and first:
             raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")
-        if getattr(term, "layers", None) == "emd" and term.layer_weights != "uniform":
+        if getattr(term, "layers", None) != "emd":
+            continue
+        if not isinstance(term, Layered):
+            raise UserError(
+                f"{place}.{name}.layers", "emd", "uniform, skip, last, or [student, teacher] pairs"
+            )
+        if term.layer_weights != "uniform":
             raise UserError(
                 f"{place}.{name}.layer_weights", f"{term.layer_weights} with layers: emd", "one of them"
             )
