@@ -15,6 +15,7 @@ from dsdistill.config.bounded import check_yaml, read_yaml
 from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
 from dsdistill.config.formats import FORMAT, complete, take_format
+from dsdistill.config.plugins import import_plugins
 from dsdistill.config.schema import SAVED, Config
 from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, shown, without
 from dsdistill.config.section import Section
@@ -84,7 +85,12 @@ def load_saved(path: str) -> Config:
 
 
 def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Config:
-    """A Config from plain settings; `origin` names the file in messages. saved: rules between fields are left out."""
+    """Return a Config of plain settings, after importing the plugins that they name.
+
+    `origin` names the file in messages. saved: rules between fields are left out. Raises UserError for the
+    first mistake.
+    """
+    import_plugins(settings.get("plugins"), origin)
     try:
         return Config.model_validate(settings, context=SAVED if saved else None)
     except UserError as error:  # from checks

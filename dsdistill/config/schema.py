@@ -279,7 +279,8 @@ class Stage(Section):
         default=1.0, description="of the steps, relative to the other stages"
     )
     terms: Terms = Field(
-        default=Terms(), description="added to the run's terms, or changing them; null leaves a term out"
+        default_factory=Terms,
+        description="added to the run's terms, or changing them; null leaves a term out",
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="student parameters that stay as they are, beside student.freeze"
@@ -301,12 +302,17 @@ class Config(Section):
     data: Data = Data()
     teacher: Teacher | None = None
     student: Student
-    terms: Terms = Terms(task=Task())
+    terms: Terms = Field(default_factory=lambda: Terms(task=Task()))
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = Field(
         default=(), description="trained one after the other; default: one of all the steps"
     )
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    plugins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="modules, by their dotted names, that are imported before the config is checked, such as those "
+        "that add terms; from the Python path, or else the current directory",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -344,6 +350,12 @@ class Config(Section):
         if info.context is not SAVED:
             check(self)
         return self
+
+
+def take_over_terms() -> None:
+    """Have the sections that hold terms know those that `Terms` has now."""
+    for section in (Stage, Config):  # a Config holds stages, so it comes last
+        section.model_rebuild(force=True)
 
 
 def _with_terms(stage: Any, terms: Any) -> Any:

@@ -3,10 +3,13 @@
 Layers are counted from 1; layer 0 is the output of the embeddings (losses as published count so too).
 """
 
-from typing import Annotated, Literal
+import keyword
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
+from dsdistill.config.errors import UserError
 from dsdistill.config.section import NonNegative, Positive, Section
 
 LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
@@ -328,3 +331,36 @@ class Terms(Section):
 
     def named(self) -> dict[str, Term]:
         return {name: term for name, term in self if term is not None and term.weight > 0}
+
+
+def add_term(name: str, settings: type[Term]) -> None:
+    """Let configs have a term `terms.NAME` with these settings; as any other term, it is absent unless a config has it.
+
+    The same class may be added again, and so may one that its module defined anew when it was imported again. Configs
+    that were loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for
+    settings that are no subclass of Term.
+    """
+    if not (isinstance(settings, type) and issubclass(settings, Term)):
+        raise UserError(f"add_term: settings of {name}", settings, f"a subclass of {Term.__module__}.Term")
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name[0] == "_":
+        raise UserError("add_term: name", repr(name), "an identifier that does not begin with _")
+    if name in Terms.model_fields:
+        taken = _settings_of(name)
+        if taken is settings:
+            return
+        if (taken.__module__, taken.__qualname__) != (settings.__module__, settings.__qualname__):
+            got = f"{name}, which is {taken.__module__}.{taken.__qualname__}"
+            raise UserError("add_term: name", got, "a name that no other term has")
+    elif hasattr(Terms, name):
+        raise UserError("add_term: name", f"{name}, which means something else", "another name")
+    from dsdistill.config import schema  # which holds terms, and so imports this module
+
+    Terms.model_fields[name] = FieldInfo(annotation=settings | None, default=None)
+    Terms.__annotations__[name] = settings | None
+    Terms.model_rebuild(force=True)
+    schema.take_over_terms()
+
+
+def _settings_of(name: str) -> type[Term]:
+    """Return the class of a term's settings."""
+    return get_args(Terms.model_fields[name].annotation)[0]
