@@ -1,8 +1,7 @@
 """Rules between fields. Pure: what needs a file, a model or the world size is checked where that is at hand."""
 
-import difflib
-
 from dsdistill.config.errors import UserError
+from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
@@ -39,12 +38,6 @@ OWNED = {
     "datastates_ckpt": "run.save_every and run.keep",
     "nebula": "run.save_every and run.keep",
 }
-
-
-def nearest(word: str, known) -> str:
-    """' (did you mean X?)' or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def check(config) -> None:

@@ -4,7 +4,6 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from typing import get_args
 
 import pydantic
 import yaml
@@ -12,13 +11,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dsdistill.config.bounded import check_yaml, read_yaml
-from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
+from dsdistill.config.explain import explain
 from dsdistill.config.formats import FORMAT, complete, take_format
 from dsdistill.config.plugins import import_plugins
 from dsdistill.config.schema import SAVED, Config
-from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, shown, without
-from dsdistill.config.section import Section
+from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, without
 
 KEY_DEPTH = 32  # most levels of a dotted key
 EXPANDED = 2**24  # most characters and values, with every interpolation written out
@@ -96,7 +94,7 @@ def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Con
     except UserError as error:  # from checks
         raise error.within(origin) from None
     except pydantic.ValidationError as error:
-        raise _explain(origin, error.errors()) from None
+        raise explain(error.errors(), Config, origin) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -228,48 +226,3 @@ def _first_line(error: Exception) -> str:
         iter(str(error).strip().splitlines()), type(error).__name__
     )
     return f"{text} (line {mark.line + 1})" if mark else text
-
-
-def _explain(origin: str, errors: list[dict]) -> UserError:
-    """One line for one of the places where pydantic found something: a misspelt key first, as it may explain more."""
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, UserError):
-        return inner.within(origin)
-    path = _readable(first["loc"])
-    place = f"{origin}: {path or 'top level'}"
-    got = shown(path, first["input"])
-    got = got if len(got) <= 60 else got[:57] + "..."
-    if first["type"] == "extra_forbidden":
-        *parents, key = first["loc"]
-        known = _section(parents).model_fields
-        hint = nearest(str(key), known) or f" ({', '.join(known)})"
-        dotted = ".".join(map(str, first["loc"]))
-        return UserError(f"{origin}: {dotted}", f"an unknown key with {got}", "a known key" + hint)
-    if first["type"] == "missing":
-        return UserError(place, "nothing", "a value, this key is needed")
-    if path.endswith(".layers"):  # a union: pydantic reports each of its branches
-        return UserError(
-            place,
-            got,
-            "uniform, skip, last, emd, cka_offline, or a list of [student, teacher] pairs counted from 1",
-        )
-    message = first["msg"].lower()
-    for noise in ("input should be ", "a valid ", " should match", " should have", " after validation"):
-        message = message.replace(noise, "")
-    return UserError(place, got, message)
-
-
-def _readable(location: tuple) -> str:
-    """Dotted path without the names of pydantic's union branches."""
-    return ".".join(str(part) for part in location if isinstance(part, int) or str(part).isidentifier())
-
-
-def _section(parents: list) -> type[Section]:
-    """The section model that a path of field names leads to."""
-    section = Config
-    for name in (name for name in parents if not isinstance(name, int)):
-        annotation = section.model_fields[name].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return section

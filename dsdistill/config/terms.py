@@ -4,12 +4,13 @@ Layers are counted from 1; layer 0 is the output of the embeddings (losses as pu
 """
 
 import keyword
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dsdistill.config.errors import UserError
+from dsdistill.config.explain import explain
 from dsdistill.config.section import NonNegative, Positive, Section
 
 LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
@@ -23,7 +24,20 @@ LayerWeights = (
 Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
-class Term(Section):
+class Made(Section):
+    """A section that code makes by itself, too: what is wrong with it is the UserError that a config would get."""
+
+    def __init__(self, /, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise explain(error.errors(), type(self), within=_place(type(self))) from None
+
+    # Within a config pydantic validates this section itself, and tells what is wrong by the place in that config.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function takes any attribute
+
+
+class Term(Made):
     """What every term has: a weight, and properties that say what it needs of a run."""
 
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
@@ -310,7 +324,7 @@ class Smooth(Term):
         return True
 
 
-class Terms(Section):
+class Terms(Made):
     """The loss: a weighted sum of the terms that are named."""
 
     task: Task | None = None
@@ -364,3 +378,11 @@ def add_term(name: str, settings: type[Term]) -> None:
 def _settings_of(name: str) -> type[Term]:
     """Return the class of a term's settings."""
     return get_args(Terms.model_fields[name].annotation)[0]
+
+
+def _place(section: type[Made]) -> tuple[str, ...]:
+    """Return the keys that lead to a section in a config; of one that no field has, the name of the class."""
+    if section is Terms:
+        return ("terms",)
+    name = next((name for name in Terms.model_fields if _settings_of(name) is section), None)
+    return (section.__name__,) if name is None else ("terms", name)
