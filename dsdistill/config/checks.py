@@ -2,7 +2,8 @@
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
-from dsdistill.config.terms import Layered, SoftLabel, Term
+from dsdistill.config.schema import Config, Data, Teacher
+from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
@@ -40,7 +41,7 @@ OWNED = {
 }
 
 
-def check(config) -> None:
+def check(config: Config) -> None:
     """Raise UserError for settings that contradict each other."""
     for index, stage in enumerate(config.stages):
         _check_terms(config, stage.terms, f"stages.{index}.terms", first=index == 0)
@@ -91,7 +92,7 @@ def check(config) -> None:
         _check_teacher(config.teacher)
 
 
-def _check_terms(config, section, place: str, first: bool) -> None:
+def _check_terms(config: Config, section: Terms, place: str, first: bool) -> None:
     """Of one stage, or of a run without stages."""
     terms = section.named()
     if not terms:
@@ -126,19 +127,19 @@ def _check_terms(config, section, place: str, first: bool) -> None:
         )
 
 
-def _terms(config) -> list[tuple[str, Term]]:
+def _terms(config: Config) -> list[tuple[str, Term]]:
     """Return the terms of all stages by name."""
     return [item for stage in config.parts for item in stage.terms.named().items()]
 
 
-def _check_optimizer(config) -> None:
+def _check_optimizer(config: Config) -> None:
     zero = config.student.deepspeed.get("zero_optimization", {})
     offload = isinstance(zero, dict) and zero.get("offload_optimizer")
     if offload and config.train.optimizer != "adamw":
         raise UserError("train.optimizer", f"{config.train.optimizer} with offload_optimizer", "adamw")
 
 
-def _check_teacher(teacher) -> None:
+def _check_teacher(teacher: Teacher) -> None:
     """Refuse what would have no effect."""
     if teacher.path is not None and teacher.recipe is not None:
         raise UserError("teacher", "both path and recipe", "one of them")
@@ -150,7 +151,7 @@ def _check_teacher(teacher) -> None:
         )
 
 
-def _check_data(data) -> None:
+def _check_data(data: Data) -> None:
     if data.subset is not None and data.source in ("docstrings", "files"):
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source == "docstrings":
@@ -166,14 +167,14 @@ def _check_data(data) -> None:
         raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
 
 
-def _check_chunker(config) -> None:
+def _check_chunker(config: Config) -> None:
     if config.data.chunker != "builtin" and not config.needs_spans:
         raise UserError(
             "data.chunker", f"{config.data.chunker} without a term over spans", "terms.trajectory"
         )
 
 
-def _check_domain(config) -> None:
+def _check_domain(config: Config) -> None:
     domain, terms = config.student.domain, _terms(config)
     mapping = [name for name, term in terms if term.needs_domain]
     if domain is None:
@@ -194,7 +195,7 @@ def _check_domain(config) -> None:
         raise UserError("student.domain", f"terms.{smoothing[0]} beside it", "one of them")
 
 
-def _check_sampler(config) -> None:
+def _check_sampler(config: Config) -> None:
     data, place = config.data, "data.sampler"
     if data.sampler_temperature is not None and data.sampler not in ("entropy", "domain_aware"):
         raise UserError(
@@ -213,7 +214,7 @@ def _check_sampler(config) -> None:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
 
 
-def _check_noise(config) -> None:
+def _check_noise(config: Config) -> None:
     """Labels act through the task's loss alone."""
     if not config.data.label_noise:
         return
@@ -225,7 +226,7 @@ def _check_noise(config) -> None:
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
 
 
-def _check_student(config) -> None:
+def _check_student(config: Config) -> None:
     student = config.student
     if student.from_teacher is not None and config.teacher is None:
         raise UserError("student.from_teacher", "no teacher", "a teacher section")

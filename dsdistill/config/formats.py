@@ -87,12 +87,13 @@ def complete(settings: dict, written: int) -> None:
 
 def _sections(settings: dict, parents: list[str]) -> list[dict]:
     """Return the mappings that `parents` lead to; terms are those of the run and of each stage."""
-    places = [settings]
+    sections = [settings]
     if parents[:1] == ["terms"] and isinstance(settings.get("stages"), list):
-        places += settings["stages"]
+        sections += [stage for stage in settings["stages"] if isinstance(stage, dict)]
     for parent in parents:
-        places = [place.get(parent) for place in places if isinstance(place, dict)]
-    return [place for place in places if isinstance(place, dict)]
+        below = (section.get(parent) for section in sections)
+        sections = [section for section in below if isinstance(section, dict)]
+    return sections
 
 
 def teacher_identity(config: Config) -> str:

@@ -4,10 +4,11 @@ import io
 import os
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pydantic
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dsdistill.config.bounded import check_yaml, read_yaml
@@ -44,13 +45,13 @@ def load(sources: Sequence[str]) -> Config:
                 check_yaml(value, _shown(source))
                 if key.count(".") + key.count("[") > KEY_DEPTH:
                     raise UserError(_shown(source), "a key of too many levels", "a key of the config")
-                parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+                parsed = _container(OmegaConf.from_dotlist([f"value={value}"]))
                 OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
                 added = _read(source)
                 for section in _replaced(source, added):
                     merged.pop(section, None)
-                merged = OmegaConf.merge(merged, added)
+                merged = cast(DictConfig, OmegaConf.merge(merged, added))  # as both are
         except UserError:
             raise
         except (
@@ -82,7 +83,7 @@ def load_saved(path: str) -> Config:
     return build(settings, path, saved=True)
 
 
-def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Config:
+def build(settings: dict[str, Any], origin: str = "config", *, saved: bool = False) -> Config:
     """Return a Config of plain settings, after importing the plugins that they name.
 
     `origin` names the file in messages. saved: rules between fields are left out. Raises UserError for the
@@ -127,10 +128,15 @@ def dump(config: Config) -> str:
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _plain(settings, origin: str) -> dict:
+def _container(settings: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
+    """Return settings as plain Python; resolve: with interpolations filled in."""
+    return cast(dict[str, Any], OmegaConf.to_container(settings, resolve=resolve))
+
+
+def _plain(settings: DictConfig, origin: str) -> dict[str, Any]:
     try:
-        _check_interpolations(OmegaConf.to_container(settings, resolve=False), origin)
-        return OmegaConf.to_container(settings, resolve=True)
+        _check_interpolations(_container(settings), origin)
+        return _container(settings, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(origin, _first_line(error), "interpolations that resolve") from None
 
@@ -143,7 +149,7 @@ def _shown(source: str) -> str:
     return f"{key}={REDACTED}" if is_secret(key, value) or mentions(value) else source
 
 
-def _check_interpolations(settings: dict, origin: str) -> None:
+def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
     """Refuse interpolations that repeat each other until nothing could hold them."""
     known: dict[tuple, int] = {}  # characters and values of each key's subtree, written out
 
@@ -199,21 +205,21 @@ def _is_override(source: str) -> bool:
     return "=" in source and not os.path.exists(source)
 
 
-def _read(path: str):
+def _read(path: str) -> DictConfig:
     try:
         settings = OmegaConf.load(io.StringIO(read_yaml(path)))
     except UserError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(path, _first_line(error), "valid YAML") from None
-    if not OmegaConf.is_dict(settings):
+    if not isinstance(settings, DictConfig):
         raise UserError(path, "a list or a single value", "a mapping of settings")
     return settings
 
 
-def _replaced(source: str, settings) -> list[str]:
-    """Takes `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
-    names = OmegaConf.to_container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
+def _replaced(source: str, settings: DictConfig) -> list[str]:
+    """Take `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
+    names = _container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
     sections = list(Config.model_fields)  # a list, as what is given need not be hashable
     if not isinstance(names, list) or any(name not in sections for name in names):
         raise UserError(f"{source}: replace", names, f"a list of {', '.join(sections)}")

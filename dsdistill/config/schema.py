@@ -1,7 +1,7 @@
 """Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch."""
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -147,7 +147,10 @@ class Data(Section):
 
     @property
     def most_bytes(self) -> int:
-        return self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
+        """The largest data file that is read, in bytes."""
+        most = self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
+        assert most is not None  # _size saw to it
+        return most
 
 
 class Model(Section):
@@ -316,7 +319,7 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_stages(cls, settings):
+    def _complete_stages(cls, settings: Any) -> Any:
         """A stage's terms hold what it changes of the run's: an override of the run's then reaches every stage."""
         if isinstance(settings, dict) and isinstance(settings.get("stages"), list):
             settings = settings | {
@@ -344,7 +347,7 @@ class Config(Section):
         return os.path.expanduser(self.run.dir or f"runs/{self.run.name}")
 
     @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo):
+    def _consistent(self, info: ValidationInfo) -> Self:
         from dsdistill.config.checks import check  # the cross-field rules fill a file of their own
 
         if info.context is not SAVED:

@@ -369,8 +369,9 @@ def add_term(name: str, settings: type[Term]) -> None:
         raise UserError("add_term: name", f"{name}, which means something else", "another name")
     from dsdistill.config import schema  # which holds terms, and so imports this module
 
-    Terms.model_fields[name] = FieldInfo(annotation=settings | None, default=None)
-    Terms.__annotations__[name] = settings | None
+    annotation: Any = settings | None  # a type that nobody knows before the module runs
+    Terms.model_fields[name] = FieldInfo(annotation=annotation, default=None)
+    Terms.__annotations__[name] = annotation
     Terms.model_rebuild(force=True)
     schema.take_over_terms()
 
