@@ -105,7 +105,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    escaped = _INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
+    escaped = _INTERPOLATION.sub(lambda match: 2 * match[1] + "\\${", value)
     quote = '"' if "\x85" in escaped else "'" if escaped[:1] in tuple("+-.0123456789") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=quote)
 
@@ -143,8 +143,8 @@ def _plain(settings: DictConfig, origin: str) -> dict[str, Any]:
 
 def _shown(source: str) -> str:
     """Return a file's name or an override as messages show it."""
-    key, found, value = source.partition("=")
-    if not found or not _is_override(source):
+    key, equals, value = source.partition("=")
+    if not equals or not _is_override(source):
         return source
     return f"{key}={REDACTED}" if is_secret(key, value) or mentions(value) else source
 
@@ -156,10 +156,10 @@ def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
     def size(path: tuple) -> int:
         if path not in known:
             known[path] = 0  # those that lead back to themselves OmegaConf refuses
-            known[path] = found = measure(_at(settings, path), path)
-            if found > EXPANDED:
+            known[path] = written = measure(_at(settings, path), path)
+            if written > EXPANDED:
                 key = ".".join(map(str, path))
-                raise UserError(f"{origin}: {key}", f"interpolations of {found:.1e} characters", "fewer")
+                raise UserError(f"{origin}: {key}", f"interpolations of {written:.1e} characters", "fewer")
         return known[path]
 
     def measure(value: object, path: tuple) -> int:
@@ -169,7 +169,7 @@ def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
         if not isinstance(value, str):
             return 1
         rest = _KNOWN.sub("", value)
-        if any(len(found[1]) % 2 == 0 for found in _INTERPOLATION.finditer(rest)):
+        if any(len(match[1]) % 2 == 0 for match in _INTERPOLATION.finditer(rest)):
             key = ".".join(map(str, path))
             raise UserError(
                 f"{origin}: {key}",
