@@ -93,7 +93,7 @@ def check(config: Config) -> None:
 
 
 def _check_terms(config: Config, section: Terms, place: str, first: bool) -> None:
-    """Of one stage, or of a run without stages."""
+    """Check the terms of one stage, or of a run without stages."""
     terms = section.named()
     if not terms:
         raise UserError(

@@ -24,8 +24,8 @@ LayerWeights = (
 Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
-class Made(Section):
-    """A section that code makes by itself, too: what is wrong with it is the UserError that a config would get."""
+class ConstructedSection(Section):
+    """A section that code constructs by itself, too: a mistake raises the UserError that a config would get."""
 
     def __init__(self, /, **settings: Any) -> None:
         try:
@@ -37,7 +37,7 @@ class Made(Section):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
-class Term(Made):
+class Term(ConstructedSection):
     """What every term has: a weight, and properties that say what it needs of a run."""
 
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
@@ -324,7 +324,7 @@ class Smooth(Term):
         return True
 
 
-class Terms(Made):
+class Terms(ConstructedSection):
     """The loss: a weighted sum of the terms that are named."""
 
     task: Task | None = None
@@ -381,7 +381,7 @@ def _settings_of(name: str) -> type[Term]:
     return get_args(Terms.model_fields[name].annotation)[0]
 
 
-def _place(section: type[Made]) -> tuple[str, ...]:
+def _place(section: type[ConstructedSection]) -> tuple[str, ...]:
     """Return the keys that lead to a section in a config; of one that no field has, the name of the class."""
     if section is Terms:
         return ("terms",)
