@@ -20,8 +20,8 @@ YAML_BYTES, YAML_DEPTH, YAML_NODES, YAML_DIGITS, YAML_REFERENCES = 4 * MIB, 64, 
 
 def parse_size(text: str) -> int | None:
     """Return the bytes of a text such as 80GiB; None where it is no size."""
-    found = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)\s*({'|'.join(UNITS)})", text.strip())
-    return None if found is None else int(float(found[1]) * UNITS[found[2]])
+    match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)\s*({'|'.join(UNITS)})", text.strip())
+    return None if match is None else int(float(match[1]) * UNITS[match[2]])
 
 
 def open_file(path: str, most: int, limit: str) -> BinaryIO:
@@ -30,13 +30,13 @@ def open_file(path: str, most: int, limit: str) -> BinaryIO:
     Raises UserError for a folder, a pipe, a device or a larger file, and OSError as `open` does. It never blocks.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= most:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(path, "a pipe, a device or a folder", "a regular file")
-    raise UserError(path, f"a file of {found.st_size:,} bytes", f"at most {most:,} ({limit})")
+    raise UserError(path, f"a file of {status.st_size:,} bytes", f"at most {most:,} ({limit})")
 
 
 def read_bytes(path: str, most: int, limit: str = "the largest that is read") -> bytes:
@@ -54,14 +54,14 @@ def read_json(path: str, most: int) -> dict[str, Any]:
     Raises UserError for one that cannot be read, is no JSON or no object.
     """
     try:
-        found = json.loads(read_bytes(path, most).decode("utf-8"))
+        content = json.loads(read_bytes(path, most).decode("utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(path, f"{type(error).__name__}: {error}", "a readable file of JSON") from None
-    if not isinstance(found, dict):
-        raise UserError(path, f"a {type(found).__name__}", "one JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(path, f"a {type(content).__name__}", "one JSON object")
+    return content
 
 
 def read_yaml(path: str) -> str:

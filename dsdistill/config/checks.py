@@ -1,8 +1,9 @@
 """Rules between fields. Pure: what needs a file, a model or the world size is checked where that is at hand."""
 
-import difflib
-
 from dsdistill.config.errors import UserError
+from dsdistill.config.explain import nearest
+from dsdistill.config.schema import Config, Data, Teacher
+from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
@@ -40,13 +41,7 @@ OWNED = {
 }
 
 
-def nearest(word: str, known) -> str:
-    """' (did you mean X?)' or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def check(config) -> None:
+def check(config: Config) -> None:
     """Raise UserError for settings that contradict each other."""
     for index, stage in enumerate(config.stages):
         _check_terms(config, stage.terms, f"stages.{index}.terms", first=index == 0)
@@ -97,47 +92,54 @@ def check(config) -> None:
         _check_teacher(config.teacher)
 
 
-def _check_terms(config, section, place: str, first: bool) -> None:
-    """Of one stage, or of a run without stages."""
+def _check_terms(config: Config, section: Terms, place: str, first: bool) -> None:
+    """Check the terms of one stage, or of a run without stages."""
     terms = section.named()
     if not terms:
         raise UserError(
             place, "no term with a weight above 0", f"at least one of {', '.join(type(section).model_fields)}"
         )
-    matching = [name for name in terms if name not in ("task", "smooth")]
+    matching = [name for name, term in terms.items() if term.needs_teacher]
     if matching and config.teacher is None:
         raise UserError(f"{place}.{matching[0]}", "no teacher", f"a teacher section, or {place}.task alone")
-    if (
-        config.task == "regression"
-        and "soft_label" in terms
-        and terms["soft_label"].divergence != "forward_kl"
-    ):
-        raise UserError(
-            f"{place}.soft_label.divergence",
-            f"{terms['soft_label'].divergence} with task regression",
-            "forward_kl: a score has the distance to the teacher's alone",
-        )
-    if "smooth" in terms and first:
-        raise UserError(f"{place}.smooth", "no stage before this one", "smooth from the second stage on")
     for name, term in terms.items():
-        if getattr(term, "layers", None) == "emd" and term.layer_weights != "uniform":
+        if config.task == "regression" and isinstance(term, SoftLabel) and term.divergence != "forward_kl":
+            raise UserError(
+                f"{place}.{name}.divergence",
+                f"{term.divergence} with task regression",
+                "forward_kl: a score has the distance to the teacher's alone",
+            )
+        if term.needs_previous and first:
+            raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")
+        if getattr(term, "layers", None) != "emd":
+            continue
+        if not isinstance(term, Layered):
+            raise UserError(
+                f"{place}.{name}.layers", "emd", "uniform, skip, last, or [student, teacher] pairs"
+            )
+        if term.layer_weights != "uniform":
             raise UserError(
                 f"{place}.{name}.layer_weights", f"{term.layer_weights} with layers: emd", "one of them"
             )
-    if config.train.distill_weight is not None and ("task" not in terms or len(terms) < 2):
+    if config.train.distill_weight is not None and len({term.reads_labels for term in terms.values()}) < 2:
         raise UserError(
             "train.distill_weight", f"{place} of {', '.join(terms)} alone", "terms.task and at least another"
         )
 
 
-def _check_optimizer(config) -> None:
+def _terms(config: Config) -> list[tuple[str, Term]]:
+    """Return the terms of all stages by name."""
+    return [item for stage in config.run_stages for item in stage.terms.named().items()]
+
+
+def _check_optimizer(config: Config) -> None:
     zero = config.student.deepspeed.get("zero_optimization", {})
     offload = isinstance(zero, dict) and zero.get("offload_optimizer")
     if offload and config.train.optimizer != "adamw":
         raise UserError("train.optimizer", f"{config.train.optimizer} with offload_optimizer", "adamw")
 
 
-def _check_teacher(teacher) -> None:
+def _check_teacher(teacher: Teacher) -> None:
     """Refuse what would have no effect."""
     if teacher.path is not None and teacher.recipe is not None:
         raise UserError("teacher", "both path and recipe", "one of them")
@@ -149,7 +151,7 @@ def _check_teacher(teacher) -> None:
         )
 
 
-def _check_data(data) -> None:
+def _check_data(data: Data) -> None:
     if data.subset is not None and data.source in ("docstrings", "files"):
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source == "docstrings":
@@ -165,19 +167,21 @@ def _check_data(data) -> None:
         raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
 
 
-def _check_chunker(config) -> None:
+def _check_chunker(config: Config) -> None:
     if config.data.chunker != "builtin" and not config.needs_spans:
         raise UserError(
             "data.chunker", f"{config.data.chunker} without a term over spans", "terms.trajectory"
         )
 
 
-def _check_domain(config) -> None:
-    domain, terms = config.student.domain, [stage.terms.named() for stage in config.run_stages]
-    used = [index for index, found in enumerate(terms) if "domain" in found]
+def _check_domain(config: Config) -> None:
+    domain, terms = config.student.domain, _terms(config)
+    mapping = [name for name, term in terms if term.needs_domain]
     if domain is None:
-        if used:
-            raise UserError("terms.domain", "no student.domain", "student.domain: {width: ...} beside it")
+        if mapping:
+            raise UserError(
+                f"terms.{mapping[0]}", "no student.domain", "student.domain: {width: ...} beside it"
+            )
         return
     if domain.teacher_map == "trained":
         raise UserError(
@@ -185,13 +189,13 @@ def _check_domain(config) -> None:
             "trained: learned together, the teacher's map and the student's both collapse to 0",
             "frozen",
         )
-    if not used:
+    if not mapping:
         raise UserError("student.domain", "no terms.domain", "terms.domain, which trains what it predicts")
-    if any("smooth" in found for found in terms):
-        raise UserError("student.domain", "terms.smooth beside it", "one of them")
+    if smoothing := [name for name, term in terms if term.needs_previous]:
+        raise UserError("student.domain", f"terms.{smoothing[0]} beside it", "one of them")
 
 
-def _check_sampler(config) -> None:
+def _check_sampler(config: Config) -> None:
     data, place = config.data, "data.sampler"
     if data.sampler_temperature is not None and data.sampler not in ("entropy", "domain_aware"):
         raise UserError(
@@ -204,13 +208,15 @@ def _check_sampler(config) -> None:
     if data.sampler == "entropy" and config.task == "regression":
         raise UserError(place, "entropy with task regression", "a task of classes or tokens")
     if data.sampler == "hard_negative":
-        if not all("contrastive" in stage.terms.named() for stage in config.run_stages):
+        if not all(
+            any(term.contrasts for term in stage.terms.named().values()) for stage in config.run_stages
+        ):
             raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
         if config.train.group_by_length:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
 
 
-def _check_noise(config) -> None:
+def _check_noise(config: Config) -> None:
     """Labels act through the task's loss alone."""
     if not config.data.label_noise:
         return
@@ -218,11 +224,11 @@ def _check_noise(config) -> None:
         raise UserError(
             "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
-    if not any("task" in stage.terms.named() for stage in config.run_stages):
+    if not any(term.reads_labels for _, term in _terms(config)):
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
 
 
-def _check_student(config) -> None:
+def _check_student(config: Config) -> None:
     student = config.student
     if student.from_teacher is not None and config.teacher is None:
         raise UserError("student.from_teacher", "no teacher", "a teacher section")

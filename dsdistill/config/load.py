@@ -4,19 +4,20 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, cast
 
 import pydantic
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dsdistill.config.bounded import check_yaml, read_yaml
-from dsdistill.config.checks import nearest
 from dsdistill.config.errors import UserError
+from dsdistill.config.explain import explain
+from dsdistill.config.formats import FORMAT, complete, take_format
+from dsdistill.config.plugins import import_plugins
 from dsdistill.config.schema import SAVED, Config
-from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, shown, without
-from dsdistill.config.section import Section
+from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, without
 
 KEY_DEPTH = 32  # most levels of a dotted key
 EXPANDED = 2**24  # most characters and values, with every interpolation written out
@@ -44,13 +45,13 @@ def load(sources: Sequence[str]) -> Config:
                 check_yaml(value, _shown(source))
                 if key.count(".") + key.count("[") > KEY_DEPTH:
                     raise UserError(_shown(source), "a key of too many levels", "a key of the config")
-                parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+                parsed = _container(OmegaConf.from_dotlist([f"value={value}"]))
                 OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
                 added = _read(source)
                 for section in _replaced(source, added):
                     merged.pop(section, None)
-                merged = OmegaConf.merge(merged, added)
+                merged = cast(DictConfig, OmegaConf.merge(merged, added))  # as both are
         except UserError:
             raise
         except (
@@ -67,25 +68,34 @@ def load(sources: Sequence[str]) -> Config:
     if hidden := places(settings):
         wanted = "the value itself, as ${oc.env:NAME} from the environment: no run folder holds it"
         raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
+    take_format(settings, origin)
     return build(settings, origin)
 
 
 def load_saved(path: str) -> Config:
     """Return what `dump` wrote of a run, without its secrets.
 
-    Rules between fields, which it passed, may not hold: a baseline lost its terms.
+    What an earlier format lacks is completed by the defaults of its time. Rules between fields, which it passed, may
+    not hold: a baseline lost its terms. Raises UserError for a format that is newer than this version's.
     """
-    return build(without(_plain(_read(path), path)), path, saved=True)
+    settings = without(_plain(_read(path), path))
+    complete(settings, take_format(settings, path, saved=True))
+    return build(settings, path, saved=True)
 
 
-def build(settings: dict, origin: str = "config", *, saved: bool = False) -> Config:
-    """A Config from plain settings; `origin` names the file in messages. saved: rules between fields are left out."""
+def build(settings: dict[str, Any], origin: str = "config", *, saved: bool = False) -> Config:
+    """Return a Config of plain settings, after importing the plugins that they name.
+
+    `origin` names the file in messages. saved: rules between fields are left out. Raises UserError for the
+    first mistake.
+    """
+    import_plugins(settings.get("plugins"), origin)
     try:
         return Config.model_validate(settings, context=SAVED if saved else None)
     except UserError as error:  # from checks
         raise error.within(origin) from None
     except pydantic.ValidationError as error:
-        raise _explain(origin, error.errors()) from None
+        raise explain(error.errors(), Config, origin) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -95,7 +105,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    escaped = _INTERPOLATION.sub(lambda found: 2 * found[1] + "\\${", value)
+    escaped = _INTERPOLATION.sub(lambda match: 2 * match[1] + "\\${", value)
     quote = '"' if "\x85" in escaped else "'" if escaped[:1] in tuple("+-.0123456789") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", escaped, style=quote)
 
@@ -110,39 +120,46 @@ def holds_secrets(path: str) -> bool:
 
 
 def dump(config: Config) -> str:
-    """Return the resolved config as YAML, its secrets redacted; without any, `load` reads it back to an equal one."""
-    return yaml.dump(
-        redacted(config.model_dump(mode="json")), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    """Return the resolved config as YAML, its format first and its secrets redacted.
+
+    Without secrets, `load` reads it back to an equal config.
+    """
+    settings = {"format": FORMAT} | redacted(config.model_dump(mode="json"))
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _plain(settings, origin: str) -> dict:
+def _container(settings: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
+    """Return settings as plain Python; resolve: with interpolations filled in."""
+    return cast(dict[str, Any], OmegaConf.to_container(settings, resolve=resolve))
+
+
+def _plain(settings: DictConfig, origin: str) -> dict[str, Any]:
     try:
-        _check_interpolations(OmegaConf.to_container(settings, resolve=False), origin)
-        return OmegaConf.to_container(settings, resolve=True)
+        _check_interpolations(_container(settings), origin)
+        return _container(settings, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(origin, _first_line(error), "interpolations that resolve") from None
 
 
 def _shown(source: str) -> str:
     """Return a file's name or an override as messages show it."""
-    key, found, value = source.partition("=")
-    if not found or not _is_override(source):
+    key, equals, value = source.partition("=")
+    if not equals or not _is_override(source):
         return source
     return f"{key}={REDACTED}" if is_secret(key, value) or mentions(value) else source
 
 
-def _check_interpolations(settings: dict, origin: str) -> None:
+def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
     """Refuse interpolations that repeat each other until nothing could hold them."""
     known: dict[tuple, int] = {}  # characters and values of each key's subtree, written out
 
     def size(path: tuple) -> int:
         if path not in known:
             known[path] = 0  # those that lead back to themselves OmegaConf refuses
-            known[path] = found = measure(_at(settings, path), path)
-            if found > EXPANDED:
+            known[path] = written = measure(_at(settings, path), path)
+            if written > EXPANDED:
                 key = ".".join(map(str, path))
-                raise UserError(f"{origin}: {key}", f"interpolations of {found:.1e} characters", "fewer")
+                raise UserError(f"{origin}: {key}", f"interpolations of {written:.1e} characters", "fewer")
         return known[path]
 
     def measure(value: object, path: tuple) -> int:
@@ -152,7 +169,7 @@ def _check_interpolations(settings: dict, origin: str) -> None:
         if not isinstance(value, str):
             return 1
         rest = _KNOWN.sub("", value)
-        if any(len(found[1]) % 2 == 0 for found in _INTERPOLATION.finditer(rest)):
+        if any(len(match[1]) % 2 == 0 for match in _INTERPOLATION.finditer(rest)):
             key = ".".join(map(str, path))
             raise UserError(
                 f"{origin}: {key}",
@@ -188,21 +205,21 @@ def _is_override(source: str) -> bool:
     return "=" in source and not os.path.exists(source)
 
 
-def _read(path: str):
+def _read(path: str) -> DictConfig:
     try:
         settings = OmegaConf.load(io.StringIO(read_yaml(path)))
     except UserError:
         raise
     except (OmegaConfBaseException, yaml.YAMLError, OSError, LookupError, TypeError, ValueError) as error:
         raise UserError(path, _first_line(error), "valid YAML") from None
-    if not OmegaConf.is_dict(settings):
+    if not isinstance(settings, DictConfig):
         raise UserError(path, "a list or a single value", "a mapping of settings")
     return settings
 
 
-def _replaced(source: str, settings) -> list[str]:
-    """Takes `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
-    names = OmegaConf.to_container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
+def _replaced(source: str, settings: DictConfig) -> list[str]:
+    """Take `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
+    names = _container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
     sections = list(Config.model_fields)  # a list, as what is given need not be hashable
     if not isinstance(names, list) or any(name not in sections for name in names):
         raise UserError(f"{source}: replace", names, f"a list of {', '.join(sections)}")
@@ -215,48 +232,3 @@ def _first_line(error: Exception) -> str:
         iter(str(error).strip().splitlines()), type(error).__name__
     )
     return f"{text} (line {mark.line + 1})" if mark else text
-
-
-def _explain(origin: str, errors: list[dict]) -> UserError:
-    """One line for one of the places where pydantic found something: a misspelt key first, as it may explain more."""
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    inner = first.get("ctx", {}).get("error")
-    if isinstance(inner, UserError):
-        return inner.within(origin)
-    path = _readable(first["loc"])
-    place = f"{origin}: {path or 'top level'}"
-    got = shown(path, first["input"])
-    got = got if len(got) <= 60 else got[:57] + "..."
-    if first["type"] == "extra_forbidden":
-        *parents, key = first["loc"]
-        known = _section(parents).model_fields
-        hint = nearest(str(key), known) or f" ({', '.join(known)})"
-        dotted = ".".join(map(str, first["loc"]))
-        return UserError(f"{origin}: {dotted}", f"an unknown key with {got}", "a known key" + hint)
-    if first["type"] == "missing":
-        return UserError(place, "nothing", "a value, this key is needed")
-    if path.endswith(".layers"):  # a union: pydantic reports each of its branches
-        return UserError(
-            place,
-            got,
-            "uniform, skip, last, emd, cka_offline, or a list of [student, teacher] pairs counted from 1",
-        )
-    message = first["msg"].lower()
-    for noise in ("input should be ", "a valid ", " should match", " should have", " after validation"):
-        message = message.replace(noise, "")
-    return UserError(place, got, message)
-
-
-def _readable(location: tuple) -> str:
-    """Dotted path without the names of pydantic's union branches."""
-    return ".".join(str(part) for part in location if isinstance(part, int) or str(part).isidentifier())
-
-
-def _section(parents: list) -> type[Section]:
-    """The section model that a path of field names leads to."""
-    section = Config
-    for name in (name for name in parents if not isinstance(name, int)):
-        annotation = section.model_fields[name].annotation
-        candidates = [annotation, *get_args(annotation)]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return section

@@ -1,5 +1,7 @@
 """What a run began with, and whether a config would go on with it."""
 
+from typing import Any
+
 from dsdistill.config.errors import UserError
 from dsdistill.config.load import load_saved
 from dsdistill.config.schema import Config
@@ -34,13 +36,13 @@ def check_same(saved: str, config: Config) -> None:
             )
 
 
-def _plain(config: Config) -> dict:
+def _plain(config: Config) -> dict[str, Any]:
     """Return a config's settings by dotted key; secrets, which may change from day to day, are left out."""
     return _flat(without(redacted(config.model_dump(mode="json"))))
 
 
-def _flat(settings: dict, prefix: str = "") -> dict:
-    flat = {}
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             flat |= _flat(value, f"{prefix}{key}.")

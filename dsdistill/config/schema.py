@@ -1,7 +1,7 @@
 """Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch."""
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -147,7 +147,10 @@ class Data(Section):
 
     @property
     def most_bytes(self) -> int:
-        return self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
+        """The largest data file that is read, in bytes."""
+        most = self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
+        assert most is not None  # _size saw to it
+        return most
 
 
 class Model(Section):
@@ -279,7 +282,8 @@ class Stage(Section):
         default=1.0, description="of the steps, relative to the other stages"
     )
     terms: Terms = Field(
-        default=Terms(), description="added to the run's terms, or changing them; null leaves a term out"
+        default_factory=Terms,
+        description="added to the run's terms, or changing them; null leaves a term out",
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="student parameters that stay as they are, beside student.freeze"
@@ -301,16 +305,21 @@ class Config(Section):
     data: Data = Data()
     teacher: Teacher | None = None
     student: Student
-    terms: Terms = Terms(task=Task())
+    terms: Terms = Field(default_factory=lambda: Terms(task=Task()))
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = Field(
         default=(), description="trained one after the other; default: one of all the steps"
     )
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    plugins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(),
+        description="modules, by their dotted names, that are imported before the config is checked, such as those "
+        "that add terms; from the Python path, or else the current directory",
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_stages(cls, settings):
+    def _complete_stages(cls, settings: Any) -> Any:
         """A stage's terms hold what it changes of the run's: an override of the run's then reaches every stage."""
         if isinstance(settings, dict) and isinstance(settings.get("stages"), list):
             settings = settings | {
@@ -330,7 +339,7 @@ class Config(Section):
     def needs_spans(self) -> bool:
         """Whether some stage, or evaluation, reads words and phrases."""
         return self.evaluation.structure or any(
-            {"trajectory", "domain"} & stage.terms.named().keys() for stage in self.run_stages
+            term.reads_spans for stage in self.run_stages for term in stage.terms.named().values()
         )
 
     @property
@@ -338,12 +347,18 @@ class Config(Section):
         return os.path.expanduser(self.run.dir or f"runs/{self.run.name}")
 
     @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo):
+    def _consistent(self, info: ValidationInfo) -> Self:
         from dsdistill.config.checks import check  # the cross-field rules fill a file of their own
 
         if info.context is not SAVED:
             check(self)
         return self
+
+
+def take_over_terms() -> None:
+    """Have the sections that hold terms know those that `Terms` has now."""
+    for section in (Stage, Config):  # a Config holds stages, so it comes last
+        section.model_rebuild(force=True)
 
 
 def _with_terms(stage: Any, terms: Any) -> Any:

@@ -55,10 +55,10 @@ def without(settings: Any) -> Any:
 def places(settings: Any, prefix: str = "") -> list[str]:
     """Return the dotted keys whose values were redacted."""
     items = settings.items() if isinstance(settings, dict) else enumerate(settings)
-    found = []
+    hidden: list[str] = []
     for key, value in items:
         if value == REDACTED:
-            found.append(f"{prefix}{key}")
+            hidden.append(f"{prefix}{key}")
         elif isinstance(value, dict | list):
-            found += places(value, f"{prefix}{key}.")
-    return found
+            hidden += places(value, f"{prefix}{key}.")
+    return hidden

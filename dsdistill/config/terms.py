@@ -3,10 +3,14 @@
 Layers are counted from 1; layer 0 is the output of the embeddings (losses as published count so too).
 """
 
-from typing import Annotated, Literal
+import keyword
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 
+from dsdistill.config.errors import UserError
+from dsdistill.config.explain import explain
 from dsdistill.config.section import NonNegative, Positive, Section
 
 LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
@@ -20,7 +24,22 @@ LayerWeights = (
 Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
-class Term(Section):
+class ConstructedSection(Section):
+    """A section that code constructs by itself, too: a mistake raises the UserError that a config would get."""
+
+    def __init__(self, /, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise explain(error.errors(), type(self), within=_place(type(self))) from None
+
+    # Within a config pydantic validates this section itself, and tells what is wrong by the place in that config.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function takes any attribute
+
+
+class Term(ConstructedSection):
+    """What every term has: a weight, and properties that say what it needs of a run."""
+
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
 
     @property
@@ -28,9 +47,52 @@ class Term(Section):
         """Whether its value depends on which examples meet in a micro-batch."""
         return False
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether it tells an example from the others that meet it: data.sampler hard_negative needs such a term."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares the student with a teacher."""
+        return True
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether it reads the teacher's logits, so that the teacher's head must be trained."""
+        return False
+
+    @property
+    def needs_previous(self) -> bool:
+        """Whether it compares the student with what the stage before this one handed over."""
+        return False
+
+    @property
+    def needs_domain(self) -> bool:
+        """Whether it trains the fusion that student.domain describes."""
+        return False
+
+    @property
+    def reads_spans(self) -> bool:
+        """Whether it compares words and phrases, which data.chunker finds."""
+        return False
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it reads the labels of the data, and so is what train.distill_weight weighs all others against."""
+        return False
+
 
 class Task(Term):
     """Cross-entropy against the labels (squared error for regression)."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    @property
+    def reads_labels(self) -> bool:
+        return True
 
 
 class SoftLabel(Term):
@@ -53,6 +115,10 @@ class SoftLabel(Term):
     scale_tau2: bool = Field(
         default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
     )
+
+    @property
+    def needs_head(self) -> bool:
+        return True
 
 
 class Layered(Term):
@@ -151,6 +217,10 @@ class Contrastive(Related):
         default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
     )
 
+    @property
+    def contrasts(self) -> bool:
+        return True
+
 
 class SimilarityPreserving(Related):
     """Rows of the matrix of inner products, normalised (SP)."""
@@ -194,6 +264,10 @@ class Trajectory(Term):
         default="ordered", description="pairs of spans that are summed: both ways round, or once"
     )
 
+    @property
+    def reads_spans(self) -> bool:
+        return True
+
 
 class FeatureDynamics(Term):
     """What a language model would predict from its middle layers, and how that changes on the way up (FDD)."""
@@ -227,14 +301,30 @@ class DomainMapping(Term):
     def relates(self) -> bool:
         return self.sequences > 0
 
+    @property
+    def needs_domain(self) -> bool:
+        return True
+
+    @property
+    def reads_spans(self) -> bool:
+        return True
+
 
 class Smooth(Term):
     """How far the student's last layer has moved since the end of the stage before."""
 
     weight: NonNegative = Field(default=0.1, description="factor of this term in the loss")
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
 
-class Terms(Section):
+    @property
+    def needs_previous(self) -> bool:
+        return True
+
+
+class Terms(ConstructedSection):
     """The loss: a weighted sum of the terms that are named."""
 
     task: Task | None = None
@@ -255,3 +345,45 @@ class Terms(Section):
 
     def named(self) -> dict[str, Term]:
         return {name: term for name, term in self if term is not None and term.weight > 0}
+
+
+def add_term(name: str, settings: type[Term]) -> None:
+    """Let configs have a term `terms.NAME` with these settings; as any other term, it is absent unless a config has it.
+
+    The same class may be added again, and so may one that its module defined anew when it was imported again. Configs
+    that were loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for
+    settings that are no subclass of Term.
+    """
+    if not (isinstance(settings, type) and issubclass(settings, Term)):
+        raise UserError(f"add_term: settings of {name}", settings, f"a subclass of {Term.__module__}.Term")
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name[0] == "_":
+        raise UserError("add_term: name", repr(name), "an identifier that does not begin with _")
+    if name in Terms.model_fields:
+        taken = _settings_of(name)
+        if taken is settings:
+            return
+        if (taken.__module__, taken.__qualname__) != (settings.__module__, settings.__qualname__):
+            got = f"{name}, which is {taken.__module__}.{taken.__qualname__}"
+            raise UserError("add_term: name", got, "a name that no other term has")
+    elif hasattr(Terms, name):
+        raise UserError("add_term: name", f"{name}, which means something else", "another name")
+    from dsdistill.config import schema  # which holds terms, and so imports this module
+
+    annotation: Any = settings | None  # a type that nobody knows before the module runs
+    Terms.model_fields[name] = FieldInfo(annotation=annotation, default=None)
+    Terms.__annotations__[name] = annotation
+    Terms.model_rebuild(force=True)
+    schema.take_over_terms()
+
+
+def _settings_of(name: str) -> type[Term]:
+    """Return the class of a term's settings."""
+    return get_args(Terms.model_fields[name].annotation)[0]
+
+
+def _place(section: type[ConstructedSection]) -> tuple[str, ...]:
+    """Return the keys that lead to a section in a config; of one that no field has, the name of the class."""
+    if section is Terms:
+        return ("terms",)
+    name = next((name for name in Terms.model_fields if _settings_of(name) is section), None)
+    return (section.__name__,) if name is None else ("terms", name)

@@ -11,12 +11,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from dsdistill import disk
 from dsdistill.config import Config, RunError
-from dsdistill.config.schema import Run
-from dsdistill.config.secrets import redacted
+from dsdistill.config.formats import teacher_identity
 from dsdistill.config.terms import Task, Terms
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
@@ -264,17 +262,7 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
 def _fingerprint(prepared: Prepared) -> str:
     """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
     digest = hashlib.sha256()
-    config = prepared.config
-    neutral = with_fields(
-        config, run=Run(seed=config.run.seed), data=with_fields(config.data, root=None, cache="")
-    )
-    # Not dump's text, which quotes as its readers need it: the names of teachers must not change with that.
-    later = {
-        "run": {"save_minutes", "grace"},
-        "data": {"max_file"},
-    }  # settings that the first teachers had not
-    settings = redacted(neutral.model_dump(mode="json", exclude=later))
-    digest.update(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+    digest.update(teacher_identity(prepared.config).encode())
     for part in (prepared.data.train, prepared.data.dev):
         for tensor in (part.tokens, part.starts, part.labels, part.prompts):
             if tensor is not None:

@@ -262,6 +262,10 @@ class TestRulesBetweenFields:
             (["data.subset=sst2"], "data.subset: got sst2 with data.source docstrings"),
             (["data.subset=sst2", "data.source=files"], "data.subset: got sst2 with data.source files"),
             (["data.root=x"], "data.root: got x with data.source docstrings"),
+            (
+                ["student.domain.width=4", "terms.domain.layers=emd"],
+                "terms.domain.layers: got emd, expected uniform, skip, last, or",
+            ),
             (["evaluation.rcs=1"], "evaluation.rcs: got 1, expected 2 points or more"),
             (["teacher=null", "terms.hidden=null", "evaluation.rcs=3"], "evaluation.rcs: got 3 without a"),
             (

@@ -109,7 +109,11 @@ def zero(stage: int, sharded: bool = False) -> dict:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for a minute
-    guide = shard_teacher(lambda: AutoModelForCausalLM.from_pretrained(TEACHER), dtype="fp32") if sharded else None
+    guide = (
+        shard_teacher(lambda: AutoModelForCausalLM.from_pretrained(TEACHER), dtype="fp32")
+        if sharded
+        else None
+    )
     made = distiller(guide)
     batches = len(own(0))
     settings = {

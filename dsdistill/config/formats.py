@@ -1,0 +1,129 @@
+"""The formats of config.yaml, and what an earlier format takes to be read by this version.
+
+A change needs a new format where a default changes, or where a setting is added whose default would change a run that
+has begun. Then FORMAT is raised by one, and DEFAULTS gains the former value for every format before.
+"""
+
+from typing import Any
+
+import yaml
+
+from dsdistill.config.errors import UserError
+from dsdistill.config.schema import Config, Run
+from dsdistill.config.secrets import redacted
+from dsdistill.config.section import Section
+
+FORMAT = 2  # what `dump` writes; a file of format 1 does not name its format
+
+# By format and dotted key: the values with which runs of that format began, of settings that had another default then
+# or did not exist. `terms.NAME.KEY` stands for the terms of the stages as well.
+DEFAULTS: dict[int, dict[str, Any]] = {1: {}}
+
+_KEYS = {
+    "": "task run data teacher student terms stages train evaluation",
+    "run": "name dir seed resume log_every evaluate_every save_every save_minutes keep timeout grace "
+    "baseline",
+    "data": "source subset root train dev text label labels max_length max_train max_dev fraction label_noise "
+    "tokenizer train_tokenizer sampler sampler_temperature domain general chunker cache max_file",
+    "teacher": "path config deepspeed recipe zero_stage residency",
+    "student": "path config deepspeed domain from_teacher zero_stage gradient_checkpointing freeze",
+    "student.domain": "width teacher_map",
+    "terms": "task soft_label hidden feature attention pairwise contrastive sp rkd cka pkt trajectory fdd "
+    "domain smooth",
+    "terms.task": "weight",
+    "terms.soft_label": "weight temperature divergence beta alpha scale_tau2",
+    "terms.hidden": "weight layers layer_agg layer_weights divergence embedding projector",
+    "terms.feature": "weight layers layer_agg layer_weights divergence embedding projector",
+    "terms.attention": "weight layers layer_agg layer_weights divergence heads relations relation_heads",
+    "terms.pairwise": "weight layers layer_agg layer_weights relation center",
+    "terms.contrastive": "weight layers layer_agg layer_weights temperature projector",
+    "terms.sp": "weight layers layer_agg layer_weights",
+    "terms.rkd": "weight layers layer_agg layer_weights distance angle triples",
+    "terms.cka": "weight layers layer_agg layer_weights",
+    "terms.pkt": "weight layers layer_agg layer_weights",
+    "terms.trajectory": "weight word_layers phrase_layers structure hidden pairs",
+    "terms.fdd": "weight layers levels changes",
+    "terms.domain": "weight layers hidden tokens phrases sequences predictor",
+    "terms.smooth": "weight",
+    "stages": "name share terms freeze learning_rate scheduler warmup",
+    "train": "steps epochs group_by_length batch_size micro_batch_size optimizer learning_rate "
+    "projector_learning_rate weight_decay distill_weight scheduler warmup clip bad_steps dtype "
+    "backend",
+    "evaluation": "rcs structure latency generate",
+}
+_KEYS |= {f"stages.{section}": names for section, names in _KEYS.items() if section.split(".")[0] == "terms"}
+# The dotted keys that format 1 had, without the numbers of stages. A setting that came later is added here once its
+# default changes: teachers of the old default must not be taken for those of the new one.
+FORMAT_1 = frozenset(
+    f"{section}.{name}".removeprefix(".") for section, names in _KEYS.items() for name in names.split()
+)
+# These came when teachers had names already, and decide nothing of what a teacher becomes.
+_UNNAMED = frozenset({"run.save_minutes", "run.grace", "data.max_file"})
+
+
+def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
+    """Take `format` out of a file's settings and return it.
+
+    saved: the settings are those of a run folder, which may be of an earlier format; one that names none is of format
+    1. Raises UserError for a format that is not read here; `origin` names the file.
+    """
+    oldest = 1 if saved else FORMAT
+    named = settings.pop("format", oldest)
+    if type(named) is not int or not oldest <= named <= FORMAT:
+        expected = f"{oldest} to {FORMAT}" if saved else str(FORMAT)
+        raise UserError(f"{origin}: format", named, f"{expected} (other versions of dsdistill read others)")
+    return named
+
+
+def complete(settings: dict, written: int) -> None:
+    """Add to the settings of a config of the format `written` what DEFAULTS says of that format.
+
+    Only sections that are there are completed: a term that a run does not have stays away.
+    """
+    for key, value in DEFAULTS.get(written, {}).items():
+        *parents, name = key.split(".")
+        for section in _sections(settings, parents):
+            section.setdefault(name, value)
+
+
+def _sections(settings: dict, parents: list[str]) -> list[dict]:
+    """Return the mappings that `parents` lead to; terms are those of the run and of each stage."""
+    sections = [settings]
+    if parents[:1] == ["terms"] and isinstance(settings.get("stages"), list):
+        sections += [stage for stage in settings["stages"] if isinstance(stage, dict)]
+    for parent in parents:
+        below = (section.get(parent) for section in sections)
+        sections = [section for section in below if isinstance(section, dict)]
+    return sections
+
+
+def teacher_identity(config: Config) -> str:
+    """Return the settings that decide what the teacher of a recipe becomes, as YAML; its name is a digest of this text.
+
+    Settings that format 1 did not have are left out while they are at their defaults, so that a new setting does not
+    have every teacher trained again. Secrets are redacted.
+    """
+    neutral = config.model_copy(
+        update={
+            "run": Run(seed=config.run.seed),
+            "data": config.data.model_copy(update={"root": None, "cache": ""}),
+        }
+    )
+    settings = redacted(neutral.model_dump(mode="json", exclude=_added(neutral, "")))
+    # Not dump's text, which quotes as its readers need it: the names of teachers must not change with that.
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _added(section: Section, prefix: str) -> dict[str, Any]:
+    """Return what `teacher_identity` leaves out of a section, as pydantic's `exclude` takes it."""
+    left_out: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        at_default = value == field.get_default(call_default_factory=True)
+        if key in _UNNAMED or (key not in FORMAT_1 and at_default):
+            left_out[name] = True
+        elif isinstance(value, Section):
+            left_out[name] = _added(value, f"{key}.")
+        elif key == "stages":
+            left_out[name] = {index: _added(stage, f"{key}.") for index, stage in enumerate(value)}
+    return left_out
