@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from dsdistill.alignment.terms import register_term as register_term
     from dsdistill.config import RunError as RunError
     from dsdistill.config import UserError as UserError
-    from dsdistill.config import load as load_config
+    from dsdistill.config import load as load_config  # noqa: F401
     from dsdistill.distiller import Distiller as Distiller
-    from dsdistill.engine.evaluate import evaluate_run as evaluate
+    from dsdistill.engine.evaluate import evaluate_run as evaluate  # noqa: F401
     from dsdistill.engine.export import export as export
     from dsdistill.engine.run import train as train
     from dsdistill.engine.teacher import shard_teacher as shard_teacher

@@ -1,6 +1,6 @@
 """The settings of each loss term, as typed objects: Distiller(..., terms={"hidden": terms.Hidden(layers="last")}).
 
-They are those of a config, checked in the same way and with the same messages; README and `--dry-run` show them as YAML.
+They are those of a config, checked in the same way and with the same messages.
 """
 
 from dsdistill.config.terms import (
