@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.alignment.objective import Loss, Objective
 from dsdistill.alignment.probing import check_pair
@@ -21,7 +21,7 @@ from dsdistill.models.build import NEEDED, plain_model, task_of
 from dsdistill.models.capture import ATTENTION
 from dsdistill.models.settings import check_shape
 from dsdistill.models.trace import Geometry, Trace
-from dsdistill.models.tracer import Callee, Tracer, callee
+from dsdistill.models.tracer import Callee, Tracer, callee, check_checkpointing
 
 ORIGIN = "Distiller"  # begins every message about an argument
 
@@ -179,21 +179,18 @@ class Distiller(Distillation):
         Raises:
             UserError: one line for the first thing that does not fit; nothing has been changed then.
         """
-        given, compiled = plain_model(student, f"{ORIGIN}: student")
+        given = plain_model(student, f"{ORIGIN}: student")
         guide = teacher.model if isinstance(teacher, Callee) else teacher
         if guide is not None:
-            guide, _ = plain_model(guide, f"{ORIGIN}: teacher")
+            guide = plain_model(guide, f"{ORIGIN}: teacher")
         task = task or _same_task(given, guide)
         config = _config(task, terms, guide is not None, distill_weight, backend)
-        for place, model in (("student", given), ("teacher", guide)):
-            if model is not None:
-                check_shape(model.config, NEEDED, f"{ORIGIN}: {place}")
-        pair = _pair(config, given, guide)
+        theirs = guide.config if guide is not None else None
         try:
-            objective = Objective(config.terms, pair, distill_weight)
-            geometry = check_pair(
-                task, given.config, guide.config if guide is not None else None, (objective,)
-            )
+            objective = Objective(config.terms, _pair(config, given.config, theirs), distill_weight)
+            _check_classes(objective, given.config, theirs)
+            geometry = check_pair(task, given.config, theirs, (objective,))
+            run = callee(student, task, "student")
         except UserError as error:
             raise error.within(ORIGIN) from None
         if not objective.needs("teacher"):
@@ -204,9 +201,6 @@ class Distiller(Distillation):
         target = next(given.parameters())
         if target.device.type != "meta":
             objective.to(target.device, target.dtype)
-        run = callee(given, task, "student")
-        if compiled:
-            run.module.compile()
         tracers = [
             Tracer(run, objective.layers("student_hidden"), objective.layers("student_attention")),
             None,
@@ -242,6 +236,8 @@ class Distiller(Distillation):
             UserError: an input of another form, or one that the terms need and that is missing.
         """
         batch = self._batch(batch)
+        if self.training:
+            check_checkpointing(self.model, f"{ORIGIN}: student")
         everywhere = counts is not None or self.training
         if counts is None:
             counts = super().counts([batch], everywhere)
@@ -275,13 +271,20 @@ class Distiller(Distillation):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        device = next(self.parameters()).device
-        if self.teacher is not None and device.type != "meta":
-            model = self.teacher.model
-            sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-            if not sharded and model.device != device:
-                model.to(device)
+        if self.teacher is None:
+            return self
+        device, model = next(self.parameters()).device, self.teacher.model
+        sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        if not sharded and model.device != device:
+            model.to(device)
         return self
+
+
+def _check_classes(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+    if teacher is None or objective.task != "classification" or not objective.needs("head"):
+        return
+    if student.num_labels != teacher.num_labels:
+        raise UserError("teacher", f"{teacher.num_labels} classes", f"the student's {student.num_labels}")
 
 
 def _tell_zero(module: Distillation, _) -> None:
@@ -325,11 +328,11 @@ def _config(
     return made
 
 
-def _pair(config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Pair:
-    shapes = [Shape.of(model.config) for model in (student, teacher) if model is not None]
-    classes = [model.config.num_labels for model in (student, teacher) if model is not None]
-    if config.task == "classification" and "soft_label" in config.terms.named() and len(set(classes)) > 1:
-        raise UserError(f"{ORIGIN}: teacher", f"{classes[1]} classes", f"the student's {classes[0]}")
+def _pair(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> Pair:
+    for place, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            check_shape(model, NEEDED, place)
+    shapes = [Shape.of(model) for model in (student, teacher) if model is not None]
     return Pair(
         shapes[0],
         shapes[1] if teacher is not None else None,

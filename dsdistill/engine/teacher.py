@@ -92,7 +92,7 @@ def _sharded(
 
     def make() -> nn.Module:
         nonlocal whole
-        model, _ = plain_model(load(), "teacher")
+        model = plain_model(load(), "teacher")
         whole = callee(model, task or task_of(model, "teacher"), "teacher")
         return whole.module
 

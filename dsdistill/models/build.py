@@ -82,12 +82,12 @@ def task_of(model: PreTrainedModel, place: str) -> str:
     return tasks[0]
 
 
-def plain_model(model: Any, place: str) -> tuple[PreTrainedModel, bool]:
-    """Return a model of transformers without torch.compile's wrapper, and whether it is compiled."""
+def plain_model(model: Any, place: str) -> PreTrainedModel:
+    """Return a model of transformers without torch.compile's wrapper; raise UserError for anything else."""
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, PreTrainedModel):
         raise UserError(place, type(model).__name__, "a transformers model, not yet wrapped")
-    return inner, inner is not model or getattr(inner, "_compiled_call_impl", None) is not None
+    return inner
 
 
 def auto_class(task: str) -> type:

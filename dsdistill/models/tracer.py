@@ -1,6 +1,7 @@
 """Models that leave traces: what the alignment terms read of one forward pass."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
-from dsdistill.models.build import Headless
+from dsdistill.models.build import Headless, plain_model
 from dsdistill.models.capture import Capture, final_norm
 from dsdistill.models.trace import Trace
 
@@ -48,10 +50,18 @@ class Callee:
     whole: Callable[[list[nn.Parameter]], AbstractContextManager] = _whole_already
 
 
-def callee(model: PreTrainedModel, task: str, place: str) -> Callee:
-    """Return the model as its task is traced; `place` names it in messages."""
-    module = Headless(model, place) if task in LANGUAGE else model
-    return Callee(model, module, module)
+def callee(model: nn.Module, task: str, place: str) -> Callee:
+    """Return the model as its task is traced; `place` names it in messages.
+
+    model: of transformers, perhaps compiled: by torch.compile(model), whose options are kept, or model.compile().
+    """
+    plain = plain_model(model, place)
+    module = Headless(plain, place) if task in LANGUAGE else plain
+    if plain is not model:
+        return Callee(plain, module, model.dynamo_ctx(module.__call__))
+    if module is not plain and plain._compiled_call_impl is not None:
+        module.compile()
+    return Callee(plain, module, module)
 
 
 class Tracer:
@@ -96,6 +106,23 @@ class Tracer:
             made = self(batch)
         with self.callee.whole(self.head):
             yield made
+
+
+def check_checkpointing(model: PreTrainedModel, place: str) -> None:
+    """Raise UserError for reentrant checkpointing: it runs layers without gradients first, so traces would have none."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if not isinstance(function, functools.partial) or not getattr(
+            module, "gradient_checkpointing", False
+        ):
+            continue
+        if function.keywords.get("use_reentrant", True):
+            raise UserError(
+                place,
+                "gradient checkpointing with use_reentrant=True",
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})",
+            )
+        return  # all layers have the same
 
 
 @contextlib.contextmanager

@@ -23,8 +23,7 @@ TERMS = {
     "attention": {"heads": "mean"},
     "pairwise": {"layers": "uniform"},
 }
-LOOPS = (
-    "plain",
+LOOPS = (  # of several ranks
     "ddp",
     "ddp-checkpointing",
     "zero1",
