@@ -109,7 +109,7 @@ class Tracer:
 
 
 def check_checkpointing(model: PreTrainedModel, place: str) -> None:
-    """Raise UserError for reentrant checkpointing: it runs layers without gradients first, so traces would have none."""
+    """Raise UserError for reentrant checkpointing: layers run without gradients first, so that traces have none."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if not isinstance(function, functools.partial) or not getattr(
@@ -143,7 +143,9 @@ def freeze(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
 
     Buffers keep their type: rotary frequencies would turn positions if they were rounded.
     """
-    cast_parameters(module.to(device).eval().requires_grad_(False), dtype)
+    if next(module.parameters()).device != device:  # the planner's, without contents, cannot move
+        module.to(device)
+    cast_parameters(module.eval().requires_grad_(False), dtype)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
