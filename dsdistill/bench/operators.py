@@ -28,10 +28,10 @@ from dsdistill import disk
 from dsdistill.bench import verify
 from dsdistill.bench.cases import FUNCTIONS
 from dsdistill.ops import available_backends
-from dsdistill.ops.attention import triton_plan
+from dsdistill.ops.attention import triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import attention_total
-from dsdistill.ops.library import extension
+from dsdistill.ops.backends import extension
 
 # Contenders that the others are compared with.
 RIVALS = ("eager", "eager-half", "compile")
@@ -242,11 +242,11 @@ def contender(work: Work, name: str) -> Callable[[], Tensor]:
 
 
 def with_plan(work: Work, plan: str) -> Tensor:
-    before, triton_plan.default_plan = triton_plan.default_plan, plan
+    before, triton_schedule.default_plan = triton_schedule.default_plan, plan
     try:
         return work.loss("triton")
     finally:
-        triton_plan.default_plan = before
+        triton_schedule.default_plan = before
 
 
 def step(work: Work, loss: Callable[[], Tensor]) -> None:

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention.triton_tile import (
+    KL,
     LN2,
     LOWEST,
+    MSE,
+    SCORE_MSE,
     add_tile,
     exists,
     gradient_product,
@@ -102,7 +105,7 @@ def full_row_kernel(
     k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
     s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
 
-    if DIVERGENCE == 2:
+    if DIVERGENCE == SCORE_MSE:
         difference = tl.where(found, s - t, 0.0)
         loss = tl.sum(difference * difference, 1)
         slope = 2.0 * difference
@@ -120,7 +123,7 @@ def full_row_kernel(
         p_s *= (1.0 / l_s)[:, None]
         p_t *= (1.0 / l_t)[:, None]
         slope = p_s - p_t
-        if DIVERGENCE == 0:
+        if DIVERGENCE == KL:
             entries = tl.where(found, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
             loss = tl.sum(entries, 1) * LN2
         else:
@@ -133,7 +136,7 @@ def full_row_kernel(
             tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
             tl.store(log_s + out, row_log_s, mask=rows < N)
             tl.store(log_t + out, row_log_t, mask=rows < N)
-            if DIVERGENCE == 1:
+            if DIVERGENCE == MSE:
                 tl.store(slope_mean + out, r, mask=rows < N)
     tl.store(partial + head * blocks + block, tl.sum(loss, 0))
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention.triton_tile import (
+    KL,
     LN2,
     LOWEST,
     exists,
@@ -209,8 +210,8 @@ def mean_heads_kernel(
             LABELLED,
         )
         # Of kl in logarithms, so that no ratio is lost where probabilities are too small for float32.
-        mean_s = tl.full([BR, BC], LOWEST if DIVERGENCE == 0 else 0.0, tl.float32)
-        mean_t = tl.full([BR, BC], LOWEST if DIVERGENCE == 0 else 0.0, tl.float32)
+        mean_s = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
+        mean_t = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
         for h in range(0, heads_s):
             log_p, q, k = log_probabilities(
                 query_s + h * qs_h,
@@ -229,7 +230,7 @@ def mean_heads_kernel(
                 BDS,
                 UPCAST,
             )
-            mean_s = log_add(mean_s, log_p) if DIVERGENCE == 0 else mean_s + tl.exp2(log_p)
+            mean_s = log_add(mean_s, log_p) if DIVERGENCE == KL else mean_s + tl.exp2(log_p)
         for h in range(0, heads_t):
             log_p, q, k = log_probabilities(
                 query_t + h * qt_h,
@@ -248,8 +249,8 @@ def mean_heads_kernel(
                 BDT,
                 UPCAST,
             )
-            mean_t = log_add(mean_t, log_p) if DIVERGENCE == 0 else mean_t + tl.exp2(log_p)
-        if DIVERGENCE == 0:
+            mean_t = log_add(mean_t, log_p) if DIVERGENCE == KL else mean_t + tl.exp2(log_p)
+        if DIVERGENCE == KL:
             log_s = mean_s - log_heads_s
             log_t = mean_t - log_heads_t
             mean_s = tl.where(found, tl.exp2(log_s), 0.0)
@@ -280,7 +281,7 @@ def mean_heads_kernel(
                 UPCAST,
             )
             p = tl.where(found, tl.exp2(log_p), 0.0)
-            if DIVERGENCE == 0:
+            if DIVERGENCE == KL:
                 # P_h / P̄_S lies in [0, H] however small both are; g alone may overflow.
                 pulled = -tl.where(found, tl.exp2(log_p - log_s), 0.0) * mean_t
             else:

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention.triton_tile import (
+    KL,
     LN2,
     LOWEST,
+    MSE,
+    SCORE_MSE,
     add_tile,
     exists,
     gradient_product,
@@ -120,7 +123,7 @@ def statistics_kernel(
         t -= new_m_t[:, None]
         e_s, e_t = tl.exp2(s), tl.exp2(t)
         shrink_s, shrink_t = tl.exp2(m_s - new_m_s), tl.exp2(m_t - new_m_t)
-        if DIVERGENCE == 0:
+        if DIVERGENCE == KL:
             moved = (m_t - new_m_t) - (m_s - new_m_s)
             a = shrink_t * (a + l_t * moved) + tl.sum(tl.where(found, e_t * (t - s), 0.0), 1)
         else:
@@ -139,7 +142,7 @@ def statistics_kernel(
     tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
     tl.store(log_s + out, row_log_s, mask=rows < N)
     tl.store(log_t + out, row_log_t, mask=rows < N)
-    if DIVERGENCE == 0:
+    if DIVERGENCE == KL:
         loss = (a / l_t - row_log_t + row_log_s) * LN2
     else:
         own, cross = a / (l_s * l_s), st / (l_s * l_t)
@@ -153,14 +156,14 @@ def load_statistics(
     max_s, max_t, log_s, log_t, slope_mean, at, inside, DIVERGENCE: tl.constexpr, BR: tl.constexpr
 ):
     m_s = tl.zeros([BR], tl.float32)
-    if DIVERGENCE == 2:
+    if DIVERGENCE == SCORE_MSE:
         return m_s, m_s, m_s, m_s, m_s
     m_s = tl.load(max_s + at, mask=inside, other=0.0)
     m_t = tl.load(max_t + at, mask=inside, other=0.0)
     row_log_s = tl.load(log_s + at, mask=inside, other=0.0)
     row_log_t = tl.load(log_t + at, mask=inside, other=0.0)
     r = tl.zeros([BR], tl.float32)
-    if DIVERGENCE == 1:
+    if DIVERGENCE == MSE:
         r = tl.load(slope_mean + at, mask=inside, other=0.0)
     return m_s, m_t, row_log_s, row_log_t, r
 

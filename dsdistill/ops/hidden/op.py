@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import choose_backend, cuda_lack, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -19,7 +20,6 @@ from dsdistill.ops.common import (
 )
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.hidden import chunked, native, reference, rows
-from dsdistill.ops.library import choose_backend, cuda_lack, native_lack
 from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("mse", "cosine")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype, zero_masked
 from dsdistill.ops.gpu import (
     Tile,
@@ -21,8 +22,7 @@ from dsdistill.ops.gpu import (
     product_dtype,
     rows_contiguous,
 )
-from dsdistill.ops.hidden.native import DIVERGENCE_CODES
-from dsdistill.ops.library import register_gradients
+from dsdistill.ops.hidden.native import COSINE
 
 # Elements of y at a time: 128 MiB in float32, large enough for whole waves of every product.
 CHUNK_ELEMENTS = 1 << 25
@@ -63,7 +63,7 @@ def triton_rows(
         "D": width,
         "BT": block_tokens,
         "BD": block,
-        "COSINE": divergence == DIVERGENCE_CODES["cosine"],
+        "COSINE": divergence == COSINE,
         "BIASED": bias is not None,
         "WITH_GRADIENT": gradient is not None,
         "UPCAST": interpreting() and y.device.type == "cpu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import choose_backend, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -18,8 +19,7 @@ from dsdistill.ops.common import (
     without_autocast,
 )
 from dsdistill.ops.gpu import triton_lack
-from dsdistill.ops.library import choose_backend, native_lack
-from dsdistill.ops.pairwise import chunked, native, reference, triton_plan
+from dsdistill.ops.pairwise import chunked, native, reference, triton_panels
 from dsdistill.ops.records import gpu_choice
 
 RELATIONS = ("cosine", "dot", "distance")
@@ -86,7 +86,7 @@ def pairwise_alignment(
                 coefficient = safe_divide(coefficient, count)
             code = native.RELATION_CODES[relation]
             given = (student, teacher, mask, token_weights, coefficient, code)
-            return with_native_gradients(triton_plan.operator, given, (student,))
+            return with_native_gradients(triton_panels.operator, given, (student,))
         setting = {"weights": token_weights, "mask": mask, "relation": relation, "dtype": dtype}
         if chosen == "reference":
             total = reference.pairwise_total(student, teacher, **setting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import choose_backend
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -18,7 +19,6 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.library import choose_backend
 from dsdistill.ops.soft_label import chunked, reference
 from dsdistill.ops.soft_label.divergence import DIVERGENCES
 

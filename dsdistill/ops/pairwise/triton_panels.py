@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype, unit_vectors, unit_vectors_backward, zero_masked
 from dsdistill.ops.gpu import (
     Tile,
@@ -19,7 +20,6 @@ from dsdistill.ops.gpu import (
     product_dtype,
     rows_contiguous,
 )
-from dsdistill.ops.library import register_gradients
 from dsdistill.ops.pairwise.native import RELATION_CODES
 
 PANEL_ELEMENTS = 1 << 22

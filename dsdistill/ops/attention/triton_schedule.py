@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.attention.native import DIVERGENCE_CODES
+from dsdistill.ops.attention.native import DIVERGENCE_CODES, KL, MSE, SCORE_MSE
 from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype
 from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous, triton_lack
-from dsdistill.ops.library import register_gradients
 
 PLANS = ("auto", "row", "merged", "sweeps")
 LOG2E = math.log2(math.e)
@@ -159,7 +159,7 @@ class _Call:
         self.coefficient = coefficient
         self.gradient_scale = float(scales[0])
         labels, masked = labels_of(mask, segments, self.batch, self.tokens, query.device)
-        factor = 1.0 if divergence == DIVERGENCE_CODES["score_mse"] else LOG2E
+        factor = 1.0 if divergence == SCORE_MSE else LOG2E
         self.scales = {"scale_s": scales[0] * factor, "scale_t": scales[1] * factor}
         self.shared = {
             "labels": coefficient if labels is None else labels,  # some pointer; never read without labels
@@ -215,17 +215,17 @@ class _Call:
         from dsdistill.ops.attention.triton_sweeps import statistics_kernel
 
         shape = (self.batch, self.heads, self.tokens)
-        if self.divergence == DIVERGENCE_CODES["score_mse"]:
+        if self.divergence == SCORE_MSE:
             nothing = self.coefficient
             return None, dict.fromkeys(STATISTICS, nothing)
-        if lse is not None and self.divergence == DIVERGENCE_CODES["kl"]:
+        if lse is not None and self.divergence == KL:
             given = dict.fromkeys(STATISTICS, self.coefficient)
             for name, x in zip(("max_s", "max_t"), lse, strict=True):
                 given[name] = (x.float() * LOG2E).contiguous()
             given["log_s"] = given["log_t"] = self.buffer(*shape, zeroed=True)
             return None, given
         given = {name: self.buffer(*shape) for name in STATISTICS[:4]} | {"slope_mean": self.coefficient}
-        if self.divergence == DIVERGENCE_CODES["mse"]:
+        if self.divergence == MSE:
             given["slope_mean"] = self.buffer(*shape)
         tile = self.tile("statistics")
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
@@ -281,7 +281,7 @@ class _Call:
         shape = (self.batch, self.heads, self.tokens)
         nothing = self.coefficient
         given = dict.fromkeys(STATISTICS, nothing)
-        if not merged and self.divergence != DIVERGENCE_CODES["score_mse"]:
+        if not merged and self.divergence != SCORE_MSE:
             given = {name: self.buffer(*shape) for name in given}
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
