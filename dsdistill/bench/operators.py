@@ -26,7 +26,9 @@ from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.bench import verify
+from dsdistill.bench.arguments import check_common
 from dsdistill.bench.cases import FUNCTIONS
+from dsdistill.config import UserError
 from dsdistill.ops import available_backends
 from dsdistill.ops.attention import triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
@@ -85,10 +87,7 @@ def attention_work(
 
 
 def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
-    student, teacher = (
-        randn(batch, tokens, width).to(dtype),
-        randn(batch, tokens, width).to(dtype),
-    )
+    student, teacher = (randn(batch, tokens, width).to(dtype) for _ in range(2))
     return Work(
         "pairwise",
         f"{relation} B{batch} N{tokens} D{width}",
@@ -104,10 +103,8 @@ def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch
 def hidden_work(
     tokens=2048, width=768, teacher_width=1024, projected=True, divergence="mse", dtype=torch.float32
 ):
-    student, teacher = (
-        randn(1, tokens, width).to(dtype),
-        randn(1, tokens, teacher_width if projected else width).to(dtype),
-    )
+    student = randn(1, tokens, width).to(dtype)
+    teacher = randn(1, tokens, teacher_width if projected else width).to(dtype)
     if not projected:
         return Work(
             "hidden",
@@ -392,31 +389,27 @@ def run_bench(
         seconds: time after which no further repeat begins.
 
     Raises:
-        ValueError: an operator, dtype, backend or option that does not exist.
+        UserError: an operator, dtype, backend, option or instruction set that does not exist.
     """
     if operator not in WORKS:
-        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(map(repr, WORKS))}, 'step'")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
-    unknown = set(backends or ()) - set(CONTENDERS)
-    if unknown:
-        raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(CONTENDERS)}")
+        raise UserError("bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step'")
+    check_common(dtype, DTYPES, backends, CONTENDERS)
     options = options or {}
     known = {p.name: p.default for p in inspect.signature(WORKS[operator]).parameters.values()}
     del known["dtype"]
     for name in options:
         if name not in known:
-            raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+            raise UserError("bench option", repr(name), f"one of {', '.join(map(repr, known))}")
         if type(options[name]) is not type(known[name]):
-            raise ValueError(f"{name}: got {options[name]!r}, expected a value like {known[name]}")
+            raise UserError(f"bench {name}", repr(options[name]), f"a value like {known[name]}")
         if type(options[name]) is int and options[name] < 1:
-            raise ValueError(f"{name}: got {options[name]}, expected 1 or more")
+            raise UserError(f"bench {name}", options[name], "1 or more")
     present = {"eager", "compile", *available_backends()}
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")
     if operator == "soft-label":
         present -= {"cpp", "triton"}
-        if (options or {}).get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
+        if options.get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
             present.add("liger")
     if operator != "hidden":
         present.discard("cuda")
@@ -430,9 +423,8 @@ def run_bench(
     failures = {}
     for name in names:
         backend = name.partition("-")[0]
-        rival = backend in ("eager", "compile", "liger")
-        failure = None if rival else checked(operator, backend, DTYPES[dtype])
-        if failure:
+        own = backend not in ("eager", "compile", "liger")
+        if own and (failure := checked(operator, backend, DTYPES[dtype])):
             failures[name] = failure
     work = WORKS[operator](**options, dtype=DTYPES[dtype])
     flops, bandwidth = roofline()
@@ -447,14 +439,13 @@ def run_bench(
         for rival in RIVALS:
             row[f"vs_{rival}"] = times[rival]["both"] / times[name]["both"] if rival in times else None
         rows.append(row)
-    found = {
-        "machine": machine(),
-        "operator": operator,
-        "work": work.label,
-        "dtype": dtype,
+    found = {"machine": machine(), "operator": operator, "work": work.label, "dtype": dtype}
+    found |= {
         "flops": work.flops,
+        "bytes": work.bytes,
+        "measured_flops": flops,
+        "measured_bandwidth": bandwidth,
     }
-    found |= {"bytes": work.bytes, "measured_flops": flops, "measured_bandwidth": bandwidth}
     found |= {"rows": rows, "failures": failures, "stopped": stopped}
     _print(found)
     if json_path is not None:

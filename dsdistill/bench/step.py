@@ -25,7 +25,9 @@ from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.bench import operators
+from dsdistill.bench.arguments import check_common
 from dsdistill.bench.step_arms import ARMS, LEVELS, PRECISIONS, RIVALS, Sizes, make
+from dsdistill.config import UserError
 from dsdistill.data.batch import Batch
 from dsdistill.engine.allocator import keep_freed_memory
 
@@ -153,18 +155,12 @@ def run_step(
         backends: the contenders, among ARMS; default: all that are installed. FLOOR is always measured, for the ratios.
 
     Raises:
-        ValueError: a dtype, arm or option that does not exist, or sizes that do not fit together.
+        UserError: a dtype, arm, option or instruction set that does not exist, or sizes that do not fit together.
     """
     sizes = check_sizes(options or {})
-    if dtype not in PRECISIONS:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
-    unknown = set(backends or ()) - set(ARMS)
-    if unknown:
-        raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(ARMS)}")
+    check_common(dtype, PRECISIONS, backends, ARMS)
     if "textbrewer" in (backends or ()) and not find_spec("textbrewer"):
-        raise ValueError(
-            "backends: got 'textbrewer', which is not installed, expected pip install textbrewer"
-        )
+        raise UserError("bench backends", "'textbrewer', which is not installed", "pip install textbrewer")
     wanted = {*(backends or ARMS), FLOOR}
     names = [arm for arm in ARMS if arm in wanted and (arm != "textbrewer" or find_spec("textbrewer"))]
     if operators.device() == "cpu":
@@ -207,18 +203,16 @@ def check_sizes(options: dict) -> Sizes:
     known = [field.name for field in fields(Sizes)]
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+            raise UserError("bench option", repr(name), f"one of {', '.join(map(repr, known))}")
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected a number from 1")
+            raise UserError(f"bench {name}", repr(value), "a number from 1")
     sizes = Sizes(**options)
     if sizes.width % sizes.heads:
-        raise ValueError(f"width: got {sizes.width}, expected a multiple of heads = {sizes.heads}")
+        raise UserError("bench width", sizes.width, f"a multiple of heads = {sizes.heads}")
     if sizes.student > sizes.teacher:
-        raise ValueError(
-            f"student: got {sizes.student} layers, expected at most the teacher's {sizes.teacher}"
-        )
+        raise UserError("bench student", f"{sizes.student} layers", f"at most the teacher's {sizes.teacher}")
     if sizes.tokens < SHORTEST:
-        raise ValueError(f"tokens: got {sizes.tokens}, expected at least {SHORTEST}")
+        raise UserError("bench tokens", sizes.tokens, f"at least {SHORTEST}")
     return sizes
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsdistill import disk
+from dsdistill.bench.arguments import check_instruction_set
 from dsdistill.bench.cases import FUNCTIONS, STUDENT, TOKEN_AXIS, Case, all_cases
 from dsdistill.ops import available_backends
 from dsdistill.ops.gpu import interpreting
@@ -323,8 +324,10 @@ CHECKS: dict[str, Callable[[Case, str, torch.dtype], float]] = {
 def run_verify(json_path: str | Path | None = None) -> int:
     """Run every check on every case, backend and dtype of this machine; print a table.
 
-    json_path: also write the rows there. Returns 0 if everything passed, 1 otherwise.
+    json_path: also write the rows there. Returns 0 if everything passed, 1 otherwise. Raises UserError for an
+    instruction set that does not exist.
     """
+    check_instruction_set()
     rows = []
     for backend in available_backends():
         for dtype in DTYPES:

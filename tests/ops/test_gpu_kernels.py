@@ -274,7 +274,7 @@ def test_what_ahead_of_time_compilation_refuses(monkeypatch):
     variant = aot.Variant("", "", "columns_kernel", "sm_90", signature, wide, (), 4, 2)
     assert aot.needs_wgmma(variant)
     assert not aot.needs_wgmma(aot.Variant("", "", "rows_kernel", "sm_90", signature, wide, (), 4, 2))
-    monkeypatch.setattr(aot, "interpreting", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(aot, "variants_of", lambda calls: [])
     monkeypatch.setattr(aot.shutil, "which", lambda name: None)
     for failures, code in (((), 0), (("spills: 8 bytes of stack",), 1)):
