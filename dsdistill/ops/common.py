@@ -5,7 +5,7 @@ Shape letters: B sequences, H heads, N tokens of a sequence, D features, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, expected: dict[str, int | None], *, like: Tensor | None = None
+    name: str, tensor: Tensor, expected: Mapping[str, int | None], *, like: Tensor | None = None
 ) -> None:
     """Raise ValueError unless `tensor` is floating, of the expected shape, and on the device of `like`.
 
@@ -98,9 +98,9 @@ def row_weights(mask: Tensor | None, weights: Tensor | None, shape: tuple[int, i
     return weights if mask is None else weights.masked_fill(~mask, 0)
 
 
-def index_mask(index: Tensor, shape: tuple[int, int]) -> Tensor:
+def index_mask(index: Tensor, shape: Sequence[int]) -> Tensor:
     """(B, N) bool of flat places (K,): True there."""
-    mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
+    mask = torch.zeros(*shape, dtype=torch.bool, device=index.device)
     mask.view(-1).index_fill_(0, index, True)
     return mask
 

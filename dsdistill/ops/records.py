@@ -60,7 +60,7 @@ def fastest(
             nearest = min(rows, key=lambda row: abs(math.log(row["tokens"] / tokens)))
             if nearest["checked"] and nearest["vs_chunked"] > 1:
                 ratios[backend] = nearest["vs_chunked"]
-    for backend in sorted(ratios, key=ratios.get, reverse=True):
+    for backend in sorted(ratios, key=lambda backend: ratios[backend], reverse=True):
         if own or check(backend):
             return backend
     return None

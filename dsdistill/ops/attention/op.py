@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,7 +121,7 @@ def attention_alignment(
         width**-0.5 if student_scale is None else float(student_scale),
         teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
     )
-    setting = {
+    setting: dict[str, Any] = {
         "pairs": pairs,
         "divergence": divergence,
         "student_scale": scales[0],
@@ -167,7 +169,9 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
     else:
         preference.append("triton")
     variant = setting["divergence"] if setting["heads"] == "match" else f"{setting['divergence']} mean"
-    small = dict.fromkeys(("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16))
+    small: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16)
+    )
     fast = gpu_choice(
         "attention_alignment",
         variant,

@@ -62,7 +62,7 @@ class Pairs:
             # The queries see 1, 2, …, width keys to their left (themselves included), then width each.
             left = width * (width + 1) // 2 + (n - width) * width
             return torch.tensor(batch * (left if self.causal else 2 * left - n), device=device)
-        if self.window is None and self.segments is None:
+        if self.mask is not None and self.window is None and self.segments is None:
             valid = self.mask.sum(1)
             return (valid * (valid + 1) // 2 if self.causal else valid * valid).sum()
         total = torch.zeros((), dtype=torch.int64, device=device)
@@ -70,5 +70,6 @@ class Pairs:
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)
             block = self.block(slice(start, stop), slice(*self.keys(start, stop)), slice(None), device)
+            assert block is not None  # something restricts the pairs, or the count were known by now
             total += block.sum()
         return total

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,7 +256,7 @@ class _Call:
         if by_rows:
             tile = self.tile("rows")
             programs = self.batch * self.heads * -(-self.tokens // tile.rows)
-            extra = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
+            extra: dict[str, Any] = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
             if needs[0]:
                 extra["d_query"] = gradients[0]
             if loss is None:
@@ -315,7 +316,7 @@ class _Call:
         tile = self.tile("mean_heads")
         row_blocks, column_blocks = -(-self.tokens // tile.rows), -(-self.tokens // tile.columns)
         heads_t = self.tensors[2].shape[1]
-        given = {}
+        given: dict[str, Any] = {}
         for side, (query, heads) in (("s", (self.tensors[0], self.heads)), ("t", (self.tensors[2], heads_t))):
             given[f"lse_{side}"] = self.buffer(self.batch, heads, self.tokens)
             model = {name: self.models[f"{name}_{side}"] for name in ("query", "key", "group")}

@@ -150,17 +150,18 @@ def _projected(
             rounded if any(wanted) else None,
         )
         value += values.sum()
-        if wanted[0]:
+        if d_hidden is not None:
             d_hidden[part] = product(gradient, matrix)
-        if wanted[1]:
+        if d_projection is not None:
             d_projection += product(gradient.t(), hidden[part])
-        if wanted[2]:
+        if d_bias is not None:
             d_bias += gradient.sum(0, dtype=torch.float32)
     return value, [d_hidden, d_projection, d_bias]
 
 
 def _returned(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor]:
     like = inputs[0]
+    assert like is not None  # the student is always given
     out = []
     for x, gradient in zip(inputs, gradients, strict=True):
         dtype = storage_dtype(like if x is None else x)

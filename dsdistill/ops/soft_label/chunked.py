@@ -129,8 +129,10 @@ def _over_blocks(
     flat = hidden.detach().flatten(0, 1)
     total = torch.zeros((), dtype=head.dtype, device=flat.device)
     d_hidden = torch.zeros(flat.shape, dtype=head.dtype, device=flat.device) if needs[0] else None
-    d_matrix = None  # made by the first block: filling it with zeros would be one more pass over (V, D)
-    d_bias = torch.zeros_like(head.bias) if needs[2] else None
+    d_matrix: Tensor | None = (
+        None  # made by the first block: filling it with zeros would be one more pass over (V, D)
+    )
+    d_bias = torch.zeros_like(head.bias) if head.bias is not None and needs[2] else None
     if index is None:
         index = torch.arange(flat.shape[0], device=flat.device)
     size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, head.matrix.shape[0])))
@@ -140,7 +142,9 @@ def _over_blocks(
         rows = flat[tokens]
         value, gradient = block(head.logits(rows), tokens, any(needs))
         total += value
-        if needs[0]:
+        if gradient is None:
+            continue
+        if d_hidden is not None:
             d_hidden[tokens] = head.product(gradient, head.matrix)
         if needs[1]:
             if d_matrix is None or head.native:
@@ -148,7 +152,7 @@ def _over_blocks(
                 d_matrix = found if d_matrix is None else d_matrix.add_(found)
             else:
                 d_matrix.addmm_(gradient.t(), rows.to(head.dtype))
-        if needs[2]:
+        if d_bias is not None:
             d_bias += gradient.sum(0)
     if needs[1] and d_matrix is None:
         d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -90,15 +92,15 @@ def soft_label_alignment(
     check_choice("reduction", reduction, REDUCTIONS)
 
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
-    setting = {"mask": mask, "index": index, "dtype": accumulate_dtype(*tensors), **formula}
+    setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": accumulate_dtype(*tensors), **formula}
     chosen = _choose("soft_label_alignment", backend, student_hidden)
     with without_autocast(student_hidden.device):
         count = None
-        if reduction == "mean" and mask is None:
+        if reduction == "mean" and mask is not None:
+            count = mask.sum()
+        elif reduction == "mean":
             size = batch * tokens if index is None else index.numel()
             count = torch.full((), size, device=student_hidden.device)
-        elif reduction == "mean":
-            count = mask.sum()
         if chosen == "reference":
             total = reference.soft_label_total(*tensors, **setting)
             return total if count is None else safe_divide(total, count)
@@ -159,7 +161,7 @@ def token_cross_entropy(
             count = torch.full((), index.numel(), device=hidden.device)
         elif reduction == "mean":
             count = (labels != ignore_index).sum()
-        setting = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
+        setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
         if chosen == "reference":
             total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
             return total if count is None else safe_divide(total, count)
