@@ -170,7 +170,7 @@ def compile_all(variants: list[Variant]) -> list[Result]:
 
 def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Variant]:
     """Every distinct variant that the calls (label, function to run on meta tensors) launch."""
-    found = {}
+    variants = {}
     for label, call in calls:
         for architecture in ARCHITECTURES:
             with recording(architecture) as launches:
@@ -179,8 +179,8 @@ def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Varia
                 variant = variant_of(launch, "", architecture)
                 key = (variant,)
                 name = variant.kernel.removesuffix("_kernel")
-                found.setdefault(key, variant_of(launch, f"{name} {label}", architecture))
-    return list(found.values())
+                variants.setdefault(key, variant_of(launch, f"{name} {label}", architecture))
+    return list(variants.values())
 
 
 def compile_cuda(source: Path) -> list[Result]:

@@ -282,8 +282,8 @@ def measure(
                 times[name]["forward"].append(seconds_of(calls[name]))
             times[name]["both"].append(seconds_of(lambda name=name: step(work, calls[name])))
     return {
-        name: {kind: statistics.median(values) for kind, values in found.items()}
-        for name, found in times.items()
+        name: {kind: statistics.median(values) for kind, values in kinds.items()}
+        for name, kinds in times.items()
     }
 
 
@@ -439,53 +439,56 @@ def run_bench(
         for rival in RIVALS:
             row[f"vs_{rival}"] = times[rival]["both"] / times[name]["both"] if rival in times else None
         rows.append(row)
-    found = {"machine": machine(), "operator": operator, "work": work.label, "dtype": dtype}
-    found |= {
+    report = {"machine": machine(), "operator": operator, "work": work.label, "dtype": dtype}
+    report |= {
         "flops": work.flops,
         "bytes": work.bytes,
         "measured_flops": flops,
         "measured_bandwidth": bandwidth,
     }
-    found |= {"rows": rows, "failures": failures, "stopped": stopped}
-    _print(found)
+    report |= {"rows": rows, "failures": failures, "stopped": stopped}
+    _print(report)
     if json_path is not None:
-        disk.save_json(json_path, found)
+        disk.save_json(json_path, report)
     if plot_path is not None:
-        _plot(found, plot_path)
+        _plot(report, plot_path)
     return int(bool(failures))
 
 
-def _print(found: dict) -> None:
-    for key, value in found["machine"].items():
+def _print(report: dict) -> None:
+    for key, value in report["machine"].items():
         print(f"{key}: {value}")
-    print(f"{found['operator']} {found['work']} {found['dtype']}: {found['flops'] / 1e9:.2f} GFLOP, ", end="")
-    print(f"{found['bytes'] / 2**20:.1f} MiB; roofline ", end="")
-    print(f"{found['measured_flops'] / 1e9:.0f} GFLOP/s, {found['measured_bandwidth'] / 1e9:.1f} GB/s")
-    rivals = [name for name in RIVALS if any(row[f"vs_{name}"] is not None for row in found["rows"])]
+    print(
+        f"{report['operator']} {report['work']} {report['dtype']}: {report['flops'] / 1e9:.2f} GFLOP, ",
+        end="",
+    )
+    print(f"{report['bytes'] / 2**20:.1f} MiB; roofline ", end="")
+    print(f"{report['measured_flops'] / 1e9:.0f} GFLOP/s, {report['measured_bandwidth'] / 1e9:.1f} GB/s")
+    rivals = [name for name in RIVALS if any(row[f"vs_{name}"] is not None for row in report["rows"])]
     print(f"{'backend':10} {'forward ms':>11} {'fwd+bwd ms':>11} ", end="")
     print(*(f"{'vs ' + name:>14}" for name in rivals), f"{'roofline':>9} {'extra MiB':>10}")
-    for row in found["rows"]:
+    for row in report["rows"]:
         ratios = [f"{row[f'vs_{name}']:13.2f}×" for name in rivals]
         memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
         print(f"{row['backend']:10} {row['forward'] * 1e3:11.2f} {row['both'] * 1e3:11.2f} ", end="")
         print(*ratios, f"{row['roofline']:9.0%} {memory:>10}")
-    for name, failure in found["failures"].items():
+    for name, failure in report["failures"].items():
         print(f"{name}: not timed, its check failed: {failure}")
-    for name, reason in found["stopped"].items():
+    for name, reason in report["stopped"].items():
         print(f"{name}: not timed: {reason}")
 
 
-def _plot(found: dict, path: str | Path) -> None:
+def _plot(report: dict, path: str | Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    bars = axes.bar(*zip(*((row["backend"], row["both"] * 1e3) for row in found["rows"]), strict=True))
+    bars = axes.bar(*zip(*((row["backend"], row["both"] * 1e3) for row in report["rows"]), strict=True))
     axes.bar_label(bars, fmt="%.1f")
     axes.set_ylabel("forward + backward, ms")
-    axes.set_title(f"{found['operator']} {found['work']} {found['dtype']}", fontsize=10)
+    axes.set_title(f"{report['operator']} {report['work']} {report['dtype']}", fontsize=10)
     with disk.explained(path):
         figure.savefig(path, dpi=150)
     pyplot.close(figure)

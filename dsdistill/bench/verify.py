@@ -348,11 +348,11 @@ def run_verify(json_path: str | Path | None = None) -> int:
 
 
 def _run_cases(check: str, run: Callable, backend: str, dtype: torch.dtype) -> list[dict]:
-    found: dict[str, dict] = {}
+    by_operator: dict[str, dict] = {}
     for case in all_cases():
         if not runnable(case, backend, dtype, check):
             continue
-        row = found.setdefault(
+        row = by_operator.setdefault(
             case.operator,
             {
                 "operator": case.operator,
@@ -369,4 +369,4 @@ def _run_cases(check: str, run: Callable, backend: str, dtype: torch.dtype) -> l
             row["worst"] = max(row["worst"], run(case, backend, dtype))
         except Mismatch as error:
             row["failures"].append(f"{case.name}: {error}")
-    return list(found.values())
+    return list(by_operator.values())

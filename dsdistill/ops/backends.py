@@ -55,11 +55,11 @@ def register_gradients(name: str, *, arguments: int, differentiable: Sequence[in
         ctx.mark_non_differentiable(*output[1:])
 
     def backward(ctx, upstream, *_):
-        found = [None] * arguments
+        gradients = [None] * arguments
         for index, gradient, dtype in zip(differentiable, ctx.saved_tensors, ctx.dtypes, strict=True):
             if ctx.needs_input_grad[index] and gradient.numel():
-                found[index] = (gradient * upstream).to(dtype)
-        return tuple(found)
+                gradients[index] = (gradient * upstream).to(dtype)
+        return tuple(gradients)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
 

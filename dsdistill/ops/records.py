@@ -101,15 +101,15 @@ def gpu_choice(
 @functools.cache
 def _agrees(operator, variant, dtype, device, backend, function, shapes) -> bool:
     """Compares a backend with `chunked` on one small call, and says so in the log."""
-    found = agreement(dtype, device, backend, function, dict(shapes), variant)
-    verdict = "agrees with" if found else "differs from"
+    agrees = agreement(dtype, device, backend, function, dict(shapes), variant)
+    verdict = "agrees with" if agrees else "differs from"
     logger.info(
         "%s: no record of this GPU's architecture; on a small call %r %s 'chunked'",
         operator,
         backend,
         verdict,
     )
-    return found
+    return agrees
 
 
 def agreement(dtype, device, backend, function, shapes, variant) -> bool:

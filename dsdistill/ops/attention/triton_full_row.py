@@ -85,7 +85,7 @@ def full_row_kernel(
     labels += b * N
     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
     column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
-    found = exists(
+    present = exists(
         rows[:, None],
         columns[None, :],
         row_labels[:, None],
@@ -106,16 +106,16 @@ def full_row_kernel(
     s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
 
     if DIVERGENCE == SCORE_MSE:
-        difference = tl.where(found, s - t, 0.0)
+        difference = tl.where(present, s - t, 0.0)
         loss = tl.sum(difference * difference, 1)
         slope = 2.0 * difference
     else:
-        m_s = tl.maximum(tl.max(tl.where(found, s, LOWEST), 1), LOWEST)
-        m_t = tl.maximum(tl.max(tl.where(found, t, LOWEST), 1), LOWEST)
+        m_s = tl.maximum(tl.max(tl.where(present, s, LOWEST), 1), LOWEST)
+        m_t = tl.maximum(tl.max(tl.where(present, t, LOWEST), 1), LOWEST)
         s -= m_s[:, None]
         t -= m_t[:, None]
-        p_s = tl.where(found, tl.exp2(s), 0.0)
-        p_t = tl.where(found, tl.exp2(t), 0.0)
+        p_s = tl.where(present, tl.exp2(s), 0.0)
+        p_t = tl.where(present, tl.exp2(t), 0.0)
         l_s, l_t = tl.sum(p_s, 1), tl.sum(p_t, 1)
         some = l_s > 0  # a row without keys: everything 0
         l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
@@ -124,7 +124,7 @@ def full_row_kernel(
         p_t *= (1.0 / l_t)[:, None]
         slope = p_s - p_t
         if DIVERGENCE == KL:
-            entries = tl.where(found, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
+            entries = tl.where(present, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
             loss = tl.sum(entries, 1) * LN2
         else:
             loss = tl.sum(slope * slope, 1)

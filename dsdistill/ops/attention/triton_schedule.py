@@ -57,10 +57,10 @@ def arguments(tensors, pairs, divergence, student_scale, teacher_scale, heads, c
 
 def lack(tensors: Sequence[Tensor]) -> str | None:
     """Why these kernels cannot take a call; None if they can."""
-    found = triton_lack(*tensors)
-    if found is None and not fits(tensors):
-        found = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
-    return found
+    reason = triton_lack(*tensors)
+    if reason is None and not fits(tensors):
+        reason = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
+    return reason
 
 
 def left_to_chunked(tensors: Sequence[Tensor]) -> str | None:
@@ -208,8 +208,7 @@ class _Call:
                 merged = needs[1] and not deterministic and row_merges(self.tensors)
                 return self.full_row(needs, tile, merged)
         merged = plan != "sweeps" and all(needs) and not deterministic
-        found = self.statistics(lse)
-        return self.sweeps(needs, merged, *found)
+        return self.sweeps(needs, merged, *self.statistics(lse))
 
     def statistics(self, lse: tuple[Tensor, Tensor] | None):
         """(loss, statistics of the rows); the loss is None where a later sweep finds it."""

@@ -112,16 +112,16 @@ def hidden_alignment_rows(
         hidden = student.reshape(-1, student.shape[2])
         dtype = storage_dtype(student) if wanted[0] else None
         values, gradient = rows(hidden, target, None, weights, coefficient, divergence, dtype)
-        found = [None if gradient is None else gradient.view(student.shape), None, None]
-        return values.sum() * coefficient, *_returned((student, None, None), found)
+        gradients = [None if gradient is None else gradient.view(student.shape), None, None]
+        return values.sum() * coefficient, *_returned((student, None, None), gradients)
     # NaN in padding must not pass through the products.
     hidden = zero_masked(student, mask).reshape(-1, student.shape[2])
-    value, found = _projected(
+    value, gradients = _projected(
         rows, hidden, target, projection, bias, weights, coefficient, divergence, wanted
     )
-    if found[0] is not None:
-        found[0] = found[0].view(student.shape)
-    return value * coefficient, *_returned((student, projection, bias), found)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].view(student.shape)
+    return value * coefficient, *_returned((student, projection, bias), gradients)
 
 
 def _projected(

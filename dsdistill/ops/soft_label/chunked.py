@@ -148,8 +148,8 @@ def _over_blocks(
             d_hidden[tokens] = head.product(gradient, head.matrix)
         if needs[1]:
             if d_matrix is None or head.native:
-                found = head.product(gradient.t(), rows)
-                d_matrix = found if d_matrix is None else d_matrix.add_(found)
+                part = head.product(gradient.t(), rows)
+                d_matrix = part if d_matrix is None else d_matrix.add_(part)
             else:
                 d_matrix.addmm_(gradient.t(), rows.to(head.dtype))
         if d_bias is not None:
