@@ -14,6 +14,7 @@ from dsdistill.config import UserError, load
 from dsdistill.data import read
 from dsdistill.disk import check_file, check_writable
 from dsdistill.engine.run_folder import RunFolder
+from dsdistill.ops.backends import extension
 from tests.engine.test_resume import make_checkpoint
 from tests.mistakes import CONFIG, DATA, HEADER
 
@@ -71,8 +72,18 @@ ARGUMENTS = {
         ["--out: got config.yaml/out", "is no folder"],
     ),
     "export over a file": (["export", "nowhere", "--out", "CONFIG"], ["--out: got ", "is no folder"]),
-    "no such dtype": (["bench", "attention", "--dtype", "float8"], ["float8"]),
-    "no such backend": (["bench", "attention", "--backends", "metal"], ["metal"]),
+    "no such dtype": (
+        ["bench", "attention", "--dtype", "float8"],
+        ["bench dtype: got 'float8', expected one of"],
+    ),
+    "no such backend": (
+        ["bench", "attention", "--backends", "metal"],
+        ["bench backends: got ['metal'], "],
+    ),
+    "no such type of a step": (
+        ["bench", "step", "--dtype", "float8"],
+        ["bench dtype: got 'float8', expected one of 'float32', 'bfloat16'"],
+    ),
     "no such plan": (["compare", "nowhere.yaml"], ["nowhere.yaml"]),
     "a config as plan": (["compare", "CONFIG"], ["seeds and methods"]),
     "no such run": (["evaluate", "nowhere"], ["nowhere: got no such folder"]),
@@ -241,6 +252,28 @@ def test_arguments(config, refused, case):
     arguments, parts = ARGUMENTS[case]
     path = config()
     _holds(refused(*(path if argument == "CONFIG" else argument for argument in arguments)), parts)
+
+
+# Environment variables of commands that read them: command, value, the whole line after the variable's name.
+VARIABLES = {
+    ("verify", "--aot", "TRITON_INTERPRET", "1"): "it unset, since nothing is compiled in the interpreter",
+    ("verify", "--aot", "TRITON_INTERPRET", "yes"): "it unset, since nothing is compiled in the interpreter",
+    ("verify", "DSDISTILL_ISA", "mmx"): "one of portable",
+    ("bench", "pairwise", "DSDISTILL_ISA", "mmx"): "one of portable",
+    ("bench", "step", "DSDISTILL_ISA", ""): "one of portable",
+}
+
+
+@pytest.mark.parametrize("given", VARIABLES, ids=" ".join)
+def test_variables(refused, monkeypatch, given):
+    *command, name, value = given
+    if name == "DSDISTILL_ISA" and extension() is None:
+        pytest.skip("the native operators are not built")
+    monkeypatch.setenv(name, value)
+    line = refused(*command)
+    shown = repr(value) if name == "DSDISTILL_ISA" else value
+    assert line.startswith(f"{name}: got {shown}, expected {VARIABLES[given]}"), line
+    assert line.count("got") == 1 and line.count("expected") == 1
 
 
 @_all(YAML)

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(Tensor student, 
   a.valid = tokens.data();
   a.count = int64_t(tokens.size());
   a.divergence = HiddenDivergence(divergence);
-  const double divisor = weight * (divergence == 0 ? double(a.teacher_width) : 1.0);
+  const double divisor = weight * (a.divergence == HiddenDivergence::mse ? double(a.teacher_width) : 1.0);
   a.coefficient = mean && divisor > 0 ? 1 / divisor : 1;
 
   const bool nothing = a.count == 0;

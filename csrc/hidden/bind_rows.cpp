@@ -3,6 +3,7 @@
 #include "bind_rows.h"
 
 #include "../common/binding.h"
+#include "cpu.h"
 #include "rows.h"
 
 // Absent from a torch without CUDA, which then loads this library all the same.
@@ -61,7 +62,7 @@ Tensor arguments_of(HiddenRows& rows, const Tensor& y, const Tensor& target, con
     check(rows.gradient_type == RowType::float32 || rows.y_type != RowType::float16,
           "gradient: expected float32 beside a float16 y");
   }
-  rows.cosine = divergence == 1;
+  rows.cosine = HiddenDivergence(divergence) == HiddenDivergence::cosine;
   Tensor values = torch::stable::new_empty(weights, std::vector<int64_t>{rows.tokens}, ScalarType::Float);
   rows.values = static_cast<float*>(values.mutable_data_ptr());
   return values;

@@ -15,31 +15,35 @@ def change_alignment(
     teacher: tuple[Tensor, Tensor],
     teacher_head: Tensor,
     *,
-    mask: Tensor,
+    mask: Tensor | None = None,
+    index: Tensor | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> Tensor:
     """Σ over tokens of 1 − cos(Δ_S, Δ_T), with Δ = log softmax(W h_upper) − log softmax(W h_lower) over the vocabulary.
 
     student, teacher: lower and upper states, (B, N, D) each, as a head reads them. Heads (V, D); biases (V,).
-    mask: (B, N) bool, True = the token counts. A change shorter than 1e-12 has cosine 0.
+    The tokens that count are given in one of two ways: mask (B, N) bool, True = the token counts, or index (K,) int64,
+    ascending, their flat places b·N + n. A change shorter than 1e-12 has cosine 0.
 
     Returns a float32 scalar (float64 if a state is) with gradients to the student's states; heads are constants.
     """
     dtype = accumulate_dtype(*student, *teacher)
     heads = [Head(student_head, student_bias, dtype), Head(teacher_head, teacher_bias, dtype)]
-    places = mask.flatten().nonzero()[:, 0]
+    device = student[0].device
+    if index is None:
+        index = mask.flatten().nonzero()[:, 0]
     size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, student_head.shape[0])))
 
     def compute(needs: Sequence[bool]):
         rows = [[state.detach().flatten(0, 1) for state in states] for states in (student, teacher)]
-        total = torch.zeros((), dtype=dtype, device=mask.device)
+        total = torch.zeros((), dtype=dtype, device=device)
         gradients = (
             [torch.zeros(own.shape, dtype=dtype, device=own.device) for own in rows[0]]
             if any(needs)
             else None
         )
-        for tokens in places.split(size):
+        for tokens in index.split(size):
             lower, upper = (heads[0].logits(state[tokens]).log_softmax(-1) for state in rows[0])
             other = _change(*(heads[1].logits(state[tokens]).log_softmax(-1) for state in rows[1]))
             change, inverse, cosine = _compare(upper - lower, other)
@@ -57,7 +61,7 @@ def change_alignment(
         )
         return total, found
 
-    with without_autocast(mask.device):
+    with without_autocast(device):
         return with_stored_gradients(compute, student, None)
 
 

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from dsdistill import disk
-from dsdistill.ops.gpu import Launch, interpreting, recording
+from dsdistill.config import UserError
+from dsdistill.ops.gpu import Launch, recording
 
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448}  # bytes a block may have
@@ -169,7 +170,7 @@ def compile_all(variants: list[Variant]) -> list[Result]:
 
 def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Variant]:
     """Every distinct variant that the calls (label, function to run on meta tensors) launch."""
-    found = {}
+    variants = {}
     for label, call in calls:
         for architecture in ARCHITECTURES:
             with recording(architecture) as launches:
@@ -178,8 +179,8 @@ def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Varia
                 variant = variant_of(launch, "", architecture)
                 key = (variant,)
                 name = variant.kernel.removesuffix("_kernel")
-                found.setdefault(key, variant_of(launch, f"{name} {label}", architecture))
-    return list(found.values())
+                variants.setdefault(key, variant_of(launch, f"{name} {label}", architecture))
+    return list(variants.values())
 
 
 def compile_cuda(source: Path) -> list[Result]:
@@ -221,14 +222,19 @@ def cuda_sources() -> list[Path]:
 
 
 def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
-    """Compile every kernel variant whose label contains `match`; print a table. Returns 0, or 1 on a failure."""
+    """Compile every kernel variant whose label contains `match`; print a table. Returns 0, or 1 on a failure.
+
+    Raises UserError where Triton's interpreter is chosen (TRITON_INTERPRET).
+    """
     import triton
 
     from dsdistill.bench.aot_calls import all_calls
 
-    if interpreting():
-        raise ValueError(
-            "TRITON_INTERPRET: got 1, expected it unset, since nothing is compiled in the interpreter"
+    if triton.knobs.runtime.interpret:  # by Triton's own reading of the variable, which takes "yes" too
+        raise UserError(
+            "TRITON_INTERPRET",
+            os.environ.get("TRITON_INTERPRET"),
+            "it unset, since nothing is compiled in the interpreter",
         )
     results = compile_all([v for v in variants_of(all_calls()) if match in v.label])
     if shutil.which("nvcc"):

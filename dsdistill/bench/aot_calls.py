@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dsdistill.ops.attention import triton_plan as attention
+from dsdistill.ops.attention import triton_schedule as attention
 from dsdistill.ops.attention.native import DIVERGENCE_CODES
+from dsdistill.ops.hidden import native as hidden_native
 from dsdistill.ops.hidden import rows as hidden
-from dsdistill.ops.pairwise import triton_plan as pairwise
+from dsdistill.ops.pairwise import triton_panels as pairwise
 from dsdistill.ops.pairwise.native import RELATION_CODES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -103,12 +104,12 @@ def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
                 arguments = (states, states, mask, _empty(2, 1024), _empty(), code, gradient)
                 label = f"{name} {relation}{' gradient' if gradient else ''}"
                 yield label, functools.partial(pairwise.run, *arguments)
-        for divergence in (0, 1):
+        for divergence, code in hidden_native.DIVERGENCE_CODES.items():
             for width in (768, 8192):
                 y = _empty(1024, width, dtype=torch.float32 if width == 768 else dtype)
                 target, weights = _empty(1024, width, dtype=dtype), _empty(1024)
-                arguments = (y, target, _empty(width), weights, _empty(), divergence, dtype)
-                label = f"{name} hidden {'cosine' if divergence else 'mse'} D{width}"
+                arguments = (y, target, _empty(width), weights, _empty(), code, dtype)
+                label = f"{name} hidden {divergence} D{width}"
                 yield label, functools.partial(hidden.triton_rows, *arguments)
 
 

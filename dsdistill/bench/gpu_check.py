@@ -80,17 +80,17 @@ def verify(out: Path, dry: bool) -> None:
         for dtype in ([torch.float32] if dry else checks.DTYPES)
         if checks.runnable(case, backend, dtype, name) and not (dry and index > 1)
     ]
-    found = {"checks": len(tasks), "done": 0, "worst": 0.0, "failures": []}
+    outcome = {"checks": len(tasks), "done": 0, "worst": 0.0, "failures": []}
     with ProcessPoolExecutor(min(12, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
         for failure, ratio in pool.map(check_one, tasks):
-            found["done"] += 1
-            found["worst"] = max(found["worst"], ratio)
-            found["failures"] += [failure] if failure else []
-            if found["done"] % 20 == 0 or failure:
-                save(out, found)
-    save(out, found)
-    print(*found["failures"], sep="\n")
-    sys.exit(bool(found["failures"]))
+            outcome["done"] += 1
+            outcome["worst"] = max(outcome["worst"], ratio)
+            outcome["failures"] += [failure] if failure else []
+            if outcome["done"] % 20 == 0 or failure:
+                save(out, outcome)
+    save(out, outcome)
+    print(*outcome["failures"], sep="\n")
+    sys.exit(bool(outcome["failures"]))
 
 
 def check_one(task: tuple) -> tuple[str | None, float]:
@@ -108,7 +108,7 @@ def bench(out: Path, dry: bool) -> None:
     """Rows are written as they come: what the budget cuts off is lost alone."""
     from dsdistill.bench.operators import run_bench
 
-    found = []
+    rows = []
     for operator, options, dtype, variant in TINY_BENCHES if dry else BENCHES:
         path = out.with_suffix(".one")
         backends = ["eager", "chunked"] if dry else None
@@ -123,8 +123,8 @@ def bench(out: Path, dry: bool) -> None:
                 memory=not dry,
                 json_path=path,
             )
-            found.append(json.loads(path.read_text()) | {"options": options, "variant": variant})
-            save(out, found)
+            rows.append(json.loads(path.read_text()) | {"options": options, "variant": variant})
+            save(out, rows)
         except RuntimeError as error:
             print(f"{operator} {options}: {error}")
 
@@ -133,7 +133,7 @@ def lengths(out: Path, dry: bool) -> None:
     """Attention kl in bfloat16, one sequence: milliseconds and extra MiB of each length."""
     from dsdistill.bench import operators
 
-    found = []
+    rows = []
     backends = ("chunked",) if dry else ("triton", "eager", "chunked")
     for tokens in LENGTHS[:1] if dry else LENGTHS:
         options = {"batch": 1, "heads": 1 if dry else 8, "tokens": 32 if dry else tokens}
@@ -147,8 +147,8 @@ def lengths(out: Path, dry: bool) -> None:
                 times = operators.measure(work, calls, 3, 5.0)[name]
                 memory = None if dry else operators.peak_memory("attention", options, "bfloat16", name)
                 row |= {"forward": times["forward"], "both": times["both"], "memory_mib": memory}
-            found.append(row)
-            save(out, found)
+            rows.append(row)
+            save(out, rows)
 
 
 def job(out: Path, dry: bool) -> None:
@@ -218,8 +218,8 @@ PARTS = {"verify": verify, "bench": bench, "lengths": lengths, "job": job, "test
 PARTS["sanitizer"] = sanitizer
 
 
-def save(path: Path, found: object) -> None:
-    path.write_text(json.dumps(found, indent=1))
+def save(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1))
 
 
 def run_part(name: str, work: Path, log, dry: bool, command: list[str] | None = None) -> dict:
@@ -245,28 +245,28 @@ def run_part(name: str, work: Path, log, dry: bool, command: list[str] | None = 
         status = f"stopped after its {BUDGETS[name]} s"
     seconds = round(time.monotonic() - start, 1)
     try:
-        found = json.loads(out.read_text()) if out.exists() else None
+        result = json.loads(out.read_text()) if out.exists() else None
     except ValueError:  # cut off while it was written
-        found = None
+        result = None
     print(f"== {name}: {status} ({seconds} s)", flush=True)
-    return {"status": status, "seconds": seconds, "found": found}
+    return {"status": status, "seconds": seconds, "found": result}
 
 
 def record_rows(benches: list[dict] | None) -> list[dict]:
     """What `auto` reads: each backend of ours against `chunked`."""
     rows = []
-    for found in benches or ():
-        times = {row["backend"]: row["both"] for row in found["rows"]}
+    for measured in benches or ():
+        times = {row["backend"]: row["both"] for row in measured["rows"]}
         for backend in ("triton", "cuda"):
-            if backend in times and "chunked" in times and found["operator"] in PUBLIC:
+            if backend in times and "chunked" in times and measured["operator"] in PUBLIC:
                 rows.append(
                     {
-                        "operator": PUBLIC[found["operator"]],
-                        "variant": found["variant"],
-                        "dtype": found["dtype"],
-                        "tokens": found["options"]["tokens"],
+                        "operator": PUBLIC[measured["operator"]],
+                        "variant": measured["variant"],
+                        "dtype": measured["dtype"],
+                        "tokens": measured["options"]["tokens"],
                         "backend": backend,
-                        "checked": backend not in found["failures"],
+                        "checked": backend not in measured["failures"],
                         "vs_chunked": times["chunked"] / times[backend],
                     }
                 )
@@ -291,12 +291,12 @@ def machine() -> dict:
     }
 
 
-def markdown(found: dict) -> str:
-    lines = [f"# {found['gpu']}, {found['date']}", ""]
-    lines += [f"torch {found['torch']}, Triton {found['triton']}, Python {found['python']}", ""]
+def markdown(record: dict) -> str:
+    lines = [f"# {record['gpu']}, {record['date']}", ""]
+    lines += [f"torch {record['torch']}, Triton {record['triton']}, Python {record['python']}", ""]
     lines += ["| part | outcome | seconds |", "|---|---|---|"]
-    lines += [f"| {name} | {part['status']} | {part['seconds']} |" for name, part in found["parts"].items()]
-    checks = found["parts"].get("verify", {}).get("found")
+    lines += [f"| {name} | {part['status']} | {part['seconds']} |" for name, part in record["parts"].items()]
+    checks = record["parts"].get("verify", {}).get("found")
     if checks:
         lines += [
             "",
@@ -304,7 +304,7 @@ def markdown(found: dict) -> str:
         ]
         lines += [f"worst error {checks['worst']:.2f} of what is allowed", ""]
         lines += [f"- {failure}" for failure in checks["failures"][:20]]
-    results = {name: part["found"] for name, part in found["parts"].items() if part["found"]}
+    results = {name: part["found"] for name, part in record["parts"].items() if part["found"]}
     if "bench" in results:
         lines += [
             "",
@@ -335,13 +335,13 @@ def markdown(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plots(found: dict, out: Path) -> None:
+def plots(record: dict, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in found["parts"].get("lengths", {}).get("found") or () if not row["stopped"]]
+    rows = [row for row in record["parts"].get("lengths", {}).get("found") or () if not row["stopped"]]
     if not rows:
         return
     for key, label in (("both", "forward + backward, s"), ("memory_mib", "extra memory, MiB")):
@@ -350,7 +350,7 @@ def plots(found: dict, out: Path) -> None:
             points = [(r["tokens"], r[key]) for r in rows if r["backend"] == backend and r[key]]
             if points:
                 axes.loglog(*zip(*points, strict=True), "o-", label=backend)
-        axes.set(xlabel="tokens", ylabel=label, title=f"attention kl, {found['gpu']}")
+        axes.set(xlabel="tokens", ylabel=label, title=f"attention kl, {record['gpu']}")
         if axes.lines:
             axes.legend()
         figure.savefig(out / f"lengths-{'time' if key == 'both' else 'memory'}.png", dpi=120)
@@ -373,24 +373,24 @@ def main() -> int:
         )
         return 2
     given.out.mkdir(parents=True, exist_ok=True)
-    found = machine() | {"dry_run": given.dry_run, "rows": [], "parts": {}}
-    name = re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower()) + "-" + found["date"]
+    record = machine() | {"dry_run": given.dry_run, "rows": [], "parts": {}}
+    name = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower()) + "-" + record["date"]
     with tempfile.TemporaryDirectory() as scratch, (given.out / "log.txt").open("a") as log:
         work = Path(scratch)
         (work / "records").mkdir()
         for part in [given.only] if given.only else PARTS:
-            found["parts"][part] = run_part(part, work, log, given.dry_run)
+            record["parts"][part] = run_part(part, work, log, given.dry_run)
             if part == "bench":
-                found["rows"] = record_rows(found["parts"][part]["found"])
-                save(work / "records" / "this.json", found | {"parts": {}})
-            save(given.out / f"{name}.json", found)
-            (given.out / f"{name}.md").write_text(markdown(found), encoding="utf-8")
+                record["rows"] = record_rows(record["parts"][part]["found"])
+                save(work / "records" / "this.json", record | {"parts": {}})
+            save(given.out / f"{name}.json", record)
+            (given.out / f"{name}.md").write_text(markdown(record), encoding="utf-8")
     try:
-        plots(found, given.out)
+        plots(record, given.out)
     except ImportError as error:
         print(f"== no plots: {error}")
     print((given.out / f"{name}.md").read_text(encoding="utf-8"))
-    return int(any(part["status"] != "passed" for part in found["parts"].values()))
+    return int(any(part["status"] != "passed" for part in record["parts"].values()))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def write_configs(folder: Path, tiny: bool) -> list[tuple[Path, dict]]:
     lines = [" ".join(rng.choice(words[3:]) for _ in range(256)) for _ in range(most // 256 + 1)]
     text = folder / "text.txt"
     text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    found = []
+    jobs = []
     for length, batch in lengths.items():
         terms = {}
         for level, added in LEVELS.items():
@@ -99,10 +99,10 @@ def write_configs(folder: Path, tiny: bool) -> list[tuple[Path, dict]]:
             }
             path = folder / f"{name}.yaml"
             path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-            found.append(
+            jobs.append(
                 (path, {"terms": " + ".join(terms), "tokens": length, "batch": batch, "steps": steps})
             )
-    return found
+    return jobs
 
 
 def main(folder: Path, tiny: bool) -> None:

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.bench import verify
+from dsdistill.bench.arguments import check_common
 from dsdistill.bench.cases import FUNCTIONS
+from dsdistill.config import UserError
 from dsdistill.ops import available_backends
-from dsdistill.ops.attention import triton_plan
+from dsdistill.ops.attention import triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import attention_total
-from dsdistill.ops.library import extension
+from dsdistill.ops.backends import extension
 
 # Contenders that the others are compared with.
 RIVALS = ("eager", "eager-half", "compile")
@@ -85,10 +87,7 @@ def attention_work(
 
 
 def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
-    student, teacher = (
-        randn(batch, tokens, width).to(dtype),
-        randn(batch, tokens, width).to(dtype),
-    )
+    student, teacher = (randn(batch, tokens, width).to(dtype) for _ in range(2))
     return Work(
         "pairwise",
         f"{relation} B{batch} N{tokens} D{width}",
@@ -104,10 +103,8 @@ def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch
 def hidden_work(
     tokens=2048, width=768, teacher_width=1024, projected=True, divergence="mse", dtype=torch.float32
 ):
-    student, teacher = (
-        randn(1, tokens, width).to(dtype),
-        randn(1, tokens, teacher_width if projected else width).to(dtype),
-    )
+    student = randn(1, tokens, width).to(dtype)
+    teacher = randn(1, tokens, teacher_width if projected else width).to(dtype)
     if not projected:
         return Work(
             "hidden",
@@ -242,11 +239,11 @@ def contender(work: Work, name: str) -> Callable[[], Tensor]:
 
 
 def with_plan(work: Work, plan: str) -> Tensor:
-    before, triton_plan.default_plan = triton_plan.default_plan, plan
+    before, triton_schedule.default_plan = triton_schedule.default_plan, plan
     try:
         return work.loss("triton")
     finally:
-        triton_plan.default_plan = before
+        triton_schedule.default_plan = before
 
 
 def step(work: Work, loss: Callable[[], Tensor]) -> None:
@@ -285,8 +282,8 @@ def measure(
                 times[name]["forward"].append(seconds_of(calls[name]))
             times[name]["both"].append(seconds_of(lambda name=name: step(work, calls[name])))
     return {
-        name: {kind: statistics.median(values) for kind, values in found.items()}
-        for name, found in times.items()
+        name: {kind: statistics.median(values) for kind, values in kinds.items()}
+        for name, kinds in times.items()
     }
 
 
@@ -392,31 +389,27 @@ def run_bench(
         seconds: time after which no further repeat begins.
 
     Raises:
-        ValueError: an operator, dtype, backend or option that does not exist.
+        UserError: an operator, dtype, backend, option or instruction set that does not exist.
     """
     if operator not in WORKS:
-        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(map(repr, WORKS))}, 'step'")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, DTYPES))}")
-    unknown = set(backends or ()) - set(CONTENDERS)
-    if unknown:
-        raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(CONTENDERS)}")
+        raise UserError("bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step'")
+    check_common(dtype, DTYPES, backends, CONTENDERS)
     options = options or {}
     known = {p.name: p.default for p in inspect.signature(WORKS[operator]).parameters.values()}
     del known["dtype"]
     for name in options:
         if name not in known:
-            raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+            raise UserError("bench option", repr(name), f"one of {', '.join(map(repr, known))}")
         if type(options[name]) is not type(known[name]):
-            raise ValueError(f"{name}: got {options[name]!r}, expected a value like {known[name]}")
+            raise UserError(f"bench {name}", repr(options[name]), f"a value like {known[name]}")
         if type(options[name]) is int and options[name] < 1:
-            raise ValueError(f"{name}: got {options[name]}, expected 1 or more")
+            raise UserError(f"bench {name}", options[name], "1 or more")
     present = {"eager", "compile", *available_backends()}
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")
     if operator == "soft-label":
         present -= {"cpp", "triton"}
-        if (options or {}).get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
+        if options.get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
             present.add("liger")
     if operator != "hidden":
         present.discard("cuda")
@@ -430,9 +423,8 @@ def run_bench(
     failures = {}
     for name in names:
         backend = name.partition("-")[0]
-        rival = backend in ("eager", "compile", "liger")
-        failure = None if rival else checked(operator, backend, DTYPES[dtype])
-        if failure:
+        own = backend not in ("eager", "compile", "liger")
+        if own and (failure := checked(operator, backend, DTYPES[dtype])):
             failures[name] = failure
     work = WORKS[operator](**options, dtype=DTYPES[dtype])
     flops, bandwidth = roofline()
@@ -447,54 +439,56 @@ def run_bench(
         for rival in RIVALS:
             row[f"vs_{rival}"] = times[rival]["both"] / times[name]["both"] if rival in times else None
         rows.append(row)
-    found = {
-        "machine": machine(),
-        "operator": operator,
-        "work": work.label,
-        "dtype": dtype,
+    report = {"machine": machine(), "operator": operator, "work": work.label, "dtype": dtype}
+    report |= {
         "flops": work.flops,
+        "bytes": work.bytes,
+        "measured_flops": flops,
+        "measured_bandwidth": bandwidth,
     }
-    found |= {"bytes": work.bytes, "measured_flops": flops, "measured_bandwidth": bandwidth}
-    found |= {"rows": rows, "failures": failures, "stopped": stopped}
-    _print(found)
+    report |= {"rows": rows, "failures": failures, "stopped": stopped}
+    _print(report)
     if json_path is not None:
-        disk.save_json(json_path, found)
+        disk.save_json(json_path, report)
     if plot_path is not None:
-        _plot(found, plot_path)
+        _plot(report, plot_path)
     return int(bool(failures))
 
 
-def _print(found: dict) -> None:
-    for key, value in found["machine"].items():
+def _print(report: dict) -> None:
+    for key, value in report["machine"].items():
         print(f"{key}: {value}")
-    print(f"{found['operator']} {found['work']} {found['dtype']}: {found['flops'] / 1e9:.2f} GFLOP, ", end="")
-    print(f"{found['bytes'] / 2**20:.1f} MiB; roofline ", end="")
-    print(f"{found['measured_flops'] / 1e9:.0f} GFLOP/s, {found['measured_bandwidth'] / 1e9:.1f} GB/s")
-    rivals = [name for name in RIVALS if any(row[f"vs_{name}"] is not None for row in found["rows"])]
+    print(
+        f"{report['operator']} {report['work']} {report['dtype']}: {report['flops'] / 1e9:.2f} GFLOP, ",
+        end="",
+    )
+    print(f"{report['bytes'] / 2**20:.1f} MiB; roofline ", end="")
+    print(f"{report['measured_flops'] / 1e9:.0f} GFLOP/s, {report['measured_bandwidth'] / 1e9:.1f} GB/s")
+    rivals = [name for name in RIVALS if any(row[f"vs_{name}"] is not None for row in report["rows"])]
     print(f"{'backend':10} {'forward ms':>11} {'fwd+bwd ms':>11} ", end="")
     print(*(f"{'vs ' + name:>14}" for name in rivals), f"{'roofline':>9} {'extra MiB':>10}")
-    for row in found["rows"]:
+    for row in report["rows"]:
         ratios = [f"{row[f'vs_{name}']:13.2f}×" for name in rivals]
         memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
         print(f"{row['backend']:10} {row['forward'] * 1e3:11.2f} {row['both'] * 1e3:11.2f} ", end="")
         print(*ratios, f"{row['roofline']:9.0%} {memory:>10}")
-    for name, failure in found["failures"].items():
+    for name, failure in report["failures"].items():
         print(f"{name}: not timed, its check failed: {failure}")
-    for name, reason in found["stopped"].items():
+    for name, reason in report["stopped"].items():
         print(f"{name}: not timed: {reason}")
 
 
-def _plot(found: dict, path: str | Path) -> None:
+def _plot(report: dict, path: str | Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    bars = axes.bar(*zip(*((row["backend"], row["both"] * 1e3) for row in found["rows"]), strict=True))
+    bars = axes.bar(*zip(*((row["backend"], row["both"] * 1e3) for row in report["rows"]), strict=True))
     axes.bar_label(bars, fmt="%.1f")
     axes.set_ylabel("forward + backward, ms")
-    axes.set_title(f"{found['operator']} {found['work']} {found['dtype']}", fontsize=10)
+    axes.set_title(f"{report['operator']} {report['work']} {report['dtype']}", fontsize=10)
     with disk.explained(path):
         figure.savefig(path, dpi=150)
     pyplot.close(figure)

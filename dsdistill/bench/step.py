@@ -25,7 +25,9 @@ from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.bench import operators
+from dsdistill.bench.arguments import check_common
 from dsdistill.bench.step_arms import ARMS, LEVELS, PRECISIONS, RIVALS, Sizes, make
+from dsdistill.config import UserError
 from dsdistill.data.batch import Batch
 from dsdistill.distributed.allocator import keep_freed_memory
 
@@ -62,7 +64,7 @@ def measure(
 
     Arms in turn, there and back. seconds: after which no further repeat of a point begins.
     """
-    device, found, made, built = torch.device(operators.device()), {}, {}, None
+    device, medians, made, built = torch.device(operators.device()), {}, {}, None
     for tokens, mapped in points(sizes):
         _progress(f"{tokens} tokens, {mapped} layers mapped: {', '.join(arms)}")
         if built != mapped:  # a contender's layers are fixed when it is made
@@ -83,17 +85,17 @@ def measure(
                 started = time.process_time()
                 wall = operators.seconds_of(calls[arm])
                 times[arm].append((wall, time.process_time() - started))
-        found[tokens, mapped] = {
+        medians[tokens, mapped] = {
             arm: tuple(map(statistics.median, zip(*values, strict=True))) for arm, values in times.items()
         }
     objective = next((module.objective for arm, (module, _) in made.items() if arm in LEVELS[1:]), None)
-    return found, objective.backends if objective is not None else {}
+    return medians, objective.backends if objective is not None else {}
 
 
 def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
     """MiB above weights and gradients during a step, by point. For a process of its own."""
     sizes = Sizes(**sizes)
-    device, found, built = torch.device(operators.device()), [], None
+    device, peaks, built = torch.device(operators.device()), [], None
     for tokens, mapped in points(sizes):
         if built != mapped:
             loss = None
@@ -104,8 +106,8 @@ def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
             loss(small.batch(SHORTEST, device)).backward()
         batch = sizes.batch(tokens, device)
         one_step(loss, batch)
-        found.append(_peak(functools.partial(one_step, loss, batch), device))
-    return found
+        peaks.append(_peak(functools.partial(one_step, loss, batch), device))
+    return peaks
 
 
 def _peak(call: Callable[[], None], device: torch.device) -> float:
@@ -153,18 +155,12 @@ def run_step(
         backends: the contenders, among ARMS; default: all that are installed. FLOOR is always measured, for the ratios.
 
     Raises:
-        ValueError: a dtype, arm or option that does not exist, or sizes that do not fit together.
+        UserError: a dtype, arm, option or instruction set that does not exist, or sizes that do not fit together.
     """
     sizes = check_sizes(options or {})
-    if dtype not in PRECISIONS:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
-    unknown = set(backends or ()) - set(ARMS)
-    if unknown:
-        raise ValueError(f"backends: got {sorted(unknown)}, expected some of {', '.join(ARMS)}")
+    check_common(dtype, PRECISIONS, backends, ARMS)
     if "textbrewer" in (backends or ()) and not find_spec("textbrewer"):
-        raise ValueError(
-            "backends: got 'textbrewer', which is not installed, expected pip install textbrewer"
-        )
+        raise UserError("bench backends", "'textbrewer', which is not installed", "pip install textbrewer")
     wanted = {*(backends or ARMS), FLOOR}
     names = [arm for arm in ARMS if arm in wanted and (arm != "textbrewer" or find_spec("textbrewer"))]
     if operators.device() == "cpu":
@@ -187,7 +183,7 @@ def run_step(
             row["vs_logits_cpu"] = processor if operators.device() == "cpu" else None
             row |= {"memory_mib": peak, "memory_vs_logits": peak and floor and peak / floor}
             rows.append(row)
-    found = {
+    report = {
         "machine": operators.machine() | versions(names),
         "sizes": asdict(sizes),
         "dtype": dtype,
@@ -195,11 +191,11 @@ def run_step(
         "malloc_for_memory": MALLOC,
         "rows": rows,
     }
-    _print(found)
+    _print(report)
     if json_path is not None:
-        disk.save_json(json_path, found)
+        disk.save_json(json_path, report)
     if plot_path is not None:
-        _plot(found, plot_path)
+        _plot(report, plot_path)
     return 0
 
 
@@ -207,18 +203,16 @@ def check_sizes(options: dict) -> Sizes:
     known = [field.name for field in fields(Sizes)]
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"option: got {name!r}, expected one of {', '.join(map(repr, known))}")
+            raise UserError("bench option", repr(name), f"one of {', '.join(map(repr, known))}")
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name}: got {value!r}, expected a number from 1")
+            raise UserError(f"bench {name}", repr(value), "a number from 1")
     sizes = Sizes(**options)
     if sizes.width % sizes.heads:
-        raise ValueError(f"width: got {sizes.width}, expected a multiple of heads = {sizes.heads}")
+        raise UserError("bench width", sizes.width, f"a multiple of heads = {sizes.heads}")
     if sizes.student > sizes.teacher:
-        raise ValueError(
-            f"student: got {sizes.student} layers, expected at most the teacher's {sizes.teacher}"
-        )
+        raise UserError("bench student", f"{sizes.student} layers", f"at most the teacher's {sizes.teacher}")
     if sizes.tokens < SHORTEST:
-        raise ValueError(f"tokens: got {sizes.tokens}, expected at least {SHORTEST}")
+        raise UserError("bench tokens", sizes.tokens, f"at least {SHORTEST}")
     return sizes
 
 
@@ -232,29 +226,29 @@ def versions(arms: Sequence[str]) -> dict[str, str]:
     return {name: version(name) for name in ("transformers", *(arm for arm in arms if arm == "textbrewer"))}
 
 
-def _print(found: dict) -> None:
-    for key, value in found["machine"].items():
+def _print(report: dict) -> None:
+    for key, value in report["machine"].items():
         print(f"{key}: {value}")
-    sizes = found["sizes"]
+    sizes = report["sizes"]
     print(
         f"{sizes['teacher']} → {sizes['student']} layers, width {sizes['width']}, {sizes['heads']} heads, ",
         end="",
     )
-    print(f"{found['dtype']}, {sizes['step']} tokens a step; operators: {found['backends']}")
+    print(f"{report['dtype']}, {sizes['step']} tokens a step; operators: {report['backends']}")
     print("hidden, attention, pairwise: each with all levels before it; eager, textbrewer: up to attention")
     titles = ("tokens", "mapped", "tokens/s", "vs logits", "CPU time", "peak MiB", "vs logits")
     print(f"{'':10}", *(f"{title:>9}" for title in titles))
-    for row in found["rows"]:
+    for row in report["rows"]:
         peak, ratios = row["memory_mib"], (row["vs_logits"], row["vs_logits_cpu"], row["memory_vs_logits"])
         wall, processor, memory = ("–" if ratio is None else f"{ratio:.2f}×" for ratio in ratios)
         print(f"{row['arm']:10} {row['tokens']:9} {row['mapped']:9} {row['tokens_per_second']:9.0f} ", end="")
         print(f"{wall:>9} {processor:>9} {'–' if peak is None else f'{peak:.0f}':>9} {memory:>9}")
 
 
-def _plot(found: dict, path: str | Path) -> None:
+def _plot(report: dict, path: str | Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which would choose a window system
 
-    sizes, rows = found["sizes"], found["rows"]
+    sizes, rows = report["sizes"], report["rows"]
     panels = [
         ("tokens", "vs_logits", "tokens/s, relative to logits only"),
         ("tokens", "memory_mib", "peak over models and gradients, MiB"),
@@ -284,7 +278,7 @@ def _plot(found: dict, path: str | Path) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     figure.suptitle(
         f"{sizes['teacher']} → {sizes['student']} layers, width {sizes['width']}, {sizes['heads']} heads, "
-        f"{found['dtype']}, {sizes['step']} tokens a step",
+        f"{report['dtype']}, {sizes['step']} tokens a step",
         fontsize=10,
     )
     with disk.explained(path):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsdistill import disk
+from dsdistill.bench.arguments import check_instruction_set
 from dsdistill.bench.cases import FUNCTIONS, STUDENT, TOKEN_AXIS, Case, all_cases
 from dsdistill.ops import available_backends
 from dsdistill.ops.gpu import interpreting
@@ -323,8 +324,10 @@ CHECKS: dict[str, Callable[[Case, str, torch.dtype], float]] = {
 def run_verify(json_path: str | Path | None = None) -> int:
     """Run every check on every case, backend and dtype of this machine; print a table.
 
-    json_path: also write the rows there. Returns 0 if everything passed, 1 otherwise.
+    json_path: also write the rows there. Returns 0 if everything passed, 1 otherwise. Raises UserError for an
+    instruction set that does not exist.
     """
+    check_instruction_set()
     rows = []
     for backend in available_backends():
         for dtype in DTYPES:
@@ -345,11 +348,11 @@ def run_verify(json_path: str | Path | None = None) -> int:
 
 
 def _run_cases(check: str, run: Callable, backend: str, dtype: torch.dtype) -> list[dict]:
-    found: dict[str, dict] = {}
+    by_operator: dict[str, dict] = {}
     for case in all_cases():
         if not runnable(case, backend, dtype, check):
             continue
-        row = found.setdefault(
+        row = by_operator.setdefault(
             case.operator,
             {
                 "operator": case.operator,
@@ -366,4 +369,4 @@ def _run_cases(check: str, run: Callable, backend: str, dtype: torch.dtype) -> l
             row["worst"] = max(row["worst"], run(case, backend, dtype))
         except Mismatch as error:
             row["failures"].append(f"{case.name}: {error}")
-    return list(found.values())
+    return list(by_operator.values())

@@ -30,6 +30,21 @@ class Batch:
     # (B,) float32 in [0, 1): each example's draw of this epoch, for what has a probability; None in evaluation.
     chance: Tensor | None = None
 
+    # (K,) int64, ascending: flat places b·N + n of the tokens that a language model is to predict. causal_lm: n ≥ 1;
+    # both tasks: the token is valid and has a label. The loader finds them on the host, since finding them on a GPU
+    # would wait for it. None: not a language task, or nobody has found them.
+    counted: Tensor | None = None
+
+    # The three below are declared for what comes next: nothing fills or reads them yet.
+    # (B, N) int64, positions as the models are to read them; None: each row counts from 0. A loader that puts several
+    # documents into one row is to fill them, so that each document counts from 0.
+    position_ids: Tensor | None = None
+    # (B, N) int64, which document of its row a token belongs to; None: one a row. The same loader is to fill them.
+    segments: Tensor | None = None
+    # (B,) int64, rows of the same number belong together (the two texts of one example); None: none do. A loader of
+    # examples with two texts that are read apart is to fill them.
+    pair: Tensor | None = None
+
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to
     # be predicted (padding, prompts). Labels of masked ones are the tokens that were hidden. A class or score of a
     # filler row is NO_LABEL too.

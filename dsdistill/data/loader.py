@@ -52,7 +52,20 @@ def collate(examples: Examples, rows: list[int], pad_id: int, epoch: int | None 
         labels[torch.arange(width) < examples.prompts[rows, None]] = NO_LABEL
     ids = tuple(examples.ids[row] for row in rows)
     spans = None if examples.spans is None else examples.spans.batch(rows)
-    return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows), spans)
+    counted = _counted(examples, labels, mask)
+    return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows), spans, counted=counted)
+
+
+def _counted(examples: Examples, labels: Tensor, mask: Tensor) -> Tensor | None:
+    """(K,) int64: flat places of the tokens that are to be predicted; None where labels belong to whole examples."""
+    if examples.labels is not None:
+        return None
+    chosen = (labels != NO_LABEL) & mask
+    if examples.masking is None or not examples.masking.predicted:
+        chosen[:, 0] = (
+            False  # a causal model predicts each token from those before it, and the first has none
+        )
+    return chosen.flatten().nonzero()[:, 0]
 
 
 def _filler(examples: Examples, pad_id: int) -> Batch:
@@ -65,7 +78,8 @@ def _filler(examples: Examples, pad_id: int) -> Batch:
     token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
     mask = torch.zeros_like(input_ids, dtype=torch.bool)
     spans = None if examples.spans is None else examples.spans.batch([])
-    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]), spans)
+    counted = _counted(examples, labels, mask)
+    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]), spans, counted=counted)
 
 
 class Loader:

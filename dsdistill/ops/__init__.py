@@ -5,8 +5,8 @@ Each folder holds one operator: `op.py` the public function, `reference.py` the 
 """
 
 from dsdistill.ops.attention.op import attention_alignment, relation_heads
+from dsdistill.ops.backends import BackendError, available_backends, backends_taken, load_extension
 from dsdistill.ops.hidden.op import hidden_alignment
-from dsdistill.ops.library import BackendError, available_backends, backends_taken, load_extension
 from dsdistill.ops.pairwise.op import pairwise_alignment
 from dsdistill.ops.soft_label.op import logit_alignment, soft_label_alignment, token_cross_entropy
 

@@ -5,7 +5,7 @@ Shape letters: B sequences, H heads, N tokens of a sequence, D features, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, expected: dict[str, int | None], *, like: Tensor | None = None
+    name: str, tensor: Tensor, expected: Mapping[str, int | None], *, like: Tensor | None = None
 ) -> None:
     """Raise ValueError unless `tensor` is floating, of the expected shape, and on the device of `like`.
 
@@ -68,6 +68,20 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor, name: 
     check_device(name, mask, like)
 
 
+def check_index(index: Tensor | None, mask: Tensor | None, like: Tensor) -> None:
+    """Raise ValueError unless `index` is (K,) int64 on the device of `like` and `mask` is absent; None passes.
+
+    Its values are not looked at, since that would wait for the device.
+    """
+    if index is None:
+        return
+    if mask is not None:
+        raise ValueError("mask, index: got both, expected one of them")
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index: got {tuple(index.shape)} {index.dtype}, expected (K,) int64")
+    check_device("index", index, like)
+
+
 def check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name}: got {value}, expected a number in [{low}, {high}]")
@@ -82,6 +96,13 @@ def row_weights(mask: Tensor | None, weights: Tensor | None, shape: tuple[int, i
     """Weight of each token, (B, N): `weights` (1 without) where valid, 0 where masked."""
     weights = torch.ones(shape, dtype=dtype, device=device) if weights is None else weights.detach().to(dtype)
     return weights if mask is None else weights.masked_fill(~mask, 0)
+
+
+def index_mask(index: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, N) bool of flat places (K,): True there."""
+    mask = torch.zeros(*shape, dtype=torch.bool, device=index.device)
+    mask.view(-1).index_fill_(0, index, True)
+    return mask
 
 
 def zero_masked(x_BND: Tensor, mask_BN: Tensor | None) -> Tensor:

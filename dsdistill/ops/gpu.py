@@ -6,9 +6,9 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
 class Launch:
     """One kernel launch: `arguments` by name, tensors, numbers and compile-time constants alike."""
 
-    kernel: Callable
+    kernel: Any  # of triton.jit, which mypy takes for a function
     arguments: dict
     tile: Tile
 
@@ -84,7 +84,7 @@ def recording(for_architecture: str) -> Iterator[list[Launch]]:
         _recorded = None
 
 
-def launch(kernel: Callable, programs: int, arguments: dict, tile: Tile) -> None:
+def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, tile))
     else:

@@ -60,7 +60,7 @@ def fastest(
             nearest = min(rows, key=lambda row: abs(math.log(row["tokens"] / tokens)))
             if nearest["checked"] and nearest["vs_chunked"] > 1:
                 ratios[backend] = nearest["vs_chunked"]
-    for backend in sorted(ratios, key=ratios.get, reverse=True):
+    for backend in sorted(ratios, key=lambda backend: ratios[backend], reverse=True):
         if own or check(backend):
             return backend
     return None
@@ -101,15 +101,15 @@ def gpu_choice(
 @functools.cache
 def _agrees(operator, variant, dtype, device, backend, function, shapes) -> bool:
     """Compares a backend with `chunked` on one small call, and says so in the log."""
-    found = agreement(dtype, device, backend, function, dict(shapes), variant)
-    verdict = "agrees with" if found else "differs from"
+    agrees = agreement(dtype, device, backend, function, dict(shapes), variant)
+    verdict = "agrees with" if agrees else "differs from"
     logger.info(
         "%s: no record of this GPU's architecture; on a small call %r %s 'chunked'",
         operator,
         backend,
         verdict,
     )
-    return found
+    return agrees
 
 
 def agreement(dtype, device, backend, function, shapes, variant) -> bool:

@@ -45,6 +45,11 @@ def test_changes(blocks, monkeypatch):
     assert found.item() == pytest.approx(expected.item(), rel=1e-12) and found > 1
     for mine, true in zip(gradients, torch.autograd.grad(expected, student), strict=True):
         assert torch.allclose(mine, true, atol=1e-12) and true.any()
+    index = mask.flatten().nonzero()[:, 0]
+    same = change_alignment(student, heads[0], teacher, heads[1], index=index)
+    assert torch.equal(same, found)
+    for mine, true in zip(torch.autograd.grad(same, student), gradients, strict=True):
+        assert torch.equal(mine, true)
     assert change_alignment(student, heads[0], student, heads[0], mask=mask).abs() < 1e-12
     again = change_alignment(student, heads[0], teacher, heads[1], mask=mask & False)
     assert again.item() == 0 and not torch.autograd.grad(again, student)[0].any()

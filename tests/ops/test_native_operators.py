@@ -8,7 +8,7 @@ import torch
 from dsdistill.bench import verify
 from dsdistill.bench.operators import peak_memory
 from dsdistill.ops import attention_alignment, hidden_alignment, pairwise_alignment
-from dsdistill.ops.library import extension
+from dsdistill.ops.backends import extension
 
 native = extension()
 pytestmark = pytest.mark.skipif(native is None, reason="the native operators are not built")

@@ -11,7 +11,7 @@ from operator_checks import BACKENDS
 import dsdistill.ops
 from dsdistill.bench import verify
 from dsdistill.ops import attention_alignment, pairwise_alignment
-from dsdistill.ops.library import _announce
+from dsdistill.ops.backends import _announce
 
 
 def tensors(requires_grad=True):

@@ -114,6 +114,81 @@ def test_frozen_head_gets_no_gradient(backend):
     assert hidden.grad.abs().sum() > 0
 
 
+def draws(dtype):
+    torch.manual_seed(0)
+    student = torch.randn(3, 40, 8, dtype=dtype).requires_grad_()
+    head, bias = (
+        torch.randn(211, 8, dtype=dtype).requires_grad_(),
+        torch.randn(211, dtype=dtype).requires_grad_(),
+    )
+    teacher, teacher_head = torch.randn(3, 40, 6, dtype=dtype), torch.randn(211, 6, dtype=dtype)
+    return (student, head, bias), (teacher, teacher_head)
+
+
+MASKS = {
+    "some": torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) < 0.7,
+    "one row": torch.tensor([[False], [True], [False]]).expand(3, 40),
+    "none": torch.zeros(3, 40, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", PLAIN)
+def test_places_give_what_the_mask_gives(backend, dtype, reduction, mask):
+    """Soft labels and cross-entropy are equal to the last bit, gradients too."""
+    inputs, (teacher, teacher_head) = draws(dtype)
+    student, head, bias = inputs
+    gold = torch.randint(211, (3, 40))
+    index, options = mask.flatten().nonzero()[:, 0], {"reduction": reduction, "backend": backend}
+
+    def soft(**counted):
+        return soft_label_alignment(
+            student, head, teacher, teacher_head, student_bias=bias, **counted, **options
+        )
+
+    losses = [
+        (soft(mask=mask), soft(index=index)),
+        (
+            token_cross_entropy(student, head, gold.masked_fill(~mask, -100), bias=bias, **options),
+            # Labels elsewhere are not read, whatever they are.
+            token_cross_entropy(student, head, gold.masked_fill(~mask, 5), bias=bias, index=index, **options),
+        ),
+    ]
+    for expected, found in losses:
+        assert torch.equal(expected, found) and bool(found) == bool(mask.any())
+        for mine, true in zip(
+            *(torch.autograd.grad(loss, inputs) for loss in (found, expected)), strict=True
+        ):
+            assert torch.equal(mine, true)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int64), r"^index: got \(2, 2\) torch.int64, expected \(K,\) int64"),
+        (torch.zeros(2), r"^index: got \(2,\) torch.float32, expected"),
+        (torch.zeros(2, dtype=torch.int64, device="meta"), "^index: got device meta, expected cpu"),
+    ],
+)
+def test_wrong_places_are_named(index, message):
+    (student, head, _), (teacher, teacher_head) = draws(torch.float32)
+    with pytest.raises(ValueError, match=message):
+        soft_label_alignment(student, head, teacher, teacher_head, index=index)
+    with pytest.raises(ValueError, match=message):
+        token_cross_entropy(student, head, torch.zeros(3, 40, dtype=torch.int64), index=index)
+
+
+def test_mask_and_places_exclude_each_other():
+    (student, head, _), (teacher, teacher_head) = draws(torch.float32)
+    mask = MASKS["some"]
+    with pytest.raises(ValueError, match=r"^mask, index: got both, expected one of them"):
+        soft_label_alignment(
+            student, head, teacher, teacher_head, mask=mask, index=mask.flatten().nonzero()[:, 0]
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

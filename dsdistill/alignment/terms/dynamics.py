@@ -9,10 +9,9 @@ from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.lens import change_alignment
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.terms.soft_label import common_vocabulary
-from dsdistill.alignment.terms.task import next_tokens
+from dsdistill.alignment.terms.task import count_predicted, counted_states
 from dsdistill.config import UserError
 from dsdistill.config.terms import FeatureDynamics
-from dsdistill.data.batch import NO_LABEL
 from dsdistill.models.trace import Trace
 from dsdistill.ops import soft_label_alignment
 
@@ -50,16 +49,16 @@ class FeatureDynamicsTerm(AlignmentTerm):
         self.weighting.values = weights
 
     def counts(self, batch, geometry):
-        return (next_tokens(batch) != NO_LABEL).sum().double().expand(self.parts)
+        return count_predicted(batch, self.pair.task).expand(self.parts)
 
     def sums(self, student, teacher, batch):
-        mask = next_tokens(batch) != NO_LABEL
         mine, other = (
             [_lens(trace, layer) for layer in layers]
             for trace, layers in zip((student, teacher), zip(*self.layers, strict=True), strict=True)
         )
         heads, biases = zip(*(self._head(trace) for trace in (student, teacher)), strict=True)
-        options = {"mask": mask, "student_bias": biases[0], "teacher_bias": biases[1]}
+        options = {"student_bias": biases[0], "teacher_bias": biases[1]}
+        options |= counted_states(batch, self.pair.task)
         found = []
         if self.config.levels:
             found += [

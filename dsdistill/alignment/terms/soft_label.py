@@ -3,11 +3,10 @@
 import torch
 
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.terms.task import predicting, targets
+from dsdistill.alignment.terms.task import count_predicted, counted_states, predicting
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel
-from dsdistill.data.batch import NO_LABEL
 from dsdistill.ops import logit_alignment, soft_label_alignment
 
 
@@ -44,7 +43,7 @@ class SoftLabelTerm(AlignmentTerm):
 
     def counts(self, batch, geometry):
         if self.pair.task in LANGUAGE:
-            return (targets(batch, self.pair.task) != NO_LABEL).sum().double()[None]
+            return count_predicted(batch, self.pair.task)[None]
         return batch.rows.sum().double()[None]
 
     def sums(self, student, teacher, batch):
@@ -69,7 +68,7 @@ class SoftLabelTerm(AlignmentTerm):
             teacher.head[cut],
             student_bias=None if student.head_bias is None else student.head_bias[cut],
             teacher_bias=None if teacher.head_bias is None else teacher.head_bias[cut],
-            mask=targets(batch, self.pair.task) != NO_LABEL,
             backend=self.pair.logit_backend,
+            **counted_states(batch, self.pair.task),
             **options,
         )[None]

@@ -10,21 +10,41 @@ from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.ops import token_cross_entropy
 
 
-def next_tokens(batch: Batch) -> Tensor:
-    """(B, N−1) int64: what positions 0 to N−2 are to predict, NO_LABEL where nothing."""
-    return batch.labels[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
-
-
 def targets(batch: Batch, task: str) -> Tensor:
     """(B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
     if task == "causal_lm":
-        return next_tokens(batch)
+        return batch.labels[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
     return batch.labels.masked_fill(~batch.mask, NO_LABEL)
 
 
 def predicting(states: Tensor, task: str) -> Tensor:
     """(B, M, D) of (B, N, D): the states of positions that predict a token, the next one or (masked) their own."""
     return states[:, :-1] if task == "causal_lm" else states
+
+
+def count_predicted(batch: Batch, task: str) -> Tensor:
+    """() float64 on the batch's device: how many tokens are to be predicted."""
+    if batch.counted is None:
+        return (targets(batch, task) != NO_LABEL).sum().double()
+    return torch.full((), batch.counted.numel(), dtype=torch.float64, device=batch.counted.device)
+
+
+def counted_places(batch: Batch, task: str) -> Tensor | None:
+    """(K,) int64: the flat places, among the states of `predicting`, of those that predict a token.
+
+    None where the batch does not say (`Batch.counted`).
+    """
+    if batch.counted is None or task != "causal_lm":
+        return batch.counted
+    # Token (b, n) is predicted by state (b, n − 1) of N − 1: b·N + n becomes b·(N − 1) + n − 1.
+    row = torch.div(batch.counted, batch.input_ids.shape[1], rounding_mode="floor")
+    return batch.counted - row - 1
+
+
+def counted_states(batch: Batch, task: str) -> dict[str, Tensor]:
+    """The states of `predicting` that count, as an operator's argument: `index` where the batch has it, else `mask`."""
+    index = counted_places(batch, task)
+    return {"mask": targets(batch, task) != NO_LABEL} if index is None else {"index": index}
 
 
 class TaskTerm(AlignmentTerm):
@@ -37,8 +57,7 @@ class TaskTerm(AlignmentTerm):
 
     def counts(self, batch, geometry):
         task = self.pair.task
-        counted = targets(batch, task) != NO_LABEL if task in LANGUAGE else batch.rows
-        return counted.sum().double()[None]
+        return (count_predicted(batch, task) if task in LANGUAGE else batch.rows.sum().double())[None]
 
     def sums(self, student, teacher, batch):
         task = self.pair.task
@@ -48,6 +67,7 @@ class TaskTerm(AlignmentTerm):
                 student.head,
                 targets(batch, task),
                 bias=student.head_bias,
+                index=counted_places(batch, task),
                 ignore_index=NO_LABEL,
                 reduction="sum",
                 backend=self.pair.logit_backend,

@@ -43,14 +43,17 @@ def attention_total(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """The same sum as `reference.attention_total`, and its gradients at the student's query and key if needed."""
     masked = None if pairs.mask is None else ~pairs.mask[:, None, :, None]
-    tensors = []
-    for x in (student_query, student_key, teacher_query, teacher_key):
+
+    def prepared(x: Tensor) -> Tensor:
         x = x.detach().to(dtype)
-        tensors.append(x if masked is None else x.masked_fill(masked, 0))
+        return x if masked is None else x.masked_fill(masked, 0)
+
+    student = prepared(student_query), prepared(student_key)
+    teacher = prepared(teacher_query), prepared(teacher_key)
     width = max(student_query.shape[-1], teacher_query.shape[-1])
     if divergence == "score_mse" and pairs.unrestricted and pairs.tokens >= 2 * width:
-        return _score_mse_by_identity(needs, *tensors, student_scale, teacher_scale)
-    return _by_rows(needs, *tensors, pairs, divergence, student_scale, teacher_scale, heads)
+        return _score_mse_by_identity(needs, *student, *teacher, student_scale, teacher_scale)
+    return _by_rows(needs, *student, *teacher, pairs, divergence, student_scale, teacher_scale, heads)
 
 
 def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, heads):
@@ -75,10 +78,10 @@ def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, hea
             if d_scores is None:
                 continue
             d_scores = _grouped(d_scores.mul_(scale_s), k_s.shape[1])
-            if needs[0]:
+            if d_query is not None:
                 d_block = d_scores @ k_s[sequences, :, keys]
                 d_query[sequences, :, queries] = d_block.view(d_query[sequences, :, queries].shape)
-            if needs[1]:
+            if d_key is not None:
                 d_key[sequences, :, keys] += d_scores.transpose(-1, -2) @ _grouped(
                     q_s[sequences, :, queries], k_s.shape[1]
                 )

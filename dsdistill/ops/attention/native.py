@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import accumulate_dtype, storage_dtype
-from dsdistill.ops.library import register_gradients
 
-DIVERGENCE_CODES = {"kl": 0, "mse": 1, "score_mse": 2}
+KL, MSE, SCORE_MSE = range(3)  # csrc/attention/cpu.h has the same
+DIVERGENCE_CODES = {"kl": KL, "mse": MSE, "score_mse": SCORE_MSE}
 
 
 def arguments(tensors: Sequence[Tensor], pairs, divergence, student_scale, teacher_scale, reduction) -> tuple:

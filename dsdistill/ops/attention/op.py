@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dsdistill.ops.attention import chunked, native, reference, triton_plan
+from dsdistill.ops.attention import chunked, native, reference, triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
+from dsdistill.ops.backends import choose_backend, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -19,7 +22,6 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.library import choose_backend, native_lack
 from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("kl", "mse", "score_mse")
@@ -119,7 +121,7 @@ def attention_alignment(
         width**-0.5 if student_scale is None else float(student_scale),
         teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
     )
-    setting = {
+    setting: dict[str, Any] = {
         "pairs": pairs,
         "divergence": divergence,
         "student_scale": scales[0],
@@ -139,7 +141,7 @@ def attention_alignment(
             coefficient = torch.ones((), device=student_query.device)
             if count is not None:
                 coefficient = safe_divide(coefficient, count)
-            given = triton_plan.arguments(tensors, pairs, divergence, *scales, heads, coefficient)
+            given = triton_schedule.arguments(tensors, pairs, divergence, *scales, heads, coefficient)
             return with_native_gradients(torch.ops.dsdistill.attention_alignment_triton, given, tensors[:2])
         if chosen == "reference":
             total = reference.attention_total(*tensors, **setting)
@@ -161,19 +163,21 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
             setting["pairs"], max(tensors[0].shape[3], tensors[2].shape[3])
         )
         preference.insert(1 if by_identity else 0, "cpp")
-    lack = triton_plan.lack(tensors)
+    lack = triton_schedule.lack(tensors)
     if lack:
         missing["triton"] = lack
     else:
         preference.append("triton")
     variant = setting["divergence"] if setting["heads"] == "match" else f"{setting['divergence']} mean"
-    small = dict.fromkeys(("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16))
+    small: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16)
+    )
     fast = gpu_choice(
         "attention_alignment",
         variant,
         tensors[0],
         setting["pairs"].tokens,
-        {"triton": lack or triton_plan.left_to_chunked(tensors)},
+        {"triton": lack or triton_schedule.left_to_chunked(tensors)},
         attention_alignment,
         small,
     )

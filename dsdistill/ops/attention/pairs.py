@@ -39,20 +39,20 @@ class Pairs:
 
     def block(self, rows: slice, keys: slice, batch: slice, device: torch.device) -> Tensor | None:
         """(b, 1, R, K) bool for a block of queries and keys of the sequences `batch`; None where all exist."""
-        found = None
+        present = None
         if self.causal or self.window is not None:
             distance = torch.arange(rows.start, rows.stop, device=device)[:, None] - torch.arange(
                 keys.start, keys.stop, device=device
             )
-            found = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+            present = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
             if self.window is not None:
-                found = found & (distance.abs() < self.window)
-            found = found[None]
+                present = present & (distance.abs() < self.window)
+            present = present[None]
         for labels, both in ((self.segments, torch.eq), (self.mask, torch.logical_and)):
             if labels is not None:
                 pair = both(labels[batch, rows, None], labels[batch, None, keys])
-                found = pair if found is None else found & pair
-        return None if found is None else found[:, None]
+                present = pair if present is None else present & pair
+        return None if present is None else present[:, None]
 
     def count(self, batch: int, device: torch.device) -> Tensor:
         """Number of pairs that exist in all sequences together, int64."""
@@ -62,7 +62,7 @@ class Pairs:
             # The queries see 1, 2, …, width keys to their left (themselves included), then width each.
             left = width * (width + 1) // 2 + (n - width) * width
             return torch.tensor(batch * (left if self.causal else 2 * left - n), device=device)
-        if self.window is None and self.segments is None:
+        if self.mask is not None and self.window is None and self.segments is None:
             valid = self.mask.sum(1)
             return (valid * (valid + 1) // 2 if self.causal else valid * valid).sum()
         total = torch.zeros((), dtype=torch.int64, device=device)
@@ -70,5 +70,6 @@ class Pairs:
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)
             block = self.block(slice(start, stop), slice(*self.keys(start, stop)), slice(None), device)
+            assert block is not None  # something restricts the pairs, or the count were known by now
             total += block.sum()
         return total

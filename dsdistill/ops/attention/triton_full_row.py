@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention.triton_tile import (
+    KL,
     LN2,
     LOWEST,
+    MSE,
+    SCORE_MSE,
     add_tile,
     exists,
     gradient_product,
@@ -82,7 +85,7 @@ def full_row_kernel(
     labels += b * N
     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
     column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
-    found = exists(
+    present = exists(
         rows[:, None],
         columns[None, :],
         row_labels[:, None],
@@ -102,17 +105,17 @@ def full_row_kernel(
     k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
     s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
 
-    if DIVERGENCE == 2:
-        difference = tl.where(found, s - t, 0.0)
+    if DIVERGENCE == SCORE_MSE:
+        difference = tl.where(present, s - t, 0.0)
         loss = tl.sum(difference * difference, 1)
         slope = 2.0 * difference
     else:
-        m_s = tl.maximum(tl.max(tl.where(found, s, LOWEST), 1), LOWEST)
-        m_t = tl.maximum(tl.max(tl.where(found, t, LOWEST), 1), LOWEST)
+        m_s = tl.maximum(tl.max(tl.where(present, s, LOWEST), 1), LOWEST)
+        m_t = tl.maximum(tl.max(tl.where(present, t, LOWEST), 1), LOWEST)
         s -= m_s[:, None]
         t -= m_t[:, None]
-        p_s = tl.where(found, tl.exp2(s), 0.0)
-        p_t = tl.where(found, tl.exp2(t), 0.0)
+        p_s = tl.where(present, tl.exp2(s), 0.0)
+        p_t = tl.where(present, tl.exp2(t), 0.0)
         l_s, l_t = tl.sum(p_s, 1), tl.sum(p_t, 1)
         some = l_s > 0  # a row without keys: everything 0
         l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
@@ -120,8 +123,8 @@ def full_row_kernel(
         p_s *= (1.0 / l_s)[:, None]
         p_t *= (1.0 / l_t)[:, None]
         slope = p_s - p_t
-        if DIVERGENCE == 0:
-            entries = tl.where(found, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
+        if DIVERGENCE == KL:
+            entries = tl.where(present, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
             loss = tl.sum(entries, 1) * LN2
         else:
             loss = tl.sum(slope * slope, 1)
@@ -133,7 +136,7 @@ def full_row_kernel(
             tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
             tl.store(log_s + out, row_log_s, mask=rows < N)
             tl.store(log_t + out, row_log_t, mask=rows < N)
-            if DIVERGENCE == 1:
+            if DIVERGENCE == MSE:
                 tl.store(slope_mean + out, r, mask=rows < N)
     tl.store(partial + head * blocks + block, tl.sum(loss, 0))
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention.triton_tile import (
+    KL,
     LN2,
     LOWEST,
     exists,
@@ -65,7 +66,7 @@ def lse_kernel(
         columns = start + tl.arange(0, BC)
         column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
         k = load_tile(key, columns, columns < N, k_n, D, BD, UPCAST)
-        found = exists(
+        present = exists(
             rows[:, None],
             columns[None, :],
             row_labels[:, None],
@@ -77,7 +78,7 @@ def lse_kernel(
             WINDOWED,
             LABELLED,
         )
-        s = tl.where(found, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
+        s = tl.where(present, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
         new_m = tl.maximum(m, tl.max(s, 1))
         total = total * tl.exp2(m - new_m) + tl.sum(tl.exp2(s - new_m[:, None]), 1)
         m = new_m
@@ -96,7 +97,7 @@ def log_probabilities(
     columns,
     rows_inside,
     columns_inside,
-    found,
+    present,
     q_n,
     k_n,
     N,
@@ -110,7 +111,7 @@ def log_probabilities(
     k = load_tile(key, columns, columns_inside, k_n, D, BD, UPCAST)
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where(found, s - row_lse[:, None], LOWEST), q, k
+    return tl.where(present, s - row_lse[:, None], LOWEST), q, k
 
 
 @triton.jit
@@ -196,7 +197,7 @@ def mean_heads_kernel(
             rows, columns = block * BR + tl.arange(0, BR), start + tl.arange(0, BC)
         row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
         column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
-        found = exists(
+        present = exists(
             rows[:, None],
             columns[None, :],
             row_labels[:, None],
@@ -209,8 +210,8 @@ def mean_heads_kernel(
             LABELLED,
         )
         # Of kl in logarithms, so that no ratio is lost where probabilities are too small for float32.
-        mean_s = tl.full([BR, BC], LOWEST if DIVERGENCE == 0 else 0.0, tl.float32)
-        mean_t = tl.full([BR, BC], LOWEST if DIVERGENCE == 0 else 0.0, tl.float32)
+        mean_s = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
+        mean_t = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
         for h in range(0, heads_s):
             log_p, q, k = log_probabilities(
                 query_s + h * qs_h,
@@ -220,7 +221,7 @@ def mean_heads_kernel(
                 columns,
                 rows_inside,
                 columns_inside,
-                found,
+                present,
                 qs_n,
                 ks_n,
                 N,
@@ -229,7 +230,7 @@ def mean_heads_kernel(
                 BDS,
                 UPCAST,
             )
-            mean_s = log_add(mean_s, log_p) if DIVERGENCE == 0 else mean_s + tl.exp2(log_p)
+            mean_s = log_add(mean_s, log_p) if DIVERGENCE == KL else mean_s + tl.exp2(log_p)
         for h in range(0, heads_t):
             log_p, q, k = log_probabilities(
                 query_t + h * qt_h,
@@ -239,7 +240,7 @@ def mean_heads_kernel(
                 columns,
                 rows_inside,
                 columns_inside,
-                found,
+                present,
                 qt_n,
                 kt_n,
                 N,
@@ -248,13 +249,13 @@ def mean_heads_kernel(
                 BDT,
                 UPCAST,
             )
-            mean_t = log_add(mean_t, log_p) if DIVERGENCE == 0 else mean_t + tl.exp2(log_p)
-        if DIVERGENCE == 0:
+            mean_t = log_add(mean_t, log_p) if DIVERGENCE == KL else mean_t + tl.exp2(log_p)
+        if DIVERGENCE == KL:
             log_s = mean_s - log_heads_s
             log_t = mean_t - log_heads_t
-            mean_s = tl.where(found, tl.exp2(log_s), 0.0)
-            mean_t = tl.where(found, tl.exp2(log_t), 0.0)
-            value = tl.where(found, mean_t * (log_t - log_s) * LN2, 0.0)
+            mean_s = tl.where(present, tl.exp2(log_s), 0.0)
+            mean_t = tl.where(present, tl.exp2(log_t), 0.0)
+            value = tl.where(present, mean_t * (log_t - log_s) * LN2, 0.0)
         else:
             mean_s /= heads_s
             mean_t /= heads_t
@@ -270,7 +271,7 @@ def mean_heads_kernel(
                 columns,
                 rows_inside,
                 columns_inside,
-                found,
+                present,
                 qs_n,
                 ks_n,
                 N,
@@ -279,10 +280,10 @@ def mean_heads_kernel(
                 BDS,
                 UPCAST,
             )
-            p = tl.where(found, tl.exp2(log_p), 0.0)
-            if DIVERGENCE == 0:
+            p = tl.where(present, tl.exp2(log_p), 0.0)
+            if DIVERGENCE == KL:
                 # P_h / P̄_S lies in [0, H] however small both are; g alone may overflow.
-                pulled = -tl.where(found, tl.exp2(log_p - log_s), 0.0) * mean_t
+                pulled = -tl.where(present, tl.exp2(log_p - log_s), 0.0) * mean_t
             else:
                 pulled = 2.0 * p * (mean_s - mean_t)
             c = slope_mean + h * N + rows

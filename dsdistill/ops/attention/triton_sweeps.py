@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention.triton_tile import (
+    KL,
     LN2,
     LOWEST,
+    MSE,
+    SCORE_MSE,
     add_tile,
     exists,
     gradient_product,
@@ -100,7 +103,7 @@ def statistics_kernel(
         # NaN in padding stays in scores that do not exist: no need to wait for the labels.
         k_s = load_tile(key_s, columns, columns < N, ks_n, DS, BDS, UPCAST)
         k_t = load_tile(key_t, columns, columns < N, kt_n, DT, BDT, UPCAST)
-        found = exists(
+        present = exists(
             rows[:, None],
             columns[None, :],
             row_labels[:, None],
@@ -112,17 +115,17 @@ def statistics_kernel(
             WINDOWED,
             LABELLED,
         )
-        s = tl.where(found, tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s, float("-inf"))
-        t = tl.where(found, tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t, float("-inf"))
+        s = tl.where(present, tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s, float("-inf"))
+        t = tl.where(present, tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t, float("-inf"))
         new_m_s = tl.maximum(m_s, tl.max(s, 1))
         new_m_t = tl.maximum(m_t, tl.max(t, 1))
         s -= new_m_s[:, None]
         t -= new_m_t[:, None]
         e_s, e_t = tl.exp2(s), tl.exp2(t)
         shrink_s, shrink_t = tl.exp2(m_s - new_m_s), tl.exp2(m_t - new_m_t)
-        if DIVERGENCE == 0:
+        if DIVERGENCE == KL:
             moved = (m_t - new_m_t) - (m_s - new_m_s)
-            a = shrink_t * (a + l_t * moved) + tl.sum(tl.where(found, e_t * (t - s), 0.0), 1)
+            a = shrink_t * (a + l_t * moved) + tl.sum(tl.where(present, e_t * (t - s), 0.0), 1)
         else:
             a = a * shrink_s * shrink_s + tl.sum(e_s * e_s, 1)
             st = st * shrink_s * shrink_t + tl.sum(e_s * e_t, 1)
@@ -139,7 +142,7 @@ def statistics_kernel(
     tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
     tl.store(log_s + out, row_log_s, mask=rows < N)
     tl.store(log_t + out, row_log_t, mask=rows < N)
-    if DIVERGENCE == 0:
+    if DIVERGENCE == KL:
         loss = (a / l_t - row_log_t + row_log_s) * LN2
     else:
         own, cross = a / (l_s * l_s), st / (l_s * l_t)
@@ -153,14 +156,14 @@ def load_statistics(
     max_s, max_t, log_s, log_t, slope_mean, at, inside, DIVERGENCE: tl.constexpr, BR: tl.constexpr
 ):
     m_s = tl.zeros([BR], tl.float32)
-    if DIVERGENCE == 2:
+    if DIVERGENCE == SCORE_MSE:
         return m_s, m_s, m_s, m_s, m_s
     m_s = tl.load(max_s + at, mask=inside, other=0.0)
     m_t = tl.load(max_t + at, mask=inside, other=0.0)
     row_log_s = tl.load(log_s + at, mask=inside, other=0.0)
     row_log_t = tl.load(log_t + at, mask=inside, other=0.0)
     r = tl.zeros([BR], tl.float32)
-    if DIVERGENCE == 1:
+    if DIVERGENCE == MSE:
         r = tl.load(slope_mean + at, mask=inside, other=0.0)
     return m_s, m_t, row_log_s, row_log_t, r
 
@@ -240,7 +243,7 @@ def rows_kernel(
         # Masked keys are 0, since 0 · NaN would reach dQ.
         k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
         k_t = load_tile(key_t, columns, columns < N, kt_n, DT, BDT, UPCAST)
-        found = exists(
+        present = exists(
             rows[:, None],
             columns[None, :],
             row_labels[:, None],
@@ -262,7 +265,7 @@ def rows_kernel(
             row_log_s[:, None],
             row_log_t[:, None],
             r[:, None],
-            found,
+            present,
             DIVERGENCE,
         )
         if WITH_LOSS:
@@ -357,7 +360,7 @@ def columns_kernel(
             m_s, m_t, row_log_s, row_log_t, r = load_statistics(
                 max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR
             )
-            found = exists(
+            present = exists(
                 rows[None, :],
                 columns[:, None],
                 row_labels[None, :],
@@ -379,7 +382,7 @@ def columns_kernel(
                 row_log_s[None, :],
                 row_log_t[None, :],
                 r[None, :],
-                found,
+                present,
                 DIVERGENCE,
             )
             if WITH_LOSS:

@@ -7,11 +7,12 @@ exp2. R: rows (queries) of a tile, C: columns (keys). Addresses are int64 before
 import triton
 import triton.language as tl
 
+from dsdistill.ops.attention import native
 from dsdistill.ops.triton_common import narrow
 
-KL = tl.constexpr(0)
-MSE = tl.constexpr(1)
-SCORE_MSE = tl.constexpr(2)
+KL = tl.constexpr(native.KL)
+MSE = tl.constexpr(native.MSE)
+SCORE_MSE = tl.constexpr(native.SCORE_MSE)
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a running maximum starts. Finite: its difference to itself is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
@@ -78,14 +79,14 @@ def exists(
     LABELLED: tl.constexpr,
 ):
     """Which pairs of a tile exist. Either side may be given as (·, 1) and the other as (1, ·)."""
-    found = rows_inside & columns_inside
+    present = rows_inside & columns_inside
     if CAUSAL:
-        found = found & (rows >= columns)
+        present = present & (rows >= columns)
     if WINDOWED:
-        found = found & (rows - columns < window) & (columns - rows < window)
+        present = present & (rows - columns < window) & (columns - rows < window)
     if LABELLED:
-        found = found & (row_labels == column_labels)
-    return found
+        present = present & (row_labels == column_labels)
+    return present
 
 
 @triton.jit
@@ -125,7 +126,7 @@ def queries_of(start, stop, N, window, CAUSAL: tl.constexpr, WINDOWED: tl.conste
 
 
 @triton.jit
-def loss_and_slope(s, t, m_s, m_t, log_s, log_t, r, found, DIVERGENCE: tl.constexpr):
+def loss_and_slope(s, t, m_s, m_t, log_s, log_t, r, present, DIVERGENCE: tl.constexpr):
     """Loss and gradient of each entry at the student's scores S, for kl and mse in nats:
 
     kl         P_T (log P_T − log P_S),  P_S − P_T
@@ -134,13 +135,13 @@ def loss_and_slope(s, t, m_s, m_t, log_s, log_t, r, found, DIVERGENCE: tl.conste
     m: the row's largest score, log: log₂ Σ exp2(score − m); r as above; all broadcast along the rows. (m + log would
     be the LSE, whose rounding mse feels where attention is peaked.) Entries that do not exist give 0.
     """
-    if DIVERGENCE == 2:
-        difference = tl.where(found, s - t, 0.0)
+    if DIVERGENCE == SCORE_MSE:
+        difference = tl.where(present, s - t, 0.0)
         return difference * difference, 2.0 * difference
     log_s, log_t = (s - m_s) - log_s, (t - m_t) - log_t
-    p_s = tl.where(found, tl.exp2(log_s), 0.0)
-    p_t = tl.where(found, tl.exp2(log_t), 0.0)
-    if DIVERGENCE == 0:
-        return tl.where(found, p_t * (log_t - log_s) * LN2, 0.0), p_s - p_t
+    p_s = tl.where(present, tl.exp2(log_s), 0.0)
+    p_t = tl.where(present, tl.exp2(log_t), 0.0)
+    if DIVERGENCE == KL:
+        return tl.where(present, p_t * (log_t - log_s) * LN2, 0.0), p_s - p_t
     difference = p_s - p_t
     return difference * difference, 2.0 * p_s * (difference - r)

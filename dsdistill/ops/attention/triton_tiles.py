@@ -101,7 +101,7 @@ TILES = {
 
 # Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps. On sm_90 both models' scores
 # and the gradient of 512 keys at width 64, or 256 at 128, spill in some variants with 8 warps and with 16.
-ROWS = {
+ROWS: dict[str, dict[int, tuple[int | None, ...]]] = {
     "sm_80": {64: (8, 8, 8), 128: (8, 8, None), 256: (None, None, None)},
     "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
 }

@@ -39,8 +39,8 @@ def hidden_total(
 
     total = weights.new_zeros(())
     d_student = torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None
-    d_projection = torch.zeros_like(matrix) if needs[1] else None
-    d_bias = torch.zeros_like(offset) if needs[2] else None
+    d_projection = torch.zeros_like(matrix) if matrix is not None and needs[1] else None
+    d_bias = torch.zeros_like(offset) if offset is not None and needs[2] else None
     step = max(MIN_TOKENS, BLOCK_ELEMENTS // max(1, target.shape[1]))
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
@@ -50,11 +50,11 @@ def hidden_total(
         projected = hidden if matrix is None else torch.nn.functional.linear(hidden, matrix, offset)
         value, gradient = _divergence(projected, wanted, weights[rows, None], divergence, any(needs))
         total += value
-        if needs[0]:
+        if d_student is not None:
             d_student[rows] = gradient if matrix is None else gradient @ matrix
-        if needs[1]:
+        if d_projection is not None:
             d_projection.addmm_(gradient.t(), hidden)
-        if needs[2]:
+        if d_bias is not None:
             d_bias += gradient.sum(0)
     return total, (None if d_student is None else d_student.view(student.shape), d_projection, d_bias)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import accumulate_dtype, storage_dtype
-from dsdistill.ops.library import register_gradients
 
-DIVERGENCE_CODES = {"mse": 0, "cosine": 1}
+MSE, COSINE = range(2)  # csrc/hidden/cpu.h has the same
+DIVERGENCE_CODES = {"mse": MSE, "cosine": COSINE}
 
 
 def arguments(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import choose_backend, cuda_lack, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -19,7 +22,6 @@ from dsdistill.ops.common import (
 )
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.hidden import chunked, native, reference, rows
-from dsdistill.ops.library import choose_backend, cuda_lack, native_lack
 from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("mse", "cosine")
@@ -80,14 +82,19 @@ def hidden_alignment(
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher, projection, bias)
-    chosen = _choose(backend, divergence, (student, teacher, projection, bias))
+    chosen = _choose(backend, divergence, student, teacher, projection, bias)
     inputs = (student, projection, bias)
     with without_autocast(student.device):
         if chosen == "cpp":
             given = native.arguments(student, teacher, projection, bias, mask, weights, divergence, reduction)
             return with_native_gradients(torch.ops.dsdistill.hidden_alignment, given, inputs)
         token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
-        setting = {"weights": token_weights, "mask": mask, "divergence": divergence, "dtype": dtype}
+        setting: dict[str, Any] = {
+            "weights": token_weights,
+            "mask": mask,
+            "divergence": divergence,
+            "dtype": dtype,
+        }
         count = None
         if reduction == "mean":
             count = token_weights.sum() * (teacher_width if divergence == "mse" else 1)
@@ -108,9 +115,16 @@ def hidden_alignment(
         )
 
 
-def _choose(backend: str, divergence: str, tensors: tuple[Tensor | None, ...]) -> str:
+def _choose(
+    backend: str,
+    divergence: str,
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+) -> str:
     preference, missing = ["chunked", "reference"], {}
-    student, _, projection, _ = tensors
+    tensors = (student, teacher, projection, bias)
     lack = native_lack(student)
     if lack:
         missing["cpp"] = lack
@@ -125,7 +139,10 @@ def _choose(backend: str, divergence: str, tensors: tuple[Tensor | None, ...]) -
             missing[name] = lack
         else:
             preference.append(name)
-    small = {"student": (1, 65, 40), "teacher": (1, 65, 40 if projection is None else 48)}
+    small: dict[str, tuple[int, ...]] = {
+        "student": (1, 65, 40),
+        "teacher": (1, 65, 40 if projection is None else 48),
+    }
     if projection is not None:
         small["projection"] = (48, 40)
     tokens = student.shape[0] * student.shape[1]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype, zero_masked
 from dsdistill.ops.gpu import (
     Tile,
@@ -21,8 +22,7 @@ from dsdistill.ops.gpu import (
     product_dtype,
     rows_contiguous,
 )
-from dsdistill.ops.hidden.native import DIVERGENCE_CODES
-from dsdistill.ops.library import register_gradients
+from dsdistill.ops.hidden.native import COSINE
 
 # Elements of y at a time: 128 MiB in float32, large enough for whole waves of every product.
 CHUNK_ELEMENTS = 1 << 25
@@ -63,7 +63,7 @@ def triton_rows(
         "D": width,
         "BT": block_tokens,
         "BD": block,
-        "COSINE": divergence == DIVERGENCE_CODES["cosine"],
+        "COSINE": divergence == COSINE,
         "BIASED": bias is not None,
         "WITH_GRADIENT": gradient is not None,
         "UPCAST": interpreting() and y.device.type == "cpu",
@@ -112,16 +112,16 @@ def hidden_alignment_rows(
         hidden = student.reshape(-1, student.shape[2])
         dtype = storage_dtype(student) if wanted[0] else None
         values, gradient = rows(hidden, target, None, weights, coefficient, divergence, dtype)
-        found = [None if gradient is None else gradient.view(student.shape), None, None]
-        return values.sum() * coefficient, *_returned((student, None, None), found)
+        gradients = [None if gradient is None else gradient.view(student.shape), None, None]
+        return values.sum() * coefficient, *_returned((student, None, None), gradients)
     # NaN in padding must not pass through the products.
     hidden = zero_masked(student, mask).reshape(-1, student.shape[2])
-    value, found = _projected(
+    value, gradients = _projected(
         rows, hidden, target, projection, bias, weights, coefficient, divergence, wanted
     )
-    if found[0] is not None:
-        found[0] = found[0].view(student.shape)
-    return value * coefficient, *_returned((student, projection, bias), found)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].view(student.shape)
+    return value * coefficient, *_returned((student, projection, bias), gradients)
 
 
 def _projected(
@@ -150,17 +150,18 @@ def _projected(
             rounded if any(wanted) else None,
         )
         value += values.sum()
-        if wanted[0]:
+        if d_hidden is not None:
             d_hidden[part] = product(gradient, matrix)
-        if wanted[1]:
+        if d_projection is not None:
             d_projection += product(gradient.t(), hidden[part])
-        if wanted[2]:
+        if d_bias is not None:
             d_bias += gradient.sum(0, dtype=torch.float32)
     return value, [d_hidden, d_projection, d_bias]
 
 
 def _returned(inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor]:
     like = inputs[0]
+    assert like is not None  # the student is always given
     out = []
     for x, gradient in zip(inputs, gradients, strict=True):
         dtype = storage_dtype(like if x is None else x)

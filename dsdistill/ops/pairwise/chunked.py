@@ -40,7 +40,8 @@ def pairwise_total(
     if relation == "distance":
         return _distance(needs[0], x_s, x_t, weights, mask)
 
-    rows_s, rows_t, inverse = x_s, x_t, None
+    rows_s, rows_t = x_s, x_t
+    inverse: Tensor | None = None
     if relation == "cosine":
         rows_s, inverse = unit_vectors(x_s)
         rows_t, _ = unit_vectors(x_t)
@@ -48,7 +49,7 @@ def pairwise_total(
         total, gradient = _by_identity(needs[0], rows_s, rows_t, weights)
     else:
         total, gradient = _by_rows(needs[0], rows_s, rows_t, weights)
-    if gradient is not None and relation == "cosine":
+    if gradient is not None and inverse is not None:
         gradient = unit_vectors_backward(gradient, rows_s, inverse)
     return total, (gradient,)
 
@@ -91,7 +92,7 @@ def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tenso
         pair_weights = weights[batch, rows, None] * weights[batch, None, :]
         weighted = pair_weights.mul_(difference)
         total += torch.dot(weighted.flatten(), difference.flatten())
-        if with_gradient:
+        if gradient is not None:
             gradient[batch, rows] = (weighted @ rows_s[batch]).mul_(4)
     return total, gradient
 
@@ -117,14 +118,14 @@ def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, ma
         pair_weights = weights[batch, rows, None] * weights[batch, None, :]
         # Smooth-L1 with β = 1 is ℓ' (Δ − ℓ'/2) for the clamped slope ℓ'.
         total += (pair_weights * slope * difference.sub_(slope / 2)).sum()
-        if not with_gradient:
+        if slope_term is None or direction_term is None:
             continue
         slope.mul_(pair_weights)
         slope_sum[batch] += (slope * distance).sum((1, 2), keepdim=True)
         inverse = torch.where(distance > 0, 1 / distance, 0)
         for term, pull in ((slope_term, slope.mul_(inverse)), (direction_term, inverse)):
             term[batch, rows] = pull.sum(-1, keepdim=True) * x_s[batch, rows] - pull @ x_s[batch]
-    if not with_gradient:
+    if slope_term is None or direction_term is None:
         return total, (None,)
     gradient = (
         slope_term.div_(mean_s).sub_(direction_term.mul_(slope_sum / (mean_s.square() * positive))).mul_(2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import accumulate_dtype, storage_dtype
-from dsdistill.ops.library import register_gradients
 
 RELATION_CODES = {"cosine": 0, "dot": 1, "distance": 2}
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import choose_backend, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -18,8 +21,7 @@ from dsdistill.ops.common import (
     without_autocast,
 )
 from dsdistill.ops.gpu import triton_lack
-from dsdistill.ops.library import choose_backend, native_lack
-from dsdistill.ops.pairwise import chunked, native, reference, triton_plan
+from dsdistill.ops.pairwise import chunked, native, reference, triton_panels
 from dsdistill.ops.records import gpu_choice
 
 RELATIONS = ("cosine", "dot", "distance")
@@ -86,8 +88,13 @@ def pairwise_alignment(
                 coefficient = safe_divide(coefficient, count)
             code = native.RELATION_CODES[relation]
             given = (student, teacher, mask, token_weights, coefficient, code)
-            return with_native_gradients(triton_plan.operator, given, (student,))
-        setting = {"weights": token_weights, "mask": mask, "relation": relation, "dtype": dtype}
+            return with_native_gradients(triton_panels.operator, given, (student,))
+        setting: dict[str, Any] = {
+            "weights": token_weights,
+            "mask": mask,
+            "relation": relation,
+            "dtype": dtype,
+        }
         if chosen == "reference":
             total = reference.pairwise_total(student, teacher, **setting)
             return total if count is None else safe_divide(total, count)
@@ -98,24 +105,24 @@ def pairwise_alignment(
 
 def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str) -> str:
     preference, missing = ["chunked", "reference"], {}
+    _, tokens, width = student.shape
+    by_identity = relation != "distance" and chunked.use_identity(tokens, width, teacher.shape[2])
     lack = native_lack(student)
     if lack:
         missing["cpp"] = lack
     else:
         # From here on the identity of `chunked` needs fewer products than half a matrix does.
-        by_identity = relation != "distance" and chunked.use_identity(*student.shape[1:], teacher.shape[2])
         preference.insert(1 if by_identity else 0, "cpp")
     lack = triton_lack(student, teacher)
     if lack:
         missing["triton"] = lack
     else:
         preference.append("triton")
-    by_identity = relation != "distance" and chunked.use_identity(*student.shape[1:], teacher.shape[2])
     fast = gpu_choice(
         "pairwise_alignment",
         relation,
         student,
-        student.shape[1],
+        tokens,
         {"triton": lack},
         pairwise_alignment,
         {"student": (1, 65, 40), "teacher": (1, 65, 48)},

@@ -1,7 +1,8 @@
 """Soft-label losses in plain PyTorch, a block of tokens at a time: the logits of a block, never of the batch.
 
 With g = ∂L/∂z of a block's student logits: dh = g W, dW += gᵀ h, db += Σ g, all in the forward pass. Tokens that
-do not count are left out before the head, which is nearly all of the work; finding them waits for the device.
+do not count are left out before the head, which is nearly all of the work; finding them waits for the device, unless
+the caller says where they are.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def soft_label_total(
     teacher_bias: Tensor | None,
     *,
     mask: Tensor | None,
+    index: Tensor | None,
     dtype: torch.dtype,
     temperature: float,
     divergence: str,
@@ -74,7 +76,9 @@ def soft_label_total(
                 torch.div(logit_gradient(log_p, log_q, p, divergence, beta, alpha), temperature, out=mine)
         return total, z_s
 
-    return _over_blocks(needs, student_hidden, student, None if mask is None else mask.flatten(), block)
+    if index is None and mask is not None:
+        index = mask.flatten().nonzero()[:, 0]
+    return _over_blocks(needs, student_hidden, student, index, block)
 
 
 def cross_entropy_total(
@@ -84,6 +88,7 @@ def cross_entropy_total(
     labels: Tensor,
     bias: Tensor | None,
     *,
+    index: Tensor | None,
     ignore_index: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -99,7 +104,9 @@ def cross_entropy_total(
         gradient = log_q.exp_()
         return value, gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -1))
 
-    return _over_blocks(needs, hidden, Head(head, bias, dtype), labels != ignore_index, block)
+    if index is None:
+        index = (labels != ignore_index).nonzero()[:, 0]
+    return _over_blocks(needs, hidden, Head(head, bias, dtype), index, block)
 
 
 def _slice(logits: Tensor) -> int:
@@ -111,35 +118,41 @@ def _over_blocks(
     needs: Sequence[bool],
     hidden: Tensor,
     head: Head,
-    counted: Tensor | None,
+    index: Tensor | None,
     block: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]],
 ):
     """Σ over blocks of counted tokens of `block(logits, token indices, with gradient)`, and the gradients.
 
+    index: (K,) flat places of the tokens that count; None: all.
     block: may overwrite the logits; returns its sum and, where asked for, the gradient at them.
     """
     flat = hidden.detach().flatten(0, 1)
     total = torch.zeros((), dtype=head.dtype, device=flat.device)
     d_hidden = torch.zeros(flat.shape, dtype=head.dtype, device=flat.device) if needs[0] else None
-    d_matrix = None  # made by the first block: filling it with zeros would be one more pass over (V, D)
-    d_bias = torch.zeros_like(head.bias) if needs[2] else None
-    indices = torch.arange(flat.shape[0], device=flat.device) if counted is None else counted.nonzero()[:, 0]
+    d_matrix: Tensor | None = (
+        None  # made by the first block: filling it with zeros would be one more pass over (V, D)
+    )
+    d_bias = torch.zeros_like(head.bias) if head.bias is not None and needs[2] else None
+    if index is None:
+        index = torch.arange(flat.shape[0], device=flat.device)
     size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, head.matrix.shape[0])))
-    for tokens in indices.split(size):
+    for tokens in index.split(size):
         if not tokens.numel():
             continue
         rows = flat[tokens]
         value, gradient = block(head.logits(rows), tokens, any(needs))
         total += value
-        if needs[0]:
+        if gradient is None:
+            continue
+        if d_hidden is not None:
             d_hidden[tokens] = head.product(gradient, head.matrix)
         if needs[1]:
             if d_matrix is None or head.native:
-                found = head.product(gradient.t(), rows)
-                d_matrix = found if d_matrix is None else d_matrix.add_(found)
+                part = head.product(gradient.t(), rows)
+                d_matrix = part if d_matrix is None else d_matrix.add_(part)
             else:
                 d_matrix.addmm_(gradient.t(), rows.to(head.dtype))
-        if needs[2]:
+        if d_bias is not None:
             d_bias += gradient.sum(0)
     if needs[1] and d_matrix is None:
         d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import choose_backend
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
     check_choice,
     check_device,
+    check_index,
     check_mask,
     check_range,
     check_tensor,
@@ -17,7 +21,6 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
-from dsdistill.ops.library import choose_backend
 from dsdistill.ops.soft_label import chunked, reference
 from dsdistill.ops.soft_label.divergence import DIVERGENCES
 
@@ -31,6 +34,7 @@ def soft_label_alignment(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    index: Tensor | None = None,
     temperature: float = 1.0,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -48,6 +52,8 @@ def soft_label_alignment(
         student_hidden: (B, N, D_s). student_head: (V, D_s), as nn.Linear holds its weight. student_bias: (V,).
         teacher_hidden: (B, N, D_t). teacher_head: (V, D_t). teacher_bias: (V,).
         mask: (B, N) bool, True = the token counts. Default: all.
+        index: (K,) int64, ascending, in place of `mask`: flat places b·N + n of the tokens that count. Nothing then
+            waits for the device to find them. The values are not checked.
         temperature: τ > 0.
         divergence: "forward_kl", "reverse_kl", "jsd", "skew_kl" (all in nats) or "tvd".
         beta: teacher's share in jsd's mixture. alpha: teacher's share in skew_kl's. Both in [0, 1].
@@ -59,8 +65,8 @@ def soft_label_alignment(
         (each only if it requires them). With nothing valid it is 0, connected to the graph.
 
     Raises:
-        ValueError: wrong shape, dtype, device or name, or heads of unequal vocabulary. Heads padded to unequal
-            sizes must be sliced to the common vocabulary: a padding row would receive probability.
+        ValueError: wrong shape, dtype, device or name, both `mask` and `index`, or heads of unequal vocabulary. Heads
+            padded to unequal sizes must be sliced to the common vocabulary: a padding row would receive probability.
     """
     check_tensor("student_hidden", student_hidden, {"B": None, "N": None, "D_s": None})
     batch, tokens, width = student_hidden.shape
@@ -81,16 +87,20 @@ def soft_label_alignment(
         if bias is not None:
             check_tensor(name, bias, {"V": vocabulary}, like=student_hidden)
     check_mask(mask, (batch, tokens), student_hidden)
+    check_index(index, mask, student_hidden)
     formula = _check_formula(temperature, divergence, beta, alpha)
     check_choice("reduction", reduction, REDUCTIONS)
 
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
-    setting = {"mask": mask, "dtype": accumulate_dtype(*tensors), **formula}
+    setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": accumulate_dtype(*tensors), **formula}
     chosen = _choose("soft_label_alignment", backend, student_hidden)
     with without_autocast(student_hidden.device):
         count = None
-        if reduction == "mean":
-            count = torch.tensor(batch * tokens, device=student_hidden.device) if mask is None else mask.sum()
+        if reduction == "mean" and mask is not None:
+            count = mask.sum()
+        elif reduction == "mean":
+            size = batch * tokens if index is None else index.numel()
+            count = torch.full((), size, device=student_hidden.device)
         if chosen == "reference":
             total = reference.soft_label_total(*tensors, **setting)
             return total if count is None else safe_divide(total, count)
@@ -107,6 +117,7 @@ def token_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    index: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str = "auto",
@@ -117,7 +128,10 @@ def token_cross_entropy(
         hidden: (B, N, D). head: (V, D), as nn.Linear holds its weight. bias: (V,).
         labels: (B, N) int64 in [0, V) or `ignore_index`, aligned with `hidden`: labels[b, n] is what
             hidden[b, n] should predict. Nothing is shifted here.
-        reduction: "mean" over tokens whose label is not `ignore_index`, or "sum".
+        index: (K,) int64, ascending: flat places b·N + n of the tokens that count, in place of those whose label is not
+            `ignore_index`. The labels there must be in [0, V), those elsewhere are not read, and nothing waits for
+            the device to find the places. The values are not checked.
+        reduction: "mean" over the tokens that count, or "sum".
         backend: "auto", "reference" or "chunked".
 
     Returns:
@@ -137,12 +151,17 @@ def token_cross_entropy(
             f"labels: got {tuple(labels.shape)} {labels.dtype}, expected ({batch}, {tokens}) int64"
         )
     check_device("labels", labels, hidden)
+    check_index(index, None, hidden)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(hidden, head, bias)
     chosen = _choose("token_cross_entropy", backend, hidden)
     with without_autocast(hidden.device):
-        count = (labels != ignore_index).sum() if reduction == "mean" else None
-        setting = {"ignore_index": ignore_index, "dtype": dtype}
+        count = None
+        if reduction == "mean" and index is not None:
+            count = torch.full((), index.numel(), device=hidden.device)
+        elif reduction == "mean":
+            count = (labels != ignore_index).sum()
+        setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
         if chosen == "reference":
             total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
             return total if count is None else safe_divide(total, count)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdistill.ops.common import zero_masked
+from dsdistill.ops.common import index_mask, zero_masked
 from dsdistill.ops.soft_label.divergence import divergence_rows
 
 
@@ -40,10 +40,13 @@ def soft_label_total(
     teacher_bias: Tensor | None,
     *,
     mask: Tensor | None,
+    index: Tensor | None,
     dtype: torch.dtype,
     **formula,
 ) -> Tensor:
     """Sum over valid tokens, before any division. Shapes as `soft_label_alignment`; formula as `logit_rows`."""
+    if index is not None:
+        mask = index_mask(index, student_hidden.shape[:2])
     student_logits = logits(zero_masked(student_hidden, mask), student_head, student_bias, dtype)
     with torch.no_grad():
         teacher_logits = logits(zero_masked(teacher_hidden, mask), teacher_head, teacher_bias, dtype)
@@ -56,10 +59,13 @@ def cross_entropy_total(
     labels: Tensor,
     bias: Tensor | None,
     *,
+    index: Tensor | None,
     ignore_index: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Σ −log softmax(hidden headᵀ + bias)[label] over tokens whose label is not `ignore_index`."""
+    """Σ −log softmax(hidden headᵀ + bias)[label] over the tokens that count."""
+    if index is not None:
+        labels = labels.masked_fill(~index_mask(index, labels.shape), ignore_index)
     hidden = zero_masked(hidden, labels != ignore_index)
     return F.cross_entropy(
         logits(hidden, head, bias, dtype).flatten(0, -2),

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsdistill.ops.attention.native import DIVERGENCE_CODES
+from dsdistill.ops.attention.native import DIVERGENCE_CODES, KL, MSE, SCORE_MSE
 from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype
 from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous, triton_lack
-from dsdistill.ops.library import register_gradients
 
 PLANS = ("auto", "row", "merged", "sweeps")
 LOG2E = math.log2(math.e)
@@ -56,10 +57,10 @@ def arguments(tensors, pairs, divergence, student_scale, teacher_scale, heads, c
 
 def lack(tensors: Sequence[Tensor]) -> str | None:
     """Why these kernels cannot take a call; None if they can."""
-    found = triton_lack(*tensors)
-    if found is None and not fits(tensors):
-        found = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
-    return found
+    reason = triton_lack(*tensors)
+    if reason is None and not fits(tensors):
+        reason = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
+    return reason
 
 
 def left_to_chunked(tensors: Sequence[Tensor]) -> str | None:
@@ -159,7 +160,7 @@ class _Call:
         self.coefficient = coefficient
         self.gradient_scale = float(scales[0])
         labels, masked = labels_of(mask, segments, self.batch, self.tokens, query.device)
-        factor = 1.0 if divergence == DIVERGENCE_CODES["score_mse"] else LOG2E
+        factor = 1.0 if divergence == SCORE_MSE else LOG2E
         self.scales = {"scale_s": scales[0] * factor, "scale_t": scales[1] * factor}
         self.shared = {
             "labels": coefficient if labels is None else labels,  # some pointer; never read without labels
@@ -207,25 +208,24 @@ class _Call:
                 merged = needs[1] and not deterministic and row_merges(self.tensors)
                 return self.full_row(needs, tile, merged)
         merged = plan != "sweeps" and all(needs) and not deterministic
-        found = self.statistics(lse)
-        return self.sweeps(needs, merged, *found)
+        return self.sweeps(needs, merged, *self.statistics(lse))
 
     def statistics(self, lse: tuple[Tensor, Tensor] | None):
         """(loss, statistics of the rows); the loss is None where a later sweep finds it."""
         from dsdistill.ops.attention.triton_sweeps import statistics_kernel
 
         shape = (self.batch, self.heads, self.tokens)
-        if self.divergence == DIVERGENCE_CODES["score_mse"]:
+        if self.divergence == SCORE_MSE:
             nothing = self.coefficient
             return None, dict.fromkeys(STATISTICS, nothing)
-        if lse is not None and self.divergence == DIVERGENCE_CODES["kl"]:
+        if lse is not None and self.divergence == KL:
             given = dict.fromkeys(STATISTICS, self.coefficient)
             for name, x in zip(("max_s", "max_t"), lse, strict=True):
                 given[name] = (x.float() * LOG2E).contiguous()
             given["log_s"] = given["log_t"] = self.buffer(*shape, zeroed=True)
             return None, given
         given = {name: self.buffer(*shape) for name in STATISTICS[:4]} | {"slope_mean": self.coefficient}
-        if self.divergence == DIVERGENCE_CODES["mse"]:
+        if self.divergence == MSE:
             given["slope_mean"] = self.buffer(*shape)
         tile = self.tile("statistics")
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
@@ -255,7 +255,7 @@ class _Call:
         if by_rows:
             tile = self.tile("rows")
             programs = self.batch * self.heads * -(-self.tokens // tile.rows)
-            extra = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
+            extra: dict[str, Any] = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
             if needs[0]:
                 extra["d_query"] = gradients[0]
             if loss is None:
@@ -281,7 +281,7 @@ class _Call:
         shape = (self.batch, self.heads, self.tokens)
         nothing = self.coefficient
         given = dict.fromkeys(STATISTICS, nothing)
-        if not merged and self.divergence != DIVERGENCE_CODES["score_mse"]:
+        if not merged and self.divergence != SCORE_MSE:
             given = {name: self.buffer(*shape) for name in given}
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
@@ -315,7 +315,7 @@ class _Call:
         tile = self.tile("mean_heads")
         row_blocks, column_blocks = -(-self.tokens // tile.rows), -(-self.tokens // tile.columns)
         heads_t = self.tensors[2].shape[1]
-        given = {}
+        given: dict[str, Any] = {}
         for side, (query, heads) in (("s", (self.tensors[0], self.heads)), ("t", (self.tensors[2], heads_t))):
             given[f"lse_{side}"] = self.buffer(self.batch, heads, self.tokens)
             model = {name: self.models[f"{name}_{side}"] for name in ("query", "key", "group")}

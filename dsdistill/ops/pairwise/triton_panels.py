@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype, unit_vectors, unit_vectors_backward, zero_masked
 from dsdistill.ops.gpu import (
     Tile,
@@ -19,7 +20,6 @@ from dsdistill.ops.gpu import (
     product_dtype,
     rows_contiguous,
 )
-from dsdistill.ops.library import register_gradients
 from dsdistill.ops.pairwise.native import RELATION_CODES
 
 PANEL_ELEMENTS = 1 << 22
@@ -47,15 +47,16 @@ def run(student, teacher, mask, weights, coefficient, relation, gradient):
     weights: (B, N), 0 where masked. coefficient: float32 scalar.
     """
     call = _Call(student, teacher, mask, weights, relation)
+    d_student: Tensor | None
     if student.numel() == 0 or student.shape[1] == 0:
-        loss, found = coefficient.new_zeros(()), torch.zeros_like(student, dtype=torch.float32)
+        loss, d_student = coefficient.new_zeros(()), torch.zeros_like(student, dtype=torch.float32)
     elif relation == RELATION_CODES["distance"]:
-        loss, found = call.distance(gradient)
+        loss, d_student = call.distance(gradient)
     else:
-        loss, found = call.gram(gradient)
-    if not gradient:
+        loss, d_student = call.gram(gradient)
+    if d_student is None or not gradient:
         return loss * coefficient, student.new_empty(0, dtype=storage_dtype(student))
-    return loss * coefficient, found.mul_(coefficient).to(storage_dtype(student))
+    return loss * coefficient, d_student.mul_(coefficient).to(storage_dtype(student))
 
 
 torch.library.custom_op(

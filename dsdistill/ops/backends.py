@@ -6,7 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -21,14 +21,14 @@ class BackendError(ValueError):
     """A backend that was asked for by its name cannot run a call."""
 
 
-_extension: ModuleType | None = None
+_extension: Any = None  # the compiled module
 
 
 def load_extension() -> None:
     """Import `dsdistill._C`, which registers the native operators; warn if it was not built. Run once, by `ops`."""
     global _extension
     try:
-        from dsdistill import _C
+        from dsdistill import _C  # type: ignore[attr-defined]  # compiled: there is no source that mypy could read
     except ImportError as error:
         logger.warning(
             "dsdistill was installed without its native operators (%s); plain PyTorch is used. "
@@ -41,8 +41,8 @@ def load_extension() -> None:
     _extension = _C
 
 
-def extension() -> ModuleType | None:
-    """The compiled module; None if it was not built."""
+def extension() -> Any:
+    """Return the compiled module, None if it was not built."""
     return _extension
 
 
@@ -55,11 +55,11 @@ def register_gradients(name: str, *, arguments: int, differentiable: Sequence[in
         ctx.mark_non_differentiable(*output[1:])
 
     def backward(ctx, upstream, *_):
-        found = [None] * arguments
+        gradients = [None] * arguments
         for index, gradient, dtype in zip(differentiable, ctx.saved_tensors, ctx.dtypes, strict=True):
             if ctx.needs_input_grad[index] and gradient.numel():
-                found[index] = (gradient * upstream).to(dtype)
-        return tuple(found)
+                gradients[index] = (gradient * upstream).to(dtype)
+        return tuple(gradients)
 
     torch.library.register_autograd(name, backward, setup_context=setup_context)
 

@@ -1,0 +1,27 @@
+"""Checks of what the commands verify and bench are given, beyond what each knows by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+from dsdistill.config import UserError
+from dsdistill.ops.backends import extension
+
+
+def check_instruction_set() -> None:
+    """Raise UserError where DSDISTILL_ISA names an instruction set that the native operators cannot use here."""
+    native, wanted = extension(), os.environ.get("DSDISTILL_ISA")
+    if native is not None and wanted is not None and wanted not in native.instruction_sets():
+        raise UserError("DSDISTILL_ISA", repr(wanted), f"one of {', '.join(native.instruction_sets())}")
+
+
+def check_common(
+    dtype: str, dtypes: Iterable[str], backends: Sequence[str] | None, contenders: Sequence[str]
+) -> None:
+    """Raise UserError for a dtype, contender or instruction set that does not exist."""
+    check_instruction_set()
+    if dtype not in dtypes:
+        raise UserError("bench dtype", repr(dtype), f"one of {', '.join(map(repr, dtypes))}")
+    if unknown := set(backends or ()) - set(contenders):
+        raise UserError("bench backends", sorted(unknown), f"some of {', '.join(contenders)}")

@@ -1,0 +1,40 @@
+"""Memory that nobody has written holds NaN while operators are tested."""
+
+import functools
+
+import pytest
+import torch
+
+# Where each of these is looked up; all of them return memory as it happens to be.
+UNWRITTEN = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fill what the functions of UNWRITTEN return: floats with NaN, integers with their largest value, bools with True.
+
+    An operator that reads what it did not write then fails its test, whatever the memory held before. This holds for
+    all Python code, torch's own included, and for the Triton kernels, whose buffers are made in Python. It does not
+    reach memory that is made in C++: outputs and workspace of the compiled operators, and the results of torch's own
+    operations. The outputs of compiled operators are filled in test_poisoned_memory.py; their workspace, and other
+    processes, are not reached at all.
+    """
+    for owner, name in UNWRITTEN:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(function):
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        memory = function(*arguments, **options)
+        with torch.no_grad():
+            if memory.is_floating_point() or memory.is_complex():
+                return memory.fill_(torch.nan)
+            return memory.fill_(True if memory.dtype == torch.bool else torch.iinfo(memory.dtype).max)
+
+    return call
