@@ -27,10 +27,8 @@ path = locate(path, "TEACHER")
 tokenizer = AutoTokenizer.from_pretrained(path)
 teacher = AutoModelForSequenceClassification.from_pretrained(path)
 student = AutoModelForSequenceClassification.from_pretrained(path, num_hidden_layers=3)  # the first three
-documented = [
-    value for module in (torch, torch.nn, torch.nn.functional, os) for value in vars(module).values()
-]
-texts = sorted({value.__doc__ for value in documented if isinstance(value.__doc__, str)})
+docs = [value.__doc__ for of in (torch, torch.nn, torch.nn.functional, os) for value in vars(of).values()]
+texts = sorted({text for text in docs if isinstance(text, str)})
 
 terms = {"hidden": {}, "attention": {"layers": "uniform"}, "pairwise": {"layers": "last"}}
 distiller = Distiller(teacher, student, terms)

@@ -1,0 +1,63 @@
+"""launch/examples: each runs as typed, in few steps, and is short enough to be read at once."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "launch" / "examples").glob("*.py"))
+
+
+def run(*command: object) -> str:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launch' / 'examples'}"}
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_is_short(path):
+    assert path.read_text(encoding="utf-8").count("\n") < 60
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_own_loop(tmp_path, ranks):
+    """It learns, alone and under torchrun, and leaves a plain model."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--standalone"]
+    printed = run(*start, ROOT / "launch/examples/own_loop.py", tmp_path / "student", 5)
+    values = [float(value) for value in re.findall(r"attention ([\d.]+)", printed)]
+    assert len(values) == 2 and values[1] < 0.8 * values[0], printed
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert model.config.num_hidden_layers == 3 and (tmp_path / "student" / "tokenizer.json").is_file()
+    assert not any("projector" in name for name in load_file(tmp_path / "student" / "model.safetensors"))
+
+
+def test_new_term(settings, tmp_path):
+    """As a plugin of a config: trained, logged, resumed and exported like any other term."""
+    settings["terms"] = {"length": {"weight": 0.5}}
+    settings["plugins"] = ["new_term"]
+    settings["train"] |= {"steps": 8, "learning_rate": 5e-3}
+    settings["run"] = {"dir": str(tmp_path / "run"), "save_every": 2, "log_every": 1}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    command = (sys.executable, "-m", "dsdistill")
+    run(*command, "train", path)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["terms"]["length"] for line in lines if "terms" in line]
+    assert len(losses) == 8 and losses[-1]["raw"] < losses[0]["raw"]
+    assert losses[0]["weighted"] == pytest.approx(0.5 * losses[0]["raw"])
+    assert "finished" in run(*command, "train", path) or (tmp_path / "run" / "summary.json").is_file()
+    run(*command, "export", tmp_path / "run", "--out", tmp_path / "student")
+    assert (tmp_path / "student" / "model.safetensors").is_file()
