@@ -17,7 +17,7 @@ from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import STAGES
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.tracer import Tracer, callee, freeze
 
 
@@ -70,7 +70,9 @@ def earlier_student(
 
     path: what that stage handed on; layers: to trace.
     """
-    made = callee(build(architecture, None, config.task, "student", needs_head=False), config.task, "student")
+    made = callee(
+        build_model(architecture, None, config.task, "student", needs_head=False), config.task, "student"
+    )
     weights = load_file(path)
     made.module.load_state_dict(
         {name.removeprefix("body."): value for name, value in weights.items() if name.startswith("body.")}

@@ -253,7 +253,7 @@ def check_cut(
 
 
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
-    """Return the model as build() makes it, without memory for weights; raise UserError where it cannot be made."""
+    """Return the model that build_model() makes, without memory for weights; raise UserError where that fails."""
     with torch.device("meta"):
         return _random(config, task, place)
 
@@ -310,7 +310,7 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build(
+def build_model(
     config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool
 ) -> PreTrainedModel:
     """A model under our capturing attention, in float32: weights from path, or random without one.

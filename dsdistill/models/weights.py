@@ -38,7 +38,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     prefix = f"{ours.base_model_prefix}."
     for name, value in ours.state_dict().items():
         if task not in LANGUAGE and not name.startswith(prefix):
-            continue  # a head of classes may be another: build() makes a new one
+            continue  # a head of classes may be another: build_model() makes a new one
         found = theirs.get(name) or theirs.get(name.removeprefix(prefix))
         if found is not None and found != list(value.shape):
             raise UserError(

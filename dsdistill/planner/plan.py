@@ -26,7 +26,7 @@ from dsdistill.engine.prepare import (
     student_architecture,
 )
 from dsdistill.engine.refusals import check_ranks
-from dsdistill.models.build import architecture, build, for_task, override
+from dsdistill.models.build import architecture, build_model, for_task, override
 from dsdistill.models.tracer import count_parameters
 from dsdistill.planner import zero_memory
 from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Rank, rehearse
@@ -212,7 +212,7 @@ def _loading(config: Config, models: Models, gpu: bool) -> Counter:
 
 def _parameters(config: Config, model: PretrainedConfig) -> int:
     with torch.device("meta"):
-        return count_parameters(build(model, None, config.task, "model", needs_head=False))
+        return count_parameters(build_model(model, None, config.task, "model", needs_head=False))
 
 
 def _kept(phases: dict[str, Counter]) -> int:

@@ -19,7 +19,7 @@ from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
 from dsdistill.distributed.deepspeed import parameter_groups
 from dsdistill.engine.module import make_student
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.capture import layer_list
 from dsdistill.models.trace import Trace
 from dsdistill.models.tracer import Tracer, callee, cast_parameters, count_parameters, freeze
@@ -65,7 +65,7 @@ def _frozen(
     values=False,
 ) -> Tracer:
     """Return a model that leaves traces and learns nothing."""
-    made = callee(build(architecture, None, task, place, needs_head=False), task, place)
+    made = callee(build_model(architecture, None, task, place, needs_head=False), task, place)
     freeze(made.module, dtype, torch.device("cpu"))
     return Tracer(made, hidden, attention, values)
 
@@ -181,7 +181,9 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
     """What lies there all the time beside what the student's engine holds."""
     if models.teacher is not None:
         with torch.device("meta"):
-            size = count_parameters(build(models.teacher, None, config.task, "teacher", needs_head=False))
+            size = count_parameters(
+                build_model(models.teacher, None, config.task, "teacher", needs_head=False)
+            )
         sharded = config.teacher.zero_stage == 3
         ledger.add(
             TEACHER,

@@ -12,7 +12,7 @@ from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import GENERATED
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
 from dsdistill.evaluation.text import text_scores
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 
 
 def generation(
@@ -36,7 +36,7 @@ def generation(
     }
     models = {"student": lambda: student}
     if config.teacher is not None and config.teacher.path is not None:
-        models["teacher"] = lambda: build(
+        models["teacher"] = lambda: build_model(
             prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=True
         ).to(ranks.device)
     scores = {}

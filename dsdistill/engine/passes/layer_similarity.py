@@ -21,7 +21,7 @@ from dsdistill.engine.prepare import Prepared, make_objectives
 from dsdistill.engine.run_folder import LAYERS, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.evaluation.structure import debiased_cka
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.tracer import Tracer, callee
 
 log = logging.getLogger("dsdistill")
@@ -98,7 +98,7 @@ def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndar
         config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1)
     )
     torch.manual_seed(config.run.seed)
-    model = build(prepared.student, init, config.task, "student", needs_head=False)
+    model = build_model(prepared.student, init, config.task, "student", needs_head=False)
     student = Tracer(
         callee(model.to(ranks.device).eval(), config.task, "student"),
         range(1, prepared.pair.student.depth + 1),
