@@ -37,6 +37,7 @@ def layer_map(
         return tuple((s, t) for s in range(1, student_depth + 1) for t in range(1, teacher_depth + 1))
     if layers == "last":
         return ((student_depth, teacher_depth),)
+    assert not isinstance(layers, str)  # every name has its branch above
     for student, teacher in layers:
         if not 1 <= student <= student_depth:
             raise UserError(place, f"student layer {student}", f"1 to {student_depth}")

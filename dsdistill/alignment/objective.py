@@ -1,6 +1,7 @@
 """The loss: a weighted sum of terms, each divided by counts over the whole step."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,9 @@ class Objective(nn.Module):
         super().__init__()
         self.task = pair.task
         self.distill_weight = distill_weight
-        self.terms = nn.ModuleDict(
-            {name: TERMS[name](config, pair) for name, config in terms.named().items()}
-        )
+        modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
+        # A ModuleDict is read like a mapping, but does not say of what.
+        self.terms = cast(Mapping[str, AlignmentTerm], nn.ModuleDict(modules))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -79,7 +80,8 @@ class Objective(nn.Module):
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
         """counts: (parts of all terms,) of the whole step. teacher: is left without the layers that terms read."""
-        total, raw, start = 0.0, [], 0
+        total: Tensor | float = 0.0
+        raw, start = [], 0
         terms = list(self.terms.values())
         for index, (term, weight) in enumerate(zip(terms, self.weights.values(), strict=True)):
             divisor = counts[start : start + term.parts].clamp(min=1)  # nothing valid: the sums are 0
@@ -90,6 +92,7 @@ class Objective(nn.Module):
                 _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])
             raw.append(values.detach())
             total = total + weight * term.factor * (values * values.new_tensor(term.weighting.values)).sum()
+        assert isinstance(total, Tensor)  # a config has one term at least
         return Loss(total, torch.cat(raw))
 
     def begin(self, steps: int) -> None:
@@ -113,14 +116,14 @@ class Objective(nn.Module):
 
     def report(self, raw: Tensor) -> dict[str, dict]:
         """Of a step's raw values, before update(): each term before and after its weight, and moving layer weights."""
-        found = {}
+        report: dict[str, dict] = {}
         for name, values in self._by_term(raw).items():
             term = self.terms[name]
             value = term.factor * sum(w * v for w, v in zip(term.weighting.values, values, strict=True))
-            found[name] = {"raw": value, "weighted": self.weights[name] * value}
+            report[name] = {"raw": value, "weighted": self.weights[name] * value}
             if term.weighting.moves:
-                found[name]["layer_weights"] = term.weighting.values
-        return found
+                report[name]["layer_weights"] = term.weighting.values
+        return report
 
     def state(self) -> dict[str, dict]:
         """What moves outside the parameters, as plain JSON."""

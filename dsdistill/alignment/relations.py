@@ -28,7 +28,8 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
     """‖Ĝ_S − Ĝ_T‖²_F / n², where Ĝ is X Xᵀ with each row divided by its norm (SP, Tung & Mori 2019)."""
     student, teacher = _rows(student, teacher)
-    return F.mse_loss(*(F.normalize(x @ x.T, dim=1) for x in (student, teacher)))
+    mine, other = (F.normalize(x @ x.T, dim=1) for x in (student, teacher))
+    return F.mse_loss(mine, other)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor, backend: str = "auto") -> Tensor:
@@ -50,8 +51,8 @@ def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
     else:
         seeded = torch.Generator().manual_seed(0)
         i, j, k = torch.randint(n, (3, triples), generator=seeded).to(student.device)
-    angles = [_cosines_at(x, i, j, k) for x in (student, teacher)]
-    return F.smooth_l1_loss(*angles).to(student.dtype)
+    mine, other = (_cosines_at(x, i, j, k) for x in (student, teacher))
+    return F.smooth_l1_loss(mine, other).to(student.dtype)
 
 
 def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:

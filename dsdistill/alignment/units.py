@@ -32,12 +32,12 @@ def gather_rows(own: Tensor) -> Tensor:
     count = torch.tensor([len(own)], device=own.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    counts = [int(count) for count in counts]
-    padded = own.new_zeros(max(counts), own.shape[1])
+    lengths = [int(count) for count in counts]
+    padded = own.new_zeros(max(lengths), own.shape[1])
     padded[: len(own)] = own.detach()
-    rows = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(rows, padded)
-    rows = [found[:count] for found, count in zip(rows, counts, strict=True)]
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    rows = [padded_rows[:length] for padded_rows, length in zip(gathered, lengths, strict=True)]
     rows[dist.get_rank()] = own
     return torch.cat(rows)
 

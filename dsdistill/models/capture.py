@@ -90,7 +90,9 @@ class Capture:
         self._trace: Trace | None = None
         self._calls = 0
         layers = layer_list(model)
-        if self.hidden and layers is None:
+        if not self.hidden:
+            return
+        if layers is None:
             raise ValueError(
                 f"{type(model).__name__}: no list of {model.config.num_hidden_layers} layers to hook"
             )
@@ -112,6 +114,7 @@ class Capture:
             self._trace, _recording = None, None
 
     def note_attention(self, module, query, key, value, options) -> None:
+        assert self._trace is not None  # called inside `recording` alone
         self._calls += 1
         layer = attention_trace(module, query, key, value, options)
         self.geometry[self._calls] = layer.geometry
@@ -119,13 +122,13 @@ class Capture:
             self._trace.attention[self._calls] = layer if self.values else replace(layer, value=None)
 
     def _note_embedding(self, module, args, kwargs) -> None:
-        if _recording is self:
+        if self._trace is not None:
             self._trace.hidden[0] = args[0] if args else kwargs["hidden_states"]
 
     def _note_hidden(self, index: int):
         def hook(module, args, output) -> None:
             # A checkpointed layer runs again in backward; by then nothing is being recorded.
-            if _recording is self:
+            if self._trace is not None:
                 self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]
 
         return hook

@@ -29,6 +29,10 @@ class TeacherMap(nn.Module):
     parameters: trained together with what is to match it, it would collapse to 0.
     """
 
+    components: Tensor  # (d', D)
+    mean: Tensor  # (D,)
+    scale: Tensor  # ()
+
     def __init__(self, teacher_width: int, width: int):
         super().__init__()
         self.register_buffer("components", torch.zeros(width, teacher_width))
@@ -82,7 +86,9 @@ class DomainFusion(nn.Module):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Let every forward pass of the model put x in the place of E, what its first layer reads."""
-        layer_list(model)[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
+        layers = layer_list(model)
+        assert layers is not None  # the probe has refused models without a list of layers
+        layers[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
 
     def targets(self, teacher: Trace) -> dict[int, Tensor]:
         """φ of each mapped layer, (B, N, d')."""
@@ -97,6 +103,7 @@ class DomainFusion(nn.Module):
     def trace(self, targets: dict[int, Tensor]) -> DomainTrace:
         """After it."""
         predicted, self._predicted = self._predicted, None
+        assert predicted is not None  # each forward pass leaves one, and this takes it once
         return DomainTrace(targets, predicted)
 
     def forward(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +150,7 @@ def load_exported(folder: str) -> PreTrainedModel:
     """
     path = os.path.join(folder, STUDENT)
     config = architecture(path, None, folder)
-    name = str((config.architectures or [None])[0])
+    name = str(next(iter(config.architectures or ()), None))
     kind = getattr(transformers, name, None)
     if not (
         isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config)

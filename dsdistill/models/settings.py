@@ -112,16 +112,16 @@ def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) 
     chooses itself are refused too.
     """
     kind = settings.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     for key in settings:
-        made = inspect.getattr_static(CONFIG_MAPPING[kind] if known else PretrainedConfig, str(key), None)
+        made = inspect.getattr_static(known or PretrainedConfig, str(key), None)
         if (
             str(key).startswith("__")
             or inspect.isroutine(made)
             or isinstance(made, classmethod | staticmethod)
         ):
             raise UserError(f"{place}.{key}", "the name of a part of the library's code", "a setting")
-    _check(settings, CONFIG_MAPPING[kind].attribute_map if known else {}, place, ours, 0)
+    _check(settings, known.attribute_map if known is not None else {}, place, ours, 0)
 
 
 def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bool, depth: int) -> None:

@@ -25,7 +25,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     folder = locate(path, f"{place}.path")
     if not os.path.isdir(folder):
         return
-    theirs = {}
+    theirs: dict[str, list[int]] = {}
     for name in _files(folder, f"{place}.path"):
         try:
             with safe_open(os.path.join(folder, name), framework="pt") as file:

@@ -26,13 +26,12 @@ class AttentionTerm(AlignmentTerm):
     """
 
     name = "attention"
+    config: Attention
 
     def __init__(self, config: Attention, pair: Pair):
         super().__init__(config, pair)
-        self._map_layers(
-            layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.attention.layers"),
-            config.layer_agg,
-        )
+        mine, other = pair.shapes
+        self._map_layers(config, layer_map(config.layers, mine.depth, other.depth, "terms.attention.layers"))
         self.student_attention = frozenset(student for student, _ in self.layers)
         self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
         self.needs_values = "value_value" in config.relations
@@ -47,7 +46,7 @@ class AttentionTerm(AlignmentTerm):
 
     def _check_heads(self, relation: str) -> int:
         """Heads that are compared in one relation."""
-        student, teacher = (_joined(of, relation) for of in (self.pair.student, self.pair.teacher))
+        student, teacher = (_joined(shape, relation) for shape in self.pair.shapes)
         wanted = self.config.relation_heads
         if wanted is not None:
             for place, (heads, width) in (("student", student), ("teacher", teacher)):
@@ -118,11 +117,11 @@ class AttentionTerm(AlignmentTerm):
         )
 
     def _layer_sum(self, mine: AttentionTrace, other: AttentionTrace, batch) -> Tensor:
-        total = 0.0
+        total: Tensor | float = 0.0
         for relation, heads in self.relation_heads.items():
             query, key, scale = self._related(mine, relation)
             other_query, other_key, other_scale = self._related(other, relation)
-            found = attention_alignment(
+            difference = attention_alignment(
                 query,
                 key,
                 other_query,
@@ -137,7 +136,8 @@ class AttentionTerm(AlignmentTerm):
                 reduction="sum",
                 backend=self.pair.backend,
             )
-            total = total + found * (self.heads / heads)  # each relation is a mean over its own heads
+            total = total + difference * (self.heads / heads)  # each relation is a mean over its own heads
+        assert isinstance(total, Tensor)  # a config has one relation at least
         return total
 
     def _related(self, trace: AttentionTrace, relation: str) -> tuple[Tensor, Tensor, float]:

@@ -27,6 +27,7 @@ class FeatureDynamicsTerm(AlignmentTerm):
     """
 
     name = "fdd"
+    config: FeatureDynamics
     needs_lens = True
     needs_labels = True
 
@@ -36,7 +37,8 @@ class FeatureDynamicsTerm(AlignmentTerm):
             raise UserError(
                 "terms.fdd", f"task {pair.task}", "causal_lm (a classifier's head reads no middle layer)"
             )
-        self.layers = layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.fdd.layers")
+        mine, other = pair.shapes
+        self.layers = layer_map(config.layers, mine.depth, other.depth, "terms.fdd.layers")
         if config.changes and len(self.layers) < 2:
             raise UserError("terms.fdd.layers", "one layer", "two or more, or changes: 0")
         if not config.levels and not config.changes:
@@ -77,6 +79,7 @@ class FeatureDynamicsTerm(AlignmentTerm):
 
     def _head(self, trace: Trace) -> tuple[Tensor, Tensor | None]:
         cut = slice(None, self.common)
+        assert trace.head is not None  # the task is causal_lm, whose traces have a head
         bias = trace.head_bias
         return trace.head[cut].detach(), None if bias is None else bias[cut].detach()
 

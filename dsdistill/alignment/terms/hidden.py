@@ -17,16 +17,18 @@ class HiddenTerm(AlignmentTerm):
     """
 
     name = "hidden"
+    config: Hidden
 
     def __init__(self, config: Hidden, pair: Pair):
         super().__init__(config, pair)
-        mapped = layer_map(config.layers, pair.student.depth, pair.teacher.depth, f"terms.{self.name}.layers")
-        self._map_layers(((0, 0), *mapped) if config.embedding else mapped, config.layer_agg)
+        mine, other = pair.shapes
+        mapped = layer_map(config.layers, mine.depth, other.depth, f"terms.{self.name}.layers")
+        self._map_layers(config, ((0, 0), *mapped) if config.embedding else mapped)
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
-        project = config.projector == "linear" or pair.student.width != pair.teacher.width
+        project = config.projector == "linear" or mine.width != other.width
         self.projectors = (
-            nn.ModuleDict({name: Projector(pair.student.width, pair.teacher.width) for name in self._names()})
+            nn.ModuleDict({name: Projector(mine.width, other.width) for name in self._names()})
             if project
             else None
         )
@@ -40,7 +42,7 @@ class HiddenTerm(AlignmentTerm):
     def counts(self, batch, geometry):
         count = batch.mask.sum().double()
         if self.config.divergence == "mse":
-            count = count * self.pair.teacher.width
+            count = count * self.pair.shapes[1].width
         return count.expand(self.parts)
 
     def sums(self, student, teacher, batch):

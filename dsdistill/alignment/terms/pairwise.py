@@ -22,22 +22,22 @@ class PairwiseTerm(AlignmentTerm):
     """
 
     name = "pairwise"
+    config: Pairwise
 
     def __init__(self, config: Pairwise, pair: Pair):
         super().__init__(config, pair)
         if config.center and config.relation == "distance":
             raise UserError("terms.pairwise.center", "true with relation: distance", "cosine or dot")
-        self._map_layers(
-            layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.pairwise.layers"),
-            config.layer_agg,
-        )
+        mine, other = pair.shapes
+        self._map_layers(config, layer_map(config.layers, mine.depth, other.depth, "terms.pairwise.layers"))
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
     def _units(self, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.config.center:
             return student, teacher
-        return tuple(wide(x) - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
+        mine, other = (wide(x) - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
+        return mine, other
 
     def counts(self, batch, geometry):
         return batch.rows.sum().double().expand(self.parts)

@@ -10,7 +10,7 @@ from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projection
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum
-from dsdistill.config.terms import Contrastive, Related
+from dsdistill.config.terms import Contrastive, Related, RelationalKD
 
 
 class RelatedTerm(AlignmentTerm):
@@ -20,11 +20,13 @@ class RelatedTerm(AlignmentTerm):
     units each has. So ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
     """
 
+    config: Related
+
     def __init__(self, config: Related, pair: Pair):
         super().__init__(config, pair)
+        mine, other = pair.shapes
         self._map_layers(
-            layer_map(config.layers, pair.student.depth, pair.teacher.depth, f"terms.{self.name}.layers"),
-            config.layer_agg,
+            config, layer_map(config.layers, mine.depth, other.depth, f"terms.{self.name}.layers")
         )
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
@@ -62,13 +64,14 @@ class ContrastiveTerm(RelatedTerm):
     """
 
     name = "contrastive"
+    config: Contrastive
 
     def __init__(self, config: Contrastive, pair: Pair):
         super().__init__(config, pair)
-        widths = pair.student.width, pair.teacher.width
+        mine, other = pair.shapes
         self.projectors = (
-            nn.ModuleDict({f"{s}-{t}": Projection(*widths) for s, t in self.layers})
-            if config.projector == "linear" or widths[0] != widths[1]
+            nn.ModuleDict({f"{s}-{t}": Projection(mine.width, other.width) for s, t in self.layers})
+            if config.projector == "linear" or mine.width != other.width
             else None
         )
 
@@ -88,6 +91,7 @@ class SimilarityTerm(RelatedTerm):
 
 class RelationalTerm(RelatedTerm):
     name = "rkd"
+    config: RelationalKD
 
     def relate(self, student, teacher):
         loss = 0.0 * student.sum()

@@ -1,5 +1,7 @@
 """The teacher's output distribution (Hinton et al. 2015)."""
 
+from typing import Any
+
 import torch
 
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
@@ -13,7 +15,7 @@ from dsdistill.ops import logit_alignment, soft_label_alignment
 
 def common_vocabulary(pair: Pair, place: str) -> int | None:
     """Entries of both heads that stand for tokens, where the heads are padded to different widths; else None."""
-    student, teacher = pair.student.vocabulary, pair.teacher.vocabulary
+    student, teacher = (shape.vocabulary for shape in pair.shapes)
     if student == teacher:
         return None
     if min(student, teacher) < pair.tokens:
@@ -34,6 +36,7 @@ class SoftLabelTerm(AlignmentTerm):
     """
 
     name = "soft_label"
+    config: SoftLabel
     needs_head = True
 
     def __init__(self, config: SoftLabel, pair: Pair):
@@ -49,7 +52,7 @@ class SoftLabelTerm(AlignmentTerm):
 
     def sums(self, student, teacher, batch):
         config = self.config
-        options = {
+        options: dict[str, Any] = {
             "temperature": config.temperature,
             "divergence": config.divergence,
             "beta": config.beta,

@@ -12,14 +12,19 @@ from dsdistill.ops import token_cross_entropy
 
 def next_tokens(batch: Batch) -> Tensor:
     """(B, N−1) int64: what positions 0 to N−2 are to predict, NO_LABEL where nothing."""
-    return batch.labels[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
+    return _labels(batch)[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
 
 
 def targets(batch: Batch, task: str) -> Tensor:
     """(B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
     if task == "causal_lm":
         return next_tokens(batch)
-    return batch.labels.masked_fill(~batch.mask, NO_LABEL)
+    return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
+
+
+def _labels(batch: Batch) -> Tensor:
+    assert batch.labels is not None  # a run whose terms or metrics read labels has data with labels
+    return batch.labels
 
 
 def predicting(states: Tensor, task: str) -> Tensor:
