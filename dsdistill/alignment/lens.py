@@ -50,12 +50,12 @@ def change_alignment(
                 sums = slope.sum(-1, keepdim=True)
                 gradients[0][tokens] = heads[0].product(lower.exp_().mul_(sums).sub_(slope), heads[0].matrix)
                 gradients[1][tokens] = heads[0].product(slope.sub_(upper.exp_().mul_(sums)), heads[0].matrix)
-        found = (
+        stored = (
             [None] * 2
             if gradients is None
             else [g.view_as(s) for g, s in zip(gradients, student, strict=True)]
         )
-        return total, found
+        return total, stored
 
     with without_autocast(mask.device):
         return with_stored_gradients(compute, student, None)

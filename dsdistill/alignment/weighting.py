@@ -115,8 +115,8 @@ def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.
     for column in range(columns):
         equal[rows + column, column::columns] = 1
     # The last equation follows from the others, as both sides sum to 1; leaving it in trips on rounding.
-    found = linprog(cost.flatten(), A_eq=equal[:-1], b_eq=[*sources, *sinks][:-1], method="highs")
-    return np.clip(found.x, 0, None).reshape(cost.shape)
+    solution = linprog(cost.flatten(), A_eq=equal[:-1], b_eq=[*sources, *sinks][:-1], method="highs")
+    return np.clip(solution.x, 0, None).reshape(cost.shape)
 
 
 def _cheap_gain(mass: np.ndarray, moved: np.ndarray) -> list[float]:

@@ -131,12 +131,12 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
     """
     if overrides is not None:
         check_settings(overrides, f"{place}.config", ours=True)
-    found = _read(path, overrides, place) if path is not None else None
-    found = (
-        _from_scratch(overrides or {}, place) if found is None else override(found, overrides or {}, place)
+    config = _read(path, overrides, place) if path is not None else None
+    config = (
+        _from_scratch(overrides or {}, place) if config is None else override(config, overrides or {}, place)
     )
-    check_shape(found, NEEDED, place)
-    return found
+    check_shape(config, NEEDED, place)
+    return config
 
 
 def _read(path: str, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig | None:
@@ -180,22 +180,22 @@ def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedCo
         raise UserError(f"{place}.config", " ".join(str(error).split()), f"settings of {kind}") from None
 
 
-def override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
-    """`found` with the settings of a `config:` beside it, which may restate the weights' shapes but not change them."""
-    check_settings({"model_type": found.model_type, **overrides}, f"{place}.config", ours=True)
-    _refuse_unknown(found, overrides, place)
-    usual = {alias: name for name, alias in found.attribute_map.items()}  # n_layer is num_hidden_layers
+def override(base: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
+    """`base` with the settings of a `config:` beside it, which may restate the weights' shapes but not change them."""
+    check_settings({"model_type": base.model_type, **overrides}, f"{place}.config", ours=True)
+    _refuse_unknown(base, overrides, place)
+    usual = {alias: name for name, alias in base.attribute_map.items()}  # n_layer is num_hidden_layers
     for key, value in overrides.items():
-        if usual.get(key, key) in _STRUCTURE and getattr(found, key) != value:
-            raise UserError(f"{place}.config.{key}", value, f"{getattr(found, key)}, as the weights have it")
+        if usual.get(key, key) in _STRUCTURE and getattr(base, key) != value:
+            raise UserError(f"{place}.config.{key}", value, f"{getattr(base, key)}, as the weights have it")
         if key == "model_type":
             continue
         try:
-            setattr(found, key, value)
+            setattr(base, key, value)
         except Exception as error:  # whatever the library trips over
             reason = " ".join(str(error).split())
-            raise UserError(f"{place}.config.{key}", reason, f"a setting of {found.model_type}") from None
-    return found
+            raise UserError(f"{place}.config.{key}", reason, f"a setting of {base.model_type}") from None
+    return base
 
 
 def first_line(error: BaseException) -> str:

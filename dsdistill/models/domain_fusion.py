@@ -96,9 +96,11 @@ class DomainFusion(nn.Module):
 
     def prepare(self, teacher: Trace | None, chance: Tensor | None) -> dict[int, Tensor]:
         """Before a forward pass: what the teacher gives it, where it has a say; returns its targets."""
-        found = {} if teacher is None or not self.training else self.targets(teacher)
-        self._given = (found[self.layers[-1]], chance < self.share) if found and chance is not None else None
-        return found
+        targets = {} if teacher is None or not self.training else self.targets(teacher)
+        self._given = (
+            (targets[self.layers[-1]], chance < self.share) if targets and chance is not None else None
+        )
+        return targets
 
     def trace(self, targets: dict[int, Tensor]) -> DomainTrace:
         """After it."""

@@ -145,8 +145,8 @@ def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bo
 def _is_dtype(value: Any) -> bool:
     if value is None or isinstance(value, torch.dtype):
         return True
-    found = getattr(torch, value, None) if isinstance(value, str) else None
-    return isinstance(found, torch.dtype) and found.is_floating_point
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _check_size(name: str, value: Any, where: str) -> None:
@@ -202,5 +202,10 @@ def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
     inner = (getattr(config, name, None) for name in config.sub_configs)
     return [
         config,
-        *(part for found in inner if isinstance(found, PretrainedConfig) for part in _parts(found)),
+        *(
+            part
+            for inner_config in inner
+            if isinstance(inner_config, PretrainedConfig)
+            for part in _parts(inner_config)
+        ),
     ]

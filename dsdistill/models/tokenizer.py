@@ -44,10 +44,10 @@ def check_vocabulary(
         raise UserError(f"{place}.config.vocab_size", model.vocab_size, expected)
     types = getattr(model, "type_vocab_size", None)
     texts = ("a", "a") if pairs else ("a",)
-    found = 1 + max(tokenizer(*texts).get("token_type_ids", ()), default=0)
-    if isinstance(types, int) and 0 < types < found:
+    used = 1 + max(tokenizer(*texts).get("token_type_ids", ()), default=0)
+    if isinstance(types, int) and 0 < types < used:
         raise UserError(
-            f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {found} token types"
+            f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {used} token types"
         )
 
 

@@ -39,11 +39,11 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     for name, value in ours.state_dict().items():
         if task not in LANGUAGE and not name.startswith(prefix):
             continue  # a head of classes may be another: build_model() makes a new one
-        found = theirs.get(name) or theirs.get(name.removeprefix(prefix))
-        if found is not None and found != list(value.shape):
+        shape = theirs.get(name) or theirs.get(name.removeprefix(prefix))
+        if shape is not None and shape != list(value.shape):
             raise UserError(
                 f"{place}.path",
-                f"{path} with {name} of shape {found}",
+                f"{path} with {name} of shape {shape}",
                 f"{list(value.shape)}, as its config.json says",
             )
 

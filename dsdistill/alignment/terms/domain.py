@@ -62,13 +62,13 @@ class DomainTerm(AlignmentTerm):
 
     def counts(self, batch, geometry):
         values, rows = batch.mask.sum().double() * self.pair.domain_width, batch.rows.sum().double()
-        found = [values] * (self.parts - len(self.others))
-        return torch.stack(found + [values if name == "predictor" else rows for name in self.others])
+        counts = [values] * (self.parts - len(self.others))
+        return torch.stack(counts + [values if name == "predictor" else rows for name in self.others])
 
     def sums(self, student, teacher, batch):
-        found = []
+        sums = []
         if self.config.hidden:
-            found += [
+            sums += [
                 self.projectors[f"{s}-{t}"](
                     student.hidden[s],
                     student.domain.targets[t].to(student.hidden[s].dtype),
@@ -85,17 +85,17 @@ class DomainTerm(AlignmentTerm):
         mine, other = (grid.vectors(states, alike) for states in last)
         for name in self.others:
             if name == "tokens":
-                found.append(self._structure(*last, batch.mask))
+                sums.append(self._structure(*last, batch.mask))
             elif name == "phrases":
-                found.append(
+                sums.append(
                     self._structure(mine, other, grid.mask) if grid.mask.any() else 0 * last[0][:, 0].sum()
                 )
             elif name == "sequences":
-                found.append(self._sequences(last, mine, grid.mask, batch))
+                sums.append(self._sequences(last, mine, grid.mask, batch))
             else:
                 target = student.domain.targets[shapes[1].depth]
                 predicted = student.domain.predicted
-                found.append(
+                sums.append(
                     hidden_alignment(
                         predicted,
                         target.to(predicted.dtype),
@@ -104,7 +104,7 @@ class DomainTerm(AlignmentTerm):
                         backend=self.pair.backend,
                     )
                 )
-        return torch.stack([value.float() for value in found])
+        return torch.stack([value.float() for value in sums])
 
     def _structure(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         return pairwise_alignment(

@@ -62,20 +62,20 @@ class FeatureDynamicsTerm(AlignmentTerm):
         )
         heads, biases = zip(*(self._head(trace) for trace in (student, teacher)), strict=True)
         options = {"mask": mask, "student_bias": biases[0], "teacher_bias": biases[1]}
-        found = []
+        sums = []
         if self.config.levels:
-            found += [
+            sums += [
                 soft_label_alignment(
                     s, heads[0], t, heads[1], reduction="sum", backend=self.pair.logit_backend, **options
                 )
                 for s, t in zip(mine, other, strict=True)
             ]
         if self.config.changes:
-            found += [
+            sums += [
                 change_alignment(s, heads[0], t, heads[1], **options)
                 for s, t in zip(itertools.pairwise(mine), itertools.pairwise(other), strict=True)
             ]
-        return torch.stack(found)
+        return torch.stack(sums)
 
     def _head(self, trace: Trace) -> tuple[Tensor, Tensor | None]:
         cut = slice(None, self.common)

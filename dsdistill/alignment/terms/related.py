@@ -51,8 +51,8 @@ class RelatedTerm(AlignmentTerm):
         units = gather_rows(own)  # of all layers and both models, in one go
         if not len(units):
             return own.sum().expand(self.parts)  # 0
-        found = units.split([vector.shape[1] for vector in vectors], dim=1)
-        losses = [self.relate(mine, other) for mine, other in zip(found[::2], found[1::2], strict=True)]
+        gathered = units.split([vector.shape[1] for vector in vectors], dim=1)
+        losses = [self.relate(mine, other) for mine, other in zip(gathered[::2], gathered[1::2], strict=True)]
         return shared_sum(torch.stack(losses), len(own), len(units))
 
 

@@ -63,7 +63,7 @@ def _written(
         ranks.rank :: ranks.world_size
     ]
     at_once = prepared.config.train.micro_batch_size
-    found = []
+    written = []
     for start in range(0, len(order), at_once):
         rows = order[start : start + at_once]
         prompts, references = zip(*(pairs[row] for row in rows), strict=True)
@@ -72,8 +72,8 @@ def _written(
             for prompt, reference in zip(prompts, references, strict=True)
         ]
         tokens = greedy(model, prompts, most, end=end, pad=tokenizer.pad_token_id, vocabulary=len(tokenizer))
-        found += [
+        written += [
             (row, tokenizer.decode(ids, skip_special_tokens=True))
             for row, ids in zip(rows, tokens, strict=True)
         ]
-    return [text for _, text in sorted(pair for of_rank in ranks.gather(found) for pair in of_rank)]
+    return [text for _, text in sorted(pair for of_rank in ranks.gather(written) for pair in of_rank)]
