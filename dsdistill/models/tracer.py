@@ -1,4 +1,4 @@
-"""Models that leave traces: what the alignment terms read of one forward pass."""
+"""Run models so that they leave traces: what the alignment terms read of one forward pass."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +36,7 @@ def _whole_already(_: list[nn.Parameter]) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Callee:
-    """A model and what to call in its place.
+    """A Callee is a model and what to call in its place.
 
     module: the model itself or, where it is a language model, a Headless around it. call: the module, or an engine
     around it. whole: of some of its parameters, a context in which they are whole on this rank.
@@ -55,7 +55,7 @@ def callee(model: PreTrainedModel, task: str, place: str) -> Callee:
 
 
 class Tracer:
-    """Makes the trace of a batch; the only place where a forward pass runs under capture."""
+    """Make the trace of a batch; this is the only place where a forward pass runs under capture."""
 
     def __init__(
         self,
@@ -64,14 +64,14 @@ class Tracer:
         attention: Iterable[int] = (),
         values: bool = True,
     ):
-        """hidden, attention, values: what to keep, see Capture."""
+        """Make a tracer that keeps `hidden`, `attention` and `values`, see Capture."""
         self.callee = callee
         self.model = callee.model
         self.capture = Capture(callee.model, hidden, attention, values)
 
     @property
     def head(self) -> list[nn.Parameter]:
-        """Weight and perhaps bias of a language model's head, which terms use outside its own forward; else nothing."""
+        """Return weight and perhaps bias of a language model's head, which terms use; nothing for other models."""
         if not isinstance(self.callee.module, Headless):
             return []
         head = self.model.get_output_embeddings()

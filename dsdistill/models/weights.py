@@ -1,4 +1,4 @@
-"""Weight files, looked at before anything is loaded from them."""
+"""Check weight files before anything is loaded from them."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
 
 
 def _files(folder: str, place: str) -> list[str]:
-    """The names of the safetensors files that hold a folder's weights."""
+    """Return the names of the safetensors files that hold a folder's weights."""
     if shards := [name for name in os.listdir(folder) if _SHARD.match(name)]:
         raise UserError(place, f"{folder} with {min(shards)}, a checkpoint's shard", SINGLE)
     if os.path.isfile(os.path.join(folder, SINGLE)):

@@ -1,4 +1,4 @@
-"""What every term of the loss is."""
+"""Define what every term of the loss is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from dsdistill.models.trace import Geometry, Trace
 
 @dataclass(frozen=True)
 class Shape:
-    """What a term must know of one model before it sees a trace."""
+    """A Shape holds what a term must know of one model before it sees a trace."""
 
     depth: int  # layers
     width: int  # of the hidden states
@@ -42,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher of one run, as the terms see them."""
+    """A Pair describes student and teacher of one run, as the terms see them."""
 
     student: Shape
     teacher: Shape | None
@@ -59,12 +59,12 @@ class Pair:
 
     @property
     def logit_backend(self) -> str:
-        """Of the operators over a vocabulary, which no kernel computes."""
+        """Return the backend of the operators over a vocabulary, which no kernel computes."""
         return self.backend if self.backend in ("reference", "chunked") else "auto"
 
 
 class AlignmentTerm(nn.Module, ABC):
-    """One summand of the loss, for each of its parts (mapped layers) a sum and the count to divide it by.
+    """A term is one summand of the loss: for each part (mapped layer) a sum, and the count to divide it by.
 
     Sum and count are apart because the loss divides by counts over all ranks and accumulation steps: the same
     global batch then gives the same loss however it is split.
@@ -106,14 +106,14 @@ class AlignmentTerm(nn.Module, ABC):
 
     @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """(parts,) float64: what each sum is divided by, from the batch alone.
+        """Return (parts,) float64: what each sum is divided by, from the batch alone.
 
         geometry: of the student's attention layers, by layer.
         """
 
     @abstractmethod
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """(parts,) float32 with gradients to the student: undivided, unweighted."""
+        """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted."""
 
     def _map_layers(self, config: Layered, pairs: tuple[tuple[int, int], ...]) -> None:
         """Take these (student, teacher) pairs as the parts, weighted as the config says."""

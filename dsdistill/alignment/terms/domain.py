@@ -1,4 +1,4 @@
-"""Domain structural mapping: hidden states in d' features, structure at three granularities, the predictor."""
+"""Compare hidden states in d' features, structure at three granularities, and a prediction (domain mapping)."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from dsdistill.ops import hidden_alignment, pairwise_alignment
 
 
 class DomainTerm(AlignmentTerm):
-    """Five parts, each with a factor of its own.
+    """The term has up to five parts, each with a factor of its own.
 
       hidden     ‖ψ_l h_S − φ_l h_T‖² over valid tokens, a feature, mean over layers; φ frozen, ψ trained
       tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs

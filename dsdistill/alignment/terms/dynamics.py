@@ -1,4 +1,4 @@
-"""Feature dynamics distillation: predictions of middle layers and how they change."""
+"""Compare predictions of middle layers and how they change (feature dynamics distillation)."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from dsdistill.ops import soft_label_alignment
 
 
 class FeatureDynamicsTerm(AlignmentTerm):
-    """levels · Σ_l KL(p_T^l ‖ p_S^l) + changes · Σ_l (1 − cos(Δy_T^l, Δy_S^l)), means over tokens.
+    """Compute levels · Σ_l KL(p_T^l ‖ p_S^l) + changes · Σ_l (1 − cos(Δy_T^l, Δy_S^l)), means over tokens.
 
     y^l = log softmax(head(norm(h_l))) is what the model would predict if layer l were its last (the logit lens) and
     Δy^l its change to the next mapped layer. Only the student's layers learn: its head is a constant here, or the
@@ -85,6 +85,6 @@ class FeatureDynamicsTerm(AlignmentTerm):
 
 
 def _lens(trace: Trace, layer: int) -> Tensor:
-    """(B, N−1, D): a layer's states at the positions that predict, as the head reads them."""
+    """Return (B, N−1, D): a layer's states at the positions that predict, as the head reads them."""
     states = trace.hidden[layer][:, :-1]
     return states if trace.norm is None else trace.norm(states)

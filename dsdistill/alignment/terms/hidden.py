@@ -1,4 +1,4 @@
-"""Hidden states of mapped layers (Jiao et al. 2020, TinyBERT, equations 8 and 9)."""
+"""Compare the hidden states of mapped layers (Jiao et al. 2020, TinyBERT, equations 8 and 9)."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from dsdistill.ops import hidden_alignment
 
 
 class HiddenTerm(AlignmentTerm):
-    """Mean squared or cosine distance over valid tokens, the student projected to the teacher's width.
+    """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
     Each mapped layer has a projector of its own; the paper's code shares one.
     """
@@ -34,7 +34,10 @@ class HiddenTerm(AlignmentTerm):
         )
 
     def _names(self) -> list[str]:
-        """Of each part's projector, the same in every stage that maps these layers; `emd` has one a student layer."""
+        """Return the name of each part's projector, the same in every stage that maps these layers.
+
+        `emd` has one projector for each student layer.
+        """
         if self.config.layers == "emd":
             return [str(student) for student, _ in self.layers]
         return [f"{student}-{teacher}" for student, teacher in self.layers]
@@ -63,7 +66,7 @@ class HiddenTerm(AlignmentTerm):
 
 
 class FeatureTerm(HiddenTerm):
-    """The same with a cosine by default and without the embeddings, so that a loss can have both.
+    """This is HiddenTerm with a cosine by default and without the embeddings, so that a loss can have both.
 
     With layers: last it is DistilBERT's cosine loss (Sanh et al. 2019).
     """

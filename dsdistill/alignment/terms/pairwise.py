@@ -1,4 +1,4 @@
-"""How the tokens of a sequence relate to each other (Tung & Mori 2019; Park et al. 2019)."""
+"""Compare how the tokens of a sequence relate to each other (Tung & Mori 2019; Park et al. 2019)."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dsdistill.ops import pairwise_alignment
 
 
 class PairwiseTerm(AlignmentTerm):
-    """Difference of the two models' token-by-token relations; needs no projector, widths may differ.
+    """Compare the two models' token-by-token relations; no projector is needed, and widths may differ.
 
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
     formula. Of two readings, the centred, row-normalised Gram matrix of a sequence's tokens for both, or φ a PCA fitted

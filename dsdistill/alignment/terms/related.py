@@ -1,4 +1,4 @@
-"""How the examples of a micro-batch relate to each other, and to themselves in the other model."""
+"""Compare how the examples of a micro-batch relate to each other in both models."""
 
 from abc import abstractmethod
 
@@ -33,10 +33,10 @@ class RelatedTerm(AlignmentTerm):
 
     @abstractmethod
     def relate(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over the units of (n, D_s) and (n, D_t), n ≥ 1."""
+        """Return the mean loss over the units of (n, D_s) and (n, D_t), n ≥ 1."""
 
     def project(self, pair: tuple[int, int], student: Tensor) -> Tensor:
-        """Vectors of the student's layer as they are related."""
+        """Return the vectors of the student's layer as they are related."""
         return student
 
     def counts(self, batch, geometry):
@@ -57,7 +57,7 @@ class RelatedTerm(AlignmentTerm):
 
 
 class ContrastiveTerm(RelatedTerm):
-    """In-batch InfoNCE: a student's vector against the teacher's of all examples.
+    """Compute InfoNCE in a batch: a student's vector against the teacher's vectors of all examples.
 
     The published method names a contrastive loss without a formula; vectors, negatives and temperature (that of
     CRD, Tian et al. 2020) are this project's own reading.

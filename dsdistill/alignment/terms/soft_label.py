@@ -1,4 +1,4 @@
-"""The teacher's output distribution (Hinton et al. 2015)."""
+"""Compare the student's output distribution with the teacher's (Hinton et al. 2015)."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from dsdistill.ops import logit_alignment, soft_label_alignment
 
 
 def common_vocabulary(pair: Pair, place: str) -> int | None:
-    """Entries of both heads that stand for tokens, where the heads are padded to different widths; else None."""
+    """Return how many entries of both heads stand for tokens; None where the heads have the same width."""
     student, teacher = (shape.vocabulary for shape in pair.shapes)
     if student == teacher:
         return None
@@ -28,7 +28,7 @@ def common_vocabulary(pair: Pair, place: str) -> int | None:
 
 
 class SoftLabelTerm(AlignmentTerm):
-    """Divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
+    """Compute the divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
     Language models: over the positions that predict a token, from hidden states and heads; where the heads are
     padded to different widths, over the tokenizer's entries. Scores: squared difference of both divided by τ, which is

@@ -1,4 +1,4 @@
-"""The task's own loss, against the labels."""
+"""Compute the task's own loss, against the labels."""
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,12 @@ from dsdistill.ops import token_cross_entropy
 
 
 def next_tokens(batch: Batch) -> Tensor:
-    """(B, N−1) int64: what positions 0 to N−2 are to predict, NO_LABEL where nothing."""
+    """Return (B, N−1) int64: what positions 0 to N−2 are to predict, NO_LABEL where nothing."""
     return _labels(batch)[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
 
 
 def targets(batch: Batch, task: str) -> Tensor:
-    """(B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
+    """Return (B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
     if task == "causal_lm":
         return next_tokens(batch)
     return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
@@ -28,12 +28,12 @@ def _labels(batch: Batch) -> Tensor:
 
 
 def predicting(states: Tensor, task: str) -> Tensor:
-    """(B, M, D) of (B, N, D): the states of positions that predict a token, the next one or (masked) their own."""
+    """Return (B, M, D) of (B, N, D): the states that predict a token, the next one or (masked) their own."""
     return states[:, :-1] if task == "causal_lm" else states
 
 
 class TaskTerm(AlignmentTerm):
-    """Cross-entropy over examples or predicted tokens; squared error for scores."""
+    """Compute cross-entropy over examples or predicted tokens; squared error for scores."""
 
     name = "task"
     needs_teacher = False

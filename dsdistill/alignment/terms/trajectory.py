@@ -1,4 +1,4 @@
-"""Multi-granularity trajectory alignment (MTA, arXiv 2605.01374)."""
+"""Align words and phrases layer by layer: multi-granularity trajectory alignment (MTA, arXiv 2605.01374)."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dsdistill.ops import pairwise_alignment
 
 
 class TrajectoryTerm(AlignmentTerm):
-    """λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid, both means over sequences.
+    """Compute λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid, both means over sequences.
 
       DSA  Σ_i Σ_{j≠i} ŵ_i ŵ_j (cos_S(i, j) − cos_T(i, j))² over the spans of a sequence, each the weighted mean of its
            tokens' states; ŵ its share of the weight. `pairs: upper` takes i < j alone, which is half of it.

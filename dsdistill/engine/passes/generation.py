@@ -1,4 +1,4 @@
-"""What student and teacher write after the dev set's prompts, scored against the references."""
+"""Score what student and teacher write after the dev set's prompts against the references."""
 
 import json
 
@@ -18,7 +18,7 @@ from dsdistill.models.build import build_model
 def generation(
     student: PreTrainedModel, prepared: Prepared, path: str, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
-    """Scores of the texts that both write, the teacher where it has weights; the same on every rank.
+    """Return scores of the texts that both write, the teacher where it has weights; the same on every rank.
 
     A reference is what the tokenizer makes of the dev set's text: one that knows no capitals is not asked for them,
     and one that loses nothing leaves it as it is. The texts go to RUN/generated.jsonl.
@@ -54,7 +54,7 @@ def generation(
 def _written(
     model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]], prepared: Prepared, ranks: Ranks
 ) -> list[str]:
-    """A text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
+    """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
     tokenizer, longest = prepared.tokenizer, prepared.config.data.max_length
     prompted = prepared.data.dev.prompts is not None
     end = special_tokens(tokenizer)[2][0] if prompted else None

@@ -1,4 +1,4 @@
-"""What is found out about the two models before training: which of their layers are alike.
+"""Measure before training which layers of the two models are alike.
 
 `layers: cka_offline` is resolved here, once; RUN/layers.json keeps it for every resume.
 """
@@ -51,9 +51,9 @@ def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, rank
 
 
 def most_similar(similarity: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(student, teacher) pairs, from 1, of the greatest total similarity (L_S, L_T), later layers from later ones.
+    """Return the (student, teacher) pairs, from 1, of the greatest total similarity; later layers take later ones.
 
-    Without the order each layer would take its argmax; several might take the same.
+    similarity: (L_S, L_T). Without the order each layer would take its argmax; several might take the same.
     """
     students, teachers = similarity.shape
     best = np.full((students + 1, teachers + 1), -np.inf)

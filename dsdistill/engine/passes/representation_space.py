@@ -1,4 +1,4 @@
-"""How much of the teacher's representation space the student keeps, on the dev set.
+"""Measure how much of the teacher's representation space the student keeps, on the dev set.
 
 Both models read the whole text, nothing masked. What is fitted is fitted on train examples, ten a feature where there
 are so many.
@@ -34,7 +34,7 @@ PHRASES = 4  # most phrases of a train example
 
 @dataclass
 class Vectors:
-    """Of some examples, in their order; student and teacher each."""
+    """Vectors hold what both models make of some examples, in their order; pairs are (student, teacher)."""
 
     sequences: tuple[Tensor, Tensor]  # (n, D) mean-pooled last layer
     phrases: tuple[list[Tensor], list[Tensor]]  # (phrases, D) of each example
@@ -43,7 +43,7 @@ class Vectors:
 
 
 def measure(module: StudentModule, teacher: Tracer, prepared: Prepared, ranks: Ranks) -> dict[str, float]:
-    """Semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
+    """Return semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
 
     module: in eval mode, with `represents`; teacher: traces its last layer. domain_capture where data.domain and
     data.general tell terms of the domain.
@@ -83,7 +83,7 @@ def collect(
     ranks: Ranks,
     most: int | None = None,
 ) -> Vectors:
-    """Vectors of both models; most: phrases of an example. The same on every rank."""
+    """Return the vectors of both models, the same on every rank; `most` limits the phrases of an example."""
     layer = prepared.pair.teacher.depth
 
     def read(batch: Batch) -> list:
@@ -102,7 +102,7 @@ def collect(
 
 
 def _examples(states: tuple[Tensor, Tensor], batch: Batch, prepared: Prepared, most: int | None) -> list:
-    """Of each example its place, sequences, phrases, which of those are terms, and tokens."""
+    """Return for each example its place, sequences, phrases, which of those are terms, and tokens."""
     pooled = [mean_pool(of, batch.mask).cpu() for of in states]
     read = []
     for row, place in enumerate(batch.index.tolist()):
