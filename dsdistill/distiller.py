@@ -107,7 +107,10 @@ class Distillation(nn.Module):
         loss = self.objective(student, teacher, batch, counts)
         # Ties the loss to the model's end: with ZeRO-3 and checkpointing a loss on captured tensors alone crashes
         # in backward. One value a row, so that the sum cannot overflow in fp16.
-        end = student.logits if student.logits is not None else student.output[:, 0]
+        end = student.logits
+        if end is None:
+            assert student.output is not None  # a language model's trace has it in place of logits
+            end = student.output[:, 0]
         return Loss(loss.total + 0.0 * end[:, 0].float().sum(), loss.raw)
 
     def forward(self, batch: Batch, counts: Tensor) -> Loss:
@@ -121,10 +124,11 @@ def _traces(
     teacher: Tracer | None, previous: Tracer | None, batch: Batch
 ) -> Iterator[tuple[Trace | None, Trace | None]]:
     with contextlib.ExitStack() as stack:
-        yield tuple(
+        before, guide = (
             stack.enter_context(tracer.frozen(batch)) if tracer is not None else None
             for tracer in (previous, teacher)
-        )[::-1]
+        )
+        yield guide, before
 
 
 class Distiller(Distillation):
@@ -196,24 +200,24 @@ class Distiller(Distillation):
         if not objective.needs("teacher"):
             teacher = guide = None
         if objective.layers("student_attention"):
-            for model in (given, guide):
+            for model in (given, guide) if guide is not None else (given,):
                 model.set_attn_implementation(ATTENTION)
         target = next(given.parameters())
         if target.device.type != "meta":
             objective.to(target.device, target.dtype)
-        tracers = [
-            Tracer(run, objective.layers("student_hidden"), objective.layers("student_attention")),
-            None,
-        ]
+        student_tracer = Tracer(
+            run, objective.layers("student_hidden"), objective.layers("student_attention")
+        )
+        teacher_tracer = None
         if guide is not None:
             guide.eval().requires_grad_(False)
-            tracers[1] = Tracer(
+            teacher_tracer = Tracer(
                 teacher if isinstance(teacher, Callee) else callee(guide, task, "teacher"),
                 objective.layers("teacher_hidden"),
                 objective.layers("teacher_attention"),
                 bool(objective.needs("values")),
             )
-        super().__init__(*tracers, objective, geometry)
+        super().__init__(student_tracer, teacher_tracer, objective, geometry)
 
     def counts(self, batches: Sequence[Batch | Mapping[str, Any]], everywhere: bool = True) -> Tensor:
         """Return (parts of all terms,) float64: what the sums of a step are divided by.
@@ -224,7 +228,10 @@ class Distiller(Distillation):
         """
         return super().counts([self._batch(batch) for batch in batches], everywhere)
 
-    def forward(self, batch: Batch | Mapping[str, Any], counts: Tensor | None = None) -> Output:
+    # It returns more than a Distillation does: somebody else's loop logs each term.
+    def forward(  # type: ignore[override]
+        self, batch: Batch | Mapping[str, Any], counts: Tensor | None = None
+    ) -> Output:
         """Return the loss of one micro-batch, and its terms.
 
         Args:
@@ -276,7 +283,7 @@ class Distiller(Distillation):
         device, model = next(self.parameters()).device, self.teacher.model
         sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         if not sharded and model.device != device:
-            model.to(device)
+            model.to(device)  # type: ignore[arg-type]  # the decorator of the library hides the arguments
         return self
 
 

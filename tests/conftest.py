@@ -192,7 +192,7 @@ def refused(monkeypatch, capsys, tmp_path):
                 dsdistill.engine.teacher,
                 dsdistill.models.build,
             ):
-                patch.setattr(module, "build", loads)
+                patch.setattr(module, "build_model", loads)
             patch.setattr(sys, "argv", ["dsdistill", *map(str, arguments)])
             patch.chdir(tmp_path)
             capsys.readouterr()

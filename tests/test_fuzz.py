@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dsdistill.config import Config, UserError, dump, load, load_saved
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.section import Section as AnySection
 from dsdistill.data import Data, files
@@ -95,7 +95,7 @@ def one_line(error: UserError) -> None:
 @given(CONFIGS)
 def test_settings(given_settings):
     try:
-        config = build(given_settings, "fuzz.yaml")
+        config = make_config(given_settings, "fuzz.yaml")
     except UserError as error:
         one_line(error)
         assert str(error).startswith("fuzz.yaml")
@@ -216,7 +216,7 @@ def test_configs_are_accepted_too():
     @given(CONFIGS)
     def reach(found):
         with contextlib.suppress(UserError):
-            accepted.add(dump(build(found)))
+            accepted.add(dump(make_config(found)))
 
     reach()
     assert len(accepted) > 10

@@ -140,9 +140,9 @@ sys.addaudithook(lambda name, given: seen.append([name, repr(given[0])[:200]])
 import torch
 from dsdistill.config import load
 from dsdistill.engine.prepare import prepare
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 prepared = prepare(load([sys.argv[1]]), 1)
-teacher = build(prepared.teacher, prepared.config.teacher.path, "classification", "teacher", needs_head=True)
+teacher = build_model(prepared.teacher, prepared.config.teacher.path, "classification", "teacher", needs_head=True)
 used = {module.config._attn_implementation for module in teacher.modules() if hasattr(module, "config")}
 print(json.dumps([seen, sorted(used), str(teacher.dtype), prepared.data.labels]))
 """

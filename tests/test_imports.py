@@ -123,6 +123,33 @@ def test_importing_the_package_is_light():
     assert not initialised
 
 
+OPERATOR_PARTS = {"reference", "chunked", "native", "op", "triton_plan", "triton_kernel"}  # files of ops/*/
+# One word for one thing in several places: where each stands.
+SAME_THING = {
+    # The levels that are compared: a folder of the operator, and a file of the term that calls it.
+    **{
+        level: {f"ops/{level}", f"alignment/terms/{level}"}
+        for level in ("attention", "hidden", "pairwise", "soft_label")
+    },
+    # The terms of the loss: their public names, their settings and their computations.
+    "terms": {"terms", "config/terms", "alignment/terms"},
+}
+
+
+def test_a_name_means_one_thing():
+    """A file or folder of the package has a name of its own, so that the name alone says which one is meant."""
+    places: dict[str, set[str]] = {}
+    for path in {*FILES, *(path.parent for path in FILES)} - {PACKAGE}:
+        part = path.parent.parent == PACKAGE / "ops" and path.stem in OPERATOR_PARTS
+        if path.stem != "__init__" and not part:
+            place = path.relative_to(PACKAGE).with_suffix("").as_posix()
+            places.setdefault(path.stem, set()).add(place)
+    assert SAME_THING.keys() <= places.keys()
+    assert {"reference", "op"}.isdisjoint(places)
+    clashes = {name: where for name, where in places.items() if len(where) > 1}
+    assert {name: where for name, where in clashes.items() if where != SAME_THING.get(name)} == {}
+
+
 SOURCES = [
     path
     for folder in ("dsdistill", "csrc", "tests", "launch")

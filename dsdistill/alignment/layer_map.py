@@ -1,4 +1,4 @@
-"""Which student layer learns from which teacher layer."""
+"""Choose which student layer learns from which teacher layer."""
 
 from dsdistill.config import UserError
 
@@ -6,7 +6,7 @@ from dsdistill.config import UserError
 def layer_map(
     layers: str | tuple[tuple[int, int], ...], student_depth: int, teacher_depth: int, place: str = "layers"
 ) -> tuple[tuple[int, int], ...]:
-    """(student, teacher) pairs, layers counted from 1.
+    """Return the (student, teacher) pairs of layers that a map names; layers are counted from 1.
 
     uniform: student layer l learns from round(l·L_T/L_S), so the last learns from the last.
     skip: PKD's map (Sun et al. 2019): layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th; the last, which the soft
@@ -37,6 +37,7 @@ def layer_map(
         return tuple((s, t) for s in range(1, student_depth + 1) for t in range(1, teacher_depth + 1))
     if layers == "last":
         return ((student_depth, teacher_depth),)
+    assert not isinstance(layers, str)  # every name has its branch above
     for student, teacher in layers:
         if not 1 <= student <= student_depth:
             raise UserError(place, f"student layer {student}", f"1 to {student_depth}")

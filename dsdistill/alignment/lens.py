@@ -1,4 +1,4 @@
-"""How predictions change from one layer to the next, without the logits of all tokens."""
+"""Compare how predictions change from one layer to the next, without the logits of all tokens."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,9 @@ def change_alignment(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
 ) -> Tensor:
-    """Σ over tokens of 1 − cos(Δ_S, Δ_T), with Δ = log softmax(W h_upper) − log softmax(W h_lower) over the vocabulary.
+    """Return Σ over tokens of 1 − cos(Δ_S, Δ_T), which compares how the two models change their predictions.
+
+    Δ = log softmax(W h_upper) − log softmax(W h_lower), over the vocabulary.
 
     student, teacher: lower and upper states, (B, N, D) each, as a head reads them. Heads (V, D); biases (V,).
     The tokens that count are given in one of two ways: mask (B, N) bool, True = the token counts, or index (K,) int64,
@@ -32,6 +34,7 @@ def change_alignment(
     heads = [Head(student_head, student_bias, dtype), Head(teacher_head, teacher_bias, dtype)]
     device = student[0].device
     if index is None:
+        assert mask is not None  # one of the two ways
         index = mask.flatten().nonzero()[:, 0]
     size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, student_head.shape[0])))
 
@@ -54,19 +57,19 @@ def change_alignment(
                 sums = slope.sum(-1, keepdim=True)
                 gradients[0][tokens] = heads[0].product(lower.exp_().mul_(sums).sub_(slope), heads[0].matrix)
                 gradients[1][tokens] = heads[0].product(slope.sub_(upper.exp_().mul_(sums)), heads[0].matrix)
-        found = (
+        stored = (
             [None] * 2
             if gradients is None
             else [g.view_as(s) for g, s in zip(gradients, student, strict=True)]
         )
-        return total, found
+        return total, stored
 
     with without_autocast(device):
         return with_stored_gradients(compute, student, None)
 
 
 def _change(lower: Tensor, upper: Tensor) -> Tensor:
-    """Unit vectors along upper − lower, 0 where there is no change."""
+    """Return unit vectors along upper − lower, 0 where there is no change."""
     return _unit(upper - lower)[0]
 
 
@@ -77,6 +80,6 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare(change: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's unit vectors, inverse norms and cosines with the teacher's unit vectors."""
+    """Return the student's unit vectors, inverse norms and cosines with the teacher's unit vectors."""
     unit, inverse = _unit(change)
     return unit, inverse, (unit * other).sum(-1, keepdim=True)

@@ -1,6 +1,7 @@
-"""The loss: a weighted sum of terms, each divided by counts over the whole step."""
+"""Compute the loss: a weighted sum of terms, each divided by counts over the whole step."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,14 @@ __all__ = ["BackendError", "Loss", "Objective", "available_backends"]  # the eng
 
 
 class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what modules return
-    """Of one micro-batch, in units of the whole step: over all its micro-batches and ranks they add up."""
+    """A Loss is of one micro-batch, but in units of the whole step, so it adds up over micro-batches and ranks."""
 
     total: Tensor  # scalar with gradients
     raw: Tensor  # (parts of all terms,) detached, unweighted
 
 
 class Objective(nn.Module):
-    """Σ_k weight_k · factor_k · Σ_parts ω_part · sum / count.
+    """Compute Σ_k weight_k · factor_k · Σ_parts ω_part · sum / count, over the terms k of a stage.
 
     distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w. None: by 1.
 
@@ -35,9 +36,9 @@ class Objective(nn.Module):
         super().__init__()
         self.task = pair.task
         self.distill_weight = distill_weight
-        self.terms = nn.ModuleDict(
-            {name: TERMS[name](config, pair) for name, config in terms.named().items()}
-        )
+        modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
+        # A ModuleDict is read like a mapping, but does not say of what.
+        self.terms = cast(Mapping[str, AlignmentTerm], nn.ModuleDict(modules))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -49,7 +50,7 @@ class Objective(nn.Module):
 
     @property
     def backends(self) -> dict[str, list[str]]:
-        """Which backends the operators have run on in this process."""
+        """Return which backends the operators have run on in this process."""
         return backends_taken()
 
     def needs(self, what: str) -> str | None:
@@ -61,25 +62,32 @@ class Objective(nn.Module):
 
     @property
     def fused(self) -> tuple[int, ...]:
-        """Teacher layers that the student's domain fusion maps, in order."""
+        """Return the teacher layers that the student's domain fusion maps, in order."""
         return tuple(sorted({layer for term in self.terms.values() for layer in term.fused}))
 
     @property
     def moves(self) -> bool:
-        """Whether some layer weights change while training."""
+        """Return whether some layer weights change while training."""
         return any(term.weighting.moves for term in self.terms.values())
 
     def layers(self, kind: str) -> frozenset[int]:
-        """Layers to capture; kind: student_hidden, teacher_hidden, student_attention or teacher_attention."""
+        """Return the layers to capture.
+
+        kind: student_hidden, teacher_hidden, student_attention or teacher_attention.
+        """
         return frozenset().union(*(getattr(term, kind) for term in self.terms.values()))
 
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """(parts of all terms,) float64."""
+        """Return (parts of all terms,) float64: this batch's share of what the sums are divided by."""
         return torch.cat([term.counts(batch, geometry) for term in self.terms.values()])
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
-        """counts: (parts of all terms,) of the whole step. teacher: is left without the layers that terms read."""
-        total, raw, start = 0.0, [], 0
+        """Return the loss of one micro-batch.
+
+        counts: (parts of all terms,), those of the whole step. teacher: this removes the layers that terms have read.
+        """
+        total: Tensor | float = 0.0
+        raw, start = [], 0
         terms = list(self.terms.values())
         for index, (term, weight) in enumerate(zip(terms, self.weights.values(), strict=True)):
             divisor = counts[start : start + term.parts].clamp(min=1)  # nothing valid: the sums are 0
@@ -90,20 +98,24 @@ class Objective(nn.Module):
                 _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])
             raw.append(values.detach())
             total = total + weight * term.factor * (values * values.new_tensor(term.weighting.values)).sum()
+        assert isinstance(total, Tensor)  # a config has one term at least
         return Loss(total, torch.cat(raw))
 
     def begin(self, steps: int) -> None:
-        """A stage of this many optimizer steps starts."""
+        """Tell the layer weights that a stage of this many optimizer steps starts."""
         for term in self.terms.values():
             term.weighting.begin(steps)
 
     def update(self, raw: Tensor) -> None:
-        """After a step: (parts of all terms,) raw values of the whole step, the same on every rank."""
+        """Let layer weights follow a step: raw (parts of all terms,) are its values, the same on every rank."""
         for name, values in self._by_term(raw).items():
             self.terms[name].weighting.update(values)
 
     def values(self, raw: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Return each term before and after its weight, and its (parts,), of (parts of all terms,); without waiting."""
+        """Return each term before and after its weight, and its (parts,), from (parts of all terms,).
+
+        It does not wait for the device.
+        """
         parts = raw.split([term.parts for term in self.terms.values()])
         made = {}
         for (name, term), values in zip(self.terms.items(), parts, strict=True):
@@ -112,18 +124,21 @@ class Objective(nn.Module):
         return made
 
     def report(self, raw: Tensor) -> dict[str, dict]:
-        """Of a step's raw values, before update(): each term before and after its weight, and moving layer weights."""
-        found = {}
+        """Return each term of a step before and after its weight, and layer weights that move.
+
+        Call it before update(), which changes those weights.
+        """
+        report: dict[str, dict] = {}
         for name, values in self._by_term(raw).items():
             term = self.terms[name]
             value = term.factor * sum(w * v for w, v in zip(term.weighting.values, values, strict=True))
-            found[name] = {"raw": value, "weighted": self.weights[name] * value}
+            report[name] = {"raw": value, "weighted": self.weights[name] * value}
             if term.weighting.moves:
-                found[name]["layer_weights"] = term.weighting.values
-        return found
+                report[name]["layer_weights"] = term.weighting.values
+        return report
 
     def state(self) -> dict[str, dict]:
-        """What moves outside the parameters, as plain JSON."""
+        """Return what moves outside the parameters, as plain JSON."""
         return {name: term.weighting.state() for name, term in self.terms.items()}
 
     def restore(self, state: dict[str, dict]) -> None:
@@ -136,9 +151,9 @@ class Objective(nn.Module):
         return {name: values.tolist() for name, values in zip(self.terms, parts, strict=True)}
 
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """(terms,) each term's sum over this micro-batch, undivided: what evaluation adds up.
+        """Return (terms,), each term's undivided sum over this micro-batch, which evaluation adds up.
 
-        Without a teacher only of the terms that need none.
+        Without a teacher these are only the terms that need none.
         """
         terms = [term for term in self.terms.values() if teacher is not None or not term.needs_teacher]
         return torch.stack([term.factor * term.sums(student, teacher, batch).sum() for term in terms])

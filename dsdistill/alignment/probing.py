@@ -1,4 +1,4 @@
-"""Whether two models leave the traces that the terms between them need."""
+"""Check whether two models leave the traces that the terms between them need."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,6 @@
-"""From the student's width to the teacher's."""
+"""Map vectors from the student's width to the teacher's."""
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -6,7 +8,7 @@ from dsdistill.ops import hidden_alignment
 
 
 class Projection(nn.Linear):
-    """Bias-free linear map, Xavier-initialised, of vectors (…, D_s) to (…, D_t)."""
+    """Map vectors (…, D_s) to (…, D_t) linearly, without a bias; the weight starts as Xavier has it."""
 
     def __init__(self, student_width: int, teacher_width: int):
         super().__init__(student_width, teacher_width, bias=False)
@@ -17,12 +19,13 @@ class Projection(nn.Linear):
 
 
 class Projector(Projection):
-    """The map of one layer's hidden states.
+    """Project one layer's hidden states and compare them with the teacher's.
 
     It calls the alignment operator inside its own forward: under ZeRO-3 its weight is whole only there, and the
     operator can then avoid ever holding the projected states.
     """
 
-    def forward(self, student: Tensor, teacher: Tensor, **options) -> Tensor:
-        """hidden_alignment of (B, N, D_s) with (B, N, D_t) through this projection."""
+    # A linear map takes one tensor; this module compares two, so that its weight is used inside its own forward.
+    def forward(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """Return hidden_alignment of (B, N, D_s) with (B, N, D_t) through this projection."""
         return hidden_alignment(student, teacher, projection=self.weight, **options)

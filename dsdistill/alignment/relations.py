@@ -1,4 +1,4 @@
-"""Losses between two sets of n vectors, one of each model: student (n, D_s), teacher (n, D_t), n ≥ 1.
+"""Compute losses between two sets of n vectors, one of each model: student (n, D_s), teacher (n, D_t), n ≥ 1.
 
 Every function returns a float32 scalar (float64 for such inputs) with gradients to the student, a mean over units. A
 single unit has no relation: the loss is 0, connected to the graph. n is a number of examples: n×n matrices are built.
@@ -16,7 +16,7 @@ _TWINS = 1e-12  # squared distance, relative to the squared norms, of vectors th
 
 
 def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """−log softmax_j(cos(s_i, t_j) / τ) at j = i, mean over i (van den Oord et al. 2018); D_s = D_t.
+    """Return −log softmax_j(cos(s_i, t_j) / τ) at j = i, mean over i (van den Oord et al. 2018); D_s = D_t.
 
     The negatives are the teacher's vectors of the other units.
     """
@@ -26,18 +26,22 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
-    """‖Ĝ_S − Ĝ_T‖²_F / n², where Ĝ is X Xᵀ with each row divided by its norm (SP, Tung & Mori 2019)."""
+    """Return ‖Ĝ_S − Ĝ_T‖²_F / n², where Ĝ is X Xᵀ with each row divided by its norm (SP, Tung & Mori 2019)."""
     student, teacher = _rows(student, teacher)
-    return F.mse_loss(*(F.normalize(x @ x.T, dim=1) for x in (student, teacher)))
+    mine, other = (F.normalize(x @ x.T, dim=1) for x in (student, teacher))
+    return F.mse_loss(mine, other)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor, backend: str = "auto") -> Tensor:
-    """Smooth-L1 of distances relative to their mean positive one, mean over n² pairs (RKD-D, Park et al. 2019)."""
+    """Return the mean over n² pairs of the smooth L1 of distances (RKD-D, Park et al. 2019).
+
+    Distances are relative to the mean of the positive ones.
+    """
     return pairwise_alignment(student[None], teacher[None], relation="distance", backend=backend)
 
 
 def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
-    """Smooth-L1 of cos∠(i, k, j) over all n³ triples, k the vertex (RKD-A, Park et al. 2019).
+    """Return the mean smooth L1 of cos∠(i, k, j) over all n³ triples, k being the vertex (RKD-A, Park et al. 2019).
 
     triples: where n³ exceeds it, so many are drawn with replacement and a fixed seed. A triple in which the vertex
     equals an end has cosine 0 in both models and counts in the mean, as in the published code.
@@ -50,12 +54,12 @@ def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
     else:
         seeded = torch.Generator().manual_seed(0)
         i, j, k = torch.randint(n, (3, triples), generator=seeded).to(student.device)
-    angles = [_cosines_at(x, i, j, k) for x in (student, teacher)]
-    return F.smooth_l1_loss(*angles).to(student.dtype)
+    mine, other = (_cosines_at(x, i, j, k) for x in (student, teacher))
+    return F.smooth_l1_loss(mine, other).to(student.dtype)
 
 
 def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
-    """(triples,) float64 cosine of x_i − x_k and x_j − x_k, from inner products; 0 where one of them is 0."""
+    """Return the (triples,) float64 cosine of x_i − x_k and x_j − x_k, by inner products; 0 where either is 0."""
     x = x.double()  # inner products cancel where vectors are close
     x = x - x.mean(0)
     gram = x @ x.T
@@ -69,7 +73,7 @@ def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
 
 
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 − ‖X_TᵀX_S‖²_F / (‖X_SᵀX_S‖_F ‖X_TᵀX_T‖_F), columns centred (linear CKA, Kornblith et al. 2019).
+    """Return 1 − ‖X_TᵀX_S‖²_F / (‖X_SᵀX_S‖_F ‖X_TᵀX_T‖_F), columns centred (linear CKA, Kornblith et al. 2019).
 
     With fewer units than features it is small for unrelated vectors too, and with two it is always 0. A student whose
     units are all one has 1.
@@ -86,7 +90,7 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over n² of K_T log(K_T / K_S), K = (1 + cos) / 2 with rows that sum to 1, the diagonal kept.
+    """Return the mean over n² of K_T log(K_T / K_S), K = (1 + cos) / 2 with rows that sum to 1, the diagonal kept.
 
     Probabilistic knowledge transfer (Passalis & Tefas 2018), with the ε of its code.
     """

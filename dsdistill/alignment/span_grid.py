@@ -1,4 +1,4 @@
-"""Spans of a batch: how much each token counts, and one vector for each span.
+"""Compute how much each token of a batch counts, and one vector for each span.
 
 Spans come as Batch.spans, (S, 4) int64 by row: row, first token, one past the last, kind.
 """
@@ -15,7 +15,7 @@ _FLOOR = 1e-6  # of a token's spread over features
 
 
 def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, N) float32: how much attention each token gets from the others, 1 for each sequence altogether.
+    """Return (B, N) float32: how much attention each token gets from the others, which sums to 1 over a sequence.
 
     With Ĥ = H / std(H), the spread taken over features: w_t = 1/n Σ_s softmax_t(Ĥ_s · Ĥ_t / √D), where no token
     attends to itself, every one to both sides, and padding takes no part (MTA, arXiv 2605.01374). 0 for a sequence of
@@ -41,7 +41,7 @@ def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class SpanGrid:
-    """The spans of one kind, laid out as (B, K) units with K the most that a row has."""
+    """Lay out the spans of one kind as (B, K) units, where K is the most that a row has."""
 
     def __init__(self, spans: Tensor, batch: int, tokens: int):
         row, first, past = spans[:, 0], spans[:, 1], spans[:, 2]
@@ -59,17 +59,17 @@ class SpanGrid:
 
     @property
     def covered(self) -> Tensor:
-        """(B, N) bool: tokens of some span."""
+        """Return (B, N) bool: whether a token lies in some span."""
         flat = torch.zeros(math.prod(self._shape), dtype=torch.bool, device=self.mask.device)
         return flat.index_fill_(0, self._token, True).view(self._shape)
 
     def weights(self, token_weights: Tensor) -> Tensor:
-        """(B, K): sums of a span's token weights, each row scaled to a sum of 1."""
+        """Return (B, K): the sums of a span's token weights, each row scaled to a sum of 1."""
         total = self._place(self._sums(token_weights.flatten()))
         return total / total.sum(1, keepdim=True).clamp_min(1e-12)
 
     def vectors(self, hidden: Tensor, token_weights: Tensor) -> Tensor:
-        """(B, K, D) float32: Σ w_t h_t / Σ w_t over each span's tokens, 0 where there is no span or no weight."""
+        """Return (B, K, D) float32: Σ w_t h_t / Σ w_t over each span's tokens, 0 without a span or weight."""
         weights = token_weights.flatten()
         sums = self._sums(
             wide(hidden.flatten(0, 1)[self._token]) * weights[self._token][:, None], expanded=True
@@ -77,11 +77,11 @@ class SpanGrid:
         return self._place(sums / self._sums(weights).clamp_min(1e-12)[:, None])
 
     def _sums(self, values: Tensor, expanded: bool = False) -> Tensor:
-        """(S, …) sums over each span's tokens of values by token, or by entry where already expanded."""
+        """Return (S, …): sums over each span's tokens of values by token, or by entry where `expanded`."""
         values = values if expanded else values[self._token]
         spans = self._slot[0].shape[0]
         return values.new_zeros(spans, *values.shape[1:]).index_add(0, self._span, values)
 
     def _place(self, values: Tensor) -> Tensor:
-        """(S, …) → (B, K, …), 0 where a row has fewer."""
+        """Return values (S, …) laid out as (B, K, …), 0 where a row has fewer."""
         return values.new_zeros(*self.mask.shape, *values.shape[1:]).index_put(self._slot, values)

@@ -1,4 +1,4 @@
-"""What relations are taken between: vectors of sequences, and the examples that meet in a micro-batch."""
+"""Make the units that relations compare: vectors of sequences, and the examples that meet in a micro-batch."""
 
 import torch
 import torch.distributed as dist
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32, or float64 where x is: what sums are taken in."""
+    """Return x as float32, or as float64 where it is that already: sums are taken in these types."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(B, D) float32 (float64 of such): mean of each sequence's valid tokens, 0 where there is none.
+    """Return the (B, D) mean of each sequence's valid tokens, 0 where there is none; float32, or float64 of such.
 
     hidden: (B, N, D). mask: (B, N) bool, True = valid.
     """
@@ -20,7 +20,7 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def gather_rows(own: Tensor) -> Tensor:
-    """(n, D): the rows of all ranks, in their order; gradients flow to this rank's rows (n_own, D) alone.
+    """Return (n, D): the rows of all ranks, in their order; gradients flow to this rank's rows (n_own, D) alone.
 
     n_own may differ between ranks and be 0. Every rank must call it equally often.
 
@@ -32,18 +32,18 @@ def gather_rows(own: Tensor) -> Tensor:
     count = torch.tensor([len(own)], device=own.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    counts = [int(count) for count in counts]
-    padded = own.new_zeros(max(counts), own.shape[1])
+    lengths = [int(count) for count in counts]
+    padded = own.new_zeros(max(lengths), own.shape[1])
     padded[: len(own)] = own.detach()
-    rows = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(rows, padded)
-    rows = [found[:count] for found, count in zip(rows, counts, strict=True)]
+    gathered = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(gathered, padded)
+    rows = [padded_rows[:length] for padded_rows, length in zip(gathered, lengths, strict=True)]
     rows[dist.get_rank()] = own
     return torch.cat(rows)
 
 
 def shared_sum(loss: Tensor, own: int, everywhere: int) -> Tensor:
-    """This rank's share of everywhere · loss, where every rank has the same loss, a mean over `everywhere` units.
+    """Return this rank's share of everywhere · loss; every rank has the same loss, a mean over `everywhere` units.
 
     Its value is own · loss, so that the ranks' values add up to the whole; its gradient is that of the whole, because
     each rank's reaches its own units alone (see gather_rows).

@@ -1,4 +1,4 @@
-"""How much each mapped layer counts in its term, from the losses of earlier steps.
+"""Set how much each mapped layer counts in its term, from the losses of earlier steps.
 
 Weights learned by minimising the loss itself would flow to the layer that is easiest to match; these follow rules.
 They are constants to autograd and the same on every rank, because the losses they follow are those of the whole step.
@@ -16,13 +16,13 @@ class Uniform:
         self.values = [1.0] * parts
 
     def begin(self, steps: int) -> None:
-        """A stage of this many steps starts."""
+        """Prepare for a stage of this many steps."""
 
     def update(self, losses: list[float]) -> None:
-        """After a step: each part's mean loss in it."""
+        """Follow a step, in which each part had this mean loss."""
 
     def state(self) -> dict:
-        """What a checkpoint keeps, as plain JSON."""
+        """Return what a checkpoint keeps, as plain JSON."""
         return {}
 
     def load(self, state: dict) -> None:
@@ -30,7 +30,7 @@ class Uniform:
 
 
 class Dynamic(Uniform):
-    """ω = parts · softmax(ē / ē₀): layers that lag behind gain.
+    """Set ω = parts · softmax(ē / ē₀), so that layers that lag behind gain weight.
 
     ē is the moving average (factor 0.99) of a part's loss and ē₀ the average at a reference step, from which on the
     weights move: step 100, or a tenth of a shorter stage's steps. The published method gives no formula; this
@@ -70,7 +70,7 @@ class Dynamic(Uniform):
 
 
 class EarthMover(Uniform):
-    """The cheapest way to move the student's layers onto the teacher's (BERT-EMD, Li et al. 2020, section 3.3).
+    """Weigh layers by the cheapest flow from student to teacher layers (BERT-EMD, Li et al. 2020, section 3.3).
 
     Parts are `before` ones that always count whole (the embeddings'), then all (student, teacher) pairs, the
     teacher's layer running fastest; the pairs' weights are the flow, which sums to 1. Layer masses start equal and
@@ -105,7 +105,7 @@ class EarthMover(Uniform):
 
 
 def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.ndarray:
-    """The flow F ≥ 0 of least Σ F∘cost with row sums `sources` and column sums `sinks`; cost (n, m)."""
+    """Return the flow F ≥ 0 of least Σ F∘cost with row sums `sources` and column sums `sinks`; cost is (n, m)."""
     from scipy.optimize import linprog  # slow to import, and only this needs it
 
     rows, columns = cost.shape
@@ -115,12 +115,12 @@ def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.
     for column in range(columns):
         equal[rows + column, column::columns] = 1
     # The last equation follows from the others, as both sides sum to 1; leaving it in trips on rounding.
-    found = linprog(cost.flatten(), A_eq=equal[:-1], b_eq=[*sources, *sinks][:-1], method="highs")
-    return np.clip(found.x, 0, None).reshape(cost.shape)
+    solution = linprog(cost.flatten(), A_eq=equal[:-1], b_eq=[*sources, *sinks][:-1], method="highs")
+    return np.clip(solution.x, 0, None).reshape(cost.shape)
 
 
 def _cheap_gain(mass: np.ndarray, moved: np.ndarray) -> list[float]:
-    """w_l ← Σc / c_l with c_l = moved_l / w_l, the cost of a unit of layer l; normalised."""
+    """Return w_l ← Σc / c_l, normalised, where c_l = moved_l / w_l is the cost of a unit of layer l."""
     unit = np.maximum(moved / mass, 1e-12)
     gained = unit.sum() / unit
     return (gained / gained.sum()).tolist()

@@ -26,7 +26,7 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import make_objectives, make_pair
 from dsdistill.engine.teacher import load_teacher
-from dsdistill.models.build import build, for_task
+from dsdistill.models.build import build_model, for_task
 
 LEVELS = ("logits", "hidden", "attention", "pairwise")  # each with all before it
 RIVALS = ("eager", "textbrewer")  # logits, hidden states and attention from materialised maps
@@ -108,7 +108,7 @@ def engine_step(
     geometry = check_pair(config.task, student, teacher, (objective,))
     guide = load_teacher(config, teacher, (objective,), Ranks(0, 1, device))
     torch.manual_seed(STUDENT_SEED)
-    model = build(student, None, "classification", "student", needs_head=False)
+    model = build_model(student, None, "classification", "student", needs_head=False)
     module = StudentModule(
         model, objective, Objective(Terms(task={}), pair), teacher=guide, geometry=geometry
     )
@@ -125,7 +125,7 @@ def eager_models(sizes: Sizes, dtype: str, device: torch.device) -> tuple[nn.Mod
     models = []
     for seed, depth in ((TEACHER_SEED, sizes.teacher), (STUDENT_SEED, sizes.student)):
         torch.manual_seed(seed)
-        model = build(sizes.architecture(depth), None, "classification", "model", needs_head=False)
+        model = build_model(sizes.architecture(depth), None, "classification", "model", needs_head=False)
         model.set_attn_implementation("eager")
         models.append(model.to(device, getattr(torch, dtype)))
     return models[0].eval().requires_grad_(False), models[1].train()

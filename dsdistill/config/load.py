@@ -69,7 +69,7 @@ def load(sources: Sequence[str]) -> Config:
         wanted = "the value itself, as ${oc.env:NAME} from the environment: no run folder holds it"
         raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
     take_format(settings, origin)
-    return build(settings, origin)
+    return make_config(settings, origin)
 
 
 def load_saved(path: str) -> Config:
@@ -80,10 +80,10 @@ def load_saved(path: str) -> Config:
     """
     settings = without(_plain(_read(path), path))
     complete(settings, take_format(settings, path, saved=True))
-    return build(settings, path, saved=True)
+    return make_config(settings, path, saved=True)
 
 
-def build(settings: dict[str, Any], origin: str = "config", *, saved: bool = False) -> Config:
+def make_config(settings: dict[str, Any], origin: str = "config", *, saved: bool = False) -> Config:
     """Return a Config of plain settings, after importing the plugins that they name.
 
     `origin` names the file in messages. saved: rules between fields are left out. Raises UserError for the

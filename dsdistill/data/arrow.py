@@ -55,7 +55,7 @@ def from_arrow(
     """
     names = _readable(place, table.schema, wanted)
     batches = table.select(names).to_batches(max_chunksize=ROWS)
-    declared = {name: found for name, found in classes.items() if name in names}
+    declared = {name: classes_of for name, classes_of in classes.items() if name in names}
     return _table(place, table.schema, names, batches, table.num_rows, None, declared)
 
 
@@ -65,7 +65,7 @@ def _readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> li
 
     if len(set(schema.names)) < len(schema.names):
         raise UserError(place, "a column twice", "each name once")
-    found = []
+    readable = []
     for name in dict.fromkeys(wanted):
         if name not in schema.names:
             continue
@@ -82,10 +82,10 @@ def _readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> li
             or types.is_null(inner)
         )
         if simple:
-            found.append(name)
+            readable.append(name)
         elif name != "id":  # rows without it are told apart by their positions
             raise UserError(place, f"column {name!r} of type {kind}", "texts or numbers")
-    return found
+    return readable
 
 
 def _table(
@@ -142,18 +142,18 @@ def _declared(place: str, metadata: dict[bytes, bytes] | None, names: list[str])
         return {}
     place = f"{place}, metadata huggingface"
     try:
-        found = json.loads(text)
+        features = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(place, f"{type(error).__name__}: {error}", "JSON") from None
     for key in ("info", "features"):
-        found = found.get(key) if isinstance(found, dict) else found
-        if found is None:
+        features = features.get(key) if isinstance(features, dict) else features
+        if features is None:
             return {}
-    if not isinstance(found, dict):
-        raise UserError(place, f"a {type(found).__name__} as features", "a mapping of columns")
+    if not isinstance(features, dict):
+        raise UserError(place, f"a {type(features).__name__} as features", "a mapping of columns")
     classes = {}
     for name in names:
-        feature = found.get(name)
+        feature = features.get(name)
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
             classes[name] = _class_names(f"{place}, {name}", feature)
     return classes

@@ -27,14 +27,14 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
             raise _unreadable(path, error) from None
         except (ValueError, RecursionError):
             log.warning("%s is damaged and made again", path)
-    found = list(make())
+    made = list(make())
     try:
         # Other ranks and runs may write the same file now: each makes its own, and the last to finish wins whole.
         with disk.writing(path) as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
+            file.writelines(json.dumps(row) + "\n" for row in made)
     except disk.Unwritable as error:
         log.warning("nothing is kept in the cache: %s", error)
-    return found
+    return made
 
 
 def is_there(path: Path) -> bool:

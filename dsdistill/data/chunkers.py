@@ -47,9 +47,9 @@ def chunker(name: str) -> Chunker:
 
 def builtin(line: str) -> tuple[list[Span], list[Span]]:
     """Words by their characters; phrases are runs of words that are no stopwords, unbroken by punctuation."""
-    found = [match.span() for match in _WORD.finditer(line)]
-    content = [line[start:end].lower() not in _STOPWORDS for start, end in found]
-    return found, _runs(line, found, content)
+    words = [match.span() for match in _WORD.finditer(line)]
+    content = [line[start:end].lower() not in _STOPWORDS for start, end in words]
+    return words, _runs(line, words, content)
 
 
 def _runs(line: str, words: list[Span], content: Iterable[bool]) -> list[Span]:

@@ -83,19 +83,19 @@ def collect() -> list[dict[str, str]]:
 def _collect() -> list[dict[str, str]]:
     rows, seen = [], set()
     for package in PACKAGES:
-        found = 0
+        taken = 0
         for module, path in _modules(package):
-            if found >= PER_PACKAGE:
+            if taken >= PER_PACKAGE:
                 break
             # Another hash than that of the order, in which the first modules would all be of one split.
             split = "dev" if int(_hash(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
-            most = min(found + PER_MODULE, PER_PACKAGE)
+            most = min(taken + PER_MODULE, PER_PACKAGE)
             for name, docstring in _docstrings(path):
                 text = clean(docstring)
                 letters = re.sub("[^a-z]+", "", text.lower())  # near copies would cross the splits
-                if len(text) in LENGTH and letters not in seen and found < most:
+                if len(text) in LENGTH and letters not in seen and taken < most:
                     seen.add(letters)
-                    found += 1
+                    taken += 1
                     rows.append({"split": split, "id": f"{module}:{name}", "text": text, "label": package})
     return sorted(rows, key=lambda row: _hash(row["text"]))
 

@@ -54,8 +54,8 @@ def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: in
     """
     folder, stem = Path(root, name).expanduser(), {"validation": "dev"}.get(split, split)
     names = [f"{stem}{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
-    found = next((name for name in names if (folder / name).is_file()), None)
-    if found is None:
+    file_name = next((name for name in names if (folder / name).is_file()), None)
+    if file_name is None:
         there = (
             f"{folder} has {sorted(p.name for p in folder.iterdir())[:12]}"
             if folder.is_dir()
@@ -64,7 +64,7 @@ def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: in
         raise UserError(
             f"data.root: {folder}", there, f"a file {stem}.FORMAT, {', '.join(READERS)} (.gz too)"
         )
-    return table(found, str(folder), wanted, most)
+    return table(file_name, str(folder), wanted, most)
 
 
 def _open(path: Path, most: int) -> BinaryIO:
@@ -113,8 +113,8 @@ def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
 
 def _tsv(place: str, lines: Iterator[str]) -> Table:
     # csv.QUOTE_NONE in effect: a quote is a plain character, and no field holds a tab or a line break.
-    found = ((i, line.removesuffix("\n").removesuffix("\r")) for i, line in enumerate(lines, 1))
-    return _with_header(place, [(i, line.split("\t")) for i, line in found if line.strip("\r")])
+    numbered = ((i, line.removesuffix("\n").removesuffix("\r")) for i, line in enumerate(lines, 1))
+    return _with_header(place, [(i, line.split("\t")) for i, line in numbered if line.strip("\r")])
 
 
 def _csv(place: str, lines: Iterator[str]) -> Table:

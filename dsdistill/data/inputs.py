@@ -50,8 +50,10 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str, pad_id: int | None = 
     mask = _tensor(inputs, "attention_mask", dimensions=2, shape=shape)
     positions = _tensor(inputs, "position_ids", dimensions=2, shape=shape)
     labels = _labels(inputs, ids, task)
-    columns = {"ids": ids, "types": _tensor(inputs, "token_type_ids", dimensions=2, shape=shape)}
-    columns = {name: values for name, values in columns.items() if values is not None}
+    columns = {"ids": ids}
+    types = _tensor(inputs, "token_type_ids", dimensions=2, shape=shape)
+    if types is not None:
+        columns["types"] = types
     if labels is not None and labels.dim() == 2:
         columns["labels"] = labels
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0

@@ -18,12 +18,12 @@ def class_names(train: Table, column: str, given: tuple[str, ...] | None) -> tup
         return given
     if train.classes and column in train.classes:
         return tuple(train.classes[column])
-    found = set(spelled(train, column))
-    if len(found) < 2:
-        raise UserError(train.place, f"one class, {found.pop()!r}, in {column}", "at least 2 classes")
-    numbers = all(INTEGER.fullmatch(name) for name in found)
+    names = set(spelled(train, column))
+    if len(names) < 2:
+        raise UserError(train.place, f"one class, {names.pop()!r}, in {column}", "at least 2 classes")
+    numbers = all(INTEGER.fullmatch(name) for name in names)
     # "1" and "01" are one number; by it alone they would come in the set's order, another one on each rank.
-    return tuple(sorted(found, key=lambda name: (int(name), name)) if numbers else sorted(found))
+    return tuple(sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names))
 
 
 def class_indices(table: Table, column: str, names: tuple[str, ...]) -> list[int]:

@@ -34,7 +34,7 @@ def tokenize_prompted(rows: Rows, tokenizer: Any, max_length: int, find: Callabl
     if room < 2:
         added = len(start) + len(between)
         raise UserError("data.max_length", max_length, f"at least {added + 2} (the layout adds {added})")
-    found = [find(texts, rows.ids) for texts in zip(*rows.texts, strict=True)] if find else []
+    chunks = [find(texts, rows.ids) for texts in zip(*rows.texts, strict=True)] if find else []
     tokens, prompts, tables = [], [], []
     for at in range(0, len(rows), AT_ONCE):
         columns = (list(column) for column in zip(*rows.texts[at : at + AT_ONCE], strict=True))
@@ -67,7 +67,7 @@ def tokenize_prompted(rows: Rows, tokenizer: Any, max_length: int, find: Callabl
                             token_spans(
                                 _offsets(of.encodings[i].offsets, *place, len(tokens[-1])), spans[at + i]
                             )
-                            for of, place, spans in zip(encoded, places, found, strict=True)
+                            for of, place, spans in zip(encoded, places, chunks, strict=True)
                         ]
                     )
                 )

@@ -59,12 +59,12 @@ def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
     """
     answers = torch.from_numpy(_answers(examples))
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
-    found = []
+    nearest = []
     for start in range(0, len(unit), BLOCK):
         cosines = unit[start : start + BLOCK] @ unit.T
         cosines.masked_fill_(answers[start : start + BLOCK, None] == answers, -torch.inf)
-        found.append(cosines.topk(min(NEIGHBOURS, len(unit)), dim=1).indices)
-    return torch.cat(found).numpy()
+        nearest.append(cosines.topk(min(NEIGHBOURS, len(unit)), dim=1).indices)
+    return torch.cat(nearest).numpy()
 
 
 def _answers(examples: Examples) -> np.ndarray:

@@ -48,11 +48,11 @@ def _labels(tables: list[Table], section: Section) -> Table:
     column = section.label
     declared = {tuple(table.classes[column]) for table in tables if column in (table.classes or {})}
     if len(declared) == 1:
-        found, classes = [label for table in tables for label in table.column(column)], list(*declared)
+        labels, classes = [label for table in tables for label in table.column(column)], list(*declared)
     else:  # an index is a class of its own table alone
-        found, classes = [name for table in tables for name in spelled(table, column)], None
+        labels, classes = [name for table in tables for name in spelled(table, column)], None
     return Table(
-        _places(tables), {column: found}, range(1, len(found) + 1), "row", classes and {column: classes}
+        _places(tables), {column: labels}, range(1, len(labels) + 1), "row", classes and {column: classes}
     )
 
 

@@ -82,7 +82,7 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
             "data.max_length", max_length, f"above {special + pair} (of these the tokenizer adds {special})"
         )
     tokens, token_types, tables = [], [], []
-    found = [find(texts, rows.ids) for texts in zip(*rows.texts, strict=True)] if find else []
+    chunks = [find(texts, rows.ids) for texts in zip(*rows.texts, strict=True)] if find else []
     for start in range(0, len(rows), AT_ONCE):
         columns = [list(column) for column in zip(*rows.texts[start : start + AT_ONCE], strict=True)]
         encoded = encode(
@@ -97,7 +97,7 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
         token_types += encoded.get("token_type_ids", ())
         if find:
             tables += [
-                _spans_of(encoding, [of[start + i] for of in found])
+                _spans_of(encoding, [of[start + i] for of in chunks])
                 for i, encoding in enumerate(encoded.encodings)
             ]
     for row, ids in enumerate(tokens):
@@ -114,14 +114,14 @@ def tokenize(rows: Rows, tokenizer: Any, max_length: int, task: str, find: Find 
     )
 
 
-def _spans_of(encoding: Any, found: list[Chunks]) -> np.ndarray:
+def _spans_of(encoding: Any, chunks: list[Chunks]) -> np.ndarray:
     """(spans, 3) of one example, from the words and phrases of each of its texts."""
     offsets, texts = (
         np.array(encoding.offsets),
         np.array([-1 if i is None else i for i in encoding.sequence_ids]),
     )
     return np.concatenate(
-        [token_spans(np.where(texts[:, None] == i, offsets, 0), of) for i, of in enumerate(found)]
+        [token_spans(np.where(texts[:, None] == i, offsets, 0), of) for i, of in enumerate(chunks)]
     )
 
 
@@ -162,10 +162,10 @@ def _packed_spans(rows: Rows, offsets: list[np.ndarray], starts: list[int], find
     texts = ["\n".join(texts) for texts in rows.texts[:used]]
     kept = offsets[used - 1][: starts[-1] - at[used - 1]]
     texts[-1] = texts[-1][: kept[:, 1].max(initial=0)]  # perhaps all of it is one long text
-    found = find(texts, rows.ids[:used])
+    chunks = find(texts, rows.ids[:used])
     tables = [
         token_spans(own, of) + np.array([start, start, 0])
-        for own, of, start in zip(offsets, found, at, strict=False)
+        for own, of, start in zip(offsets, chunks, at, strict=False)
     ]
     return pack(in_blocks(np.concatenate(tables), starts))
 

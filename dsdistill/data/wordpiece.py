@@ -80,5 +80,5 @@ def _vocabulary(texts: list[str], size: int) -> dict[str, int]:
             pieces["##" * (index > 0) + token.value] += count
             for place, character in enumerate(token.value):  # else a rare word could not be spelt
                 pieces["##" * (index + place > 0) + character] += 0
-    found = sorted(pieces, key=lambda piece: (len(piece.removeprefix("##")) > 1, -pieces[piece], piece))
-    return {piece: index for index, piece in enumerate([*SPECIAL.values(), *found][:size])}
+    ordered = sorted(pieces, key=lambda piece: (len(piece.removeprefix("##")) > 1, -pieces[piece], piece))
+    return {piece: index for index, piece in enumerate([*SPECIAL.values(), *ordered][:size])}

@@ -393,10 +393,10 @@ def foreign(path: str) -> str | None:
     """Why a file is none that a run of this project saves, None where it may be loaded; runs none of it."""
     try:
         with torch.serialization.safe_globals(PICKLED):
-            found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # of many kinds: it reads byte by byte what somebody may have made up
         return "is no file that torch.save writes"
-    return f"would run {', '.join(sorted(found))}" if found else None
+    return f"would run {', '.join(sorted(names))}" if names else None
 
 
 def load_same(engine, folder: str, tag: str) -> None:

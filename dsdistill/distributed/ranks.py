@@ -82,10 +82,10 @@ class Ranks:
 
     def _first_is_done(self, failure: tuple | None) -> tuple | None:
         """What rank 0 gives, on every rank, once it gives it."""
-        found = [failure]
+        shared = [failure]
         if self.world_size > 1:
-            dist.broadcast_object_list(found, src=0, group=self.patient, device=torch.device("cpu"))
-        return found[0]
+            dist.broadcast_object_list(shared, src=0, group=self.patient, device=torch.device("cpu"))
+        return shared[0]
 
 
 def environment() -> None:

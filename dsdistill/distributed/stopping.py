@@ -244,11 +244,11 @@ def consequence() -> Stopped | None:
 
 def _launchers() -> list[tuple[int, str]]:
     """Return process and start time of each launcher above this process, from the nearest on."""
-    found, parent = [], os.getppid()
+    ancestors, parent = [], os.getppid()
     while parent > 1 and _launches(parent) and (stat := _stat(parent)) is not None:
-        found.append((parent, stat[19]))
+        ancestors.append((parent, stat[19]))
         parent = int(stat[1])
-    return found
+    return ancestors
 
 
 def _launches(process: int) -> bool:

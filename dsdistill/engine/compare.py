@@ -165,20 +165,20 @@ def table(rows: dict[str, list[dict]]) -> str:
 
     rows: summaries by method.
     """
-    found: dict[str, list[dict]] = {}
+    by_name: dict[str, list[dict]] = {}
     for summaries in rows.values():
         for summary in summaries:
             if "teacher" in summary["models"]:
-                found["teacher"] = [summary["models"]["teacher"]]
-    found |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
-    seen = {score for runs in found.values() for scores in runs for score in scores if not detail(score)}
+                by_name["teacher"] = [summary["models"]["teacher"]]
+    by_name |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
+    seen = {score for runs in by_name.values() for scores in runs for score in scores if not detail(score)}
     seen -= _LEFT_OUT
     columns = [score for score in TITLES if score in seen] + sorted(seen - TITLES.keys())
     lines = [
         _HEAD + " " + " | ".join(TITLES.get(score, score) for score in columns) + " |",
         "|---|---:|" + "---:|" * len(columns),
     ]
-    for name, runs in found.items():
+    for name, runs in by_name.items():
         values = (_cell([scores[c] for scores in runs if c in scores]) for c in columns)
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"

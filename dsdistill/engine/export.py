@@ -15,7 +15,7 @@ from dsdistill.disk import check_writable
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
-from dsdistill.models.build import architecture, build, load_tokenizer
+from dsdistill.models.build import architecture, build_model, load_tokenizer
 from dsdistill.models.domain_fusion import FUSION, STUDENT
 
 log = logging.getLogger("dsdistill")
@@ -42,7 +42,7 @@ def find_checkpoint(path: str) -> str:
 
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The student of a checkpoint, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
-    model = build(
+    model = build_model(
         architecture(os.path.join(run, INIT), None, "student"),
         None,
         config.task,

@@ -13,7 +13,7 @@ from dsdistill.config import Config
 from dsdistill.config.schema import Stage
 from dsdistill.data.batch import Batch
 from dsdistill.distiller import Distillation
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.domain_fusion import DomainFusion
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.models.tracer import Tracer, callee
@@ -96,7 +96,7 @@ def make_student(
     init: where the first weights lie (None: random). layers: of the teacher, that the student's fusion maps.
     parts: teacher, previous and geometry of the StudentModule.
     """
-    model = build(architecture, init, config.task, "student", needs_head=False)
+    model = build_model(architecture, init, config.task, "student", needs_head=False)
     if checkpointing:
         # Newer transformers have another name for it, 5.17 knows this one alone.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -229,12 +229,12 @@ def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBa
         raise UserError(
             "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
         )
-    found = [recipe.tokenizer] if recipe is not None else []
-    found += [load_tokenizer(path, f"{place}.path") for place, path in paths]
-    if len(found) == 2 and found[0].get_vocab() != found[1].get_vocab():
+    tokenizers = [recipe.tokenizer] if recipe is not None else []
+    tokenizers += [load_tokenizer(path, f"{place}.path") for place, path in paths]
+    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise UserError(
             "student.path",
-            f"a tokenizer of {len(found[1])} entries unlike the teacher's {len(found[0])}",
+            f"a tokenizer of {len(tokenizers[1])} entries unlike the teacher's {len(tokenizers[0])}",
             "the same one",
         )
-    return found[0]
+    return tokenizers[0]

@@ -29,7 +29,7 @@ from dsdistill.engine.refusals import check_backend
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
-from dsdistill.models.build import build, copy_layers
+from dsdistill.models.build import build_model, copy_layers
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -248,8 +248,8 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
             made = prepared.student
             if config.student.from_teacher is not None:
                 torch.manual_seed(config.run.seed)
-                made = build(prepared.student, None, config.task, "student", needs_head=False)
-                teacher = build(
+                made = build_model(prepared.student, None, config.task, "student", needs_head=False)
+                teacher = build_model(
                     prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
                 )
                 copy_layers(made, teacher, config.student.from_teacher)

@@ -179,12 +179,12 @@ class RunFolder:
             os.makedirs(self.path, exist_ok=True)
             if home in _held and _held[home].renew():
                 return True
-            found = _Lock.take(self.path)
+            lock = _Lock.take(self.path)
         except OSError as error:
             raise RunError(f"{self.path} cannot be locked: {disk.reason(error)}") from None
-        if found is None:
+        if lock is None:
             return False
-        _held[home] = found
+        _held[home] = lock
         return True
 
     def keep(self) -> None:
@@ -245,10 +245,10 @@ class RunFolder:
         """The summary of a finished run, or None."""
         try:
             with open(self / SUMMARY, encoding="utf-8") as file:
-                found = json.load(file)
+                summary = json.load(file)
         except (OSError, ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) and isinstance(found.get("models"), dict) else None
+        return summary if isinstance(summary, dict) and isinstance(summary.get("models"), dict) else None
 
     def write_summary(self, summary: dict) -> None:
         with disk.writing(self / SUMMARY) as file:

@@ -17,7 +17,7 @@ from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import STAGES
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.tracer import Tracer, callee, freeze
 
 
@@ -26,12 +26,12 @@ def ends(config: Config, steps: int) -> list[int]:
     shares = [stage.share for stage in config.run_stages]
     if steps < len(shares):
         raise UserError("train.steps", steps, f"at least one for each of {len(shares)} stages")
-    found, before = [], 0
+    last_steps, before = [], 0
     for index in range(len(shares)):
         end = round(steps * sum(shares[: index + 1]) / sum(shares))
         before = min(max(end, before + 1), steps - (len(shares) - 1 - index))  # a small share gets one step
-        found.append(before)
-    return found
+        last_steps.append(before)
+    return last_steps
 
 
 def weights_path(run_dir: str, name: str) -> str:
@@ -54,9 +54,9 @@ def hand_over(run_dir: str, name: str, step: int, ranks: Ranks) -> str:
 
 def load_weights(module: torch.nn.Module, path: str) -> None:
     """Give a StudentModule what the stage before handed on; terms it did not have keep their own start."""
-    found = load_file(path)
+    given = load_file(path)
     own = module.state_dict()
-    known = {name: value for name, value in found.items() if name in own}
+    known = {name: value for name, value in given.items() if name in own}
     missing = [name for name in own if name.startswith("body.") and name not in known]
     if missing:
         raise UserError(path, f"no {missing[0]}", "the weights of this run's student")
@@ -70,7 +70,9 @@ def earlier_student(
 
     path: what that stage handed on; layers: to trace.
     """
-    made = callee(build(architecture, None, config.task, "student", needs_head=False), config.task, "student")
+    made = callee(
+        build_model(architecture, None, config.task, "student", needs_head=False), config.task, "student"
+    )
     weights = load_file(path)
     made.module.load_state_dict(
         {name.removeprefix("body."): value for name, value in weights.items() if name.startswith("body.")}

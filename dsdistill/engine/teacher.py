@@ -10,7 +10,7 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.config import Config, UserError
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
-from dsdistill.models.build import build, plain_model, task_of
+from dsdistill.models.build import build_model, plain_model, task_of
 from dsdistill.models.capture import layer_list
 from dsdistill.models.tracer import Callee, Tracer, callee, count_parameters, freeze
 
@@ -30,7 +30,7 @@ def load_teacher(
 
     def load() -> PreTrainedModel:
         torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
-        return build(architecture, config.teacher.path, config.task, "teacher", needs_head=needs_head)
+        return build_model(architecture, config.teacher.path, config.task, "teacher", needs_head=needs_head)
 
     if config.teacher.zero_stage == 3:
         section = config.teacher

@@ -54,9 +54,9 @@ def greedy(
     while running.any():
         inputs = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         optional = {"position_ids": positions, "logits_to_keep": 1}
-        found = model(**inputs, **{name: value for name, value in optional.items() if name in takes})
-        cache = found.past_key_values
-        tokens = found.logits[:, -1:, :vocabulary].argmax(-1)
+        outputs = model(**inputs, **{name: value for name, value in optional.items() if name in takes})
+        cache = outputs.past_key_values
+        tokens = outputs.logits[:, -1:, :vocabulary].argmax(-1)
         written.append(tokens[:, 0])
         running = running & (len(written) < limits)
         if end is not None:

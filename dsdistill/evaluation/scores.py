@@ -81,8 +81,8 @@ def evaluate(
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
     scores = _language(parts) if task in LANGUAGE else _labelled(parts, task)
     all_tokens = sum(count for _, _, count in everyone)
-    for name, found in scores.items():
-        found["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
+    for name, values in scores.items():
+        values["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
     return scores
 
 
@@ -107,31 +107,34 @@ def _labelled(parts: list[dict], task: str) -> dict[str, dict[str, float]]:
 
 def _classification(output: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
     predicted = output.argmax(-1)
-    found = {"accuracy": metrics.accuracy(predicted, labels)}
+    scores = {"accuracy": metrics.accuracy(predicted, labels)}
     if output.shape[1] == 2:
         # Of class 1 against the rest, and how its probability goes with the label.
         share = output.double().softmax(-1)[:, 1]
-        found["f1"] = metrics.f1(predicted, labels)
-        found["mcc"] = metrics.mcc(predicted, labels)
-        found["pearson"], found["spearman"] = metrics.pearson(share, labels), metrics.spearman(share, labels)
+        scores["f1"] = metrics.f1(predicted, labels)
+        scores["mcc"] = metrics.mcc(predicted, labels)
+        scores["pearson"], scores["spearman"] = (
+            metrics.pearson(share, labels),
+            metrics.spearman(share, labels),
+        )
     else:
-        found["macro_f1"] = metrics.macro_f1(predicted, labels)
-    found["loss"] = metrics.cross_entropy(output, labels)
+        scores["macro_f1"] = metrics.macro_f1(predicted, labels)
+    scores["loss"] = metrics.cross_entropy(output, labels)
     if teacher is not None:
-        found["kl"] = metrics.kl(teacher, output)
-    return found
+        scores["kl"] = metrics.kl(teacher, output)
+    return scores
 
 
 def _regression(output: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
     predicted = output[:, 0].double()
-    found = {
+    scores = {
         "pearson": metrics.pearson(predicted, labels),
         "spearman": metrics.spearman(predicted, labels),
         "loss": (predicted - labels.double()).square().mean().item(),
     }
     if teacher is not None:  # each score as the mean of a normal distribution of variance 1
-        found["kl"] = 0.5 * (teacher[:, 0].double() - predicted).square().mean().item()
-    return found
+        scores["kl"] = 0.5 * (teacher[:, 0].double() - predicted).square().mean().item()
+    return scores
 
 
 def _language(parts: list[dict]) -> dict[str, dict[str, float]]:

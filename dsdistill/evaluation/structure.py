@@ -223,12 +223,14 @@ def structural_consistency(
     drawn with the seed.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = {name: _Level(name, student, teacher, generator) for name, (student, teacher) in levels.items()}
-    if not found:
+    measured = {
+        name: _Level(name, student, teacher, generator) for name, (student, teacher) in levels.items()
+    }
+    if not measured:
         raise ValueError("levels: got none, expected at least one")
-    rho = {name: level.rho() for name, level in found.items()}
+    rho = {name: level.rho() for name, level in measured.items()}
     draws = [
-        100 * max(0.0, sum(level.resampled(generator) for level in found.values()) / len(found))
+        100 * max(0.0, sum(level.resampled(generator) for level in measured.values()) / len(measured))
         for _ in range(samples)
     ]
     return Consistency(_estimate(100 * max(0.0, sum(rho.values()) / len(rho)), draws), rho)

@@ -50,15 +50,15 @@ def text_scores(written: Sequence[str], references: Sequence[str]) -> dict[str, 
     written, references = list(written), list(references)
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
     rouge = [scorer.score(reference, text) for reference, text in zip(references, written, strict=True)]
-    found = jiwer.process_characters(references, written)
-    characters = found.hits + found.substitutions + found.deletions
+    edits = jiwer.process_characters(references, written)
+    characters = edits.hits + edits.substitutions + edits.deletions
     return {
         "bleu": _bleu().corpus_score(written, [references]).score,
         **{
             name: fmean(scores[key].fmeasure for scores in rouge)
             for name, key in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL"))
         },
-        "cer": (found.substitutions + found.deletions + found.insertions) / max(1, characters),
+        "cer": (edits.substitutions + edits.deletions + edits.insertions) / max(1, characters),
     }
 
 

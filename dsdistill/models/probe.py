@@ -110,7 +110,7 @@ def _numbers(value: object) -> Iterator[int]:
 
 
 def rotates_queries(config: PretrainedConfig, task: str) -> bool:
-    """Whether queries or keys are captured after a rotation by their position (RoPE).
+    """Return whether queries or keys are captured after a rotation by their position (RoPE).
 
     Then they differ between positions even where all hidden states are the same, which a small random copy of the
     architecture is made to see. `config` passes `probe`.
@@ -135,7 +135,7 @@ def rotates_queries(config: PretrainedConfig, task: str) -> bool:
 
 
 def _same_everywhere(layer, args, kwargs):
-    """Forward pre-hook: every token of a sequence gets the state of its first."""
+    """Give every token of a sequence the state of its first; this is a forward pre-hook."""
     states = args[0] if args else kwargs["hidden_states"]
     states = states[:, :1].expand_as(states).contiguous()
     return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
@@ -149,7 +149,7 @@ def _inputs() -> dict[str, Tensor]:
 
 
 def _sharpen(model: PreTrainedModel) -> None:
-    """As initialised, attention is nearly uniform, and parameters that are 0 hide what they would do."""
+    """Make attention peaked: as initialised it is nearly uniform, and parameters of 0 hide what they would do."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.mul_(4.0)
@@ -244,7 +244,7 @@ def _probe_attention(model: PreTrainedModel, place: str) -> None:
 
 
 def _geometry(config: PretrainedConfig, task: str) -> dict[int, Geometry]:
-    """Of every layer, from a small copy that keeps the windows."""
+    """Return the geometry of every layer, from a small copy that keeps the windows."""
     model = (
         auto_class(task).from_config(_small_copy(config, window=None), attn_implementation=ATTENTION).eval()
     )
@@ -257,13 +257,16 @@ def _geometry(config: PretrainedConfig, task: str) -> dict[int, Geometry]:
 
 
 def _kinds(config: PretrainedConfig) -> list[str]:
-    """Of the small copy's layers: one of each, but two at least, or a model that shares its layer would pass."""
+    """Return the kinds of the small copy's layers: one of each, but two at least.
+
+    With one layer a model that shares its layer would pass.
+    """
     kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
     return kinds if len(kinds) > 1 else kinds * 2
 
 
 def _small_copy(config: PretrainedConfig, window: int | None = _WINDOW) -> PretrainedConfig:
-    """The architecture with few layers, tokens and feed-forward units; heads and head widths stay.
+    """Return the architecture with few layers, tokens and feed-forward units; heads and head widths stay.
 
     window: of its sliding layers; None leaves the architecture's own.
     """
@@ -291,7 +294,7 @@ def _small_copy(config: PretrainedConfig, window: int | None = _WINDOW) -> Pretr
 
 
 def _visible(mask: Tensor, geometry: Geometry) -> Tensor:
-    """(B, N, N) bool: which keys each query may see; mask (B, N) bool, True = valid."""
+    """Return (B, N, N) bool: which keys each query may see; mask (B, N) bool, True = valid."""
     position = torch.arange(mask.shape[1], device=mask.device)
     distance = position[:, None] - position[None, :]
     allowed = torch.ones_like(distance, dtype=torch.bool)

@@ -112,16 +112,16 @@ def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) 
     chooses itself are refused too.
     """
     kind = settings.get("model_type")
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     for key in settings:
-        made = inspect.getattr_static(CONFIG_MAPPING[kind] if known else PretrainedConfig, str(key), None)
+        made = inspect.getattr_static(known or PretrainedConfig, str(key), None)
         if (
             str(key).startswith("__")
             or inspect.isroutine(made)
             or isinstance(made, classmethod | staticmethod)
         ):
             raise UserError(f"{place}.{key}", "the name of a part of the library's code", "a setting")
-    _check(settings, CONFIG_MAPPING[kind].attribute_map if known else {}, place, ours, 0)
+    _check(settings, known.attribute_map if known is not None else {}, place, ours, 0)
 
 
 def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bool, depth: int) -> None:
@@ -145,8 +145,8 @@ def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bo
 def _is_dtype(value: Any) -> bool:
     if value is None or isinstance(value, torch.dtype):
         return True
-    found = getattr(torch, value, None) if isinstance(value, str) else None
-    return isinstance(found, torch.dtype) and found.is_floating_point
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _check_size(name: str, value: Any, where: str) -> None:
@@ -202,5 +202,10 @@ def _parts(config: PretrainedConfig) -> list[PretrainedConfig]:
     inner = (getattr(config, name, None) for name in config.sub_configs)
     return [
         config,
-        *(part for found in inner if isinstance(found, PretrainedConfig) for part in _parts(found)),
+        *(
+            part
+            for inner_config in inner
+            if isinstance(inner_config, PretrainedConfig)
+            for part in _parts(inner_config)
+        ),
     ]

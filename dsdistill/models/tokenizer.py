@@ -44,10 +44,10 @@ def check_vocabulary(
         raise UserError(f"{place}.config.vocab_size", model.vocab_size, expected)
     types = getattr(model, "type_vocab_size", None)
     texts = ("a", "a") if pairs else ("a",)
-    found = 1 + max(tokenizer(*texts).get("token_type_ids", ()), default=0)
-    if isinstance(types, int) and 0 < types < found:
+    used = 1 + max(tokenizer(*texts).get("token_type_ids", ()), default=0)
+    if isinstance(types, int) and 0 < types < used:
         raise UserError(
-            f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {found} token types"
+            f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {used} token types"
         )
 
 
@@ -61,11 +61,11 @@ def check_tokenizer(source: str) -> dict[str, None]:
         if _READ.fullmatch(name) and os.path.exists(path) and not os.path.isdir(path):
             open_file(path, TOKENIZER_BYTES, "the largest that is read").close()
     options: dict[str, None] = {}
-    if (path := find(source, TOKENIZER_CONFIG)) is not None:
-        options = _check_settings(read_json(path, TOKENIZER_BYTES))
-    if (path := find(source, TOKENIZER)) is not None:
-        found = os.stat(path)
-        try_tokenizer(path, (found.st_mtime_ns, found.st_size))
+    if (settings := find(source, TOKENIZER_CONFIG)) is not None:
+        options = _check_settings(read_json(settings, TOKENIZER_BYTES))
+    if (tokenizer := find(source, TOKENIZER)) is not None:
+        status = os.stat(tokenizer)
+        try_tokenizer(tokenizer, (status.st_mtime_ns, status.st_size))
     return options
 
 
@@ -99,7 +99,9 @@ def try_tokenizer(path: str, _version: tuple[int, int]) -> None:
             errors="replace",
             timeout=PATIENCE,
         )
-        said = json.loads(done.stdout) if done.returncode == 0 else {"error": _death(done.returncode)}
+        said: dict[str, Any] = (
+            json.loads(done.stdout) if done.returncode == 0 else {"error": _death(done.returncode)}
+        )
     except subprocess.TimeoutExpired:
         said = {"error": f"no end after {PATIENCE} seconds"}
     except ValueError:

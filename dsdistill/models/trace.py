@@ -1,4 +1,4 @@
-"""What one forward pass leaves behind for the alignment terms."""
+"""Define what one forward pass leaves for the alignment terms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which keys a query of one layer may see, padding aside."""
+    """A Geometry says which keys a query of one layer may see, apart from padding."""
 
     causal: bool
     window: int | None  # a key counts at distance < window; None: everywhere
@@ -20,7 +20,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """What one attention layer computed its probabilities from (after rotary embedding)."""
+    """An AttentionTrace holds what one layer computed its probabilities from (after rotary embedding)."""
 
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, H_kv, N, D), H_kv divides H
@@ -31,7 +31,7 @@ class AttentionTrace:
 
 @dataclass(frozen=True)
 class DomainTrace:
-    """What domain fusion leaves behind (models/domain_fusion.py)."""
+    """A DomainTrace holds what domain fusion leaves (models/domain_fusion.py)."""
 
     targets: dict[int, Tensor]  # teacher layer → φ of its states, (B, N, d'); empty in evaluation
     predicted: Tensor  # (B, N, d')
@@ -39,7 +39,7 @@ class DomainTrace:
 
 @dataclass
 class Trace:
-    """Layers count from 1; hidden[0] is the embeddings' output, hidden[L] comes before any final norm."""
+    """A Trace counts layers from 1; hidden[0] is the embeddings' output, hidden[L] comes before any final norm."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)  # (B, N, D)
     attention: dict[int, AttentionTrace] = field(default_factory=dict)

@@ -1,10 +1,11 @@
-"""Models that leave traces: what the alignment terms read of one forward pass."""
+"""Run models so that they leave traces: what the alignment terms read of one forward pass."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def _whole_already(_: list[nn.Parameter]) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Callee:
-    """A model and what to call in its place.
+    """A Callee is a model and what to call in its place.
 
     module: the model itself or, where it is a language model, a Headless around it. call: the module, or an engine
     around it. whole: of some of its parameters, a context in which they are whole on this rank.
@@ -50,7 +51,7 @@ class Callee:
     whole: Callable[[list[nn.Parameter]], AbstractContextManager] = _whole_already
 
 
-def callee(model: nn.Module, task: str, place: str) -> Callee:
+def callee(model: Any, task: str, place: str) -> Callee:
     """Return the model as its task is traced; `place` names it in messages.
 
     model: of transformers, perhaps compiled: by torch.compile(model), whose options are kept, or model.compile().
@@ -65,7 +66,7 @@ def callee(model: nn.Module, task: str, place: str) -> Callee:
 
 
 class Tracer:
-    """Makes the trace of a batch; the only place where a forward pass runs under capture."""
+    """Make the trace of a batch; this is the only place where a forward pass runs under capture."""
 
     def __init__(
         self,
@@ -74,14 +75,14 @@ class Tracer:
         attention: Iterable[int] = (),
         values: bool = True,
     ):
-        """hidden, attention, values: what to keep, see Capture."""
+        """Make a tracer that keeps `hidden`, `attention` and `values`, see Capture."""
         self.callee = callee
         self.model = callee.model
         self.capture = Capture(callee.model, hidden, attention, values)
 
     @property
     def head(self) -> list[nn.Parameter]:
-        """Weight and perhaps bias of a language model's head, which terms use outside its own forward; else nothing."""
+        """Return weight and perhaps bias of a language model's head, which terms use; nothing for other models."""
         if not isinstance(self.callee.module, Headless):
             return []
         head = self.model.get_output_embeddings()

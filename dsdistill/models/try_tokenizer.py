@@ -1,4 +1,4 @@
-"""A process that may die: it loads a tokenizer.json, tries it and prints the largest id that it gives.
+"""Load a tokenizer.json, try it and print the largest id that it gives, in a process that may die.
 
 Run by path with the file as its argument; it imports neither torch nor transformers. What the tokenizers library
 does with a damaged or hostile file (abort, take all memory, never end) then costs the caller one line.

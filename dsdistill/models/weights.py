@@ -1,4 +1,4 @@
-"""Weight files, looked at before anything is loaded from them."""
+"""Check weight files before anything is loaded from them."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     folder = locate(path, f"{place}.path")
     if not os.path.isdir(folder):
         return
-    theirs = {}
+    theirs: dict[str, list[int]] = {}
     for name in _files(folder, f"{place}.path"):
         try:
             with safe_open(os.path.join(folder, name), framework="pt") as file:
@@ -38,18 +38,18 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     prefix = f"{ours.base_model_prefix}."
     for name, value in ours.state_dict().items():
         if task not in LANGUAGE and not name.startswith(prefix):
-            continue  # a head of classes may be another: build() makes a new one
-        found = theirs.get(name) or theirs.get(name.removeprefix(prefix))
-        if found is not None and found != list(value.shape):
+            continue  # a head of classes may be another: build_model() makes a new one
+        shape = theirs.get(name) or theirs.get(name.removeprefix(prefix))
+        if shape is not None and shape != list(value.shape):
             raise UserError(
                 f"{place}.path",
-                f"{path} with {name} of shape {found}",
+                f"{path} with {name} of shape {shape}",
                 f"{list(value.shape)}, as its config.json says",
             )
 
 
 def _files(folder: str, place: str) -> list[str]:
-    """The names of the safetensors files that hold a folder's weights."""
+    """Return the names of the safetensors files that hold a folder's weights."""
     if shards := [name for name in os.listdir(folder) if _SHARD.match(name)]:
         raise UserError(place, f"{folder} with {min(shards)}, a checkpoint's shard", SINGLE)
     if os.path.isfile(os.path.join(folder, SINGLE)):

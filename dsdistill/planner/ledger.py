@@ -64,16 +64,16 @@ class Ledger(TorchDispatchMode):
                 self.held[owner] += entry[1]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = self._asks_contents(function, args)
-        if found is None:
-            found = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        result = self._asks_contents(function, args)
+        if result is None:
+            result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and (address := _address(leaf)) not in self._storages:
                 # A view of what was there before the ledger, such as a weight, is nothing new.
                 given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
                 if all(_address(x) != address for x in given):
                     self._note(leaf.untyped_storage(), address)
-        return found
+        return result
 
     def _asks_contents(self, function, args):
         """The answer to an operation whose result depends on contents: the largest there can be."""

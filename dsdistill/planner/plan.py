@@ -26,7 +26,7 @@ from dsdistill.engine.prepare import (
     student_architecture,
 )
 from dsdistill.engine.refusals import check_ranks
-from dsdistill.models.build import architecture, build, for_task, override
+from dsdistill.models.build import architecture, build_model, for_task, override
 from dsdistill.models.tracer import count_parameters
 from dsdistill.planner import zero_memory
 from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Rank, rehearse
@@ -67,9 +67,9 @@ class Plan:
 
 def parse_memory(text: str) -> int:
     """Bytes of a text such as 80GiB."""
-    if (found := parse_size(text)) is None:
+    if (size := parse_size(text)) is None:
         raise UserError("--gpu-memory", repr(text), "a size such as 80GiB or 40000MiB")
-    return found
+    return size
 
 
 class Forecast:
@@ -126,7 +126,9 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
         """By stage and phase: which stage needs the most may change with the batch."""
         if batch not in at:
             at[batch] = forecast.stages(batch)
-        return {(name, phase): held for name, found in at[batch].items() for phase, held in found.items()}
+        return {
+            (name, phase): held for name, by_phase in at[batch].items() for phase, held in by_phase.items()
+        }
 
     largest = _largest(need, size, memory - reserve, config.data.max_length)
     least = min(peak(need(batch)) for batch in (list(at) if largest else [1]))
@@ -201,18 +203,18 @@ def _offloaded(section) -> bool:
 
 def _loading(config: Config, models: Models, gpu: bool) -> Counter:
     """Models are read in float32: a whole teacher goes to its device so, a student is cut from one in host memory."""
-    found = Counter()
+    held = Counter()
     if models.teacher is not None and config.teacher.zero_stage == 0:
-        found[TEACHER] = 4 * _parameters(config, models.teacher)
+        held[TEACHER] = 4 * _parameters(config, models.teacher)
     if not gpu and config.student.from_teacher is not None:
-        found[TEACHER] = 4 * _parameters(config, models.teacher)
-        found[zero_memory.WEIGHTS] = 4 * _parameters(config, models.student)
-    return found
+        held[TEACHER] = 4 * _parameters(config, models.teacher)
+        held[zero_memory.WEIGHTS] = 4 * _parameters(config, models.student)
+    return held
 
 
 def _parameters(config: Config, model: PretrainedConfig) -> int:
     with torch.device("meta"):
-        return count_parameters(build(model, None, config.task, "model", needs_head=False))
+        return count_parameters(build_model(model, None, config.task, "model", needs_head=False))
 
 
 def _kept(phases: dict[str, Counter]) -> int:
@@ -223,7 +225,7 @@ def _kept(phases: dict[str, Counter]) -> int:
 def _materialised(config: Config, models: Models, stage: Stage, size: int) -> dict[str, int]:
     """One copy, in train.dtype, of what the operators never hold."""
     width, tokens = deepspeed.DTYPES[config.train.dtype].itemsize, config.data.max_length
-    pair, found = models.pair, {}
+    pair, sizes = models.pair, {}
     (objective,) = objective_layers(
         config.model_copy(update={"stages": (stage,)}), models.student, models.teacher
     )
@@ -233,11 +235,11 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
         if shape is not None
     )
     if maps:
-        found["attention maps of the mapped layers"] = width * size * maps * tokens**2
+        sizes["attention maps of the mapped layers"] = width * size * maps * tokens**2
     if config.task in LANGUAGE:
         entries = sum(shape.vocabulary for shape in (pair.student, pair.teacher) if shape is not None)
-        found["logits"] = width * size * tokens * entries
-    return found
+        sizes["logits"] = width * size * tokens * entries
+    return sizes
 
 
 def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, room: int, tokens: int) -> int:

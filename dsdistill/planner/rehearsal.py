@@ -19,7 +19,7 @@ from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
 from dsdistill.distributed.deepspeed import parameter_groups
 from dsdistill.engine.module import make_student
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.capture import layer_list
 from dsdistill.models.trace import Trace
 from dsdistill.models.tracer import Tracer, callee, cast_parameters, count_parameters, freeze
@@ -65,7 +65,7 @@ def _frozen(
     values=False,
 ) -> Tracer:
     """Return a model that leaves traces and learns nothing."""
-    made = callee(build(architecture, None, task, place, needs_head=False), task, place)
+    made = callee(build_model(architecture, None, task, place, needs_head=False), task, place)
     freeze(made.module, dtype, torch.device("cpu"))
     return Tracer(made, hidden, attention, values)
 
@@ -135,12 +135,12 @@ def rehearse(
     with contextlib.ExitStack() as stack:
         for each in [ledger.running(), *_pretence(rank.gpu)]:
             stack.enter_context(each)
-        held, found, before = 0, None, None
+        held, teacher_trace, before = 0, None, None
         ledger.enter("teacher", TEACHER_ACTIVATIONS)
         if teacher is not None:
-            with _gathering(ledger, teacher, config, rank) as held, teacher.frozen(batch) as found:
+            with _gathering(ledger, teacher, config, rank) as held, teacher.frozen(batch) as teacher_trace:
                 pass
-            ledger.give(_tensors(found), TEACHER_CAPTURED)
+            ledger.give(_tensors(teacher_trace), TEACHER_CAPTURED)
         if previous is not None:
             with previous.frozen(batch) as before:
                 pass
@@ -148,8 +148,8 @@ def rehearse(
         student.gather()
         ledger.add(RESIDENT, held)
         ledger.enter("forward", ACTIVATIONS)
-        loss = _forward(ledger, module, batch, found, before, counts)
-        del found, before
+        loss = _forward(ledger, module, batch, teacher_trace, before, counts)
+        del teacher_trace, before
         ledger.add(RESIDENT, -held)
         student.arrived()
         ledger.enter("backward", BACKWARD)
@@ -162,7 +162,7 @@ def rehearse(
     return ledger
 
 
-def _forward(ledger, module, batch, found, before, counts) -> Tensor:
+def _forward(ledger, module, batch, teacher_trace, before, counts) -> Tensor:
     """The loss; the terms are a phase of their own, which begins when the module calls its objective."""
 
     def begins(_, inputs):
@@ -171,7 +171,7 @@ def _forward(ledger, module, batch, found, before, counts) -> Tensor:
 
     hook = module.objective.register_forward_pre_hook(begins)
     try:
-        loss, _ = module.loss(batch, found, counts, before)
+        loss, _ = module.loss(batch, teacher_trace, counts, before)
     finally:
         hook.remove()
     return loss
@@ -181,7 +181,9 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
     """What lies there all the time beside what the student's engine holds."""
     if models.teacher is not None:
         with torch.device("meta"):
-            size = count_parameters(build(models.teacher, None, config.task, "teacher", needs_head=False))
+            size = count_parameters(
+                build_model(models.teacher, None, config.task, "teacher", needs_head=False)
+            )
         sharded = config.teacher.zero_stage == 3
         ledger.add(
             TEACHER,
@@ -243,13 +245,13 @@ def _gathering(ledger: Ledger, teacher: Tracer, config: Config, rank: Rank) -> I
             hook.remove()
 
 
-def _tensors(found: Trace | None) -> Iterable[Tensor]:
-    if found is None:
+def _tensors(trace: Trace | None) -> Iterable[Tensor]:
+    if trace is None:
         return
-    yield from found.hidden.values()
-    for layer in found.attention.values():
+    yield from trace.hidden.values()
+    for layer in trace.attention.values():
         yield from (x for x in (layer.query, layer.key, layer.value) if x is not None)
-    yield from (x for x in (found.logits, found.output) if x is not None)
+    yield from (x for x in (trace.logits, trace.output) if x is not None)
 
 
 def _size(parameter: nn.Parameter) -> int:

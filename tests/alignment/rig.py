@@ -11,7 +11,7 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import NO_LABEL, PHRASE, WORD, Batch
 from dsdistill.engine.module import StudentModule
-from dsdistill.models.build import build, for_task
+from dsdistill.models.build import build_model, for_task
 from dsdistill.models.domain_fusion import DomainFusion
 from dsdistill.models.trace import Trace
 from dsdistill.models.tracer import Tracer, callee
@@ -121,7 +121,9 @@ class Rig:
         for seed, (kind, changes) in enumerate(((student_family or family, student), (family, teacher))):
             config = AutoConfig.for_model(kind, **FAMILIES[kind] | (changes or {}))
             torch.manual_seed(seed)
-            model = build(for_task(config, task, ("a", "b", "c"), 0), None, task, "student", needs_head=False)
+            model = build_model(
+                for_task(config, task, ("a", "b", "c"), 0), None, task, "student", needs_head=False
+            )
             models.append(peaked(model, 6.0))
         self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
         width = 0 if domain is None else domain.lift.in_features

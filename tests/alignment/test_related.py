@@ -8,7 +8,7 @@ import torch
 from dsdistill.alignment import relations
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import UserError
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.engine.refusals import check_ranks
 from tests.alignment.rig import Rig, make_batch, padded, with_filler
 from tests.alignment.two_ranks import NAMES, TERMS, average_over_two_ranks, whole
@@ -188,7 +188,7 @@ class TestTerms:
     def test_one_example_at_once_is_refused(self):
         model = {"config": {"model_type": "bert"}}
         settings = {"teacher": model, "student": model, "terms": {"task": {}, "cka": {}}}
-        config = build(settings | {"train": {"micro_batch_size": 1, "batch_size": 2}})
+        config = make_config(settings | {"train": {"micro_batch_size": 1, "batch_size": 2}})
         with pytest.raises(UserError, match=r"^terms.cka: got one example at once"):
             check_ranks(config.train, config.run_stages, config.data.sampler, world_size=1)
         check_ranks(config.train, config.run_stages, config.data.sampler, world_size=2)

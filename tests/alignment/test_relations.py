@@ -5,7 +5,7 @@ import torch
 
 from dsdistill.alignment.probing import check_pair
 from dsdistill.config import UserError
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.engine.prepare import objective_layers
 from dsdistill.models.probe import rotates_queries
 from tests.alignment.rig import Rig, make_batch, padded, rows
@@ -99,7 +99,9 @@ def test_which_families_rotate(family):
 def prepared(family: str, options: dict):
     """What happens to a config of two such models before any weight loads."""
     model = {"config": {"model_type": family, **FAMILIES[family]}}
-    config = build({"task": "causal_lm", "teacher": model, "student": model, "terms": {"attention": options}})
+    config = make_config(
+        {"task": "causal_lm", "teacher": model, "student": model, "terms": {"attention": options}}
+    )
     architectures = architecture(family), architecture(family)
     return check_pair(config.task, *architectures, objective_layers(config, *architectures))
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dsdistill.config import UserError, dump, formats, load, load_saved
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.config.resume import check_same
 
 MINIMAL = {"teacher": {"path": "t"}, "student": {"path": "s"}, "terms": {"task": {}, "hidden": {}}}
@@ -24,16 +24,16 @@ def write(tmp_path):
 
 def saved(**changes: object) -> dict:
     """Return what a run folder's config.yaml says, with other top-level keys; None takes one away."""
-    settings = yaml.safe_load(dump(build(MINIMAL))) | changes
+    settings = yaml.safe_load(dump(make_config(MINIMAL))) | changes
     return {key: value for key, value in settings.items() if value is not None or key == "teacher"}
 
 
 class TestFormat:
     def test_a_dump_names_it_first(self, write):
-        text = dump(build(MINIMAL))
+        text = dump(make_config(MINIMAL))
         assert text.startswith("format: 2\n")
         path = write(yaml.safe_load(text))
-        assert load([path]) == load([path, "format=2"]) == load_saved(path) == build(MINIMAL)
+        assert load([path]) == load([path, "format=2"]) == load_saved(path) == make_config(MINIMAL)
 
     @pytest.mark.parametrize("named", [1, 3, "2", 2.0, True, [2], None])
     def test_a_config_of_another_is_refused(self, write, named):
@@ -45,7 +45,7 @@ class TestFormat:
     @pytest.mark.parametrize("named", [3, 0, "1"])
     def test_a_run_folder_of_a_newer_one_is_refused(self, write, named):
         path = write(saved(format=named) | {"setting_of_then": 5})
-        for read in (load_saved, lambda path: check_same(path, build(MINIMAL))):
+        for read in (load_saved, lambda path: check_same(path, make_config(MINIMAL))):
             with pytest.raises(UserError) as caught:
                 read(path)
             assert str(caught.value).startswith(f"{path}: format: got {named}, expected 1 to 2 (")
@@ -53,7 +53,7 @@ class TestFormat:
     def test_an_earlier_one_is_completed_by_the_defaults_of_its_time(self, write, monkeypatch):
         monkeypatch.setitem(formats.DEFAULTS, 1, {"train.clip": 2.5, "terms.hidden.embedding": False})
         stages = [{"name": "a", "terms": {"attention": {}, "hidden": None}}, {"name": "b"}]
-        settings = yaml.safe_load(dump(build(MINIMAL | {"stages": stages})))
+        settings = yaml.safe_load(dump(make_config(MINIMAL | {"stages": stages})))
         del settings["train"]["clip"], settings["terms"]["hidden"]["embedding"]
         del settings["stages"][1]["terms"]["hidden"]["embedding"]
         now = load_saved(write(settings))  # it names format 2
@@ -107,13 +107,13 @@ class TestNamesOfTeachers:
     def test_the_text_is_that_of_format_1(self):
         """What the first version wrote: every byte counts, or teachers that are there are trained again."""
         recorded = Path(__file__).with_name("identity_format_1.yaml").read_text(encoding="utf-8")
-        assert formats.teacher_identity(build(SETTINGS)) == recorded
+        assert formats.teacher_identity(make_config(SETTINGS)) == recorded
 
     def test_a_new_setting_counts_once_it_is_used(self, monkeypatch):
         """As if train.clip, student.freeze, terms.smooth and the learning rate of stages had come after format 1."""
         new = {"train.clip", "student.freeze", "terms.smooth", "stages.terms.smooth", "stages.learning_rate"}
         monkeypatch.setattr(formats, "FORMAT_1", formats.FORMAT_1 - new)
-        found = yaml.safe_load(formats.teacher_identity(build(SETTINGS)))
+        found = yaml.safe_load(formats.teacher_identity(make_config(SETTINGS)))
         assert "clip" not in found["train"] and found["student"]["freeze"] == ["*embeddings*"]
         assert "smooth" not in found["terms"]
         assert [stage.get("learning_rate") for stage in found["stages"]] == [None, 1e-5]

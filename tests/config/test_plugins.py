@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field
 
 from dsdistill.config import UserError, dump, load, load_saved, schema
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.config.resume import check_same
 from dsdistill.config.terms import Hidden, Task, Term, Terms, add_term
 
@@ -185,9 +185,11 @@ class TestAddedTerms:
         assert load([path]).stages[1].terms.sharp.power == 3
 
     def test_configs_without_it_are_as_they_were(self):
-        before = dump(build({"student": {"path": "s"}, "stages": [{"name": "a", "terms": {"task": {}}}]}))
+        before = dump(
+            make_config({"student": {"path": "s"}, "stages": [{"name": "a", "terms": {"task": {}}}]})
+        )
         add_term("sharp", Sharp)
-        config = build({"student": {"path": "s"}, "stages": [{"name": "a", "terms": {"task": {}}}]})
+        config = make_config({"student": {"path": "s"}, "stages": [{"name": "a", "terms": {"task": {}}}]})
         assert config.terms.sharp is None and list(config.terms.named()) == ["task"]
         assert dump(config).replace("    sharp: null\n", "").replace("  sharp: null\n", "") == before
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from dsdistill.config import UserError
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.config.terms import Attention, Feature, Hidden, Layered, SoftLabel, Task, Term, Terms
 
 ASKED = {
@@ -67,7 +67,7 @@ def test_a_mistake_is_told_as_in_a_config(make, settings, line):
     assert str(caught.value).startswith(line)
     terms = settings if make is Terms else {line.split(".")[1]: settings}
     with pytest.raises(UserError) as in_a_config:
-        build({"teacher": {"path": "t"}, "student": {"path": "s"}, "terms": terms}, "x.yaml")
+        make_config({"teacher": {"path": "t"}, "student": {"path": "s"}, "terms": terms}, "x.yaml")
     assert str(in_a_config.value) == f"x.yaml: {caught.value}"
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsdistill.config.errors import UserError
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.config.schema import Data as Section
 from dsdistill.data import load_data
 from dsdistill.data.sample import draw, with_noise
@@ -101,4 +101,4 @@ def test_the_train_set_alone(tokenizer, tmp_path):
 def test_refused(changes, message):
     model = {"config": {"model_type": "bert"}}
     with pytest.raises(UserError, match=message):
-        build({"teacher": model, "student": model} | changes)
+        make_config({"teacher": model, "student": model} | changes)

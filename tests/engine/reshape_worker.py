@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
 from dsdistill.distributed.shards import Shards
@@ -61,7 +61,7 @@ def engine_of(optimizer: str, dtype: str, stage: int, ranks, seed: int):
         module,
         [],
         list(module.term.parameters()),
-        build(settings),
+        make_config(settings),
         0.01,
         ranks,
         lambda made: LambdaLR(made, lambda step: 0.9**step),

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForMaskedLM
 
 from dsdistill.config import UserError
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.models.domain_fusion import load_exported
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
@@ -102,4 +102,4 @@ def test_refusals(mapping, changes, message):
     for section, values in changes.items():
         mapping[section] = mapping[section] | values
     with pytest.raises(UserError, match=message):
-        build_config(mapping)
+        make_config(mapping)

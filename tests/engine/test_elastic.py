@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dsdistill.config import UserError
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.engine import checkpoint
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses, make_checkpoint, write
@@ -94,10 +94,10 @@ def check_reshaped(results: list[dict]) -> None:
 def test_what_meets_must_stay_where_a_term_relates_examples(settings, tmp_path):
     settings["terms"]["rkd"] = {}
     make_checkpoint(tmp_path, 5, at_once=8)
-    checkpoint.check(str(tmp_path), build(settings), 2)  # 4 on each of 2
+    checkpoint.check(str(tmp_path), make_config(settings), 2)  # 4 on each of 2
     with pytest.raises(
         UserError, match=r"micro_batch_size × ranks: got 4, expected 8, .* terms\.rkd relates"
     ):
-        checkpoint.check(str(tmp_path), build(settings), 1)
+        checkpoint.check(str(tmp_path), make_config(settings), 1)
     del settings["terms"]["rkd"]
-    checkpoint.check(str(tmp_path), build(settings), 1)
+    checkpoint.check(str(tmp_path), make_config(settings), 1)

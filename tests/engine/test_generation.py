@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dsdistill.config import UserError
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.engine.prepare import prepare
 from tests.conftest import WORDS
 from tests.engine.test_run import command, write
@@ -76,7 +76,7 @@ def test_train_and_evaluate(pairs, tmp_path):
 
 def test_refusals(pairs, settings, monkeypatch):
     with pytest.raises(UserError, match=r"evaluation\.generate: got task classification, expected causal_lm"):
-        build_config(settings | {"evaluation": {"generate": 5}})
+        make_config(settings | {"evaluation": {"generate": 5}})
     import importlib.util
 
     find = importlib.util.find_spec
@@ -84,5 +84,5 @@ def test_refusals(pairs, settings, monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if name == "sacrebleu" else find(name, *a)
     )
     with pytest.raises(UserError, match="no package sacrebleu, expected pip install sacrebleu"):
-        prepare(build_config(pairs), 1)
-    prepare(build_config(pairs | {"evaluation": {}}), 1)
+        prepare(make_config(pairs), 1)
+    prepare(make_config(pairs | {"evaluation": {}}), 1)

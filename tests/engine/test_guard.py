@@ -10,7 +10,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from dsdistill.config import RunError, UserError, load
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.data import Batch
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
@@ -123,7 +123,7 @@ def test_no_evaluation_of_a_run_that_another_process_writes(config, refused, tmp
 
 def _open(path, config, answer):
     try:
-        RunFolder(path).open(build_config(config))
+        RunFolder(path).open(make_config(config))
         answer.put("opened")
     except UserError as error:
         answer.put(str(error))
@@ -132,8 +132,8 @@ def _open(path, config, answer):
 def test_two_processes_cannot_write_one_run(tmp_path):
     config = {"student": {"path": "s"}}
     folder = RunFolder(str(tmp_path / "run"))
-    folder.open(build_config(config))
-    folder.open(build_config(config))  # this process may, as often as it likes
+    folder.open(make_config(config))
+    folder.open(make_config(config))  # this process may, as often as it likes
     context = multiprocessing.get_context("spawn")
     for path, expected in ((folder.path, "another process is writing"), (str(tmp_path / "other"), "opened")):
         answer = context.Queue()

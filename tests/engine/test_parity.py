@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.data import Loader
 from dsdistill.engine.prepare import prepare
 from tests.engine.launch import run_configs
@@ -64,7 +64,7 @@ def losses(module_tmp, models_dir, data_dir):
         found[case] = history(module_tmp / path.stem)
 
     one = base | {"train": base["train"] | {"micro_batch_size": 8}}
-    prepared = prepare(build_config(one), world_size=1)
+    prepared = prepare(make_config(one), world_size=1)
     loader = Loader(prepared.data.train, 8, 8, 1, 0, seed=0, pad_id=0)
     batches = [loader.step(*divmod(step, loader.steps_per_epoch))[0] for step in range(10)]
     assert {len(batch.mask) for batch in batches} == {8, 5}, "the last batch of an epoch must be ragged"

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dsdistill.config import UserError, load
-from dsdistill.config.load import build
+from dsdistill.config.load import make_config
 from dsdistill.engine import checkpoint
 from dsdistill.engine.prepare import Prepared, prepare, recipe_of, tell_other_data
 from dsdistill.engine.refusals import check_ranks
@@ -65,7 +65,7 @@ def test_a_run_says_so(settings, tmp_path, data_dir, caplog):
     (tmp_path / "teacher.yaml").write_text(yaml.safe_dump(recipe))
     settings["teacher"] = {"recipe": str(tmp_path / "teacher.yaml")}
     with caplog.at_level("WARNING", "dsdistill"):
-        prepare(build(settings), 1)
+        prepare(make_config(settings), 1)
     (line,) = (message for message in caplog.messages if "other data" in message)
     assert "train.tsv here" in line and "dev.tsv there" in line
 
@@ -74,7 +74,7 @@ class TestHeads:
     def masked(self, settings: dict, tokenizer_dir: Path, **changes) -> Prepared:
         data = settings["data"] | {"label": None, "tokenizer": str(tokenizer_dir)}
         settings |= {"task": "masked_lm", "data": data, "terms": {"task": {}, "hidden": {}}} | changes
-        return prepare(build(settings), world_size=1)
+        return prepare(make_config(settings), world_size=1)
 
     def test_of_a_classifier_says_nothing_of_words(self, settings, tokenizer_dir):
         prepared = self.masked(settings, tokenizer_dir)
@@ -105,9 +105,9 @@ def test_states_that_evaluation_alone_reads_are_probed(settings, tokenizer_dir, 
     model = {"config": {"model_type": "albert", "vocab_size": 64, "embedding_size": 16} | sizes}
     settings |= {"teacher": model, "student": model, "terms": {"task": {}, "soft_label": {}}}
     settings["data"]["tokenizer"] = str(tokenizer_dir)
-    prepare(build(settings), world_size=1)
+    prepare(make_config(settings), world_size=1)
     with pytest.raises(UserError, match="albert"):
-        prepare(build(settings | {"evaluation": evaluation}), world_size=1)
+        prepare(make_config(settings | {"evaluation": evaluation}), world_size=1)
 
 
 class TestOneExampleAtOnce:
@@ -115,7 +115,7 @@ class TestOneExampleAtOnce:
 
     def check(self, settings: dict, **term) -> None:
         settings["terms"] = {"task": {}, "domain": term}
-        config = build(settings)
+        config = make_config(settings)
         check_ranks(config.train, config.run_stages, config.data.sampler, 1)
 
     def test_is_refused_where_sequences_are_related(self, mapping):
@@ -133,4 +133,4 @@ class TestOneExampleAtOnce:
         ):
             mapping["terms"] = {"task": {}, "domain": {"sequences": sequences}}
             with refusal:
-                checkpoint.check(str(tmp_path), build(mapping), world_size=1)
+                checkpoint.check(str(tmp_path), make_config(mapping), world_size=1)

@@ -15,7 +15,7 @@ import yaml
 
 from dsdistill import disk
 from dsdistill.config import UserError
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, export
 from dsdistill.engine.export import find_checkpoint
@@ -234,11 +234,11 @@ def test_a_manifest_of_another_form_is_damage(settings, tmp_path, manifest):
     (second / "manifest.json").write_text(manifest)
     (second / "state.json").write_text("[")  # is not looked into, where a term wants to know what it says
     settings["terms"]["rkd"] = {}
-    assert checkpoint.check(str(tmp_path), build_config(settings), 2) == first.name
+    assert checkpoint.check(str(tmp_path), make_config(settings), 2) == first.name
 
 
 def test_a_run_without_a_good_checkpoint_does_not_begin_anew_by_itself(settings, tmp_path):
-    config, found = build_config(settings), make_checkpoint(tmp_path, 1)
+    config, found = make_config(settings), make_checkpoint(tmp_path, 1)
     assert checkpoint.check(str(tmp_path), config, 2) == found.name
     (found / "weights.bin").write_bytes(b"short")
     refusal = (

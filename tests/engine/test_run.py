@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.engine.run import _fingerprint
 from dsdistill.engine.run_folder import RunFolder
 from tests.engine.launch import launch, run_configs
@@ -38,7 +38,7 @@ def home(tmp_path, monkeypatch):
 def test_teachers_keep_their_names():
     """A name that changes trains its teacher once more."""
     settings = {"run": {"name": "tuned", "seed": 3}, "student": {"path": "a/model"}}
-    config = build_config(settings | {"terms": {"task": {}}, "train": {"steps": 7}})
+    config = make_config(settings | {"terms": {"task": {}}, "train": {"steps": 7}})
     part = SimpleNamespace(tokens=torch.arange(5), starts=None, labels=torch.tensor([1]), prompts=None)
     prepared = SimpleNamespace(config=config, data=SimpleNamespace(train=part, dev=part))
     assert _fingerprint(prepared) == "tuned-2772b030ed6e"
@@ -189,7 +189,7 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
 def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):
     """Only rank 0 opens the run folder: the others must not wait for it, nor fail for want of it."""
     run = Path(settings["run"]["dir"])
-    RunFolder(str(run)).open(build_config(settings))
+    RunFolder(str(run)).open(make_config(settings))
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)  # it had begun
     RunFolder(str(run)).release()
     done = launch("--module", "dsdistill", "train", write(home / "config.yaml", settings), "train.epochs=3")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsdistill.config import UserError
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import find_checkpoint, load_student, read_config
 from dsdistill.engine.passes.stability import stability
@@ -107,7 +107,7 @@ def test_a_kill_between_two_stages(staged, tmp_path):
 
 
 def test_ends():
-    config = build_config(
+    config = make_config(
         {
             "student": {"path": "s"},
             "stages": [
@@ -140,7 +140,7 @@ def test_ends():
 def test_refused(staged, change, message):
     staged["stages"][0] |= change
     with pytest.raises(UserError, match=message):
-        prepare(build_config(staged), world_size=1)
+        prepare(make_config(staged), world_size=1)
 
 
 def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokenizer_dir, tmp_path):
@@ -152,13 +152,13 @@ def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokeni
         "data": staged["data"] | {"tokenizer": str(tokenizer_dir)},
     }
     with pytest.raises(UserError, match=r"evaluation.rcs: got 3 with a teacher whose head is not trained"):
-        prepare(build_config(bare), world_size=1)
-    assert not prepare(build_config(bare | {"evaluation": {}}), world_size=1).judged
+        prepare(make_config(bare), world_size=1)
+    assert not prepare(make_config(bare | {"evaluation": {}}), world_size=1).judged
     bare |= {"evaluation": {}, "data": bare["data"] | {"sampler": "entropy"}}
     with pytest.raises(
         UserError, match=r"data.sampler: got entropy with a teacher whose head is not trained"
     ):
-        prepare(build_config(bare), world_size=1)
+        prepare(make_config(bare), world_size=1)
     (tmp_path / "representations").mkdir()
     for step in (1, 2):
         np.save(tmp_path / "representations" / f"step-{step:08d}.npy", np.eye(5) + step)
@@ -168,9 +168,9 @@ def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokeni
 
 
 def test_a_stage_changes_the_runs_terms(staged):
-    first, second, third = build_config(staged).run_stages
+    first, second, third = make_config(staged).run_stages
     assert first.terms.hidden.layers == ((1, 2),) and not first.terms.hidden.embedding
     assert second.terms.hidden.layers == "uniform" and second.terms.hidden.embedding
     assert third.terms.soft_label is not None and first.terms.smooth is None
     staged["stages"][0]["terms"]["soft_label"] = None
-    assert build_config(staged).run_stages[0].terms.soft_label is None
+    assert make_config(staged).run_stages[0].terms.soft_label is None

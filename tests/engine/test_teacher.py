@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.teacher import largest_layer, load_teacher
@@ -34,7 +34,7 @@ def test_a_replicated_teacher_keeps_its_rotary_frequencies(settings, data_dir, t
         "tokenizer": str(tokenizer_dir),
     }
     settings["train"]["dtype"] = "bf16"
-    prepared = prepare(build_config(settings), world_size=1)
+    prepared = prepare(make_config(settings), world_size=1)
     teacher = load_teacher(
         prepared.config, prepared.teacher, prepared.objectives, Ranks(0, 1, torch.device("cpu"))
     )

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from dsdistill.config import UserError
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.engine.passes.teacher_scores import entropy
 from dsdistill.models.trace import Trace
@@ -73,4 +73,4 @@ def test_refusals(mapping, changes, message):
     for section, values in changes.items():
         mapping[section] = mapping[section] | values
     with pytest.raises(UserError, match=message):
-        build_config(mapping)
+        make_config(mapping)

@@ -15,7 +15,7 @@ from dsdistill.models.build import (
     MINILM_PACKAGE,
     Headless,
     architecture,
-    build,
+    build_model,
     check_cut,
     copy_layers,
     cut_architecture,
@@ -215,8 +215,8 @@ class TestCopy:
         teacher = for_task(family_architecture(family), task, ("a", "b", "c"), 0)
         student = cut_architecture(teacher, layers, None, "student")
         torch.manual_seed(0)
-        source = peaked(build(teacher, None, task, "teacher", needs_head=False)).eval()
-        copied = build(student, None, task, "student", needs_head=False).eval()
+        source = peaked(build_model(teacher, None, task, "teacher", needs_head=False)).eval()
+        copied = build_model(student, None, task, "student", needs_head=False).eval()
         copy_layers(copied, source, layers)
         return source, copied
 
@@ -261,7 +261,7 @@ class TestForTask:
     def test_the_tokenizers_padding_is_the_models(self):
         """A decoder classifies at its last token that is no padding, so both must mean the same token."""
         found = for_task(family_architecture("llama", pad_token_id=0), "classification", ("a", "b"), 5)
-        model = peaked(build(found, None, "classification", "student", needs_head=False)).eval()
+        model = peaked(build_model(found, None, "classification", "student", needs_head=False)).eval()
         ids, mask = inputs()["input_ids"], inputs()["attention_mask"]
         with torch.no_grad():
             padded = model(input_ids=ids.masked_fill(mask == 0, 5), attention_mask=mask).logits[1]
@@ -311,7 +311,7 @@ class TestTokenizer:
 class TestWeights:
     def build(self, path, needs_head=True, task="classification"):
         found = for_task(architecture(str(path), None, "teacher"), task, ("a", "b", "c"), 0)
-        return build(found, str(path), task, "teacher", needs_head=needs_head)
+        return build_model(found, str(path), task, "teacher", needs_head=needs_head)
 
     def test_loads_what_was_saved(self, models_dir):
         model = self.build(models_dir / "teacher")
@@ -339,12 +339,14 @@ class TestWeights:
     def test_a_head_for_other_classes(self, models_dir):
         path, body = str(models_dir / "teacher"), "bert.embeddings.word_embeddings.weight"
         found = for_task(architecture(path, None, "student"), "classification", ("no", "yes"), 0)
-        model = build(found, path, "classification", "student", needs_head=False)
+        model = build_model(found, path, "classification", "student", needs_head=False)
         assert model.classifier.weight.shape == (2, 48) and 0 < model.classifier.weight.std() < 0.1
         assert torch.equal(
             model.state_dict()[body], load_file(models_dir / "teacher" / "model.safetensors")[body]
         )
-        assert "teacher.path" in refusal(build, found, path, "classification", "teacher", needs_head=True)
+        assert "teacher.path" in refusal(
+            build_model, found, path, "classification", "teacher", needs_head=True
+        )
 
     @pytest.mark.parametrize(
         "part", ["word_embeddings.weight", "position_embeddings", "layer.1.output.dense.bias"]
@@ -369,7 +371,7 @@ class TestWeights:
 
 class TestHeadless:
     def test_logits_are_not_computed(self):
-        model = build(family_architecture("llama"), None, "causal_lm", "student", needs_head=False)
+        model = build_model(family_architecture("llama"), None, "causal_lm", "student", needs_head=False)
         model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
         output = Headless(model, "student")(**inputs())
         assert "logits" not in output and output.last_hidden_state.shape == (3, 14, 32)
@@ -378,6 +380,6 @@ class TestHeadless:
 
     @pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
     def test_scaled_logits_are_refused(self, name):
-        model = build(family_architecture("llama"), None, "causal_lm", "student", needs_head=False)
+        model = build_model(family_architecture("llama"), None, "causal_lm", "student", needs_head=False)
         setattr(model.config, name, 2.0)
         assert f"student: got {name} 2.0" in refusal(Headless, model, "student")

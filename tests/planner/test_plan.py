@@ -14,7 +14,7 @@ from torch import nn
 
 from dsdistill import cli
 from dsdistill.config import load
-from dsdistill.config.load import build as build_config
+from dsdistill.config.load import make_config
 from dsdistill.planner import rehearsal, zero_memory
 from dsdistill.planner.ledger import Ledger
 from dsdistill.planner.plan import Forecast, _largest, make_plan, peak
@@ -141,7 +141,7 @@ def test_measured_peaks(ranks, runs, texts, tokenizer_dir, tmp_path, monkeypatch
     ratios = {}
     for index, (name, settings) in enumerate(zip(runs, plans[1:], strict=True)):
         (phases,) = (
-            Forecast(build_config(settings), ranks, gpu=False)
+            Forecast(make_config(settings), ranks, gpu=False)
             .stages(settings["train"]["micro_batch_size"])
             .values()
         )
@@ -256,7 +256,7 @@ class TestZero:
 def test_the_largest_micro_batch(texts, tokenizer_dir):
     """Rehearsed at the size found and at one more, memory fits and does not."""
     settings = settings_of({"train.batch_size": 4096, "data.max_length": 64}, texts)
-    config, memory = build_config(settings), 700 * 2**20
+    config, memory = make_config(settings), 700 * 2**20
     found = make_plan(config, 1, memory, gpu=False)
     assert found.largest > 4
     forecast, stage = Forecast(config, 1, gpu=False), config.run_stages[0]
@@ -282,7 +282,7 @@ def test_the_largest_micro_batch_fits_every_stage(texts, tokenizer_dir):
     }
     levels = {"hidden": {}, "attention": {}, "pairwise": {"layers": "uniform"}}
     stages = [{"name": "whole"}, {"name": "frozen", "freeze": ["*embeddings*"], "terms": levels}]
-    config, memory = build_config(settings_of(changes, texts) | {"stages": stages}), 300 * 2**20
+    config, memory = make_config(settings_of(changes, texts) | {"stages": stages}), 300 * 2**20
     forecast = Forecast(config, 1, gpu=False)
     found = make_plan(config, 1, memory, gpu=False)
 

@@ -1,4 +1,4 @@
-"""The summands of the loss, by the name they have in a config."""
+"""List the terms of the loss by the names that they have in a config."""
 
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape

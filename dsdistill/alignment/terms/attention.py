@@ -1,4 +1,4 @@
-"""Attention of mapped layers and its kin, from queries, keys and values."""
+"""Compare the attention of mapped layers, or other relations of their queries, keys and values."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dsdistill.ops.attention.pairs import Pairs
 
 
 class AttentionTerm(AlignmentTerm):
-    """KL of the probabilities, their squared difference, or that of the raw scores, summed over relations.
+    """Sum over relations the KL of the probabilities, their squared difference, or that of the raw scores.
 
       query_key                            attention itself (MiniLM, Wang et al. 2020, Eq. 4; TinyBERT, Jiao et al.
                                            2020, Eq. 7 with score_mse)
@@ -26,13 +26,12 @@ class AttentionTerm(AlignmentTerm):
     """
 
     name = "attention"
+    config: Attention
 
     def __init__(self, config: Attention, pair: Pair):
         super().__init__(config, pair)
-        self._map_layers(
-            layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.attention.layers"),
-            config.layer_agg,
-        )
+        mine, other = pair.shapes
+        self._map_layers(config, layer_map(config.layers, mine.depth, other.depth, "terms.attention.layers"))
         self.student_attention = frozenset(student for student, _ in self.layers)
         self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
         self.needs_values = "value_value" in config.relations
@@ -46,8 +45,8 @@ class AttentionTerm(AlignmentTerm):
         self.heads = self.relation_heads[config.relations[0]]  # that counts() counts
 
     def _check_heads(self, relation: str) -> int:
-        """Heads that are compared in one relation."""
-        student, teacher = (_joined(of, relation) for of in (self.pair.student, self.pair.teacher))
+        """Return how many heads are compared in one relation."""
+        student, teacher = (_joined(shape, relation) for shape in self.pair.shapes)
         wanted = self.config.relation_heads
         if wanted is not None:
             for place, (heads, width) in (("student", student), ("teacher", teacher)):
@@ -71,7 +70,7 @@ class AttentionTerm(AlignmentTerm):
 
     @property
     def unrotated(self) -> tuple[str, ...]:
-        """Relations that mean something only where queries and keys are not rotated by their position.
+        """Return the relations that mean something only where queries and keys are not rotated by their position.
 
         RoPE makes query·key depend on the distance alone. Joined and split anew, a head's rotations mix; and a
         query of one model's position means nothing to another query of its own.
@@ -118,11 +117,11 @@ class AttentionTerm(AlignmentTerm):
         )
 
     def _layer_sum(self, mine: AttentionTrace, other: AttentionTrace, batch) -> Tensor:
-        total = 0.0
+        total: Tensor | float = 0.0
         for relation, heads in self.relation_heads.items():
             query, key, scale = self._related(mine, relation)
             other_query, other_key, other_scale = self._related(other, relation)
-            found = attention_alignment(
+            difference = attention_alignment(
                 query,
                 key,
                 other_query,
@@ -137,11 +136,12 @@ class AttentionTerm(AlignmentTerm):
                 reduction="sum",
                 backend=self.pair.backend,
             )
-            total = total + found * (self.heads / heads)  # each relation is a mean over its own heads
+            total = total + difference * (self.heads / heads)  # each relation is a mean over its own heads
+        assert isinstance(total, Tensor)  # a config has one relation at least
         return total
 
     def _related(self, trace: AttentionTrace, relation: str) -> tuple[Tensor, Tensor, float]:
-        """(B, H, N, D) of what asks and (B, H_kv, N, D) of what is asked, and the factor of their products."""
+        """Return what asks (B, H, N, D), what is asked (B, H_kv, N, D), and the factor of their products."""
         left, right = (getattr(trace, name) for name in relation.split("_"))
         heads = self.config.relation_heads
         if heads is not None:
@@ -154,5 +154,5 @@ class AttentionTerm(AlignmentTerm):
 
 
 def _joined(shape: Shape, relation: str) -> tuple[int, int]:
-    """Heads and their width of what a relation relates."""
+    """Return how many heads a relation relates, and their width."""
     return (shape.heads if relation.startswith("query") else shape.key_heads), shape.head_width

@@ -1,4 +1,4 @@
-"""What every term of the loss is."""
+"""Define what every term of the loss is."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from dsdistill.alignment.weighting import Dynamic, EarthMover, Uniform
 from dsdistill.config import UserError
+from dsdistill.config.terms import Layered
 from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
@@ -16,7 +17,7 @@ from dsdistill.models.trace import Geometry, Trace
 
 @dataclass(frozen=True)
 class Shape:
-    """What a term must know of one model before it sees a trace."""
+    """A Shape holds what a term must know of one model before it sees a trace."""
 
     depth: int  # layers
     width: int  # of the hidden states
@@ -41,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pair:
-    """Student and teacher of one run, as the terms see them."""
+    """A Pair describes student and teacher of one run, as the terms see them."""
 
     student: Shape
     teacher: Shape | None
@@ -51,13 +52,19 @@ class Pair:
     domain_width: int = 0  # d' of a student with domain fusion
 
     @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        """Return the shapes of student and teacher; a term that needs a teacher asks for them."""
+        assert self.teacher is not None  # a config without a teacher has no term that needs one
+        return self.student, self.teacher
+
+    @property
     def logit_backend(self) -> str:
-        """Of the operators over a vocabulary, which no kernel computes."""
+        """Return the backend of the operators over a vocabulary, which no kernel computes."""
         return self.backend if self.backend in ("reference", "chunked") else "auto"
 
 
 class AlignmentTerm(nn.Module, ABC):
-    """One summand of the loss, for each of its parts (mapped layers) a sum and the count to divide it by.
+    """A term is one summand of the loss: for each part (mapped layer) a sum, and the count to divide it by.
 
     Sum and count are apart because the loss divides by counts over all ranks and accumulation steps: the same
     global batch then gives the same loss however it is split.
@@ -86,7 +93,7 @@ class AlignmentTerm(nn.Module, ABC):
     def __init__(self, config: TermConfig, pair: Pair):
         super().__init__()
         self.config, self.pair, self.weight = config, pair, config.weight
-        self.weighting = Uniform(self.parts)
+        self.weighting: Uniform = Uniform(self.parts)
 
     def check_models(
         self, seen: Sequence[dict[int, Geometry]], rotating: Callable[[], dict[str, str]]
@@ -99,25 +106,25 @@ class AlignmentTerm(nn.Module, ABC):
 
     @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """(parts,) float64: what each sum is divided by, from the batch alone.
+        """Return (parts,) float64: what each sum is divided by, from the batch alone.
 
         geometry: of the student's attention layers, by layer.
         """
 
     @abstractmethod
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """(parts,) float32 with gradients to the student: undivided, unweighted."""
+        """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted."""
 
-    def _map_layers(self, pairs: tuple[tuple[int, int], ...], agg: str) -> None:
+    def _map_layers(self, config: Layered, pairs: tuple[tuple[int, int], ...]) -> None:
         """Take these (student, teacher) pairs as the parts, weighted as the config says."""
         self.layers = pairs
         self.parts = len(pairs)
-        if self.config.layers == "emd":
-            depths = self.pair.student.depth, self.pair.teacher.depth
-            self.weighting = EarthMover(*depths, before=self.parts - depths[0] * depths[1])
+        if config.layers == "emd":
+            depths = [shape.depth for shape in self.pair.shapes]
+            self.weighting = EarthMover(depths[0], depths[1], before=self.parts - depths[0] * depths[1])
             return
-        self.factor = 1 / self.parts if agg == "mean" else 1.0
-        weights = self.config.layer_weights
+        self.factor = 1 / self.parts if config.layer_agg == "mean" else 1.0
+        weights = config.layer_weights
         if weights == "dynamic":
             self.weighting = Dynamic(self.parts)
         else:

@@ -1,4 +1,4 @@
-"""Domain structural mapping: hidden states in d' features, structure at three granularities, the predictor."""
+"""Compare hidden states in d' features, structure at three granularities, and a prediction (domain mapping)."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from dsdistill.ops import hidden_alignment, pairwise_alignment
 
 
 class DomainTerm(AlignmentTerm):
-    """Five parts, each with a factor of its own.
+    """The term has up to five parts, each with a factor of its own.
 
       hidden     ‖ψ_l h_S − φ_l h_T‖² over valid tokens, a feature, mean over layers; φ frozen, ψ trained
       tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs
@@ -31,20 +31,21 @@ class DomainTerm(AlignmentTerm):
     """
 
     name = "domain"
+    config: DomainMapping
     needs_spans = True
 
     def __init__(self, config: DomainMapping, pair: Pair):
         super().__init__(config, pair)
-        if pair.domain_width > pair.teacher.width:
+        mine, other = pair.shapes
+        if pair.domain_width > other.width:
             raise UserError(
                 "student.domain.width",
                 pair.domain_width,
-                f"at most the teacher's width, {pair.teacher.width}",
+                f"at most the teacher's width, {other.width}",
             )
-        depths = pair.student.depth, pair.teacher.depth
-        self.layers = layer_map(config.layers, *depths, "terms.domain.layers")
-        self.fused = tuple(sorted({teacher for _, teacher in self.layers} | {depths[1]}))
-        self.student_hidden = frozenset(student for student, _ in self.layers) | {depths[0]}
+        self.layers = layer_map(config.layers, mine.depth, other.depth, "terms.domain.layers")
+        self.fused = tuple(sorted({teacher for _, teacher in self.layers} | {other.depth}))
+        self.student_hidden = frozenset(student for student, _ in self.layers) | {mine.depth}
         self.teacher_hidden = frozenset(self.fused)
         count = len(self.layers) if config.hidden else 0
         weights = [config.hidden / count] * count if count else []
@@ -61,13 +62,13 @@ class DomainTerm(AlignmentTerm):
 
     def counts(self, batch, geometry):
         values, rows = batch.mask.sum().double() * self.pair.domain_width, batch.rows.sum().double()
-        found = [values] * (self.parts - len(self.others))
-        return torch.stack(found + [values if name == "predictor" else rows for name in self.others])
+        counts = [values] * (self.parts - len(self.others))
+        return torch.stack(counts + [values if name == "predictor" else rows for name in self.others])
 
     def sums(self, student, teacher, batch):
-        found = []
+        sums = []
         if self.config.hidden:
-            found += [
+            sums += [
                 self.projectors[f"{s}-{t}"](
                     student.hidden[s],
                     student.domain.targets[t].to(student.hidden[s].dtype),
@@ -77,23 +78,24 @@ class DomainTerm(AlignmentTerm):
                 )
                 for s, t in self.layers
             ]
-        last = student.hidden[self.pair.student.depth], teacher.hidden[self.pair.teacher.depth]
+        shapes = self.pair.shapes
+        last = student.hidden[shapes[0].depth], teacher.hidden[shapes[1].depth]
         grid = SpanGrid(batch.spans[batch.spans[:, 3] == PHRASE], *batch.mask.shape)
         alike = batch.mask.float()  # every token of a phrase counts the same
-        phrases = [grid.vectors(states, alike) for states in last]
+        mine, other = (grid.vectors(states, alike) for states in last)
         for name in self.others:
             if name == "tokens":
-                found.append(self._structure(*last, batch.mask))
+                sums.append(self._structure(*last, batch.mask))
             elif name == "phrases":
-                found.append(
-                    self._structure(*phrases, grid.mask) if grid.mask.any() else 0 * last[0][:, 0].sum()
+                sums.append(
+                    self._structure(mine, other, grid.mask) if grid.mask.any() else 0 * last[0][:, 0].sum()
                 )
             elif name == "sequences":
-                found.append(self._sequences(last, phrases[0], grid.mask, batch))
+                sums.append(self._sequences(last, mine, grid.mask, batch))
             else:
-                target = student.domain.targets[self.pair.teacher.depth]
+                target = student.domain.targets[shapes[1].depth]
                 predicted = student.domain.predicted
-                found.append(
+                sums.append(
                     hidden_alignment(
                         predicted,
                         target.to(predicted.dtype),
@@ -102,7 +104,7 @@ class DomainTerm(AlignmentTerm):
                         backend=self.pair.backend,
                     )
                 )
-        return torch.stack([value.float() for value in found])
+        return torch.stack([value.float() for value in sums])
 
     def _structure(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         return pairwise_alignment(
@@ -110,6 +112,7 @@ class DomainTerm(AlignmentTerm):
         )
 
     def _sequences(self, last: tuple[Tensor, Tensor], phrases: Tensor, mask: Tensor, batch: Batch) -> Tensor:
+        assert self.aggregate is not None  # made where `sequences` counts, and only then is this called
         mean, other = (mean_pool(states, batch.mask) for states in last)
         place = (
             (batch.mask.sum(1) - 1).clamp(min=0) if self.pair.task == "causal_lm" else 0 * batch.mask.sum(1)

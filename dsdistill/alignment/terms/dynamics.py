@@ -1,4 +1,4 @@
-"""Feature dynamics distillation: predictions of middle layers and how they change."""
+"""Compare predictions of middle layers and how they change (feature dynamics distillation)."""
 
 import itertools
 
@@ -17,7 +17,7 @@ from dsdistill.ops import soft_label_alignment
 
 
 class FeatureDynamicsTerm(AlignmentTerm):
-    """levels · Σ_l KL(p_T^l ‖ p_S^l) + changes · Σ_l (1 − cos(Δy_T^l, Δy_S^l)), means over tokens.
+    """Compute levels · Σ_l KL(p_T^l ‖ p_S^l) + changes · Σ_l (1 − cos(Δy_T^l, Δy_S^l)), means over tokens.
 
     y^l = log softmax(head(norm(h_l))) is what the model would predict if layer l were its last (the logit lens) and
     Δy^l its change to the next mapped layer. Only the student's layers learn: its head is a constant here, or the
@@ -26,6 +26,7 @@ class FeatureDynamicsTerm(AlignmentTerm):
     """
 
     name = "fdd"
+    config: FeatureDynamics
     needs_lens = True
     needs_labels = True
 
@@ -35,7 +36,8 @@ class FeatureDynamicsTerm(AlignmentTerm):
             raise UserError(
                 "terms.fdd", f"task {pair.task}", "causal_lm (a classifier's head reads no middle layer)"
             )
-        self.layers = layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.fdd.layers")
+        mine, other = pair.shapes
+        self.layers = layer_map(config.layers, mine.depth, other.depth, "terms.fdd.layers")
         if config.changes and len(self.layers) < 2:
             raise UserError("terms.fdd.layers", "one layer", "two or more, or changes: 0")
         if not config.levels and not config.changes:
@@ -59,28 +61,29 @@ class FeatureDynamicsTerm(AlignmentTerm):
         heads, biases = zip(*(self._head(trace) for trace in (student, teacher)), strict=True)
         options = {"student_bias": biases[0], "teacher_bias": biases[1]}
         options |= counted_states(batch, self.pair.task)
-        found = []
+        sums = []
         if self.config.levels:
-            found += [
+            sums += [
                 soft_label_alignment(
                     s, heads[0], t, heads[1], reduction="sum", backend=self.pair.logit_backend, **options
                 )
                 for s, t in zip(mine, other, strict=True)
             ]
         if self.config.changes:
-            found += [
+            sums += [
                 change_alignment(s, heads[0], t, heads[1], **options)
                 for s, t in zip(itertools.pairwise(mine), itertools.pairwise(other), strict=True)
             ]
-        return torch.stack(found)
+        return torch.stack(sums)
 
     def _head(self, trace: Trace) -> tuple[Tensor, Tensor | None]:
         cut = slice(None, self.common)
+        assert trace.head is not None  # the task is causal_lm, whose traces have a head
         bias = trace.head_bias
         return trace.head[cut].detach(), None if bias is None else bias[cut].detach()
 
 
 def _lens(trace: Trace, layer: int) -> Tensor:
-    """(B, N−1, D): a layer's states at the positions that predict, as the head reads them."""
+    """Return (B, N−1, D): a layer's states at the positions that predict, as the head reads them."""
     states = trace.hidden[layer][:, :-1]
     return states if trace.norm is None else trace.norm(states)

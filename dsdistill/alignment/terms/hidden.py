@@ -1,4 +1,4 @@
-"""Hidden states of mapped layers (Jiao et al. 2020, TinyBERT, equations 8 and 9)."""
+"""Compare the hidden states of mapped layers (Jiao et al. 2020, TinyBERT, equations 8 and 9)."""
 
 import torch
 from torch import nn
@@ -11,28 +11,33 @@ from dsdistill.ops import hidden_alignment
 
 
 class HiddenTerm(AlignmentTerm):
-    """Mean squared or cosine distance over valid tokens, the student projected to the teacher's width.
+    """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
     Each mapped layer has a projector of its own; the paper's code shares one.
     """
 
     name = "hidden"
+    config: Hidden
 
     def __init__(self, config: Hidden, pair: Pair):
         super().__init__(config, pair)
-        mapped = layer_map(config.layers, pair.student.depth, pair.teacher.depth, f"terms.{self.name}.layers")
-        self._map_layers(((0, 0), *mapped) if config.embedding else mapped, config.layer_agg)
+        mine, other = pair.shapes
+        mapped = layer_map(config.layers, mine.depth, other.depth, f"terms.{self.name}.layers")
+        self._map_layers(config, ((0, 0), *mapped) if config.embedding else mapped)
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
-        project = config.projector == "linear" or pair.student.width != pair.teacher.width
+        project = config.projector == "linear" or mine.width != other.width
         self.projectors = (
-            nn.ModuleDict({name: Projector(pair.student.width, pair.teacher.width) for name in self._names()})
+            nn.ModuleDict({name: Projector(mine.width, other.width) for name in self._names()})
             if project
             else None
         )
 
     def _names(self) -> list[str]:
-        """Of each part's projector, the same in every stage that maps these layers; `emd` has one a student layer."""
+        """Return the name of each part's projector, the same in every stage that maps these layers.
+
+        `emd` has one projector for each student layer.
+        """
         if self.config.layers == "emd":
             return [str(student) for student, _ in self.layers]
         return [f"{student}-{teacher}" for student, teacher in self.layers]
@@ -40,7 +45,7 @@ class HiddenTerm(AlignmentTerm):
     def counts(self, batch, geometry):
         count = batch.mask.sum().double()
         if self.config.divergence == "mse":
-            count = count * self.pair.teacher.width
+            count = count * self.pair.shapes[1].width
         return count.expand(self.parts)
 
     def sums(self, student, teacher, batch):
@@ -61,7 +66,7 @@ class HiddenTerm(AlignmentTerm):
 
 
 class FeatureTerm(HiddenTerm):
-    """The same with a cosine by default and without the embeddings, so that a loss can have both.
+    """This is HiddenTerm with a cosine by default and without the embeddings, so that a loss can have both.
 
     With layers: last it is DistilBERT's cosine loss (Sanh et al. 2019).
     """

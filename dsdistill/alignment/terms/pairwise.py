@@ -1,4 +1,4 @@
-"""How the tokens of a sequence relate to each other (Tung & Mori 2019; Park et al. 2019)."""
+"""Compare how the tokens of a sequence relate to each other (Tung & Mori 2019; Park et al. 2019)."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dsdistill.ops import pairwise_alignment
 
 
 class PairwiseTerm(AlignmentTerm):
-    """Difference of the two models' token-by-token relations; needs no projector, widths may differ.
+    """Compare the two models' token-by-token relations; no projector is needed, and widths may differ.
 
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
     formula. Of two readings, the centred, row-normalised Gram matrix of a sequence's tokens for both, or φ a PCA fitted
@@ -22,22 +22,22 @@ class PairwiseTerm(AlignmentTerm):
     """
 
     name = "pairwise"
+    config: Pairwise
 
     def __init__(self, config: Pairwise, pair: Pair):
         super().__init__(config, pair)
         if config.center and config.relation == "distance":
             raise UserError("terms.pairwise.center", "true with relation: distance", "cosine or dot")
-        self._map_layers(
-            layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.pairwise.layers"),
-            config.layer_agg,
-        )
+        mine, other = pair.shapes
+        self._map_layers(config, layer_map(config.layers, mine.depth, other.depth, "terms.pairwise.layers"))
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
     def _units(self, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.config.center:
             return student, teacher
-        return tuple(wide(x) - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
+        mine, other = (wide(x) - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
+        return mine, other
 
     def counts(self, batch, geometry):
         return batch.rows.sum().double().expand(self.parts)

@@ -1,4 +1,4 @@
-"""How the examples of a micro-batch relate to each other, and to themselves in the other model."""
+"""Compare how the examples of a micro-batch relate to each other in both models."""
 
 from abc import abstractmethod
 
@@ -10,7 +10,7 @@ from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projection
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum
-from dsdistill.config.terms import Contrastive, Related
+from dsdistill.config.terms import Contrastive, Related, RelationalKD
 
 
 class RelatedTerm(AlignmentTerm):
@@ -20,21 +20,23 @@ class RelatedTerm(AlignmentTerm):
     units each has. So ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
     """
 
+    config: Related
+
     def __init__(self, config: Related, pair: Pair):
         super().__init__(config, pair)
+        mine, other = pair.shapes
         self._map_layers(
-            layer_map(config.layers, pair.student.depth, pair.teacher.depth, f"terms.{self.name}.layers"),
-            config.layer_agg,
+            config, layer_map(config.layers, mine.depth, other.depth, f"terms.{self.name}.layers")
         )
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
     @abstractmethod
     def relate(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over the units of (n, D_s) and (n, D_t), n ≥ 1."""
+        """Return the mean loss over the units of (n, D_s) and (n, D_t), n ≥ 1."""
 
     def project(self, pair: tuple[int, int], student: Tensor) -> Tensor:
-        """Vectors of the student's layer as they are related."""
+        """Return the vectors of the student's layer as they are related."""
         return student
 
     def counts(self, batch, geometry):
@@ -49,26 +51,27 @@ class RelatedTerm(AlignmentTerm):
         units = gather_rows(own)  # of all layers and both models, in one go
         if not len(units):
             return own.sum().expand(self.parts)  # 0
-        found = units.split([vector.shape[1] for vector in vectors], dim=1)
-        losses = [self.relate(mine, other) for mine, other in zip(found[::2], found[1::2], strict=True)]
+        gathered = units.split([vector.shape[1] for vector in vectors], dim=1)
+        losses = [self.relate(mine, other) for mine, other in zip(gathered[::2], gathered[1::2], strict=True)]
         return shared_sum(torch.stack(losses), len(own), len(units))
 
 
 class ContrastiveTerm(RelatedTerm):
-    """In-batch InfoNCE: a student's vector against the teacher's of all examples.
+    """Compute InfoNCE in a batch: a student's vector against the teacher's vectors of all examples.
 
     The published method names a contrastive loss without a formula; vectors, negatives and temperature (that of
     CRD, Tian et al. 2020) are this project's own reading.
     """
 
     name = "contrastive"
+    config: Contrastive
 
     def __init__(self, config: Contrastive, pair: Pair):
         super().__init__(config, pair)
-        widths = pair.student.width, pair.teacher.width
+        mine, other = pair.shapes
         self.projectors = (
-            nn.ModuleDict({f"{s}-{t}": Projection(*widths) for s, t in self.layers})
-            if config.projector == "linear" or widths[0] != widths[1]
+            nn.ModuleDict({f"{s}-{t}": Projection(mine.width, other.width) for s, t in self.layers})
+            if config.projector == "linear" or mine.width != other.width
             else None
         )
 
@@ -88,6 +91,7 @@ class SimilarityTerm(RelatedTerm):
 
 class RelationalTerm(RelatedTerm):
     name = "rkd"
+    config: RelationalKD
 
     def relate(self, student, teacher):
         loss = 0.0 * student.sum()

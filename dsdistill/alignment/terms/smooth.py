@@ -1,11 +1,11 @@
-"""The student's last layer against itself at the end of the stage before."""
+"""Keep the student's last layer near itself at the end of the stage before."""
 
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.config.terms import Smooth
 
 
 class SmoothTerm(AlignmentTerm):
-    """Mean over valid tokens of ‖H − H_before‖₂ / √D on the same batch.
+    """Compute the mean over valid tokens of ‖H − H_before‖₂ / √D on the same batch.
 
     H_before comes from the student as the stage before left it, frozen and without dropout. The published method
     names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading.

@@ -1,4 +1,6 @@
-"""The teacher's output distribution (Hinton et al. 2015)."""
+"""Compare the student's output distribution with the teacher's (Hinton et al. 2015)."""
+
+from typing import Any
 
 import torch
 
@@ -11,8 +13,8 @@ from dsdistill.ops import logit_alignment, soft_label_alignment
 
 
 def common_vocabulary(pair: Pair, place: str) -> int | None:
-    """Entries of both heads that stand for tokens, where the heads are padded to different widths; else None."""
-    student, teacher = pair.student.vocabulary, pair.teacher.vocabulary
+    """Return how many entries of both heads stand for tokens; None where the heads have the same width."""
+    student, teacher = (shape.vocabulary for shape in pair.shapes)
     if student == teacher:
         return None
     if min(student, teacher) < pair.tokens:
@@ -25,7 +27,7 @@ def common_vocabulary(pair: Pair, place: str) -> int | None:
 
 
 class SoftLabelTerm(AlignmentTerm):
-    """Divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
+    """Compute the divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
     Language models: over the positions that predict a token, from hidden states and heads; where the heads are
     padded to different widths, over the tokenizer's entries. Scores: squared difference of both divided by τ, which is
@@ -33,6 +35,7 @@ class SoftLabelTerm(AlignmentTerm):
     """
 
     name = "soft_label"
+    config: SoftLabel
     needs_head = True
 
     def __init__(self, config: SoftLabel, pair: Pair):
@@ -48,7 +51,7 @@ class SoftLabelTerm(AlignmentTerm):
 
     def sums(self, student, teacher, batch):
         config = self.config
-        options = {
+        options: dict[str, Any] = {
             "temperature": config.temperature,
             "divergence": config.divergence,
             "beta": config.beta,

@@ -1,4 +1,6 @@
-"""The task's own loss, against the labels."""
+"""Compute the task's own loss, against the labels."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +13,31 @@ from dsdistill.ops import token_cross_entropy
 
 
 def targets(batch: Batch, task: str) -> Tensor:
-    """(B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
+    """Return (B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
     if task == "causal_lm":
-        return batch.labels[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
-    return batch.labels.masked_fill(~batch.mask, NO_LABEL)
+        return _labels(batch)[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
+    return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
+
+
+def _labels(batch: Batch) -> Tensor:
+    assert batch.labels is not None  # a run whose terms or metrics read labels has data with labels
+    return batch.labels
 
 
 def predicting(states: Tensor, task: str) -> Tensor:
-    """(B, M, D) of (B, N, D): the states of positions that predict a token, the next one or (masked) their own."""
+    """Return (B, M, D) of (B, N, D): the states that predict a token, the next one or (masked) their own."""
     return states[:, :-1] if task == "causal_lm" else states
 
 
 def count_predicted(batch: Batch, task: str) -> Tensor:
-    """() float64 on the batch's device: how many tokens are to be predicted."""
+    """Return a scalar, float64 on the batch's device: how many tokens are to be predicted."""
     if batch.counted is None:
         return (targets(batch, task) != NO_LABEL).sum().double()
     return torch.full((), batch.counted.numel(), dtype=torch.float64, device=batch.counted.device)
 
 
 def counted_places(batch: Batch, task: str) -> Tensor | None:
-    """(K,) int64: the flat places, among the states of `predicting`, of those that predict a token.
+    """Return (K,) int64: the flat places, among the states of `predicting`, of those that predict a token.
 
     None where the batch does not say (`Batch.counted`).
     """
@@ -41,14 +48,14 @@ def counted_places(batch: Batch, task: str) -> Tensor | None:
     return batch.counted - row - 1
 
 
-def counted_states(batch: Batch, task: str) -> dict[str, Tensor]:
-    """The states of `predicting` that count, as an operator's argument: `index` where the batch has it, else `mask`."""
+def counted_states(batch: Batch, task: str) -> dict[str, Any]:
+    """Return the states of `predicting` that count, as an operator's argument: `index` where the batch has it, else `mask`."""
     index = counted_places(batch, task)
     return {"mask": targets(batch, task) != NO_LABEL} if index is None else {"index": index}
 
 
 class TaskTerm(AlignmentTerm):
-    """Cross-entropy over examples or predicted tokens; squared error for scores."""
+    """Compute cross-entropy over examples or predicted tokens; squared error for scores."""
 
     name = "task"
     needs_teacher = False

@@ -1,4 +1,4 @@
-"""Multi-granularity trajectory alignment (MTA, arXiv 2605.01374)."""
+"""Align words and phrases layer by layer: multi-granularity trajectory alignment (MTA, arXiv 2605.01374)."""
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dsdistill.ops import pairwise_alignment
 
 
 class TrajectoryTerm(AlignmentTerm):
-    """λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid, both means over sequences.
+    """Compute λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid, both means over sequences.
 
       DSA  Σ_i Σ_{j≠i} ŵ_i ŵ_j (cos_S(i, j) − cos_T(i, j))² over the spans of a sequence, each the weighted mean of its
            tokens' states; ŵ its share of the weight. `pairs: upper` takes i < j alone, which is half of it.
@@ -26,31 +26,32 @@ class TrajectoryTerm(AlignmentTerm):
     """
 
     name = "trajectory"
+    config: Trajectory
     needs_spans = True
 
     def __init__(self, config: Trajectory, pair: Pair):
         super().__init__(config, pair)
-        depths = pair.student.depth, pair.teacher.depth
-        self.layers = [
-            (kind, *layers)
+        mine, other = pair.shapes
+        self.mapped = [  # (kind of span, student layer, teacher layer)
+            (kind, student, teacher)
             for kind, place in ((WORD, "word_layers"), (PHRASE, "phrase_layers"))
-            for layers in layer_map(getattr(config, place), *depths, f"terms.trajectory.{place}")
+            for student, teacher in layer_map(
+                getattr(config, place), mine.depth, other.depth, f"terms.trajectory.{place}"
+            )
         ]
-        if not self.layers:
+        if not self.mapped:
             raise UserError("terms.trajectory", "neither word_layers nor phrase_layers", "one pair at least")
         if not config.structure and not config.hidden:
             raise UserError("terms.trajectory", "structure 0 and hidden 0", "one of them above 0")
-        self.student_hidden = frozenset(student for _, student, _ in self.layers)
-        self.teacher_hidden = frozenset(teacher for _, _, teacher in self.layers)
-        count = len(self.layers)
+        self.student_hidden = frozenset(student for _, student, _ in self.mapped)
+        self.teacher_hidden = frozenset(teacher for _, _, teacher in self.mapped)
+        count = len(self.mapped)
         weights = [config.structure / count] * count * bool(config.structure)
         weights += [config.hidden] * count * bool(config.hidden)
         self.parts = len(weights)
         self.weighting.values = weights
-        names = [_name(*layer) for layer in self.layers if config.hidden]
-        self.projectors = nn.ModuleDict(
-            {name: Projector(pair.student.width, pair.teacher.width) for name in names}
-        )
+        names = [_name(*layer) for layer in self.mapped if config.hidden]
+        self.projectors = nn.ModuleDict({name: Projector(mine.width, other.width) for name in names})
 
     def counts(self, batch, geometry):
         return batch.rows.sum().double().expand(self.parts)
@@ -58,11 +59,11 @@ class TrajectoryTerm(AlignmentTerm):
     def sums(self, student, teacher, batch):
         grids = {
             kind: SpanGrid(batch.spans[batch.spans[:, 3] == kind], *batch.mask.shape)
-            for kind in {kind for kind, *_ in self.layers}
+            for kind in {kind for kind, *_ in self.mapped}
         }
         weights = {n: token_weights(teacher.hidden[n], batch.mask) for n in self.teacher_hidden}
         structure, hidden = [], []
-        for kind, mine, other in self.layers:
+        for kind, mine, other in self.mapped:
             states = student.hidden[mine], teacher.hidden[other]
             if self.config.structure:
                 structure.append(self._structure(*states, grids[kind], weights[other]))
@@ -82,7 +83,7 @@ class TrajectoryTerm(AlignmentTerm):
     def _structure(self, student: Tensor, teacher: Tensor, grid: SpanGrid, weights: Tensor) -> Tensor:
         if not grid.mask.any():
             return student[:, :0].sum().to(weights.dtype)  # 0
-        found = pairwise_alignment(
+        difference = pairwise_alignment(
             grid.vectors(student, weights),
             grid.vectors(teacher.detach(), weights),
             mask=grid.mask,
@@ -91,7 +92,7 @@ class TrajectoryTerm(AlignmentTerm):
             reduction="sum",
             backend=self.pair.backend,
         )
-        return found if self.config.pairs == "ordered" else found / 2
+        return difference if self.config.pairs == "ordered" else difference / 2
 
 
 def _name(kind: int, student: int, teacher: int) -> str:

@@ -1,4 +1,4 @@
-"""Passes over a whole set: every example once, the work shared out over the ranks, results in the set's order."""
+"""Pass over a whole set: every example once, the work shared by the ranks, results in the set's order."""
 
 from collections.abc import Callable
 from typing import TypeVar

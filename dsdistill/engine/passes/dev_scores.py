@@ -1,4 +1,4 @@
-"""What student and teacher score on the dev set, and how long a text takes."""
+"""Measure what student and teacher score on the dev set, and how long a text takes."""
 
 import itertools
 import statistics

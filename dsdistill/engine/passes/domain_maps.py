@@ -1,4 +1,4 @@
-"""The frozen maps of teacher states that a student's domain fusion needs, fitted before training."""
+"""Fit the frozen maps of teacher states that a student's domain fusion needs, before training."""
 
 import os
 

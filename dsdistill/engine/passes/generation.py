@@ -1,4 +1,4 @@
-"""What student and teacher write after the dev set's prompts, scored against the references."""
+"""Score what student and teacher write after the dev set's prompts against the references."""
 
 import json
 
@@ -12,13 +12,13 @@ from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import GENERATED
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
 from dsdistill.evaluation.text import text_scores
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 
 
 def generation(
     student: PreTrainedModel, prepared: Prepared, path: str, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
-    """Scores of the texts that both write, the teacher where it has weights; the same on every rank.
+    """Return scores of the texts that both write, the teacher where it has weights; the same on every rank.
 
     A reference is what the tokenizer makes of the dev set's text: one that knows no capitals is not asked for them,
     and one that loses nothing leaves it as it is. The texts go to RUN/generated.jsonl.
@@ -36,7 +36,7 @@ def generation(
     }
     models = {"student": lambda: student}
     if config.teacher is not None and config.teacher.path is not None:
-        models["teacher"] = lambda: build(
+        models["teacher"] = lambda: build_model(
             prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=True
         ).to(ranks.device)
     scores = {}
@@ -54,7 +54,7 @@ def generation(
 def _written(
     model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]], prepared: Prepared, ranks: Ranks
 ) -> list[str]:
-    """A text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
+    """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
     tokenizer, longest = prepared.tokenizer, prepared.config.data.max_length
     prompted = prepared.data.dev.prompts is not None
     end = special_tokens(tokenizer)[2][0] if prompted else None
@@ -63,7 +63,7 @@ def _written(
         ranks.rank :: ranks.world_size
     ]
     at_once = prepared.config.train.micro_batch_size
-    found = []
+    written = []
     for start in range(0, len(order), at_once):
         rows = order[start : start + at_once]
         prompts, references = zip(*(pairs[row] for row in rows), strict=True)
@@ -72,8 +72,8 @@ def _written(
             for prompt, reference in zip(prompts, references, strict=True)
         ]
         tokens = greedy(model, prompts, most, end=end, pad=tokenizer.pad_token_id, vocabulary=len(tokenizer))
-        found += [
+        written += [
             (row, tokenizer.decode(ids, skip_special_tokens=True))
             for row, ids in zip(rows, tokens, strict=True)
         ]
-    return [text for _, text in sorted(pair for of_rank in ranks.gather(found) for pair in of_rank)]
+    return [text for _, text in sorted(pair for of_rank in ranks.gather(written) for pair in of_rank)]

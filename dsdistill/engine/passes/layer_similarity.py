@@ -1,4 +1,4 @@
-"""What is found out about the two models before training: which of their layers are alike.
+"""Measure before training which layers of the two models are alike.
 
 `layers: cka_offline` is resolved here, once; RUN/layers.json keeps it for every resume.
 """
@@ -21,7 +21,7 @@ from dsdistill.engine.prepare import Prepared, make_objectives
 from dsdistill.engine.run_folder import LAYERS, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.evaluation.structure import debiased_cka
-from dsdistill.models.build import build
+from dsdistill.models.build import build_model
 from dsdistill.models.tracer import Tracer, callee
 
 log = logging.getLogger("dsdistill")
@@ -51,9 +51,9 @@ def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, rank
 
 
 def most_similar(similarity: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(student, teacher) pairs, from 1, of the greatest total similarity (L_S, L_T), later layers from later ones.
+    """Return the (student, teacher) pairs, from 1, of the greatest total similarity; later layers take later ones.
 
-    Without the order each layer would take its argmax; several might take the same.
+    similarity: (L_S, L_T). Without the order each layer would take its argmax; several might take the same.
     """
     students, teachers = similarity.shape
     best = np.full((students + 1, teachers + 1), -np.inf)
@@ -98,7 +98,7 @@ def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndar
         config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1)
     )
     torch.manual_seed(config.run.seed)
-    model = build(prepared.student, init, config.task, "student", needs_head=False)
+    model = build_model(prepared.student, init, config.task, "student", needs_head=False)
     student = Tracer(
         callee(model.to(ranks.device).eval(), config.task, "student"),
         range(1, prepared.pair.student.depth + 1),

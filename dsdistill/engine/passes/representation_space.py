@@ -1,4 +1,4 @@
-"""How much of the teacher's representation space the student keeps, on the dev set.
+"""Measure how much of the teacher's representation space the student keeps, on the dev set.
 
 Both models read the whole text, nothing masked. What is fitted is fitted on train examples, ten a feature where there
 are so many.
@@ -34,7 +34,7 @@ PHRASES = 4  # most phrases of a train example
 
 @dataclass
 class Vectors:
-    """Of some examples, in their order; student and teacher each."""
+    """Vectors hold what both models make of some examples, in their order; pairs are (student, teacher)."""
 
     sequences: tuple[Tensor, Tensor]  # (n, D) mean-pooled last layer
     phrases: tuple[list[Tensor], list[Tensor]]  # (phrases, D) of each example
@@ -43,7 +43,7 @@ class Vectors:
 
 
 def measure(module: StudentModule, teacher: Tracer, prepared: Prepared, ranks: Ranks) -> dict[str, float]:
-    """Semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
+    """Return semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
 
     module: in eval mode, with `represents`; teacher: traces its last layer. domain_capture where data.domain and
     data.general tell terms of the domain.
@@ -53,22 +53,22 @@ def measure(module: StudentModule, teacher: Tracer, prepared: Prepared, ranks: R
     chosen = np.random.default_rng(0).permutation(len(train))[:wanted]
     held = collect(module, teacher, prepared, prepared.data.dev, ranks)
     fit = collect(module, teacher, prepared, train.take(np.sort(chosen).tolist()), ranks, most=PHRASES)
-    found = _named("semantic_alignment", semantic_alignment(*held.sequences, *fit.sequences))
+    metrics = _named("semantic_alignment", semantic_alignment(*held.sequences, *fit.sequences))
     compact = representation_compactness(*held.sequences, *fit.sequences)
-    found |= _named("representation_compactness", compact.score)
-    found |= {"erank": compact.effective_rank, "participation_ratio": compact.participation_ratio}
-    found |= {"C": compact.compactness, "R": compact.retention}
+    metrics |= _named("representation_compactness", compact.score)
+    metrics |= {"erank": compact.effective_rank, "participation_ratio": compact.participation_ratio}
+    metrics |= {"C": compact.compactness, "R": compact.retention}
     levels = {"token": held.tokens, "phrase": tuple(of[:GROUPS] for of in held.phrases)}
     levels = {name: groups for name, groups in levels.items() if any(len(group) > 2 for group in groups[0])}
     levels["sequence"] = tuple([of[:UNITS]] for of in held.sequences)
     consistency = structural_consistency(levels)
-    found |= _named("structural_consistency", consistency.score)
-    found |= {f"rho_{name}": value for name, value in consistency.levels.items()}
+    metrics |= _named("structural_consistency", consistency.score)
+    metrics |= {f"rho_{name}": value for name, value in consistency.levels.items()}
     domain = torch.cat(held.terms)
     if domain.any():
         phrases = [torch.cat(of) for vectors in (held, fit) for of in vectors.phrases]
-        found |= _named("domain_capture", domain_capture(*phrases[:2], domain, *phrases[2:]))
-    return found
+        metrics |= _named("domain_capture", domain_capture(*phrases[:2], domain, *phrases[2:]))
+    return metrics
 
 
 def _named(name: str, estimate: Estimate) -> dict[str, float]:
@@ -83,7 +83,7 @@ def collect(
     ranks: Ranks,
     most: int | None = None,
 ) -> Vectors:
-    """Vectors of both models; most: phrases of an example. The same on every rank."""
+    """Return the vectors of both models, the same on every rank; `most` limits the phrases of an example."""
     layer = prepared.pair.teacher.depth
 
     def read(batch: Batch) -> list:
@@ -102,9 +102,9 @@ def collect(
 
 
 def _examples(states: tuple[Tensor, Tensor], batch: Batch, prepared: Prepared, most: int | None) -> list:
-    """Of each example its place, sequences, phrases, which of those are terms, and tokens."""
+    """Return for each example its place, sequences, phrases, which of those are terms, and tokens."""
     pooled = [mean_pool(of, batch.mask).cpu() for of in states]
-    found = []
+    read = []
     for row, place in enumerate(batch.index.tolist()):
         if place < 0:
             continue
@@ -120,5 +120,5 @@ def _examples(states: tuple[Tensor, Tensor], batch: Batch, prepared: Prepared, m
             ids = batch.input_ids[row].cpu().numpy()
             terms = torch.tensor([prepared.contrast.is_term(ids[a:b]) for a, b in spans], dtype=torch.bool)
         kept = tokens if place < GROUPS else [None, None]
-        found.append((place, [of[row] for of in pooled], phrases, terms, kept))
-    return found
+        read.append((place, [of[row] for of in pooled], phrases, terms, kept))
+    return read

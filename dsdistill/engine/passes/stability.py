@@ -1,4 +1,4 @@
-"""How steady a run is: representations of the dev set that it keeps on its way, and how far they turn."""
+"""Measure how steady a run is: it keeps representations of the dev set, and this says how far they turn."""
 
 import os
 

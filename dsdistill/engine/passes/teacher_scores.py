@@ -1,4 +1,4 @@
-"""The sampler that a config names, with what it needs to know of the teacher: one pass over the train set."""
+"""Make the sampler that a config names, which may need one pass of the teacher over the train set."""
 
 import math
 import os
@@ -24,7 +24,7 @@ ROWS = 256  # tokens whose logits are whole at once
 
 
 def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler | None:
-    """None: every example once. What the teacher says is kept in RUN, for every resume."""
+    """Return the sampler, None for every example once; what the teacher says is kept in RUN, for every resume."""
     data, train = prepared.config.data, prepared.data.train
     if data.sampler == "domain_aware":
         return Weighted(prepared.contrast.scores(train), data.sampler_temperature or 1.0)
@@ -62,7 +62,7 @@ def _values(prepared: Prepared, ranks: Ranks) -> Tensor:
 
 
 def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:
-    """(B,) 0 to 1: entropy of the predictions relative to the most possible, mean over an example's."""
+    """Return (B,) from 0 to 1: the mean entropy of an example's predictions, relative to the most possible."""
     if trace.logits is not None:
         return _relative(trace.logits.float())
     places = (targets(batch, task) != NO_LABEL).nonzero()
