@@ -172,6 +172,24 @@ def config(settings, tmp_path):
 
 
 @pytest.fixture
+def terms_of_before():
+    """Take the terms that a test adds away again."""
+    from dsdistill.alignment.terms import TERMS
+    from dsdistill.config import schema
+    from dsdistill.config.terms import Terms
+
+    before, computed = dict(Terms.model_fields), dict(TERMS)
+    yield
+    for name in Terms.model_fields.keys() - before.keys():
+        del Terms.model_fields[name], Terms.__annotations__[name]
+    for name in TERMS.keys() - computed.keys():
+        del TERMS[name]
+    assert before == Terms.model_fields
+    Terms.model_rebuild(force=True)
+    schema.take_over_terms()
+
+
+@pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Runs a command in this process; returns the one line it leaves, having changed nothing and loaded no weight."""
     import dsdistill.engine.module

@@ -3,13 +3,13 @@
 import pytest
 
 from dsdistill.alignment.terms import TERMS
-from dsdistill.ops import available_backends, backends_taken, library
+from dsdistill.ops import available_backends, backends, backends_taken
 from tests.alignment.synthetic import CASES, LANGUAGE, Synthetic, term_of
 
 
 @pytest.fixture(autouse=True)
 def taken_by_auto(monkeypatch):
-    monkeypatch.setattr(library, "_taken", {})
+    monkeypatch.setattr(backends, "_taken", {})
     return backends_taken
 
 

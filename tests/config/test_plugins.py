@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from dsdistill.config import UserError, dump, load, load_saved, schema
+from dsdistill.config import UserError, dump, load, load_saved
 from dsdistill.config.load import make_config
 from dsdistill.config.resume import check_same
 from dsdistill.config.terms import Hidden, Task, Term, Terms, add_term
@@ -24,16 +24,7 @@ add_term("mine", Mine)
 """
 
 
-@pytest.fixture(autouse=True)
-def terms_of_before():
-    """Take the terms that a test adds away again."""
-    before = dict(Terms.model_fields)
-    yield
-    for name in Terms.model_fields.keys() - before.keys():
-        del Terms.model_fields[name], Terms.__annotations__[name]
-    assert before == Terms.model_fields
-    Terms.model_rebuild(force=True)
-    schema.take_over_terms()
+pytestmark = pytest.mark.usefixtures("terms_of_before")
 
 
 @pytest.fixture

@@ -313,6 +313,7 @@ class SharpTerm(dsdistill.AlignmentTerm):
         return (mine - other)[batch.mask].abs().pow(self.config.power).sum()[None]
 
 
+@pytest.mark.usefixtures("terms_of_before")
 def test_a_term_from_outside():
     dsdistill.register_term("sharp_here", Sharp, SharpTerm)
     with pytest.raises(UserError, match=r"which is|a name that no other term has"):

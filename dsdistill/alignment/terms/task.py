@@ -49,7 +49,7 @@ def counted_places(batch: Batch, task: str) -> Tensor | None:
 
 
 def counted_states(batch: Batch, task: str) -> dict[str, Any]:
-    """Return the states of `predicting` that count, as an operator's argument: `index` where the batch has it, else `mask`."""
+    """Return what states of `predicting` count, as an argument: `index` where the batch has it, else `mask`."""
     index = counted_places(batch, task)
     return {"mask": targets(batch, task) != NO_LABEL} if index is None else {"index": index}
 
