@@ -131,9 +131,9 @@ def evaluate(run: RunPath):
 
 @app.command()
 def compare(
-    plan: Annotated[
+    methods: Annotated[
         str,
-        typer.Argument(metavar="PLAN", help="A YAML file of seeds and methods.", show_default=False),
+        typer.Argument(metavar="METHODS", help="A YAML file of seeds and methods.", show_default=False),
     ],
     settings: Annotated[
         list[str] | None,
@@ -143,13 +143,13 @@ def compare(
     ] = None,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the runs.")] = "runs/compare",
 ):
-    """Train and evaluate every method of PLAN with every seed, and print a table of means and deviations.
+    """Train and evaluate every method of METHODS with every seed, and print a table of means and deviations.
 
-    Runs that are finished are kept: a stopped comparison goes on where it was, a longer plan adds its runs.
+    Runs that are finished are kept: a stopped comparison goes on where it was, a longer list adds its runs.
     """
     from dsdistill.engine.compare import compare as run
 
-    typer.echo(run(plan, out, settings or []), nl=False)
+    typer.echo(run(methods, out, settings or []), nl=False)
 
 
 @app.command()

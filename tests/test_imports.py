@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from dsdistill import cli
 from dsdistill.config import load
-from dsdistill.engine.compare import read_plan
+from dsdistill.engine.compare import read_methods
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dsdistill"
@@ -165,8 +165,8 @@ def test_no_file_is_long():
 
 
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
-PLANS = [path for path in ALL if path.name.startswith("compare_")]
-CONFIGS = [path for path in ALL if path not in PLANS]
+COMPARISONS = [path for path in ALL if path.name.startswith("compare_")]
+CONFIGS = [path for path in ALL if path not in COMPARISONS]
 # Fragments that follow another config.
 AFTER = {
     "deepspeed/": "configs/quickstart.yaml",
@@ -197,10 +197,10 @@ def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys):
                 assert resolved[section][key] == value
 
 
-@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
 def test_every_plan_of_a_comparison_loads(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    seeds, methods = read_plan(str(path))
+    seeds, methods = read_methods(str(path))
     assert len(seeds) >= 3 and len(methods) >= 2
     for sources in methods.values():
         load(sources)
@@ -208,3 +208,16 @@ def test_every_plan_of_a_comparison_loads(path, monkeypatch):
 
 def test_the_quickstart_is_there():
     assert ROOT / "configs" / "quickstart.yaml" in CONFIGS
+
+
+def test_the_readme_shows_the_tree_as_it_is():
+    """Every folder and every module of the package's top, each in a line of its own, and none that is not there."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## The tree")[1].split("```")[1]
+    inside = tree.split("dsdistill/\n")[1].split("\nconfigs/")[0]
+    shown = {line.split()[0] for line in inside.splitlines() if line.startswith("  ") and line[2] != " "}
+    there = {
+        path.name + "/" for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").is_file()
+    }
+    there |= {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")}
+    assert shown == there

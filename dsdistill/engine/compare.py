@@ -25,23 +25,25 @@ _HEAD = "| method | runs |"  # of the table
 _LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
 
 
-def read_plan(path: str) -> tuple[list[int], dict[str, list[str]]]:
+def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
     """Seeds, and of each method by its name the config files and overrides it is made of.
 
     The file: `seeds: [0, 1, 2]` and `methods: {NAME: [FILE or KEY=VALUE, ...], ...}`, files as `train` takes them.
     """
     try:
-        plan = yaml.safe_load(read_yaml(path))
+        settings = yaml.safe_load(read_yaml(path))
     except UserError:
         raise
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(path, str(error).split("\n")[0], "a readable YAML file") from None
     known = {"seeds", "methods"}
-    if not isinstance(plan, dict) or set(plan) != known:
+    if not isinstance(settings, dict) or set(settings) != known:
         raise UserError(
-            path, list(plan) if isinstance(plan, dict) else type(plan).__name__, "seeds and methods"
+            path,
+            list(settings) if isinstance(settings, dict) else type(settings).__name__,
+            "seeds and methods",
         )
-    seeds, methods = plan["seeds"], plan["methods"]
+    seeds, methods = settings["seeds"], settings["methods"]
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise UserError(f"{path}: seeds", seeds, "a list of whole numbers")
     if not isinstance(methods, dict) or not methods:
@@ -62,12 +64,12 @@ def read_plan(path: str) -> tuple[list[int], dict[str, list[str]]]:
     return seeds, methods
 
 
-def compare(plan: str, out: str, overrides: list[str]) -> str:
+def compare(path: str, out: str, overrides: list[str]) -> str:
     """Run what is not finished yet, in OUT/METHOD/seed-N; the table, also written to OUT/table.md.
 
     Raises UserError, before the first run starts, for a config that is refused or is not what a run there began with.
     """
-    seeds, methods = read_plan(plan)
+    seeds, methods = read_methods(path)
     disk.check_writable(out, "--out")
     written = Path(out, "table.md")
     if os.path.lexists(written) and not _is_table(written):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dsdistill.config import UserError
-from dsdistill.engine.compare import read_plan, table
+from dsdistill.engine.compare import read_methods, table
 
 
 def student(**scores):
@@ -44,7 +44,7 @@ def test_table_by_hand():
 def test_plans_refused(tmp_path, plan, message):
     (tmp_path / "plan.yaml").write_text(plan)
     with pytest.raises(UserError, match=message):
-        read_plan(str(tmp_path / "plan.yaml"))
+        read_methods(str(tmp_path / "plan.yaml"))
 
 
 def test_runs_once_and_goes_on(settings, tmp_path):
