@@ -26,23 +26,27 @@ TERMS = {
 LOOPS = (  # of several ranks
     "ddp",
     "ddp-checkpointing",
+    "ddp-compiled",
     "zero1",
     "zero2",
+    "zero2-compiled",
     "zero3",
+    "zero3-checkpointing",
     "zero3-sharded",
     "accelerate",
+    "accelerate-checkpointing",
     "fsdp2",
     "fsdp2-checkpointing",
 )
 
 
-def student(checkpointing: bool = False):
+def student(option: str = ""):
     torch.manual_seed(1)
     config = AutoConfig.for_model("llama", **FAMILIES["llama"] | {"hidden_size": 24, "num_hidden_layers": 2})
     model = peaked(AutoModelForCausalLM.from_config(config), 3.0).train()
-    if checkpointing:
+    if option == "checkpointing":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return torch.compile(model, backend="eager") if option == "compiled" else model
 
 
 def teacher():
@@ -91,8 +95,8 @@ def plain() -> dict:
     return weights(made)
 
 
-def ddp(checkpointing: bool = False) -> dict:
-    made = distiller(model=student(checkpointing))
+def ddp(option: str) -> dict:
+    made = distiller(model=student(option))
     wrapped = torch.nn.parallel.DistributedDataParallel(made)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=RATE)
     for step in range(STEPS):
@@ -104,16 +108,14 @@ def ddp(checkpointing: bool = False) -> dict:
     return weights(made)
 
 
-def zero(stage: int, sharded: bool = False) -> dict:
+def zero(stage: int, option: str) -> dict:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for a minute
-    guide = (
-        shard_teacher(lambda: AutoModelForCausalLM.from_pretrained(TEACHER), dtype="fp32")
-        if sharded
-        else None
-    )
-    made = distiller(guide)
+    guide = None
+    if option == "sharded":
+        guide = shard_teacher(lambda: AutoModelForCausalLM.from_pretrained(TEACHER), dtype="fp32")
+    made = distiller(guide, student(option))
     batches = len(own(0))
     settings = {
         "train_micro_batch_size_per_gpu": 2,
@@ -133,12 +135,12 @@ def zero(stage: int, sharded: bool = False) -> dict:
         return weights(made)
 
 
-def accelerate() -> dict:
+def accelerate(option: str) -> dict:
     from accelerate import Accelerator
 
     batches = len(own(0))
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=batches)
-    made = distiller()
+    made = distiller(model=student(option))
     wrapped, optimizer = accelerator.prepare(made, torch.optim.SGD(made.parameters(), lr=RATE))
     for step in range(STEPS):
         counts = made.counts(own(step))
@@ -150,13 +152,13 @@ def accelerate() -> dict:
     return weights(made)
 
 
-def fsdp2(checkpointing: bool = False) -> dict:
+def fsdp2(option: str) -> dict:
     """Layers are sharded; embeddings, head and projectors are whole, and the loop averages their gradients."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    model = student(checkpointing)
+    model = student(option)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -178,11 +180,11 @@ def fsdp2(checkpointing: bool = False) -> dict:
 
 def run(name: str) -> dict:
     kind, _, option = name.partition("-")
+    if kind == "plain":
+        return plain()
     if kind.startswith("zero"):
-        return zero(int(kind[4:]), option == "sharded")
-    if kind in ("ddp", "fsdp2"):
-        return {"ddp": ddp, "fsdp2": fsdp2}[kind](option == "checkpointing")
-    return {"plain": plain, "accelerate": accelerate}[kind]()
+        return zero(int(kind[4:]), option)
+    return {"ddp": ddp, "fsdp2": fsdp2, "accelerate": accelerate}[kind](option)
 
 
 if __name__ == "__main__":
