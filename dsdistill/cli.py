@@ -308,7 +308,7 @@ def run() -> int:
             error.show()
         else:
             asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
-            got = error.format_message().rstrip(".")
+            got = error.format_message().rstrip(".").removeprefix("Got ")
             mistake = UserError("command line", got[0].lower() + got[1:], f"what {asked} --help shows")
             _say(mistake)
         return 2

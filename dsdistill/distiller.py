@@ -3,17 +3,20 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from dsdistill.alignment.objective import Loss, Objective
+from dsdistill.alignment.objective import BackendError, Loss, Objective
 from dsdistill.alignment.probing import check_pair
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, make_config
+from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.data.inputs import as_batch
@@ -24,6 +27,7 @@ from dsdistill.models.trace import Geometry, Trace
 from dsdistill.models.tracer import Callee, Tracer, callee, check_checkpointing
 
 ORIGIN = "Distiller"  # begins every message about an argument
+TASKS = ("classification", "regression", "causal_lm", "masked_lm")
 
 
 class TermValue(NamedTuple):
@@ -45,7 +49,7 @@ class Distillation(nn.Module):
     """A student under capture, what it learns from, and the objective between them.
 
     Everything trainable lies in this one module, so that every parameter is gathered and saved by the same hooks.
-    Teacher and earlier student are no submodules: they are neither trained nor saved, and move along with `.to()`.
+    Teacher and earlier student are no submodules: they are neither trained nor saved.
     """
 
     def __init__(
@@ -66,18 +70,22 @@ class Distillation(nn.Module):
 
     @property
     def student(self) -> Tracer:
+        """Return what makes the student's traces."""
         return self._tracers[0]
 
     @property
     def teacher(self) -> Tracer | None:
+        """Return what makes the teacher's traces, where a term needs one."""
         return self._tracers[1]
 
     @property
     def previous(self) -> Tracer | None:
+        """Return what makes the traces of the student as the stage before left it."""
         return self._tracers[2]
 
     @property
     def model(self) -> PreTrainedModel:
+        """Return the student as a model of transformers."""
         return self.student.model
 
     def counts(self, batches: Sequence[Batch], everywhere: bool = True) -> Tensor:
@@ -154,6 +162,9 @@ class Distiller(Distillation):
 
         engine.backward(A * distiller_engine(batch, counts=counts).loss)
 
+    Teacher and student must not share weights, and the teacher, which is no part of the module, moves along with
+    `.to()`. `detach()` takes the capture off both models again.
+
     Without `counts` a batch is a step of its own: in training together with what the other ranks have at the same
     moment, in evaluation (`distiller.eval()`) by itself, so that one rank may evaluate alone.
     """
@@ -187,18 +198,20 @@ class Distiller(Distillation):
         guide = teacher.model if isinstance(teacher, Callee) else teacher
         if guide is not None:
             guide = plain_model(guide, f"{ORIGIN}: teacher")
-        task = task or _same_task(given, guide)
+        task = _same_task(given, guide, task)
         config = _config(task, terms, guide is not None, distill_weight, backend)
         theirs = guide.config if guide is not None else None
         try:
             objective = Objective(config.terms, _pair(config, given.config, theirs), distill_weight)
-            _check_classes(objective, given.config, theirs)
+            _check_heads(objective, given, guide)
             geometry = check_pair(task, given.config, theirs, (objective,))
             run = callee(student, task, "student")
         except UserError as error:
             raise error.within(ORIGIN) from None
         if not objective.needs("teacher"):
             teacher = guide = None
+        if guide is not None:
+            _check_apart(given, guide)
         if objective.layers("student_attention"):
             for model in (given, guide) if guide is not None else (given,):
                 model.set_attn_implementation(ATTENTION)
@@ -206,13 +219,16 @@ class Distiller(Distillation):
         if target.device.type != "meta":
             objective.to(target.device, target.dtype)
         student_tracer = Tracer(
-            run, objective.layers("student_hidden"), objective.layers("student_attention")
+            replace(run, pad=_pad(given.config)),
+            objective.layers("student_hidden"),
+            objective.layers("student_attention"),
         )
         teacher_tracer = None
         if guide is not None:
             guide.eval().requires_grad_(False)
+            theirs_run = teacher if isinstance(teacher, Callee) else callee(teacher, task, "teacher")
             teacher_tracer = Tracer(
-                teacher if isinstance(teacher, Callee) else callee(guide, task, "teacher"),
+                replace(theirs_run, pad=_pad(guide.config)),
                 objective.layers("teacher_hidden"),
                 objective.layers("teacher_attention"),
                 bool(objective.needs("values")),
@@ -226,6 +242,8 @@ class Distiller(Distillation):
             batches: all micro-batches of this rank's step, as `forward` takes them.
             everywhere: add up over the ranks, where torch.distributed is up: every rank must call it.
         """
+        if isinstance(batches, Mapping | Batch) or not isinstance(batches, Sequence) or not batches:
+            raise UserError(f"{ORIGIN}: counts", type(batches).__name__, "a list of a step's micro-batches")
         return super().counts([self._batch(batch) for batch in batches], everywhere)
 
     # It returns more than a Distillation does: somebody else's loop logs each term.
@@ -236,7 +254,7 @@ class Distiller(Distillation):
 
         Args:
             batch: input_ids, attention_mask, labels, token_type_ids, position_ids as collators give them, see
-                data.inputs.as_batch.
+                data.inputs.as_batch; it is moved to the student's device.
             counts: of the step, see the class; None: the batch is a step of its own.
 
         Raises:
@@ -248,7 +266,10 @@ class Distiller(Distillation):
         everywhere = counts is not None or self.training
         if counts is None:
             counts = super().counts([batch], everywhere)
-        loss = super().forward(batch, counts)
+        try:
+            loss = super().forward(batch, counts)
+        except BackendError as error:  # some are found out by the first call alone
+            raise UserError(f"{ORIGIN}: backend", str(error), "auto, or one that runs every term") from None
         ranks = _world_size() if everywhere else 1
         values = self.objective.values(ranks * loss.raw)
         return Output(ranks * loss.total, {name: TermValue(*pair) for name, pair in values.items()})
@@ -268,8 +289,14 @@ class Distiller(Distillation):
             raw = raw / _world_size()
         self.objective.update(raw)
 
+    def detach(self) -> None:
+        """Take the capture off both models; the Distiller makes no traces any more."""
+        for tracer in (self.student, self.teacher):
+            if tracer is not None:
+                tracer.capture.detach()
+
     def _batch(self, batch: Batch | Mapping[str, Any]) -> Batch:
-        made = as_batch(batch, self.objective.task, getattr(self.model.config, "pad_token_id", None))
+        made = as_batch(batch, self.objective.task).to(self.model.device)
         if made.labels is None and (name := self.objective.needs("labels")):
             raise UserError("batch", "no labels", f"labels, which terms.{name} reads")
         if made.spans is None and (name := self.objective.needs("spans")):
@@ -287,11 +314,40 @@ class Distiller(Distillation):
         return self
 
 
-def _check_classes(objective: Objective, student: PretrainedConfig, teacher: PretrainedConfig | None) -> None:
+def _check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    """Refuse classifiers that do not fit each other or the task, before the first batch would."""
+    if objective.task in LANGUAGE:
+        return
+    models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
+    headed = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    reads = {"student": objective.needs("logits"), "teacher": objective.needs("head")}
+    for place, model in models.items():
+        has_head = type(model).__name__ in headed
+        if reads[place] and not has_head:
+            got = f"class {type(model).__name__}, which has no head for terms.{reads[place]}"
+            raise UserError(place, got, "a model for sequence classification")
+        if has_head and getattr(model.config, "pad_token_id", None) is None:
+            raise UserError(place, "a classifier without pad_token_id", "one whose config names its padding")
     if teacher is None or objective.task != "classification" or not objective.needs("head"):
         return
-    if student.num_labels != teacher.num_labels:
-        raise UserError("teacher", f"{teacher.num_labels} classes", f"the student's {student.num_labels}")
+    mine, theirs = student.config.num_labels, teacher.config.num_labels
+    if mine != theirs:
+        raise UserError("teacher", f"{theirs} classes", f"the student's {mine}")
+
+
+def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a teacher that shares weights with the student: freezing it would freeze the student."""
+    own = {id(parameter) for parameter in student.parameters()}
+    for name, parameter in teacher.named_parameters():
+        if id(parameter) in own:
+            got = f"one that shares {name} with the student"
+            raise UserError(f"{ORIGIN}: teacher", got, "a model of its own, such as copy.deepcopy(student)")
+
+
+def _pad(config: PretrainedConfig) -> int | None:
+    """Return the token to fill padding with, None where the config names none that the model has."""
+    pad = getattr(config, "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else None
 
 
 def _tell_zero(module: Distillation, _) -> None:
@@ -307,9 +363,11 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _same_task(student: PreTrainedModel, teacher: PreTrainedModel | None) -> str:
+def _same_task(student: PreTrainedModel, teacher: PreTrainedModel | None, given: str | None) -> str:
+    if given is not None and given not in TASKS:
+        raise UserError(f"{ORIGIN}: task", given, ", ".join(TASKS))
     models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
-    tasks = [task_of(model, f"{ORIGIN}: {place}") for place, model in models.items()]
+    tasks = [task_of(model, f"{ORIGIN}: {place}", given) for place, model in models.items()]
     if len(set(tasks)) > 1:
         raise UserError(f"{ORIGIN}: teacher", f"a model for {tasks[1]}", f"{tasks[0]}, as the student")
     return tasks[0]

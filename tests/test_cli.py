@@ -335,3 +335,13 @@ class TestProcess:
     def test_an_unknown_command(self):
         done = command("trian", "x.yaml")
         assert done.returncode == 2 and "Traceback" not in done.stderr and "trian" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("verify", "--aot", "x"), ("evaluate", "a", "b")])
+def test_an_argument_too_many_is_said_once(monkeypatch, capsys, arguments):
+    from dsdistill import cli
+
+    monkeypatch.setattr(sys, "argv", ["dsdistill", *arguments])
+    assert cli.run() == 2
+    said = capsys.readouterr().err
+    assert "command line: got unexpected extra argument" in said and said.count("got") == 1

@@ -19,7 +19,7 @@ from dsdistill.config import Config, UserError, dump, load, load_saved
 from dsdistill.config.load import make_config
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.section import Section as AnySection
-from dsdistill.data import Data, files
+from dsdistill.data import Splits, files
 from dsdistill.data import load_data as tokenized
 
 # The same examples in every run: a failure here is a bug, never chance.
@@ -178,7 +178,7 @@ def test_data_files(tmp_path, tokenizer, suffix, content, task):
         assert len(part) and part.lengths.min() > 0
 
 
-def examples(path: Path, content: bytes, task: str, tokenizer) -> Data | None:
+def examples(path: Path, content: bytes, task: str, tokenizer) -> Splits | None:
     """What a run would train on; None where it refuses, in one line that names the file."""
     path.write_bytes(content)
     section = Section(source="files", train=str(path), dev=str(path), cache=str(path.parent), max_length=8)

@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def needs(self, what: str) -> str | None:
         """Return the name of a term that needs it, None where none does.
 
-        what: teacher, head, lens, labels, spans, values or previous, as AlignmentTerm says.
+        what: teacher, head, logits, lens, labels, spans, values or previous, as AlignmentTerm says.
         """
         return next((name for name, term in self.terms.items() if getattr(term, f"needs_{what}")), None)
 
@@ -92,7 +92,11 @@ class Objective(nn.Module):
         for index, (term, weight) in enumerate(zip(terms, self.weights.values(), strict=True)):
             divisor = counts[start : start + term.parts].clamp(min=1)  # nothing valid: the sums are 0
             start += term.parts
-            values = term.sums(student, teacher, batch) / divisor.float()
+            sums = term.sums(student, teacher, batch)
+            if sums.shape != (term.parts,):  # a mistake in a term from outside
+                got = f"sums of shape {tuple(sums.shape)}"
+                raise ValueError(f"term {term.name}: got {got}, expected ({term.parts},), one a part")
+            values = sums / divisor.float()
             if teacher is not None:  # memory peaks here: gradients come as the teacher's layers are done with
                 _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])
                 _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])

@@ -115,7 +115,8 @@ def engine_step(
     module = module.to(device, deepspeed.DTYPES[precision]).train()
 
     def loss(batch: Batch) -> Tensor:
-        return module(batch, module.counts([batch])).total
+        with module.traces(batch) as traces:
+            return module(batch, module.counts([batch]), *traces).total
 
     return module, loss
 

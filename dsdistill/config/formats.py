@@ -71,7 +71,9 @@ def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
     named = settings.pop("format", oldest)
     if type(named) is not int or not oldest <= named <= FORMAT:
         expected = f"{oldest} to {FORMAT}" if saved else str(FORMAT)
-        raise UserError(f"{origin}: format", named, f"{expected} (other versions of dsdistill read others)")
+        raise UserError(
+            f"{origin}: format", repr(named), f"{expected} (other versions of dsdistill read others)"
+        )
     return named
 
 

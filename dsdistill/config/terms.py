@@ -355,18 +355,20 @@ def add_term(name: str, settings: type[Term]) -> None:
     settings that are no subclass of Term.
     """
     if not (isinstance(settings, type) and issubclass(settings, Term)):
-        raise UserError(f"add_term: settings of {name}", settings, f"a subclass of {Term.__module__}.Term")
+        raise UserError(
+            f"register_term: settings of {name}", settings, f"a subclass of {Term.__module__}.Term"
+        )
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name[0] == "_":
-        raise UserError("add_term: name", repr(name), "an identifier that does not begin with _")
+        raise UserError("register_term: name", repr(name), "an identifier that does not begin with _")
     if name in Terms.model_fields:
         taken = _settings_of(name)
         if taken is settings:
             return
         if (taken.__module__, taken.__qualname__) != (settings.__module__, settings.__qualname__):
             got = f"{name}, which is {taken.__module__}.{taken.__qualname__}"
-            raise UserError("add_term: name", got, "a name that no other term has")
+            raise UserError("register_term: name", got, "a name that no other term has")
     elif hasattr(Terms, name):
-        raise UserError("add_term: name", f"{name}, which means something else", "another name")
+        raise UserError("register_term: name", f"{name}, which means something else", "another name")
     from dsdistill.config import schema  # which holds terms, and so imports this module
 
     annotation: Any = settings | None  # a type that nobody knows before the module runs

@@ -13,31 +13,33 @@ from dsdistill.data.batch import NO_LABEL, Batch
 _REFUSED = ("inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values")
 
 
-def as_batch(inputs: Mapping[str, Any] | Batch, task: str, pad_id: int | None = None) -> Batch:
+def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
     """Return the batch that a collator's tensors mean: documents as rows, padded on the right.
 
     Rows padded on the left, or in the middle, are moved; rows that pack several documents are taken apart, so that
-    the same documents give the same loss in every form. That waits for the device where documents are packed.
+    the same documents give the same loss in every form. On a GPU that waits for it, unless the mask is bool and no
+    positions are given: batches are best left on the CPU, where collators make them.
 
     Args:
         inputs: a Batch, which is returned as it is, or
             input_ids (B, N) int64;
             attention_mask (B, N), not 0 where a token counts; numbers above 1 tell the documents of a row apart.
                 Without one every token counts;
-            position_ids (B, N): documents begin where they are 0. They must count up by 1 inside a document;
+            position_ids (B, N) or (1, N): documents begin where they are 0, and they count up by 1 inside of one;
+            seq_idx (B, N) or cu_seq_lens_q (documents + 1,), of a single row: the same, where positions are missing;
             token_type_ids (B, N);
             labels: (B, N) where tokens are predicted, not shifted, NO_LABEL (-100) where nothing is; a causal model's
-                are by default its input_ids; (B,) or (B, 1) classes or scores else;
+                are by default its input_ids; (B,) or (B, 1) classes (-100: none) or scores else;
             spans (S, 4), as Batch.spans, of rows that are not packed.
             Other keys are left alone.
         task: that of a config.
-        pad_id: what padding is filled with; by default the ids stay that stand there.
-
     Raises:
         UserError: a shape, a mask of more than two dimensions, or an input that is not made of tokens.
     """
     if isinstance(inputs, Batch):
         return inputs
+    if not isinstance(inputs, Mapping):
+        raise UserError("batch", type(inputs).__name__, "a dict of tensors with input_ids")
     ids = _tensor(inputs, "input_ids", dimensions=2)
     if ids is None:
         raise UserError(
@@ -47,8 +49,11 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str, pad_id: int | None = 
         if inputs.get(name) is not None:
             raise UserError("batch", name, "input_ids alone")
     shape = tuple(ids.shape)
+    if not ids.numel():
+        raise UserError("batch: input_ids", f"shape {shape}", "one token at least")
+    ids = ids.long()
     mask = _tensor(inputs, "attention_mask", dimensions=2, shape=shape)
-    positions = _tensor(inputs, "position_ids", dimensions=2, shape=shape)
+    positions = _positions(inputs, shape)
     labels = _labels(inputs, ids, task)
     columns = {"ids": ids}
     types = _tensor(inputs, "token_type_ids", dimensions=2, shape=shape)
@@ -58,7 +63,7 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str, pad_id: int | None = 
         columns["labels"] = labels
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     documents = _documents(mask, positions, valid)
-    spans = inputs.get("spans")
+    spans = _spans(inputs, shape)
     if documents is not None:
         if labels is not None and labels.dim() == 1:
             raise UserError("batch", "several documents in a row", f"one a row with task {task}")
@@ -70,8 +75,6 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str, pad_id: int | None = 
         if spans is not None:
             shift = before[spans[:, 0]]
             spans = torch.stack([spans[:, 0], spans[:, 1] - shift, spans[:, 2] - shift, spans[:, 3]], dim=1)
-    if pad_id is not None:
-        columns["ids"] = columns["ids"].masked_fill(~valid, pad_id)
     if "labels" in columns:
         labels = columns["labels"].masked_fill(~valid, NO_LABEL)
     return Batch(columns["ids"], valid, labels, columns.get("types"), spans=spans)
@@ -88,11 +91,48 @@ def _tensor(
             f"batch: {name}", type(values).__name__, "a tensor (a collator's return_tensors='pt')"
         )
     if values.dim() != dimensions or values.is_floating_point() or (shape and tuple(values.shape) != shape):
-        wanted = " × ".join(map(str, shape)) if shape else "(B, N)"
+        wanted = " × ".join(map(str, shape)) if shape else {1: "(n,)", 2: "(B, N)"}[dimensions]
         raise UserError(
             f"batch: {name}", f"{tuple(values.shape)} {values.dtype}", f"{wanted} integers, one a token"
         )
     return values
+
+
+def _positions(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    """Return (B, N) positions in each document, as they are given or from where documents begin."""
+    given = inputs.get("position_ids")
+    if isinstance(given, Tensor) and given.dim() == 2 and len(given) == 1:
+        return _tensor({"position_ids": given.expand(shape[0], -1)}, "position_ids", 2, shape)
+    if given is not None:
+        return _tensor(inputs, "position_ids", dimensions=2, shape=shape)
+    numbers = _tensor(inputs, "seq_idx", dimensions=2, shape=shape)
+    if numbers is None:
+        bounds = _tensor(inputs, "cu_seq_lens_q", dimensions=1)
+        if bounds is None:
+            return None
+        if shape[0] != 1:
+            raise UserError("batch: cu_seq_lens_q", f"{shape[0]} rows", "one row, which holds all documents")
+        places = torch.arange(shape[1], device=bounds.device)
+        numbers = torch.searchsorted(bounds[1:].contiguous(), places, right=True)[None]
+    begins = numbers != torch.nn.functional.pad(numbers[:, :-1], (1, 0), value=-1)
+    places = torch.arange(shape[1], device=numbers.device).expand(shape)
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+
+def _spans(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    spans = inputs.get("spans")
+    if spans is None:
+        return None
+    if not isinstance(spans, Tensor) or spans.dim() != 2 or spans.shape[1] != 4 or spans.is_floating_point():
+        raise UserError(
+            "batch: spans", _shown(spans), "(S, 4) integers: row, first token, one past the last, kind"
+        )
+    limits = torch.tensor([shape[0] - 1, shape[1], shape[1]], device=spans.device)
+    if len(spans) and bool(((spans[:, :3] < 0) | (spans[:, :3] > limits)).any()):
+        raise UserError(
+            "batch: spans", "some outside of the batch", f"rows and tokens of {shape[0]} × {shape[1]}"
+        )
+    return spans.long()
 
 
 def _labels(inputs: Mapping[str, Any], ids: Tensor, task: str) -> Tensor | None:
@@ -104,7 +144,7 @@ def _labels(inputs: Mapping[str, Any], ids: Tensor, task: str) -> Tensor | None:
             return ids if task == "causal_lm" else None
         if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
             raise UserError("batch: labels", _shown(labels), f"{tuple(ids.shape)} integers, one a token")
-        return labels
+        return labels.long()
     if labels is None:
         return None
     if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1:
@@ -113,7 +153,7 @@ def _labels(inputs: Mapping[str, Any], ids: Tensor, task: str) -> Tensor | None:
         raise UserError("batch: labels", _shown(labels), f"({ids.shape[0]},), one a row")
     if task == "classification" and labels.is_floating_point():
         raise UserError("batch: labels", str(labels.dtype), "integers, the indices of classes")
-    return labels
+    return labels.long() if task == "classification" else labels
 
 
 def _shown(values: object) -> str:

@@ -59,9 +59,14 @@ class StudentModule(Distillation):
         return made
 
     def forward(
-        self, batch: Batch, counts: Tensor | None = None, teacher: Trace | None = None, ask: str = "scores"
+        self,
+        batch: Batch,
+        counts: Tensor | None = None,
+        teacher: Trace | None = None,
+        previous: Trace | None = None,
+        ask: str = "scores",
     ):
-        """Return the loss of a micro-batch with `counts`, as Distillation does; without them what `ask` names.
+        """Return the loss of a micro-batch with `counts` and `traces`; without counts what `ask` names.
 
         scores: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective for language
             models, with the teacher's trace its terms too.
@@ -69,7 +74,7 @@ class StudentModule(Distillation):
         states: (B, N, D), the states themselves.
         """
         if counts is not None:
-            return super().forward(batch, counts)
+            return self.loss(batch, teacher, counts, previous)
         student = self.trace(batch, teacher)
         if ask == "states":
             return student.hidden[self._last]

@@ -156,7 +156,9 @@ class Trainer:
             self.module.domain.share = 1 - done
         raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            loss, parts = self.engine(batch, counts)
+            # Outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
+            with self.module.traces(batch) as traces:
+                loss, parts = self.engine(batch, counts, *traces)
             # Undoes DeepSpeed's mean over ranks and micro-batches: counts already are those of the whole step.
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
             self.engine.step()

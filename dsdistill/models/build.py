@@ -59,8 +59,11 @@ _STRUCTURE = (
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
-def task_of(model: PreTrainedModel, place: str) -> str:
-    """Return the task that a model's class is made for; raise UserError where it does not tell one alone."""
+def task_of(model: PreTrainedModel, place: str, given: str | None = None) -> str:
+    """Return the task that a model's class is made for; raise UserError where it does not tell one alone.
+
+    given: what the user says; refused where the class is made for another. Classes without a head may get any.
+    """
     name, config = type(model).__name__, model.config
     tasks = [
         task
@@ -71,14 +74,17 @@ def task_of(model: PreTrainedModel, place: str) -> str:
         )
         if name in names.values()
     ]
+    if tasks == ["classification"] and config.problem_type == "multi_label_classification":
+        raise UserError(place, f"problem_type {config.problem_type}", "one class an example, or a score")
+    if tasks == ["classification"] and (config.problem_type == "regression" or config.num_labels == 1):
+        tasks = ["regression"]
+    if given is not None and (given in tasks or (not tasks and given not in LANGUAGE)):
+        return given
+    if given is not None:
+        raise UserError(place, f"class {name} for task {given}", f"one for {' or '.join(tasks) or given}")
     if len(tasks) != 1:
         wanted = "a model for causal_lm, masked_lm, classification or regression, or task=..."
         raise UserError(place, f"class {name}" + " of several tasks" * bool(tasks), wanted)
-    if tasks == ["classification"]:
-        if config.problem_type == "multi_label_classification":
-            raise UserError(place, f"problem_type {config.problem_type}", "one class an example, or a score")
-        if config.problem_type == "regression" or config.num_labels == 1:
-            return "regression"
     return tasks[0]
 
 

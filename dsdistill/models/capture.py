@@ -8,8 +8,10 @@ the padding mask silently.
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -89,6 +91,7 @@ class Capture:
         self.geometry: dict[int, Geometry] = {}  # of every layer seen so far
         self._trace: Trace | None = None
         self._calls = 0
+        self._hooks: list[RemovableHandle] = []
         layers = layer_list(model)
         if not self.hidden:
             return
@@ -97,9 +100,15 @@ class Capture:
                 f"{type(model).__name__}: no list of {model.config.num_hidden_layers} layers to hook"
             )
         if 0 in self.hidden:
-            layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True)
+            self._hooks.append(layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True))
         for index in self.hidden - {0}:
-            layers[index - 1].register_forward_hook(self._note_hidden(index))
+            hook = partial(self._note_hidden, index)
+            self._hooks.append(layers[index - 1].register_forward_hook(hook))
+
+    def detach(self) -> None:
+        """Take the hooks off the model; what it computes is noted no more."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @contextmanager
     def recording(self):
@@ -125,10 +134,8 @@ class Capture:
         if self._trace is not None:
             self._trace.hidden[0] = args[0] if args else kwargs["hidden_states"]
 
-    def _note_hidden(self, index: int):
-        def hook(module, args, output) -> None:
-            # A checkpointed layer runs again in backward; by then nothing is being recorded.
-            if self._trace is not None:
-                self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]
-
-        return hook
+    def _note_hidden(self, index: int, module, args, output) -> None:
+        """Forward hook, once `index` is bound: a partial can be copied and pickled with the model, a closure cannot."""
+        # A checkpointed layer runs again in backward; by then nothing is being recorded.
+        if self._trace is not None:
+            self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]

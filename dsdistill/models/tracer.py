@@ -19,15 +19,17 @@ from dsdistill.models.capture import Capture, final_norm
 from dsdistill.models.trace import Trace
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+def model_inputs(model: PreTrainedModel, batch: Batch, pad: int | None = None) -> dict[str, Tensor]:
     """Return what the library's forward takes.
 
-    Filler rows show it one token: attention over none would be undefined.
+    Filler rows show it one token: attention over none would be undefined. pad: what padding is filled with, where the
+    batch does not have it: decoders that classify look for the last token that is not their own padding.
     """
     mask = batch.mask
     first = torch.zeros_like(mask)
     first[:, 0] = ~batch.rows
-    inputs = {"input_ids": batch.input_ids, "attention_mask": (mask | first).long()}
+    ids = batch.input_ids if pad is None else batch.input_ids.masked_fill(~mask, pad)
+    inputs = {"input_ids": ids, "attention_mask": (mask | first).long()}
     if batch.token_types is not None and getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch.token_types
     return inputs
@@ -42,13 +44,15 @@ class Callee:
     """A Callee is a model and what to call in its place.
 
     module: the model itself or, where it is a language model, a Headless around it. call: the module, or an engine
-    around it. whole: of some of its parameters, a context in which they are whole on this rank.
+    around it. whole: of some of its parameters, a context in which they are whole on this rank. pad: what padding is
+    filled with; None: batches have the model's own.
     """
 
     model: PreTrainedModel
     module: nn.Module
     call: Callable
     whole: Callable[[list[nn.Parameter]], AbstractContextManager] = _whole_already
+    pad: int | None = None
 
 
 def callee(model: Any, task: str, place: str) -> Callee:
@@ -91,9 +95,10 @@ class Tracer:
     def __call__(self, batch: Batch) -> Trace:
         """Return the trace of one forward pass; a language model's head must be whole on this rank."""
         with self.capture.recording() as made, _without_cache(self.model):
-            outputs = self.callee.call(**model_inputs(self.model, batch))
+            outputs = self.callee.call(**model_inputs(self.model, batch, self.callee.pad))
         if not isinstance(self.callee.module, Headless):
-            made.logits = outputs["logits"]
+            made.logits = outputs.get("logits")
+            made.output = outputs.get("last_hidden_state")  # of a model without a head
             return made
         made.output, made.norm = outputs["last_hidden_state"], final_norm(self.model)
         head = self.model.get_output_embeddings()

@@ -154,6 +154,10 @@ class Rig:
         with self.module.teacher.frozen(batch) as trace:
             return trace
 
+    def loss(self, batch: Batch, counts):
+        with self.module.traces(batch) as traces:
+            return self.module(batch, counts, *traces)
+
     def counts(self, batches: list[Batch]):
         if not self.module.geometry:
             with torch.no_grad():
@@ -167,7 +171,7 @@ class Rig:
         self.module.zero_grad()
         total, raw = 0.0, 0.0
         for batch in batches:
-            loss, terms = self.module(batch, counts)
+            loss, terms = self.loss(batch, counts)
             loss.backward()
             total, raw = total + loss.item(), raw + terms.double()
         gradients = {n: p.grad.clone() for n, p in self.module.named_parameters() if p.grad is not None}

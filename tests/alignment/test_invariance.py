@@ -135,7 +135,7 @@ def test_a_micro_batch_of_filler_alone(case):
     assert not filler.rows.any()
     assert_same(rig.step(filler, batch), expected)
     counts = rig.counts([batch])
-    loss, raw = rig.module(filler, counts)
+    loss, raw = rig.loss(filler, counts)
     loss.backward()
     assert loss.item() == 0 and not raw.any()
     assert all(p.grad is None or p.grad.isfinite().all() for p in rig.module.parameters())

@@ -82,7 +82,7 @@ class TestInAnObjective:
 
     def step(self, rig, batch):
         counts = rig.counts([batch])
-        loss, raw = rig.module(batch, counts)
+        loss, raw = rig.loss(batch, counts)
         return loss, raw.double()
 
     def test_emd(self):

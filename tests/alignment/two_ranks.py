@@ -68,7 +68,7 @@ def _rank(rank: int, port: str) -> tuple[dict, dict]:
         dist.all_reduce(counts)
         raw = 0.0
         for batch in batches:
-            loss, values = rig.module(batch, counts)
+            loss, values = rig.loss(batch, counts)
             (loss * 2).backward()
             raw = raw + values
     finally:

@@ -40,7 +40,7 @@ class TestFormat:
         path = write(MINIMAL | {"format": named})
         with pytest.raises(UserError) as caught:
             load([path])
-        assert str(caught.value).startswith(f"{path}: format: got {named}, expected 2 (")
+        assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 2 (")
 
     @pytest.mark.parametrize("named", [3, 0, "1"])
     def test_a_run_folder_of_a_newer_one_is_refused(self, write, named):
@@ -48,7 +48,7 @@ class TestFormat:
         for read in (load_saved, lambda path: check_same(path, make_config(MINIMAL))):
             with pytest.raises(UserError) as caught:
                 read(path)
-            assert str(caught.value).startswith(f"{path}: format: got {named}, expected 1 to 2 (")
+            assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 1 to 2 (")
 
     def test_an_earlier_one_is_completed_by_the_defaults_of_its_time(self, write, monkeypatch):
         monkeypatch.setitem(formats.DEFAULTS, 1, {"train.clip": 2.5, "terms.hidden.embedding": False})

@@ -136,7 +136,7 @@ class TestPlugins:
             ("raise ValueError('two\\nlines')", "plugins: got broken (ValueError: two lines), expected"),
             (
                 PLUGIN.replace('"mine"', '"hidden"'),
-                "plugins: broken: add_term: name: got hidden, which is dsd",
+                "plugins: broken: register_term: name: got hidden, which is dsd",
             ),
         ],
     )
@@ -189,21 +189,21 @@ class TestAddedTerms:
         add_term("sharp", Sharp)
         add_term("hidden", Hidden)
         with pytest.raises(
-            UserError, match=r"add_term: name: got sharp, which is .*Sharp, expected a name that no"
+            UserError, match=r"register_term: name: got sharp, which is .*Sharp, expected a name that no"
         ):
             add_term("sharp", Task)
 
     @pytest.mark.parametrize("name", ["a-b", "3", "", "class", "_mine", "a.b", 5])
     def test_a_name_that_is_no_key(self, name):
-        with pytest.raises(UserError, match=r"add_term: name: got .*, expected an identifier"):
+        with pytest.raises(UserError, match=r"register_term: name: got .*, expected an identifier"):
             add_term(name, Sharp)
 
     @pytest.mark.parametrize("name", ["named", "model_dump", "copy"])
     def test_a_name_of_something_else(self, name):
-        with pytest.raises(UserError, match=f"add_term: name: got {name}, which means something else"):
+        with pytest.raises(UserError, match=f"register_term: name: got {name}, which means something else"):
             add_term(name, Sharp)
 
     @pytest.mark.parametrize("settings", [dict, Terms, Sharp(), "Sharp", None])
     def test_settings_that_are_none(self, settings):
-        with pytest.raises(UserError, match=r"add_term: settings of mine: got .*, expected a subclass of"):
+        with pytest.raises(UserError, match=r"register_term: settings of mine: got .*, expected a subclass of"):
             add_term("mine", settings)

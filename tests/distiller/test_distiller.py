@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     BertLMHeadModel,
     T5ForConditionalGeneration,
@@ -214,7 +215,105 @@ def test_an_output_can_be_sent():
     assert not out.terms["task"].raw.requires_grad
 
 
+def test_padding_is_each_models_own():
+    """Decoders that classify look for the last token that is not their padding, whatever the other model's is."""
+    made = []
+    for seed, pad in ((1, 0), (2, 0)):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model("llama", **FAMILIES["llama"] | {"num_labels": 3, "pad_token_id": pad})
+        made.append(peaked(AutoModelForSequenceClassification.from_config(config), 4.0))
+    distiller = Distiller(*made, {"soft_label": {"temperature": 1.0}})
+    distiller.eval()
+    expected = distiller(batch(labels=False)).loss.item()
+    made[0].config.pad_token_id = 1
+    other = Distiller(*made, {"soft_label": {"temperature": 1.0}})
+    other.eval()
+    assert other(batch(labels=False)).loss.item() == pytest.approx(expected, rel=1e-5)
+    made[0].config.pad_token_id = None
+    with pytest.raises(UserError, match="Distiller: teacher: got a classifier without pad_token_id"):
+        Distiller(*made, {"soft_label": {}})
+
+
+def test_rows_without_a_class_count_for_nothing():
+    distiller = Distiller(*classifiers(), {"task": {}})
+    distiller.eval()
+    inputs = batch()
+    fewer = {key: values[1:] for key, values in inputs.items()}
+    inputs["labels"][0] = -100
+    assert distiller(inputs).loss.item() == pytest.approx(distiller(fewer).loss.item(), rel=1e-6)
+
+
+def test_a_model_without_a_head():
+    """Sentence encoders have none, and terms over states, attention and pairs need none."""
+    torch.manual_seed(0)
+    made = [AutoModel.from_config(AutoConfig.for_model("bert", **FAMILIES["bert"])) for _ in range(2)]
+    given = {"hidden": {}, "attention": {}, "pairwise": {}, "sp": {}}
+    with pytest.raises(UserError, match="student: got class BertModel, expected a model for"):
+        Distiller(*made, given)
+    with pytest.raises(UserError, match=r"student: got class BertModel, which has no head for terms.task"):
+        Distiller(*made, given | {"task": {}}, task="classification")
+    with pytest.raises(
+        UserError, match="student: got class BertModel for task masked_lm, expected one for masked_lm"
+    ):
+        Distiller(*made, given, task="masked_lm")
+    distiller = Distiller(*made, given, task="classification")
+    distiller(batch(labels=False)).loss.backward()
+    assert made[1].encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+
+
+def test_copies_and_pickles():
+    """A copy of the whole distils by itself; a student under capture can still be saved whole."""
+    distiller = Distiller(*classifiers(), {"task": {}, "hidden": {}, "attention": {}})
+    distiller.eval()
+    twin = copy.deepcopy(distiller)
+    assert twin(batch()).loss == distiller(batch()).loss and twin.model is not distiller.model
+    again = pickle.loads(pickle.dumps(distiller.model))
+    assert torch.equal(again(**batch()).logits, distiller.model(**batch()).logits)
+
+
+def test_detach():
+    teacher, student = classifiers()
+    layer = student.bert.encoder.layer[0]
+    for _ in range(3):
+        distiller = Distiller(teacher, student, {"hidden": {}})
+        assert len(layer._forward_hooks) == len(layer._forward_pre_hooks) == 1
+        distiller.detach()
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class TestRefusals:
+    def test_of_shared_weights(self):
+        teacher, student = classifiers()
+        with pytest.raises(
+            UserError, match=r"teacher: got one that shares .* with the student, expected a model of"
+        ):
+            Distiller(student, student, {"hidden": {}})
+        assert all(parameter.requires_grad for parameter in student.parameters())
+        teacher.bert.embeddings.word_embeddings = student.bert.embeddings.word_embeddings
+        with pytest.raises(
+            UserError, match=r"shares bert.embeddings.word_embeddings.weight with the student"
+        ):
+            Distiller(teacher, student, {"hidden": {}})
+
+    def test_of_tasks(self):
+        for task, line in (
+            ("regression", "class BertForSequenceClassification for task regression, expected one for class"),
+            ("causal_lm", "class BertForSequenceClassification for task causal_lm"),
+            ("ranking", "task: got ranking, expected classification, regression"),
+        ):
+            with pytest.raises(UserError, match=line):
+                Distiller(*classifiers(), {"hidden": {}}, task=task)
+
+    def test_of_counts_and_backends(self):
+        distiller = Distiller(*classifiers(), {"task": {}, "attention": {}}, backend="cuda")
+        for given in (batch(), [], None):
+            with pytest.raises(UserError, match=r"counts: got .*, expected a list of a step's micro-batches"):
+                distiller.counts(given)
+        with pytest.raises(
+            UserError, match=r"Distiller: backend: got .*, expected auto, or one that runs every term"
+        ):
+            distiller(batch())
+
     @pytest.mark.parametrize(
         ("given", "line"),
         [
@@ -316,10 +415,16 @@ class SharpTerm(dsdistill.AlignmentTerm):
 @pytest.mark.usefixtures("terms_of_before")
 def test_a_term_from_outside():
     dsdistill.register_term("sharp_here", Sharp, SharpTerm)
-    with pytest.raises(UserError, match=r"which is|a name that no other term has"):
+    with pytest.raises(UserError, match=r"register_term: name: got hidden, which is HiddenTerm"):
         dsdistill.register_term("hidden", Sharp, SharpTerm)
     with pytest.raises(UserError, match=r"expected a subclass of dsdistill.AlignmentTerm"):
         dsdistill.register_term("sharp_too", Sharp, torch.nn.Linear)
+    needy = type("Needy", (SharpTerm,), {"needs_spans": True})
+    line = r"register_term: needy: got Sharp.reads_spans False and Needy.needs_spans True, expected the same of both"
+    with pytest.raises(UserError, match=line):
+        dsdistill.register_term("needy", Sharp, needy)
+    with pytest.raises(UserError, match="got Bare without counts, sums, expected both defined"):
+        dsdistill.register_term("bare", Sharp, type("Bare", (dsdistill.AlignmentTerm,), {}))
     teacher, student = classifiers()
     both = {"sharp_here": {"power": 2.0}, "hidden": {"layers": "last", "embedding": False}}
     distiller = Distiller(teacher, student, both)

@@ -61,13 +61,17 @@ def packed(rows: list[list[torch.Tensor]], by_mask: bool = False) -> dict:
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
 
 
-def flattened() -> dict:
-    collate = DataCollatorWithFlattening(return_tensors="pt")
+def flattened(**options) -> dict:
+    collate = DataCollatorWithFlattening(return_tensors="pt", **options)
     return collate([{"input_ids": text.tolist(), "labels": text.tolist()} for text in documents()])
 
 
 WIDTH = max(LENGTHS)
 FORMS = {
+    "int32": {key: values.int() for key, values in padded([0] * 5, WIDTH).items()},
+    "one row of positions": padded([0] * 5, WIDTH) | {"position_ids": torch.arange(WIDTH)[None]},
+    "flattened, seq_idx alone": flattened(return_position_ids=False, return_seq_idx=True),
+    "flattened, lengths alone": flattened(return_position_ids=False, return_flash_attn_kwargs=True),
     "left": padded([WIDTH - length for length in LENGTHS], WIDTH),
     "in the middle": padded([1, 3, 0, 4, 2], WIDTH + 2),
     "wider": padded([0] * 5, WIDTH + 3),
@@ -166,6 +170,13 @@ IDS = torch.ones(2, 4, dtype=torch.int64)
             "batch: attention_mask: got (2, 1, 4, 4) torch.float32, expected 2 × 4 integers, one a token",
         ),
         ({"input_ids": IDS, "attention_mask": IDS[:, :3]}, "batch: attention_mask: got (2, 3)"),
+        ([IDS], "batch: got list, expected a dict of tensors with input_ids"),
+        ({"input_ids": IDS[:0]}, "batch: input_ids: got shape (0, 4), expected one token at least"),
+        ({"input_ids": IDS, "spans": [[0, 1, 2, 0]]}, "batch: spans: got list, expected (S, 4) integers"),
+        (
+            {"input_ids": IDS, "spans": 9 * IDS[:1]},
+            "batch: spans: got some outside of the batch, expected rows and",
+        ),
         ({"input_ids": IDS, "inputs_embeds": IDS}, "batch: got inputs_embeds, expected input_ids alone"),
         (
             {"input_ids": IDS, "labels": IDS[:, 0]},
@@ -176,7 +187,7 @@ IDS = torch.ones(2, 4, dtype=torch.int64)
             "batch: position_ids: got some that do not count up by 1 from 0, expected 0, 1, 2, … in each document",
         ),
         (
-            {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 0, 1]] * 2), "spans": torch.zeros(1, 4)},
+            {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 0, 1]] * 2), "spans": IDS[:1]},
             "batch: got spans of packed rows, expected spans of rows of one document each",
         ),
     ],

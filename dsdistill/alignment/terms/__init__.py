@@ -1,5 +1,7 @@
 """List the terms of the loss by the names that they have in a config."""
 
+import inspect
+
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.alignment.terms.domain import DomainTerm
@@ -46,17 +48,60 @@ def register_term(name: str, settings: type[Term], term: type[AlignmentTerm]) ->
 
     Args:
         name: in a config, and in logs.
-        settings: a subclass of dsdistill.terms.Term, each field with a type, a default and a description.
-        term: a subclass of AlignmentTerm; it is made as term(settings, pair).
+        settings: a subclass of dsdistill.terms.Term, each field with a type, a default and a description. Its
+            properties say what the term needs of a config (`needs_teacher`, `reads_spans`, ...).
+        term: a subclass of AlignmentTerm; it is made as term(settings, pair). Its attributes say what it needs of a
+            batch (`needs_teacher`, `needs_spans`, ...): the same as the settings'.
 
     Raises:
-        UserError: a name that another class has, or that is no identifier; settings or a term of another kind.
+        UserError: a name that another class has, or that is no identifier; settings or a term of another kind, or
+            two that need different things.
     """
     if not (isinstance(term, type) and issubclass(term, AlignmentTerm)):
         raise UserError(f"register_term: term of {name}", term, "a subclass of dsdistill.AlignmentTerm")
+    if inspect.isabstract(term):
+        missing = ", ".join(sorted(term.__abstractmethods__))
+        raise UserError(
+            f"register_term: term of {name}", f"{term.__name__} without {missing}", "both defined"
+        )
+    taken = TERMS.get(name, term)
+    if (taken.__module__, taken.__qualname__) != (term.__module__, term.__qualname__):
+        raise UserError("register_term: name", f"{name}, which is {taken.__qualname__}", "a name of its own")
+    _check_needs(name, settings, term)
     add_term(name, settings)
+    if getattr(term, "name", name) != name:  # the same computation under another name
+        term = type(
+            term.__name__, (term,), {"__module__": term.__module__, "__qualname__": term.__qualname__}
+        )
     term.name = name
     TERMS[name] = term
+
+
+_NEEDS = {  # of the settings, and of the term
+    "needs_teacher": "needs_teacher",
+    "needs_head": "needs_head",
+    "needs_previous": "needs_previous",
+    "reads_spans": "needs_spans",
+    "reads_labels": "supervised",
+}
+
+
+def _check_needs(name: str, settings: type[Term], term: type[AlignmentTerm]) -> None:
+    """Refuse settings that say something else of what the term needs than the term itself."""
+    if not (isinstance(settings, type) and issubclass(settings, Term)):
+        return  # add_term says so
+    try:
+        made = settings()
+    except UserError:  # a field without a default: the settings cannot be asked yet
+        return
+    for ours, theirs in _NEEDS.items():
+        if getattr(made, ours) != getattr(term, theirs):
+            raise UserError(
+                f"register_term: {name}",
+                f"{settings.__name__}.{ours} {getattr(made, ours)} and {term.__name__}.{theirs} "
+                f"{getattr(term, theirs)}",
+                "the same of both",
+            )
 
 
 __all__ = ["TERMS", "AlignmentTerm", "Pair", "Shape", "register_term"]

@@ -83,6 +83,7 @@ class AlignmentTerm(nn.Module, ABC):
     needs_values: bool = False  # of the captured attention
     needs_teacher: bool = True
     needs_head: bool = False  # the teacher's, trained for the task
+    needs_logits: bool = False  # of a classifier or regressor
     needs_lens: bool = False  # hidden states are read as if they were the last
     needs_labels: bool = False  # Batch.labels
     needs_spans: bool = False  # Batch.spans

@@ -40,6 +40,7 @@ class SoftLabelTerm(AlignmentTerm):
 
     def __init__(self, config: SoftLabel, pair: Pair):
         super().__init__(config, pair)
+        self.needs_logits = pair.task not in LANGUAGE
         self.needs_labels = pair.task in LANGUAGE  # they tell which tokens are predicted
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0
         self.common = common_vocabulary(pair, "terms.soft_label") if pair.task in LANGUAGE else None

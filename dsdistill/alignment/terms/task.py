@@ -60,11 +60,15 @@ class TaskTerm(AlignmentTerm):
     name = "task"
     needs_teacher = False
     needs_labels = True
+    needs_logits = True
     supervised = True
 
     def counts(self, batch, geometry):
         task = self.pair.task
-        return (count_predicted(batch, task) if task in LANGUAGE else batch.rows.sum().double())[None]
+        if task in LANGUAGE:
+            return count_predicted(batch, task)[None]
+        rows = batch.rows & (_labels(batch) != NO_LABEL) if task == "classification" else batch.rows
+        return rows.sum().double()[None]
 
     def sums(self, student, teacher, batch):
         task = self.pair.task
