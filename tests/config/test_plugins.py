@@ -205,5 +205,7 @@ class TestAddedTerms:
 
     @pytest.mark.parametrize("settings", [dict, Terms, Sharp(), "Sharp", None])
     def test_settings_that_are_none(self, settings):
-        with pytest.raises(UserError, match=r"register_term: settings of mine: got .*, expected a subclass of"):
+        with pytest.raises(
+            UserError, match=r"register_term: settings of mine: got .*, expected a subclass of"
+        ):
             add_term("mine", settings)
