@@ -33,6 +33,7 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
             spans (S, 4), as Batch.spans, of rows that are not packed.
             Other keys are left alone.
         task: that of a config.
+
     Raises:
         UserError: a shape, a mask of more than two dimensions, or an input that is not made of tokens.
     """

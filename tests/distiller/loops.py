@@ -83,29 +83,26 @@ def weights(module: Distiller) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
-def plain() -> dict:
-    made = distiller()
-    optimizer = torch.optim.SGD(made.parameters(), lr=RATE)
+def descend(module: torch.nn.Module, made: Distiller) -> dict:
+    """Train `module`, which is `made` or a wrapper of it, by the loop that the class's docstring shows."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
     for step in range(STEPS):
         counts = made.counts(own(step))
         for batch in own(step):
-            made(batch, counts=counts).loss.backward()
+            module(batch, counts=counts).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return weights(made)
+
+
+def plain() -> dict:
+    made = distiller()
+    return descend(made, made)
 
 
 def ddp(option: str) -> dict:
     made = distiller(model=student(option))
-    wrapped = torch.nn.parallel.DistributedDataParallel(made)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=RATE)
-    for step in range(STEPS):
-        counts = made.counts(own(step))
-        for batch in own(step):
-            wrapped(batch, counts=counts).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights(made)
+    return descend(torch.nn.parallel.DistributedDataParallel(made), made)
 
 
 def zero(stage: int, option: str) -> dict:
