@@ -1,9 +1,15 @@
 """Rules between fields. Pure: what needs a file, a model or the world size is checked where that is at hand."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
-from dsdistill.config.schema import Config, Data, Teacher
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
+
+if TYPE_CHECKING:  # the schema calls check
+    from dsdistill.config.schema import Config, Data, Teacher
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(

@@ -3,13 +3,10 @@
 Layers are counted from 1; layer 0 is the output of the embeddings (losses as published count so too).
 """
 
-import keyword
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
-from pydantic.fields import FieldInfo
 
-from dsdistill.config.errors import UserError
 from dsdistill.config.explain import explain
 from dsdistill.config.section import NonNegative, Positive, Section
 
@@ -347,38 +344,7 @@ class Terms(ConstructedSection):
         return {name: term for name, term in self if term is not None and term.weight > 0}
 
 
-def add_term(name: str, settings: type[Term]) -> None:
-    """Let configs have a term `terms.NAME` with these settings; as any other term, it is absent unless a config has it.
-
-    The same class may be added again, and so may one that its module defined anew when it was imported again. Configs
-    that were loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for
-    settings that are no subclass of Term.
-    """
-    if not (isinstance(settings, type) and issubclass(settings, Term)):
-        raise UserError(
-            f"register_term: settings of {name}", settings, f"a subclass of {Term.__module__}.Term"
-        )
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name[0] == "_":
-        raise UserError("register_term: name", repr(name), "an identifier that does not begin with _")
-    if name in Terms.model_fields:
-        taken = _settings_of(name)
-        if taken is settings:
-            return
-        if (taken.__module__, taken.__qualname__) != (settings.__module__, settings.__qualname__):
-            got = f"{name}, which is {taken.__module__}.{taken.__qualname__}"
-            raise UserError("register_term: name", got, "a name that no other term has")
-    elif hasattr(Terms, name):
-        raise UserError("register_term: name", f"{name}, which means something else", "another name")
-    from dsdistill.config import schema  # which holds terms, and so imports this module
-
-    annotation: Any = settings | None  # a type that nobody knows before the module runs
-    Terms.model_fields[name] = FieldInfo(annotation=annotation, default=None)
-    Terms.__annotations__[name] = annotation
-    Terms.model_rebuild(force=True)
-    schema.take_over_terms()
-
-
-def _settings_of(name: str) -> type[Term]:
+def settings_of(name: str) -> type[Term]:
     """Return the class of a term's settings."""
     return get_args(Terms.model_fields[name].annotation)[0]
 
@@ -387,5 +353,5 @@ def _place(section: type[ConstructedSection]) -> tuple[str, ...]:
     """Return the keys that lead to a section in a config; of one that no field has, the name of the class."""
     if section is Terms:
         return ("terms",)
-    name = next((name for name in Terms.model_fields if _settings_of(name) is section), None)
+    name = next((name for name in Terms.model_fields if settings_of(name) is section), None)
     return (section.__name__,) if name is None else ("terms", name)

@@ -8,14 +8,16 @@ import yaml
 from pydantic import Field
 
 from dsdistill.config import UserError, dump, load, load_saved
+from dsdistill.config.added_terms import add_term
 from dsdistill.config.load import make_config
 from dsdistill.config.resume import check_same
-from dsdistill.config.terms import Hidden, Task, Term, Terms, add_term
+from dsdistill.config.terms import Hidden, Task, Term, Terms
 
 MINIMAL = {"teacher": {"path": "t"}, "student": {"path": "s"}, "terms": {"task": {}}}
 PLUGIN = """
 from pydantic import Field
-from dsdistill.config.terms import Term, add_term
+from dsdistill.config.added_terms import add_term
+from dsdistill.config.terms import Term
 
 class Mine(Term):
     strength: float = Field(default=2.0, gt=0)

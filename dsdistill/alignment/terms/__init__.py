@@ -20,7 +20,8 @@ from dsdistill.alignment.terms.soft_label import SoftLabelTerm
 from dsdistill.alignment.terms.task import TaskTerm
 from dsdistill.alignment.terms.trajectory import TrajectoryTerm
 from dsdistill.config import UserError
-from dsdistill.config.terms import Term, add_term
+from dsdistill.config.added_terms import add_term
+from dsdistill.config.terms import Term
 
 TERMS: dict[str, type[AlignmentTerm]] = {
     "task": TaskTerm,
