@@ -59,7 +59,6 @@ def engine_of(optimizer: str, dtype: str, stage: int, ranks, seed: int):
     }
     return deepspeed.student_engine(
         module,
-        [],
         list(module.term.parameters()),
         make_config(settings),
         0.01,
