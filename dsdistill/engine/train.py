@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
-from dsdistill.alignment.objective import BackendError
+from dsdistill.alignment.objective import BackendError, Loss
 from dsdistill.config import UserError
 from dsdistill.data import Batch, Loader
 from dsdistill.distributed import deepspeed, stopping
@@ -156,14 +156,17 @@ class Trainer:
             self.module.domain.share = 1 - done
         raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            # Outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
-            with self.module.traces(batch) as traces:
-                loss, parts = self.engine(batch, counts, *traces)
+            loss, parts = self._loss(batch, counts)
             # Undoes DeepSpeed's mean over ranks and micro-batches: counts already are those of the whole step.
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
             self.engine.step()
             raw += parts
         return self.ranks.sum(raw)
+
+    def _loss(self, batch: Batch, counts: Tensor) -> Loss:
+        # Outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
+        with self.module.traces(batch) as traces:
+            return self.engine(batch, counts, *traces)
 
     def run(self, folder: RunFolder, tag: str | None = None) -> None:
         """Train to the stage's last step, from checkpoint `tag` of this stage where there is one."""
