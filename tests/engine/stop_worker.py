@@ -120,7 +120,7 @@ def at_a_port_in_use() -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
-    before(run, "_ranks", lambda: taken)  # keeps it open
+    before(run, "running", lambda: taken)  # keeps it open
 
 
 PLACES = {
