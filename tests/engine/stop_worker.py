@@ -24,7 +24,8 @@ import transformers.models.bert.modeling_bert  # noqa: F401
 
 from dsdistill import cli
 from dsdistill.distributed import stopping
-from dsdistill.engine import checkpoint, run, train
+from dsdistill.engine import checkpoint, run
+from dsdistill.engine.passes import dev_scores
 from dsdistill.engine.train import Trainer
 from tests.engine.launch import heed
 
@@ -141,7 +142,7 @@ PLACES = {
     "told while it waits": lambda: before(run, "run", threading.Timer(1.5, tell).start),
     "few files": with_few_files,
     "port in use": at_a_port_in_use,
-    "evaluation": lambda: before(train, "evaluate", lambda: [tell(), wait()]),
+    "evaluation": lambda: before(dev_scores, "evaluate", lambda: [tell(), wait()]),
 }
 
 
