@@ -51,9 +51,11 @@ def test_a_run_of_format_1_goes_on(tmp_path, config):
     expected, got = losses(home / "losses.jsonl"), losses(home / "run" / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 9))
     for there, here in zip(expected, got, strict=True):
-        assert here["loss"] == pytest.approx(there["loss"], rel=1e-4)
+        assert here["loss"] == pytest.approx(
+            there["loss"], rel=1e-3
+        )  # another processor may have written them
         raw = {name: term["raw"] for name, term in here["terms"].items()}
-        assert raw == pytest.approx(there["terms"], rel=1e-4)
+        assert raw == pytest.approx(there["terms"], rel=1e-3)  # another processor may have written them
     if config == "config.yaml":
         return
     dsdistill(home, "evaluate", "run")
