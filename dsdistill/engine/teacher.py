@@ -59,6 +59,7 @@ def shard_teacher(
 
     Each rank holds 1/W of the weights, and whole layers only while they run. Every rank must call this, and run
     the Distiller equally often. Where torch.distributed is not up yet it is started, as the launcher's variables say.
+    Beside a student under ZeRO-3 a Distiller's teacher runs while what the student prefetches is there.
 
     Args:
         load: makes the model, such as lambda: AutoModelForCausalLM.from_pretrained(path). The weights are sharded
