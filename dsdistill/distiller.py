@@ -1,4 +1,4 @@
-"""Teacher, student and terms, and the loss of a batch: the heart of `dsdistill train` and of anybody's own loop."""
+"""Make the loss of a batch from teacher, student and terms, for `dsdistill train` and for anybody's own loop."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ TASKS = ("classification", "regression", "causal_lm", "masked_lm")
 
 
 class TermValue(NamedTuple):
-    """One term's value in a batch, detached: a scalar tensor each, so that nobody waits until it is read."""
+    """Hold one term's value in a batch as detached tensors, so that nobody waits until one is read."""
 
     raw: Tensor  # before its weight
     weighted: Tensor
@@ -39,14 +39,14 @@ class TermValue(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a Distiller makes of a batch; a tuple, because engines look for tensors in what modules return."""
+    """Hold what a Distiller makes of a batch; engines look for tensors in tuples, so it is one."""
 
     loss: Tensor  # scalar with gradients
     terms: dict[str, TermValue]
 
 
 class Distillation(nn.Module):
-    """A student under capture, what it learns from, and the objective between them.
+    """Join a student under capture, what it learns from, and the objective between them.
 
     Everything trainable lies in this one module, so that every parameter is gathered and saved by the same hooks.
     Teacher and earlier student are no submodules: they are neither trained nor saved.
@@ -60,7 +60,11 @@ class Distillation(nn.Module):
         geometry: dict[int, Geometry],
         previous: Tracer | None = None,
     ):
-        """geometry: of the student's attention layers, as counts need it; previous: as the stage before left it."""
+        """Register the student and the objective.
+
+        geometry: of the student's attention layers, as counts need it. previous: the student as an earlier stage left
+            it.
+        """
         super().__init__()
         self.body = student.callee.module
         self.objective = objective
@@ -88,13 +92,17 @@ class Distillation(nn.Module):
         """Return the student as a model of transformers."""
         return self.student.model
 
-    def counts(self, batches: Sequence[Batch], everywhere: bool = True) -> Tensor:
-        """Return (parts of all terms,) float64: what the sums of a step are divided by.
+    def own_counts(self, batches: Sequence[Batch]) -> Tensor:
+        """Return (parts of all terms,) float64: what this rank's micro-batches add to the counts of a step."""
+        return torch.stack([self.objective.counts(batch, self.geometry) for batch in batches]).sum(0)
 
-        batches: all micro-batches of this rank's step. everywhere: add up over the ranks, where there are several.
+    def counts(self, batches: Sequence[Batch]) -> Tensor:
+        """Return (parts of all terms,) float64: what the sums of a step are divided by, added up over the ranks.
+
+        batches: all micro-batches of this rank's step.
         """
-        counts = torch.stack([self.objective.counts(batch, self.geometry) for batch in batches]).sum(0)
-        if everywhere and _world_size() > 1:
+        counts = self.own_counts(batches)
+        if _world_size() > 1:
             dist.all_reduce(counts)
         return counts
 
@@ -140,7 +148,7 @@ def _traces(
 
 
 class Distiller(Distillation):
-    """The distillation loss of a batch, for any training loop.
+    """Compute the distillation loss of a batch, in any training loop.
 
         distiller = Distiller(teacher, student, terms={"task": {}, "soft_label": {"temperature": 1.0}})
         optimizer = torch.optim.AdamW(distiller.parameters())
@@ -235,16 +243,20 @@ class Distiller(Distillation):
             )
         super().__init__(student_tracer, teacher_tracer, objective, geometry)
 
-    def counts(self, batches: Sequence[Batch | Mapping[str, Any]], everywhere: bool = True) -> Tensor:
+    def counts(self, batches: Sequence[Batch | Mapping[str, Any]]) -> Tensor:
         """Return (parts of all terms,) float64: what the sums of a step are divided by.
+
+        Where torch.distributed is up they are added up over the ranks: every rank must call it.
 
         Args:
             batches: all micro-batches of this rank's step, as `forward` takes them.
-            everywhere: add up over the ranks, where torch.distributed is up: every rank must call it.
+
+        Raises:
+            UserError: no list, an empty one, or a batch that `forward` would refuse.
         """
         if isinstance(batches, Mapping | Batch) or not isinstance(batches, Sequence) or not batches:
             raise UserError(f"{ORIGIN}: counts", type(batches).__name__, "a list of a step's micro-batches")
-        return super().counts([self._batch(batch) for batch in batches], everywhere)
+        return super().counts([self._batch(batch) for batch in batches])
 
     # It returns more than a Distillation does: somebody else's loop logs each term.
     def forward(  # type: ignore[override]
@@ -265,7 +277,7 @@ class Distiller(Distillation):
             check_checkpointing(self.model, f"{ORIGIN}: student")
         everywhere = counts is not None or self.training
         if counts is None:
-            counts = super().counts([batch], everywhere)
+            counts = super().counts([batch]) if everywhere else self.own_counts([batch])
         try:
             loss = super().forward(batch, counts)
         except BackendError as error:  # some are found out by the first call alone

@@ -1,4 +1,4 @@
-"""The settings of each loss term, as typed objects: Distiller(..., terms={"hidden": terms.Hidden(layers="last")}).
+"""Export the settings of each loss term as typed objects, such as terms.Hidden(layers="last") for a Distiller.
 
 They are those of a config, checked in the same way and with the same messages.
 """

@@ -1,1 +1,1 @@
-"""Verification and benchmarks: of every operator, of kernels compiled ahead of time, and of a whole step."""
+"""Verify and time every operator, kernels compiled ahead of time, and a whole step."""

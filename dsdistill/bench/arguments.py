@@ -1,4 +1,4 @@
-"""Checks of what the commands verify and bench are given, beyond what each knows by itself."""
+"""Check what the commands verify and bench are given."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Terms from outside: their settings become fields of a config like any other term's."""
+"""Add terms from outside: their settings become fields of a config like those of any other term."""
 
 import keyword
 from typing import Any

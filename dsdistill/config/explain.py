@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with settings, as one line for people."""
+"""Say in one line for people what pydantic finds wrong with settings."""
 
 import difflib
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The formats of config.yaml, and what an earlier format takes to be read by this version.
+"""Name the formats of config.yaml, and complete what an earlier format lacks.
 
 A change needs a new format where a default changes, or where a setting is added whose default would change a run that
 has begun. Then FORMAT is raised by one, and DEFAULTS gains the former value for every format before.

@@ -1,4 +1,4 @@
-"""Plugins: modules of the user's own that a config names, imported before its other settings are looked at."""
+"""Import plugins: modules of the user's own that a config names, before its other settings are looked at."""
 
 import contextlib
 import importlib

@@ -147,7 +147,7 @@ class Data(Section):
 
     @property
     def most_bytes(self) -> int:
-        """The largest data file that is read, in bytes."""
+        """Return the size of the largest data file that is read, in bytes."""
         most = self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
         assert most is not None  # _size saw to it
         return most

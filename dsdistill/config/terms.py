@@ -22,7 +22,7 @@ Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
 class ConstructedSection(Section):
-    """A section that code constructs by itself, too: a mistake raises the UserError that a config would get."""
+    """Validate a section that code may construct, too: a mistake raises the UserError that a config would get."""
 
     def __init__(self, /, **settings: Any) -> None:
         try:
@@ -35,48 +35,48 @@ class ConstructedSection(Section):
 
 
 class Term(ConstructedSection):
-    """What every term has: a weight, and properties that say what it needs of a run."""
+    """Hold what every term has: a weight, and properties that say what the term needs of a run."""
 
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
 
     @property
     def relates(self) -> bool:
-        """Whether its value depends on which examples meet in a micro-batch."""
+        """Return whether the value depends on which examples meet in a micro-batch."""
         return False
 
     @property
     def contrasts(self) -> bool:
-        """Whether it tells an example from the others that meet it: data.sampler hard_negative needs such a term."""
+        """Return whether the term tells an example from others that meet it, as data.sampler hard_negative needs."""
         return False
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether it compares the student with a teacher."""
+        """Return whether the term compares the student with a teacher."""
         return True
 
     @property
     def needs_head(self) -> bool:
-        """Whether it reads the teacher's logits, so that the teacher's head must be trained."""
+        """Return whether the term reads the teacher's logits, so that the teacher's head must be trained."""
         return False
 
     @property
     def needs_previous(self) -> bool:
-        """Whether it compares the student with what the stage before this one handed over."""
+        """Return whether the term compares the student with what the stage before handed over."""
         return False
 
     @property
     def needs_domain(self) -> bool:
-        """Whether it trains the fusion that student.domain describes."""
+        """Return whether the term trains the fusion that student.domain describes."""
         return False
 
     @property
     def reads_spans(self) -> bool:
-        """Whether it compares words and phrases, which data.chunker finds."""
+        """Return whether the term compares words and phrases, which data.chunker finds."""
         return False
 
     @property
     def reads_labels(self) -> bool:
-        """Whether it reads the labels of the data, and so is what train.distill_weight weighs all others against."""
+        """Return whether the term reads the labels of the data: train.distill_weight weighs all others against it."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""From what collators make to a Batch: one form inside, whatever the form outside."""
+"""Make a Batch of what collators give: one form inside, whatever the form outside."""
 
 from collections.abc import Mapping
 from typing import Any

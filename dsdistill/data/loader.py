@@ -57,14 +57,13 @@ def collate(examples: Examples, rows: list[int], pad_id: int, epoch: int | None 
 
 
 def _counted(examples: Examples, labels: Tensor, mask: Tensor) -> Tensor | None:
-    """(K,) int64: flat places of the tokens that are to be predicted; None where labels belong to whole examples."""
+    """Return (K,) int64, the flat places of tokens to predict; None where labels belong to whole examples."""
     if examples.labels is not None:
         return None
     chosen = (labels != NO_LABEL) & mask
     if examples.masking is None or not examples.masking.predicted:
-        chosen[:, 0] = (
-            False  # a causal model predicts each token from those before it, and the first has none
-        )
+        # A causal model predicts each token from those before it, and the first has none.
+        chosen[:, 0] = False
     return chosen.flatten().nonzero()[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Methods side by side: each config with each seed, one run after the other, and a table of means and deviations."""
+"""Compare methods: run each config with each seed, one after the other, and print means and deviations."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ _LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
 
 
 def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
-    """Seeds, and of each method by its name the config files and overrides it is made of.
+    """Return the seeds, and by its name the config files and overrides that each method is made of.
 
     The file: `seeds: [0, 1, 2]` and `methods: {NAME: [FILE or KEY=VALUE, ...], ...}`, files as `train` takes them.
     """
@@ -65,7 +65,7 @@ def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
 
 
 def compare(path: str, out: str, overrides: list[str]) -> str:
-    """Run what is not finished yet, in OUT/METHOD/seed-N; the table, also written to OUT/table.md.
+    """Run what is not finished yet, in OUT/METHOD/seed-N; return the table, which OUT/table.md holds too.
 
     Raises UserError, before the first run starts, for a config that is refused or is not what a run there began with.
     """
@@ -163,9 +163,9 @@ def _run(run: str, sources: list[str], call: Callable[[list[str]], int]) -> None
 
 
 def table(rows: dict[str, list[dict]]) -> str:
-    """Markdown: the student's scores of each method, mean ± standard deviation over its runs; the teacher's first.
+    """Return a Markdown table: the teacher's scores, then each method's, mean ± standard deviation over its runs.
 
-    rows: summaries by method.
+    rows: summaries by method; the scores are those of its student.
     """
     by_name: dict[str, list[dict]] = {}
     for summaries in rows.values():

@@ -1,4 +1,4 @@
-"""`dsdistill evaluate`: the newest checkpoint of a run on its dev set."""
+"""Evaluate the newest checkpoint of a run on its dev set, for `dsdistill evaluate`."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The module that a run trains: the distillation of one stage, and what evaluation asks of the same student."""
+"""Make the module that a run trains: the distillation of one stage, and what evaluation asks of the student."""
 
 import fnmatch
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from dsdistill.models.tracer import Tracer, callee
 
 
 class StudentModule(Distillation):
-    """A Distillation whose student may have domain fusion, be evaluated, and represent texts."""
+    """Add to a Distillation what a run asks of its student: domain fusion, scores, and representations of texts."""
 
     def __init__(
         self,
@@ -34,7 +34,9 @@ class StudentModule(Distillation):
         represents: bool = False,
         domain: DomainFusion | None = None,
     ):
-        """evaluation: what evaluate() measures; holds no parameters. represents: the last layer is kept for it.
+        """Put the model under capture.
+
+        evaluation: what evaluate() measures; it holds no parameters. represents: the last layer is kept for it.
 
         domain: what to put before the model's first layer. geometry: of the student's attention layers.
         """

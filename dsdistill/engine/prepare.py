@@ -1,4 +1,4 @@
-"""A run's parts, resolved and checked against each other before any weight is loaded."""
+"""Resolve the parts of a run and check them against each other before any weight is loaded."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What a run refuses before any weight is loaded; each check takes the part of the config that it is about."""
+"""Refuse what no run can do, before any weight is loaded; each check takes the part of the config it is about."""
 
 import fnmatch
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A whole run: the teacher's own where a recipe names one, the student's, a baseline's, the summary."""
+"""Run everything: the teacher's recipe where one is named, the student, a baseline, the summary."""
 
 import contextlib
 import copy

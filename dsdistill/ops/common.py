@@ -99,7 +99,7 @@ def row_weights(mask: Tensor | None, weights: Tensor | None, shape: tuple[int, i
 
 
 def index_mask(index: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, N) bool of flat places (K,): True there."""
+    """Return (B, N) bool, True at the flat places (K,)."""
     mask = torch.zeros(*shape, dtype=torch.bool, device=index.device)
     mask.view(-1).index_fill_(0, index, True)
     return mask

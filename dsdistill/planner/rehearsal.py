@@ -45,7 +45,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Rank:
-    """What a rank is, and what its engines hold."""
+    """Describe a rank and what its engines hold."""
 
     world_size: int
     dtype: torch.dtype
@@ -195,9 +195,11 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
 
 def _batch(config: Config, objective: Objective, size: int) -> Batch:
     tokens = config.data.max_length
-    ids = torch.ones(size, tokens, dtype=torch.int64)
+    ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:
         labels = ids
+        places = torch.arange(size * tokens).view(size, tokens)
+        counted = (places[:, 1:] if config.task == "causal_lm" else places).flatten()
     elif config.task == "regression":
         labels = torch.zeros(size)
     else:
@@ -212,6 +214,7 @@ def _batch(config: Config, objective: Objective, size: int) -> Batch:
         token_types=torch.zeros_like(ids),
         spans=spans,
         chance=torch.zeros(size),
+        counted=counted,
     )
 
 

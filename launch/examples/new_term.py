@@ -1,4 +1,4 @@
-"""A term of your own: how long the student's states are, compared with the teacher's, layer by layer.
+"""Add a term of your own: it compares how long the states of student and teacher are, layer by layer.
 
 Beside a config, as a plugin (the module must be on Python's path, or in the current directory):
 
@@ -19,13 +19,13 @@ from dsdistill.terms import Term
 
 
 class Length(Term):
-    """Settings: what `terms.length` may hold in a config, beside `weight`."""
+    """Hold what `terms.length` may set in a config, beside `weight`."""
 
     layers: Literal["uniform", "last"] = Field(default="uniform", description="which layers are compared")
 
 
 class LengthTerm(AlignmentTerm):
-    """Mean over valid tokens of (log ‖h_S‖ − log ‖h_T‖)², a part for each mapped layer."""
+    """Compute the mean over valid tokens of (log ‖h_S‖ − log ‖h_T‖)², a part for each mapped layer."""
 
     def __init__(self, config, pair):
         super().__init__(config, pair)

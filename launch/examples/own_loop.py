@@ -16,7 +16,6 @@ from dsdistill import Distiller
 from dsdistill.models.build import locate
 
 ROWS, MICRO_BATCHES = 16, 2  # of a step, on each rank
-
 out, steps, path = (sys.argv[1:] + ["20", "minilm"][len(sys.argv) - 2 :])[:3]
 rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 if ranks > 1:
@@ -40,16 +39,17 @@ for step in range(1, int(steps) + 1):
     batches = []
     for _ in range(MICRO_BATCHES):
         chosen = torch.randint(len(texts), (ROWS // MICRO_BATCHES,), generator=chance)
-        rows = [texts[index] for index in chosen.tolist()]
+        rows = [texts[index] for index in chosen]
         batches.append(tokenizer(rows, padding=True, truncation=True, max_length=64, return_tensors="pt"))
     counts = distiller.counts(batches)  # of the whole step, over all ranks
-    outputs = [model(batch, counts=counts) for batch in batches]
-    for output in outputs:
-        output.loss.backward()
+    outputs = []
+    for batch in batches:  # each backward pass comes before the next forward pass, as DDP wants it
+        outputs.append(model(batch, counts=counts))
+        outputs[-1].loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if rank == 0 and (step == 1 or step % 5 == 0):
-        values = {name: sum(output.terms[name].raw for output in outputs).item() for name in terms}
+        values = {name: float(sum(output.terms[name].raw for output in outputs)) for name in terms}
         print(f"step {step}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()), flush=True)
 
 if rank == 0:

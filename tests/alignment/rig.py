@@ -163,7 +163,7 @@ class Rig:
             with torch.no_grad():
                 self.module.trace(batches[0])
             self.module.geometry = self.module.student.capture.geometry
-        return self.module.counts(batches, everywhere=False)
+        return self.module.own_counts(batches)
 
     def step(self, *batches: Batch):
         """(total, raw by term, gradients by name) of one step over these micro-batches."""

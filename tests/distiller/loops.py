@@ -23,12 +23,16 @@ TERMS = {
     "attention": {"heads": "mean"},
     "pairwise": {"layers": "uniform"},
 }
+MOVING = TERMS | {"hidden": TERMS["hidden"] | {"layers": "emd"}}
 LOOPS = (  # of several ranks
     "ddp",
     "ddp-checkpointing",
     "ddp-compiled",
+    "ddp-moving",
     "zero1",
+    "zero1-checkpointing",
     "zero2",
+    "zero2-checkpointing",
     "zero2-compiled",
     "zero3",
     "zero3-checkpointing",
@@ -54,11 +58,11 @@ def teacher():
     return peaked(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **FAMILIES["llama"])), 3.0)
 
 
-def distiller(guide=None, model=None) -> Distiller:
+def distiller(guide=None, model=None, terms=TERMS) -> Distiller:
     guide = teacher() if guide is None else guide
     model = student() if model is None else model
     torch.manual_seed(3)  # of the projectors
-    return Distiller(guide, model, TERMS)
+    return Distiller(guide, model, terms)
 
 
 def micro_batches(step: int) -> list[dict]:
@@ -88,20 +92,23 @@ def descend(module: torch.nn.Module, made: Distiller) -> dict:
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
     for step in range(STEPS):
         counts = made.counts(own(step))
-        for batch in own(step):
-            module(batch, counts=counts).loss.backward()
+        outputs = []
+        for batch in own(step):  # DDP wants the backward pass of one before the forward pass of the next
+            outputs.append(module(batch, counts=counts))
+            outputs[-1].loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        made.update(outputs)  # of layer weights that move, if any does
     return weights(made)
 
 
-def plain() -> dict:
-    made = distiller()
+def plain(option: str) -> dict:
+    made = distiller(terms=MOVING if option == "moving" else TERMS)
     return descend(made, made)
 
 
 def ddp(option: str) -> dict:
-    made = distiller(model=student(option))
+    made = distiller(model=student(option), terms=MOVING if option == "moving" else TERMS)
     return descend(torch.nn.parallel.DistributedDataParallel(made), made)
 
 
@@ -177,11 +184,9 @@ def fsdp2(option: str) -> dict:
 
 def run(name: str) -> dict:
     kind, _, option = name.partition("-")
-    if kind == "plain":
-        return plain()
     if kind.startswith("zero"):
         return zero(int(kind[4:]), option)
-    return {"ddp": ddp, "fsdp2": fsdp2, "accelerate": accelerate}[kind](option)
+    return {"plain": plain, "ddp": ddp, "fsdp2": fsdp2, "accelerate": accelerate}[kind](option)
 
 
 if __name__ == "__main__":

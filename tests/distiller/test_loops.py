@@ -21,17 +21,30 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth():
-    return loops.run("plain"), loops.weights(loops.distiller())
+    """Return what one process trains to and where it starts, without and with layer weights that move."""
+    return {
+        "": (loops.run("plain"), loops.weights(loops.distiller())),
+        "moving": (loops.run("plain-moving"), loops.weights(loops.distiller(terms=loops.MOVING))),
+    }
 
 
 @pytest.mark.parametrize("loop", loops.LOOPS)
 def test_trains_to_the_same_weights(trained, truth, loop):
-    expected, start = truth
+    expected, start = truth["moving" if loop.endswith("moving") else ""]
     found = torch.load(os.path.join(trained, f"{loop}.pt"))
     assert found.keys() == expected.keys() and any("projectors" in name for name in found)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
         assert (value - start[name]).abs().max() > 1e-5, f"{name} has not moved"
+
+
+def test_layer_weights_move():
+    """Without update() they would stay, and training would lead elsewhere."""
+    moving = loops.run("plain-moving")
+    made = loops.distiller(terms=loops.MOVING)
+    made.update = lambda outputs: None
+    still = loops.descend(made, made)
+    assert max((still[name] - moving[name]).abs().max() for name in moving) > 1e-5
 
 
 def test_counts_matter(truth):
@@ -44,4 +57,4 @@ def test_counts_matter(truth):
         optimizer.step()
         optimizer.zero_grad()
     found = loops.weights(made)
-    assert max((found[name] - value).abs().max() for name, value in truth[0].items()) > 1e-4
+    assert max((found[name] - value).abs().max() for name, value in truth[""][0].items()) > 1e-4

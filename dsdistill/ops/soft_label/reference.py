@@ -63,7 +63,7 @@ def cross_entropy_total(
     ignore_index: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Σ −log softmax(hidden headᵀ + bias)[label] over the tokens that count."""
+    """Return Σ −log softmax(hidden headᵀ + bias)[label] over the tokens that count."""
     if index is not None:
         labels = labels.masked_fill(~index_mask(index, labels.shape), ignore_index)
     hidden = zero_masked(hidden, labels != ignore_index)
