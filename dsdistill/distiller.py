@@ -363,7 +363,10 @@ def _pad(config: PretrainedConfig) -> int | None:
 
 
 def _tell_zero(module: Distillation, _) -> None:
-    """Forward pre-hook: ZeRO-3 must know what a module uses outside the forward pass of the submodule that holds it."""
+    """Forward pre-hook: tell ZeRO-3 what a module uses outside the forward pass of the submodule that holds it.
+
+    DeepSpeed notices most such uses by itself, at the first of them; none is left to that.
+    """
     unknown = [parameter for parameter in module.student.head if hasattr(parameter, "ds_id")]
     if unknown:
         from dsdistill.distributed.deepspeed import register_external

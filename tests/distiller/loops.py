@@ -23,7 +23,10 @@ TERMS = {
     "attention": {"heads": "mean"},
     "pairwise": {"layers": "uniform"},
 }
-MOVING = TERMS | {"hidden": TERMS["hidden"] | {"layers": "emd"}}
+MOVING = TERMS | {
+    "hidden": TERMS["hidden"] | {"layers": "emd"},
+    "pairwise": TERMS["pairwise"] | {"layer_weights": "dynamic"},
+}
 LOOPS = (  # of several ranks
     "ddp",
     "ddp-checkpointing",
@@ -99,7 +102,8 @@ def descend(module: torch.nn.Module, made: Distiller) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         made.update(outputs)  # of layer weights that move, if any does
-    return weights(made)
+    means = getattr(made.objective.terms["pairwise"].weighting, "mean", [])  # losses that weights follow
+    return weights(made) | ({"means": torch.tensor(means)} if means else {})
 
 
 def plain(option: str) -> dict:

@@ -35,7 +35,7 @@ def test_trains_to_the_same_weights(trained, truth, loop):
     assert found.keys() == expected.keys() and any("projectors" in name for name in found)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
-        assert (value - start[name]).abs().max() > 1e-5, f"{name} has not moved"
+        assert name == "means" or (value - start[name]).abs().max() > 1e-5, f"{name} has not moved"
 
 
 def test_layer_weights_move():
@@ -44,7 +44,7 @@ def test_layer_weights_move():
     made = loops.distiller(terms=loops.MOVING)
     made.update = lambda outputs: None
     still = loops.descend(made, made)
-    assert max((still[name] - moving[name]).abs().max() for name in moving) > 1e-5
+    assert max((value - moving[name]).abs().max() for name, value in still.items()) > 1e-5
 
 
 def test_counts_matter(truth):

@@ -69,3 +69,5 @@ def test_bytes_of_a_step(settings, data_dir, models_dir, tmp_path, ranks):
         }
         sent = {name: size for name, size in sent.items() if size}
         assert sent == pytest.approx(wanted, rel=5e-3), (stage, gathers)
+        # The teacher runs while nothing of a sharded student is gathered.
+        assert found["beside"] == [0] * (2 * MICRO_BATCHES if stage == 3 else 0)

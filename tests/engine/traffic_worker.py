@@ -48,6 +48,8 @@ def counted(name, function):
 for collective in COLLECTIVES:  # before deepspeed is imported: it keeps the functions it finds
     setattr(dist, collective, counted(collective, getattr(dist, collective)))
 
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
 from dsdistill.config import load
 from dsdistill.distiller import Distillation
 from dsdistill.distributed import deepspeed
@@ -75,10 +77,13 @@ def measure(path: str, ranks: Ranks) -> dict:
     teacher = load_teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
     trainer = Trainer(prepared, 0, config.student.path, None, teacher, None, ranks)
     trainer.engine.train()
-    gathers = teacher.frozen
+    gathers, beside = teacher.frozen, []
 
     @contextlib.contextmanager
     def trace(batch):
+        if config.student.zero_stage == 3:  # what is gathered, or on its way
+            parameters = trainer.module.parameters()
+            beside.append(sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE))
         with contextlib.ExitStack() as stack:
             with during("teacher"):
                 found = stack.enter_context(gathers(batch))
@@ -97,6 +102,7 @@ def measure(path: str, ranks: Ranks) -> dict:
     return {
         "sent": found,
         "sizes": sizes,
+        "beside": beside,
         "parts": sum(t.parts for t in trainer.module.objective.terms.values()),
     }
 
