@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,12 @@ from dsdistill.alignment.objective import BackendError, Loss, Objective
 from dsdistill.alignment.probing import check_pair
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, make_config
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.config.schema import LANGUAGE, AttentionName
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.data.inputs import as_batch
 from dsdistill.models.build import NEEDED, plain_model, task_of
-from dsdistill.models.capture import ATTENTION
-from dsdistill.models.settings import check_shape
+from dsdistill.models.settings import check_shape, text_config
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.models.tracer import Callee, Tracer, callee, check_checkpointing
 
@@ -212,7 +211,11 @@ class Distiller(Distillation):
         try:
             objective = Objective(config.terms, _pair(config, given.config, theirs), distill_weight)
             _check_heads(objective, given, guide)
-            geometry = check_pair(task, given.config, theirs, (objective,))
+            models = {"student": given} | ({"teacher": guide} if guide is not None else {})
+            implementations = {place: _attention(model) for place, model in models.items()}
+            geometry = check_pair(
+                task, given.config, theirs, (objective,), implementations=implementations
+            )
             run = callee(student, task, "student")
         except UserError as error:
             raise error.within(ORIGIN) from None
@@ -220,9 +223,6 @@ class Distiller(Distillation):
             teacher = guide = None
         if guide is not None:
             _check_apart(given, guide)
-        if objective.layers("student_attention"):
-            for model in (given, guide) if guide is not None else (given,):
-                model.set_attn_implementation(ATTENTION)
         target = next(given.parameters())
         if target.device.type != "meta":
             objective.to(target.device, target.dtype)
@@ -230,6 +230,7 @@ class Distiller(Distillation):
             replace(run, pad=_pad(given.config)),
             objective.layers("student_hidden"),
             objective.layers("student_attention"),
+            unrotated=bool(objective.needs("unrotated")),
         )
         teacher_tracer = None
         if guide is not None:
@@ -240,6 +241,7 @@ class Distiller(Distillation):
                 objective.layers("teacher_hidden"),
                 objective.layers("teacher_attention"),
                 bool(objective.needs("values")),
+                bool(objective.needs("unrotated")),
             )
         super().__init__(student_tracer, teacher_tracer, objective, geometry)
 
@@ -354,6 +356,12 @@ def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         if id(parameter) in own:
             got = f"one that shares {name} with the student"
             raise UserError(f"{ORIGIN}: teacher", got, "a model of its own, such as copy.deepcopy(student)")
+
+
+def _attention(model: PreTrainedModel) -> str:
+    """Return what a model computes attention with, as a config names it; auto where that is none of its names."""
+    used = text_config(model.config)._attn_implementation
+    return used if used in get_args(AttentionName) else "auto"
 
 
 def _pad(config: PretrainedConfig) -> int | None:

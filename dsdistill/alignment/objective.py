@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def needs(self, what: str) -> str | None:
         """Return the name of a term that needs it, None where none does.
 
-        what: teacher, head, logits, lens, labels, spans, values or previous, as AlignmentTerm says.
+        what: teacher, head, logits, lens, labels, spans, values, unrotated or previous, as AlignmentTerm says.
         """
         return next((name for name, term in self.terms.items() if getattr(term, f"needs_{what}")), None)
 

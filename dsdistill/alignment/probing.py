@@ -1,11 +1,11 @@
 """Check whether two models leave the traces that the terms between them need."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PretrainedConfig
 
 from dsdistill.alignment.objective import Objective
-from dsdistill.models.probe import probe, rotates_queries
+from dsdistill.models.probe import probe
 from dsdistill.models.trace import Geometry
 
 
@@ -15,10 +15,12 @@ def check_pair(
     teacher: PretrainedConfig | None,
     objectives: Sequence[Objective],
     hidden: bool = False,
+    implementations: Mapping[str, str] | None = None,
 ) -> dict[int, Geometry]:
     """Return which keys each attention layer of the student sees; nothing where no term asks for attention.
 
-    objectives: of all stages. hidden: states are read in any case.
+    objectives: of all stages. hidden: states are read in any case. implementations: of attention, by `student` and
+    `teacher`, as attn_implementation in a config; auto by default.
 
     Raises UserError for a model that cannot do the task or does not show what the terms read.
     """
@@ -28,15 +30,22 @@ def check_pair(
     models = {
         place: model for place, model in (("student", student), ("teacher", teacher)) if model is not None
     }
-    seen = [
-        probe(model, task, place, attention=attention, hidden=hidden, lens=lens)
+    seen = {
+        place: probe(
+            model,
+            task,
+            place,
+            attention=attention,
+            hidden=hidden,
+            lens=lens,
+            implementation=(implementations or {}).get(place, "auto"),
+        )
         for place, model in models.items()
-    ]
-
-    def rotating() -> dict[str, str]:
-        return {place: model.model_type for place, model in models.items() if rotates_queries(model, task)}
-
+    }
+    hidden_rotation = {
+        place: models[place].model_type for place, found in seen.items() if found.rotation == "hidden"
+    }
     for objective in objectives:
         for term in objective.terms.values():
-            term.check_models(seen, rotating)
-    return seen[0]
+            term.check_models([found.geometry for found in seen.values()], hidden_rotation)
+    return seen["student"].geometry

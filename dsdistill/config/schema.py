@@ -19,6 +19,7 @@ SAVED = object()  # context of a validation without the rules between fields
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 Files = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+AttentionName = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
 def _size(value: Any) -> Any:
@@ -159,6 +160,10 @@ class Model(Section):
         default=None,
         description="architecture (model_type and what differs from its defaults): alone it makes a random model; "
         "beside path it lets checks run offline and overrides dropout and the like",
+    )
+    attn_implementation: AttentionName = Field(
+        default="auto",
+        description="of attention, by its transformers name; auto: sdpa where the class supports it, else eager",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,

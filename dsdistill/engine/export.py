@@ -48,6 +48,7 @@ def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, d
         config.task,
         "student",
         needs_head=False,
+        attention=config.student.attn_implementation,
     )
     saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
 

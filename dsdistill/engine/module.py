@@ -43,7 +43,10 @@ class StudentModule(Distillation):
         self._last = model.config.num_hidden_layers
         hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
         student = Tracer(
-            callee(model, objective.task, "student"), hidden, objective.layers("student_attention")
+            callee(model, objective.task, "student"),
+            hidden,
+            objective.layers("student_attention"),
+            unrotated=bool(objective.needs("unrotated")),
         )
         super().__init__(student, teacher, objective, geometry or {}, previous)
         self.evaluation = evaluation
@@ -103,7 +106,14 @@ def make_student(
     init: where the first weights lie (None: random). layers: of the teacher, that the student's fusion maps.
     parts: teacher, previous and geometry of the StudentModule.
     """
-    model = build_model(architecture, init, config.task, "student", needs_head=False)
+    model = build_model(
+        architecture,
+        init,
+        config.task,
+        "student",
+        needs_head=False,
+        attention=config.student.attn_implementation,
+    )
     if checkpointing:
         # Newer transformers have another name for it, 5.17 knows this one alone.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

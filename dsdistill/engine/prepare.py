@@ -79,7 +79,11 @@ def prepare(config: Config, world_size: int) -> Prepared:
             refusals.check_sizes(data, task, model, tokenizer, place)
     refusals.check_files({"teacher": (config.teacher, teacher), "student": (config.student, student)}, task)
     reads = bool(config.evaluation.rcs or config.evaluation.structure)
-    geometry = check_pair(task, student, teacher, objectives, hidden=reads)
+    sections = {"student": config.student} | ({"teacher": config.teacher} if config.teacher else {})
+    implementations = {place: section.attn_implementation for place, section in sections.items()}
+    geometry = check_pair(
+        task, student, teacher, objectives, hidden=reads, implementations=implementations
+    )
     if config.student.from_teacher is not None:
         check_cut(student, teacher, config.student.from_teacher, task, "student")
     refusals.check_frozen(config.student, config.stages, student, task)

@@ -71,7 +71,16 @@ def earlier_student(
     path: what that stage handed on; layers: to trace.
     """
     made = callee(
-        build_model(architecture, None, config.task, "student", needs_head=False), config.task, "student"
+        build_model(
+            architecture,
+            None,
+            config.task,
+            "student",
+            needs_head=False,
+            attention=config.student.attn_implementation,
+        ),
+        config.task,
+        "student",
     )
     weights = load_file(path)
     made.module.load_state_dict(

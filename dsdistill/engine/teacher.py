@@ -30,7 +30,14 @@ def load_teacher(
 
     def load() -> PreTrainedModel:
         torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
-        return build_model(architecture, config.teacher.path, config.task, "teacher", needs_head=needs_head)
+        return build_model(
+            architecture,
+            config.teacher.path,
+            config.task,
+            "teacher",
+            needs_head=needs_head,
+            attention=config.teacher.attn_implementation,
+        )
 
     if config.teacher.zero_stage == 3:
         section = config.teacher
@@ -45,7 +52,8 @@ def load_teacher(
         for kind in ("teacher_hidden", "teacher_attention")
     )
     values = any(objective.needs("values") for objective in objectives)
-    return Tracer(made, seen.union(hidden), attention, values)
+    unrotated = any(objective.needs("unrotated") for objective in objectives)
+    return Tracer(made, seen.union(hidden), attention, values, unrotated)
 
 
 def shard_teacher(

@@ -1,6 +1,7 @@
 """Build models from Hugging Face names, folders or a bare architecture, and a student from teacher layers."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import os
@@ -28,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.capture import ATTENTION, layer_list
+from dsdistill.models.capture import layer_list
 from dsdistill.models.settings import (
     ADAPTER,
     CONFIG,
@@ -36,6 +37,7 @@ from dsdistill.models.settings import (
     check_shape,
     find,
     make_ours,
+    per_layer,
     read_settings,
 )
 from dsdistill.models.tokenizer import check_tokenizer
@@ -225,9 +227,8 @@ def cut_architecture(
     check_settings({"num_hidden_layers": len(layers)}, f"{place}.from_teacher")
     settings = teacher.to_dict()
     settings["num_hidden_layers"] = len(layers)
-    for key, value in settings.items():  # layer_types, no_rope_layers and the like have an entry a layer
-        if "layer" in key and isinstance(value, list) and len(value) == depth:
-            settings[key] = [value[layer - 1] for layer in layers]
+    for key in per_layer(settings, depth):
+        settings[key] = [settings[key][layer - 1] for layer in layers]
     # Where the family uses another name for the depth (n_layer, n_layers) both would be given: keep one.
     alias = teacher.attribute_map.get("num_hidden_layers")
     if alias:
@@ -264,13 +265,18 @@ def check_cut(
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
     """Return the model that build_model() makes, without memory for weights; raise UserError where that fails."""
     with torch.device("meta"):
-        return _random(config, task, place)
+        return _random(copy.deepcopy(config), task, place)  # the library writes into the config of a model
 
 
-def _random(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
+def named(attention: str) -> str | None:
+    """Return an `attn_implementation` as the library takes it: with None it chooses SDPA where a class supports it."""
+    return None if attention == "auto" else attention
+
+
+def _random(config: PretrainedConfig, task: str, place: str, attention: str = "auto") -> PreTrainedModel:
     try:
         return auto_class(task).from_config(
-            config, attn_implementation=ATTENTION, dtype=torch.float32, trust_remote_code=False
+            config, attn_implementation=named(attention), dtype=torch.float32, trust_remote_code=False
         )
     except Exception as error:  # whatever the library trips over
         got, expected = f"model type {config.model_type} ({first_line(error)})", f"a model for {task}"
@@ -321,23 +327,29 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
 
 
 def build_model(
-    config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool
+    config: PretrainedConfig,
+    path: str | None,
+    task: str,
+    place: str,
+    *,
+    needs_head: bool,
+    attention: str = "auto",
 ) -> PreTrainedModel:
-    """Return a model under our capturing attention, in float32, with the weights of path, or random ones without.
+    """Return a model in float32, with the weights of path, or random ones without.
 
-    needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
+    attention: as `attn_implementation` in a config. needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
     classes is random (fine-tuning). Embeddings and layers they must bring in any case.
     """
     family = auto_class(task)
     if path is None:
-        return _random(config, task, place)
+        return _random(config, task, place, attention)
     source = locate(path, f"{place}.path")
     try:
         # The library annotates one model; with output_loading_info it returns a pair.
         loaded: Any = family.from_pretrained(
             source,
             config=config,
-            attn_implementation=ATTENTION,
+            attn_implementation=named(attention),
             dtype=torch.float32,
             output_loading_info=True,
             use_safetensors=True,  # a pickle runs what it holds

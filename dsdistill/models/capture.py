@@ -1,26 +1,29 @@
 """Capture queries, keys, values and hidden states of chosen layers, without output_attentions.
 
-The models run under an attention function of ours that notes its inputs and then calls the library's SDPA, so
-the forward pass keeps its fused kernels. Its mask function is registered too: without that the library drops
-the padding mask silently.
+The models stay as they are: while a forward pass is recorded, whatever function a class takes from transformers'
+attention interface (SDPA, eager, flex, flash) is called through one that notes its inputs first. Models that do not
+use that interface, and passes of which no attention is wanted, run untouched.
 """
 
-from collections.abc import Iterable
-from contextlib import contextmanager
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, PreTrainedModel
 
+from dsdistill.models.settings import text_config
 from dsdistill.models.trace import AttentionTrace, Geometry, Trace
 
-ATTENTION = "dsdistill"  # the name to give models as attn_implementation
+ROTATION = "apply_rotary_pos_emb"  # what modelling files call the function that turns queries and keys
 
 _recording: "Capture | None" = None  # at most one model runs under capture at a time
+_library_interface = AttentionInterface.get_interface
 
 
 def attention_trace(
@@ -40,19 +43,25 @@ def attention_trace(
     )
 
 
-def _attention(module, query, key, value, attention_mask, **options):
+def _noting_interface(interface: AttentionInterface, name: str, default: Callable) -> Callable:
+    return partial(_noted_attention, _library_interface(interface, name, default))
+
+
+def _noted_attention(function: Callable, module, query, key, value, *arguments, **options):
+    if _recording is None:
+        return function(module, query, key, value, *arguments, **options)
+    return _recording.attend(function, module, query, key, value, *arguments, **options)
+
+
+def _noted_rotation(function: Callable, query, key, *arguments, **options):
     if _recording is not None:
-        _recording.note_attention(module, query, key, value, options)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        _recording.before_rotation = query, key
+    return function(query, key, *arguments, **options)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
     """Return the model's blocks in order, or None where it does not hold one module a layer (ALBERT shares one)."""
-    depth = model.config.num_hidden_layers
+    depth = text_config(model.config).num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
@@ -72,12 +81,13 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 class Capture:
     """Note what the chosen layers of one model compute.
 
-    model: built with attn_implementation=ATTENTION.
     hidden, attention: layers to keep, counted from 1; hidden 0 is the embeddings' output.
     values: keep the values of attention too, which without gradients would be freed.
+    unrotated: keep queries and keys from before their rotation by position (RoPE), too.
 
-    Attention layers are told apart by the order of their calls, because some modules carry no index. Only the
-    calls inside `recording` count: the second run of a checkpointed layer comes in backward, after it.
+    An attention call belongs to the layer whose module it comes from, whatever layers before it were skipped. Where
+    a model has no list of layers (ALBERT runs one again and again) the calls are counted. Only the calls inside
+    `recording` count: the second run of a checkpointed layer comes in backward, after it.
     """
 
     def __init__(
@@ -86,19 +96,25 @@ class Capture:
         hidden: Iterable[int] = (),
         attention: Iterable[int] = (),
         values: bool = True,
+        unrotated: bool = False,
     ):
-        self.hidden, self.attention, self.values = frozenset(hidden), frozenset(attention), values
+        self.hidden, self.attention = frozenset(hidden), frozenset(attention)
+        self.values, self.unrotated = values, unrotated
         self.geometry: dict[int, Geometry] = {}  # of every layer seen so far
+        self.calls: Counter[int] = Counter()  # of the latest pass: attention calls by layer
+        self.before_rotation: tuple[Tensor, Tensor] | None = None
         self._trace: Trace | None = None
-        self._calls = 0
         self._hooks: list[RemovableHandle] = []
         layers = layer_list(model)
+        # Modules as keys, not their ids: a copy of a model and its capture goes on working.
+        self._places = {
+            module: place for place, layer in enumerate(layers or (), start=1) for module in layer.modules()
+        }
         if not self.hidden:
             return
         if layers is None:
-            raise ValueError(
-                f"{type(model).__name__}: no list of {model.config.num_hidden_layers} layers to hook"
-            )
+            depth = text_config(model.config).num_hidden_layers
+            raise ValueError(f"{type(model).__name__}: no list of {depth} layers to hook")
         if 0 in self.hidden:
             self._hooks.append(layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True))
         for index in self.hidden - {0}:
@@ -111,24 +127,47 @@ class Capture:
             self._hooks.pop().remove()
 
     @contextmanager
-    def recording(self):
+    def recording(self) -> Iterator[Trace]:
         """Yield the Trace that the forward pass inside fills."""
         global _recording
         if _recording is not None:
             raise RuntimeError("another forward pass is being captured; finish it first")
-        self._trace, self._calls, _recording = Trace(), 0, self
-        try:
-            yield self._trace
-        finally:
-            self._trace, _recording = None, None
+        with ExitStack() as stack:
+            if self.attention:
+                stack.enter_context(_replaced(AttentionInterface, "get_interface", _noting_interface))
+            for file in self._files() if self.unrotated else ():
+                noted = partial(_noted_rotation, getattr(file, ROTATION))
+                stack.enter_context(_replaced(file, ROTATION, noted))
+            self._trace, _recording = Trace(), self
+            self.calls.clear()
+            try:
+                yield self._trace
+            finally:
+                self._trace, self.before_rotation, _recording = None, None, None
 
-    def note_attention(self, module, query, key, value, options) -> None:
+    def attend(self, function: Callable, module: nn.Module, query, key, value, *arguments, **options) -> Any:
+        """Call an attention function of the library for a module, after its inputs are noted."""
         assert self._trace is not None  # called inside `recording` alone
-        self._calls += 1
-        layer = attention_trace(module, query, key, value, options)
-        self.geometry[self._calls] = layer.geometry
-        if self._calls in self.attention:
-            self._trace.attention[self._calls] = layer if self.values else replace(layer, value=None)
+        place = self._places.get(module) if self._places else 1 + self.calls.total()
+        if place is not None:  # else it is a part beside the layers, such as a vision tower
+            self.calls[place] += 1
+            layer = attention_trace(module, query, key, value, options)
+            self.geometry[place] = layer.geometry
+            if place in self.attention:
+                self._trace.attention[place] = self._kept(layer)
+        self.before_rotation = None
+        return function(module, query, key, value, *arguments, **options)
+
+    def _kept(self, layer: AttentionTrace) -> AttentionTrace:
+        if self.before_rotation is not None:
+            query, key = self.before_rotation
+            layer = replace(layer, unrotated_query=query, unrotated_key=key)
+        return layer if self.values else replace(layer, value=None)
+
+    def _files(self) -> list[Any]:
+        """Return the modelling files of the model's layers that turn queries and keys."""
+        names = dict.fromkeys(type(module).__module__ for module in self._places)
+        return [sys.modules[name] for name in names if hasattr(sys.modules[name], ROTATION)]
 
     def _note_embedding(self, module, args, kwargs) -> None:
         if self._trace is not None:
@@ -139,3 +178,14 @@ class Capture:
         # A checkpointed layer runs again in backward; by then nothing is being recorded.
         if self._trace is not None:
             self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value for a while."""
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)

@@ -1,160 +1,217 @@
 """Refuse by name, before anything heavy loads, a model that cannot do the task or that we would misread.
 
-Counting captured calls is not enough: position biases, soft caps and sinks change the probabilities without
-changing queries and keys. So a small random copy of the architecture runs twice: once with the library's eager
-attention, once with attention recomputed from what Capture would note. Unequal hidden states mean that the
-captured tensors do not tell the whole story.
+Every model is tried on a small random copy. It must compute under the attention that the run uses what it computes
+under the library's eager attention, with and without padding: position biases, soft caps and sinks change
+probabilities without a word where an implementation knows nothing of them. What is captured for the terms is judged
+in the same way: attention recomputed from the captured tensors must be the attention that the layer has.
 """
 
-import copy
-from collections.abc import Iterator
+import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import Headless, auto_class, skeleton
-from dsdistill.models.capture import ATTENTION, Capture, attention_trace, final_norm, layer_list
+from dsdistill.models.build import Headless, first_line
+from dsdistill.models.capture import Capture, attention_trace, final_norm, layer_list
+from dsdistill.models.settings import text_config
+from dsdistill.models.small_copy import (
+    copied_layers,
+    layer_kinds,
+    make_small,
+    sharpen,
+    small_copies,
+)
 from dsdistill.models.trace import Geometry
 
-_RECOMPUTED = "dsdistill_recomputed"
-_LENGTH = 12  # tokens of the probe's sequence; longer than its windows
-_WINDOW = 8
+_LENGTH = 12  # tokens of the text that is tried; longer than the copy's windows
 _PADDING = 3  # tokens at the end of its first row
-
-LARGEST = 2**33  # values of the small copy
-
 _EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
-
-_calls: list[str | None] = []  # of the probe that runs: what each took beside queries, keys and values
-
-
-def _recomputed_attention(module, query, key, value, attention_mask, **options):
-    _calls.append(next((extra for extra in _EXTRAS if options.get(extra) is not None), None))
-    layer = attention_trace(module, query, key, value, options)
-    valid = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool)
-    valid[0, -_PADDING:] = False
-    groups = query.shape[1] // key.shape[1]
-    scores = layer.scale * query @ repeat_kv(key, groups).transpose(-1, -2)
-    scores = scores.masked_fill(~_visible(valid, layer.geometry)[:, None], float("-inf"))
-    return (scores.softmax(-1) @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), None
+FLASH = "flash_attention_2"
 
 
-AttentionInterface.register(_RECOMPUTED, _recomputed_attention)
-AttentionMaskInterface.register(_RECOMPUTED, sdpa_mask)
+@dataclass(frozen=True)
+class Seen:
+    """A Seen holds what trying a model told of its attention; empty where nobody asked."""
+
+    geometry: dict[int, Geometry]  # which keys each layer with attention sees, by layer counted from 1
+    rotation: str = "none"  # none; seen: queries and keys from before it are captured; hidden: they cannot be
 
 
 def probe(
-    config: PretrainedConfig, task: str, place: str, *, attention: bool, hidden: bool, lens: bool = False
-) -> dict[int, Geometry]:
+    config: PretrainedConfig,
+    task: str,
+    place: str,
+    *,
+    attention: bool,
+    hidden: bool,
+    lens: bool = False,
+    implementation: str = "auto",
+) -> Seen:
     """Raise UserError where the model cannot do the task, or where Capture would miss or misread what terms need.
 
     config: architecture of the model; place: the config key to name; attention, hidden: what is needed; lens: hidden
-    states are to be read as if they were the last (by the final norm and the head).
-    Returns which keys each layer sees, by layer counted from 1 (nothing without `attention`).
+    states are to be read as if they were the last (by the final norm and the head); implementation: of attention, as
+    `attn_implementation` in a config.
     """
-    name = config.model_type
     if config.is_encoder_decoder:
-        raise UserError(place, f"model type {name}, an encoder-decoder", "an encoder or a decoder")
+        raise UserError(place, f"model type {config.model_type}, an encoder-decoder", "an encoder or a decoder")
+    key = config.to_json_string(use_diff=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
+        return _probe(_Keyed(key, config), task, place, attention, hidden, lens, implementation)
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """This is an architecture that a cache can tell from others."""
+
+    key: str
+    config: PretrainedConfig
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and self.key == other.key
+
+
+@functools.lru_cache(maxsize=256)  # a run asks again for each stage's student, and so do its recipe and its plan
+def _probe(
+    keyed: _Keyed, task: str, place: str, attention: bool, hidden: bool, lens: bool, implementation: str
+) -> Seen:
+    config = keyed.config
+    try:
+        kinds = layer_kinds(config, task, place)
+        small, eager = _smallest(config, task, place, copied_layers(kinds))
+        model = _under(implementation, small, task, place, eager)
+        if task in LANGUAGE:
+            _probe_language(model, place, causal=task == "causal_lm")
+        if hidden:
+            _probe_hidden(model, place)
+        if lens:
+            _probe_lens(model, place)
+        if not attention:
+            return Seen({})
+        _probe_attention(model, place)
+        geometry = _geometry(config, task, place, kinds)
+        return Seen(geometry, _rotation(model))
+    except UserError:
+        raise
+    except Exception as error:  # whatever an unknown architecture trips over
+        raise UserError(
+            place,
+            f"model type {config.model_type} ({first_line(error)[:100]})",
+            f"an encoder or decoder of transformers for {task}",
+        ) from error
+
+
+def _smallest(
+    config: PretrainedConfig, task: str, place: str, layers: int
+) -> tuple[PretrainedConfig, PreTrainedModel]:
+    """Return the smallest copy that runs under eager attention, and its model with peaked attention."""
+    failure: Exception | None = None
+    for small in small_copies(config, layers):
         try:
-            _check_size(_small_copy(config), task, place)
-            model = auto_class(task).from_config(
-                _small_copy(config), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
-            )
-            model = model.float().eval()
-            _sharpen(model)
-            if task in LANGUAGE:
-                _probe_language(model, place, causal=task == "causal_lm")
-            if hidden:
-                _probe_hidden(model, place)
-            if lens:
-                _probe_lens(model, place)
-            if not attention:
-                return {}
-            _probe_attention(model, place)
-            return _geometry(config, task)
-        except UserError:
+            model = make_small(small, task, place, "eager")
+            start = {name: value.clone() for name, value in model.state_dict().items()}
+            sharpen(model)
+            if not all(torch.isfinite(value).all() for value in _outputs(model, _inputs())):
+                model.load_state_dict(start)  # some families overflow then
+                _outputs(model, _inputs())
+            return small, model
+        except Exception as error:  # settings that belong together: the next copy keeps more of them
+            failure = failure or error
+    assert failure is not None  # there is one copy at least
+    raise failure
+
+
+def _under(
+    implementation: str, small: PretrainedConfig, task: str, place: str, eager: PreTrainedModel
+) -> PreTrainedModel:
+    """Return the copy under the attention that the run uses; raise UserError where it computes something else."""
+    if implementation == FLASH and not flash_here():
+        return eager  # check_attention() tells at training's start
+    named = None if implementation == "auto" else implementation
+    device = torch.device("cuda") if implementation == FLASH else torch.device("cpu")
+    where = place if named is None else f"{place}.attn_implementation"
+    try:
+        model = make_small(small, task, place, named)
+        model.load_state_dict(eager.state_dict())
+        if implementation == FLASH:  # it computes in half precision alone
+            model, eager = model.to(device, torch.bfloat16), eager.to(device, torch.bfloat16)
+        used = text_config(model.config)._attn_implementation
+        if named is None and used == "eager":
+            return model
+        for inputs in _ways():
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            mine, truth = _outputs(model, inputs), _outputs(eager, inputs)
+            if not all(_agree(a, b, inputs, 1e-3 if named != FLASH else 5e-2) for a, b in zip(mine, truth, strict=True)):
+                raise UserError(
+                    where,
+                    f"model type {small.model_type}, which computes something else under {used} than under eager "
+                    "attention",
+                    "attn_implementation: eager",
+                )
+    except UserError:
+        raise
+    except Exception as error:
+        if named is None:
             raise
-        except Exception as error:  # whatever an unknown architecture trips over
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                place,
-                f"model type {name} ({reason[:100]})",
-                f"an encoder or decoder of transformers for {task}",
-            ) from error
+        got = f"{named} for model type {small.model_type} ({first_line(error)[:100]})"
+        raise UserError(where, got, "auto, or one that class and machine have") from error
+    if implementation == FLASH:
+        model.cpu().float()
+        eager.cpu().float()
+        return eager
+    return model
 
 
-def _check_size(small: PretrainedConfig, task: str, place: str) -> None:
-    """Refuse a small copy that no memory holds, before any is taken: what it keeps may be beyond all models."""
-    sizes = sorted(value for value in _numbers(small.to_dict()) if value < 2**40)
-    if not sizes[1:] or sizes[-1] * sizes[-2] <= LARGEST // 8:
-        return
-    size = sum(parameter.numel() for parameter in skeleton(small, task, place).parameters())
-    if size > LARGEST:
-        raise UserError(place, f"a model of {size:,} values in two layers", f"at most {LARGEST:,}")
+def flash_here() -> bool:
+    """Return whether flash attention can run on this machine."""
+    return torch.cuda.is_available() and is_flash_attn_2_available()
 
 
-def _numbers(value: object) -> Iterator[int]:
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-    elif isinstance(value, int):
-        yield value
+def check_attention(implementation: str, place: str) -> None:
+    """Raise UserError for an implementation of attention that this machine lacks; a plan for another may name it."""
+    if implementation == FLASH and not flash_here():
+        lacks = "its package flash-attn" if torch.cuda.is_available() else "a GPU"
+        raise UserError(
+            f"{place}.attn_implementation", f"{FLASH} on a machine without {lacks}", "auto, sdpa or eager"
+        )
 
 
-def rotates_queries(config: PretrainedConfig, task: str) -> bool:
-    """Return whether queries or keys are captured after a rotation by their position (RoPE).
-
-    Then they differ between positions even where all hidden states are the same, which a small random copy of the
-    architecture is made to see. `config` passes `probe`.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = auto_class(task).from_config(_small_copy(config), attn_implementation=ATTENTION)
-        model = model.float().eval()
-        _sharpen(model)
-        layers = layer_list(model)
-        if layers is None:  # ALBERT and its like, which number positions in their embeddings
-            return False
-        layers[0].register_forward_pre_hook(_same_everywhere, with_kwargs=True)
-        capture = Capture(model, attention=range(1, model.config.num_hidden_layers + 1))
-        with capture.recording() as trace:
-            model.base_model(**_inputs())
-    return not all(
-        torch.allclose(x, x[:, :, :1].expand_as(x), rtol=1e-3, atol=1e-4)
-        for layer in trace.attention.values()
-        for x in (layer.query[1:], layer.key[1:])  # the row without padding
-    )
-
-
-def _same_everywhere(layer, args, kwargs):
-    """Give every token of a sequence the state of its first; this is a forward pre-hook."""
-    states = args[0] if args else kwargs["hidden_states"]
-    states = states[:, :1].expand_as(states).contiguous()
-    return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
-
-
-def _inputs() -> dict[str, Tensor]:
+def _inputs(padded: bool = True) -> dict[str, Tensor]:
     input_ids = torch.arange(2 * _LENGTH).reshape(2, _LENGTH) % 64 + 2
     mask = torch.ones(2, _LENGTH, dtype=torch.int64)
-    mask[0, -_PADDING:] = 0
+    if padded:
+        mask[0, -_PADDING:] = 0
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
-def _sharpen(model: PreTrainedModel) -> None:
-    """Make attention peaked: as initialised it is nearly uniform, and parameters of 0 hide what they would do."""
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.mul_(4.0)
-        else:
-            parameter.add_(0.1 * torch.randn_like(parameter))
+def _ways() -> tuple[dict[str, Tensor], ...]:
+    """Return the forms in which texts come: with padding, and without."""
+    return _inputs(), _inputs(padded=False)
+
+
+def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a model's last hidden states and its logits."""
+    return model.base_model(**inputs)[0], model(**inputs)["logits"]
+
+
+def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = 1e-3) -> bool:
+    """Return whether two outputs are equal but for rounding, where there is no padding."""
+    if mine.shape[:2] == inputs["input_ids"].shape:
+        valid = inputs["attention_mask"].bool()
+        mine, truth = mine[valid], truth[valid]
+    return bool((mine - truth).abs().max() <= tolerance * truth.abs().max().clamp_min(0.1))
 
 
 def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
@@ -181,7 +238,7 @@ def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
 
 def _probe_hidden(model: PreTrainedModel, place: str) -> None:
     """What the hooks note must be the library's own hidden states (the last may have passed a norm there)."""
-    name, depth = model.config.model_type, model.config.num_hidden_layers
+    name, depth = model.config.model_type, text_config(model.config).num_hidden_layers
     if layer_list(model) is None:
         raise UserError(
             place,
@@ -203,7 +260,7 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
 
 def _probe_lens(model: PreTrainedModel, place: str) -> None:
     """The last layer's state must become what the head reads by the final norm alone."""
-    depth, norm = model.config.num_hidden_layers, final_norm(model)
+    depth, norm = text_config(model.config).num_hidden_layers, final_norm(model)
     with Capture(model, hidden=[depth]).recording() as trace:
         output = model.base_model(**_inputs())[0]
     last = trace.hidden[depth]
@@ -215,27 +272,55 @@ def _probe_lens(model: PreTrainedModel, place: str) -> None:
         )
 
 
+class _Judge(Capture):
+    """Capture every layer, and compare each one's attention with what the captured tensors say."""
+
+    def __init__(self, model: PreTrainedModel, valid: Tensor):
+        super().__init__(model, attention=range(1, text_config(model.config).num_hidden_layers + 1))
+        self.valid = valid
+        self.extra: str | None = None  # what a layer's attention takes beside queries, keys and values
+        self.wrong = False
+
+    def attend(self, function, module, query, key, value, *arguments, **options):
+        result = super().attend(function, module, query, key, value, *arguments, **options)
+        if module not in self._places and self._places:
+            return result
+        self.extra = self.extra or next((extra for extra in _EXTRAS if options.get(extra) is not None), None)
+        expected = _recomputed(module, query, key, value, options, self.valid)
+        rows = {"input_ids": self.valid, "attention_mask": self.valid}
+        self.wrong = self.wrong or not _agree(result[0].reshape(expected.shape), expected, rows)
+        return result
+
+
+def _recomputed(module: nn.Module, query, key, value, options: dict[str, Any], valid: Tensor) -> Tensor:
+    """Return (B, N, H, D_v): attention by its definition, from what a trace holds."""
+    layer = attention_trace(module, query, key, value, options)
+    groups = query.shape[1] // key.shape[1]
+    scores = layer.scale * query @ repeat_kv(key, groups).transpose(-1, -2)
+    scores = scores.masked_fill(~_visible(valid, layer.geometry)[:, None], float("-inf"))
+    return (scores.softmax(-1) @ repeat_kv(value, groups)).transpose(1, 2)
+
+
 def _probe_attention(model: PreTrainedModel, place: str) -> None:
-    """Attention recomputed from queries and keys must lead to the same hidden states as the library's."""
-    name, depth, inputs = model.config.model_type, model.config.num_hidden_layers, _inputs()
-    truth = model.base_model(**inputs)[0]
-    _calls.clear()
-    model.set_attn_implementation(_RECOMPUTED)
-    got = model.base_model(**inputs)[0]
-    if extra := next(filter(None, _calls), None):
+    """Attention recomputed from queries and keys must be the layers' own."""
+    name, inputs = model.config.model_type, _inputs()
+    claimed = attention_layers(model.config)
+    judge = _Judge(model, inputs["attention_mask"].bool())
+    with judge.recording():
+        model.base_model(**inputs)
+    if judge.extra is not None:
         raise UserError(
             place,
-            f"model type {name}, whose attention takes {extra}",
+            f"model type {name}, whose attention takes {judge.extra}",
             "a model whose attention follows from its queries and keys, or no attention term",
         )
-    if len(_calls) != depth:
+    if dict(judge.calls) != dict.fromkeys(claimed, 1):
         raise UserError(
             place,
-            f"model type {name}, {len(_calls)} of {depth} attention layers captured",
+            f"model type {name}, {judge.calls.total()} of {len(claimed)} attention layers captured",
             "a model that runs its attention through transformers' attention interface",
         )
-    valid = inputs["attention_mask"].bool()
-    if not torch.allclose(got[valid], truth[valid], rtol=1e-3, atol=1e-4):
+    if judge.wrong:
         raise UserError(
             place,
             f"model type {name}, whose attention is more than softmax(scale·QKᵀ)·V (bias, soft cap or sink)",
@@ -243,54 +328,99 @@ def _probe_attention(model: PreTrainedModel, place: str) -> None:
         )
 
 
-def _geometry(config: PretrainedConfig, task: str) -> dict[int, Geometry]:
-    """Return the geometry of every layer, from a small copy that keeps the windows."""
-    model = (
-        auto_class(task).from_config(_small_copy(config, window=None), attn_implementation=ATTENTION).eval()
-    )
-    capture = Capture(model)
-    with capture.recording():
+def attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the layers, counted from 1, that have attention by their kind's name; all where the config names none.
+
+    Hybrids have other layers too (linear_attention, mamba, conv, moe). The probe tries whether the names are right.
+    """
+    text = text_config(config)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if not isinstance(kinds, list | tuple) or len(kinds) != text.num_hidden_layers:
+        return tuple(range(1, text.num_hidden_layers + 1))
+    return tuple(place for place, kind in enumerate(kinds, start=1) if _has_attention(str(kind)))
+
+
+def _has_attention(kind: str) -> bool:
+    return ("attention" in kind and "linear" not in kind) or "hybrid" in kind
+
+
+def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int]) -> dict[int, Geometry]:
+    """Return the geometry of every layer with attention, from a small copy that keeps the windows."""
+    for small in small_copies(config, copied_layers(kinds), window=None):
+        try:
+            model = make_small(small, task, place, None)
+            capture = Capture(model, attention=range(1, text_config(small).num_hidden_layers + 1))
+            with capture.recording():
+                model.base_model(**_inputs())
+            break
+        except Exception as error:  # settings that belong together: the next copy keeps more of them
+            failure = error
+    else:
+        raise failure
+    seen = capture.geometry
+    # The last layer of a copy stands for the whole's last, where that is of a kind of its own.
+    last = max(seen, default=0)
+    return {
+        layer: seen.get(kind + 1, seen[last])
+        for layer, kind in enumerate(kinds, start=1)
+        if layer in attention_layers(config)
+    }
+
+
+def _rotation(model: PreTrainedModel) -> str:
+    """Return whether queries and keys turn with their position, see Seen.rotation."""
+    if not _rotates(model):
+        return "none"
+    every = range(1, text_config(model.config).num_hidden_layers + 1)
+    capture = Capture(model, attention=every, unrotated=True)
+    with capture.recording() as trace:
         model.base_model(**_inputs())
-    by_kind = dict(zip(_kinds(config), capture.geometry.values(), strict=True))
-    types = getattr(config, "layer_types", None) or [next(iter(by_kind))] * config.num_hidden_layers
-    return {layer: by_kind[kind] for layer, kind in enumerate(types, start=1)}
+    for layer in trace.attention.values():
+        for before, after in (
+            (layer.unrotated_query, layer.query),
+            (layer.unrotated_key, layer.key),
+        ):
+            if before is None or before.shape != after.shape or not _only_turned(before, after):
+                return "hidden"
+    return "seen"
 
 
-def _kinds(config: PretrainedConfig) -> list[str]:
-    """Return the kinds of the small copy's layers: one of each, but two at least.
+def _only_turned(before: Tensor, after: Tensor) -> bool:
+    """Return whether a rotation by position explains the difference: lengths stay, and position 0 is left alone.
 
-    With one layer a model that shares its layer would pass.
+    Some families also scale by one number (YaRN).
     """
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
-    return kinds if len(kinds) > 1 else kinds * 2
+    lengths = [torch.linalg.vector_norm(x.double(), dim=-1) for x in (before, after)]
+    scale = lengths[1] / lengths[0].clamp_min(1e-12)
+    one = scale.median()
+    first = torch.allclose(after[..., 0, :], one.to(after.dtype) * before[..., 0, :], rtol=1e-3, atol=1e-4)
+    return first and bool(((scale - one).abs() <= 1e-3 * one).all())
 
 
-def _small_copy(config: PretrainedConfig, window: int | None = _WINDOW) -> PretrainedConfig:
-    """Return the architecture with few layers, tokens and feed-forward units; heads and head widths stay.
+def _rotates(model: PreTrainedModel) -> bool:
+    """Return whether queries or keys differ between positions even where all hidden states are the same."""
+    layers = layer_list(model)
+    if layers is None:  # ALBERT and its like, which number positions in their embeddings
+        return False
+    capture = Capture(model, attention=range(1, text_config(model.config).num_hidden_layers + 1))
+    hook = layers[0].register_forward_pre_hook(_same_everywhere, with_kwargs=True)
+    try:
+        with capture.recording() as trace:
+            model.base_model(**_inputs())
+    finally:
+        hook.remove()
+    return not all(
+        torch.allclose(x, x[:, :, :1].expand_as(x), rtol=1e-3, atol=1e-4)
+        for layer in trace.attention.values()
+        for x in (layer.query[1:], layer.key[1:])  # the row without padding
+    )
 
-    window: of its sliding layers; None leaves the architecture's own.
-    """
-    small = copy.deepcopy(config)
-    kinds = _kinds(config)
-    small.num_hidden_layers = len(kinds)
-    if getattr(config, "layer_types", None):
-        small.layer_types = kinds
-    small.vocab_size = 128
-    for token in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
-        if getattr(small, token, None) is not None:
-            setattr(small, token, 1)
-    small.pad_token_id = 0
-    for width in ("intermediate_size", "hidden_dim", "n_inner"):
-        if isinstance(getattr(small, width, None), int):
-            setattr(small, width, 64)
-    for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"):
-        if isinstance(getattr(small, dropout, None), float):
-            setattr(small, dropout, 0.0)
-    for key in ("sliding_window", "attention_chunk_size"):
-        if window is not None and getattr(small, key, None):
-            setattr(small, key, window)
-    small.use_cache = False
-    return small
+
+def _same_everywhere(layer, args, kwargs):
+    """Give every token of a sequence the state of its first; this is a forward pre-hook."""
+    states = args[0] if args else kwargs["hidden_states"]
+    states = states[:, :1].expand_as(states).contiguous()
+    return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
 
 def _visible(mask: Tensor, geometry: Geometry) -> Tensor:

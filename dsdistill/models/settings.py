@@ -56,6 +56,7 @@ _POSITIVE = (
     "vocab_size",
     "max_position_embeddings",
 )
+_BY_LAYER = re.compile(r"layer|block|attention|window|pattern|types")
 # By the end of a setting's name: the least and the largest that it may be, and what it counts.
 _LIMITS = (
     (re.compile(r"vocab_size$|vocab_size_|vocabulary"), 0, 2**26, "entries"),
@@ -133,7 +134,7 @@ def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bo
         if key in _REFUSED and value not in (None, False, {}, []):
             raise UserError(where, repr(value), _REFUSED[key])
         if ours and key in _OURS and value is not None:
-            raise UserError(where, repr(value), "no such setting: dsdistill's own is used")
+            raise UserError(where, repr(value), "no such setting; attn_implementation stands beside path and config")
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
             raise UserError(where, repr(value), "a floating-point type such as float32")
         _check_size(names.get(key, str(key)), value, where)
@@ -187,6 +188,20 @@ def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -
     padding = getattr(config, "pad_token_id", None)
     if padding is not None and not isinstance(padding, int):
         raise UserError(f"{place}.config.pad_token_id", padding, "one token")
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return what a config says of texts: a part of a composite's config (images and text), else the config itself."""
+    return config.get_text_config(decoder=True)
+
+
+def per_layer(settings: dict[str, Any], depth: int) -> list[str]:
+    """Return the settings that have an entry for each of `depth` layers, such as layer_types or attention_window."""
+    return [
+        key
+        for key, value in settings.items()
+        if _BY_LAYER.search(key) and isinstance(value, list) and len(value) == depth
+    ]
 
 
 def make_ours(config: PretrainedConfig) -> PretrainedConfig:

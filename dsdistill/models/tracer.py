@@ -78,11 +78,12 @@ class Tracer:
         hidden: Iterable[int] = (),
         attention: Iterable[int] = (),
         values: bool = True,
+        unrotated: bool = False,
     ):
-        """Make a tracer that keeps `hidden`, `attention` and `values`, see Capture."""
+        """Make a tracer that keeps `hidden`, `attention`, `values` and what is `unrotated`, see Capture."""
         self.callee = callee
         self.model = callee.model
-        self.capture = Capture(callee.model, hidden, attention, values)
+        self.capture = Capture(callee.model, hidden, attention, values, unrotated)
 
     @property
     def head(self) -> list[nn.Parameter]:

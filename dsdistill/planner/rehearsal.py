@@ -60,14 +60,17 @@ def _frozen(
     task: str,
     place: str,
     dtype: torch.dtype,
+    implementation: str,
     hidden,
     attention=(),
     values=False,
+    unrotated=False,
 ) -> Tracer:
     """Return a model that leaves traces and learns nothing."""
-    made = callee(build_model(architecture, None, task, place, needs_head=False), task, place)
+    model = build_model(architecture, None, task, place, needs_head=False, attention=implementation)
+    made = callee(model, task, place)
     freeze(made.module, dtype, torch.device("cpu"))
-    return Tracer(made, hidden, attention, values)
+    return Tracer(made, hidden, attention, values, unrotated)
 
 
 def _pretence(gpu: bool) -> list:
@@ -103,11 +106,13 @@ def rehearse(
         teacher = previous = None
         if objective.needs("teacher"):
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
-            values = bool(objective.needs("values"))
-            teacher = _frozen(models.teacher, config.task, "teacher", rank.dtype, *layers, values)
+            kept = bool(objective.needs("values")), bool(objective.needs("unrotated"))
+            used = config.teacher.attn_implementation
+            teacher = _frozen(models.teacher, config.task, "teacher", rank.dtype, used, *layers, *kept)
         if objective.needs("previous"):
             layers = objective.layers("student_hidden")
-            previous = _frozen(models.student, config.task, "student", rank.dtype, layers)
+            used = config.student.attn_implementation
+            previous = _frozen(models.student, config.task, "student", rank.dtype, used, layers)
         module = make_student(
             config,
             stage,

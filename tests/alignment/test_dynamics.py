@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from dsdistill.alignment.lens import change_alignment
 from dsdistill.config import UserError
 from dsdistill.models.capture import Capture, final_norm
+from dsdistill.models import probe as probe_module
 from dsdistill.models.probe import probe
 from tests.alignment.rig import Rig, make_batch, padded, rows
 from tests.models.families import CAUSAL, FAMILIES, architecture
@@ -126,6 +127,7 @@ def test_opt_and_a_model_without_a_final_norm():
 
 def test_another_way_to_the_head_is_refused(monkeypatch):
     monkeypatch.setattr("dsdistill.models.probe.final_norm", lambda model: None)
+    probe_module._probe.cache_clear()
     with pytest.raises(UserError, match=r"^student: got model type gpt2, whose last layer does not reach"):
         probe(architecture("gpt2"), "causal_lm", "student", attention=False, hidden=True, lens=True)
 

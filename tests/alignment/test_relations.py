@@ -7,7 +7,7 @@ from dsdistill.alignment.probing import check_pair
 from dsdistill.config import UserError
 from dsdistill.config.load import make_config
 from dsdistill.engine.prepare import objective_layers
-from dsdistill.models.probe import rotates_queries
+from dsdistill.models.probe import probe
 from tests.alignment.rig import Rig, make_batch, padded, rows
 from tests.models.families import CAUSAL, FAMILIES, architecture
 
@@ -93,7 +93,8 @@ def test_a_perfect_student_has_nothing_to_learn():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_families_rotate(family):
     task = "causal_lm" if family in CAUSAL else "classification"
-    assert rotates_queries(architecture(family), task) == (family in ROTATING)
+    seen = probe(architecture(family), task, "teacher", attention=True, hidden=False)
+    assert seen.rotation == ("seen" if family in ROTATING else "none")
 
 
 def prepared(family: str, options: dict):

@@ -20,7 +20,6 @@ from transformers import (
 import dsdistill
 from dsdistill import Distiller, UserError, terms
 from dsdistill.config.terms import Term
-from dsdistill.models.capture import ATTENTION
 from tests.distiller import loops
 from tests.models.families import FAMILIES, peaked
 
@@ -129,13 +128,24 @@ class TestTheModels:
         student.save_pretrained(tmp_path / "after")
         for name in ("config.json", "model.safetensors"):
             assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes(), name
-        assert ATTENTION not in (tmp_path / "after" / "config.json").read_text()
 
-    def test_attention_is_the_models_own_where_no_term_asks_for_it(self):
+    @pytest.mark.parametrize("terms", [{"hidden": {}}, {"attention": {}}], ids=["hidden", "attention"])
+    def test_attention_is_the_models_own(self, terms):
+        """Capture wraps whatever runs."""
         teacher, student = classifiers()
         student.set_attn_implementation("eager")
-        Distiller(teacher, student, {"task": {}, "hidden": {}})
+        distiller = Distiller(teacher, student, {"task": {}, **terms})
+        used = []
+        module = sys.modules[type(student).__module__]
+        with pytest.MonkeyPatch.context() as patch:
+            eager = module.eager_attention_forward
+            patch.setattr(
+                module, "eager_attention_forward", lambda *a, **k: used.append(1) or eager(*a, **k)
+            )
+            distiller(batch())
+        assert len(used) == student.config.num_hidden_layers
         assert student.config._attn_implementation == "eager"
+        assert teacher.config._attn_implementation == "sdpa"
 
     def test_a_refusal_changes_nothing(self):
         teacher, student = classifiers(num_labels=2)

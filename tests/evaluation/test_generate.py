@@ -6,7 +6,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsdistill.data import Rows, tokenize
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
-from dsdistill.models.capture import ATTENTION
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2], [11], [3, 3, 3, 3]]
 FAMILIES = {
@@ -29,7 +28,7 @@ def model_of(family):
         }
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():  # as initialised one token follows every text
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from dsdistill.models.capture import ATTENTION
-
 _BERT = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -101,11 +99,11 @@ def peaked(model: PreTrainedModel, factor: float = 16.0) -> PreTrainedModel:
 
 
 def pair(family: str, **changes) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same weights under our attention and under the library's eager one, in eval mode."""
+    """The same weights under the library's SDPA and under its eager attention, in eval mode."""
     torch.manual_seed(3)
     config = architecture(family, **changes)
     eager = peaked(AutoModel.from_config(config, attn_implementation="eager")).eval()
-    ours = AutoModel.from_config(architecture(family, **changes), attn_implementation=ATTENTION).eval()
+    ours = AutoModel.from_config(architecture(family, **changes), attn_implementation="sdpa").eval()
     ours.load_state_dict(eager.state_dict())
     return ours, eager
 

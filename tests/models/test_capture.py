@@ -130,13 +130,13 @@ def test_gradients_equal_the_eager_ones(family, checkpointing):
     watch = Capture(ours, (0, 1, 2), LAYERS)
     with watch.recording() as trace:
         ours(**given)
-    assert watch._calls == 3 and list(trace.attention) == list(LAYERS)
+    assert watch.calls.total() == 3 and list(trace.attention) == list(LAYERS)
     before = {layer: trace.attention[layer].query for layer in LAYERS}
     states = [trace.hidden[layer] * tokens for layer in (0, 1, 2)]
     got = gradients(
         ours, loss([probabilities(trace.attention[layer], valid) for layer in LAYERS], states, valid)
     )
-    assert watch._calls == 3, "what backward runs again is not captured again"
+    assert watch.calls.total() == 3, "what backward runs again is not captured again"
     assert all(trace.attention[layer].query is before[layer] for layer in LAYERS)
 
     # The last layer's end is in no loss, so some parameters have no gradient in either.
@@ -211,7 +211,7 @@ def test_layers_that_cannot_be_hooked_are_refused():
 def test_windows_by_layer(family, windows):
     """A key counts at distance < window: ModernBERT's 8 are 4 to either side and the token itself."""
     ours, _ = pair(family)
-    watch = Capture(ours)
+    watch = Capture(ours, attention=LAYERS)
     with watch.recording():
         ours(**inputs())
     assert tuple(watch.geometry[layer].window for layer in LAYERS) == windows

@@ -35,6 +35,7 @@ class AttentionTerm(AlignmentTerm):
         self.student_attention = frozenset(student for student, _ in self.layers)
         self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
         self.needs_values = "value_value" in config.relations
+        self.needs_unrotated = bool(self.unrotated)
         if len(set(config.relations)) < len(config.relations):
             raise UserError("terms.attention.relations", list(config.relations), "each relation once")
         if config.heads == "mean" and config.divergence == "score_mse":
@@ -70,7 +71,7 @@ class AttentionTerm(AlignmentTerm):
 
     @property
     def unrotated(self) -> tuple[str, ...]:
-        """Return the relations that mean something only where queries and keys are not rotated by their position.
+        """Return the relations of queries and keys from before their rotation by position.
 
         RoPE makes query·key depend on the distance alone. Joined and split anew, a head's rotations mix; and a
         query of one model's position means nothing to another query of its own.
@@ -78,14 +79,14 @@ class AttentionTerm(AlignmentTerm):
         mixed = self.config.relation_heads is not None
         return tuple(r for r in self.config.relations if r != "value_value" and (mixed or r != "query_key"))
 
-    def check_models(self, seen, rotating):
+    def check_models(self, seen, hidden_rotation):
         self.check_geometry(*seen)
-        for place, kind in rotating().items() if self.unrotated else ():
+        for place, kind in hidden_rotation.items() if self.unrotated else ():
             split = " with relation_heads" if self.config.relation_heads is not None else ""
             raise UserError(
                 "terms.attention.relations",
                 f"{', '.join(self.unrotated)}{split} for a {place} of model type {kind}, which rotates queries and "
-                "keys by their position (RoPE)",
+                "keys by their position in its own way",
                 "value_value, or query_key without relation_heads",
             )
 
@@ -142,7 +143,10 @@ class AttentionTerm(AlignmentTerm):
 
     def _related(self, trace: AttentionTrace, relation: str) -> tuple[Tensor, Tensor, float]:
         """Return what asks (B, H, N, D), what is asked (B, H_kv, N, D), and the factor of their products."""
-        left, right = (getattr(trace, name) for name in relation.split("_"))
+        before = relation in self.unrotated and trace.unrotated_query is not None
+        left, right = (
+            getattr(trace, f"unrotated_{name}" if before else name) for name in relation.split("_")
+        )
         heads = self.config.relation_heads
         if heads is not None:
             if left is not right and left.shape[1] != right.shape[1]:  # a key head serves several queries

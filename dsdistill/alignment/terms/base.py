@@ -1,7 +1,7 @@
 """Define what every term of the loss is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class AlignmentTerm(nn.Module, ABC):
     student_attention: frozenset[int] = frozenset()
     teacher_attention: frozenset[int] = frozenset()
     needs_values: bool = False  # of the captured attention
+    needs_unrotated: bool = False  # queries and keys from before their rotation by position
     needs_teacher: bool = True
     needs_head: bool = False  # the teacher's, trained for the task
     needs_logits: bool = False  # of a classifier or regressor
@@ -97,12 +98,12 @@ class AlignmentTerm(nn.Module, ABC):
         self.weighting: Uniform = Uniform(self.parts)
 
     def check_models(
-        self, seen: Sequence[dict[int, Geometry]], rotating: Callable[[], dict[str, str]]
+        self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]
     ) -> None:
         """Raise UserError for models that the term cannot compare.
 
-        seen: of student and teacher, which keys each attention layer sees. rotating: finds the models that rotate
-        queries and keys by their position, their types by place.
+        seen: of student and teacher, which keys each attention layer sees. hidden_rotation: the models that rotate
+        queries and keys by their position where nothing from before can be captured, their types by place.
         """
 
     @abstractmethod

@@ -37,7 +37,12 @@ def generation(
     models = {"student": lambda: student}
     if config.teacher is not None and config.teacher.path is not None:
         models["teacher"] = lambda: build_model(
-            prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=True
+            prepared.teacher,
+            config.teacher.path,
+            config.task,
+            "teacher",
+            needs_head=True,
+            attention=config.teacher.attn_implementation,
         ).to(ranks.device)
     scores = {}
     for name, load in models.items():

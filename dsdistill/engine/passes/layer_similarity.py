@@ -98,7 +98,14 @@ def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndar
         config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1)
     )
     torch.manual_seed(config.run.seed)
-    model = build_model(prepared.student, init, config.task, "student", needs_head=False)
+    model = build_model(
+        prepared.student,
+        init,
+        config.task,
+        "student",
+        needs_head=False,
+        attention=config.student.attn_implementation,
+    )
     student = Tracer(
         callee(model.to(ranks.device).eval(), config.task, "student"),
         range(1, prepared.pair.student.depth + 1),

@@ -1,0 +1,176 @@
+"""Make a small random copy of an architecture, to try what its modelling code does before any weight is loaded."""
+
+import copy
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dsdistill.config import UserError
+from dsdistill.models.build import auto_class, skeleton
+from dsdistill.models.capture import layer_list
+from dsdistill.models.settings import per_layer, text_config
+
+VOCABULARY = 128
+WINDOW = 8  # of its sliding layers; a text that is tried is longer
+LARGEST = 2**28  # values of a copy
+DEEPEST = 32  # layers of a copy
+_HEADS = 4
+_EXPERTS = 4
+
+_INNER = re.compile(r"(intermediate_size(_mlp)?|hidden_dim|n_inner|ffn_dim|ffn_hidden_size|inner_dim|d_ff)$")
+_WINDOWS = re.compile(r"(sliding_window|attention_chunk_size|local_attention|window_size)$")
+_EXPERT_COUNTS = re.compile(r"(^|_)(num|n|local|routed)_?(local_|routed_)?experts?$")
+_EXPERTS_CHOSEN = re.compile(r"experts_per_tok(en)?$|^moe_top_?k$|^top_k_experts$|^num_experts_per_group$")
+_SAME_WIDTH = re.compile(r"(size|dim|embd|width|model)$")
+_INDEX = re.compile(r"(^|_)(idx|index|id|number)$")
+
+
+def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
+    """Return for each layer the index, from 0, of the first layer that is built like it.
+
+    Layers are built alike where their modules have the same classes, shapes and settings, whatever names a config
+    gives them. A model without a list of layers (ALBERT) has one kind.
+    """
+    layers = layer_list(skeleton(config, task, place))
+    if layers is None:
+        return [0] * text_config(config).num_hidden_layers
+    signatures = [_signature(layer) for layer in layers]
+    return [signatures.index(signature) for signature in signatures]
+
+
+def _signature(layer: nn.Module) -> tuple:
+    modules = [
+        (name, type(module).__name__, tuple(_settings(module).items()))
+        for name, module in layer.named_modules()
+    ]
+    return (*modules, *((name, tuple(value.shape)) for name, value in layer.named_parameters()))
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """Return the plain settings of a module, without the numbers that only count layers."""
+    return {
+        key: value
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | str | None)
+        and not key.startswith("_")
+        and key != "training"
+        and not _INDEX.search(key)
+    }
+
+
+def copied_layers(kinds: list[int]) -> int:
+    """Return how many layers, from the first on, hold one of each kind; two at least, where there are so many.
+
+    With one layer a model that shares its layer would pass.
+    """
+    deep = len(kinds) > DEEPEST // 4
+    counted = set(kinds[:-1] if deep else kinds)  # where the last is of its own kind, so is the last of a copy
+    return min(len(kinds), max([2, *(kind + 1 for kind in counted if kind < DEEPEST)]))
+
+
+def small_copies(
+    config: PretrainedConfig, layers: int, window: int | None = WINDOW
+) -> Iterator[PretrainedConfig]:
+    """Yield copies of an architecture with so many layers, the smallest first.
+
+    The first has few heads (their ratio stays), experts and features. Some families tie these to other settings and
+    refuse that; what follows keeps more of them. window: of sliding layers; None leaves the architecture's own.
+    """
+    for shrinks in ((_narrow, _thin), (_thin,), ()):
+        small = copy.deepcopy(config)
+        text = text_config(small)
+        _shorten(text, layers)
+        _plain(text, window)
+        for part in _others(small, text):
+            _shorten(part, 1)
+        for shrink in shrinks:
+            shrink(text)
+        yield small
+
+
+def _others(config: PretrainedConfig, text: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Yield the configs of a composite's other parts, such as a vision tower."""
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig) and part is not text:
+            yield part
+
+
+def _shorten(config: PretrainedConfig, layers: int) -> None:
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int):
+        return
+    for key in per_layer(vars(config), depth):
+        setattr(config, key, getattr(config, key)[:layers])
+    config.num_hidden_layers = layers
+
+
+def _plain(config: PretrainedConfig, window: int | None) -> None:
+    """Take out of a config what depends on a vocabulary, on chance or on a long text."""
+    for key, value in list(vars(config).items()):
+        if "vocab_size" in key and isinstance(value, int) and value > 0:
+            setattr(config, key, VOCABULARY)
+        elif key in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id") and value is not None:
+            setattr(config, key, 1)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+        elif window is not None and _WINDOWS.search(key) and isinstance(value, int) and value > window:
+            setattr(config, key, window)
+    config.pad_token_id = 0
+    config.use_cache = False
+
+
+def _thin(config: PretrainedConfig) -> None:
+    """Leave few features between the two maps of a feed-forward network, and few experts."""
+    for key, value in list(vars(config).items()):
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if _INNER.search(key):
+            setattr(config, key, min(value, 64))
+        elif _EXPERT_COUNTS.search(key):
+            setattr(config, key, min(value, _EXPERTS))
+        elif _EXPERTS_CHOSEN.search(key):
+            setattr(config, key, min(value, 2))
+        elif key in ("n_group", "topk_group"):
+            setattr(config, key, min(value, 1))
+
+
+def _narrow(config: PretrainedConfig) -> None:
+    """Leave few heads, of the same width, and as many features as they have."""
+    heads, width = config.num_attention_heads, config.hidden_size
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    ratio = min(heads // groups, _HEADS)
+    fewer_groups = max(1, min(groups, _HEADS // ratio))
+    head_width = getattr(config, "head_dim", None) or width // heads
+    narrow = min(width, ratio * fewer_groups * head_width)
+    for key, value in list(vars(config).items()):
+        if value == width and isinstance(value, int) and _SAME_WIDTH.search(key):
+            setattr(config, key, narrow)
+    config.hidden_size, config.num_attention_heads = narrow, ratio * fewer_groups
+    if getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = fewer_groups
+
+
+def make_small(config: PretrainedConfig, task: str, place: str, implementation: str | None) -> PreTrainedModel:
+    """Return the model of a small copy in float32, in evaluation mode; UserError where it is not small."""
+    size = sum(parameter.numel() for parameter in skeleton(config, task, place).parameters())
+    if size > LARGEST:
+        layers = text_config(config).num_hidden_layers
+        raise UserError(place, f"a model of {size:,} values in {layers} layers", f"at most {LARGEST:,}")
+    model = auto_class(task).from_config(
+        config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
+    )
+    return model.float().eval()
+
+
+def sharpen(model: PreTrainedModel) -> None:
+    """Make attention peaked: as initialised it is nearly uniform, and parameters of 0 hide what they would do."""
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(4.0)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
