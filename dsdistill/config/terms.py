@@ -158,6 +158,14 @@ class Feature(Hidden):
     )
 
 
+class RelationHeads(Section):
+    """Heads that queries, keys and values are split into, where the numbers differ."""
+
+    query: Positive | None = Field(default=None, description="for query_query, and for query_key")
+    key: Positive | None = Field(default=None, description="for key_key")
+    value: Positive | None = Field(default=None, description="for value_value")
+
+
 class Attention(Layered):
     """Attention and its kin, the relations of queries, keys or values among themselves; never as a whole matrix."""
 
@@ -174,9 +182,10 @@ class Attention(Layered):
         description="what is related to what, summed; query_key is attention itself; MiniLM: + value_value; "
         "MiniLMv2: query_query, key_key, value_value",
     )
-    relation_heads: Positive | None = Field(
+    relation_heads: Literal["auto"] | Positive | RelationHeads | None = Field(
         default=None,
-        description="heads joined and split anew into this many (MiniLMv2); default: as they are",
+        description="heads joined and split anew into this many (MiniLMv2): a number, one for each of query, key and "
+        "value, or auto, as many as the student has or the next fewer that divide both widths; default: as they are",
     )
 
 

@@ -13,13 +13,9 @@ from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, T
 from dsdistill.data.samplers import GROUP
 from dsdistill.engine.module import frozen
 from dsdistill.models.build import skeleton
+from dsdistill.models.positions import check_length
 from dsdistill.models.tokenizer import check_vocabulary
 from dsdistill.models.weights import check_weights
-
-# RoBERTa and its family start counting positions after the padding token.
-_POSITIONS_AFTER_PADDING = frozenset(
-    "roberta camembert xlm-roberta xlm-roberta-xl data2vec-text roberta-prelayernorm mpnet longformer".split()
-)
 
 
 def check_precision(train: Train) -> None:
@@ -64,13 +60,8 @@ def check_sizes(
     """Refuse a model with fewer embeddings than the tokenizer has entries, or fewer positions than a text may have."""
     pairs = len(data.text) == 2 and task != "causal_lm"
     check_vocabulary(tokenizer, model, place, pairs)
-    positions = getattr(model, "max_position_embeddings", None)
-    if positions is None:
-        return
-    if model.model_type in _POSITIONS_AFTER_PADDING:
-        positions -= (model.pad_token_id or 0) + 1
-    if data.max_length > positions:
-        raise UserError("data.max_length", data.max_length, f"at most the {place}'s {positions} positions")
+    padding = tokenizer.pad_token_id if task != "causal_lm" else None  # see for_task()
+    check_length(model, task, data.max_length, padding, place)
 
 
 def check_files(

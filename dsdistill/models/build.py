@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -39,6 +40,7 @@ from dsdistill.models.settings import (
     make_ours,
     per_layer,
     read_settings,
+    text_config,
 )
 from dsdistill.models.tokenizer import check_tokenizer
 
@@ -143,7 +145,7 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
     config = (
         _from_scratch(overrides or {}, place) if config is None else override(config, overrides or {}, place)
     )
-    check_shape(config, NEEDED, place)
+    check_shape(text_config(config), NEEDED, place)
     return config
 
 
@@ -175,8 +177,11 @@ def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
         raise UserError(f"{place}.config", "no model_type", "one such as bert, gpt2 or llama")
     try:
         base = AutoConfig.for_model(kind)
-    except (ValueError, TypeError):
-        raise UserError(f"{place}.config.model_type", repr(kind), "a model type transformers knows") from None
+    except Exception as error:  # whatever the library trips over
+        known = isinstance(kind, str) and kind in CONFIG_MAPPING
+        got = f"{kind} ({first_line(error)})" if known else repr(kind)
+        wanted = "a model type with defaults" if known else "a model type transformers knows"
+        raise UserError(f"{place}.config.model_type", got, wanted) from None
     _refuse_unknown(base, settings, place)
     return _configured(kind, settings, place)
 

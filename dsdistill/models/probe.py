@@ -21,7 +21,7 @@ from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import Headless, first_line
 from dsdistill.models.capture import Capture, attention_trace, final_norm, layer_list
-from dsdistill.models.settings import text_config
+from dsdistill.models.settings import attention_layers, text_config
 from dsdistill.models.small_copy import (
     copied_layers,
     layer_kinds,
@@ -128,7 +128,7 @@ def _smallest(
                 _outputs(model, _inputs())
             return small, model
         except Exception as error:  # settings that belong together: the next copy keeps more of them
-            failure = failure or error
+            failure = error
     assert failure is not None  # there is one copy at least
     raise failure
 
@@ -328,22 +328,6 @@ def _probe_attention(model: PreTrainedModel, place: str) -> None:
         )
 
 
-def attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
-    """Return the layers, counted from 1, that have attention by their kind's name; all where the config names none.
-
-    Hybrids have other layers too (linear_attention, mamba, conv, moe). The probe tries whether the names are right.
-    """
-    text = text_config(config)
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    if not isinstance(kinds, list | tuple) or len(kinds) != text.num_hidden_layers:
-        return tuple(range(1, text.num_hidden_layers + 1))
-    return tuple(place for place, kind in enumerate(kinds, start=1) if _has_attention(str(kind)))
-
-
-def _has_attention(kind: str) -> bool:
-    return ("attention" in kind and "linear" not in kind) or "hybrid" in kind
-
-
 def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int]) -> dict[int, Geometry]:
     """Return the geometry of every layer with attention, from a small copy that keeps the windows."""
     for small in small_copies(config, copied_layers(kinds), window=None):
@@ -398,17 +382,18 @@ def _only_turned(before: Tensor, after: Tensor) -> bool:
 
 
 def _rotates(model: PreTrainedModel) -> bool:
-    """Return whether queries or keys differ between positions even where all hidden states are the same."""
+    """Return whether queries or keys differ between positions even where the states of every layer are the same."""
     layers = layer_list(model)
     if layers is None:  # ALBERT and its like, which number positions in their embeddings
         return False
     capture = Capture(model, attention=range(1, text_config(model.config).num_hidden_layers + 1))
-    hook = layers[0].register_forward_pre_hook(_same_everywhere, with_kwargs=True)
+    hooks = [layer.register_forward_pre_hook(_same_everywhere, with_kwargs=True) for layer in layers]
     try:
         with capture.recording() as trace:
             model.base_model(**_inputs())
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return not all(
         torch.allclose(x, x[:, :, :1].expand_as(x), rtol=1e-3, atol=1e-4)
         for layer in trace.attention.values()

@@ -174,15 +174,15 @@ def _check_size(name: str, value: Any, where: str) -> None:
 def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -> None:
     """Raise UserError for an architecture without a size that every part of a run asks for, or of sizes at odds."""
     for name in needed:
-        value = getattr(config, name, None)
+        value = setting(config, name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(place, f"model type {config.model_type}, which has no {name}", "a model of texts")
         _check_size(name, value, f"{place}.config.{name}")
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    heads, groups = config.num_attention_heads, setting(config, "num_key_value_heads")
     if isinstance(groups, int) and (groups < 1 or heads % groups):
         expected = f"a number that divides the {heads} heads"
         raise UserError(f"{place}.config.num_key_value_heads", groups, expected)
-    if not (getattr(config, "head_dim", None) or config.hidden_size // heads):
+    if not (setting(config, "head_dim") or config.hidden_size // heads):
         got = f"{heads} heads for a width of {config.hidden_size}"
         raise UserError(f"{place}.config.num_attention_heads", got, "a feature a head at least")
     padding = getattr(config, "pad_token_id", None)
@@ -190,9 +190,33 @@ def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -
         raise UserError(f"{place}.config.pad_token_id", padding, "one token")
 
 
+def setting(config: PretrainedConfig, name: str) -> Any:
+    """Return a setting of an architecture, None where it has none or one that differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # the library refuses to name one for all layers (Gemma 4)
+        return None
+
+
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return what a config says of texts: a part of a composite's config (images and text), else the config itself."""
     return config.get_text_config(decoder=True)
+
+
+def attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the layers, counted from 1, that have attention by their kind's name; all where the config names none.
+
+    Hybrids have other layers too (linear_attention, mamba, conv, moe). The probe tries whether the names are right.
+    """
+    text = text_config(config)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if not isinstance(kinds, list | tuple) or len(kinds) != text.num_hidden_layers:
+        return tuple(range(1, text.num_hidden_layers + 1))
+    return tuple(place for place, kind in enumerate(kinds, start=1) if _has_attention(str(kind)))
+
+
+def _has_attention(kind: str) -> bool:
+    return ("attention" in kind and "linear" not in kind) or "hybrid" in kind
 
 
 def per_layer(settings: dict[str, Any], depth: int) -> list[str]:

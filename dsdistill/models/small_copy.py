@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dsdistill.config import UserError
 from dsdistill.models.build import auto_class, skeleton
 from dsdistill.models.capture import layer_list
-from dsdistill.models.settings import per_layer, text_config
+from dsdistill.models.settings import per_layer, setting, text_config
 
 VOCABULARY = 128
 WINDOW = 8  # of its sliding layers; a text that is tried is longer
@@ -21,9 +21,10 @@ _HEADS = 4
 _EXPERTS = 4
 
 _INNER = re.compile(r"(intermediate_size(_mlp)?|hidden_dim|n_inner|ffn_dim|ffn_hidden_size|inner_dim|d_ff)$")
-_WINDOWS = re.compile(r"(sliding_window|attention_chunk_size|local_attention|window_size)$")
+_WINDOWS = re.compile(r"(sliding_window|chunk_size|local_attention|window_size)$")
 _EXPERT_COUNTS = re.compile(r"(^|_)(num|n|local|routed)_?(local_|routed_)?experts?$")
 _EXPERTS_CHOSEN = re.compile(r"experts_per_tok(en)?$|^moe_top_?k$|^top_k_experts$|^num_experts_per_group$")
+_STATE_HEADS = re.compile(r"(mamba_(n|num)|n_mamba)_heads$")
 _SAME_WIDTH = re.compile(r"(size|dim|embd|width|model)$")
 _INDEX = re.compile(r"(^|_)(idx|index|id|number)$")
 
@@ -126,6 +127,8 @@ def _plain(config: PretrainedConfig, window: int | None) -> None:
 def _thin(config: PretrainedConfig) -> None:
     """Leave few features between the two maps of a feed-forward network, and few experts."""
     for key, value in list(vars(config).items()):
+        if _INNER.search(key) and isinstance(value, list):  # an entry a layer
+            setattr(config, key, [min(size, 64) for size in value])
         if not isinstance(value, int) or isinstance(value, bool):
             continue
         if _INNER.search(key):
@@ -141,16 +144,20 @@ def _thin(config: PretrainedConfig) -> None:
 def _narrow(config: PretrainedConfig) -> None:
     """Leave few heads, of the same width, and as many features as they have."""
     heads, width = config.num_attention_heads, config.hidden_size
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = setting(config, "num_key_value_heads") or heads
     ratio = min(heads // groups, _HEADS)
     fewer_groups = max(1, min(groups, _HEADS // ratio))
-    head_width = getattr(config, "head_dim", None) or width // heads
+    head_width = setting(config, "head_dim") or width // heads
     narrow = min(width, ratio * fewer_groups * head_width)
     for key, value in list(vars(config).items()):
-        if value == width and isinstance(value, int) and _SAME_WIDTH.search(key):
-            setattr(config, key, narrow)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            continue
+        if value % width == 0 and _SAME_WIDTH.search(key):
+            setattr(config, key, value // width * narrow)
+        elif _STATE_HEADS.search(key):
+            setattr(config, key, max(1, value * narrow // width))
     config.hidden_size, config.num_attention_heads = narrow, ratio * fewer_groups
-    if getattr(config, "num_key_value_heads", None):
+    if setting(config, "num_key_value_heads"):
         config.num_key_value_heads = fewer_groups
 
 

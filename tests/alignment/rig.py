@@ -145,7 +145,11 @@ class Rig:
             self.student,
             self.objective,
             Objective(Terms(task={}), self.pair),
-            teacher=Tracer(callee(self.teacher, task, "teacher"), *layers),
+            teacher=Tracer(
+                callee(self.teacher, task, "teacher"),
+                *layers,
+                unrotated=bool(self.objective.needs("unrotated")),
+            ),
             previous=previous,
             domain=domain,
         )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from dsdistill.alignment.probing import check_pair
 from dsdistill.config import UserError
@@ -107,23 +108,81 @@ def prepared(family: str, options: dict):
     return check_pair(config.task, *architectures, objective_layers(config, *architectures))
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"relations": ["query_query", "value_value"]}, "query_query for a student of model type llama"),
-        ({"relations": ["key_key", "query_query"]}, "key_key, query_query for a student of model type llama"),
-        ({"relation_heads": 4}, "query_key with relation_heads for a student of model type llama"),
-    ],
-)
-def test_query_and_key_relations_of_rotated_models_are_refused_by_name(options, named):
-    with pytest.raises(UserError, match=f"^terms.attention.relations: got {named}, which rotates"):
-        prepared("llama", options)
-    prepared("gpt2", options)
+def before_rotation(model, batch, layer: int) -> dict[str, torch.Tensor]:
+    """What goes into a layer's rotation, (B, heads, N, width), by hooks on plain transformers."""
+    made, hooks = {}, []
+    attention = model.base_model.layers[layer - 1].self_attn
+    for name in ("query", "key", "value"):
+        module = getattr(attention, f"{name[0]}_norm", None) or getattr(attention, f"{name[0]}_proj")
+
+        def note(_, args, output, name=name):
+            made[name] = output.unflatten(-1, (-1, attention.head_dim)) if output.dim() == 3 else output
+
+        hooks.append(module.register_forward_hook(note))
+    with torch.no_grad():
+        model(input_ids=batch.input_ids, attention_mask=batch.mask.long())
+    for hook in hooks:
+        hook.remove()
+    return {name: value.transpose(1, 2) for name, value in made.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "qwen3"])
+@pytest.mark.parametrize("wanted", [4, "auto", {"query": 8, "key": 2, "value": 4}], ids=str)
+def test_relations_of_models_that_rotate_are_those_from_before(family, wanted):
+    """Q-Q, K-K and V-V of MiniLMv2 between models of other heads and widths, by definition in plain PyTorch."""
+    student = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}
+    windows = {"sliding_window": None, "use_sliding_window": False} if family != "mistral" else {}
+    windows |= {"layer_types": ["full_attention"] * 3} if family == "qwen2" else {}
+    plain = {"layer_types": ["full_attention"] * 2} if family == "qwen2" else {}
+    options = V2 | {"relation_heads": wanted}
+    rig = Rig(
+        family, "causal_lm", attention(options), student=student | windows | plain, teacher=windows
+    )
+    batch = make_batch("causal_lm")
+    models = before_rotation(rig.student.eval(), batch, 2), before_rotation(rig.teacher, batch, 3)
+    rig.student.train()
+    window = getattr(rig.student.config, "sliding_window", None) or 99
+    total = 0.0
+    for name in ("query", "key", "value"):
+        mine, other = (model[name] for model in models)
+        width = mine.shape[1] * mine.shape[-1], other.shape[1] * other.shape[-1]
+        fits = [n for n in range(1, mine.shape[1] + 1) if width[0] % n == 0 == width[1] % n]
+        heads = max(fits) if wanted == "auto" else wanted[name] if isinstance(wanted, dict) else wanted
+        part = 0.0
+        for s, t, valid in zip(mine, other, batch.mask, strict=True):
+            n = int(valid.sum())
+            far = torch.ones(n, n, dtype=torch.bool).triu(1) | torch.ones(n, n, dtype=torch.bool).tril(-window)
+            log_q, log_p = (
+                (y @ y.transpose(-1, -2) / y.shape[-1] ** 0.5).masked_fill(far, -1e9).log_softmax(-1)
+                for x in (s, t)
+                for y in [x.transpose(0, 1).flatten(1)[:n].unflatten(-1, (heads, -1)).transpose(0, 1)]
+            )
+            part += (log_p.exp() * (log_p - log_q)).sum().item()
+        total += part / (heads * int(batch.mask.sum()))
+    assert rig.step(batch)[1]["attention"] == pytest.approx(total, rel=1e-4) and total > 1e-3
+
+
+def test_a_rotation_of_another_kind_is_refused_by_name():
+    """Phi turns a part of each head; what comes before that is not the whole query."""
+    settings = {key: value for key, value in FAMILIES["llama"].items() if key != "head_dim"}
+    student = teacher = AutoConfig.for_model("phi", **settings)
+    config = make_config(
+        {
+            "task": "causal_lm",
+            "teacher": {"config": {"model_type": "phi", **settings}},
+            "student": {"config": {"model_type": "phi", **settings}},
+            "terms": {"attention": {"relations": ["key_key", "query_query"]}},
+        }
+    )
+    named = "key_key, query_query for a student of model type phi, which rotates"
+    with pytest.raises(UserError, match=f"^terms.attention.relations: got {named}"):
+        check_pair("causal_lm", student, teacher, objective_layers(config, student, teacher))
 
 
 def test_values_and_attention_itself_go_with_rotated_models():
     prepared("llama", {"relations": ["query_key", "value_value"]})
     prepared("llama", {"relations": ["value_value"], "relation_heads": 4})
+    prepared("llama", {"relation_heads": 4})
 
 
 @pytest.mark.parametrize(
@@ -131,6 +190,7 @@ def test_values_and_attention_itself_go_with_rotated_models():
     [
         ({"relations": ["key_key", "key_key"]}, "each relation once"),
         ({"heads": "mean", "relation_heads": 4}, "mean with relation_heads"),
+        ({"relation_heads": {"key": 4}}, "none for query, expected a number, which query_key needs"),
         ({"relation_heads": 5}, r"5 for query_key, expected a divisor of the student's 4 heads × 8"),
     ],
 )

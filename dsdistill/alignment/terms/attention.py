@@ -1,12 +1,14 @@
 """Compare the attention of mapped layers, or other relations of their queries, keys and values."""
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.config import UserError
-from dsdistill.config.terms import Attention
+from dsdistill.config.terms import Attention, LayerMap, RelationHeads
 from dsdistill.models.trace import AttentionTrace, Geometry
 from dsdistill.ops import attention_alignment, relation_heads
 from dsdistill.ops.attention.pairs import Pairs
@@ -30,8 +32,8 @@ class AttentionTerm(AlignmentTerm):
 
     def __init__(self, config: Attention, pair: Pair):
         super().__init__(config, pair)
-        mine, other = pair.shapes
-        self._map_layers(config, layer_map(config.layers, mine.depth, other.depth, "terms.attention.layers"))
+        own, theirs = (shape.attending for shape in pair.shapes)
+        self._map_layers(config, _attention_map(config.layers, own, theirs), (len(own), len(theirs)))
         self.student_attention = frozenset(student for student, _ in self.layers)
         self.teacher_attention = frozenset(teacher for _, teacher in self.layers)
         self.needs_values = "value_value" in config.relations
@@ -48,7 +50,7 @@ class AttentionTerm(AlignmentTerm):
     def _check_heads(self, relation: str) -> int:
         """Return how many heads are compared in one relation."""
         student, teacher = (_joined(shape, relation) for shape in self.pair.shapes)
-        wanted = self.config.relation_heads
+        wanted = self._wanted_heads(relation, student, teacher)
         if wanted is not None:
             for place, (heads, width) in (("student", student), ("teacher", teacher)):
                 if heads * width % wanted:
@@ -68,6 +70,24 @@ class AttentionTerm(AlignmentTerm):
                 "heads: mean, or relation_heads",
             )
         return student[0]
+
+    def _wanted_heads(
+        self, relation: str, student: tuple[int, int], teacher: tuple[int, int]
+    ) -> int | None:
+        """Return how many heads one relation is split into; None: the models' own."""
+        wanted = self.config.relation_heads
+        if isinstance(wanted, RelationHeads):
+            kind = relation.split("_")[0]
+            number = getattr(wanted, kind)
+            if number is None:
+                raise UserError(
+                    "terms.attention.relation_heads", f"none for {kind}", f"a number, which {relation} needs"
+                )
+            return number
+        if wanted != "auto":
+            return wanted
+        common = gcd(student[0] * student[1], teacher[0] * teacher[1])
+        return next(heads for heads in range(student[0], 0, -1) if common % heads == 0)
 
     @property
     def unrotated(self) -> tuple[str, ...]:
@@ -147,14 +167,36 @@ class AttentionTerm(AlignmentTerm):
         left, right = (
             getattr(trace, f"unrotated_{name}" if before else name) for name in relation.split("_")
         )
-        heads = self.config.relation_heads
-        if heads is not None:
+        if self.config.relation_heads is not None:
+            heads = self.relation_heads[relation]
             if left is not right and left.shape[1] != right.shape[1]:  # a key head serves several queries
                 right = right.repeat_interleave(left.shape[1] // right.shape[1], dim=1)
             left, right = relation_heads(left, heads), relation_heads(right, heads)
         elif relation == "query_key":
             return left, right, trace.scale
         return left, right, left.shape[-1] ** -0.5
+
+
+def _attention_map(
+    layers: LayerMap, student: tuple[int, ...], teacher: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Return the (student, teacher) pairs of layers with attention that a map names; numbers are the models' own.
+
+    student, teacher: the layers that have attention, which a named map (uniform, last, ...) picks among.
+    """
+    place = "terms.attention.layers"
+    if isinstance(layers, str):
+        for name, own in (("student", student), ("teacher", teacher)):
+            if not own:
+                raise UserError(place, f"{layers} for a {name} without attention", "a model with attention")
+        pairs = layer_map(layers, len(student), len(teacher), place)
+        return tuple((student[s - 1], teacher[t - 1]) for s, t in pairs)
+    for pair in layers:
+        for name, layer, own in zip(("student", "teacher"), pair, (student, teacher), strict=True):
+            if layer <= max(own, default=0) and layer not in own:
+                among = ", ".join(map(str, own))
+                raise UserError(place, f"{name} layer {layer}, which has no attention", f"one of {among}")
+    return layer_map(layers, max(student, default=0), max(teacher, default=0), place)
 
 
 def _joined(shape: Shape, relation: str) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dsdistill.config import UserError
 from dsdistill.config.terms import Layered
 from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
+from dsdistill.models.settings import attention_layers, setting, text_config
 from dsdistill.models.trace import Geometry, Trace
 
 
@@ -25,18 +26,26 @@ class Shape:
     key_heads: int  # of keys and values
     head_width: int
     vocabulary: int
+    attention_layers: tuple[int, ...] | None = None  # of hybrids, counted from 1; None: all have attention
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Return the layers that have attention, counted from 1."""
+        return tuple(range(1, self.depth + 1)) if self.attention_layers is None else self.attention_layers
 
     @classmethod
     def of(cls, model: PretrainedConfig) -> "Shape":
         """Return the shape of an architecture."""
+        model = text_config(model)
         heads = model.num_attention_heads
         return cls(
             depth=model.num_hidden_layers,
             width=model.hidden_size,
             heads=heads,
-            key_heads=getattr(model, "num_key_value_heads", None) or heads,
-            head_width=getattr(model, "head_dim", None) or model.hidden_size // heads,
+            key_heads=setting(model, "num_key_value_heads") or heads,
+            head_width=setting(model, "head_dim") or model.hidden_size // heads,
             vocabulary=model.vocab_size,
+            attention_layers=attention_layers(model),
         )
 
 
@@ -117,12 +126,17 @@ class AlignmentTerm(nn.Module, ABC):
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
         """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted."""
 
-    def _map_layers(self, config: Layered, pairs: tuple[tuple[int, int], ...]) -> None:
-        """Take these (student, teacher) pairs as the parts, weighted as the config says."""
+    def _map_layers(
+        self, config: Layered, pairs: tuple[tuple[int, int], ...], depths: Sequence[int] | None = None
+    ) -> None:
+        """Take these (student, teacher) pairs as the parts, weighted as the config says.
+
+        depths: of student and teacher, how many layers are mapped; by default all.
+        """
         self.layers = pairs
         self.parts = len(pairs)
         if config.layers == "emd":
-            depths = [shape.depth for shape in self.pair.shapes]
+            depths = depths or [shape.depth for shape in self.pair.shapes]
             self.weighting = EarthMover(depths[0], depths[1], before=self.parts - depths[0] * depths[1])
             return
         self.factor = 1 / self.parts if config.layer_agg == "mean" else 1.0
