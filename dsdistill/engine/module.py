@@ -10,7 +10,7 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import Config
-from dsdistill.config.schema import Stage
+from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import Batch
 from dsdistill.distiller import Distillation
 from dsdistill.models.build import build_model
@@ -103,7 +103,7 @@ def make_student(
     init: where the first weights lie (None: random). layers: of the teacher, that the student's fusion maps.
     parts: teacher, previous and geometry of the StudentModule.
     """
-    model = build_model(architecture, init, config.task, "student", needs_head=False)
+    model = build_model(architecture, init, config.task, "student", needs_head=brings_head(config))
     if checkpointing:
         # Newer transformers have another name for it, 5.17 knows this one alone.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -114,6 +114,11 @@ def make_student(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen(name, stage.freeze))
     return module
+
+
+def brings_head(config: Config) -> bool:
+    """Return whether the student's weights must bring its head: new classes are usual, new words must be asked for."""
+    return config.task in LANGUAGE and not config.student.new_head
 
 
 def make_fusion(config: Config, pair: Pair, layers: tuple[int, ...]) -> DomainFusion | None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.capture import ATTENTION, layer_list
+from dsdistill.models.cut import check_rest, outside, untied
 from dsdistill.models.settings import (
     ADAPTER,
     CONFIG,
@@ -237,13 +239,22 @@ def cut_architecture(
 
 
 def check_cut(
-    student: PretrainedConfig, teacher: PretrainedConfig, layers: tuple[int, ...], task: str, place: str
-) -> None:
-    """Raise UserError where a chosen teacher layer does not fit into its place in the student; no weights needed.
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    layers: tuple[int, ...],
+    task: str,
+    place: str,
+    missing: Collection[str] = (),
+) -> list[list[str]]:
+    """Raise UserError where the student cannot be made of the teacher and its chosen layers; no weights needed.
 
     Some families build some layers differently: ModernBERT's first has no norm before its attention.
+
+    missing: weights that the teacher's files lack. Returns the names of weights that the student ties and the teacher
+    does not: the teacher's must be equal.
     """
-    into, source = (layer_list(skeleton(model, task, place)) for model in (student, teacher))
+    made, whole = (skeleton(model, task, place) for model in (student, teacher))
+    into, source = layer_list(made), layer_list(whole)
     if into is None or source is None:
         raise UserError(
             f"{place}.from_teacher", f"model type {teacher.model_type}", "one that lists its layers"
@@ -259,6 +270,8 @@ def check_cut(
                 f"teacher layer {layer} as layer {position}, which differ in {min(mine ^ other)[0]}",
                 f"layers of {teacher.model_type} that are built alike",
             )
+    check_rest(made, whole, task, place, missing)
+    return [names for _, names in outside(made, whole, missing) if len(names) > 1]
 
 
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
@@ -328,9 +341,16 @@ def build_model(
     needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
     classes is random (fine-tuning). Embeddings and layers they must bring in any case.
     """
+    return build_and_tell(config, path, task, place, needs_head=needs_head)[0]
+
+
+def build_and_tell(
+    config: PretrainedConfig, path: str | None, task: str, place: str, *, needs_head: bool
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return what build_model returns, and the names of its weights that are random because path lacks them."""
     family = auto_class(task)
     if path is None:
-        return _random(config, task, place)
+        return _random(config, task, place), set()
     source = locate(path, f"{place}.path")
     try:
         # The library annotates one model; with output_loading_info it returns a pair.
@@ -355,34 +375,50 @@ def build_model(
                 f"{path} with {name} of shape {list(theirs)}",
                 f"{list(ours)}, as its config.json says",
             )
+    missing = set(info["missing_keys"])
+    check_missing(model, missing, path, task, place, needs_head=needs_head)
+    return model, missing | {name for name, *_ in info["mismatched_keys"]}
+
+
+def check_missing(
+    model: PreTrainedModel, missing: Collection[str], path: str, task: str, place: str, *, needs_head: bool
+) -> None:
+    """Raise UserError where weights that `path` lacks are needed, see build_model."""
     body = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in body for parameter in module.parameters()}
     needed = {
         name for name, p in model.named_parameters(remove_duplicate=False) if needs_head or id(p) in inside
     }
-    missing = sorted(needed & set(info["missing_keys"]))
-    if missing:
-        raise UserError(
-            f"{place}.path",
-            f"{path} without weights for {missing[0]}",
-            f"a model trained for {task}, head included" if needs_head else f"a {config.model_type}",
-        )
-    return model
+    if not (lacking := sorted(needed & set(missing))):
+        return
+    wanted = f"a model trained for {task}, head included" if needs_head else f"a {model.config.model_type}"
+    if needs_head and place == "student":
+        wanted += ", or student.new_head=true"
+    raise UserError(f"{place}.path", f"{path} without weights for {lacking[0]}", wanted)
 
 
-def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tuple[int, ...]) -> None:
-    """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree."""
+def copy_layers(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: tuple[int, ...],
+    missing: Collection[str] = (),
+) -> None:
+    """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree.
+
+    missing: weights that the teacher has at random. Raises UserError where the student ties weights that differ in the
+    teacher: it could be given but one of them.
+    """
     into, source = layer_list(student), layer_list(teacher)
     assert into is not None and source is not None  # check_cut has refused models without a list of layers
     for target, layer in zip(into, layers, strict=True):
         target.load_state_dict(source[layer - 1].state_dict())
-    inside = {id(parameter) for parameter in into.parameters()}
-    given = dict(teacher.named_parameters())
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            other = given.get(name)
-            if id(parameter) not in inside and other is not None and other.shape == parameter.shape:
-                parameter.copy_(other)
+    given, own = teacher.state_dict(), student.state_dict()
+    for names, sources in outside(student, teacher, missing):
+        for other in sources[1:]:
+            if not torch.equal(given[sources[0]], given[other]):
+                raise untied(sources[0], other)
+        if sources:
+            own[names[0]].copy_(given[sources[0]])
 
 
 class Headless(nn.Module):
