@@ -213,9 +213,7 @@ class Distiller(Distillation):
             _check_heads(objective, given, guide)
             models = {"student": given} | ({"teacher": guide} if guide is not None else {})
             implementations = {place: _attention(model) for place, model in models.items()}
-            geometry = check_pair(
-                task, given.config, theirs, (objective,), implementations=implementations
-            )
+            geometry = check_pair(task, given.config, theirs, (objective,), implementations=implementations)
             run = callee(student, task, "student")
         except UserError as error:
             raise error.within(ORIGIN) from None

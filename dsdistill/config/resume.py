@@ -8,7 +8,7 @@ from dsdistill.config.schema import Config
 from dsdistill.config.secrets import redacted, without
 
 # Settings that may change between a run and its continuation: they do not touch what is computed, or, the last two,
-# only in what order numbers are added.
+# only in what order numbers are added. student.new_head only allows a start.
 _FREE = (
     "run.name",
     "run.dir",
@@ -21,6 +21,7 @@ _FREE = (
     "run.timeout",
     "data.max_file",
     "run.grace",
+    "student.new_head",
     "student.zero_stage",
     "train.micro_batch_size",
 )

@@ -207,6 +207,10 @@ class Student(Model):
         default=None,
         description="teacher layers, counted from 1, that become the student's layers (equal width)",
     )
+    new_head: bool = Field(
+        default=False,
+        description="of tasks that predict tokens: train a random head where the weights of path bring none",
+    )
     zero_stage: Literal[1, 2, 3] = Field(
         default=2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights"
     )

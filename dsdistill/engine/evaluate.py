@@ -62,7 +62,9 @@ def _scores(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, 
     teacher = None
     if prepared.judged or asked.structure:
         last = [prepared.pair.teacher.depth] if asked.structure else []
-        teacher = load_teacher(config, prepared.teacher, prepared.objectives[-1:], ranks, last)
+        teacher = load_teacher(
+            config, prepared.teacher, prepared.objectives[-1:], ranks, last, judged=prepared.judged
+        )
     model, weights = load_student(path, config, tag)
     fusion = make_fusion(config, prepared.pair, fused_layers(prepared.objectives))
     if fusion is not None:

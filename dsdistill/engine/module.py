@@ -10,7 +10,7 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import Config
-from dsdistill.config.schema import Stage
+from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import Batch
 from dsdistill.distiller import Distillation
 from dsdistill.models.build import build_model
@@ -111,7 +111,7 @@ def make_student(
         init,
         config.task,
         "student",
-        needs_head=False,
+        needs_head=brings_head(config),
         attention=config.student.attn_implementation,
     )
     if checkpointing:
@@ -124,6 +124,11 @@ def make_student(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen(name, stage.freeze))
     return module
+
+
+def brings_head(config: Config) -> bool:
+    """Return whether the student's weights must bring its head: new classes are usual, new words must be asked for."""
+    return config.task in LANGUAGE and not config.student.new_head
 
 
 def make_fusion(config: Config, pair: Pair, layers: tuple[int, ...]) -> DomainFusion | None:

@@ -23,17 +23,18 @@ from dsdistill.data.sources import read_texts
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import refusals, stages
+from dsdistill.engine.module import brings_head
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
-    check_cut,
-    cut_architecture,
     for_task,
     load_tokenizer,
     override,
 )
+from dsdistill.models.cut import check_cut, cut_architecture
 from dsdistill.models.tokenizer import entries
 from dsdistill.models.trace import Geometry
+from dsdistill.models.weights import check_equal
 
 log = logging.getLogger("dsdistill")
 
@@ -77,21 +78,29 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             refusals.check_sizes(data, task, model, tokenizer, place)
-    refusals.check_files({"teacher": (config.teacher, teacher), "student": (config.student, student)}, task)
+    lacking = refusals.check_files(
+        {"teacher": (config.teacher, teacher), "student": (config.student, student)}, task
+    )
+    of_teacher, of_student = (lacking.get(place, set()) for place in ("teacher", "student"))
     reads = bool(config.evaluation.rcs or config.evaluation.structure)
     sections = {"student": config.student} | ({"teacher": config.teacher} if config.teacher else {})
     implementations = {place: section.attn_implementation for place, section in sections.items()}
-    geometry = check_pair(
-        task, student, teacher, objectives, hidden=reads, implementations=implementations
-    )
+    geometry = check_pair(task, student, teacher, objectives, hidden=reads, implementations=implementations)
     if config.student.from_teacher is not None:
-        check_cut(student, teacher, config.student.from_teacher, task, "student")
+        layers = config.student.from_teacher
+        for names in check_cut(student, teacher, layers, task, "student", of_teacher):
+            check_equal(config.teacher.path, names)
     refusals.check_frozen(config.student, config.stages, student, task)
     splits = load_data(data, task, tokenizer, config.run.seed, config.needs_spans)
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
+    reads_head = any(objective.needs("head") for objective in objectives)
+    refusals.check_lacking(config.teacher, teacher, of_teacher, task, "teacher", needs_head=reads_head)
+    refusals.check_lacking(
+        config.student, student, of_student, task, "student", needs_head=brings_head(config)
+    )
     contrast = _contrast(data, tokenizer)
     judged = teacher is not None and (
-        recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives)
+        recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives, of_teacher)
     )
     refusals.check_judge(config.evaluation, data, judged)
     if task == "classification" and judged and (recipe is not None or config.teacher.path is not None):

@@ -1,7 +1,7 @@
 """Refuse what no run can do, before any weight is loaded; each check takes the part of the config it is about."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from dsdistill.config import UserError
 from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, Train
 from dsdistill.data.samplers import GROUP
 from dsdistill.engine.module import frozen
-from dsdistill.models.build import skeleton
+from dsdistill.models.build import check_missing, skeleton
 from dsdistill.models.positions import check_length
 from dsdistill.models.tokenizer import check_vocabulary
 from dsdistill.models.weights import check_weights
@@ -66,11 +66,30 @@ def check_sizes(
 
 def check_files(
     sections: dict[str, tuple[Teacher | Student | None, PretrainedConfig | None]], task: str
+) -> dict[str, set[str]]:
+    """Refuse weights that are damaged or of other shapes; sections: by place, with the architecture.
+
+    Returns by place the names of weights that local files lack.
+    """
+    return {
+        place: check_weights(section.path, model, task, place)
+        for place, (section, model) in sections.items()
+        if section is not None and section.path is not None
+    }
+
+
+def check_lacking(
+    section: Teacher | Student | None,
+    model: PretrainedConfig | None,
+    missing: Collection[str],
+    task: str,
+    place: str,
+    *,
+    needs_head: bool,
 ) -> None:
-    """Refuse weights that are missing, damaged or of other shapes; sections: by place, with the architecture."""
-    for place, (section, model) in sections.items():
-        if section is not None and section.path is not None:
-            check_weights(section.path, model, task, place)
+    """Refuse a model whose files lack weights that it needs; needs_head: of build_model."""
+    if missing:
+        check_missing(skeleton(model, task, place), missing, section.path, task, place, needs_head=needs_head)
 
 
 def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedConfig, task: str) -> None:
@@ -92,10 +111,23 @@ def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedCon
             raise UserError(place, "every parameter", "some left to train")
 
 
-def has_head(task: str, teacher: Teacher, model: PretrainedConfig, objectives: Sequence[Objective]) -> bool:
-    """Return whether the teacher's head is trained for the task: one of hidden states alone may have none yet."""
-    if task == "causal_lm" or any(objective.needs("head") for objective in objectives):
-        return True  # that head is the embeddings, or comes with them; or the weights must bring it
+def has_head(
+    task: str,
+    teacher: Teacher,
+    model: PretrainedConfig,
+    objectives: Sequence[Objective],
+    missing: Collection[str],
+) -> bool:
+    """Return whether the teacher's head is trained for the task: one of hidden states alone may have none yet.
+
+    missing: weights that its files lack.
+    """
+    if any(objective.needs("head") for objective in objectives):
+        return True  # the weights must bring it
+    if missing:
+        return False
+    if task == "causal_lm":
+        return True  # such a model has no other head
     heads = {"masked_lm": ("MaskedLM", "PreTraining", "LMHead")}.get(task, ("SequenceClassification",))
     discriminators = ("ElectraForPreTraining", "FunnelForPreTraining")  # these tell tokens from replaced ones
     return teacher.path is not None and any(

@@ -29,7 +29,8 @@ from dsdistill.engine.refusals import check_backend
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
-from dsdistill.models.build import build_model, copy_layers
+from dsdistill.models.build import build_and_tell, build_model
+from dsdistill.models.cut import check_rest, copy_layers
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -139,7 +140,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     prepared.sampler = make_sampler(prepared, folder, ranks)
     teacher = None
     if config.teacher is not None:
-        teacher = load_teacher(config, prepared.teacher, prepared.objectives, ranks)
+        teacher = load_teacher(config, prepared.teacher, prepared.objectives, ranks, judged=prepared.judged)
     judge = teacher if prepared.judged else None
     student = _through_stages(prepared, init, teacher, judge, folder, ranks)
     scores = student.evaluate()
@@ -249,10 +250,14 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
             if config.student.from_teacher is not None:
                 torch.manual_seed(config.run.seed)
                 made = build_model(prepared.student, None, config.task, "student", needs_head=False)
-                teacher = build_model(
+                torch.manual_seed(
+                    config.run.seed
+                )  # a teacher without weights is the one that load_teacher makes
+                teacher, missing = build_and_tell(
                     prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
                 )
-                copy_layers(made, teacher, config.student.from_teacher)
+                check_rest(made, teacher, config.task, "student", missing)
+                copy_layers(made, teacher, config.student.from_teacher, missing)
             with disk.replacing(target) as name:
                 made.save_pretrained(name)
                 prepared.tokenizer.save_pretrained(name)

@@ -21,12 +21,13 @@ def load_teacher(
     objectives: Sequence[Objective],
     ranks: Ranks,
     hidden: Iterable[int] = (),
+    judged: bool = False,
 ) -> Tracer:
     """Return the teacher of a run; it draws no random number (dropout is off).
 
-    hidden: layers to trace beside those that the objectives read.
+    hidden: layers to trace beside those that the objectives read. judged: its head is read by evaluation too.
     """
-    needs_head = any(objective.needs("head") for objective in objectives)
+    needs_head = judged or any(objective.needs("head") for objective in objectives)
 
     def load() -> PreTrainedModel:
         torch.manual_seed(config.run.seed)  # matters only to a teacher without weights

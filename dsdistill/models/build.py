@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -34,11 +35,11 @@ from dsdistill.models.capture import layer_list
 from dsdistill.models.settings import (
     ADAPTER,
     CONFIG,
+    SIZES,
     check_settings,
     check_shape,
     find,
     make_ours,
-    per_layer,
     read_settings,
     text_config,
 )
@@ -183,10 +184,10 @@ def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
         wanted = "a model type with defaults" if known else "a model type transformers knows"
         raise UserError(f"{place}.config.model_type", got, wanted) from None
     _refuse_unknown(base, settings, place)
-    return _configured(kind, settings, place)
+    return configured(kind, settings, place)
 
 
-def _configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedConfig:
+def configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedConfig:
     try:
         return make_ours(AutoConfig.for_model(kind, **settings))
     except Exception as error:  # whatever the library trips over
@@ -217,54 +218,8 @@ def first_line(error: BaseException) -> str:
 
 def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: str) -> None:
     for key in settings:
-        if not hasattr(config, key):
+        if not hasattr(config, key) and key not in SIZES:  # some classes read more than they declare
             raise UserError(f"{place}.config.{key}", "an unknown key", f"a setting of {config.model_type}")
-
-
-def cut_architecture(
-    teacher: PretrainedConfig, layers: tuple[int, ...], overrides: dict[str, Any] | None, place: str
-) -> PretrainedConfig:
-    """Return the teacher's architecture with only `layers` (counted from 1) of its layers."""
-    depth = teacher.num_hidden_layers
-    for layer in layers:
-        if layer > depth:
-            raise UserError(f"{place}.from_teacher", f"layer {layer}", f"layers 1 to {depth} of the teacher")
-    check_settings({"num_hidden_layers": len(layers)}, f"{place}.from_teacher")
-    settings = teacher.to_dict()
-    settings["num_hidden_layers"] = len(layers)
-    for key in per_layer(settings, depth):
-        settings[key] = [settings[key][layer - 1] for layer in layers]
-    # Where the family uses another name for the depth (n_layer, n_layers) both would be given: keep one.
-    alias = teacher.attribute_map.get("num_hidden_layers")
-    if alias:
-        settings[alias] = settings.pop("num_hidden_layers")
-    kind = settings.pop("model_type")
-    return override(_configured(kind, settings, place), overrides or {}, place)
-
-
-def check_cut(
-    student: PretrainedConfig, teacher: PretrainedConfig, layers: tuple[int, ...], task: str, place: str
-) -> None:
-    """Raise UserError where a chosen teacher layer does not fit into its place in the student; no weights needed.
-
-    Some families build some layers differently: ModernBERT's first has no norm before its attention.
-    """
-    into, source = (layer_list(skeleton(model, task, place)) for model in (student, teacher))
-    if into is None or source is None:
-        raise UserError(
-            f"{place}.from_teacher", f"model type {teacher.model_type}", "one that lists its layers"
-        )
-    for position, (target, layer) in enumerate(zip(into, layers, strict=True), start=1):
-        mine, other = (
-            {(name, tuple(value.shape)) for name, value in module.state_dict().items()}
-            for module in (target, source[layer - 1])
-        )
-        if mine != other:
-            raise UserError(
-                f"{place}.from_teacher",
-                f"teacher layer {layer} as layer {position}, which differ in {min(mine ^ other)[0]}",
-                f"layers of {teacher.model_type} that are built alike",
-            )
 
 
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
@@ -342,12 +297,26 @@ def build_model(
 ) -> PreTrainedModel:
     """Return a model in float32, with the weights of path, or random ones without.
 
-    attention: as `attn_implementation` in a config. needs_head: the weights must bring the head of the task; without it a head that they lack or have for other
-    classes is random (fine-tuning). Embeddings and layers they must bring in any case.
+    attention: as `attn_implementation` in a config. needs_head: the weights must bring the head of the task; without
+    it a head that they lack or have for other classes is random (fine-tuning). Embeddings and layers they must bring
+    in any case.
     """
+    return build_and_tell(config, path, task, place, needs_head=needs_head, attention=attention)[0]
+
+
+def build_and_tell(
+    config: PretrainedConfig,
+    path: str | None,
+    task: str,
+    place: str,
+    *,
+    needs_head: bool,
+    attention: str = "auto",
+) -> tuple[PreTrainedModel, set[str]]:
+    """Return what build_model returns, and the names of its weights that are random because path lacks them."""
     family = auto_class(task)
     if path is None:
-        return _random(config, task, place, attention)
+        return _random(config, task, place, attention), set()
     source = locate(path, f"{place}.path")
     try:
         # The library annotates one model; with output_loading_info it returns a pair.
@@ -372,34 +341,26 @@ def build_model(
                 f"{path} with {name} of shape {list(theirs)}",
                 f"{list(ours)}, as its config.json says",
             )
+    missing = set(info["missing_keys"])
+    check_missing(model, missing, path, task, place, needs_head=needs_head)
+    return model, missing | {name for name, *_ in info["mismatched_keys"]}
+
+
+def check_missing(
+    model: PreTrainedModel, missing: Collection[str], path: str, task: str, place: str, *, needs_head: bool
+) -> None:
+    """Raise UserError where weights that `path` lacks are needed, see build_model."""
     body = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in body for parameter in module.parameters()}
     needed = {
         name for name, p in model.named_parameters(remove_duplicate=False) if needs_head or id(p) in inside
     }
-    missing = sorted(needed & set(info["missing_keys"]))
-    if missing:
-        raise UserError(
-            f"{place}.path",
-            f"{path} without weights for {missing[0]}",
-            f"a model trained for {task}, head included" if needs_head else f"a {config.model_type}",
-        )
-    return model
-
-
-def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, layers: tuple[int, ...]) -> None:
-    """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree."""
-    into, source = layer_list(student), layer_list(teacher)
-    assert into is not None and source is not None  # check_cut has refused models without a list of layers
-    for target, layer in zip(into, layers, strict=True):
-        target.load_state_dict(source[layer - 1].state_dict())
-    inside = {id(parameter) for parameter in into.parameters()}
-    given = dict(teacher.named_parameters())
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            other = given.get(name)
-            if id(parameter) not in inside and other is not None and other.shape == parameter.shape:
-                parameter.copy_(other)
+    if not (lacking := sorted(needed & set(missing))):
+        return
+    wanted = f"a model trained for {task}, head included" if needs_head else f"a {model.config.model_type}"
+    if needs_head and place == "student":
+        wanted += ", or student.new_head=true"
+    raise UserError(f"{place}.path", f"{path} without weights for {lacking[0]}", wanted)
 
 
 class Headless(nn.Module):

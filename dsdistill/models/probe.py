@@ -34,6 +34,8 @@ from dsdistill.models.trace import Geometry
 _LENGTH = 12  # tokens of the text that is tried; longer than the copy's windows
 _PADDING = 3  # tokens at the end of its first row
 _EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
+# Largest differences relative to the largest value; what is ignored by an implementation is far above them.
+_ROUNDING, _HALF_ROUNDING = 1e-3, 5e-2
 FLASH = "flash_attention_2"
 
 
@@ -62,7 +64,9 @@ def probe(
     `attn_implementation` in a config.
     """
     if config.is_encoder_decoder:
-        raise UserError(place, f"model type {config.model_type}, an encoder-decoder", "an encoder or a decoder")
+        raise UserError(
+            place, f"model type {config.model_type}, an encoder-decoder", "an encoder or a decoder"
+        )
     key = config.to_json_string(use_diff=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -83,7 +87,9 @@ class _Keyed:
         return isinstance(other, _Keyed) and self.key == other.key
 
 
-@functools.lru_cache(maxsize=256)  # a run asks again for each stage's student, and so do its recipe and its plan
+@functools.lru_cache(
+    maxsize=256
+)  # a run asks again for each stage's student, and so do its recipe and its plan
 def _probe(
     keyed: _Keyed, task: str, place: str, attention: bool, hidden: bool, lens: bool, implementation: str
 ) -> Seen:
@@ -153,7 +159,8 @@ def _under(
         for inputs in _ways():
             inputs = {name: value.to(device) for name, value in inputs.items()}
             mine, truth = _outputs(model, inputs), _outputs(eager, inputs)
-            if not all(_agree(a, b, inputs, 1e-3 if named != FLASH else 5e-2) for a, b in zip(mine, truth, strict=True)):
+            tolerance = _ROUNDING if named != FLASH else _HALF_ROUNDING
+            if not all(_agree(a, b, inputs, tolerance) for a, b in zip(mine, truth, strict=True)):
                 raise UserError(
                     where,
                     f"model type {small.model_type}, which computes something else under {used} than under eager "
@@ -206,7 +213,7 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor,
     return model.base_model(**inputs)[0], model(**inputs)["logits"]
 
 
-def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = 1e-3) -> bool:
+def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = _ROUNDING) -> bool:
     """Return whether two outputs are equal but for rounding, where there is no padding."""
     if mine.shape[:2] == inputs["input_ids"].shape:
         valid = inputs["attention_mask"].bool()

@@ -46,7 +46,7 @@ _OF_THE_CLASS = (
 )
 
 # Names that every family has under these or by its attribute_map; where they are given they are 1 or more.
-_POSITIVE = (
+SIZES = (
     "num_hidden_layers",
     "hidden_size",
     "num_attention_heads",
@@ -56,7 +56,7 @@ _POSITIVE = (
     "vocab_size",
     "max_position_embeddings",
 )
-_BY_LAYER = re.compile(r"layer|block|attention|window|pattern|types")
+_BY_LAYER = re.compile(r"layer|block|attention|window|pattern|types|_size$")
 # By the end of a setting's name: the least and the largest that it may be, and what it counts.
 _LIMITS = (
     (re.compile(r"vocab_size$|vocab_size_|vocabulary"), 0, 2**26, "entries"),
@@ -134,7 +134,9 @@ def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bo
         if key in _REFUSED and value not in (None, False, {}, []):
             raise UserError(where, repr(value), _REFUSED[key])
         if ours and key in _OURS and value is not None:
-            raise UserError(where, repr(value), "no such setting; attn_implementation stands beside path and config")
+            raise UserError(
+                where, repr(value), "no such setting; attn_implementation stands beside path and config"
+            )
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
             raise UserError(where, repr(value), "a floating-point type such as float32")
         _check_size(names.get(key, str(key)), value, where)
@@ -151,7 +153,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _check_size(name: str, value: Any, where: str) -> None:
-    positive = name in _POSITIVE
+    positive = name in SIZES
     whole = isinstance(value, int) and not isinstance(value, bool)
     if positive and isinstance(value, bool | float):
         raise UserError(where, repr(value), "a whole number")

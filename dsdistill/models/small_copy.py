@@ -44,18 +44,22 @@ def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
 
 def _signature(layer: nn.Module) -> tuple:
     modules = [
-        (name, type(module).__name__, tuple(_settings(module).items()))
+        (name, type(module).__name__, tuple(module_settings(module).items()))
         for name, module in layer.named_modules()
     ]
     return (*modules, *((name, tuple(value.shape)) for name, value in layer.named_parameters()))
 
 
-def _settings(module: nn.Module) -> dict[str, object]:
-    """Return the plain settings of a module, without the numbers that only count layers."""
+def module_settings(module: nn.Module, *, fractions: bool = False) -> dict[str, object]:
+    """Return the plain settings of a module, without the numbers that only count layers.
+
+    fractions: those of type float, too, which some families compute from a layer's depth.
+    """
+    kinds = (bool, int, str, type(None)) + (float,) * fractions
     return {
         key: value
         for key, value in sorted(vars(module).items())
-        if isinstance(value, bool | int | str | None)
+        if isinstance(value, kinds)
         and not key.startswith("_")
         and key != "training"
         and not _INDEX.search(key)
@@ -68,7 +72,9 @@ def copied_layers(kinds: list[int]) -> int:
     With one layer a model that shares its layer would pass.
     """
     deep = len(kinds) > DEEPEST // 4
-    counted = set(kinds[:-1] if deep else kinds)  # where the last is of its own kind, so is the last of a copy
+    counted = set(
+        kinds[:-1] if deep else kinds
+    )  # where the last is of its own kind, so is the last of a copy
     return min(len(kinds), max([2, *(kind + 1 for kind in counted if kind < DEEPEST)]))
 
 
@@ -161,7 +167,9 @@ def _narrow(config: PretrainedConfig) -> None:
         config.num_key_value_heads = fewer_groups
 
 
-def make_small(config: PretrainedConfig, task: str, place: str, implementation: str | None) -> PreTrainedModel:
+def make_small(
+    config: PretrainedConfig, task: str, place: str, implementation: str | None
+) -> PreTrainedModel:
     """Return the model of a small copy in float32, in evaluation mode; UserError where it is not small."""
     size = sum(parameter.numel() for parameter in skeleton(config, task, place).parameters())
     if size > LARGEST:
@@ -180,4 +188,3 @@ def sharpen(model: PreTrainedModel) -> None:
             parameter.mul_(4.0)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
-

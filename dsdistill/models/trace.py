@@ -27,7 +27,7 @@ class AttentionTrace:
     value: Tensor | None  # (B, H_kv, N, D_v); None where nobody asked for it
     scale: float  # the scores are scale · query · keyᵀ
     geometry: Geometry
-    # From before rotary embedding, (B, H, N, D) and (B, H_kv, N, D); None where nobody asked for them, or nothing turns.
+    # From before rotary embedding, (B, H, N, D) and (B, H_kv, N, D); None where nobody asked, or nothing turns.
     unrotated_query: Tensor | None = None
     unrotated_key: Tensor | None = None
 

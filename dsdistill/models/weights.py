@@ -1,15 +1,22 @@
 """Check weight files before anything is loaded from them."""
 
+import contextlib
+import copy
 import os
 import re
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB, read_json
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import locate, skeleton
+from dsdistill.models.cut import untied
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES = 256 * MIB
@@ -17,16 +24,19 @@ INDEX_BYTES = 256 * MIB
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 
 
-def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> None:
+def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> set[str]:
     """Raise UserError where a local folder's weights are missing, pickled, damaged or of other shapes than its config.
 
     Reads headers alone. A hub id is left to the download, which takes safetensors alone too.
+
+    Returns the names of weights that would be random: those that the folder lacks, and a head that it has for other
+    classes; nothing of a hub id.
     """
     folder = locate(path, f"{place}.path")
     if not os.path.isdir(folder):
-        return
+        return set()
     theirs: dict[str, list[int]] = {}
-    for name in _files(folder, f"{place}.path"):
+    for name in weight_files(folder, f"{place}.path"):
         try:
             with safe_open(os.path.join(folder, name), framework="pt") as file:
                 theirs |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -46,9 +56,68 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
                 f"{path} with {name} of shape {shape}",
                 f"{list(value.shape)}, as its config.json says",
             )
+    if task == "regression":
+        model = copy.deepcopy(model)
+        model.num_labels = 1
+    return _missing(skeleton(model, task, place), theirs)
 
 
-def _files(folder: str, place: str) -> list[str]:
+def _missing(model: PreTrainedModel, theirs: dict[str, list[int]]) -> set[str]:
+    """Return the names of weights that the library would leave random, given those in files by name and shape.
+
+    The library itself is asked, on tensors without contents: it ties weights, and it knows files of other prefixes and
+    of names of before.
+    """
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    if all(theirs.get(name) == shape for name, shape in shapes.items()):
+        return set()
+    weights = {name: torch.empty(shape, device="meta") for name, shape in theirs.items()}
+    with _silent():
+        # The library annotates one model; with output_loading_info it returns a pair.
+        loaded: Any = type(model).from_pretrained(
+            None,
+            config=copy.deepcopy(model.config),  # the library writes into it
+            state_dict=weights,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    info = loaded[1]
+    return {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the library from telling on the screen what is missing, and from drawing a bar."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def check_equal(path: str | None, names: list[str]) -> None:
+    """Raise UserError where weights of a teacher's folder differ that its student ties.
+
+    Names that the files do not have as they are, and hub ids, are left to copy_layers.
+    """
+    if path is None or not os.path.isdir(folder := locate(path, "teacher.path")):
+        return
+    found: dict[str, torch.Tensor] = {}
+    for name in weight_files(folder, "teacher.path"):
+        with safe_open(os.path.join(folder, name), framework="pt") as file:
+            found |= {key: file.get_tensor(key) for key in names if key in file.keys()}  # noqa: SIM118
+    for name in names[1:]:
+        if names[0] in found and name in found and not torch.equal(found[names[0]], found[name]):
+            raise untied(names[0], name)
+
+
+def weight_files(folder: str, place: str) -> list[str]:
     """Return the names of the safetensors files that hold a folder's weights."""
     if shards := [name for name in os.listdir(folder) if _SHARD.match(name)]:
         raise UserError(place, f"{folder} with {min(shards)}, a checkpoint's shard", SINGLE)

@@ -7,8 +7,8 @@ from transformers import AutoConfig
 
 from dsdistill.alignment.lens import change_alignment
 from dsdistill.config import UserError
-from dsdistill.models.capture import Capture, final_norm
 from dsdistill.models import probe as probe_module
+from dsdistill.models.capture import Capture, final_norm
 from dsdistill.models.probe import probe
 from tests.alignment.rig import Rig, make_batch, padded, rows
 from tests.models.families import CAUSAL, FAMILIES, architecture

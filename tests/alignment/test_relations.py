@@ -135,9 +135,7 @@ def test_relations_of_models_that_rotate_are_those_from_before(family, wanted):
     windows |= {"layer_types": ["full_attention"] * 3} if family == "qwen2" else {}
     plain = {"layer_types": ["full_attention"] * 2} if family == "qwen2" else {}
     options = V2 | {"relation_heads": wanted}
-    rig = Rig(
-        family, "causal_lm", attention(options), student=student | windows | plain, teacher=windows
-    )
+    rig = Rig(family, "causal_lm", attention(options), student=student | windows | plain, teacher=windows)
     batch = make_batch("causal_lm")
     models = before_rotation(rig.student.eval(), batch, 2), before_rotation(rig.teacher, batch, 3)
     rig.student.train()
@@ -151,7 +149,9 @@ def test_relations_of_models_that_rotate_are_those_from_before(family, wanted):
         part = 0.0
         for s, t, valid in zip(mine, other, batch.mask, strict=True):
             n = int(valid.sum())
-            far = torch.ones(n, n, dtype=torch.bool).triu(1) | torch.ones(n, n, dtype=torch.bool).tril(-window)
+            far = torch.ones(n, n, dtype=torch.bool).triu(1) | torch.ones(n, n, dtype=torch.bool).tril(
+                -window
+            )
             log_q, log_p = (
                 (y @ y.transpose(-1, -2) / y.shape[-1] ** 0.5).masked_fill(far, -1e9).log_softmax(-1)
                 for x in (s, t)

@@ -139,9 +139,7 @@ class TestTheModels:
         module = sys.modules[type(student).__module__]
         with pytest.MonkeyPatch.context() as patch:
             eager = module.eager_attention_forward
-            patch.setattr(
-                module, "eager_attention_forward", lambda *a, **k: used.append(1) or eager(*a, **k)
-            )
+            patch.setattr(module, "eager_attention_forward", lambda *a, **k: used.append(1) or eager(*a, **k))
             distiller(batch())
         assert len(used) == student.config.num_hidden_layers
         assert student.config._attn_implementation == "eager"

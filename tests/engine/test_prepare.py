@@ -73,7 +73,9 @@ def test_a_run_says_so(settings, tmp_path, data_dir, caplog):
 class TestHeads:
     def masked(self, settings: dict, tokenizer_dir: Path, **changes) -> Prepared:
         data = settings["data"] | {"label": None, "tokenizer": str(tokenizer_dir)}
-        settings |= {"task": "masked_lm", "data": data, "terms": {"task": {}, "hidden": {}}} | changes
+        student = settings["student"] | {"new_head": True}  # it is a classifier's folder too
+        settings |= {"task": "masked_lm", "data": data, "student": student}
+        settings |= {"terms": {"task": {}, "hidden": {}}} | changes
         return prepare(make_config(settings), world_size=1)
 
     def test_of_a_classifier_says_nothing_of_words(self, settings, tokenizer_dir):

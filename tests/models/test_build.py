@@ -16,14 +16,12 @@ from dsdistill.models.build import (
     Headless,
     architecture,
     build_model,
-    check_cut,
-    copy_layers,
-    cut_architecture,
     for_task,
     load_tokenizer,
     locate,
 )
 from dsdistill.models.capture import layer_list
+from dsdistill.models.cut import check_cut, copy_layers, cut_architecture
 from tests.conftest import BERT
 from tests.models.families import CAUSAL, FAMILIES, inputs, peaked
 from tests.models.families import architecture as family_architecture
@@ -125,7 +123,7 @@ class TestArchitecture:
             (BERT | {"hiden_size": 3}, "student.config.hiden_size: got an unknown key"),
             (BERT | {"hidden_size": "big"}, "'hidden_size' expected int, got str"),
             ({"model_type": "mamba"}, "which has no num_attention_heads"),
-            ({"model_type": "clip"}, "which has no num_hidden_layers"),
+            ({"model_type": "perceiver"}, "which has no num_hidden_layers"),
         ],
     )
     def test_unusable_settings(self, settings, message):

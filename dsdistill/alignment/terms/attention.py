@@ -71,9 +71,7 @@ class AttentionTerm(AlignmentTerm):
             )
         return student[0]
 
-    def _wanted_heads(
-        self, relation: str, student: tuple[int, int], teacher: tuple[int, int]
-    ) -> int | None:
+    def _wanted_heads(self, relation: str, student: tuple[int, int], teacher: tuple[int, int]) -> int | None:
         """Return how many heads one relation is split into; None: the models' own."""
         wanted = self.config.relation_heads
         if isinstance(wanted, RelationHeads):

@@ -106,9 +106,7 @@ class AlignmentTerm(nn.Module, ABC):
         self.config, self.pair, self.weight = config, pair, config.weight
         self.weighting: Uniform = Uniform(self.parts)
 
-    def check_models(
-        self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]
-    ) -> None:
+    def check_models(self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]) -> None:
         """Raise UserError for models that the term cannot compare.
 
         seen: of student and teacher, which keys each attention layer sees. hidden_rotation: the models that rotate

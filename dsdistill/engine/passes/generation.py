@@ -18,7 +18,7 @@ from dsdistill.models.build import build_model
 def generation(
     student: PreTrainedModel, prepared: Prepared, path: str, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
-    """Return scores of the texts that both write, the teacher where it has weights; the same on every rank.
+    """Return scores of the texts that both write, the teacher where it has trained weights; the same on every rank.
 
     A reference is what the tokenizer makes of the dev set's text: one that knows no capitals is not asked for them,
     and one that loses nothing leaves it as it is. The texts go to RUN/generated.jsonl.
@@ -35,7 +35,7 @@ def generation(
         "reference": [tokenizer.decode(reference, skip_special_tokens=True) for _, reference in pairs],
     }
     models = {"student": lambda: student}
-    if config.teacher is not None and config.teacher.path is not None:
+    if prepared.judged and config.teacher.path is not None:
         models["teacher"] = lambda: build_model(
             prepared.teacher,
             config.teacher.path,
