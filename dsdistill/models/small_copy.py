@@ -35,7 +35,9 @@ def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
     Layers are built alike where their modules have the same classes, shapes and settings, whatever names a config
     gives them. A model without a list of layers (ALBERT) has one kind.
     """
-    layers = layer_list(skeleton(config, task, place))
+    tried = copy.deepcopy(config)
+    text_config(tried).pad_token_id = 0  # of a small vocabulary; the tokenizer has its own
+    layers = layer_list(skeleton(tried, task, place))
     if layers is None:
         return [0] * text_config(config).num_hidden_layers
     signatures = [_signature(layer) for layer in layers]

@@ -26,7 +26,7 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 # By task, then by model type: the settings of a teacher of 4 layers.
 MASKED = {
     "bert": _ENCODER,
-    "mpnet": _ENCODER | {"pad_token_id": 1},
+    "mpnet": _ENCODER,
     "deberta-v2": _ENCODER
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
     "modernbert": _ENCODER
@@ -37,7 +37,7 @@ MASKED = {
         "local_attention": 8,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
     },
-    "roberta": _ENCODER | {"pad_token_id": 1},
+    "roberta": _ENCODER,
     "electra": _ENCODER | {"embedding_size": 24},
     "albert": _ENCODER | {"embedding_size": 24},
     "distilbert": {
@@ -67,7 +67,7 @@ CAUSAL = {
     "phi": _DECODER,
     "phi3": _DECODER,
     "gpt_neox": _SIZES | _TOKENS | {"intermediate_size": 64, "max_position_embeddings": 64},
-    "stablelm": _DECODER,
+    "stablelm": _DECODER | {"partial_rotary_factor": 0.5},
     "starcoder2": _DECODER,
     "olmo2": _DECODER,
     "smollm3": _DECODER,
@@ -106,8 +106,18 @@ CAUSAL = {
         "mamba_dt_rank": 4,
     },
     "bamba": _DECODER | _MAMBA | {"attn_layer_indices": [1, 3]},
-    "falcon_h1": _DECODER | _MAMBA | {"head_dim": 16, "mamba_d_ssm": 96},
+    "falcon_h1": _DECODER | _MAMBA | {"head_dim": 12, "mamba_d_ssm": 96},
     "nemotron_h": _DECODER
     | {"layers_block_type": ["mamba", "attention", "mlp", "attention"], "head_dim": 16}
     | {"mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8},
 }
+
+# Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
+CUT = dict.fromkeys((*MASKED, *CAUSAL), (2, 4)) | dict.fromkeys(
+    ("modernbert", "deepseek_v3", "qwen3_next", "qwen3_5_text", "lfm2", "granitemoehybrid", "jamba", "bamba")
+    + ("nemotron_h", "gpt_neo"),
+    (1, 4),
+)
+# Those that every run of the tests tries; the others are asked for by `-m families`.
+ALWAYS = ("mpnet", "deberta-v2", "bloom", "falcon", "gpt_neo", "gptj", "gpt_oss", "qwen3", "qwen3_next", "lfm2")
+ALWAYS += ("gemma2", "granite")
