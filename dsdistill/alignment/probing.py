@@ -1,11 +1,14 @@
 """Check whether two models leave the traces that the terms between them need."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 from transformers import PretrainedConfig
 
 from dsdistill.alignment.objective import Objective
+from dsdistill.config import UserError
 from dsdistill.models.probe import probe
+from dsdistill.models.settings import text_config
 from dsdistill.models.trace import Geometry
 
 
@@ -27,6 +30,8 @@ def check_pair(
     attention = any(objective.layers("student_attention") for objective in objectives)
     hidden = hidden or any(objective.layers("student_hidden") for objective in objectives)
     lens = any(objective.needs("lens") for objective in objectives)
+    if attention or hidden:
+        _check_all_run(student)
     models = {
         place: model for place, model in (("student", student), ("teacher", teacher)) if model is not None
     }
@@ -49,3 +54,11 @@ def check_pair(
         for term in objective.terms.values():
             term.check_models([found.geometry for found in seen.values()], hidden_rotation)
     return seen["student"].geometry
+
+
+def _check_all_run(student: PretrainedConfig) -> None:
+    """Refuse a student that leaves out layers at random while it trains: terms could not read those."""
+    for name, value in vars(text_config(student)).items():
+        if re.search("layer_?drop", name) and isinstance(value, float) and value > 0:
+            expected = "0: terms read layers, which would be left out at random"
+            raise UserError(f"student.config.{name}", value, expected)

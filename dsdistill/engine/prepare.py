@@ -77,7 +77,8 @@ def prepare(config: Config, world_size: int) -> Prepared:
     tokenizer = _tokenizer(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
-            refusals.check_sizes(data, task, model, tokenizer, place)
+            trained = place == "teacher" or config.student.from_teacher or config.student.path
+            refusals.check_sizes(data, task, model, tokenizer, place, trained=bool(trained))
     lacking = refusals.check_files(
         {"teacher": (config.teacher, teacher), "student": (config.student, student)}, task
     )

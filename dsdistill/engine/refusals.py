@@ -13,7 +13,7 @@ from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, T
 from dsdistill.data.samplers import GROUP
 from dsdistill.engine.module import frozen
 from dsdistill.models.build import check_missing, skeleton
-from dsdistill.models.positions import check_length
+from dsdistill.models.positions import check_length, check_padding
 from dsdistill.models.tokenizer import check_vocabulary
 from dsdistill.models.weights import check_weights
 
@@ -55,13 +55,24 @@ def check_ranks(train: Train, stages: Sequence[Stage], sampler: str, world_size:
 
 
 def check_sizes(
-    data: Data, task: str, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, place: str
+    data: Data,
+    task: str,
+    model: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    place: str,
+    *,
+    trained: bool,
 ) -> None:
-    """Refuse a model with fewer embeddings than the tokenizer has entries, or fewer positions than a text may have."""
+    """Refuse a model with fewer embeddings than the tokenizer has entries, or fewer positions than a text may have.
+
+    trained: it has weights, whose positions must not move.
+    """
     pairs = len(data.text) == 2 and task != "causal_lm"
     check_vocabulary(tokenizer, model, place, pairs)
     padding = tokenizer.pad_token_id if task != "causal_lm" else None  # see for_task()
     check_length(model, task, data.max_length, padding, place)
+    if trained and padding is not None:
+        check_padding(model, task, padding, place)
 
 
 def check_files(

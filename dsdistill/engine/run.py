@@ -29,7 +29,7 @@ from dsdistill.engine.refusals import check_backend
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
-from dsdistill.models.build import build_and_tell, build_model
+from dsdistill.models.build import build_and_tell, build_model, check_attention
 from dsdistill.models.cut import check_rest, copy_layers
 from dsdistill.models.tracer import Tracer, count_parameters
 
@@ -80,6 +80,8 @@ def run(config: Config, ranks: Ranks) -> dict:
         finished = done is not None and done.get("finished", False)
         if not finished:
             check_backend(config.train, ranks.device)
+            for place, section in (("student", config.student), ("teacher", config.teacher)):
+                check_attention(section.attn_implementation if section is not None else "auto", place)
         prepared = None if finished else prepare(config, ranks.world_size)
         if ranks.first:
             _open(folder, config, ranks, finished)

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
@@ -59,6 +60,8 @@ _STRUCTURE = (
     "vocab_size",
 )
 
+
+FLASH = "flash_attention_2"
 
 # What every part of a run asks of an architecture.
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -229,8 +232,26 @@ def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel
 
 
 def named(attention: str) -> str | None:
-    """Return an `attn_implementation` as the library takes it: with None it chooses SDPA where a class supports it."""
-    return None if attention == "auto" else attention
+    """Return an `attn_implementation` as the library takes it: with None it chooses SDPA where a class supports it.
+
+    Flash attention is left to the library where it cannot run: a plan, an export and an evaluation need not be where
+    a run trains. Training there is refused (check_attention).
+    """
+    return None if attention == "auto" or (attention == FLASH and not flash_here()) else attention
+
+
+def flash_here() -> bool:
+    """Return whether flash attention can run on this machine."""
+    return torch.cuda.is_available() and is_flash_attn_2_available()
+
+
+def check_attention(implementation: str, place: str) -> None:
+    """Raise UserError for an implementation of attention that this machine lacks; a plan for another may name it."""
+    if implementation == FLASH and not flash_here():
+        lacks = "its package flash-attn" if torch.cuda.is_available() else "a GPU"
+        raise UserError(
+            f"{place}.attn_implementation", f"{FLASH} on a machine without {lacks}", "auto, sdpa or eager"
+        )
 
 
 def _random(config: PretrainedConfig, task: str, place: str, attention: str = "auto") -> PreTrainedModel:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.utils import is_flash_attn_2_available
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import Headless, first_line
+from dsdistill.models.build import FLASH, Headless, first_line, flash_here
 from dsdistill.models.capture import Capture, attention_trace, final_norm, layer_list
 from dsdistill.models.settings import attention_layers, text_config
 from dsdistill.models.small_copy import (
@@ -36,7 +35,6 @@ _PADDING = 3  # tokens at the end of its first row
 _EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
 # Largest differences relative to the largest value; what is ignored by an implementation is far above them.
 _ROUNDING, _HALF_ROUNDING = 1e-3, 5e-2
-FLASH = "flash_attention_2"
 
 
 @dataclass(frozen=True)
@@ -179,20 +177,6 @@ def _under(
         eager.cpu().float()
         return eager
     return model
-
-
-def flash_here() -> bool:
-    """Return whether flash attention can run on this machine."""
-    return torch.cuda.is_available() and is_flash_attn_2_available()
-
-
-def check_attention(implementation: str, place: str) -> None:
-    """Raise UserError for an implementation of attention that this machine lacks; a plan for another may name it."""
-    if implementation == FLASH and not flash_here():
-        lacks = "its package flash-attn" if torch.cuda.is_available() else "a GPU"
-        raise UserError(
-            f"{place}.attn_implementation", f"{FLASH} on a machine without {lacks}", "auto, sdpa or eager"
-        )
 
 
 def _inputs(padded: bool = True) -> dict[str, Tensor]:

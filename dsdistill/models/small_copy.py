@@ -177,8 +177,9 @@ def make_small(
     if size > LARGEST:
         layers = text_config(config).num_hidden_layers
         raise UserError(place, f"a model of {size:,} values in {layers} layers", f"at most {LARGEST:,}")
+    own = copy.deepcopy(config)  # a model asks its config, at each call, which attention to use
     model = auto_class(task).from_config(
-        config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
+        own, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
     )
     return model.float().eval()
 

@@ -75,7 +75,9 @@ def able(family: str, folder) -> tuple[dict, list[str]]:
             probe(config, task, "teacher", **{"attention": False, "hidden": False, **needs})
             terms |= added
         except UserError as error:
-            refused.append(f"{next(iter(needs))}: {str(error).partition('got ')[2].partition(', expected')[0]}")
+            refused.append(
+                f"{next(iter(needs))}: {str(error).partition('got ')[2].partition(', expected')[0]}"
+            )
     return terms, refused
 
 
@@ -85,7 +87,9 @@ def trained(request, tmp_path_factory, tokenizer_dir, data_dir) -> dict[str, Tra
     wanted = [
         item.callspec.params["family"]
         for item in request.session.items
-        if getattr(item, "callspec", None) and "family" in item.callspec.params and item.module is request.module
+        if getattr(item, "callspec", None)
+        and "family" in item.callspec.params
+        and item.module is request.module
     ]
     home, found = tmp_path_factory.mktemp("families"), {}
     for family in dict.fromkeys(wanted):
@@ -121,7 +125,9 @@ def trained(request, tmp_path_factory, tokenizer_dir, data_dir) -> dict[str, Tra
 
 
 def marked(families) -> list:
-    return [pytest.param(name, marks=() if name in tiny.ALWAYS else pytest.mark.families) for name in families]
+    return [
+        pytest.param(name, marks=() if name in tiny.ALWAYS else pytest.mark.families) for name in families
+    ]
 
 
 @pytest.mark.parametrize("family", marked(TASKS))

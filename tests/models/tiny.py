@@ -113,11 +113,21 @@ CAUSAL = {
 }
 
 # Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
-CUT = dict.fromkeys((*MASKED, *CAUSAL), (2, 4)) | dict.fromkeys(
-    ("modernbert", "deepseek_v3", "qwen3_next", "qwen3_5_text", "lfm2", "granitemoehybrid", "jamba", "bamba")
-    + ("nemotron_h", "gpt_neo"),
-    (1, 4),
+_FIRST_AND_LAST = (
+    "modernbert deepseek_v3 qwen3_next qwen3_5_text lfm2 granitemoehybrid jamba bamba nemotron_h gpt_neo"
 )
+CUT = dict.fromkeys((*MASKED, *CAUSAL), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
 # Those that every run of the tests tries; the others are asked for by `-m families`.
-ALWAYS = ("mpnet", "deberta-v2", "bloom", "falcon", "gpt_neo", "gptj", "gpt_oss", "qwen3", "qwen3_next", "lfm2")
+ALWAYS = (
+    "mpnet",
+    "deberta-v2",
+    "bloom",
+    "falcon",
+    "gpt_neo",
+    "gptj",
+    "gpt_oss",
+    "qwen3",
+    "qwen3_next",
+    "lfm2",
+)
 ALWAYS += ("gemma2", "granite")
