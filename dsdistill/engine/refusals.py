@@ -13,7 +13,7 @@ from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, T
 from dsdistill.data.samplers import GROUP
 from dsdistill.engine.module import frozen
 from dsdistill.models.build import check_missing, skeleton
-from dsdistill.models.tokenizer import check_vocabulary
+from dsdistill.models.tokenizer import check_vocabulary, difference
 from dsdistill.models.weights import check_weights
 
 # RoBERTa and its family start counting positions after the padding token.
@@ -71,6 +71,16 @@ def check_sizes(
         positions -= (model.pad_token_id or 0) + 1
     if data.max_length > positions:
         raise UserError("data.max_length", data.max_length, f"at most the {place}'s {positions} positions")
+
+
+def check_tokenizer(
+    used: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, place: str, model: str
+) -> None:
+    """Refuse a tokenizer that gives a model other ids than the model's own would: each id is another word to it."""
+    if (unlike := difference(used, own)) is not None:
+        raise UserError(
+            place, f"a tokenizer {unlike} in the {model}'s own", f"the {model}'s own, or an equal one"
+        )
 
 
 def check_files(
