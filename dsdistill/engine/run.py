@@ -29,8 +29,9 @@ from dsdistill.engine.refusals import check_backend
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
-from dsdistill.models.build import build_and_tell, build_model, copy_layers
+from dsdistill.models.build import build_and_tell, build_model, copy_layers, locate
 from dsdistill.models.cut import check_rest
+from dsdistill.models.settings import carry_generation
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -250,9 +251,7 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
             if config.student.from_teacher is not None:
                 torch.manual_seed(config.run.seed)
                 made = build_model(prepared.student, None, config.task, "student", needs_head=False)
-                torch.manual_seed(
-                    config.run.seed
-                )  # a teacher without weights is the one that load_teacher makes
+                torch.manual_seed(config.run.seed)  # as load_teacher does, for a teacher without weights
                 teacher, missing = build_and_tell(
                     prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
                 )
@@ -261,6 +260,10 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
             with disk.replacing(target) as name:
                 made.save_pretrained(name)
                 prepared.tokenizer.save_pretrained(name)
+                cut = config.student.from_teacher is not None
+                source = config.teacher.path if cut else config.student.path
+                if source is not None and config.task == "causal_lm":
+                    carry_generation(locate(source, "student.path"), name, prepared.student.vocab_size)
     return target if config.student.from_teacher is not None else config.student.path
 
 
