@@ -20,6 +20,7 @@ from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import export
+from dsdistill.engine.origins import add_examples, check_origins, origins, write_origins
 from dsdistill.engine.passes.domain_maps import fit_maps
 from dsdistill.engine.passes.layer_similarity import resolve_layers
 from dsdistill.engine.passes.stability import stability
@@ -83,7 +84,7 @@ def run(config: Config, ranks: Ranks) -> dict:
             check_backend(config.train, ranks.device)
         prepared = None if finished else prepare(config, ranks.world_size)
         if ranks.first:
-            _open(folder, config, ranks, finished)
+            _open(folder, config, ranks, finished, prepared)
     if prepared is None:
         log.info("%s is finished; nothing to do", folder.path)
         return done
@@ -94,12 +95,25 @@ def run(config: Config, ranks: Ranks) -> dict:
     return summary
 
 
-def _open(folder: RunFolder, config: Config, ranks: Ranks, finished: bool = False) -> None:
-    """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it."""
+def _open(
+    folder: RunFolder,
+    config: Config,
+    ranks: Ranks,
+    finished: bool = False,
+    prepared: Prepared | None = None,
+) -> None:
+    """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it.
+
+    prepared: of a run that notes what it is made from; a baseline is made from what its run is.
+    """
     folder.claim()
     if not finished:
         folder.tag = checkpoint.check(folder.path, config, ranks.world_size)
+    found = origins(prepared) if prepared is not None else {}
+    check_origins(folder, found)
     folder.open(config)
+    if found:
+        write_origins(folder, found)
 
 
 def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
@@ -119,7 +133,7 @@ def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
         folder = RunFolder(home, known=True)
         with ranks.first_alone():
             if ranks.first:
-                _open(folder, recipe.config, ranks)
+                _open(folder, recipe.config, ranks, prepared=recipe)
         if recipe.recipe is not None:
             use_recipe(recipe, folder, ranks)
         _distil(recipe, folder, ranks)
@@ -272,9 +286,7 @@ def _fingerprint(prepared: Prepared) -> str:
     digest = hashlib.sha256()
     digest.update(teacher_identity(prepared.config).encode())
     for part in (prepared.data.train, prepared.data.dev):
-        for tensor in (part.tokens, part.starts, part.labels, part.prompts):
-            if tensor is not None:
-                digest.update(tensor.numpy().tobytes())
+        add_examples(digest, part)
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
 
 

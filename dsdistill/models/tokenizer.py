@@ -1,6 +1,7 @@
 """Try tokenizers in a process of their own before this one loads them."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -59,6 +60,13 @@ def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
             shown = " + ".join(map(repr, texts))
             return f"that makes {a[start]} of a part of {shown}, where it is {b[start]}"
     return None
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of a tokenizer's vocabulary, of its special tokens and of what a few texts become."""
+    made = [tokenizer(*texts, verbose=False)["input_ids"] for texts in TEXTS]
+    parts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items()), made]
+    return hashlib.sha256(json.dumps(parts, default=str).encode(errors="backslashreplace")).hexdigest()
 
 
 def check_vocabulary(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ from dsdistill.config.bounded import MIB, read_json
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import locate, skeleton
 from dsdistill.models.cut import untied
+from dsdistill.models.settings import CONFIG, CONFIG_BYTES, find
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES = 256 * MIB
+SAMPLES, BLOCK = 64, 2**16  # blocks of a weight file that tell it from another, and their bytes
+_COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
 # What several ranks saved each a part of; the library takes such files before all others.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 
@@ -115,6 +119,32 @@ def check_equal(path: str | None, names: list[str]) -> None:
     for name in names[1:]:
         if names[0] in found and name in found and not torch.equal(found[names[0]], found[name]):
             raise untied(names[0], name)
+
+
+def fingerprint(path: str, place: str) -> str | None:
+    """Return a digest of a model's weights and config.json; of a hub id its commit, None where that is not known.
+
+    Of each weight file it takes name, size, header and SAMPLES blocks of BLOCK bytes, evenly spaced: all of a small
+    file, and of a large one enough to notice other weights without reading gigabytes at every start.
+    """
+    folder = locate(path, place)
+    if not os.path.isdir(folder):
+        found = _COMMIT.search(find(folder, CONFIG) or "")
+        return found[1] if found is not None else None
+    digest = hashlib.sha256()
+    with open(os.path.join(folder, CONFIG), "rb") as file:
+        digest.update(file.read(CONFIG_BYTES))
+    for name in weight_files(folder, place):
+        with open(os.path.join(folder, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{name} {size} ".encode())
+            header = 8 + int.from_bytes(file.read(8), "little")  # as the format has it
+            file.seek(0)
+            digest.update(file.read(min(size, header)))
+            for index in range(SAMPLES):
+                file.seek(max(0, size - BLOCK) * index // (SAMPLES - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def weight_files(folder: str, place: str) -> list[str]:
