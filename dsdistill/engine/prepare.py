@@ -36,7 +36,7 @@ from dsdistill.models.build import (
 )
 from dsdistill.models.tokenizer import entries
 from dsdistill.models.trace import Geometry
-from dsdistill.models.weights import check_equal
+from dsdistill.models.weights import check_ties, own_ties
 
 log = logging.getLogger("dsdistill")
 
@@ -88,8 +88,11 @@ def prepare(config: Config, world_size: int) -> Prepared:
     geometry = check_pair(task, student, teacher, objectives, hidden=reads)
     if config.student.from_teacher is not None:
         layers = config.student.from_teacher
-        for names in check_cut(student, teacher, layers, task, "student", of_teacher):
-            check_equal(config.teacher.path, names)
+        ties = check_cut(student, teacher, layers, task, "student", of_teacher)
+        if config.teacher.path is not None:
+            check_ties(config.teacher.path, ties, "teacher")
+    if config.student.path is not None:
+        check_ties(config.student.path, own_ties(student, task, "student"), "student")
     refusals.check_frozen(config.student, config.stages, student, task)
     splits = load_data(data, task, tokenizer, config.run.seed, config.needs_spans)
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))

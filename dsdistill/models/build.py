@@ -250,8 +250,8 @@ def check_cut(
 
     Some families build some layers differently: ModernBERT's first has no norm before its attention.
 
-    missing: weights that the teacher's files lack. Returns the names of weights that the student ties and the teacher
-    does not: the teacher's must be equal.
+    missing: weights that the teacher's files lack. Returns the names of weights that the student ties: the teacher's
+    must be equal.
     """
     made, whole = (skeleton(model, task, place) for model in (student, teacher))
     into, source = layer_list(made), layer_list(whole)
@@ -416,7 +416,7 @@ def copy_layers(
     for names, sources in outside(student, teacher, missing):
         for other in sources[1:]:
             if not torch.equal(given[sources[0]], given[other]):
-                raise untied(sources[0], other)
+                raise untied(sources[0], other, "teacher")
         if sources:
             own[names[0]].copy_(given[sources[0]])
 

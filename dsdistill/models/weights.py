@@ -105,20 +105,31 @@ def _silent() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_equal(path: str | None, names: list[str]) -> None:
-    """Raise UserError where weights of a teacher's folder differ that its student ties.
+def check_ties(path: str, ties: list[list[str]], place: str) -> None:
+    """Raise UserError where weights differ in a local folder that the student ties; it would be given but one of them.
 
-    Names that the files do not have as they are, and hub ids, are left to copy_layers.
+    ties: names of one weight each. Names that the files do not have as they are, and hub ids, are left to copy_layers.
+    place: the model that the folder is.
     """
-    if path is None or not os.path.isdir(folder := locate(path, "teacher.path")):
+    if not os.path.isdir(folder := locate(path, f"{place}.path")):
         return
     found: dict[str, torch.Tensor] = {}
-    for name in weight_files(folder, "teacher.path"):
+    wanted = {name for names in ties for name in names}
+    for name in weight_files(folder, f"{place}.path"):
         with safe_open(os.path.join(folder, name), framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in names if key in file.keys()}  # noqa: SIM118
-    for name in names[1:]:
-        if names[0] in found and name in found and not torch.equal(found[names[0]], found[name]):
-            raise untied(names[0], name)
+            found |= {key: file.get_tensor(key) for key in wanted.intersection(file.keys())}
+    for first, *others in ([name for name in names if name in found] or [""] for names in ties):
+        for other in others:
+            if not torch.equal(found[first], found[other]):
+                raise untied(first, other, place)
+
+
+def own_ties(model: PretrainedConfig, task: str, place: str) -> list[list[str]]:
+    """Return the names of each weight that an architecture ties."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton(model, task, place).named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tied for tied in names.values() if len(tied) > 1]
 
 
 def fingerprint(path: str, place: str) -> str | None:
