@@ -57,5 +57,5 @@ def masking(tokenizer: Any, predicted: float, hidden: float, seed: int) -> Maski
     if tokenizer.mask_token_id is None:
         raise UserError("data.tokenizer", "a tokenizer without a mask token", "one with a mask token")
     special = np.array(sorted(tokenizer.all_special_ids))
-    ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
+    ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], special)  # ids may have holes between them
     return Masking(predicted, hidden, tokenizer.mask_token_id, special, ordinary, seed)

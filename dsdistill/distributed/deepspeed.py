@@ -9,7 +9,7 @@ import math
 import os
 import typing
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from dsdistill.config.secrets import shown
 from dsdistill.distributed import stopping
 from dsdistill.distributed.adagrad import AdaGrad
 from dsdistill.distributed.allocator import keep_freed_memory
+from dsdistill.distributed.groups import parameter_groups
 from dsdistill.distributed.ranks import Ranks, environment, private_store
 from dsdistill.distributed.shards import Shards
 
@@ -45,6 +46,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 PATIENCE = datetime.timedelta(days=1)  # while rank 0 downloads or tokenises alone
 PICKLED = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]  # what it saves beside plain data
+FROZEN = "frozen.pt"  # of a checkpoint: weights that do not train, as they were before they were rounded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sections of which DeepSpeed refuses unknown keys, though only once the models are loaded.
@@ -305,9 +307,13 @@ def student_engine(
 ):
     """The engine that trains `module`.
 
-    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
+    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others. `module` is in
+    float32, and so the optimizer's master weights begin with its very values, whatever it computes in.
     """
     settings = student_settings(config, ranks.world_size)
+    unrounded = {}  # on the CPU, and there without a copy: DeepSpeed puts rounded weights in their place
+    if config.train.dtype != "fp32":
+        unrounded = {name: p.detach().cpu() for name, p in module.named_parameters() if p.requires_grad}
     groups = parameter_groups(module, terms, config, rate)
     # DeepSpeed takes memory for a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a
     # heap that spreads, as blocks of 2 GB come and go in it at every step.
@@ -324,30 +330,12 @@ def student_engine(
             dist_init_required=False,
         )
     _limit_waits()
+    for name, parameter in engine.module.named_parameters():
+        if name in unrounded:
+            _set_master(parameter, unrounded.pop(name))
     # At the least scale finite_gradient tells, and the run ends by name.
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
-
-
-def parameter_groups(
-    module: nn.Module, terms: Iterable[nn.Parameter], config: Config, rate: float
-) -> list[dict]:
-    """Return the optimizer's groups of what trains in `module`, in order; none is empty.
-
-    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
-    """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    mine = {id(parameter) for parameter in terms}
-    groups = [
-        {
-            "params": [p for p in trained if (id(p) in mine) == own and (p.dim() > 1) == matrices],
-            "weight_decay": decay,
-            "lr": lr,
-        }
-        for own, lr in ((False, rate), (True, config.train.projector_learning_rate or rate))
-        for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def finite_gradient(engine, skipped: int) -> bool:
@@ -411,9 +399,12 @@ def read_shards(folder: str) -> Shards:
 
 
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint, by name in the student's module."""
+    """Return the float32 weights of a checkpoint, by name in the student's module; frozen ones as they were given."""
     shards = read_shards(os.path.join(folder, tag))
-    weights = {name: shards.weight(name) for name in shards.names}
+    frozen = {}
+    if os.path.exists(path := os.path.join(folder, tag, FROZEN)):
+        frozen = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    weights = {name: frozen[name] if name in frozen else shards.weight(name) for name in shards.names}
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
@@ -435,7 +426,7 @@ def load_reshaped(engine, folder: str) -> None:
             continue
         parameter.data.copy_(whole)
         if parameter.requires_grad:
-            safe_set_full_fp32_param(parameter, whole.float())
+            _set_master(parameter, whole.float())
             for key in shards.moments:
                 safe_set_full_optimizer_state(parameter, shards.moment(name, key), key)
     if sharded:
@@ -473,17 +464,26 @@ def _load_optimizer(optimizer, shards: Shards, sharded: bool) -> None:
 
 def _fill_partition(parameter: nn.Parameter, whole: torch.Tensor, shards: Shards, name: str) -> None:
     """Give this rank its part of a parameter that ZeRO-3 shards."""
-    size = parameter.ds_tensor.numel()
-
-    def own(value: torch.Tensor) -> torch.Tensor:
-        part = value.flatten()[dist.get_rank() * size : (dist.get_rank() + 1) * size]
-        return nn.functional.pad(part, (0, size - len(part)))
-
-    parameter.ds_tensor.data.copy_(own(whole))
+    parameter.ds_tensor.data.copy_(_own(parameter, whole))
     if parameter.requires_grad:
-        safe_set_local_fp32_param(parameter, own(whole))
+        _set_master(parameter, whole)
         for key in shards.moments:
-            safe_set_local_optimizer_state(parameter, own(shards.moment(name, key)), key)
+            safe_set_local_optimizer_state(parameter, _own(parameter, shards.moment(name, key)), key)
+
+
+def _set_master(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    """Give this rank's part of the optimizer's float32 master of a parameter its values, in any ZeRO stage."""
+    if hasattr(parameter, "ds_id"):
+        safe_set_local_fp32_param(parameter, _own(parameter, whole))
+    else:
+        safe_set_full_fp32_param(parameter, whole)
+
+
+def _own(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a value of a parameter that ZeRO-3 shards, padded at its end."""
+    size = parameter.ds_tensor.numel()
+    part = whole.flatten()[dist.get_rank() * size : (dist.get_rank() + 1) * size]
+    return nn.functional.pad(part, (0, size - len(part)))
 
 
 @contextlib.contextmanager

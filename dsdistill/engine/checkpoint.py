@@ -35,10 +35,10 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _POINTER = "newest"
 _STEP = re.compile(r"step-(\d+)")
-# What a checkpoint's folder may hold of ours, by patterns; the last but one is DeepSpeed's copy of NVMe offload.
+# What a checkpoint's folder may hold of ours, by patterns; the last is DeepSpeed's copy of NVMe offload.
 MADE = (
-    "*_optim_states.pt", "*_model_states.pt", "random-*.pt", _STATE, _MANIFEST, ".partial-*", "*.partial",
-    "offloaded_tensors/*",
+    "*_optim_states.pt", "*_model_states.pt", "random-*.pt", deepspeed.FROZEN, _STATE, _MANIFEST,
+    ".partial-*", "*.partial", "offloaded_tensors/*",
 )  # fmt: skip
 _LIMIT = 2**24  # bytes of a state or a manifest
 _VERSIONS = ("torch", "deepspeed", "transformers")
@@ -48,10 +48,19 @@ class Unsaved(SharedError):
     """A checkpoint could not be saved; those of before are whole."""
 
 
-def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) -> None:
+def save(
+    engine,
+    run_dir: str,
+    step: int,
+    state: dict,
+    ranks: Ranks,
+    keep: int,
+    frozen: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
 
     state: among it zero_stage, the student's, and at_once, the examples of all ranks that meet in a micro-batch.
+    frozen: weights that do not train and that the engine has rounded, by name, as they were before; of rank 0.
 
     Raises Unsaved, on every rank, where a file of any rank could not be written: the checkpoints of before are whole.
     """
@@ -66,6 +75,8 @@ def save(engine, run_dir: str, step: int, state: dict, ranks: Ranks, keep: int) 
         with _noting_failures(engine):
             engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=False)
         torch.save(random_state(), os.path.join(target, f"random-{ranks.rank}.pt"))
+        if frozen:
+            torch.save(frozen, os.path.join(target, deepspeed.FROZEN))
     with _together(target, ranks):
         if ranks.first:
             _write_whole(folder, tag, state | {"step": step, "world_size": ranks.world_size})

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from dsdistill.config import Config
+from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.export import find_checkpoint, load_student, read_config
@@ -18,6 +19,7 @@ from dsdistill.engine.run import running, use_recipe, with_fields
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.evaluation.text import bleu_signature
+from dsdistill.models.tracer import cast_parameters
 
 log = logging.getLogger("dsdistill")
 
@@ -56,15 +58,13 @@ def _computable(config: Config, path: str) -> Config:
 
 
 def _scores(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, dict]:
-    """Return the scores of a checkpoint's student and of the teacher, all that the config asks for."""
+    """Return the scores of a checkpoint's student and of the teacher, all that the config asks for.
+
+    Those that the run reports too are computed in the type that it trained in, so that they are the same; texts and
+    times are those of the float32 weights that `export` writes.
+    """
     config = prepared.config
     asked = config.evaluation
-    teacher = None
-    if prepared.judged or asked.structure:
-        last = [prepared.pair.teacher.depth] if asked.structure else []
-        teacher = load_teacher(
-            config, prepared.teacher, prepared.objectives[-1:], ranks, last, judged=prepared.judged
-        )
     model, weights = load_student(path, config, tag)
     fusion = make_fusion(config, prepared.pair, fused_layers(prepared.objectives))
     if fusion is not None:
@@ -73,14 +73,23 @@ def _scores(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, 
         model, prepared.objectives[-1], prepared.evaluation, represents=asked.structure, domain=fusion
     )
     module = module.to(ranks.device).eval()
+    whole: dict[str, dict] = {"student": {}}
+    if asked.latency and ranks.first:
+        whole["student"] |= latency(model, prepared)
+    if asked.generate:  # before the teacher that scores is there: a whole one writes
+        for name, values in generation(model, prepared, path, ranks).items():
+            whole.setdefault(name, {}).update(values)
+    cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # as the engine does, which keeps buffers
+    teacher = None
+    if prepared.judged or asked.structure:
+        last = [prepared.pair.teacher.depth] if asked.structure else []
+        teacher = load_teacher(
+            config, prepared.teacher, prepared.objectives[-1:], ranks, last, judged=prepared.judged
+        )
     scores = score(module, teacher if prepared.judged else None, prepared, ranks)
     if asked.structure:
         scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
     scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
-    if asked.latency and ranks.first:
-        scores["student"] |= latency(model, prepared)
-    if asked.generate:
-        del teacher  # a whole one comes in its place
-        for name, values in generation(model, prepared, path, ranks).items():
-            scores.setdefault(name, {}).update(values)
+    for name, values in whole.items():
+        scores.setdefault(name, {}).update(values)
     return scores

@@ -1,5 +1,6 @@
 """Resolve the parts of a run and check them against each other before any weight is loaded."""
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from dsdistill.models.build import (
 from dsdistill.models.cut import check_cut, cut_architecture
 from dsdistill.models.tokenizer import entries
 from dsdistill.models.trace import Geometry
-from dsdistill.models.weights import check_equal
+from dsdistill.models.weights import check_ties, own_ties
 
 log = logging.getLogger("dsdistill")
 
@@ -89,8 +90,11 @@ def prepare(config: Config, world_size: int) -> Prepared:
     geometry = check_pair(task, student, teacher, objectives, hidden=reads, implementations=implementations)
     if config.student.from_teacher is not None:
         layers = config.student.from_teacher
-        for names in check_cut(student, teacher, layers, task, "student", of_teacher):
-            check_equal(config.teacher.path, names)
+        ties = check_cut(student, teacher, layers, task, "student", of_teacher)
+        if config.teacher.path is not None:
+            check_ties(config.teacher.path, ties, "teacher")
+    if config.student.path is not None:
+        check_ties(config.student.path, own_ties(student, task, "student"), "student")
     refusals.check_frozen(config.student, config.stages, student, task)
     splits = load_data(data, task, tokenizer, config.run.seed, config.needs_spans)
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
@@ -228,27 +232,41 @@ def objective_layers(
 
 
 def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a run; raise UserError where a model that it feeds has another of its own."""
+    paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
+    paths = {place: path for place, path in paths.items() if path}
+    own = {"teacher": recipe.tokenizer} if recipe is not None else {}
     if config.data.tokenizer is not None:
-        return load_tokenizer(config.data.tokenizer, "data.tokenizer")
-    if config.data.train_tokenizer is not None:
+        place = "data.tokenizer"
+        chosen = load_tokenizer(config.data.tokenizer, place)
+        others = {name: path for name, path in paths.items() if path != config.data.tokenizer}
+        own |= _own_tokenizers(others)
+    elif config.data.train_tokenizer is not None:
+        place = "data.train_tokenizer"
         texts = (text for texts in read(config.data, config.task).train.texts for text in texts)
-        return load_tokenizer(
-            train_tokenizer(texts, config.data.train_tokenizer, config.data.cache), "data.train_tokenizer"
-        )
-    teacher = config.teacher.path if config.teacher is not None else None
-    paths = [
-        (place, path) for place, path in (("teacher", teacher), ("student", config.student.path)) if path
-    ]
-    if not paths and recipe is None:
-        raise UserError(
-            "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
-        )
-    tokenizers = [recipe.tokenizer] if recipe is not None else []
-    tokenizers += [load_tokenizer(path, f"{place}.path") for place, path in paths]
-    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise UserError(
-            "student.path",
-            f"a tokenizer of {len(tokenizers[1])} entries unlike the teacher's {len(tokenizers[0])}",
-            "the same one",
-        )
-    return tokenizers[0]
+        chosen = load_tokenizer(train_tokenizer(texts, config.data.train_tokenizer, config.data.cache), place)
+        own |= _own_tokenizers(paths)
+    else:
+        own |= {name: load_tokenizer(path, f"{name}.path") for name, path in paths.items()}
+        if not own:
+            raise UserError(
+                "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
+            )
+        # Teacher and student read the same ids.
+        place = "student.path"
+        chosen = own.pop("teacher") if "teacher" in own else own.pop("student")
+        if "student" in own:
+            refusals.check_tokenizer(own["student"], chosen, place, "teacher")
+        return chosen
+    for name, tokenizer in own.items():
+        refusals.check_tokenizer(chosen, tokenizer, place, name)
+    return chosen
+
+
+def _own_tokenizers(paths: dict[str, str]) -> dict[str, PreTrainedTokenizerBase]:
+    """Return the tokenizers that models bring, by place; one without, or with one that fails, cannot be compared."""
+    found = {}
+    for name, path in paths.items():
+        with contextlib.suppress(UserError):
+            found[name] = load_tokenizer(path, f"{name}.path")
+    return found

@@ -14,7 +14,7 @@ from dsdistill.data.samplers import GROUP
 from dsdistill.engine.module import frozen
 from dsdistill.models.build import check_missing, skeleton
 from dsdistill.models.positions import check_length, check_padding
-from dsdistill.models.tokenizer import check_vocabulary
+from dsdistill.models.tokenizer import check_vocabulary, difference
 from dsdistill.models.weights import check_weights
 
 
@@ -73,6 +73,16 @@ def check_sizes(
     check_length(model, task, data.max_length, padding, place)
     if trained and padding is not None:
         check_padding(model, task, padding, place)
+
+
+def check_tokenizer(
+    used: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, place: str, model: str
+) -> None:
+    """Refuse a tokenizer that gives a model other ids than the model's own would: each id is another word to it."""
+    if (unlike := difference(used, own)) is not None:
+        raise UserError(
+            place, f"a tokenizer {unlike} in the {model}'s own", f"the {model}'s own, or an equal one"
+        )
 
 
 def check_files(

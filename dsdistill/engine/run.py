@@ -20,6 +20,7 @@ from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import export
+from dsdistill.engine.origins import add_examples, check_origins, origins, write_origins
 from dsdistill.engine.passes.domain_maps import fit_maps
 from dsdistill.engine.passes.layer_similarity import resolve_layers
 from dsdistill.engine.passes.stability import stability
@@ -29,8 +30,9 @@ from dsdistill.engine.refusals import check_backend
 from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
 from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
-from dsdistill.models.build import build_and_tell, build_model, check_attention
+from dsdistill.models.build import build_and_tell, build_model, check_attention, locate
 from dsdistill.models.cut import check_rest, copy_layers
+from dsdistill.models.settings import carry_generation
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -84,7 +86,7 @@ def run(config: Config, ranks: Ranks) -> dict:
                 check_attention(section.attn_implementation if section is not None else "auto", place)
         prepared = None if finished else prepare(config, ranks.world_size)
         if ranks.first:
-            _open(folder, config, ranks, finished)
+            _open(folder, config, ranks, finished, prepared)
     if prepared is None:
         log.info("%s is finished; nothing to do", folder.path)
         return done
@@ -95,12 +97,25 @@ def run(config: Config, ranks: Ranks) -> dict:
     return summary
 
 
-def _open(folder: RunFolder, config: Config, ranks: Ranks, finished: bool = False) -> None:
-    """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it."""
+def _open(
+    folder: RunFolder,
+    config: Config,
+    ranks: Ranks,
+    finished: bool = False,
+    prepared: Prepared | None = None,
+) -> None:
+    """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it.
+
+    prepared: of a run that notes what it is made from; a baseline is made from what its run is.
+    """
     folder.claim()
     if not finished:
         folder.tag = checkpoint.check(folder.path, config, ranks.world_size)
+    found = origins(prepared) if prepared is not None else {}
+    check_origins(folder, found)
     folder.open(config)
+    if found:
+        write_origins(folder, found)
 
 
 def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
@@ -120,7 +135,7 @@ def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
         folder = RunFolder(home, known=True)
         with ranks.first_alone():
             if ranks.first:
-                _open(folder, recipe.config, ranks)
+                _open(folder, recipe.config, ranks, prepared=recipe)
         if recipe.recipe is not None:
             use_recipe(recipe, folder, ranks)
         _distil(recipe, folder, ranks)
@@ -252,9 +267,7 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
             if config.student.from_teacher is not None:
                 torch.manual_seed(config.run.seed)
                 made = build_model(prepared.student, None, config.task, "student", needs_head=False)
-                torch.manual_seed(
-                    config.run.seed
-                )  # a teacher without weights is the one that load_teacher makes
+                torch.manual_seed(config.run.seed)  # as load_teacher does, for a teacher without weights
                 teacher, missing = build_and_tell(
                     prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
                 )
@@ -263,6 +276,10 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
             with disk.replacing(target) as name:
                 made.save_pretrained(name)
                 prepared.tokenizer.save_pretrained(name)
+                cut = config.student.from_teacher is not None
+                source = config.teacher.path if cut else config.student.path
+                if source is not None and config.task == "causal_lm":
+                    carry_generation(locate(source, "student.path"), name, prepared.student.vocab_size)
     return target if config.student.from_teacher is not None else config.student.path
 
 
@@ -271,9 +288,7 @@ def _fingerprint(prepared: Prepared) -> str:
     digest = hashlib.sha256()
     digest.update(teacher_identity(prepared.config).encode())
     for part in (prepared.data.train, prepared.data.dev):
-        for tensor in (part.tokens, part.starts, part.labels, part.prompts):
-            if tensor is not None:
-                digest.update(tensor.numpy().tobytes())
+        add_examples(digest, part)
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
 
 

@@ -19,6 +19,7 @@ log = logging.getLogger("dsdistill")
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
+SOURCES = "sources.json"  # digests of what the run is made from
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
 MARKER = "dsdistill-run.txt"  # tells that the files of a folder are this project's to replace and to remove
@@ -55,7 +56,7 @@ KEPT = {
     STAGES: ("*.safetensors", "*.partial"),
     REPRESENTATIONS: ("step-*.npy", "partial.npy"),
 }
-OWN = (CONFIG, METRICS, SUMMARY, TEACHER, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
+OWN = (CONFIG, METRICS, SUMMARY, TEACHER, SOURCES, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
 _MANIFEST, _MANIFEST_BYTES = "manifest.json", 2**24
 _REDIRECTED = (".log", ".out", ".err")  # what a shell or Slurm writes into a folder before the run begins
 _WAITING = 10_000  # most lines of the log that wait for room on a full disk

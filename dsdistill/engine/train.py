@@ -123,6 +123,10 @@ class Trainer:
         ends = stages.ends(config, self.total)
         self.start, self.end = (0, *ends)[index], ends[index]
         objective.begin(self.end - self.start)
+        self.frozen = {}  # as they are before the engine rounds them, for checkpoints
+        if config.train.dtype != "fp32" and ranks.first:
+            named = self.module.named_parameters(remove_duplicate=False)
+            self.frozen = {name: p.detach() for name, p in named if not p.requires_grad}
         self.engine = deepspeed.student_engine(
             self.module.to(ranks.device),
             list(objective.parameters()),
@@ -274,7 +278,9 @@ class Trainer:
         }
         try:
             with stopping.saving():
-                checkpoint.save(self.engine, folder.path, step, state, self.ranks, self.config.run.keep)
+                checkpoint.save(
+                    self.engine, folder.path, step, state, self.ranks, self.config.run.keep, self.frozen
+                )
         except checkpoint.Unsaved as error:
             if self._last or ending:
                 raise checkpoint.Unsaved(f"step {step}: {error}") from None

@@ -75,8 +75,8 @@ def check_cut(
     layer computes with a number that follows from its place or from the depth of the whole: MiniCPM3 scales what a
     layer adds, DiffLlama what it subtracts.
 
-    missing: weights that the teacher's files lack. Returns the names of weights that the student ties and the teacher
-    does not: the teacher's must be equal.
+    missing: weights that the teacher's files lack. Returns the names of weights that the student ties: the teacher's
+    must be equal.
     """
     made, whole = (skeleton(model, task, place) for model in (student, teacher))
     into, source = layer_list(made), layer_list(whole)
@@ -179,7 +179,7 @@ def copy_layers(
     for names, sources in outside(student, teacher, missing):
         for other in sources[1:]:
             if not torch.equal(given[sources[0]], given[other]):
-                raise untied(sources[0], other)
+                raise untied(sources[0], other, "teacher")
         if sources:
             own[names[0]].copy_(given[sources[0]])
 
@@ -211,8 +211,8 @@ def outside(
 ) -> list[tuple[list[str], list[str]]]:
     """Return each weight and buffer of the student outside its layers as two lists of names.
 
-    They are the student's own names of it, several where it is tied, and those of different tensors of the teacher's
-    that can be copied there.
+    They are the student's own names of it, several where it is tied, and those of them under which the teacher has
+    what can be copied there.
     """
     layers = layer_list(student)
     inside = set() if layers is None else {id(value) for value in _tensors(layers).values()}
@@ -221,12 +221,17 @@ def outside(
     for name, value in _tensors(student).items():
         if name in saved and id(value) not in inside:
             tied.setdefault(id(value), []).append(name)
-    pairs = []
-    for own in tied.values():
-        shape = saved[own[0]].shape
-        fits = [name for name in own if name in given and name not in missing and given[name].shape == shape]
-        pairs.append((own, list({id(given[name]): name for name in reversed(fits)}.values())[::-1]))
-    return pairs
+    return [
+        (
+            own,
+            [
+                name
+                for name in own
+                if name in given and name not in missing and given[name].shape == saved[own[0]].shape
+            ],
+        )
+        for own in tied.values()
+    ]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -237,7 +242,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def untied(first: str, second: str) -> UserError:
-    """Return what is said where a student ties two weights that differ in its teacher."""
-    got = f"weights that are tied, where the teacher's {first} and {second} differ"
-    return UserError("student.config.tie_word_embeddings", got, "false, as the teacher has them")
+def untied(first: str, second: str, model: str) -> UserError:
+    """Return what is said where a student ties two weights that differ in the model that it is made from."""
+    got = f"weights that are tied, where the {model}'s {first} and {second} differ"
+    return UserError("student.config.tie_word_embeddings", got, "false, as those weights are")

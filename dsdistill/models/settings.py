@@ -5,16 +5,19 @@ read, and sizes that nothing ends for.
 """
 
 import inspect
+import logging
 import os
 import re
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB, read_json
+
+log = logging.getLogger("dsdistill")
 
 CONFIG, ADAPTER, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
 CONFIG_BYTES = 16 * MIB
@@ -106,6 +109,51 @@ def find(source: str, name: str) -> str | None:
     )
 
 
+# Names of settings of generation whose numbers are ids of the vocabulary.
+_IDS = re.compile(
+    r"(_token_id|_tokens_ids?|_token_ids|_words_ids|decoder_ids|suppress_tokens|sequence_bias)$"
+)
+
+
+def carry_generation(source: str, folder: str, entries: int) -> None:
+    """Write into a model's folder how the model of `source` generates; where that says nothing, nothing is written.
+
+    The library reads the settings and writes them; those that name ids beyond the vocabulary are left out, and so are
+    names of the library's own code.
+
+    source: a folder or hub id. entries: of the vocabulary.
+    """
+    if (path := find(source, GENERATION)) is None:
+        return
+    try:
+        settings = {
+            key: value
+            for key, value in read_json(path, CONFIG_BYTES).items()
+            if not (_IDS.search(key) and not _inside(value, entries)) and not _is_code(GenerationConfig, key)
+        }
+        text = GenerationConfig.from_dict(settings).to_json_string(keys_to_pop=["compile_config"])
+    except Exception as error:  # whatever the library trips over
+        log.warning("%s is left out: %s", path, next(iter(str(error).splitlines()), type(error).__name__))
+        return
+    with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _inside(value: Any, entries: int) -> bool:
+    """Return whether a setting of ids, which may be lists of lists, names none beyond the vocabulary."""
+    if isinstance(value, list):
+        return all(_inside(part, entries) for part in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return 0 <= value < entries
+    return value is None or isinstance(value, float)  # a bias beside its ids
+
+
+def _is_code(kind: type, key: str) -> bool:
+    """Return whether a setting has the name of a part of a class's code."""
+    made = inspect.getattr_static(kind, key, None)
+    return key.startswith("__") or inspect.isroutine(made) or isinstance(made, classmethod | staticmethod)
+
+
 def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) -> None:
     """Raise UserError for a setting that reaches for files or code, and for sizes beyond all models.
 
@@ -115,12 +163,7 @@ def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) 
     kind = settings.get("model_type")
     known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
     for key in settings:
-        made = inspect.getattr_static(known or PretrainedConfig, str(key), None)
-        if (
-            str(key).startswith("__")
-            or inspect.isroutine(made)
-            or isinstance(made, classmethod | staticmethod)
-        ):
+        if _is_code(known or PretrainedConfig, str(key)):
             raise UserError(f"{place}.{key}", "the name of a part of the library's code", "a setting")
     _check(settings, known.attribute_map if known is not None else {}, place, ours, 0)
 

@@ -1,6 +1,7 @@
 """Try tokenizers in a process of their own before this one loads them."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -18,6 +19,14 @@ from dsdistill.models.settings import find
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_BYTES = 512 * MIB
 ENTRIES = 2**24  # most ids
+# What `difference` tries: nothing, pairs, capitals, accents, spaces and line breaks, numbers, other scripts.
+TEXTS = (
+    ("",),
+    ("a", "b"),
+    ("The Quick brown fox's 12.5 metres: ÉCOLE, naïve façade, ﬁne ½.",),
+    ("  two  spaces,\ta tab\n\nand lines\n",),
+    ("中文 العربية हिन्दी 😀 x²≠y_1 <b>tag</b> https://example.org/?q=1",),
+)
 PATIENCE = 120  # seconds of the trial, whose own limit counts computing alone
 # Files that the library reads beside these, where a folder has them.
 _READ = re.compile(
@@ -30,6 +39,34 @@ def entries(tokenizer: PreTrainedTokenizerBase) -> int:
     vocabulary = max(tokenizer.get_vocab().values(), default=-1)
     frames = [*tokenizer("")["input_ids"], *tokenizer("", "")["input_ids"], *tokenizer.all_special_ids]
     return 1 + max([vocabulary, *(token for token in frames if token is not None)])
+
+
+def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """Return in what a tokenizer is unlike another, for a message; None where both give the same ids.
+
+    Vocabularies are compared whole. What texts become is tried on a few: it depends on the normalizer and on the
+    special tokens around a text as well.
+    """
+    mine, theirs = one.get_vocab(), other.get_vocab()
+    for token in sorted(mine.keys() | theirs.keys()) if mine != theirs else ():
+        if (here := mine.get(token)) != (there := theirs.get(token)):
+            ids = ["no such token" if i is None else f"id {i}" for i in (here, there)]
+            return f"of {len(mine)} entries in which {token!r} is {ids[0]}, where it is {ids[1]} of {len(theirs)}"
+    for texts in TEXTS:
+        a, b = ([*tokenizer(*texts, verbose=False)["input_ids"]] for tokenizer in (one, other))
+        if a != b:
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            start = slice(max(0, at - 2), at + 3)
+            shown = " + ".join(map(repr, texts))
+            return f"that makes {a[start]} of a part of {shown}, where it is {b[start]}"
+    return None
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of a tokenizer's vocabulary, of its special tokens and of what a few texts become."""
+    made = [tokenizer(*texts, verbose=False)["input_ids"] for texts in TEXTS]
+    parts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items()), made]
+    return hashlib.sha256(json.dumps(parts, default=str).encode(errors="backslashreplace")).hexdigest()
 
 
 def check_vocabulary(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ from dsdistill.config.bounded import MIB, read_json
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import locate, skeleton
 from dsdistill.models.cut import untied
+from dsdistill.models.settings import CONFIG, CONFIG_BYTES, find
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES = 256 * MIB
+SAMPLES, BLOCK = 64, 2**16  # blocks of a weight file that tell it from another, and their bytes
+_COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
 # What several ranks saved each a part of; the library takes such files before all others.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 
@@ -101,20 +105,57 @@ def _silent() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def check_equal(path: str | None, names: list[str]) -> None:
-    """Raise UserError where weights of a teacher's folder differ that its student ties.
+def check_ties(path: str, ties: list[list[str]], place: str) -> None:
+    """Raise UserError where weights differ in a local folder that the student ties; it would be given but one of them.
 
-    Names that the files do not have as they are, and hub ids, are left to copy_layers.
+    ties: names of one weight each. Names that the files do not have as they are, and hub ids, are left to copy_layers.
+    place: the model that the folder is.
     """
-    if path is None or not os.path.isdir(folder := locate(path, "teacher.path")):
+    if not os.path.isdir(folder := locate(path, f"{place}.path")):
         return
     found: dict[str, torch.Tensor] = {}
-    for name in weight_files(folder, "teacher.path"):
+    wanted = {name for names in ties for name in names}
+    for name in weight_files(folder, f"{place}.path"):
         with safe_open(os.path.join(folder, name), framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in names if key in file.keys()}  # noqa: SIM118
-    for name in names[1:]:
-        if names[0] in found and name in found and not torch.equal(found[names[0]], found[name]):
-            raise untied(names[0], name)
+            found |= {key: file.get_tensor(key) for key in wanted.intersection(file.keys())}
+    for first, *others in ([name for name in names if name in found] or [""] for names in ties):
+        for other in others:
+            if not torch.equal(found[first], found[other]):
+                raise untied(first, other, place)
+
+
+def own_ties(model: PretrainedConfig, task: str, place: str) -> list[list[str]]:
+    """Return the names of each weight that an architecture ties."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton(model, task, place).named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tied for tied in names.values() if len(tied) > 1]
+
+
+def fingerprint(path: str, place: str) -> str | None:
+    """Return a digest of a model's weights and config.json; of a hub id its commit, None where that is not known.
+
+    Of each weight file it takes name, size, header and SAMPLES blocks of BLOCK bytes, evenly spaced: all of a small
+    file, and of a large one enough to notice other weights without reading gigabytes at every start.
+    """
+    folder = locate(path, place)
+    if not os.path.isdir(folder):
+        found = _COMMIT.search(find(folder, CONFIG) or "")
+        return found[1] if found is not None else None
+    digest = hashlib.sha256()
+    with open(os.path.join(folder, CONFIG), "rb") as file:
+        digest.update(file.read(CONFIG_BYTES))
+    for name in weight_files(folder, place):
+        with open(os.path.join(folder, name), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{name} {size} ".encode())
+            header = 8 + int.from_bytes(file.read(8), "little")  # as the format has it
+            file.seek(0)
+            digest.update(file.read(min(size, header)))
+            for index in range(SAMPLES):
+                file.seek(max(0, size - BLOCK) * index // (SAMPLES - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def weight_files(folder: str, place: str) -> list[str]:

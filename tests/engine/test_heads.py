@@ -113,6 +113,22 @@ class TestTies:
         assert "student.config.tie_word_embeddings: got weights that are tied" in line
         assert "lm_head.weight" in line and "model.embed_tokens.weight" in line
 
+    @pytest.mark.parametrize("model", ["teacher", "student"])
+    def test_of_a_folder_that_has_both_are_refused_too(self, refused, causal, tokenizer_dir, tmp_path, model):
+        """Its config.json ties them: the library loads both, and an export could hold but one."""
+        folder = save(tmp_path / "teacher", tokenizer_dir, tied=True)
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+        save_file(weights, path, metadata={"format": "pt"})
+        change = {"student": {"path": str(folder)}} if model == "student" else {}
+        line = refused("train", write(tmp_path, merge(causal, change), "run"))
+        assert "student.config.tie_word_embeddings: got weights that are tied" in line
+        assert f"where the {model}'s " in line
+        change["student.config"] = {"tie_word_embeddings": False}
+        run_configs([write(tmp_path, merge(causal, change), "run")], ranks=1)
+        assert abs(losses(tmp_path / "run")[0]["terms"]["soft_label"]["raw"]) < 1e-5
+
     def test_are_welcome_where_they_are_equal(self, config, tmp_path):
         path = tmp_path / "teacher" / "model.safetensors"
         weights = load_file(path)

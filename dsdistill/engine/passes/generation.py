@@ -13,6 +13,7 @@ from dsdistill.engine.run_folder import GENERATED
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
 from dsdistill.evaluation.text import text_scores
 from dsdistill.models.build import build_model
+from dsdistill.models.tokenizer import entries
 
 
 def generation(
@@ -76,7 +77,9 @@ def _written(
             longest - len(prompt) if prompted else len(reference)
             for prompt, reference in zip(prompts, references, strict=True)
         ]
-        tokens = greedy(model, prompts, most, end=end, pad=tokenizer.pad_token_id, vocabulary=len(tokenizer))
+        tokens = greedy(
+            model, prompts, most, end=end, pad=tokenizer.pad_token_id, vocabulary=entries(tokenizer)
+        )
         written += [
             (row, tokenizer.decode(ids, skip_special_tokens=True))
             for row, ids in zip(rows, tokens, strict=True)

@@ -1,0 +1,28 @@
+"""Which learning rate and weight decay a parameter has."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from dsdistill.config.schema import Config
+
+
+def parameter_groups(
+    module: nn.Module, terms: Iterable[nn.Parameter], config: Config, rate: float
+) -> list[dict]:
+    """Return the optimizer's groups of what trains in `module`, in order; none is empty.
+
+    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    mine = {id(parameter) for parameter in terms}
+    groups = [
+        {
+            "params": [p for p in trained if (id(p) in mine) == own and (p.dim() > 1) == matrices],
+            "weight_decay": decay,
+            "lr": lr,
+        }
+        for own, lr in ((False, rate), (True, config.train.projector_learning_rate or rate))
+        for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
+    ]
+    return [group for group in groups if group["params"]]

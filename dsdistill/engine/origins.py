@@ -1,0 +1,73 @@
+"""Note what a run is made from, and refuse to go on from it once that is something else under the same names.
+
+RUN/sources.json holds a digest of each: the tokenised examples, the tokenizer, the weights of each named model.
+"""
+
+import hashlib
+import json
+import os
+
+from dsdistill import disk
+from dsdistill.config import UserError
+from dsdistill.config.bounded import read_json
+from dsdistill.data import Examples
+from dsdistill.engine.prepare import Prepared
+from dsdistill.engine.run_folder import SOURCES, RunFolder
+from dsdistill.models import tokenizer, weights
+
+_BYTES = 2**20  # of a note, at most
+
+
+def origins(prepared: Prepared) -> dict[str, str]:
+    """Return digests of what a run is made from, by the key of the config that names it.
+
+    A model of the hub is noted by its commit, where the library tells that.
+    """
+    config, data = prepared.config, prepared.data
+    found = {"data.tokenizer": tokenizer.fingerprint(prepared.tokenizer)}
+    for name, part in (("data.train", data.train), ("data.dev", data.dev)):
+        digest = hashlib.sha256(json.dumps(data.labels).encode())
+        add_examples(digest, part)
+        found[name] = digest.hexdigest()
+    if prepared.contrast is not None:
+        for name, model in (
+            ("data.domain", prepared.contrast.domain),
+            ("data.general", prepared.contrast.general),
+        ):
+            digest = hashlib.sha256(model.keys.tobytes() + model.counts.tobytes())
+            found[name] = digest.hexdigest()
+    for name, section in (("teacher.path", config.teacher), ("student.path", config.student)):
+        if section is not None and section.path is not None:
+            found[name] = weights.fingerprint(section.path, name)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def add_examples(digest, examples: Examples) -> None:
+    """Add the tokens of examples, what they are to be answered with and where their prompts end to a digest."""
+    for tensor in (examples.tokens, examples.starts, examples.labels, examples.prompts):
+        if tensor is not None:
+            digest.update(tensor.numpy().tobytes())
+
+
+def check_origins(folder: RunFolder, found: dict[str, str]) -> None:
+    """Raise UserError where a run that has begun was made from something else; runs of before this note go on."""
+    note = folder / SOURCES
+    if not folder.begun or not os.path.lexists(note):
+        return
+    before = read_json(note, _BYTES)
+    changed = [name for name, value in found.items() if before.get(name, value) != value]
+    if changed:
+        raise UserError(
+            f"{folder.path}: {', '.join(changed)}",
+            "other contents than this run began with",
+            "the same as then, or another run.dir",
+        )
+
+
+def write_origins(folder: RunFolder, found: dict[str, str]) -> None:
+    """Write the note of a run that begins, or of one that began without it."""
+    note = folder / SOURCES
+    if not folder.begun or not os.path.lexists(note):
+        with disk.writing(note) as file:
+            json.dump(found, file, indent=2)
+            file.write("\n")
