@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from dsdistill.config import UserError
 from dsdistill.config.load import make_config
 from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.module import make_student
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.teacher import load_teacher
 from tests.conftest import BERT, merge
@@ -257,3 +258,20 @@ class TestHub:
             load_teacher(
                 prepared.config, prepared.teacher, prepared.objectives, ranks, judged=prepared.judged
             )
+
+    def test_a_student_without_one_is_refused(self, causal, hub, tokenizer_dir, tmp_path):
+        save(tmp_path / "teacher", tokenizer_dir, tied=True)
+
+        def make(**student):
+            settings = merge(causal, {"student": {"path": hub, **student}})
+            prepared = prepare(make_config(settings), world_size=1)
+            config, evaluation = prepared.config, prepared.evaluation
+            return make_student(
+                *(config, config.run_stages[0], prepared.student, hub, prepared.pair),
+                *(prepared.objectives[0], evaluation, ()),
+                checkpointing=False,
+            )
+
+        with pytest.raises(UserError, match=r"student.path: got some/model without weights for lm_head"):
+            make()
+        make(new_head=True)

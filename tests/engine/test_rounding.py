@@ -47,13 +47,13 @@ def check_same(exported: Path, source: Path) -> None:
 
 def test_weights_are_not_rounded(still, models_dir, tmp_path):
     """Two stages freeze different parts, under each ZeRO stage; one run goes on under others by other ranks."""
-    paths = [in_stage(still, tmp_path, f"one-{stage}", stage) for stage in (2, 3)]
+    paths = [in_stage(still, tmp_path, "one-3", 3)]
     paths += [in_stage(still, tmp_path, "resumed", 1), in_stage(still, tmp_path, "resumed", 1) + "@2"]
     run_configs(paths, ranks=1)
     paths = [in_stage(still, tmp_path, f"two-{stage}", stage) for stage in (1, 2, 3)]
-    paths += [in_stage(still, tmp_path, "resumed", stage) + f"@{step}" for stage, step in ((3, 2), (2, 4))]
+    paths += [in_stage(still, tmp_path, "resumed", 3) + "@2"]
     run_configs(paths)
-    for name in ("one-2", "one-3", "two-1", "two-2", "two-3", "resumed"):
+    for name in ("one-3", "two-1", "two-2", "two-3", "resumed"):
         export(str(tmp_path / name), str(tmp_path / f"{name}-exported"))
         check_same(tmp_path / f"{name}-exported", models_dir / "student")
         handed = load_file(tmp_path / name / "stages" / "lower.safetensors")
