@@ -21,7 +21,7 @@ from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.data.inputs import as_batch
 from dsdistill.models.build import NEEDED, plain_model, task_of
-from dsdistill.models.settings import check_shape, text_config
+from dsdistill.models.settings import check_shape, setting, text_config
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.models.tracer import Callee, Tracer, callee, check_checkpointing
 
@@ -338,7 +338,7 @@ def _check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTra
         if reads[place] and not has_head:
             got = f"class {type(model).__name__}, which has no head for terms.{reads[place]}"
             raise UserError(place, got, "a model for sequence classification")
-        if has_head and getattr(model.config, "pad_token_id", None) is None:
+        if has_head and setting(text_config(model.config), "pad_token_id") is None:
             raise UserError(place, "a classifier without pad_token_id", "one whose config names its padding")
     if teacher is None or objective.task != "classification" or not objective.needs("head"):
         return
@@ -364,8 +364,8 @@ def _attention(model: PreTrainedModel) -> str:
 
 def _pad(config: PretrainedConfig) -> int | None:
     """Return the token to fill padding with, None where the config names none that the model has."""
-    pad = getattr(config, "pad_token_id", None)
-    return pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else None
+    pad = setting(text_config(config), "pad_token_id")
+    return pad if isinstance(pad, int) and 0 <= pad < text_config(config).vocab_size else None
 
 
 def _tell_zero(module: Distillation, _) -> None:

@@ -17,7 +17,7 @@ from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
 from dsdistill.models.build import architecture, build_model, load_tokenizer
 from dsdistill.models.domain_fusion import FUSION, STUDENT
-from dsdistill.models.settings import carry_generation
+from dsdistill.models.settings import carry_generation, text_config
 
 log = logging.getLogger("dsdistill")
 
@@ -89,7 +89,7 @@ def export(run: str, out: str) -> None:
         plain = os.path.join(made, STUDENT) if fusion else made
         model.save_pretrained(plain)
         if model.can_generate():
-            carry_generation(os.path.join(run, INIT), plain, model.config.vocab_size)
+            carry_generation(os.path.join(run, INIT), plain, text_config(model.config).vocab_size)
         tokenizer.save_pretrained(made)
         if fusion:  # the maps are of the teacher's states: they have done their work
             weights = {

@@ -15,6 +15,7 @@ from dsdistill.data.batch import Batch
 from dsdistill.distiller import Distillation
 from dsdistill.models.build import build_model
 from dsdistill.models.domain_fusion import DomainFusion
+from dsdistill.models.settings import text_config
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.models.tracer import Tracer, callee
 
@@ -40,7 +41,7 @@ class StudentModule(Distillation):
 
         domain: what to put before the model's first layer. geometry: of the student's attention layers.
         """
-        self._last = model.config.num_hidden_layers
+        self._last = text_config(model.config).num_hidden_layers
         hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
         student = Tracer(
             callee(model, objective.task, "student"),

@@ -33,6 +33,7 @@ from dsdistill.models.build import (
     override,
 )
 from dsdistill.models.cut import check_cut, cut_architecture
+from dsdistill.models.settings import text_config
 from dsdistill.models.tokenizer import entries
 from dsdistill.models.trace import Geometry
 from dsdistill.models.weights import check_ties, own_ties
@@ -226,7 +227,7 @@ def objective_layers(
     config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None
 ) -> tuple[Objective, ...]:
     """Return the objectives without weights: checks layer maps, heads and depths, from the architectures alone."""
-    tokens = min(model.vocab_size for model in (student, teacher) if model is not None)
+    tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     with torch.device("meta"):
         return make_objectives(config, make_pair(config, student, teacher, tokens))
 

@@ -32,7 +32,7 @@ from dsdistill.engine.teacher import load_teacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
 from dsdistill.models.build import build_and_tell, build_model, check_attention, locate
 from dsdistill.models.cut import check_rest, copy_layers
-from dsdistill.models.settings import carry_generation
+from dsdistill.models.settings import carry_generation, text_config
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -279,7 +279,9 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
                 cut = config.student.from_teacher is not None
                 source = config.teacher.path if cut else config.student.path
                 if source is not None and config.task == "causal_lm":
-                    carry_generation(locate(source, "student.path"), name, prepared.student.vocab_size)
+                    carry_generation(
+                        locate(source, "student.path"), name, text_config(prepared.student).vocab_size
+                    )
     return target if config.student.from_teacher is not None else config.student.path
 
 

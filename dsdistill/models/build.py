@@ -276,7 +276,8 @@ def for_task(
     elif task == "regression":
         config.num_labels = 1
     if task != "causal_lm":
-        config.pad_token_id = pad_id  # decoders that classify look for the last token that is no padding
+        for part in {id(part): part for part in (config, text_config(config))}.values():
+            part.pad_token_id = pad_id  # decoders that classify look for the last token that is no padding
     return config
 
 

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB, open_file, read_json
-from dsdistill.models.settings import find
+from dsdistill.models.settings import find, text_config
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_BYTES = 512 * MIB
@@ -76,6 +76,7 @@ def check_vocabulary(
 
     pairs: two texts are tokenized together.
     """
+    model = text_config(model)
     if (count := entries(tokenizer)) > model.vocab_size:
         expected = f"at least the tokenizer's {count} entries"
         raise UserError(f"{place}.config.vocab_size", model.vocab_size, expected)

@@ -16,6 +16,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.models.build import Headless, plain_model
 from dsdistill.models.capture import Capture, final_norm
+from dsdistill.models.settings import text_config
 from dsdistill.models.trace import Trace
 
 
@@ -135,14 +136,15 @@ def check_checkpointing(model: PreTrainedModel, place: str) -> None:
 @contextlib.contextmanager
 def _without_cache(model: PreTrainedModel) -> Iterator[None]:
     """Keep the model from filling a cache of keys and values, which only generation reads."""
-    cached = getattr(model.config, "use_cache", None)
+    config = text_config(model.config)
+    cached = getattr(config, "use_cache", None)
     if cached:
-        model.config.use_cache = False
+        config.use_cache = False
     try:
         yield
     finally:
         if cached:
-            model.config.use_cache = cached
+            config.use_cache = cached
 
 
 def freeze(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

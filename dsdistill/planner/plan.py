@@ -27,6 +27,7 @@ from dsdistill.engine.prepare import (
 )
 from dsdistill.engine.refusals import check_ranks
 from dsdistill.models.build import architecture, build_model, for_task, override
+from dsdistill.models.settings import setting, text_config
 from dsdistill.models.tracer import count_parameters
 from dsdistill.planner import zero_memory
 from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Rank, rehearse
@@ -143,8 +144,8 @@ def _models(config: Config, gpu: bool) -> Models:
     labels = config.data.labels or ("0", "1")  # their number is the data's; it hardly weighs
     for model in (student, teacher):
         if model is not None:
-            for_task(model, config.task, labels, model.pad_token_id or 0)
-    tokens = min(model.vocab_size for model in (student, teacher) if model is not None)
+            for_task(model, config.task, labels, setting(text_config(model), "pad_token_id") or 0)
+    tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     pair = make_pair(config, student, teacher, tokens)
     if gpu:  # what `auto` takes there without a record; no kernel takes more
         pair = dataclasses.replace(pair, backend="chunked")

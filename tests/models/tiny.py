@@ -111,10 +111,16 @@ CAUSAL = {
     | {"layers_block_type": ["mamba", "attention", "mlp", "attention"], "head_dim": 16}
     | {"mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8},
 }
+# Composites of images and text, of which the text part is aligned.
+_VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+CAUSAL |= {
+    "gemma3": {"text_config": CAUSAL["gemma3_text"], "vision_config": _VISION | {"image_size": 28, "patch_size": 14}},
+    "qwen3_5": {"text_config": CAUSAL["qwen3_5_text"], "vision_config": {"depth": 1, "hidden_size": 32}},
+}
 
 # Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
 _FIRST_AND_LAST = (
-    "modernbert deepseek_v3 qwen3_next qwen3_5_text lfm2 granitemoehybrid jamba bamba nemotron_h gpt_neo"
+    "modernbert deepseek_v3 qwen3_next qwen3_5_text qwen3_5 lfm2 granitemoehybrid jamba bamba nemotron_h gpt_neo"
 )
 CUT = dict.fromkeys((*MASKED, *CAUSAL), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
 # Those that every run of the tests tries; the others are asked for by `-m families`.
