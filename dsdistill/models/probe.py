@@ -150,7 +150,8 @@ def _under(
         model = make_small(small, task, place, named)
         model.load_state_dict(eager.state_dict())
         if implementation == FLASH:  # it computes in half precision alone
-            model, eager = model.to(device, torch.bfloat16), eager.to(device, torch.bfloat16)
+            for half in (model, eager):
+                half.to(device, torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the arguments
         used = text_config(model.config)._attn_implementation
         if named is None and used == "eager":
             return model

@@ -8,7 +8,7 @@ from torch import Tensor
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.config import UserError
-from dsdistill.config.terms import Attention, LayerMap, RelationHeads
+from dsdistill.config.terms import Attention, LayerMap, Relation, RelationHeads
 from dsdistill.models.trace import AttentionTrace, Geometry
 from dsdistill.ops import attention_alignment, relation_heads
 from dsdistill.ops.attention.pairs import Pairs
@@ -159,7 +159,7 @@ class AttentionTerm(AlignmentTerm):
         assert isinstance(total, Tensor)  # a config has one relation at least
         return total
 
-    def _related(self, trace: AttentionTrace, relation: str) -> tuple[Tensor, Tensor, float]:
+    def _related(self, trace: AttentionTrace, relation: Relation) -> tuple[Tensor, Tensor, float]:
         """Return what asks (B, H, N, D), what is asked (B, H_kv, N, D), and the factor of their products."""
         before = relation in self.unrotated and trace.unrotated_query is not None
         left, right = (
