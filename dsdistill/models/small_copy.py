@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.config import UserError
-from dsdistill.models.build import auto_class, skeleton
+from dsdistill.models.build import auto_class, skeleton, text_alone
 from dsdistill.models.capture import layer_list
 from dsdistill.models.settings import per_layer, setting, text_config
 
@@ -177,7 +177,9 @@ def make_small(
     if size > LARGEST:
         layers = text_config(config).num_hidden_layers
         raise UserError(place, f"a model of {size:,} values in {layers} layers", f"at most {LARGEST:,}")
-    own = copy.deepcopy(config)  # a model asks its config, at each call, which attention to use
+    own = copy.deepcopy(
+        text_alone(config, task)
+    )  # a model asks its config, at each call, which attention to use
     model = auto_class(task).from_config(
         own, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
     )

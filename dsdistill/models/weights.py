@@ -16,7 +16,7 @@ from transformers.utils import logging
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB, read_json
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import locate, skeleton
+from dsdistill.models.build import TEXT_PART, locate, skeleton, text_alone
 from dsdistill.models.cut import untied
 from dsdistill.models.settings import CONFIG, CONFIG_BYTES, find
 
@@ -63,10 +63,13 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     if task == "regression":
         model = copy.deepcopy(model)
         model.num_labels = 1
-    return _missing(skeleton(model, task, place), theirs)
+    whole = text_alone(model, task) is model
+    return _missing(skeleton(model, task, place), theirs, None if whole else TEXT_PART)
 
 
-def _missing(model: PreTrainedModel, theirs: dict[str, list[int]]) -> set[str]:
+def _missing(
+    model: PreTrainedModel, theirs: dict[str, list[int]], key_mapping: dict[str, str] | None
+) -> set[str]:
     """Return the names of weights that the library would leave random, given those in files by name and shape.
 
     The library itself is asked, on tensors without contents: it ties weights, and it knows files of other prefixes and
@@ -82,6 +85,7 @@ def _missing(model: PreTrainedModel, theirs: dict[str, list[int]]) -> set[str]:
             None,
             config=copy.deepcopy(model.config),  # the library writes into it
             state_dict=weights,
+            key_mapping=key_mapping,
             device_map={"": "meta"},
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -15,6 +15,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -55,6 +56,9 @@ class Trained:
 def plain(family: str, folder=None, **options) -> PreTrainedModel:
     """The teacher of a family in plain transformers, or what a folder holds."""
     kind = CLASSES[TASKS[family]]
+    # A type without a class for text alone: its export is a Mistral.
+    if family == "mistral3" and (folder is None or AutoConfig.from_pretrained(folder).model_type == family):
+        kind = AutoModelForImageTextToText
     if folder is not None:
         return kind.from_pretrained(folder, **options).float().eval()
     settings = {**tiny.MASKED, **tiny.CAUSAL}[family]

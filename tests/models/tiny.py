@@ -114,14 +114,20 @@ CAUSAL = {
 # Composites of images and text, of which the text part is aligned.
 _VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 CAUSAL |= {
-    "gemma3": {"text_config": CAUSAL["gemma3_text"], "vision_config": _VISION | {"image_size": 28, "patch_size": 14}},
+    "gemma3": {
+        "text_config": CAUSAL["gemma3_text"],
+        "vision_config": _VISION | {"image_size": 28, "patch_size": 14},
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **CAUSAL["mistral"]},
+        "vision_config": {"model_type": "pixtral", **_VISION},
+    },
     "qwen3_5": {"text_config": CAUSAL["qwen3_5_text"], "vision_config": {"depth": 1, "hidden_size": 32}},
 }
 
 # Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
-_FIRST_AND_LAST = (
-    "modernbert deepseek_v3 qwen3_next qwen3_5_text qwen3_5 lfm2 granitemoehybrid jamba bamba nemotron_h gpt_neo"
-)
+_FIRST_AND_LAST = "modernbert deepseek_v3 jamba bamba nemotron_h gpt_neo granitemoehybrid lfm2"
+_FIRST_AND_LAST += " qwen3_next qwen3_5_text qwen3_5"
 CUT = dict.fromkeys((*MASKED, *CAUSAL), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
 # Those that every run of the tests tries; the others are asked for by `-m families`.
 ALWAYS = (
