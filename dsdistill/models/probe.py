@@ -20,6 +20,7 @@ from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import Headless, auto_class, skeleton
 from dsdistill.models.capture import ATTENTION, Capture, attention_trace, final_norm, layer_list
+from dsdistill.models.logits import softcapped
 from dsdistill.models.trace import Geometry
 
 _RECOMPUTED = "dsdistill_recomputed"
@@ -158,12 +159,15 @@ def _sharpen(model: PreTrainedModel) -> None:
 
 
 def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
-    """The head must end in one linear map (see Headless); a causal model must predict from the left alone."""
+    """The logits must be as Headless says; a causal model must predict from the left alone."""
     name, inputs = model.config.model_type, _inputs()
-    output, head = Headless(model, place)(**inputs).last_hidden_state, model.get_output_embeddings()
-    logits = model(**inputs).logits
+    headless, head = Headless(model, place), model.get_output_embeddings()
+    output, logits = headless(**inputs).last_hidden_state, model(**inputs).logits
     if head is None or not torch.allclose(
-        logits, functional.linear(output, head.weight, head.bias), rtol=1e-3, atol=1e-4
+        logits,
+        softcapped(functional.linear(output, head.weight, head.bias), headless.form.softcap),
+        rtol=1e-3,
+        atol=1e-4,
     ):
         raise UserError(
             place,
