@@ -19,10 +19,13 @@ def change_alignment(
     index: Tensor | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> Tensor:
     """Return Σ over tokens of 1 − cos(Δ_S, Δ_T), which compares how the two models change their predictions.
 
-    Δ = log softmax(W h_upper) − log softmax(W h_lower), over the vocabulary.
+    Δ = log softmax(W h_upper) − log softmax(W h_lower), over the vocabulary. With a soft cap c, c tanh(W h / c) takes
+    the place of W h.
 
     student, teacher: lower and upper states, (B, N, D) each, as a head reads them. Heads (V, D); biases (V,).
     The tokens that count are given in one of two ways: mask (B, N) bool, True = the token counts, or index (K,) int64,
@@ -31,7 +34,10 @@ def change_alignment(
     Returns a float32 scalar (float64 if a state is) with gradients to the student's states; heads are constants.
     """
     dtype = accumulate_dtype(*student, *teacher)
-    heads = [Head(student_head, student_bias, dtype), Head(teacher_head, teacher_bias, dtype)]
+    heads = [
+        Head(student_head, student_bias, dtype, student_softcap),
+        Head(teacher_head, teacher_bias, dtype, teacher_softcap),
+    ]
     device = student[0].device
     if index is None:
         assert mask is not None  # one of the two ways
@@ -47,7 +53,8 @@ def change_alignment(
             else None
         )
         for tokens in index.split(size):
-            lower, upper = (heads[0].logits(state[tokens]).log_softmax(-1) for state in rows[0])
+            logits = [heads[0].logits(state[tokens]) for state in rows[0]]
+            lower, upper = (z.log_softmax(-1) for z in logits)
             other = _change(*(heads[1].logits(state[tokens]).log_softmax(-1) for state in rows[1]))
             change, inverse, cosine = _compare(upper - lower, other)
             total += (1 - cosine).sum()
@@ -55,8 +62,9 @@ def change_alignment(
                 # ∂(1 − cos)/∂Δ_S = (cos · û_S − û_T) / ‖Δ_S‖; through each log softmax g − softmax · Σ g.
                 slope = (cosine * change).sub_(other).mul_(inverse)
                 sums = slope.sum(-1, keepdim=True)
-                gradients[0][tokens] = heads[0].product(lower.exp_().mul_(sums).sub_(slope), heads[0].matrix)
-                gradients[1][tokens] = heads[0].product(slope.sub_(upper.exp_().mul_(sums)), heads[0].matrix)
+                at_logits = lower.exp_().mul_(sums).sub_(slope), slope.sub_(upper.exp_().mul_(sums))
+                for own, gradient, z in zip(gradients, at_logits, logits, strict=True):
+                    own[tokens] = heads[0].product(heads[0].below_cap(gradient, z), heads[0].matrix)
         stored = (
             [None] * 2
             if gradients is None

@@ -200,11 +200,16 @@ def soft_label_cases() -> Iterator[Case]:
         yield Case(
             "soft-label", f"{divergence}-peaked", peaked, {**options, "reduction": "sum"}, native=False
         )
+        capped = {**warm, "student_softcap": 3.0, "teacher_softcap": 1.5}
+        yield Case("soft-label", f"{divergence}-capped", masked, capped, native=False)
+    for name in ("student", "teacher"):
+        yield Case("soft-label", f"{name}-capped", tensors, {f"{name}_softcap": 2.0}, native=False)
     labels = torch.randint(61, (2, 33), generator=torch.Generator().manual_seed(6))
     entropy = {"hidden": tensors["student_hidden"], "head": tensors["student_head"], "labels": labels}
     yield Case("cross-entropy", "plain", entropy, native=False)
     ignored = {**entropy, "labels": labels.masked_fill(~_ragged(2, 33), -100), "bias": bias["student_bias"]}
     yield Case("cross-entropy", "ragged", ignored, native=False)
+    yield Case("cross-entropy", "capped", ignored, {"softcap": 2.0}, native=False)
 
 
 def all_cases() -> list[Case]:

@@ -214,7 +214,7 @@ def as_identical(case: Case) -> Case | None:
             tensors[name.replace("student", "teacher")] = tensors[name]
     if "teacher_bias" in tensors and "student_bias" not in tensors:
         del tensors["teacher_bias"]
-    options = {k: v for k, v in case.options.items() if not k.endswith("_scale")}
+    options = {k: v for k, v in case.options.items() if not k.endswith(("_scale", "_softcap"))}
     return dataclasses.replace(case, tensors=tensors, options=options)
 
 

@@ -32,7 +32,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.capture import layer_list
+from dsdistill.models.capture import body, layer_list
+from dsdistill.models.logits import LogitForm, logit_form
 from dsdistill.models.settings import (
     ADAPTER,
     CONFIG,
@@ -391,8 +392,8 @@ def check_missing(
     model: PreTrainedModel, missing: Collection[str], path: str, task: str, place: str, *, needs_head: bool
 ) -> None:
     """Raise UserError where weights that `path` lacks are needed, see build_model."""
-    body = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
-    inside = {id(parameter) for module in body for parameter in module.parameters()}
+    parts = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
+    inside = {id(parameter) for module in parts for parameter in module.parameters()}
     needed = {
         name for name, p in model.named_parameters(remove_duplicate=False) if needs_head or id(p) in inside
     }
@@ -408,23 +409,23 @@ class Headless(nn.Module):
     """Run a language model without its last step, so that the library never makes the B×N×V logits.
 
     The head's weights stay in the module, so that they are trained, sharded and saved with the rest. Of a masked
-    language model only the decoder is left out: what comes before it in the head (BERT's transform) runs.
+    language model only the decoder is left out: what comes before it in the head (BERT's transform) runs. A constant
+    factor of the logits (Granite, Cohere) is in the last hidden state; `form` says which, and whether a soft cap
+    (Gemma 2) follows.
     """
 
     def __init__(self, model: PreTrainedModel, place: str):
         super().__init__()
         self.model = model
         self.masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            value = getattr(model.config, name, None)
-            if value not in (None, 1, 1.0):
-                raise UserError(
-                    place, f"{name} {value}", "a head that is one linear map of the last hidden state"
-                )
+        self.form = LogitForm() if self.masked else logit_form(model, place)
 
     def forward(self, **inputs):
         if not self.masked:
-            return self.model.base_model(**inputs)
+            outputs = body(self.model)(**inputs)
+            if self.form.factor == 1:
+                return outputs
+            return BaseModelOutput(last_hidden_state=outputs[0] * self.form.factor)
         with _passing(self.model.get_output_embeddings()):
             return BaseModelOutput(last_hidden_state=self.model(**inputs)["logits"])
 

@@ -59,6 +59,11 @@ def _noted_rotation(function: Callable, query, key, *arguments, **options):
     return function(query, key, *arguments, **options)
 
 
+def body(model: PreTrainedModel) -> nn.Module:
+    """Return what is below a model's head; Llama 4's text class names no base model that it has."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
 def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
     """Return the model's blocks in order, or None where it does not hold one module a layer (ALBERT shares one)."""
     depth = text_config(model.config).num_hidden_layers
@@ -70,8 +75,8 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """Return the norm between a language model's last layer and its head; None where it has none."""
-    body = model.base_model
-    for holder in (body, getattr(body, "decoder", None)):
+    whole = body(model)
+    for holder in (whole, getattr(whole, "decoder", None)):
         for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm"):
             if isinstance(getattr(holder, name, None), nn.Module):
                 return getattr(holder, name)

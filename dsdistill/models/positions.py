@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.config import UserError
-from dsdistill.models.capture import layer_list
+from dsdistill.models.capture import body, layer_list
 from dsdistill.models.settings import setting, text_config
 from dsdistill.models.small_copy import VOCABULARY, make_small, small_copies
 
@@ -94,7 +94,7 @@ def _states(model: PreTrainedModel, length: int) -> Tensor | None:
     ids = torch.full((1, length), token)
     try:
         with torch.no_grad():
-            return model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+            return body(model)(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
     except _Reached as reached:
         return reached.states
     except Exception:  # an index out of range, sizes that do not fit

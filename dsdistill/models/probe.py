@@ -19,7 +19,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.models.build import FLASH, Headless, first_line, flash_here
-from dsdistill.models.capture import Capture, attention_trace, final_norm, layer_list
+from dsdistill.models.capture import Capture, attention_trace, body, final_norm, layer_list
+from dsdistill.models.logits import softcapped
 from dsdistill.models.settings import attention_layers, text_config
 from dsdistill.models.small_copy import (
     copied_layers,
@@ -195,7 +196,7 @@ def _ways() -> tuple[dict[str, Tensor], ...]:
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return a model's last hidden states and its logits."""
-    return model.base_model(**inputs)[0], model(**inputs)["logits"]
+    return body(model)(**inputs)[0], model(**inputs)["logits"]
 
 
 def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = _ROUNDING) -> bool:
@@ -207,12 +208,15 @@ def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: fl
 
 
 def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
-    """The head must end in one linear map (see Headless); a causal model must predict from the left alone."""
+    """The logits must be as Headless says; a causal model must predict from the left alone."""
     name, inputs = model.config.model_type, _inputs()
-    output, head = Headless(model, place)(**inputs).last_hidden_state, model.get_output_embeddings()
-    logits = model(**inputs).logits
+    headless, head = Headless(model, place), model.get_output_embeddings()
+    output, logits = headless(**inputs).last_hidden_state, model(**inputs).logits
     if head is None or not torch.allclose(
-        logits, functional.linear(output, head.weight, head.bias), rtol=1e-3, atol=1e-4
+        logits,
+        softcapped(functional.linear(output, head.weight, head.bias), headless.form.softcap),
+        rtol=1e-3,
+        atol=1e-4,
     ):
         raise UserError(
             place,
@@ -254,7 +258,7 @@ def _probe_lens(model: PreTrainedModel, place: str) -> None:
     """The last layer's state must become what the head reads by the final norm alone."""
     depth, norm = text_config(model.config).num_hidden_layers, final_norm(model)
     with Capture(model, hidden=[depth]).recording() as trace:
-        output = model.base_model(**_inputs())[0]
+        output = body(model)(**_inputs())[0]
     last = trace.hidden[depth]
     if not torch.allclose(last if norm is None else norm(last), output, rtol=1e-3, atol=1e-4):
         raise UserError(
@@ -299,7 +303,7 @@ def _probe_attention(model: PreTrainedModel, place: str) -> None:
     claimed = attention_layers(model.config)
     judge = _Judge(model, inputs["attention_mask"].bool())
     with judge.recording():
-        model.base_model(**inputs)
+        body(model)(**inputs)
     if judge.extra is not None:
         raise UserError(
             place,
@@ -327,7 +331,7 @@ def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int])
             model = make_small(small, task, place, None)
             capture = Capture(model, attention=range(1, text_config(small).num_hidden_layers + 1))
             with capture.recording():
-                model.base_model(**_inputs())
+                body(model)(**_inputs())
             break
         except Exception as error:  # settings that belong together: the next copy keeps more of them
             failure = error
@@ -350,7 +354,7 @@ def _rotation(model: PreTrainedModel) -> str:
     every = range(1, text_config(model.config).num_hidden_layers + 1)
     capture = Capture(model, attention=every, unrotated=True)
     with capture.recording() as trace:
-        model.base_model(**_inputs())
+        body(model)(**_inputs())
     for layer in trace.attention.values():
         for before, after in (
             (layer.unrotated_query, layer.query),
@@ -382,7 +386,7 @@ def _rotates(model: PreTrainedModel) -> bool:
     hooks = [layer.register_forward_pre_hook(_same_everywhere, with_kwargs=True) for layer in layers]
     try:
         with capture.recording() as trace:
-            model.base_model(**_inputs())
+            body(model)(**_inputs())
     finally:
         for hook in hooks:
             hook.remove()

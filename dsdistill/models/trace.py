@@ -53,5 +53,9 @@ class Trace:
     norm: Callable[[Tensor], Tensor] | None = (
         None  # of language models, from hidden[L] to output; None: they are one
     )
+    factor: float = 1.0  # of language models: output is norm(hidden[L]) times this
+    softcap: float | None = (
+        None  # c of language models whose logits are c · tanh(z / c), z = output · headᵀ + bias
+    )
     domain: DomainTrace | None = None  # of a student with domain fusion
     previous: "Trace | None" = None  # of a student: what it computed as the stage before left it

@@ -105,6 +105,7 @@ class Tracer:
         made.output, made.norm = outputs["last_hidden_state"], final_norm(self.model)
         head = self.model.get_output_embeddings()
         made.head, made.head_bias = head.weight, head.bias
+        made.factor, made.softcap = self.callee.module.form
         return made
 
     @contextlib.contextmanager

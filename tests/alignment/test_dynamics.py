@@ -23,10 +23,13 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain_changes(student, head, teacher, other_head, mask):
+def plain_changes(student, head, teacher, other_head, mask, caps=(None, None)):
     changes = []
-    for states, matrix in ((student, head), (teacher, other_head)):
-        lower, upper = ((state @ matrix.T).log_softmax(-1) for state in states)
+    for states, matrix, cap in zip((student, teacher), (head, other_head), caps, strict=True):
+        logits = [state @ matrix.T for state in states]
+        if cap is not None:
+            logits = [cap * torch.tanh(z / cap) for z in logits]
+        lower, upper = (z.log_softmax(-1) for z in logits)
         changes.append(upper - lower)
     return (1 - F.cosine_similarity(*changes, dim=-1))[mask].sum()
 
@@ -54,6 +57,32 @@ def test_changes(blocks, monkeypatch):
     assert change_alignment(student, heads[0], student, heads[0], mask=mask).abs() < 1e-12
     again = change_alignment(student, heads[0], teacher, heads[1], mask=mask & False)
     assert again.item() == 0 and not torch.autograd.grad(again, student)[0].any()
+
+
+@pytest.mark.parametrize("caps", [(1.5, 0.7), (2.0, None), (None, 2.0)], ids=str)
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+def test_changes_of_capped_logits(caps, blocks, monkeypatch):
+    if blocks:
+        for name in ("MIN_TOKENS", "MAX_TOKENS"):
+            monkeypatch.setattr(f"dsdistill.alignment.lens.{name}", 3)
+    student = tuple(draw(2, 5, 4, seed=i).requires_grad_() for i in range(2))
+    teacher = tuple(draw(2, 5, 6, seed=i) for i in (2, 3))
+    heads = draw(11, 4, seed=4), draw(11, 6, seed=5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+
+    def changes(*states):
+        options = {"student_softcap": caps[0], "teacher_softcap": caps[1]}
+        return change_alignment(states, heads[0], teacher, heads[1], mask=mask, **options)
+
+    found = changes(*student)
+    expected = plain_changes(student, heads[0], teacher, heads[1], mask, caps)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12) and found > 1
+    assert abs(found - plain_changes(student, heads[0], teacher, heads[1], mask)) > 1e-3
+    for mine, true in zip(
+        torch.autograd.grad(found, student), torch.autograd.grad(expected, student), strict=True
+    ):
+        assert torch.allclose(mine, true, atol=1e-12) and true.any()
+    assert torch.autograd.gradcheck(changes, student)
 
 
 def test_no_change_at_all():

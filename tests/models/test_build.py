@@ -375,9 +375,3 @@ class TestHeadless:
         assert "logits" not in output and output.last_hidden_state.shape == (3, 14, 32)
         names = [name for name, _ in Headless(model, "student").named_parameters()]
         assert "model.lm_head.weight" in names
-
-    @pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-    def test_scaled_logits_are_refused(self, name):
-        model = build_model(family_architecture("llama"), None, "causal_lm", "student", needs_head=False)
-        setattr(model.config, name, 2.0)
-        assert f"student: got {name} 2.0" in refusal(Headless, model, "student")

@@ -120,8 +120,6 @@ def test_models_that_do_not_even_run_are_refused(family, settings, reason):
     ("family", "settings", "reason"),
     [
         ("bert", ENCODER | {"is_decoder": True}, "head is more than one linear map"),
-        ("gemma2", DECODER, "final_logit_softcapping 30.0"),
-        ("cohere", DECODER, "logit_scale 0.0625"),
         (
             "xlnet",
             {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},

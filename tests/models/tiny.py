@@ -118,6 +118,21 @@ CAUSAL |= {
         "text_config": CAUSAL["gemma3_text"],
         "vision_config": _VISION | {"image_size": 28, "patch_size": 14},
     },
+    "llama4": {
+        "text_config": CAUSAL["llama"]
+        | {
+            "num_local_experts": 2,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size_mlp": 64,
+            "head_dim": 16,
+        },
+        "vision_config": _VISION | {"image_size": 28, "patch_size": 14, "vision_output_dim": 32},
+    },
+    "gemma4": {
+        "text_config": CAUSAL["gemma3_text"] | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+        "vision_config": None,
+        "audio_config": None,
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral", **CAUSAL["mistral"]},
         "vision_config": {"model_type": "pixtral", **_VISION},

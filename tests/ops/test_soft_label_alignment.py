@@ -21,12 +21,20 @@ def test_cross_entropy_check(check, case, backend, dtype):
     run_check(check, case, backend, dtype)
 
 
-@gradient_cases("soft-label", *(f"{d}-warm" for d in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")))
+FIVE = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
+
+
+@gradient_cases(
+    "soft-label",
+    *(f"{divergence}-{kind}" for divergence in FIVE for kind in ("warm", "capped")),
+    "student-capped",
+    "teacher-capped",
+)
 def test_gradcheck(case, backend):
     run_gradcheck(case, backend)
 
 
-@gradient_cases("cross-entropy", "plain", "ragged")
+@gradient_cases("cross-entropy", "plain", "ragged", "capped")
 def test_cross_entropy_gradcheck(case, backend):
     run_gradcheck(case, backend)
 
@@ -106,6 +114,50 @@ def test_cross_entropy_is_pytorchs(backend):
     torch.testing.assert_close(token_cross_entropy(hidden, head, labels, backend=backend), expected)
 
 
+@pytest.mark.parametrize("caps", [(2.0, 3.0), (2.0, None), (None, 3.0)], ids=str)
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_capped_logits_are_those_of_gemma_2(backend, divergence, caps):
+    """Value and gradients by c · tanh(z / c) of whole logits in plain PyTorch, in one block of tokens or several."""
+    inputs, (teacher, teacher_head) = draws(torch.float64)
+    student, head, bias = inputs
+
+    def capped(z, cap):
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    options = {"divergence": divergence, "temperature": 1.5}
+    logits = capped(F.linear(student, head, bias), caps[0]), capped(teacher @ teacher_head.T, caps[1])
+    expected = logit_alignment(*logits, **options)
+    found = soft_label_alignment(
+        student,
+        head,
+        teacher,
+        teacher_head,
+        student_bias=bias,
+        student_softcap=caps[0],
+        teacher_softcap=caps[1],
+        **options,
+        backend=backend,
+    )
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, inputs) for loss in (found, expected))
+    for mine, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("backend", PLAIN)
+def test_cross_entropy_of_capped_logits(backend):
+    (hidden, head, bias), _ = draws(torch.float64)
+    labels = torch.randint(211, (3, 40)).masked_fill(~MASKS["some"], -100)
+    logits = 1.5 * torch.tanh(F.linear(hidden, head, bias) / 1.5)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    found = token_cross_entropy(hidden, head, labels, bias=bias, softcap=1.5, backend=backend)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, (hidden, head, bias)) for loss in (found, expected))
+    for mine, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
 @pytest.mark.parametrize("backend", PLAIN)
 def test_frozen_head_gets_no_gradient(backend):
     hidden, head = torch.randn(1, 5, 3, requires_grad=True), torch.randn(7, 3)
@@ -143,17 +195,22 @@ def test_places_give_what_the_mask_gives(backend, dtype, reduction, mask):
     gold = torch.randint(211, (3, 40))
     index, options = mask.flatten().nonzero()[:, 0], {"reduction": reduction, "backend": backend}
 
+    caps = {"student_softcap": 4.0, "teacher_softcap": 5.0} if reduction == "sum" else {}
+    cap = {"softcap": 4.0} if reduction == "sum" else {}
+
     def soft(**counted):
         return soft_label_alignment(
-            student, head, teacher, teacher_head, student_bias=bias, **counted, **options
+            student, head, teacher, teacher_head, student_bias=bias, **counted, **options, **caps
         )
 
     losses = [
         (soft(mask=mask), soft(index=index)),
         (
-            token_cross_entropy(student, head, gold.masked_fill(~mask, -100), bias=bias, **options),
+            token_cross_entropy(student, head, gold.masked_fill(~mask, -100), bias=bias, **options, **cap),
             # Labels elsewhere are not read, whatever they are.
-            token_cross_entropy(student, head, gold.masked_fill(~mask, 5), bias=bias, index=index, **options),
+            token_cross_entropy(
+                student, head, gold.masked_fill(~mask, 5), bias=bias, index=index, **options, **cap
+            ),
         ),
     ]
     for expected, found in losses:
@@ -198,6 +255,8 @@ def test_mask_and_places_exclude_each_other():
         ({"divergence": "kl"}, "'forward_kl'"),
         ({"beta": 1.5}, "beta"),
         ({"student_bias": torch.randn(10)}, "V=11"),
+        ({"student_softcap": 0.0}, "student_softcap: got 0.0, expected a number above 0, or None"),
+        ({"teacher_softcap": -3.0}, "teacher_softcap: got -3.0, expected"),
         ({"backend": "cpp"}, "only 'reference' and 'chunked'"),
     ],
 )

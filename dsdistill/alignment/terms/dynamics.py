@@ -60,6 +60,7 @@ class FeatureDynamicsTerm(AlignmentTerm):
         )
         heads, biases = zip(*(self._head(trace) for trace in (student, teacher)), strict=True)
         options = {"student_bias": biases[0], "teacher_bias": biases[1]}
+        options |= {"student_softcap": student.softcap, "teacher_softcap": teacher.softcap}
         options |= counted_states(batch, self.pair.task)
         sums = []
         if self.config.levels:
@@ -86,4 +87,5 @@ class FeatureDynamicsTerm(AlignmentTerm):
 def _lens(trace: Trace, layer: int) -> Tensor:
     """Return (B, N−1, D): a layer's states at the positions that predict, as the head reads them."""
     states = trace.hidden[layer][:, :-1]
-    return states if trace.norm is None else trace.norm(states)
+    states = states if trace.norm is None else trace.norm(states)
+    return states if trace.factor == 1 else states * trace.factor

@@ -72,6 +72,8 @@ class SoftLabelTerm(AlignmentTerm):
             teacher.head[cut],
             student_bias=None if student.head_bias is None else student.head_bias[cut],
             teacher_bias=None if teacher.head_bias is None else teacher.head_bias[cut],
+            student_softcap=student.softcap,
+            teacher_softcap=teacher.softcap,
             backend=self.pair.logit_backend,
             **counted_states(batch, self.pair.task),
             **options,

@@ -78,6 +78,7 @@ class TaskTerm(AlignmentTerm):
                 student.head,
                 targets(batch, task),
                 bias=student.head_bias,
+                softcap=student.softcap,
                 index=counted_places(batch, task),
                 ignore_index=NO_LABEL,
                 reduction="sum",

@@ -18,6 +18,7 @@ from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SAMPLING, RunFolder
 from dsdistill.engine.teacher import load_teacher
+from dsdistill.models.logits import softcapped
 from dsdistill.models.trace import Trace
 
 ROWS = 256  # tokens whose logits are whole at once
@@ -69,11 +70,8 @@ def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:
     states = predicting(trace.output, task)[places[:, 0], places[:, 1]]
     total = torch.zeros(len(batch.mask), device=states.device)
     for rows, owner in zip(states.split(ROWS), places[:, 0].split(ROWS), strict=True):
-        total.index_add_(
-            0,
-            owner,
-            _relative(torch.nn.functional.linear(rows, trace.head, trace.head_bias).float()),
-        )
+        logits = torch.nn.functional.linear(rows, trace.head, trace.head_bias).float()
+        total.index_add_(0, owner, _relative(softcapped(logits, trace.softcap)))
     return total / torch.bincount(places[:, 0], minlength=len(total)).clamp(min=1)
 
 

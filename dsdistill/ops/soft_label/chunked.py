@@ -1,6 +1,7 @@
 """Soft-label losses in plain PyTorch, a block of tokens at a time: the logits of a block, never of the batch.
 
-With g = ∂L/∂z of a block's student logits: dh = g W, dW += gᵀ h, db += Σ g, all in the forward pass. Tokens that
+With g = ∂L/∂z of a block's student logits (before a soft cap): dh = g W, dW += gᵀ h, db += Σ g, all in the forward
+pass. Tokens that
 do not count are left out before the head, which is nearly all of the work; finding them waits for the device, unless
 the caller says where they are.
 """
@@ -22,9 +23,9 @@ SLICE_ELEMENTS = 1 << 18
 
 
 class Head:
-    """(V, D) matrix and (V,) bias of an output layer, ready to multiply blocks in the accumulating dtype."""
+    """(V, D) matrix, (V,) bias and soft cap of an output layer, ready to multiply blocks in the accumulating dtype."""
 
-    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype):
+    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float | None = None):
         # Half precision on a GPU multiplies as it is, summing in float32; elsewhere the matrix is widened once.
         self.native = (
             matrix.is_cuda and matrix.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
@@ -32,6 +33,7 @@ class Head:
         self.matrix = matrix.detach() if self.native else matrix.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.dtype = dtype
+        self.softcap = softcap
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         if self.native:
@@ -40,7 +42,15 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         z = self.product(hidden, self.matrix.t())
-        return z if self.bias is None else z.add_(self.bias)
+        z = z if self.bias is None else z.add_(self.bias)
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def below_cap(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Return the gradient at what the soft cap was put on, given that at the logits; may overwrite it.
+
+        With y = c tanh(z / c), ∂y/∂z = 1 − (y / c)².
+        """
+        return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap).square_())
 
 
 def soft_label_total(
@@ -59,9 +69,12 @@ def soft_label_total(
     divergence: str,
     beta: float,
     alpha: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The same sum as `reference.soft_label_total`; gradients at student hidden, head and bias if needed."""
-    student, teacher = Head(student_head, student_bias, dtype), Head(teacher_head, teacher_bias, dtype)
+    student = Head(student_head, student_bias, dtype, student_softcap)
+    teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)
     teacher_hidden = teacher_hidden.detach().flatten(0, 1)
 
     def block(z_s: Tensor, tokens: Tensor, with_gradient: bool):
@@ -73,7 +86,10 @@ def soft_label_total(
             p = log_p.exp()
             total += divergence_rows(log_p, log_q, p, divergence, beta, alpha).sum()
             if with_gradient:
-                torch.div(logit_gradient(log_p, log_q, p, divergence, beta, alpha), temperature, out=mine)
+                gradient = logit_gradient(log_p, log_q, p, divergence, beta, alpha)
+                if student.softcap is not None:  # `mine` still holds the logits, divided by τ
+                    gradient = student.below_cap(gradient, mine * temperature)
+                torch.div(gradient, temperature, out=mine)
         return total, z_s
 
     if index is None and mask is not None:
@@ -91,9 +107,10 @@ def cross_entropy_total(
     index: Tensor | None,
     ignore_index: int,
     dtype: torch.dtype,
+    softcap: float | None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The same sum as `reference.cross_entropy_total`; gradients at hidden, head and bias if needed."""
-    labels = labels.flatten()
+    labels, output = labels.flatten(), Head(head, bias, dtype, softcap)
 
     def block(z: Tensor, tokens: Tensor, with_gradient: bool):
         log_q = z.log_softmax(-1)
@@ -102,11 +119,11 @@ def cross_entropy_total(
         if not with_gradient:
             return value, None
         gradient = log_q.exp_()
-        return value, gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -1))
+        return value, output.below_cap(gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -1)), z)
 
     if index is None:
         index = (labels != ignore_index).nonzero()[:, 0]
-    return _over_blocks(needs, hidden, Head(head, bias, dtype), index, block)
+    return _over_blocks(needs, hidden, output, index, block)
 
 
 def _slice(logits: Tensor) -> int:

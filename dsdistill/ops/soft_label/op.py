@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ def soft_label_alignment(
     *,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
     mask: Tensor | None = None,
     index: Tensor | None = None,
     temperature: float = 1.0,
@@ -44,13 +47,14 @@ def soft_label_alignment(
 ) -> Tensor:
     """Divergence between the models' predictions over the vocabulary, from the hidden states before their heads.
 
-    p = softmax(z_T / τ) and q = softmax(z_S / τ) with z = hidden headᵀ + bias; formulas and sources stand in
-    `soft_label/divergence.py`. No τ² factor: multiply by τ² to keep gradients comparable between temperatures
-    (Hinton et al. 2015).
+    p = softmax(z_T / τ) and q = softmax(z_S / τ) with z = hidden headᵀ + bias; with a soft cap c, c tanh(z / c) takes
+    the place of z (Gemma 2). Formulas and sources stand in `soft_label/divergence.py`. No τ² factor: multiply by τ² to
+    keep gradients comparable between temperatures (Hinton et al. 2015).
 
     Args:
         student_hidden: (B, N, D_s). student_head: (V, D_s), as nn.Linear holds its weight. student_bias: (V,).
         teacher_hidden: (B, N, D_t). teacher_head: (V, D_t). teacher_bias: (V,).
+        student_softcap, teacher_softcap: c > 0 of that model's logits, before τ divides them; None: no cap.
         mask: (B, N) bool, True = the token counts. Default: all.
         index: (K,) int64, ascending, in place of `mask`: flat places b·N + n of the tokens that count. Nothing then
             waits for the device to find them. The values are not checked.
@@ -65,8 +69,9 @@ def soft_label_alignment(
         (each only if it requires them). With nothing valid it is 0, connected to the graph.
 
     Raises:
-        ValueError: wrong shape, dtype, device or name, both `mask` and `index`, or heads of unequal vocabulary. Heads
-            padded to unequal sizes must be sliced to the common vocabulary: a padding row would receive probability.
+        ValueError: wrong shape, dtype, device or name, a soft cap that is not positive, both `mask` and `index`, or
+            heads of unequal vocabulary. Heads padded to unequal sizes must be sliced to the common vocabulary: a
+            padding row would receive probability.
     """
     check_tensor("student_hidden", student_hidden, {"B": None, "N": None, "D_s": None})
     batch, tokens, width = student_hidden.shape
@@ -89,10 +94,13 @@ def soft_label_alignment(
     check_mask(mask, (batch, tokens), student_hidden)
     check_index(index, mask, student_hidden)
     formula = _check_formula(temperature, divergence, beta, alpha)
+    caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
+    _check_softcaps(**caps)
     check_choice("reduction", reduction, REDUCTIONS)
 
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
-    setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": accumulate_dtype(*tensors), **formula}
+    dtype = accumulate_dtype(*tensors)
+    setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": dtype, **formula, **caps}
     chosen = _choose("soft_label_alignment", backend, student_hidden)
     with without_autocast(student_hidden.device):
         count = None
@@ -117,6 +125,7 @@ def token_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     index: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -128,6 +137,7 @@ def token_cross_entropy(
         hidden: (B, N, D). head: (V, D), as nn.Linear holds its weight. bias: (V,).
         labels: (B, N) int64 in [0, V) or `ignore_index`, aligned with `hidden`: labels[b, n] is what
             hidden[b, n] should predict. Nothing is shifted here.
+        softcap: c > 0: the logits z are taken as c tanh(z / c) (Gemma 2); None: as they are.
         index: (K,) int64, ascending: flat places b·N + n of the tokens that count, in place of those whose label is not
             `ignore_index`. The labels there must be in [0, V), those elsewhere are not read, and nothing waits for
             the device to find the places. The values are not checked.
@@ -139,7 +149,7 @@ def token_cross_entropy(
         requires them). With every label ignored it is 0, connected to the graph.
 
     Raises:
-        ValueError: wrong shape, dtype, device or name.
+        ValueError: wrong shape, dtype, device or name, or a soft cap that is not positive.
     """
     check_tensor("hidden", hidden, {"B": None, "N": None, "D": None})
     batch, tokens, width = hidden.shape
@@ -152,6 +162,7 @@ def token_cross_entropy(
         )
     check_device("labels", labels, hidden)
     check_index(index, None, hidden)
+    _check_softcaps(softcap=softcap)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(hidden, head, bias)
     chosen = _choose("token_cross_entropy", backend, hidden)
@@ -162,6 +173,7 @@ def token_cross_entropy(
         elif reduction == "mean":
             count = (labels != ignore_index).sum()
         setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
+        setting["softcap"] = softcap
         if chosen == "reference":
             total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
             return total if count is None else safe_divide(total, count)
@@ -227,6 +239,12 @@ def _check_formula(temperature: float, divergence: str, beta: float, alpha: floa
         "beta": float(beta),
         "alpha": float(alpha),
     }
+
+
+def _check_softcaps(**caps: float | None) -> None:
+    for name, cap in caps.items():
+        if cap is not None and not 0 < cap < math.inf:
+            raise ValueError(f"{name}: got {cap}, expected a number above 0, or None")
 
 
 def _choose(operator: str, backend: str, like: Tensor) -> str:

@@ -10,8 +10,11 @@ from dsdistill.ops.common import index_mask, zero_masked
 from dsdistill.ops.soft_label.divergence import divergence_rows
 
 
-def logits(hidden: Tensor, head: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.linear(hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
+def logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float | None = None
+) -> Tensor:
+    z = F.linear(hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype))
+    return z if softcap is None else softcap * (z / softcap).tanh()
 
 
 def logit_rows(
@@ -42,14 +45,17 @@ def soft_label_total(
     mask: Tensor | None,
     index: Tensor | None,
     dtype: torch.dtype,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
     **formula,
 ) -> Tensor:
     """Sum over valid tokens, before any division. Shapes as `soft_label_alignment`; formula as `logit_rows`."""
     if index is not None:
         mask = index_mask(index, student_hidden.shape[:2])
-    student_logits = logits(zero_masked(student_hidden, mask), student_head, student_bias, dtype)
+    student_hidden, teacher_hidden = zero_masked(student_hidden, mask), zero_masked(teacher_hidden, mask)
+    student_logits = logits(student_hidden, student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
-        teacher_logits = logits(zero_masked(teacher_hidden, mask), teacher_head, teacher_bias, dtype)
+        teacher_logits = logits(teacher_hidden, teacher_head, teacher_bias, dtype, teacher_softcap)
     return logit_rows(student_logits, teacher_logits, mask, **formula).sum()
 
 
@@ -62,13 +68,14 @@ def cross_entropy_total(
     index: Tensor | None,
     ignore_index: int,
     dtype: torch.dtype,
+    softcap: float | None,
 ) -> Tensor:
-    """Return Σ −log softmax(hidden headᵀ + bias)[label] over the tokens that count."""
+    """Return Σ −log softmax(z)[label] over the tokens that count; z = hidden headᵀ + bias, soft-capped if asked for."""
     if index is not None:
         labels = labels.masked_fill(~index_mask(index, labels.shape), ignore_index)
     hidden = zero_masked(hidden, labels != ignore_index)
     return F.cross_entropy(
-        logits(hidden, head, bias, dtype).flatten(0, -2),
+        logits(hidden, head, bias, dtype, softcap).flatten(0, -2),
         labels.flatten(),
         ignore_index=ignore_index,
         reduction="sum",
