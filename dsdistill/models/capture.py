@@ -60,8 +60,8 @@ def _noted_rotation(function: Callable, query, key, *arguments, **options):
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """Return what is below a model's head; Llama 4's text class names no base model that it has."""
-    return model.base_model if model.base_model is not model else model.get_decoder()
+    """Return what is below a model's head; Llama 4's text class names a base model that it has not."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:

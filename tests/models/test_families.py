@@ -38,7 +38,7 @@ from tests.models.conftest import tell
 from tests.models.families import peaked
 
 WORKER = __file__.replace("test_families", "family_worker")
-TASKS = dict.fromkeys(tiny.MASKED, "masked_lm") | dict.fromkeys(tiny.CAUSAL, "causal_lm")
+TASKS = dict.fromkeys(tiny.MASKED, "masked_lm") | dict.fromkeys((*tiny.CAUSAL, *tiny.COMPOSITES), "causal_lm")
 CLASSES = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
 
 
@@ -61,7 +61,7 @@ def plain(family: str, folder=None, **options) -> PreTrainedModel:
         kind = AutoModelForImageTextToText
     if folder is not None:
         return kind.from_pretrained(folder, **options).float().eval()
-    settings = {**tiny.MASKED, **tiny.CAUSAL}[family]
+    settings = {**tiny.MASKED, **tiny.CAUSAL, **tiny.COMPOSITES}[family]
     torch.manual_seed(3)
     return peaked(kind.from_config(AutoConfig.for_model(family, **settings)), 4.0).eval()
 

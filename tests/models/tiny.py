@@ -113,7 +113,7 @@ CAUSAL = {
 }
 # Composites of images and text, of which the text part is aligned.
 _VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-CAUSAL |= {
+COMPOSITES = {
     "gemma3": {
         "text_config": CAUSAL["gemma3_text"],
         "vision_config": _VISION | {"image_size": 28, "patch_size": 14},
@@ -143,7 +143,7 @@ CAUSAL |= {
 # Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
 _FIRST_AND_LAST = "modernbert deepseek_v3 jamba bamba nemotron_h gpt_neo granitemoehybrid lfm2"
 _FIRST_AND_LAST += " qwen3_next qwen3_5_text qwen3_5"
-CUT = dict.fromkeys((*MASKED, *CAUSAL), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
+CUT = dict.fromkeys((*MASKED, *CAUSAL, *COMPOSITES), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
 # Those that every run of the tests tries; the others are asked for by `-m families`.
 ALWAYS = (
     "mpnet",
