@@ -68,10 +68,11 @@ def train(
     with stopping.watch(config.run.grace):
         _quiet_libraries()
         from dsdistill.engine.run import train as run
-        from dsdistill.engine.run_folder import check_sources
+        from dsdistill.engine.run_folder import as_begun, check_sources
         from dsdistill.report import show
 
         try:
+            config = as_begun(config)
             check_sources(config, settings)
             summary = run(config)
         except UserError as error:

@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def needs(self, what: str) -> str | None:
         """Return the name of a term that needs it, None where none does.
 
-        what: teacher, head, logits, lens, labels, spans, values, unrotated or previous, as AlignmentTerm says.
+        what: teacher, head, logits, lens, labels, spans, values, unrotated, previous or final, as AlignmentTerm says.
         """
         return next((name for name, term in self.terms.items() if getattr(term, f"needs_{what}")), None)
 
@@ -99,6 +99,8 @@ class Objective(nn.Module):
             values = sums / divisor.float()
             if teacher is not None:  # memory peaks here: gradients come as the teacher's layers are done with
                 _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])
+                if teacher.depth not in teacher.hidden:
+                    teacher.last = None
                 _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])
             raw.append(values.detach())
             total = total + weight * term.factor * (values * values.new_tensor(term.weighting.values)).sum()

@@ -29,7 +29,7 @@ def check_pair(
     """
     attention = any(objective.layers("student_attention") for objective in objectives)
     hidden = hidden or any(objective.layers("student_hidden") for objective in objectives)
-    lens = any(objective.needs("lens") for objective in objectives)
+    lens, final = (any(objective.needs(what) for objective in objectives) for what in ("lens", "final"))
     if attention or hidden:
         _check_all_run(student)
     models = {
@@ -43,6 +43,7 @@ def check_pair(
             attention=attention,
             hidden=hidden,
             lens=lens,
+            final=final,
             implementation=(implementations or {}).get(place, "auto"),
         )
         for place, model in models.items()

@@ -13,11 +13,14 @@ from dsdistill.config.schema import Config, Run
 from dsdistill.config.secrets import redacted
 from dsdistill.config.section import Section
 
-FORMAT = 2  # what `dump` writes; a file of format 1 does not name its format
+FORMAT = 3  # what `dump` writes; a file of format 1 does not name its format
 
 # By format and dotted key: the values with which runs of that format began, of settings that had another default then
 # or did not exist. `terms.NAME.KEY` stands for the terms of the stages as well.
-DEFAULTS: dict[int, dict[str, Any]] = {1: {}}
+# The last layer was read before its final norm.
+_STATES = ("hidden", "feature", "pairwise", "contrastive", "sp", "rkd", "cka", "pkt", "trajectory", "smooth")
+_BEFORE = {f"terms.{name}.final_norm": "before" for name in _STATES}
+DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE, 2: _BEFORE}
 
 _KEYS = {
     "": "task run data teacher student terms stages train evaluation",
@@ -67,13 +70,11 @@ def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
     saved: the settings are those of a run folder, which may be of an earlier format; one that names none is of format
     1. Raises UserError for a format that is not read here; `origin` names the file.
     """
-    oldest = 1 if saved else FORMAT
-    named = settings.pop("format", oldest)
+    oldest = 1 if saved else 2  # a file that a user writes names none, or is a copy of what `dump` wrote
+    named = settings.pop("format", 1 if saved else FORMAT)
     if type(named) is not int or not oldest <= named <= FORMAT:
-        expected = f"{oldest} to {FORMAT}" if saved else str(FORMAT)
-        raise UserError(
-            f"{origin}: format", repr(named), f"{expected} (other versions of dsdistill read others)"
-        )
+        expected = f"{oldest} to {FORMAT} (other versions of dsdistill read others)"
+        raise UserError(f"{origin}: format", repr(named), expected)
     return named
 
 
@@ -102,8 +103,8 @@ def _sections(settings: dict, parents: list[str]) -> list[dict]:
 def teacher_identity(config: Config) -> str:
     """Return the settings that decide what the teacher of a recipe becomes, as YAML; its name is a digest of this text.
 
-    Settings that format 1 did not have are left out while they are at their defaults, so that a new setting does not
-    have every teacher trained again. Secrets are redacted.
+    Settings that format 1 did not have are left out while they are as format 1 computed (at their defaults, unless
+    DEFAULTS says otherwise), so that a new setting does not have every teacher trained again. Secrets are redacted.
     """
     neutral = config.model_copy(
         update={
@@ -121,7 +122,8 @@ def _added(section: Section, prefix: str) -> dict[str, Any]:
     left_out: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         key, value = f"{prefix}{name}", getattr(section, name)
-        at_default = value == field.get_default(call_default_factory=True)
+        before = DEFAULTS[1].get(key.removeprefix("stages."), field.get_default(call_default_factory=True))
+        at_default = value == before
         if key in _UNNAMED or (key not in FORMAT_1 and at_default):
             left_out[name] = True
         elif isinstance(value, Section):

@@ -68,8 +68,21 @@ def load(sources: Sequence[str]) -> Config:
     if hidden := places(settings):
         wanted = "the value itself, as ${oc.env:NAME} from the environment: no run folder holds it"
         raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
-    take_format(settings, origin)
+    complete(settings, take_format(settings, origin))
     return make_config(settings, origin)
+
+
+def as_begun(config: Config, saved: str) -> Config:
+    """Return the config of a run that goes on, as the format that it began with would read it.
+
+    saved: what `dump` wrote when the run began. What `config` does not say itself has the defaults of that time.
+    """
+    written = take_format(_plain(_read(saved), saved), saved, saved=True)
+    if written == FORMAT:
+        return config
+    given = config.model_dump(mode="json", exclude_unset=True)
+    complete(given, written)
+    return make_config(given, saved)
 
 
 def load_saved(path: str) -> Config:

@@ -132,7 +132,17 @@ class Layered(Term):
     )
 
 
-class Hidden(Layered):
+class States(Term):
+    """What terms over hidden states have in common."""
+
+    final_norm: Literal["after", "before"] = Field(
+        default="after",
+        description="the last layer's states: after the final norm, as transformers' hidden_states[-1] and other "
+        "libraries have them, or before it; one and the same for models without such a norm (BERT)",
+    )
+
+
+class Hidden(Layered, States):
     """Hidden states, projected to the teacher's width where the widths differ."""
 
     divergence: Literal["mse", "cosine"] = Field(
@@ -189,7 +199,7 @@ class Attention(Layered):
     )
 
 
-class Pairwise(Layered):
+class Pairwise(Layered, States):
     """Structure: how the tokens of a sequence relate to each other."""
 
     layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
@@ -202,7 +212,7 @@ class Pairwise(Layered):
     )
 
 
-class Related(Layered):
+class Related(Layered, States):
     """Terms that relate the examples of a micro-batch, those of all ranks together, by their mean-pooled states.
 
     What they compare depends on which examples meet, so a split of the batch changes their value.
@@ -251,7 +261,7 @@ class ProbabilisticTransfer(Related):
     """Which examples are neighbours, as probabilities from cosines (PKT)."""
 
 
-class Trajectory(Term):
+class Trajectory(States):
     """How words and phrases lie to each other, layer by layer (MTA): data.chunker finds them."""
 
     word_layers: Annotated[tuple[LayerPair, ...], Field(strict=False)] = Field(
@@ -316,7 +326,7 @@ class DomainMapping(Term):
         return True
 
 
-class Smooth(Term):
+class Smooth(States):
     """How far the student's last layer has moved since the end of the stage before."""
 
     weight: NonNegative = Field(default=0.1, description="factor of this term in the loss")

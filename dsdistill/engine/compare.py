@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from dsdistill import disk
-from dsdistill.config import Stopped, UserError, load
+from dsdistill.config import Stopped, UserError, as_begun, load
 from dsdistill.config.bounded import read_yaml
 from dsdistill.config.resume import check_same
 from dsdistill.report.summary import TITLES, detail
@@ -109,7 +109,7 @@ def _check(run: str, sources: list[str]) -> None:
     """Raise UserError for a config that is refused, or other settings than those that a run there is finished with."""
     config, saved = load(sources), os.path.join(run, "config.yaml")
     if os.path.isfile(os.path.join(run, "summary.json")) and os.path.isfile(saved):
-        check_same(saved, config)
+        check_same(saved, as_begun(config, saved))
 
 
 @contextlib.contextmanager

@@ -388,6 +388,16 @@ def check_plain(path: str) -> None:
             )
 
 
+def as_begun(config: Config) -> Config:
+    """Return the config as the run that it resumes began with it, where an earlier version had other defaults."""
+    folder = RunFolder(config.run_dir)
+    return (
+        configs.as_begun(config, folder / CONFIG)
+        if folder.begun and os.path.isfile(folder / CONFIG)
+        else config
+    )
+
+
 def check_sources(config: Config, sources: list[str]) -> None:
     """Raise UserError where a run would write over, or remove, what it is to read.
 

@@ -20,6 +20,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from dsdistill.models.settings import text_config
 from dsdistill.models.trace import AttentionTrace, Geometry, Trace
 
+# What modelling files call the norm after the last layer; the probe tries whether it is one.
+_FINAL_NORMS = tuple(
+    "norm ln_f final_layernorm final_layer_norm final_norm norm_f embedding_norm emb_layer_norm_after".split()
+)
 ROTATION = "apply_rotary_pos_emb"  # what modelling files call the function that turns queries and keys
 
 _recording: "Capture | None" = None  # at most one model runs under capture at a time
@@ -74,10 +78,11 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return the norm between a language model's last layer and its head; None where it has none."""
-    whole = body(model)
-    for holder in (whole, getattr(whole, "decoder", None)):
-        for name in ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm"):
+    """Return the norm that follows a model's last layer; None where it has none."""
+    whole, layers = body(model), layer_list(model)
+    owners = [module for module in model.modules() if any(part is layers for part in module.children())]
+    for holder in (*owners, whole):
+        for name in _FINAL_NORMS:
             if isinstance(getattr(holder, name, None), nn.Module):
                 return getattr(holder, name)
     return None
@@ -109,6 +114,7 @@ class Capture:
         self.calls: Counter[int] = Counter()  # of the latest pass: attention calls by layer
         self.before_rotation: tuple[Tensor, Tensor] | None = None
         self._trace: Trace | None = None
+        self._depth: int | None = None
         self._hooks: list[RemovableHandle] = []
         layers = layer_list(model)
         # Modules as keys, not their ids: a copy of a model and its capture goes on working.
@@ -125,6 +131,10 @@ class Capture:
         for index in self.hidden - {0}:
             hook = partial(self._note_hidden, index)
             self._hooks.append(layers[index - 1].register_forward_hook(hook))
+        self._depth = len(layers)
+        norm = final_norm(model)
+        if self._depth in self.hidden and norm is not None:
+            self._hooks.append(norm.register_forward_hook(self._note_last))
 
     def detach(self) -> None:
         """Take the hooks off the model; what it computes is noted no more."""
@@ -143,7 +153,7 @@ class Capture:
             for file in self._files() if self.unrotated else ():
                 noted = partial(_noted_rotation, getattr(file, ROTATION))
                 stack.enter_context(_replaced(file, ROTATION, noted))
-            self._trace, _recording = Trace(), self
+            self._trace, _recording = Trace(depth=self._depth), self
             self.calls.clear()
             try:
                 yield self._trace
@@ -177,6 +187,10 @@ class Capture:
     def _note_embedding(self, module, args, kwargs) -> None:
         if self._trace is not None:
             self._trace.hidden[0] = args[0] if args else kwargs["hidden_states"]
+
+    def _note_last(self, module, args, output) -> None:
+        if self._trace is not None:
+            self._trace.last = output
 
     def _note_hidden(self, index: int, module, args, output) -> None:
         """Forward hook, once `index` is bound: a partial can be copied and pickled with the model, a closure cannot."""

@@ -54,13 +54,14 @@ def probe(
     attention: bool,
     hidden: bool,
     lens: bool = False,
+    final: bool = False,
     implementation: str = "auto",
 ) -> Seen:
     """Raise UserError where the model cannot do the task, or where Capture would miss or misread what terms need.
 
     config: architecture of the model; place: the config key to name; attention, hidden: what is needed; lens: hidden
-    states are to be read as if they were the last (by the final norm and the head); implementation: of attention, as
-    `attn_implementation` in a config.
+    states are to be read as if they were the last (by the final norm and the head); final: the last layer's are, after
+    its final norm; implementation: of attention, as `attn_implementation` in a config.
     """
     if config.is_encoder_decoder:
         raise UserError(
@@ -69,7 +70,7 @@ def probe(
     key = config.to_json_string(use_diff=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return _probe(_Keyed(key, config), task, place, attention, hidden, lens, implementation)
+        return _probe(_Keyed(key, config), task, place, attention, hidden, lens, final, implementation)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,14 @@ class _Keyed:
     maxsize=256
 )  # a run asks again for each stage's student, and so do its recipe and its plan
 def _probe(
-    keyed: _Keyed, task: str, place: str, attention: bool, hidden: bool, lens: bool, implementation: str
+    keyed: _Keyed,
+    task: str,
+    place: str,
+    attention: bool,
+    hidden: bool,
+    lens: bool,
+    final: bool,
+    implementation: str,
 ) -> Seen:
     config = keyed.config
     try:
@@ -103,6 +111,8 @@ def _probe(
             _probe_hidden(model, place)
         if lens:
             _probe_lens(model, place)
+        if final:
+            _probe_final(model, place)
         if not attention:
             return Seen({})
         _probe_attention(model, place)
@@ -265,6 +275,19 @@ def _probe_lens(model: PreTrainedModel, place: str) -> None:
             place,
             f"model type {model.config.model_type}, whose last layer does not reach the head by a norm alone",
             "a language model with one final norm or none, or no fdd term",
+        )
+
+
+def _probe_final(model: PreTrainedModel, place: str) -> None:
+    """What is noted after the last layer's norm must be what the library returns as the last hidden states."""
+    depth, inputs = text_config(model.config).num_hidden_layers, _inputs()
+    with Capture(model, hidden=[depth]).recording() as trace:
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    if states is None or not _agree(trace.state(depth, after=True), states[-1], inputs):
+        raise UserError(
+            place,
+            f"model type {model.config.model_type}, whose last hidden states are not its last layer's after a norm",
+            "terms with final_norm: before",
         )
 
 

@@ -45,6 +45,10 @@ class Trace:
     """A Trace counts layers from 1; hidden[0] is the embeddings' output, hidden[L] comes before any final norm."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)  # (B, N, D)
+    last: Tensor | None = (
+        None  # (B, N, D), hidden[L] after the final norm; None where the model has none, or unasked
+    )
+    depth: int | None = None  # L, where hidden states are kept
     attention: dict[int, AttentionTrace] = field(default_factory=dict)
     logits: Tensor | None = None  # (B, C) of classifiers and regressors
     output: Tensor | None = None  # (B, N, D) of language models: what their head reads
@@ -59,3 +63,7 @@ class Trace:
     )
     domain: DomainTrace | None = None  # of a student with domain fusion
     previous: "Trace | None" = None  # of a student: what it computed as the stage before left it
+
+    def state(self, layer: int, *, after: bool) -> Tensor:
+        """Return (B, N, D), the states of a layer; after: those of the last one come after the final norm."""
+        return self.last if after and layer == self.depth and self.last is not None else self.hidden[layer]

@@ -259,7 +259,7 @@ def _tensors(trace: Trace | None) -> Iterable[Tensor]:
     yield from trace.hidden.values()
     for layer in trace.attention.values():
         yield from (x for x in (layer.query, layer.key, layer.value) if x is not None)
-    yield from (x for x in (trace.logits, trace.output) if x is not None)
+    yield from (x for x in (trace.last, trace.logits, trace.output) if x is not None)
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsdistill.config import UserError, dump, formats, load, load_saved
+from dsdistill.config import UserError, as_begun, dump, formats, load, load_saved
 from dsdistill.config.load import make_config
 from dsdistill.config.resume import check_same
 
@@ -31,24 +31,24 @@ def saved(**changes: object) -> dict:
 class TestFormat:
     def test_a_dump_names_it_first(self, write):
         text = dump(make_config(MINIMAL))
-        assert text.startswith("format: 2\n")
+        assert text.startswith("format: 3\n")
         path = write(yaml.safe_load(text))
-        assert load([path]) == load([path, "format=2"]) == load_saved(path) == make_config(MINIMAL)
+        assert load([path]) == load([path, "format=3"]) == load_saved(path) == make_config(MINIMAL)
 
-    @pytest.mark.parametrize("named", [1, 3, "2", 2.0, True, [2], None])
+    @pytest.mark.parametrize("named", [1, 4, "2", 2.0, True, [2], None])
     def test_a_config_of_another_is_refused(self, write, named):
         path = write(MINIMAL | {"format": named})
         with pytest.raises(UserError) as caught:
             load([path])
-        assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 2 (")
+        assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 2 to 3 (")
 
-    @pytest.mark.parametrize("named", [3, 0, "1"])
+    @pytest.mark.parametrize("named", [4, 0, "1"])
     def test_a_run_folder_of_a_newer_one_is_refused(self, write, named):
         path = write(saved(format=named) | {"setting_of_then": 5})
         for read in (load_saved, lambda path: check_same(path, make_config(MINIMAL))):
             with pytest.raises(UserError) as caught:
                 read(path)
-            assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 1 to 2 (")
+            assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 1 to 3 (")
 
     def test_an_earlier_one_is_completed_by_the_defaults_of_its_time(self, write, monkeypatch):
         monkeypatch.setitem(formats.DEFAULTS, 1, {"train.clip": 2.5, "terms.hidden.embedding": False})
@@ -56,7 +56,7 @@ class TestFormat:
         settings = yaml.safe_load(dump(make_config(MINIMAL | {"stages": stages})))
         del settings["train"]["clip"], settings["terms"]["hidden"]["embedding"]
         del settings["stages"][1]["terms"]["hidden"]["embedding"]
-        now = load_saved(write(settings))  # it names format 2
+        now = load_saved(write(settings))  # it names its format
         assert (now.train.clip, now.terms.hidden.embedding) == (1.0, True)
         del settings["format"]
         path = write(settings)
@@ -67,6 +67,20 @@ class TestFormat:
         check_same(path, before)
         with pytest.raises(UserError, match=r"embedding: got True, expected False as this run began"):
             check_same(path, now)
+
+    def test_the_last_layer_is_read_as_the_run_began(self, write):
+        """A run of before final_norm read it before the norm, and its user's config says nothing of it."""
+        settings = yaml.safe_load(dump(make_config(MINIMAL)))
+        del settings["terms"]["hidden"]["final_norm"]
+        path = write(settings | {"format": 2})
+        assert load_saved(path).terms.hidden.final_norm == load([path]).terms.hidden.final_norm == "before"
+        mine = make_config(MINIMAL)
+        assert mine.terms.hidden.final_norm == "after"
+        assert as_begun(mine, path).terms.hidden.final_norm == "before"
+        check_same(path, as_begun(mine, path))
+        given = make_config(MINIMAL | {"terms": {"task": {}, "hidden": {"final_norm": "after"}}})
+        with pytest.raises(UserError, match="final_norm: got after, expected before as this run began"):
+            check_same(path, as_begun(given, path))
 
     def test_what_an_earlier_one_says_stays(self, write, monkeypatch):
         monkeypatch.setitem(formats.DEFAULTS, 1, {"train.clip": 2.5, "teacher.recipe": "x.yaml"})
@@ -97,8 +111,16 @@ SETTINGS = {
         "soft_label": {"temperature": 4.0},
     },
     "stages": [
-        {"name": "first", "terms": {"soft_label": None, "hidden": {"layers": "skip"}}},
-        {"name": "second", "share": 2.0, "terms": {"smooth": {}}, "learning_rate": 1e-5},
+        {
+            "name": "first",
+            "terms": {"soft_label": None, "hidden": {"layers": "skip", "final_norm": "before"}},
+        },
+        {
+            "name": "second",
+            "share": 2.0,
+            "terms": {"smooth": {"final_norm": "before"}},
+            "learning_rate": 1e-5,
+        },
     ],
 }
 

@@ -113,7 +113,11 @@ def trained(request, tmp_path_factory, tokenizer_dir, data_dir) -> dict[str, Tra
                 "cache": str(folder / "cache"),
             },
             "teacher": {"path": str(folder / "teacher"), "zero_stage": 3},
-            "student": {"from_teacher": list(tiny.CUT[family]), "zero_stage": 3},
+            "student": {
+                "from_teacher": list(tiny.CUT[family]),
+                "config": tiny.CONFIG.get(family),
+                "zero_stage": 3,
+            },
             "terms": terms,
             "train": {"steps": 3, "batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3},
         }

@@ -35,7 +35,7 @@ MASKED = {
         "cls_token_id": 2,
         "sep_token_id": 3,
         "local_attention": 8,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
     },
     "roberta": _ENCODER,
     "electra": _ENCODER | {"embedding_size": 24},
@@ -129,7 +129,7 @@ COMPOSITES = {
         "vision_config": _VISION | {"image_size": 28, "patch_size": 14, "vision_output_dim": 32},
     },
     "gemma4": {
-        "text_config": CAUSAL["gemma3_text"] | {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
+        "text_config": CAUSAL["gemma3_text"] | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
         "vision_config": None,
         "audio_config": None,
     },
@@ -142,8 +142,10 @@ COMPOSITES = {
 
 # Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
 _FIRST_AND_LAST = "modernbert deepseek_v3 jamba bamba nemotron_h gpt_neo granitemoehybrid lfm2"
-_FIRST_AND_LAST += " qwen3_next qwen3_5_text qwen3_5"
+_FIRST_AND_LAST += " qwen3_next qwen3_5_text qwen3_5 llama4"
 CUT = dict.fromkeys((*MASKED, *CAUSAL, *COMPOSITES), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
+# What a cut student's config must say for its layers to compute as in the teacher.
+CONFIG = {"minicpm3": {"scale_depth": 1.4 / 2**0.5}}
 # Those that every run of the tests tries; the others are asked for by `-m families`.
 ALWAYS = (
     "mpnet",

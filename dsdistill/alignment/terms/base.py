@@ -106,6 +106,17 @@ class AlignmentTerm(nn.Module, ABC):
         self.config, self.pair, self.weight = config, pair, config.weight
         self.weighting: Uniform = Uniform(self.parts)
 
+    @property
+    def needs_final(self) -> bool:
+        """Return whether the term reads a last layer's states after the final norm."""
+        own = (self.student_hidden, self.pair.student), (self.teacher_hidden, self.pair.teacher)
+        reads = any(shape is not None and shape.depth in layers for layers, shape in own)
+        return reads and getattr(self.config, "final_norm", "before") == "after"
+
+    def state(self, trace: Trace, layer: int) -> Tensor:
+        """Return (B, N, D), a layer's states; those of the last as `final_norm` of the settings says."""
+        return trace.state(layer, after=getattr(self.config, "final_norm", "before") == "after")
+
     def check_models(self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]) -> None:
         """Raise UserError for models that the term cannot compare.
 

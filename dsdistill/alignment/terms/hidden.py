@@ -13,7 +13,8 @@ from dsdistill.ops import hidden_alignment
 class HiddenTerm(AlignmentTerm):
     """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
-    Each mapped layer has a projector of its own; the paper's code shares one.
+    Each mapped layer has a projector of its own; the paper's code shares one. The last layer is read after the final
+    norm, as others read it, or with `final_norm: before` as the layer leaves it.
     """
 
     name = "hidden"
@@ -54,8 +55,8 @@ class HiddenTerm(AlignmentTerm):
             align = hidden_alignment if self.projectors is None else self.projectors[name]
             sums.append(
                 align(
-                    student.hidden[mine],
-                    teacher.hidden[other],
+                    self.state(student, mine),
+                    self.state(teacher, other),
                     mask=batch.mask,
                     divergence=self.config.divergence,
                     reduction="sum",

@@ -18,7 +18,8 @@ class PairwiseTerm(AlignmentTerm):
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
     formula. Of two readings, the centred, row-normalised Gram matrix of a sequence's tokens for both, or φ a PCA fitted
     on the teacher with ψ a trained linear map, the first is what is built. It has no parameters; φ and ψ trained
-    together on this loss alone would both collapse to 0.
+    together on this loss alone would both collapse to 0. The last layer is read after the final norm, or with
+    `final_norm: before` as the layer leaves it.
     """
 
     name = "pairwise"
@@ -46,7 +47,7 @@ class PairwiseTerm(AlignmentTerm):
         return torch.stack(
             [
                 pairwise_alignment(
-                    *self._units(student.hidden[mine], teacher.hidden[other], batch),
+                    *self._units(self.state(student, mine), self.state(teacher, other), batch),
                     mask=batch.mask,
                     relation=self.config.relation,
                     reduction="sum",

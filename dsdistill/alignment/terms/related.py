@@ -18,6 +18,7 @@ class RelatedTerm(AlignmentTerm):
 
     Each gathered micro-batch has one loss, a mean over its units; the step's is their mean, weighted by how many
     units each has. So ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
+    The last layer is read after the final norm, or with `final_norm: before` as the layer leaves it.
     """
 
     config: Related
@@ -45,8 +46,8 @@ class RelatedTerm(AlignmentTerm):
     def sums(self, student, teacher, batch):
         vectors = []
         for mine, other in self.layers:
-            vectors.append(self.project((mine, other), mean_pool(student.hidden[mine], batch.mask)))
-            vectors.append(mean_pool(teacher.hidden[other], batch.mask))
+            vectors.append(self.project((mine, other), mean_pool(self.state(student, mine), batch.mask)))
+            vectors.append(mean_pool(self.state(teacher, other), batch.mask))
         own = torch.cat(vectors, dim=1)[batch.rows]
         units = gather_rows(own)  # of all layers and both models, in one go
         if not len(units):

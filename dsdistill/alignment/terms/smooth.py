@@ -8,7 +8,8 @@ class SmoothTerm(AlignmentTerm):
     """Compute the mean over valid tokens of ‖H − H_before‖₂ / √D on the same batch.
 
     H_before comes from the student as the stage before left it, frozen and without dropout. The published method
-    names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading.
+    names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading. H comes after the final norm,
+    or with `final_norm: before` as the layer leaves it.
     """
 
     name = "smooth"
@@ -23,8 +24,8 @@ class SmoothTerm(AlignmentTerm):
         return batch.mask.sum().double()[None]
 
     def sums(self, student, teacher, batch):
-        now = student.hidden[self.pair.student.depth].float()
-        before = student.previous.hidden[self.pair.student.depth].float()
+        now = self.state(student, self.pair.student.depth).float()
+        before = self.state(student.previous, self.pair.student.depth).float()
         moved = (now - before)[batch.mask].square().mean(-1)
         # The root's slope is infinite where nothing moved, as at a stage's first step: there the loss is 0, slope 0.
         return moved.clamp_min(1e-12).sqrt().sub(1e-6).sum()[None]

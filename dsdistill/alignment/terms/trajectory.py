@@ -22,7 +22,8 @@ class TrajectoryTerm(AlignmentTerm):
 
     Token weights w come from the teacher's states of the same layer and serve both models. Lower layers compare words,
     upper ones phrases. No code is published: which weights the student's spans take, which pairs are summed, and the
-    mean over sequences are this project's own readings. A sequence with fewer than two spans has a DSA of 0.
+    mean over sequences are this project's own readings. A sequence with fewer than two spans has a DSA of 0. The last
+    layer is read after the final norm, or with `final_norm: before` as the layer leaves it.
     """
 
     name = "trajectory"
@@ -61,10 +62,10 @@ class TrajectoryTerm(AlignmentTerm):
             kind: SpanGrid(batch.spans[batch.spans[:, 3] == kind], *batch.mask.shape)
             for kind in {kind for kind, *_ in self.mapped}
         }
-        weights = {n: token_weights(teacher.hidden[n], batch.mask) for n in self.teacher_hidden}
+        weights = {n: token_weights(self.state(teacher, n), batch.mask) for n in self.teacher_hidden}
         structure, hidden = [], []
         for kind, mine, other in self.mapped:
-            states = student.hidden[mine], teacher.hidden[other]
+            states = self.state(student, mine), self.state(teacher, other)
             if self.config.structure:
                 structure.append(self._structure(*states, grids[kind], weights[other]))
             if self.config.hidden:
