@@ -94,6 +94,17 @@ CONFIG = {
         {"terms.attention": {"heads": "mean", "divergence": "score_mse"}},
         ["terms.attention.divergence: got score_mse with heads: mean"],
     ),
+    "groups of heads": (
+        {
+            "student": {"config": {**BERT, "num_attention_heads": 3}},
+            "terms.attention": {"heads": "group"},
+        },
+        ["terms.attention.heads: got group for 3 student and 4 teacher heads", "heads: mean"],
+    ),
+    "groups of scores": (
+        {"terms.attention": {"heads": "group", "divergence": "score_mse"}},
+        ["terms.attention.divergence: got score_mse with heads: group"],
+    ),
     "layers beyond the teacher": (
         {"student": {"from_teacher": [2, 5]}},
         ["student.from_teacher: got layer 5", "layers 1 to 4"],

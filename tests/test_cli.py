@@ -289,8 +289,9 @@ class TestProcess:
             "dsdistill: rank 0 waited 0.05 minutes (run.timeout) for another rank in vain: "
         )
 
-    def test_a_backend_that_cannot_run_a_term(self, config):
-        done = command("train", config({"train.backend": "cpp", "terms": {"attention": {"heads": "mean"}}}))
+    @pytest.mark.parametrize("heads", ["mean", "group"])
+    def test_a_backend_that_cannot_run_a_term(self, config, heads):
+        done = command("train", config({"train.backend": "cpp", "terms": {"attention": {"heads": heads}}}))
         assert done.returncode == 2, done.stderr
         line = done.stderr.splitlines()[-1]
         assert ": train.backend: got backend 'cpp' cannot run attention_alignment: " in line

@@ -118,6 +118,22 @@ def attention_cases() -> Iterator[Case]:
             options = {**options, "causal": True}
             masked = {**mean, "mask": scattered}
             yield Case("attention", f"{divergence}-mean-heads-masked", masked, options, native=False)
+            grouped = {
+                "": (attention_tensors(heads=2, t_heads=6, t_kv=3, t_width=8), {}),
+                "-masked": (
+                    {**attention_tensors(kv=2, t_heads=12, t_kv=4), "mask": scattered},
+                    {"causal": True},
+                ),
+                "-packed": (
+                    {**attention_tensors(t_heads=8), "mask": scattered, "segments": segments},
+                    {"window": 5, "reduction": "sum"},
+                ),
+                "-peaked": (attention_tensors(heads=2, t_heads=4, tokens=70, peak=12.0), {"window": 9}),
+                "-one-token": (attention_tensors(heads=2, t_heads=4, tokens=1), {}),
+            }
+            for name, (tensors, options) in grouped.items():
+                options = {"divergence": divergence, "heads": "group", **options}
+                yield Case("attention", f"{divergence}-group-heads{name}", tensors, options, native=False)
 
 
 def pairwise_cases() -> Iterator[Case]:

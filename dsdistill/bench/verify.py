@@ -59,6 +59,8 @@ def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity"
         return True
     if dtype == torch.float64 or case.operator not in ("attention", "pairwise", "hidden"):
         return False
+    if case.options.get("heads") == "group":
+        return False
     if backend == "cuda":
         return case.operator == "hidden"
     if not interpreting():

@@ -184,8 +184,10 @@ class Attention(Layered):
         description="kl: of each row of probabilities, nats (MiniLM); mse: of probabilities; score_mse: of the "
         "scores before softmax (TinyBERT)",
     )
-    heads: Literal["match", "mean"] = Field(
-        default="match", description="mean: average over heads, for unequal counts"
+    heads: Literal["match", "mean", "group"] = Field(
+        default="match",
+        description="for unequal counts: mean, probabilities averaged over all heads of each model; group, each "
+        "student head against the average of as many teacher heads as there are to each, in their order",
     )
     relations: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = Field(
         default=("query_key",),

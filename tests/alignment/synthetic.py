@@ -22,6 +22,7 @@ CASES = {
     "attention": {"relations": ["query_key", "value_value"]},
     "attention, relation heads": {"relations": ["query_query", "key_key"], "relation_heads": 4},
     "attention, mse of mean heads": {"divergence": "mse", "heads": "mean"},
+    "attention, groups of heads": {"heads": "group"},
     "attention, scores": {"divergence": "score_mse"},
     "pairwise": {"center": True},
     "pairwise, distance": {"relation": "distance"},
@@ -35,6 +36,7 @@ CASES = {
     "domain": {},
     "smooth": {},
 }
+NO_KERNEL = {"attention, mse of mean heads", "attention, groups of heads"}  # in C++
 LANGUAGE = {"task", "soft_label", "fdd"}  # the terms that read a vocabulary
 
 
@@ -59,6 +61,8 @@ class Synthetic:
         self.geometry = {layer: Geometry(self.causal, None) for layer in (1, 2)}
         self.scale, self.dtype = scale, dtype
         shapes = [dataclasses.replace(shape, vocabulary=vocabulary) for shape in (STUDENT, TEACHER)]
+        if "groups" in case:
+            shapes[1] = dataclasses.replace(shapes[1], heads=6, key_heads=6, head_width=4)
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         ids = torch.randint(vocabulary, mask.shape, generator=torch.Generator().manual_seed(0))
         classes = torch.zeros(len(lengths), dtype=torch.int64)

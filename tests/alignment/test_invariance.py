@@ -50,6 +50,23 @@ CASES = {
     "llama-classifier": ("llama", "classification", ALL_TERMS, SMALL_LLAMA),
     "roberta-regression": ("roberta", "regression", REGRESSION, SMALL_BERT),
     "gpt2-language": ("gpt2", "causal_lm", ALL_TERMS, {"n_embd": 24, "n_layer": 2}),
+    "llama-groups": (
+        "llama",
+        "classification",
+        ALL_TERMS | {"attention": {"heads": "group"}},
+        {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
+    "qwen2-groups-mse": (
+        "qwen2",
+        "causal_lm",
+        ALL_TERMS | {"attention": {"heads": "group", "divergence": "mse", "layers": [[1, 1], [2, 2]]}},
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+    ),
     "llama-language": ("llama", "causal_lm", ALL_TERMS | {"fdd": {}}, SMALL_LLAMA),
     "qwen2-language-mse": (
         "qwen2",

@@ -223,6 +223,72 @@ class TestAttention:
             Rig("llama", terms={"attention": {}}, student=STUDENT["llama"])
         with pytest.raises(UserError, match="score_mse with heads: mean"):
             Rig("bert", terms={"attention": {"heads": "mean", "divergence": "score_mse"}})
+        two = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        with pytest.raises(
+            UserError, match="2 student and 4 teacher heads, expected heads: mean, heads: group"
+        ):
+            Rig("llama", terms={"attention": {}}, student=two)
+        grouped = {"heads": "group"}
+        with pytest.raises(
+            UserError, match="heads: got group for 6 student and 4 teacher heads, expected heads"
+        ):
+            Rig("llama", terms={"attention": grouped}, student=STUDENT["llama"])
+        with pytest.raises(
+            UserError, match=r"group for 4 student and 2 teacher heads in value_value, expected"
+        ):
+            relations = grouped | {"relations": ["value_value"]}
+            Rig("llama", terms={"attention": relations}, student={"num_key_value_heads": 4})
+        with pytest.raises(
+            UserError, match="divergence: got score_mse with heads: group, expected kl or mse"
+        ):
+            Rig("llama", terms={"attention": grouped | {"divergence": "score_mse"}}, student=two)
+        with pytest.raises(UserError, match="heads: got group with relation_heads, expected match"):
+            Rig("bert", terms={"attention": grouped | {"relation_heads": 4}})
+
+    @pytest.mark.parametrize("family", ["bert", "llama"])
+    @pytest.mark.parametrize("divergence", ["kl", "mse"])
+    def test_groups_of_teacher_heads(self, family, divergence):
+        """Two student heads learn from the means of four teacher heads, by the library's own maps."""
+        student = {"num_hidden_layers": 2, "num_attention_heads": 2}
+        if family == "llama":
+            student |= {"num_key_value_heads": 1, "hidden_size": 24}
+        rig = Rig(family, terms={"attention": {"divergence": divergence, "heads": "group"}}, student=student)
+        batch = make_batch("classification")
+        raw = rig.step(batch)[1]["attention"]
+        mine, other = outputs(rig.student, batch)[2], outputs(rig.teacher, batch)[2]
+        found = []
+        for s, t in rig.objective.terms["attention"].layers:
+            p, q = other[t - 1].unflatten(1, (2, 2)).mean(2), mine[s - 1]
+            seen = batch.mask[:, None, :, None] & batch.mask[:, None, None, :]
+            if family == "llama":
+                seen = seen & torch.ones(14, 14, dtype=torch.bool).tril()
+            seen = seen.expand_as(p)
+            if divergence == "kl":
+                found.append((p[seen] * (p[seen] / q[seen]).log()).sum() / (2 * N))
+            else:
+                found.append((p - q)[seen].square().mean())
+        assert raw == pytest.approx(torch.stack(found).mean().item(), rel=1e-4)
+
+    def test_groups_of_values(self):
+        """softmax(V Vᵀ / √d) over key heads: one of the student, two of the teacher, which are averaged."""
+        student = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        terms = {"attention": {"heads": "group", "relations": ["query_key", "value_value"], "layers": "last"}}
+        rig = Rig("llama", terms=terms, student=student)
+        batch = make_batch("classification")
+        raw = rig.step(batch)[1]["attention"]
+        maps = []
+        for trace, layer in ((rig.module.trace(batch), 2), (rig.teacher_trace(batch), 3)):
+            values = trace.attention[layer].value.double()
+            scores = values @ values.mT / math.sqrt(values.shape[-1])
+            seen = batch.mask[:, None, None, :] & torch.ones(14, 14, dtype=torch.bool).tril()
+            maps.append(scores.masked_fill(~seen, -1e9).softmax(-1).mean(1)[batch.mask])
+        mine, other = maps
+        values = (other * (other / mine.clamp_min(1e-30)).clamp_min(1e-30).log()).sum() / N
+        rig = Rig(
+            "llama", terms={"attention": terms["attention"] | {"relations": ["query_key"]}}, student=student
+        )
+        scores = rig.step(batch)[1]["attention"]
+        assert raw == pytest.approx(scores + values.item(), rel=1e-4) and values > 1e-3
 
     @pytest.mark.parametrize(
         ("families", "student", "teacher"),

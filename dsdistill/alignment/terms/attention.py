@@ -23,7 +23,10 @@ class AttentionTerm(AlignmentTerm):
       query_query, key_key, value_value    of heads joined and split anew into relation_heads of width d_r, scaled by
                                            1/√d_r of each model (MiniLMv2, Wang et al. 2021, section 3.1)
 
-    With relation_heads the models may differ in heads and widths. A causal model's relations see what its attention
+    With relation_heads the models may differ in heads and widths. With heads: mean probabilities are averaged over the
+    heads of each model; with heads: group a student head learns from the average of H_T / H_S neighbouring teacher
+    heads. These groups are this project's own choice: trained heads have no order, but a group keeps as many maps as
+    the student has heads. A causal model's relations see what its attention
     sees. The papers average over each sequence and then over sequences; here every valid row counts alike.
     """
 
@@ -40,10 +43,12 @@ class AttentionTerm(AlignmentTerm):
         self.needs_unrotated = bool(self.unrotated)
         if len(set(config.relations)) < len(config.relations):
             raise UserError("terms.attention.relations", list(config.relations), "each relation once")
-        if config.heads == "mean" and config.divergence == "score_mse":
-            raise UserError("terms.attention.divergence", "score_mse with heads: mean", "kl or mse")
-        if config.heads == "mean" and config.relation_heads is not None:
-            raise UserError("terms.attention.heads", "mean with relation_heads", "match")
+        if config.heads != "match" and config.divergence == "score_mse":
+            raise UserError(
+                "terms.attention.divergence", f"score_mse with heads: {config.heads}", "kl or mse"
+            )
+        if config.heads != "match" and config.relation_heads is not None:
+            raise UserError("terms.attention.heads", f"{config.heads} with relation_heads", "match")
         self.relation_heads = {relation: self._check_heads(relation) for relation in config.relations}
         self.heads = self.relation_heads[config.relations[0]]  # that counts() counts
 
@@ -62,12 +67,15 @@ class AttentionTerm(AlignmentTerm):
             return wanted
         if self.config.heads == "mean":
             return 1
-        if student[0] != teacher[0]:
+        divides = teacher[0] % student[0] == 0
+        if student[0] != teacher[0] and not (self.config.heads == "group" and divides):
             where = "" if relation == "query_key" else f" in {relation}"
             raise UserError(
                 "terms.attention.heads",
-                f"match for {student[0]} student and {teacher[0]} teacher heads{where}",
-                "heads: mean, or relation_heads",
+                f"{self.config.heads} for {student[0]} student and {teacher[0]} teacher heads{where}",
+                "heads: mean, heads: group or relation_heads"
+                if divides
+                else "heads: mean, or relation_heads",
             )
         return student[0]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops.attention.pairs import Pairs
+from dsdistill.ops.attention.reference import mean_over_heads
 
 # Elements of one score block of one model: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
@@ -119,6 +120,8 @@ def _divergence(raw_s, raw_t, exists, divergence, heads, with_gradient):
     log_s, log_t = _log_softmax(raw_s, exists), _log_softmax(raw_t, exists)
     if heads == "mean":
         return _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient)
+    if heads == "group":
+        log_t = mean_over_heads(log_t, log_s.shape[1])
     p_s, p_t = log_s.exp(), log_t.exp()
     if exists is not None:
         p_s.masked_fill_(~exists, 0)
@@ -141,8 +144,7 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
     ρ_h = P_h / (H P̄_S), which lies in [0, 1] however small both are.
     """
     head_count = log_s.shape[1]
-    log_mean_s = (log_s - math.log(head_count)).logsumexp(1, keepdim=True)
-    log_mean_t = (log_t - math.log(log_t.shape[1])).logsumexp(1, keepdim=True)
+    log_mean_s, log_mean_t = mean_over_heads(log_s), mean_over_heads(log_t)
     mean_s, mean_t = log_mean_s.exp(), log_mean_t.exp()
     if exists is not None:
         mean_s.masked_fill_(~exists, 0)

@@ -25,7 +25,7 @@ from dsdistill.ops.common import (
 from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("kl", "mse", "score_mse")
-HEADS = ("match", "mean")
+HEADS = ("match", "mean", "group")
 
 
 def attention_alignment(
@@ -61,7 +61,9 @@ def attention_alignment(
         causal: a query sees keys at its own and earlier positions only.
         student_scale, teacher_scale: factor of the scores; default 1/√D of that model.
         heads: "match" compares head by head (equal H); "mean" compares the probabilities averaged over heads
-            (H may differ; not for "score_mse"; the divisors above then lack the factor H).
+            (H may differ; not for "score_mse"; the divisors above then lack the factor H); "group" compares student
+            head g with the teacher's probabilities averaged over its heads g·r … g·r + r − 1, r = H_T / H_S a whole
+            number (not for "score_mse"; the divisors count the student's heads; "reference" and "chunked" alone).
         window: a key counts at distance < window tokens, in both models.
         segments: (B, N) integers; attention stays within equal numbers (packed sequences).
         reduction: "mean" divides as above; "sum" does not divide.
@@ -100,10 +102,16 @@ def attention_alignment(
             raise ValueError(f"{name}_key: got H_kv={key.shape[1]}, expected a divisor of H={query.shape[1]}")
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("heads", heads, HEADS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if heads == "mean" and divergence == "score_mse":
+    teacher_count = teacher_query.shape[1]
+    if heads == "group" and (teacher_count < head_count or teacher_count % max(1, head_count)):
         raise ValueError(
-            "heads='mean' averages probabilities; divergence 'score_mse' has none, expected 'kl' or 'mse'"
+            f"teacher_query: got H={teacher_count}, expected a multiple of the student's H={head_count} "
+            "for heads='group'"
+        )
+    check_choice("reduction", reduction, REDUCTIONS)
+    if heads != "match" and divergence == "score_mse":
+        raise ValueError(
+            f"heads={heads!r} averages probabilities; divergence 'score_mse' has none, expected 'kl' or 'mse'"
         )
     check_mask(mask, (batch, tokens), student_query)
     if window is not None and window < 1:
@@ -153,9 +161,10 @@ def attention_alignment(
 
 def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
     preference, missing = ["chunked", "reference"], {}
+    heads = setting["heads"]
     lack = native_lack(tensors[0])
-    if setting["heads"] == "mean":
-        lack = lack or "heads='mean' has no native kernel"
+    if heads != "match":
+        lack = lack or f"heads={heads!r} has no native kernel"
     if lack:
         missing["cpp"] = lack
     else:
@@ -163,12 +172,12 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
             setting["pairs"], max(tensors[0].shape[3], tensors[2].shape[3])
         )
         preference.insert(1 if by_identity else 0, "cpp")
-    lack = triton_schedule.lack(tensors)
+    lack = "heads='group' has no Triton kernel" if heads == "group" else triton_schedule.lack(tensors)
     if lack:
         missing["triton"] = lack
     else:
         preference.append("triton")
-    variant = setting["divergence"] if setting["heads"] == "match" else f"{setting['divergence']} mean"
+    variant = setting["divergence"] if heads == "match" else f"{setting['divergence']} {heads}"
     small: dict[str, tuple[int, ...]] = dict.fromkeys(
         ("student_query", "student_key", "teacher_query", "teacher_key"), (1, 2, 65, 16)
     )
@@ -199,7 +208,7 @@ def _count(pairs: Pairs, batch: int, heads: int, divergence: str, how: str, devi
         count = torch.tensor(batch * pairs.tokens, device=device)
     else:
         count = pairs.mask.sum()
-    return count * heads if how == "match" else count
+    return count if how == "mean" else count * heads
 
 
 def relation_heads(x: Tensor, heads: int) -> Tensor:

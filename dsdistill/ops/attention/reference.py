@@ -34,9 +34,10 @@ def log_attention(raw: Tensor, exists: Tensor | None) -> Tensor:
     return raw.log_softmax(-1).masked_fill(~exists, 0)
 
 
-def mean_over_heads(log_probability: Tensor) -> Tensor:
-    """Logarithm of the head-averaged probability, (B, 1, N, N)."""
-    return (log_probability - math.log(log_probability.shape[1])).logsumexp(1, keepdim=True)
+def mean_over_heads(log_probability: Tensor, groups: int = 1) -> Tensor:
+    """Logarithm of the probability averaged over the heads of each of equal groups, (B, groups, N, N)."""
+    grouped = log_probability.unflatten(1, (groups, -1))
+    return (grouped - math.log(grouped.shape[2])).logsumexp(2)
 
 
 def attention_total(
@@ -66,6 +67,8 @@ def attention_total(
     log_student, log_teacher = log_attention(raw_student, exists), log_attention(raw_teacher, exists)
     if heads == "mean":
         log_student, log_teacher = mean_over_heads(log_student), mean_over_heads(log_teacher)
+    elif heads == "group":
+        log_teacher = mean_over_heads(log_teacher, log_student.shape[1])
     if divergence == "kl":
         rows = log_teacher.exp() * (log_teacher - log_student)
     else:
