@@ -18,16 +18,9 @@ N, ROWS = sum(LENGTHS), len(LENGTHS)
 
 
 def outputs(model, batch):
-    """Of the library's eager attention: logits, hidden states (before any final norm), attention maps."""
+    """Of the library's eager attention: logits, hidden states, attention maps."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    last = []
-    layers = (
-        model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.encoder.layer
-    )
-    hook = layers[-1].register_forward_hook(
-        lambda m, a, o: last.append(o if isinstance(o, torch.Tensor) else o[0])
-    )
     with torch.no_grad():
         found = model(
             input_ids=batch.input_ids,
@@ -35,9 +28,8 @@ def outputs(model, batch):
             output_hidden_states=True,
             output_attentions=True,
         )
-    hook.remove()
     model.set_attn_implementation(implementation)
-    return found.logits, (*found.hidden_states[:-1], last[0]), found.attentions
+    return found.logits, found.hidden_states, found.attentions
 
 
 def run(family, terms, task="classification", **options):
