@@ -142,6 +142,8 @@ def _smallest(
                 model.load_state_dict(start)  # some families overflow then
                 _outputs(model, _inputs())
             return small, model
+        except UserError as error:  # too large
+            failure = failure or error
         except Exception as error:  # settings that belong together: the next copy keeps more of them
             failure = error
     assert failure is not None  # there is one copy at least

@@ -23,7 +23,7 @@ _EXPERTS = 4
 _INNER = re.compile(r"(intermediate_size(_mlp)?|hidden_dim|n_inner|ffn_dim|ffn_hidden_size|inner_dim|d_ff)$")
 _WINDOWS = re.compile(r"(sliding_window|chunk_size|local_attention|window_size)$")
 _EXPERT_COUNTS = re.compile(r"(^|_)(num|n|local|routed)_?(local_|routed_)?experts?$")
-_EXPERTS_CHOSEN = re.compile(r"experts_per_tok(en)?$|^moe_top_?k$|^top_k_experts$|^num_experts_per_group$")
+_EXPERTS_CHOSEN = re.compile(r"experts_per_tok(en)?$|^moe_(top_?)?k$|^top_k_experts$|^num_experts_per_group$")
 _STATE_HEADS = re.compile(r"(mamba_(n|num)|n_mamba)_heads$")
 _SAME_WIDTH = re.compile(r"(size|dim|embd|width|model)$")
 _INDEX = re.compile(r"(^|_)(idx|index|id|number)$")
@@ -88,7 +88,7 @@ def small_copies(
     The first has few heads (their ratio stays), experts and features. Some families tie these to other settings and
     refuse that; what follows keeps more of them. window: of sliding layers; None leaves the architecture's own.
     """
-    for shrinks in ((_narrow, _thin), (_thin,), ()):
+    for shrinks in ((_narrow, _thin, _few_experts), (_thin, _few_experts), (_narrow, _thin), (_thin,), ()):
         small = copy.deepcopy(config)
         text = text_config(small)
         _shorten(text, layers)
@@ -133,19 +133,25 @@ def _plain(config: PretrainedConfig, window: int | None) -> None:
 
 
 def _thin(config: PretrainedConfig) -> None:
-    """Leave few features between the two maps of a feed-forward network, and few experts."""
+    """Leave few features between the two maps of a feed-forward network."""
     for key, value in list(vars(config).items()):
-        if _INNER.search(key) and isinstance(value, list):  # an entry a layer
+        if not _INNER.search(key):
+            continue
+        if isinstance(value, list):  # an entry a layer
             setattr(config, key, [min(size, 64) for size in value])
+        elif isinstance(value, int):
+            setattr(config, key, min(value, 64))
+
+
+def _few_experts(config: PretrainedConfig) -> None:
+    for key, value in list(vars(config).items()):
         if not isinstance(value, int) or isinstance(value, bool):
             continue
-        if _INNER.search(key):
-            setattr(config, key, min(value, 64))
-        elif _EXPERT_COUNTS.search(key):
+        if _EXPERT_COUNTS.search(key):
             setattr(config, key, min(value, _EXPERTS))
         elif _EXPERTS_CHOSEN.search(key):
             setattr(config, key, min(value, 2))
-        elif key in ("n_group", "topk_group"):
+        elif key in ("n_group", "topk_group", "num_expert_group"):
             setattr(config, key, min(value, 1))
 
 
