@@ -214,7 +214,7 @@ def test_nothing_outside_is_touched(config, models_dir, tmp_path):
     assert not [
         what for name, what in seen if name == "import" and ("planted" in what or what == "'kernels'")
     ]
-    assert (used, dtype, labels) == (["dsdistill"], "torch.float32", ["a", "b", "c"])
+    assert (used, dtype, labels) == (["sdpa"], "torch.float32", ["a", "b", "c"])
 
 
 def test_a_column_that_is_missing_is_told_from_all(config, refused, tmp_path):
