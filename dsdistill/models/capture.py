@@ -22,8 +22,11 @@ from dsdistill.models.trace import AttentionTrace, Geometry, Trace
 
 # What modelling files call the norm after the last layer; the probe tries whether it is one.
 _FINAL_NORMS = tuple(
-    "norm ln_f final_layernorm final_layer_norm final_norm norm_f embedding_norm emb_layer_norm_after".split()
+    "norm ln_f final_layernorm final_layer_norm final_norm norm_f embedding_norm emb_layer_norm_after "
+    "layer_norm layernorm ln LayerNorm".split()
 )
+# Their norm of such a name is that of relative positions, or comes after what the library calls the last hidden states.
+_OTHER_NORMS = frozenset({"deberta", "deberta-v2", "reformer"})
 ROTATION = "apply_rotary_pos_emb"  # what modelling files call the function that turns queries and keys
 
 _recording: "Capture | None" = None  # at most one model runs under capture at a time
@@ -79,6 +82,8 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
     """Return the norm that follows a model's last layer; None where it has none."""
+    if text_config(model.config).model_type in _OTHER_NORMS:
+        return None
     whole, layers = body(model), layer_list(model)
     owners = [module for module in model.modules() if any(part is layers for part in module.children())]
     for holder in (*owners, whole):

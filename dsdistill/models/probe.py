@@ -253,10 +253,14 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
             f"model type {name}, which holds no list of its layers",
             "a model whose layers can be hooked",
         )
+    inputs = _inputs()
     with Capture(model, hidden=range(depth)).recording() as trace:
-        states = model(**_inputs(), output_hidden_states=True).hidden_states
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    # Gemma 3n passes four streams on at once: no (B, N, D) that a term could read.
     if states is None or any(
-        layer not in trace.hidden or not torch.equal(trace.hidden[layer], states[layer])
+        layer not in trace.hidden
+        or trace.hidden[layer].shape[:-1] != inputs["input_ids"].shape
+        or not torch.equal(trace.hidden[layer], states[layer])
         for layer in range(depth)
     ):
         raise UserError(
@@ -285,7 +289,9 @@ def _probe_final(model: PreTrainedModel, place: str) -> None:
     depth, inputs = text_config(model.config).num_hidden_layers, _inputs()
     with Capture(model, hidden=[depth]).recording() as trace:
         states = model(**inputs, output_hidden_states=True).hidden_states
-    if states is None or not _agree(trace.state(depth, after=True), states[-1], inputs):
+    mine = trace.state(depth, after=True)
+    # OPT-350m's last states are as wide as its embeddings, not as its layers.
+    if states is None or mine.shape != states[-1].shape or not _agree(mine, states[-1], inputs):
         raise UserError(
             place,
             f"model type {model.config.model_type}, whose last hidden states are not its last layer's after a norm",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from dsdistill.alignment.probing import check_pair
 from dsdistill.config import UserError
 from dsdistill.models.probe import probe
 from tests.alignment.rig import Rig, make_batch, padded
@@ -86,6 +87,35 @@ def test_every_term_over_states_has_both(term):
     assert values["before"] != pytest.approx(values["after"], rel=1e-4)
 
 
+def sums(rig, batch, given: bool) -> torch.Tensor:
+    """The terms' sums on the traces; given: with plain transformers' hidden_states[-1] in the last layer's place."""
+    with torch.no_grad(), rig.module.traces(batch) as (teacher, previous):
+        student = rig.module.trace(batch, teacher)
+        student.previous = previous
+        for trace, model in ((student, rig.student), (teacher, rig.teacher), (previous, rig.before)):
+            if given and trace is not None:
+                trace.hidden[3], trace.last = states(model, batch), None
+        return rig.objective.sums(student, teacher, batch)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_every_term_reads_the_librarys_last_states_of_all_models(term):
+    batch = make_batch("causal_lm")
+    expected = sums(Rig("gpt2", "causal_lm", {term: TERMS[term] | {"final_norm": "before"}}), batch, True)
+    found = sums(Rig("gpt2", "causal_lm", {term: TERMS[term]}), batch, False)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_terms_that_read_both_ways_go_together():
+    """What one term has read of the teacher stays for the next."""
+    batch = make_batch("causal_lm")
+    terms = {"hidden": LAST | {"final_norm": "before"}, "feature": LAST, "pairwise": {"layers": "last"}}
+    together = Rig("gpt2", "causal_lm", terms).step(batch)[1]
+    for name, settings in terms.items():
+        alone = Rig("gpt2", "causal_lm", {name: settings}).step(batch)[1]
+        assert together[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
 def test_lower_layers_come_before_any_norm():
     batch = make_batch("causal_lm")
     lower = [
@@ -109,3 +139,45 @@ def test_a_model_that_returns_other_last_states_is_refused(monkeypatch):
     ):
         probe(config, "causal_lm", "student", attention=False, hidden=True, final=True)
     probe(config, "causal_lm", "student", attention=False, hidden=True)
+
+
+_DECODER = FAMILIES["llama"] | {"num_key_value_heads": 4}
+_OTHERS = {
+    "biogpt": _DECODER,
+    "xglm": _DECODER | {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4},
+    "ctrl": {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "dff": 48, "n_positions": 40}
+    | {"pad_token_id": 0},
+    "megatron-bert": FAMILIES["bert"],
+    "roberta-prelayernorm": FAMILIES["roberta"],
+    "xlm-roberta-xl": FAMILIES["roberta"],
+    # The norm that DeBERTa keeps beside its layers is that of its relative positions.
+    "deberta-v2": FAMILIES["bert"]
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"},
+}
+
+
+@pytest.mark.parametrize("family", _OTHERS)
+def test_norms_of_other_names_are_found(family):
+    config = AutoConfig.for_model(family, **_OTHERS[family])
+    task = "causal_lm" if family == "xglm" else "classification"  # it has no classifier
+    probe(config, task, "teacher", attention=False, hidden=True, final=True)
+
+
+def test_last_states_of_another_width_are_refused():
+    """OPT-350m projects them down to the width of its embeddings."""
+    config = AutoConfig.for_model("opt", **FAMILIES["llama"] | {"ffn_dim": 48, "word_embed_proj_dim": 16})
+    with pytest.raises(UserError, match=r"^student: got model type opt, whose last .* final_norm: before$"):
+        probe(config, "causal_lm", "student", attention=False, hidden=True, final=True)
+    probe(config, "causal_lm", "student", attention=False, hidden=True)
+
+
+@pytest.mark.parametrize("where", ["after", "before"])
+def test_models_are_tried_for_the_terms_that_read_after_the_norm(monkeypatch, where):
+    rig = Rig("llama", "causal_lm", {"hidden": LAST | {"final_norm": where}}, {"rms_norm_eps": 4e-5})
+    monkeypatch.setattr("dsdistill.models.capture._FINAL_NORMS", ())
+    models = rig.student.config, rig.teacher.config
+    if where == "before":
+        check_pair("causal_lm", *models, [rig.objective])
+        return
+    with pytest.raises(UserError, match=r"^student: got model type llama, whose last .* final_norm: before$"):
+        check_pair("causal_lm", *models, [rig.objective])

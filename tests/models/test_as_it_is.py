@@ -325,3 +325,13 @@ def test_a_composite_is_cut_in_its_text_part():
     assert student.text_config.layer_types == [teacher.text_config.layer_types[place] for place in (1, 3)]
     check_cut(student, teacher, (2, 4), "causal_lm", "student")
     probe(student, "causal_lm", "student", attention=True, hidden=True)
+
+
+def test_states_of_several_streams_are_refused():
+    """Gemma 3n passes (4, B, N, D) from layer to layer; what reads its outputs alone is right."""
+    settings = tiny.CAUSAL["gemma3_text"] | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8}
+    settings |= {"laurel_rank": 8, "vocab_size_per_layer_input": 99, "activation_sparsity_pattern": [0.0] * 4}
+    config = AutoConfig.for_model("gemma3n_text", **settings)
+    with pytest.raises(UserError, match="gemma3n_text, whose layers do not pass hidden states on"):
+        probe(config, "causal_lm", "teacher", attention=False, hidden=True)
+    probe(config, "causal_lm", "teacher", attention=False, hidden=False)

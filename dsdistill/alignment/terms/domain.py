@@ -27,7 +27,8 @@ class DomainTerm(AlignmentTerm):
       predictor  ‖Ẑ − Z‖² over valid tokens, a feature
 
     The published method prints no formula; all of it is this project's own reading. Tokens and phrases are compared
-    by cosines and not by rows of the Gram matrix, so that no such matrix is built.
+    by cosines and not by rows of the Gram matrix, so that no such matrix is built. The last layers are read before the
+    final norm, where φ is fitted.
     """
 
     name = "domain"
