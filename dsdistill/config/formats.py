@@ -13,14 +13,16 @@ from dsdistill.config.schema import Config, Run
 from dsdistill.config.secrets import redacted
 from dsdistill.config.section import Section
 
-FORMAT = 3  # what `dump` writes; a file of format 1 does not name its format
+FORMAT = 4  # what `dump` writes; a file of format 1 does not name its format
 
 # By format and dotted key: the values with which runs of that format began, of settings that had another default then
 # or did not exist. `terms.NAME.KEY` stands for the terms of the stages as well.
 # The last layer was read before its final norm.
 _STATES = ("hidden", "feature", "pairwise", "contrastive", "sp", "rkd", "cka", "pkt", "trajectory", "smooth")
 _BEFORE = {f"terms.{name}.final_norm": "before" for name in _STATES}
-DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE, 2: _BEFORE}
+# Plain text ran on from document to document, and prompts had a layout of this project's own.
+_UNPACKED = {"data.packing": False, "data.layout": "separator"}
+DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE | _UNPACKED, 2: _BEFORE | _UNPACKED, 3: _UNPACKED}
 
 _KEYS = {
     "": "task run data teacher student terms stages train evaluation",

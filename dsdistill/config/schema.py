@@ -3,31 +3,20 @@
 import os
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from dsdistill.config.bounded import parse_size
+from dsdistill.config.data import Data
 from dsdistill.config.errors import UserError
-from dsdistill.config.section import NonNegative, Positive, Section
+from dsdistill.config.section import NAME, LearningRate, NonNegative, Positive, Section
 from dsdistill.config.terms import Task, Terms
 
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NAME = r"^[\w-][\w.-]*$"  # of something that a folder or file is called by
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Tasks whose models predict tokens: they have no logits whole, and no labels beside their texts.
 LANGUAGE = ("causal_lm", "masked_lm")
 SAVED = object()  # context of a validation without the rules between fields
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
-Files = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 AttentionName = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
-
-
-def _size(value: Any) -> Any:
-    if isinstance(value, bool) or not (
-        parse_size(value) if isinstance(value, str) else isinstance(value, int) and value > 0
-    ):
-        raise UserError("data.max_file", repr(value)[:60], "a size such as 200GiB or 500MB, or bytes")
-    return value
 
 
 class Run(Section):
@@ -65,93 +54,6 @@ class Run(Section):
         default=False,
         description="afterwards train the same student on the task alone, and report both side by side",
     )
-
-
-class Data(Section):
-    """Labelled texts (or plain text for causal language models)."""
-
-    source: str = Field(
-        default="docstrings",
-        description="docstrings (built in), files, or the name of a hub data set such as nyu-mll/glue",
-    )
-    subset: str | None = Field(default=None, description="subset of a hub data set, such as sst2")
-    root: str | None = Field(
-        default=None,
-        description="folder that relative train and dev paths start from; of a hub data set: read it from "
-        "ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
-    )
-    train: str | Files = Field(
-        default="train",
-        description="file (tsv, csv, jsonl, parquet, txt; .gz too), a list of files, or hub split",
-    )
-    dev: str = Field(default="dev", description="file or hub split to evaluate on")
-    text: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] = Field(
-        default=("text",),
-        description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
-        "and text_b; of causal_lm two are a prompt, which has no loss, and its response, a row an example: [CLS] "
-        "prompt [SEP] response [SEP], or for tokenizers without these: prompt, line break, response, end of text; "
-        "where tokens are predicted, blank rows of single texts are left out",
-    )
-    label: str | None = Field(
-        default="label", description="column of the label; texts that predict tokens have none"
-    )
-    labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
-        default=None, description="names of the classes in order; default: those of the train set, sorted"
-    )
-    max_length: Annotated[int, Field(ge=2)] = Field(default=128, description="longest sequence, tokens")
-    max_train: Positive | None = Field(
-        default=None, description="train examples used, from the front; default all"
-    )
-    max_dev: Positive | None = Field(
-        default=None, description="dev examples used, from the front; default all"
-    )
-    fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=1.0,
-        description="share of the train examples used, drawn by run.seed; a smaller one lies in a larger",
-    )
-    label_noise: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0,
-        description="share of the train labels replaced, by run.seed: by another class, or by another's score",
-    )
-    tokenizer: str | None = Field(
-        default=None, description="hub id or folder; default: the teacher's, else the student's"
-    )
-    train_tokenizer: Annotated[int, Field(ge=100)] | None = Field(
-        default=None,
-        description="entries of a WordPiece tokenizer trained on the train texts, for a model that has none",
-    )
-    sampler: Literal["uniform", "entropy", "random_masked", "hard_negative", "domain_aware"] = Field(
-        default="uniform",
-        description="of the train examples, equally many each time: uniform, each once an epoch; entropy, those the "
-        "teacher is unsure of; random_masked, uniform with 15% of the input masked for both models; hard_negative, "
-        "each with its nearest in teacher space that have other answers; domain_aware, those like `domain`",
-    )
-    sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None,
-        description="T of p ∝ exp(score / T); default 0.1 for entropy, 1 (nat a token) for domain_aware",
-    )
-    domain: Files | None = Field(
-        default=None,
-        description="files of text of the domain, which beside `general` tell what is typical of it",
-    )
-    general: Files | None = Field(default=None, description="files of general text")
-    chunker: Literal["builtin", "spacy", "jieba"] = Field(
-        default="builtin",
-        description="what finds words and phrases for terms over spans: builtin (runs of content words), spacy "
-        "(English, parsed) or jieba (Chinese); the last two as installed",
-    )
-    cache: str = Field(default="runs/cache", description="folder for what is costly to make again")
-    max_file: Annotated[int | str, BeforeValidator(_size)] = Field(
-        default="200GiB",
-        description="largest data file, decompressed: a size such as 200GiB or 500MB, or bytes",
-    )
-
-    @property
-    def most_bytes(self) -> int:
-        """Return the size of the largest data file that is read, in bytes."""
-        most = self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
-        assert most is not None  # _size saw to it
-        return most
 
 
 class Model(Section):
@@ -248,6 +150,15 @@ class Train(Section):
         default="linear", description="learning-rate schedule, by its transformers name"
     )
     warmup: Fraction = Field(default=0.1, description="fraction of the steps")
+    label_smoothing: Fraction = Field(
+        default=0.0, description="share of every label's probability that is spread evenly over all classes"
+    )
+    class_weights: Annotated[tuple[NonNegative, ...], Field(strict=False)] | dict[str, NonNegative] | None = (
+        Field(
+            default=None,
+            description="classification: weights of the classes in the task's loss, in order or by name",
+        )
+    )
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
     bad_steps: Positive = Field(
         default=3,
@@ -274,6 +185,10 @@ class Evaluation(Section):
         default=False,
         description="semantic alignment, representation compactness, structural consistency and, with data.domain, "
         "domain capture: how much of the teacher's representation space the student keeps",
+    )
+    positive_class: str | None = Field(
+        default=None,
+        description="of two classes: the name of the one that F1 is of; default: the second",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
     generate: Annotated[int, Field(ge=0)] = Field(

@@ -5,6 +5,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NAME = r"^[\w-][\w.-]*$"  # of something that a folder or file is called by
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

@@ -36,12 +36,14 @@ class Batch:
     # would wait for it. None: not a language task, or nobody has found them.
     counted: Tensor | None = None
 
-    # The three below are declared for what comes next: nothing fills or reads them yet.
-    # (B, N) int64, positions as the models are to read them; None: each row counts from 0. A loader that puts several
-    # documents into one row is to fill them, so that each document counts from 0.
+    # Of packed rows alone, which hold several documents: (B, N) int64, position of each token in its document,
+    # counted from 0.
     position_ids: Tensor | None = None
-    # (B, N) int64, which document of its row a token belongs to; None: one a row. The same loader is to fill them.
+    # (B, N) int64: which document of its row a token belongs to, counted from 0; what fills a row up is one more.
     segments: Tensor | None = None
+    # (S, L) int64: the flat places b·N + n of the tokens of each of S documents, by row, -1 beyond its end.
+    places: Tensor | None = None
+    # Declared for what comes next: nothing fills or reads it yet.
     # (B,) int64, rows of the same number belong together (the two texts of one example); None: none do. A loader of
     # examples with two texts that are read apart is to fill them.
     pair: Tensor | None = None
