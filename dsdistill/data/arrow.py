@@ -1,14 +1,14 @@
-"""Parquet files and hub sets as tables, through Arrow alone: the wanted columns are read, no other is decoded.
+"""Parquet files and hub sets as rows, through Arrow alone: the wanted columns are read, no other is decoded.
 
 `datasets` would fetch or open what an image or audio column names, whether a run reads that column or not.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dsdistill.config.errors import UserError
-from dsdistill.data.table import Table
+from dsdistill.data.table import Row
 
 if TYPE_CHECKING:
     import pyarrow
@@ -18,15 +18,29 @@ VALUE = 2**26  # bytes of one text, as of a line in a text file
 MOST_CLASSES = 2**20
 
 
-def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -> Table:
-    """Return the wanted columns of a parquet file that come to at most `most` bytes decoded."""
+def parquet_columns(
+    place: str, file: BinaryIO, wanted: Iterable[str]
+) -> tuple[dict[str, list[str]], tuple[str, ...]]:
+    """Return the classes that a parquet file declares for the wanted columns, and the names of all columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.ParquetFile(file).schema_arrow
+        return _declared(place, schema.metadata, readable(place, schema, wanted)), tuple(schema.names)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        raise UserError(place, f"{error}", "a parquet file") from error
+
+
+def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -> Iterator[Row]:
+    """Yield the wanted columns of a parquet file, row by row; they come to at most `most` bytes decoded."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
         schema, footer = parquet.schema_arrow, parquet.metadata
-        names = _readable(place, schema, wanted)
+        names = readable(place, schema, wanted)
         if footer.num_rows > most:
             raise UserError(place, f"{footer.num_rows:,} rows", f"at most {most:,} bytes (data.max_file)")
         heads = {column.split(".")[0] for column in names}
@@ -37,82 +51,82 @@ def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -
             if chunk.path_in_schema.split(".")[0] in heads
         )
         _bound(place, told, most)
-        batches = parquet.iter_batches(batch_size=ROWS, columns=names, use_threads=False)
-        return _table(
-            place, schema, names, batches, footer.num_rows, most, _declared(place, schema.metadata, names)
+        if not names:
+            yield from ((row, {}) for row in range(1, footer.num_rows + 1))
+            return
+        yield from arrow_rows(
+            place, parquet.iter_batches(batch_size=ROWS, columns=names, use_threads=False), most
         )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         # OSError: pages that are not what the footer says; UnicodeDecodeError: a text that is no UTF-8
         raise UserError(place, f"{error}", "a parquet file") from error
 
 
-def from_arrow(
-    place: str, table: "pyarrow.Table", wanted: Iterable[str], classes: dict[str, list[str]]
-) -> Table:
-    """Return the wanted columns of an Arrow table.
-
-    classes: the names of the classes of columns that hold their indices.
-    """
-    names = _readable(place, table.schema, wanted)
-    batches = table.select(names).to_batches(max_chunksize=ROWS)
-    declared = {name: classes_of for name, classes_of in classes.items() if name in names}
-    return _table(place, table.schema, names, batches, table.num_rows, None, declared)
-
-
-def _readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> list[str]:
-    """Return the wanted columns that are there; raise UserError for one that holds neither texts nor numbers."""
-    from pyarrow import types
-
+def readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> list[str]:
+    """Return the wanted columns that are there; raise UserError for one that cannot be read."""
     if len(set(schema.names)) < len(schema.names):
         raise UserError(place, "a column twice", "each name once")
-    readable = []
+    names = []
     for name in dict.fromkeys(wanted):
         if name not in schema.names:
             continue
         kind = schema.field(name).type
-        inner = kind.value_type if types.is_dictionary(kind) else kind
-        simple = (
-            types.is_string(inner)
-            or types.is_large_string(inner)
-            or types.is_string_view(inner)
-            or types.is_integer(inner)
-            or types.is_floating(inner)
-            or types.is_decimal(inner)
-            or types.is_boolean(inner)
-            or types.is_null(inner)
-        )
-        if simple:
-            readable.append(name)
+        if _is_simple(kind) or _is_conversation(kind):
+            names.append(name)
         elif name != "id":  # rows without it are told apart by their positions
-            raise UserError(place, f"column {name!r} of type {kind}", "texts or numbers")
-    return readable
+            raise UserError(place, f"column {name!r} of type {kind}", "texts, numbers or conversations")
+    return names
 
 
-def _table(
-    place: str,
-    schema: "pyarrow.Schema",
-    names: list[str],
-    batches: Iterable["pyarrow.RecordBatch"],
-    rows: int,
-    most: int | None,
-    classes: dict[str, list[str]],
-) -> Table:
+def _is_simple(kind: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    return (
+        types.is_string(inner)
+        or types.is_large_string(inner)
+        or types.is_string_view(inner)
+        or types.is_integer(inner)
+        or types.is_floating(inner)
+        or types.is_decimal(inner)
+        or types.is_boolean(inner)
+        or types.is_null(inner)
+    )
+
+
+def _is_conversation(kind: "pyarrow.DataType") -> bool:
+    """Return whether a column holds lists of structs, as conversations and tools are stored."""
+    from pyarrow import types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind)
+    return is_list and types.is_struct(kind.value_type)
+
+
+def arrow_rows(place: str, batches: Iterable["pyarrow.RecordBatch"], most: int | None) -> Iterator[Row]:
+    """Yield the rows of Arrow batches, numbered from 1, whose values come to at most `most` bytes."""
     import pyarrow
 
-    columns: dict[str, list[Any]] = {name: [] for name in names}
     size = count = 0
     for batch in batches:
-        for name in names:
-            column = batch.column(name)
+        columns = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
             size += _decoded(place, name, column) + 8 * len(column)  # and one reference a row
             if most is not None:
                 _bound(place, size, most)
             if isinstance(column, pyarrow.DictionaryArray):
                 column = column.dictionary_decode()
-            columns[name].extend(column.to_pylist())
-        count += batch.num_rows
-    others = tuple(name for name in schema.names if name not in columns)
-    return Table(place, columns, range(1, (count if names else rows) + 1), "row", classes, others=others)
+            values = column.to_pylist()
+            columns[name] = values if _is_simple(column.type) else [_without_gaps(value) for value in values]
+        for i in range(batch.num_rows):
+            count += 1
+            yield count, {name: values[i] for name, values in columns.items()}
+
+
+def _without_gaps(value: Any) -> Any:
+    """Return nested values without the keys that only other rows have: Arrow gives every struct all of them."""
+    if isinstance(value, dict):
+        return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
+    return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _decoded(place: str, name: str, column: "pyarrow.Array") -> int:

@@ -1,8 +1,13 @@
 """Turn texts into tokens with a tokenizer that somebody else made; its failures are one line."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dsdistill.config.errors import UserError
+
+Encoded = tuple[np.ndarray, np.ndarray | None]  # (n,) int32 ids, and (n, 2) characters of each or None
 
 
 def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any:
@@ -10,8 +15,12 @@ def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any
 
     Raises UserError where it fails: its patterns may give up on some text, and its ids need not be ids.
     """
+    return _guarded(tokenizer, place, *texts, **options)
+
+
+def _guarded(function: Any, place: str, *arguments: Any, **options: Any) -> Any:
     try:
-        return tokenizer(*texts, **options)
+        return function(*arguments, **options)
     except BaseException as error:
         # A panic of the tokenizers library is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -20,3 +29,52 @@ def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any
         raise UserError(
             place, f"texts that the tokenizer fails on ({reason})", "a tokenizer for such texts"
         ) from None
+
+
+class PlainEncoder:
+    """A PlainEncoder gives the tokens of texts as they stand: nothing is added, cut or padded.
+
+    Fast tokenizers take many texts at once on all cores, without the lists and objects that the library's own call
+    makes for each token.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.fast = tokenizer._tokenizer if getattr(tokenizer, "is_fast", False) else None
+        if self.fast is not None:
+            self.fast.no_truncation()
+            self.fast.no_padding()
+
+    def __call__(self, texts: Sequence[str], place: str, offsets: bool = False) -> list[Encoded]:
+        """Return ids and, with `offsets`, the characters that each token stands for, of each text.
+
+        Raises UserError for texts that the tokenizer fails on; `place` names where they come from.
+        """
+        if self.fast is None:
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            found = encode(self.tokenizer, place, list(texts), **options)["input_ids"]
+            return [(np.asarray(ids, dtype=np.int32), None) for ids in found]
+        batch = self.fast.encode_batch if offsets else self.fast.encode_batch_fast
+        found = _guarded(batch, place, list(texts), add_special_tokens=False)
+        if not offsets:
+            return [(np.array(encoding.ids, dtype=np.int32), None) for encoding in found]
+        return [
+            (
+                np.array(encoding.ids, dtype=np.int32),
+                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
+            )
+            for encoding in found
+        ]
+
+
+def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens before and after every document of plain text.
+
+    The token that begins a text comes where the tokenizer itself puts one (Llama 3, Gemma); the token that ends a
+    text, else the separator, where it has one.
+    """
+    begin = tokenizer.bos_token_id
+    if begin is not None and (tokenizer("a")["input_ids"] or [None])[0] != begin:
+        begin = None
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return [begin] if begin is not None else [], [end] if end is not None else []

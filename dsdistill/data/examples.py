@@ -1,15 +1,19 @@
-"""What passes from the sources to the loader: rows of text, then examples of tokens."""
+"""What passes from the sources to the loader: rows of text with labels, then examples of tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dsdistill.config.errors import UserError
+from dsdistill.data.batch import NO_LABEL
 from dsdistill.data.masking import Masking
-from dsdistill.data.spans import Spans
+from dsdistill.data.spans import limited
+from dsdistill.data.store import Documents
 
 T = TypeVar("T")
 
@@ -20,60 +24,221 @@ class Rows:
 
     place: str  # where they come from, for messages
     texts: list[tuple[str, ...]]  # one text, or the two of a pair
-    labels: list[int] | list[float] | None  # class index | score | None: tokens are to be predicted
+    labels: list[int] | list[float]  # class index | score
     ids: Sequence[str]
-    limit: int | None = None  # causal_lm: blocks to keep (only the tokenizer can count them)
 
     def __len__(self) -> int:
         return len(self.texts)
 
 
 @dataclass(frozen=True)
-class Examples:
-    """n tokenised examples, laid end to end: example i is tokens[starts[i]:starts[i + 1]], never empty."""
+class Dropped:
+    """Dropped says what of the documents did not become tokens of an example."""
 
-    tokens: Tensor  # (tokens of all examples,) int32
-    starts: Tensor  # (n + 1,) int64
-    labels: Tensor | None  # (n,) int64 class | (n,) float32 score | None: tokens are labels
-    ids: Sequence[str]
-    token_types: Tensor | None = None  # like tokens, uint8
-    spans: Spans | None = None  # words and phrases, where a term reads them
+    truncated: int = 0  # documents that were cut
+    dropped: int = 0  # documents, or parts of them, that were left out
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples are n runs of tokens of stored documents, none of them empty; a document may have several."""
+
+    documents: Documents
+    starts: Tensor  # (n,) int64, where in the tokens of all documents each begins
+    lengths: Tensor  # (n,) int64
+    labels: Tensor | None = None  # (n,) int64 class | (n,) float32 score | None: tokens are labels
+    given_ids: Sequence[str] | None = None  # names; None: where each lies in its source
     masking: Masking | None = None  # what is hidden from the models, where something is
-    prompts: Tensor | None = None  # (n,) int64: tokens before the response, where an example has a prompt
+    lost: Dropped = field(default_factory=Dropped)
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
+
+    @property
+    def prompted(self) -> bool:
+        """Return whether some tokens are context without labels."""
+        return self.documents.ranges is not None
+
+    @cached_property
+    def _owners(self) -> np.ndarray:
+        """(n,) the document that each example begins in."""
+        return np.searchsorted(self.documents.starts, self.starts.numpy(), side="right") - 1
+
+    def name(self, row: int) -> str:
+        """Return what an example is called in messages and files."""
+        if self.given_ids is not None:
+            return self.given_ids[row]
+        return self.documents.name(int(self._owners[row]))
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Return (length,) ids of an example."""
+        start = int(self.starts[row])
+        return self.documents.tokens.read(start, start + int(self.lengths[row]))
+
+    def types(self, row: int) -> np.ndarray | None:
+        """Return (length,) token types of an example, where the tokenizer has them."""
+        if self.documents.types is None:
+            return None
+        start = int(self.starts[row])
+        return self.documents.types.read(start, start + int(self.lengths[row]))
+
+    def ranges(self, row: int) -> np.ndarray | None:
+        """Return (k, 2) runs of an example's tokens that have labels; None: all have."""
+        if self.documents.ranges is None:
+            return None
+        start, length = int(self.starts[row]), int(self.lengths[row])
+        return self.documents.ranges.touching(start, start + length).clip(0, length)
+
+    def spans(self, row: int) -> np.ndarray:
+        """Return (s, 3) words and phrases that lie in an example whole, at most MOST of a kind; see Batch.spans."""
+        assert self.documents.spans is not None  # asked for where a term reads them
+        start = int(self.starts[row])
+        return limited(self.documents.spans.inside(start, start + int(self.lengths[row])))
+
+    def token_labels(self, row: int) -> np.ndarray:
+        """Return (length,) int64 tokens to predict, NO_LABEL where none is."""
+        tokens, ranges = self.tokens(row).astype(np.int64), self.ranges(row)
+        if ranges is None:
+            return tokens
+        labels = np.full(len(tokens), NO_LABEL)
+        for first, past in ranges:
+            labels[first:past] = tokens[first:past]
+        return labels
+
+    def context(self, row: int) -> int:
+        """Return how many tokens come before the last run of tokens that have labels."""
+        ranges = self.ranges(row)
+        return 0 if ranges is None or not len(ranges) else int(ranges[-1, 0])
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """Return some of the examples, in the order given."""
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        return replace(
+            self,
+            starts=self.starts[index],
+            lengths=self.lengths[index],
+            labels=None if self.labels is None else self.labels[index],
+            given_ids=None if self.given_ids is None else [self.given_ids[row] for row in rows],
+        )
+
+
+def whole(documents: Documents) -> Examples:
+    """Return each document as an example."""
+    starts = torch.from_numpy(documents.starts)
+    return Examples(documents, starts[:-1], starts.diff(), lost=Dropped(documents.truncated))
+
+
+def end_to_end(documents: Documents, length: int, limit: int | None, ended: bool) -> Examples:
+    """Return blocks of `length` tokens of all documents laid end to end, `limit` of them at most.
+
+    A last block of one token is left out: it would predict nothing. So is what ends the last document, where documents
+    are `ended` by a token: it stands between two.
+
+    Raises:
+        UserError: there are fewer than two tokens.
+    """
+    count = len(documents.tokens) - ended
+    count = count if limit is None else min(count, limit * length)
+    if count < 2:
+        raise UserError(documents.places[0][0], f"a text of {count} tokens", "at least 2 tokens")
+    starts = torch.arange(0, count - 1, length)
+    lengths = torch.full_like(starts, length)
+    lengths[-1] = min(length, count - int(starts[-1]))
+    return Examples(documents, starts, lengths, given_ids=_Numbers(len(starts)))
+
+
+def cut(documents: Documents, length: int, overlong: str) -> Examples:
+    """Return each document as an example, those of more than `length` tokens as `overlong` says.
+
+    Parts without a token to predict are left out: of one token, or without labels.
+    """
+    starts, lengths = documents.starts[:-1], np.diff(documents.starts)
+    long = lengths > length
+    lost = int(long.sum())
+    if overlong == "drop":
+        starts, lengths = starts[~long], lengths[~long]
+    elif overlong == "truncate":
+        lengths = np.minimum(lengths, length)
+    else:
+        counts = -(-lengths // length)
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        ends = np.repeat(starts + lengths, counts)
+        starts = np.repeat(starts, counts) + within * length
+        lengths = np.minimum(ends - starts, length)
+    learning = _learning(documents, starts, lengths)
+    examples = Examples(documents, torch.from_numpy(starts[learning]), torch.from_numpy(lengths[learning]))
+    gone = int((~learning).sum()) + (lost if overlong == "drop" else 0)
+    return replace(examples, lost=Dropped(lost if overlong == "truncate" else 0, gone))
+
+
+def _learning(documents: Documents, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """(n,) bool: parts of documents with a token to predict, which is not their first."""
+    if documents.ranges is None:
+        return lengths > 1
+    first, past = documents.ranges.bounds()
+    if not len(first):
+        return np.zeros(len(starts), bool)
+    # A part learns where the first run that ends after its first token begins in it.
+    place = np.searchsorted(past, starts + 1, side="right")
+    return (place < len(past)) & (first[place.clip(max=len(past) - 1)] < starts + lengths) & (lengths > 1)
+
+
+class _Numbers(Sequence[str]):
+    """These are the names of examples that are called by their number."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row):
+        return str(range(self.count)[row])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed examples are blocks of several documents, none of which sees another."""
+
+    parts: Examples  # the documents, or parts of them
+    order: np.ndarray  # (n,) the parts, block by block
+    bounds: np.ndarray  # (blocks + 1,) int64: those of block b are order[bounds[b]:bounds[b + 1]]
+    labels: None = None
+    masking: None = None
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(n,) int64: tokens of each example."""
-        return self.starts.diff()
+        """(blocks,) int64: tokens of each block."""
+        total = np.concatenate([[0], self.parts.lengths.numpy()[self.order].cumsum()])
+        return torch.from_numpy(np.diff(total[self.bounds]))
 
-    def take(self, rows: list[int]) -> "Examples":
-        """Some of the examples, in the order given."""
-        starts = torch.cat([self.starts.new_zeros(1), self.lengths[rows].cumsum(0)])
+    def of(self, block: int) -> list[int]:
+        """Return the parts of a block."""
+        return self.order[self.bounds[block] : self.bounds[block + 1]].tolist()
 
-        def cut(flat: Tensor | None) -> Tensor | None:
-            return (
-                None if flat is None else torch.cat([flat[self.starts[r] : self.starts[r + 1]] for r in rows])
-            )
+    def name(self, block: int) -> str:
+        """Return what a block is called in messages: as its first document."""
+        return self.parts.name(self.of(block)[0])
 
-        return Examples(
-            tokens=cut(self.tokens),
-            starts=starts,
-            labels=None if self.labels is None else self.labels[rows],
-            ids=[self.ids[row] for row in rows],
-            token_types=cut(self.token_types),
-            spans=None if self.spans is None else self.spans.take(rows),
-            masking=self.masking,
-            prompts=None if self.prompts is None else self.prompts[rows],
-        )
+    def take(self, blocks: Sequence[int]) -> "Packed":
+        """Return some of the blocks, in the order given."""
+        chosen = [self.order[self.bounds[b] : self.bounds[b + 1]] for b in blocks]
+        order = np.concatenate(chosen) if chosen else self.order[:0]
+        return replace(self, order=order, bounds=np.cumsum([0, *map(len, chosen)]))
 
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
-    """Both splits, as Rows or as Examples, and the names of the classes in the order of their indices."""
+    """All sets of a run, as Rows or as Examples, and the names of the classes in the order of their indices."""
 
     train: T
-    dev: T
+    devs: dict[str, T]  # by name; one set that the config does not name is called ""
     labels: tuple[str, ...]  # () unless the task is classification
+
+    @property
+    def dev(self) -> T:
+        """Return the first dev set."""
+        return next(iter(self.devs.values()))

@@ -12,33 +12,92 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsdistill.config.bounded import open_file
 from dsdistill.config.errors import UserError
-from dsdistill.data.arrow import read_parquet
-from dsdistill.data.table import Table
+from dsdistill.data.arrow import parquet_columns, read_parquet
+from dsdistill.data.table import Row, Stream
 
 LINE = 2**26  # bytes
 LIMIT = "data.max_file"
 
 
-def table(name: str, root: str | None, wanted: Iterable[str], most: int) -> Table:
-    """Return the rows of a file of at most `most` bytes, decompressed; a relative name starts from root.
+def stream(name: str, root: str | None, wanted: Iterable[str], most: int) -> Stream:
+    """Return a file of at most `most` bytes, decompressed, as rows; a relative name starts from root.
 
     wanted: columns; formats that hold them one by one give no others.
+
+    Raises:
+        UserError: its extension is unknown, or it is not there; reading its rows raises it for what they hold.
     """
     path = Path(root or "", name).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in READERS:
         raise UserError(str(path), f"extension {suffix!r}", f"{', '.join(READERS)} (.gz too)")
+    with _reading(path), _open(path, most) as file:
+        status = os.fstat(file.fileno())
+    wanted = tuple(wanted)
+    identity = {
+        "path": os.path.abspath(path),
+        "size": status.st_size,
+        "modified": status.st_mtime_ns,
+        "most": most,
+    }
+    declared, columns = None, ()
+    if suffix == ".parquet":
+        with _reading(path), _file(path, most) as file:
+            declared, columns = parquet_columns(str(path), file, wanted)
+    opened: list[BinaryIO] = []
+
+    def done() -> float:
+        with contextlib.suppress(ValueError, OSError):  # it is closed
+            return opened[0].tell() / max(1, status.st_size) if opened else 0.0
+        return 1.0
+
+    return Stream(
+        str(path),
+        partial(_rows, path, suffix, wanted, most, opened),
+        identity,
+        unit="row" if suffix == ".parquet" else "line",
+        classes=declared,
+        plain=suffix == ".txt",
+        columns=columns,
+        done=done,
+    )
+
+
+def _rows(
+    path: Path, suffix: str, wanted: tuple[str, ...], most: int, opened: list[BinaryIO]
+) -> Iterator[Row | UserError]:
+    with _reading(path), _file(path, most, opened) as file:
+        if suffix == ".parquet":
+            yield from read_parquet(str(path), file, wanted, most)
+        else:
+            yield from READERS[suffix](str(path), _lines(str(path), file, most))
+
+
+@contextlib.contextmanager
+def _file(path: Path, most: int, opened: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
+    """Yield a file as what it holds decompressed; one that must be read from its end is unpacked first.
+
+    opened: is given the file itself, whose position tells how much has been read.
+    """
+    packed = gzip.open if path.name.endswith(".gz") else contextlib.nullcontext
+    with _open(path, most) as raw, packed(raw) as file:
+        if opened is not None:
+            opened[:] = [raw]
+        suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+        yield _seekable(str(path), file, most) if suffix == ".parquet" else file
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in one line why a file cannot be read."""
     try:
-        packed = gzip.open if path.name.endswith(".gz") else contextlib.nullcontext
-        with _open(path, most) as raw, packed(raw) as file:
-            if suffix == ".parquet":
-                return read_parquet(str(path), _seekable(str(path), file, most), wanted, most)
-            return READERS[suffix](str(path), _lines(str(path), file, most))
+        yield
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             str(path), f"{type(error).__name__}: {error}", "a readable file, gzip where it ends in .gz"
@@ -47,7 +106,7 @@ def table(name: str, root: str | None, wanted: Iterable[str], most: int) -> Tabl
         raise UserError(str(path), "more than this machine's memory holds", "a smaller file") from None
 
 
-def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: int) -> Table:
+def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: int) -> Stream:
     """A split of a hub data set from a folder that holds it as files: ROOT/NAME/{train,dev,test}.FORMAT.
 
     Columns are the hub's, or label, text_a and text_b. The hub's `validation` is `dev` there.
@@ -64,7 +123,7 @@ def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: in
         raise UserError(
             f"data.root: {folder}", there, f"a file {stem}.FORMAT, {', '.join(READERS)} (.gz too)"
         )
-    return table(file_name, str(folder), wanted, most)
+    return stream(file_name, str(folder), wanted, most)
 
 
 def _open(path: Path, most: int) -> BinaryIO:
@@ -111,61 +170,64 @@ def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def _tsv(place: str, lines: Iterator[str]) -> Table:
+def _tsv(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
     # csv.QUOTE_NONE in effect: a quote is a plain character, and no field holds a tab or a line break.
     numbered = ((i, line.removesuffix("\n").removesuffix("\r")) for i, line in enumerate(lines, 1))
-    return _with_header(place, [(i, line.split("\t")) for i, line in numbered if line.strip("\r")])
+    return _with_header(place, ((i, line.split("\t")) for i, line in numbered if line.strip("\r")))
 
 
-def _csv(place: str, lines: Iterator[str]) -> Table:
+def _csv(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
     csv.field_size_limit(LINE)  # it would refuse a field above 131,072 characters
     # A carriage return by itself ends a line too.
     reader = csv.reader((part for line in lines for part in io.StringIO(line, newline="")), strict=True)
-    rows = []
+    return _with_header(place, _parsed(place, reader))
+
+
+def _parsed(place: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
     try:
         for row in reader:
             if row:
-                rows.append((reader.line_num, row))
+                yield reader.line_num, row
     except csv.Error as error:
         raise UserError(
             f"{place}, line {reader.line_num}", error, 'comma-separated values, quoted with "'
         ) from error
-    return _with_header(place, rows)
 
 
-def _with_header(place: str, rows: list[tuple[int, list[str]]]) -> Table:
-    if not rows:
+def _with_header(place: str, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Row | UserError]:
+    _, header = next(rows, (0, None))
+    if header is None:
         raise UserError(place, "an empty file", "a header line and rows")
-    (_, header), *rows = rows
     if len(set(header)) != len(header):
         raise UserError(f"{place}, line 1", f"columns {header}", "each name once")
     for line, row in rows:
         if len(row) != len(header):
-            raise UserError(f"{place}, line {line}", f"{len(row)} fields", f"{len(header)}, as in the header")
-    columns = dict(zip(header, (list(c) for c in zip(*(row for _, row in rows), strict=True)), strict=False))
-    return Table(place, columns, [line for line, _ in rows])
+            wanted = f"{len(header)}, as in the header"
+            yield UserError(f"{place}, line {line}", f"{len(row)} fields", wanted)
+        else:
+            yield line, dict(zip(header, row, strict=True))
 
 
-def _jsonl(place: str, lines: Iterator[str]) -> Table:
-    rows: list[tuple[int, dict[str, Any]]] = []
+def _jsonl(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        at, wanted = f"{place}, line {i}", "one JSON object a line"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}, line {i}", f"{error}", "one JSON object a line") from error
+            yield UserError(at, f"{error}", wanted)
+            continue
         if not isinstance(row, dict):
-            raise UserError(f"{place}, line {i}", f"a {type(row).__name__}", "one JSON object a line")
-        if (half := _half_character(line, row)) is not None:
-            raise UserError(f"{place}, line {i}", f"{half}, half of a character", "text")
-        rows.append((i, row))
-    names = dict.fromkeys(name for _, row in rows for name in row)  # in order of appearance
-    return Table(place, {name: [row.get(name) for _, row in rows] for name in names}, [i for i, _ in rows])
+            yield UserError(at, f"a {type(row).__name__}", wanted)
+        elif (half := _half_character(line, row)) is not None:
+            yield UserError(at, f"{half}, half of a character", "text")
+        else:
+            yield i, row
 
 
 def _half_character(line: str, row: dict) -> str | None:
-    """A lone surrogate, which JSON can write and no other text can hold; or None."""
+    """Return a lone surrogate, which JSON can write and no other text can hold; or None."""
     if "\\u" not in line:
         return None
     try:
@@ -175,11 +237,8 @@ def _half_character(line: str, row: dict) -> str | None:
     return None
 
 
-def _txt(place: str, lines: Iterator[str]) -> Table:
-    text = "".join(lines)
-    if not text.strip():
-        raise UserError(place, "an empty file", "some text")
-    return Table(place, {"text": [text]}, [1], plain=True)
+def _txt(place: str, lines: Iterator[str]) -> Iterator[Row]:
+    return ((i, {"text": line}) for i, line in enumerate(lines, 1))
 
 
 READERS = {".tsv": _tsv, ".csv": _csv, ".jsonl": _jsonl, ".parquet": read_parquet, ".txt": _txt}

@@ -1,14 +1,15 @@
 """Data sets of the Hugging Face hub, through `datasets`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from dsdistill.config.errors import UserError
-from dsdistill.data.arrow import from_arrow
-from dsdistill.data.table import Table
+from dsdistill.data.arrow import ROWS, arrow_rows, readable
+from dsdistill.data.table import Row, Stream
 
 
-def table(name: str, subset: str | None, split: str, cache: str, wanted: Iterable[str]) -> Table:
-    """Return the wanted columns of one split of a hub data set, downloaded once into the cache folder."""
+def stream(name: str, subset: str | None, split: str, cache: str, wanted: Iterable[str]) -> Stream:
+    """Return one split of a hub data set, downloaded once into the cache folder, as rows of the wanted columns."""
     import datasets
 
     called = f"load_dataset({name!r}, {subset!r}, split={split!r})"
@@ -18,7 +19,16 @@ def table(name: str, subset: str | None, split: str, cache: str, wanted: Iterabl
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = f"docstrings, files, or a data set that the hub or {cache}/hub has ({called} was tried)"
         raise UserError("data.source", f"{name}: {reason}", expected) from error
-    features = dataset.features.items()
-    classes = {key: list(f.names) for key, f in features if isinstance(f, datasets.ClassLabel)}
-    # As Arrow holds them: the library's own decoding would open the images that other columns name.
-    return from_arrow(f"{name} {split}", dataset.with_format("arrow")[:], wanted, classes)
+    place, features = f"{name} {split}", dataset.features.items()
+    names = readable(place, dataset.features.arrow_schema, wanted)
+    classes = {key: list(f.names) for key, f in features if isinstance(f, datasets.ClassLabel) and key in names}
+
+    def rows() -> Iterator[Row]:
+        # As Arrow holds them: the library's own decoding would open the images that other columns name.
+        if not names:
+            return iter([(row, {}) for row in range(1, len(dataset) + 1)])
+        chosen: Any = dataset.select_columns(names).with_format("arrow").iter(ROWS)
+        return arrow_rows(place, (batch for table in chosen for batch in table.to_batches()), None)
+
+    identity = {"set": name, "subset": subset, "split": split, "fingerprint": dataset._fingerprint}
+    return Stream(place, rows, identity, "row", classes, columns=tuple(dataset.column_names))

@@ -14,12 +14,10 @@ from dsdistill.data.examples import Examples
 _FRACTION, _NOISE = 1, 2  # streams of random numbers
 
 
-def draw(examples: Examples, fraction: float, seed: int) -> Examples:
-    """⌈fraction · n⌉ of the n examples in their old order; those of a smaller fraction are among a larger one's."""
-    if fraction == 1:
-        return examples
-    order = np.random.default_rng([seed, _FRACTION]).permutation(len(examples))
-    return examples.take(np.sort(order[: ceil(fraction * len(examples))]).tolist())
+def chosen(count: int, fraction: float, seed: int) -> np.ndarray:
+    """Return ⌈fraction · count⌉ of so many examples in their old order; a smaller fraction's are among a larger's."""
+    order = np.random.default_rng([seed, _FRACTION]).permutation(count)
+    return np.sort(order[: ceil(fraction * count)])
 
 
 def with_noise(examples: Examples, share: float, classes: int, seed: int) -> Examples:

@@ -1,90 +1,142 @@
 """Reads and checks the rows of a run: built-in docstrings, local files, or Hugging Face hub data sets."""
 
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from dsdistill.config.data import Data as Section
+from dsdistill.config.data import Part
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.config.schema import Data as Section
 from dsdistill.data import docstrings, files, hub
-from dsdistill.data.examples import Rows, Splits
+from dsdistill.data.examples import Rows
 from dsdistill.data.labels import class_indices, class_names, scores, spelled
-from dsdistill.data.table import Table
+from dsdistill.data.table import Row, Stream, Table
 
 CLASSES = "classification"
 
 
-def read(section: Section, task: str) -> Splits[Rows]:
-    """Both splits with every check that needs no tokenizer; labels as class indices or scores.
+def parts(section: Section) -> list[tuple[str, float, Section]]:
+    """Return name, weight and section of each source of the train set; one that `data` itself is has no name."""
+    if not _is_mixture(section):
+        return [("", 1.0, section)]
+    made = []
+    for index, part in enumerate(section.train):
+        own = {key: value for key in part.model_fields_set if (value := getattr(part, key)) is not None}
+        weight, name = own.pop("weight", 1.0), own.pop("name", None)
+        if "text" in own and "messages" not in own:
+            own["messages"] = None
+        if not {"train", "source"} & own.keys():
+            raise UserError(f"data.train.{index}", "neither source nor train", "one of them")
+        if "train" not in own:
+            own["train"] = "train"
+        changed = section.model_copy(update=own)
+        name = name or changed.subset or (changed.source if changed.source != "files" else _first(changed.train))
+        made.append((name, weight, changed))
+    names = [name for name, *_ in made]
+    if len(set(names)) < len(names):
+        made = [(f"{name}-{index}", *rest) for index, (name, *rest) in enumerate(made)]
+    return made
+
+
+def _is_mixture(section: Section) -> bool:
+    return not isinstance(section.train, str) and isinstance(section.train[0], Part)
+
+
+def _first(train: str | tuple[str, ...]) -> str:
+    return train if isinstance(train, str) else train[0]
+
+
+def names(split: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the files or splits that a set is read from."""
+    return (split,) if isinstance(split, str) else split
+
+
+def dev_sets(section: Section) -> dict[str, str]:
+    """Return the dev sets by name; one that the config does not name is called ''."""
+    return {"": section.dev} if isinstance(section.dev, str) else section.dev
+
+
+def read(section: Section, task: str) -> tuple[list[Rows], dict[str, Rows], tuple[str, ...]]:
+    """Return the rows of labelled sets with every check that needs no tokenizer.
 
     Args:
         section: `config.data`.
-        task: that of the config; those that predict tokens read no labels.
+        task: classification or regression.
+
+    Returns:
+        the rows of each part of the train set, those of each dev set by name, and the names of the classes; labels are
+        class indices or scores.
 
     Raises:
         UserError: the data cannot be used; its message names file, row and column.
     """
-    if task not in LANGUAGE and section.label is None:
+    if section.label is None:
         raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
-    splits = [[_table(section, name, task) for name in _names(of)] for of in (section.train, section.dev)]
-    names = class_names(_labels(splits[0], section), section.label, section.labels) if task == CLASSES else ()
-    train, dev = (
-        _rows(tables, section, task, names, limit)
-        for tables, limit in zip(splits, (section.max_train, section.max_dev), strict=True)
+    trains = [(part, [_table(part, name, task) for name in names(part.train)]) for *_, part in parts(section)]
+    devs = {name: [_table(section, split, task)] for name, split in dev_sets(section).items()}
+    classes = ()
+    if task == CLASSES:
+        tables = [(part.label, table) for part, of in trains for table in of]
+        classes = class_names(_labels(tables), "label", section.labels)
+    return (
+        [_rows(of, part, task, classes, part.max_train) for part, of in trains],
+        {name: _rows(of, section, task, classes, section.max_dev) for name, of in devs.items()},
+        classes,
     )
-    return Splits(train, dev, names)
 
 
-def read_texts(section: Section, files: tuple[str, ...]) -> Rows:
-    """The texts of further files, read as those of the train set are; without labels."""
-    return _rows([_table(section, name, "masked_lm") for name in files], section, "masked_lm", (), None)
+def streams(section: Section, split: str | tuple[str, ...], task: str) -> list[Stream]:
+    """Return the files or splits of a set, to be read row by row."""
+    return [_stream(section, name, task) for name in names(split)]
 
 
-def _names(split: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (split,) if isinstance(split, str) else split
+def texts(section: Section, task: str) -> Iterator[str]:
+    """Yield the texts of the train set, of conversations those of their turns; without labels."""
+    for *_, part in parts(section):
+        columns = (part.messages,) if part.messages else part.text
+        for stream in streams(part, part.train, task):
+            for _, row in stream.rows():
+                own = columns if columns[0] in row else ("text_a", "text_b")[: len(columns)]
+                yield from _spoken([row.get("text") if stream.plain else row.get(name) for name in own])
 
 
-def _labels(tables: list[Table], section: Section) -> Table:
-    """One table of all labels, with the classes that tables declare where all that do declare the same."""
-    if len(tables) == 1:
-        return tables[0]
-    column = section.label
-    declared = {tuple(table.classes[column]) for table in tables if column in (table.classes or {})}
+def _spoken(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _spoken(value.get("content", value.get("value")))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _spoken(inner)
+
+
+def _labels(tables: list[tuple[str, Table]]) -> Table:
+    """Return one table of all labels, with the classes that tables declare where all that do declare the same."""
+    declared = {tuple(table.classes[column]) for column, table in tables if column in (table.classes or {})}
     if len(declared) == 1:
-        labels, classes = [label for table in tables for label in table.column(column)], list(*declared)
+        labels, classes = [label for column, table in tables for label in table.column(column)], list(*declared)
     else:  # an index is a class of its own table alone
-        labels, classes = [name for table in tables for name in spelled(table, column)], None
-    return Table(
-        _places(tables), {column: labels}, range(1, len(labels) + 1), "row", classes and {column: classes}
-    )
+        labels, classes = [name for column, table in tables for name in spelled(table, column)], None
+    place = _places([table for _, table in tables])
+    numbers = range(1, len(labels) + 1)
+    return Table(place, {"label": labels}, numbers, "row", classes and {"label": classes})
 
 
 def _rows(
-    tables: list[Table], section: Section, task: str, names: tuple[str, ...], limit: int | None
+    tables: list[Table], section: Section, task: str, classes: tuple[str, ...], limit: int | None
 ) -> Rows:
-    """The rows of all tables, one after the other.
-
-    Single texts of language models may be blank, as lines of raw corpora are; those rows are left out.
-    """
-    blank = task in LANGUAGE and len(section.text) == 1
-    texts = [text for table in tables for text in _texts(table, section, blank)]
-    if len({len(text) for text in texts}) > 1:
+    """Return the rows of all tables, one after the other."""
+    found = [text for table in tables for text in _texts(table, section)]
+    if len({len(text) for text in found}) > 1:
         raise UserError(_places(tables), "one text here and pairs there", "files of one form")
     ids = [name for table in tables for name in _ids(table)]
     if len(tables) > 1 and len(set(ids)) < len(ids):
         ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
-    if blank:
-        kept = [row for row, text in enumerate(texts) if any(map(str.strip, text))]
-        texts, ids = [texts[row] for row in kept], [ids[row] for row in kept]
-    if task == "causal_lm" and len(section.text) == 1:  # one text is cut into blocks
-        return Rows(_places(tables), texts, None, ids, limit)
+    labels: list = []
     for table in tables:
-        if task == "causal_lm" and table.plain:
-            wanted = " and ".join(section.text)
-            raise UserError(table.place, "plain text", f"a file with the columns {wanted} (data.text)")
-    labels = None
-    if task == CLASSES:
-        labels = [label for table in tables for label in class_indices(table, section.label, names)][:limit]
-    elif task == "regression":
-        labels = [label for table in tables for label in scores(table, section.label)][:limit]
-    return Rows(_places(tables), texts[:limit], labels, ids[:limit])
+        labels += class_indices(table, section.label, classes) if task == CLASSES else scores(table, section.label)
+    return Rows(_places(tables), found[:limit], labels[:limit], ids[:limit])
 
 
 def _places(tables: list[Table]) -> str:
@@ -98,47 +150,69 @@ def _table(section: Section, split: str, task: str) -> Table:
                 "data.source", "docstrings for task regression", "a source whose labels are numbers"
             )
         return docstrings.table(split, section.cache)
+    return _stream(section, split, task).table()
+
+
+def _stream(section: Section, split: str, task: str) -> Stream:
+    if section.source == "docstrings":
+        return of_table(docstrings.table(split, section.cache))
     wanted = dict.fromkeys([*section.text, "text_a", "text_b", "id"])
+    if section.messages is not None:
+        wanted = dict.fromkeys([section.messages, "tools"])
     if task not in LANGUAGE:
         wanted[section.label] = None
     if section.source == "files":
-        table = files.table(split, section.root, wanted, section.most_bytes)
-    elif section.root is not None:
+        return files.stream(split, section.root, wanted, section.most_bytes)
+    if section.root is not None:
         name = section.subset or section.source.rpartition("/")[2]
-        table = files.local_copy(section.root, name, split, wanted, section.most_bytes)
-    else:
-        table = hub.table(section.source, section.subset, split, section.cache, wanted)
-    return _lines(table) if table.plain and task == "masked_lm" else table
+        return files.local_copy(section.root, name, split, wanted, section.most_bytes)
+    return hub.stream(section.source, section.subset, split, section.cache, wanted)
 
 
-def _lines(table: Table) -> Table:
-    """A text file as one row a line: where tokens are predicted from both sides, each is a text of its own."""
-    lines = [(i, line) for i, line in enumerate(table.columns["text"][0].split("\n"), 1) if line.strip()]
-    return Table(table.place, {"text": [line for _, line in lines]}, [i for i, _ in lines], plain=True)
+def of_table(table: Table) -> Stream:
+    """Return rows that are in memory as a stream."""
+    columns = list(table.columns.items())
+
+    def rows() -> Iterator[Row]:
+        for i, line in enumerate(table.lines):
+            yield line, {name: values[i] for name, values in columns}
+
+    return _held(table.place, rows, table.unit, [str(values) for _, values in columns])
 
 
-def _texts(table: Table, section: Section, blank: bool) -> list[tuple[str, ...]]:
-    """One of each row; blank: some of them, but not all, may be without a visible character."""
+def of_rows(rows: Rows) -> Stream:
+    """Return the texts of labelled rows as a stream with the columns a and b."""
+
+    def numbered() -> Iterator[Row]:
+        return ((i, dict(zip("ab", text, strict=False))) for i, text in enumerate(rows.texts, 1))
+
+    return _held(rows.place, numbered, "row", [str(rows.texts)])
+
+
+def _held(place: str, rows: Any, unit: str, contents: list[str]) -> Stream:
+    digest = hashlib.sha256("\0".join(contents).encode(errors="backslashreplace")).hexdigest()
+    return Stream(place, rows, {"contents": digest}, unit)
+
+
+def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
+    """Return the texts of each row of a labelled set."""
     wanted = ("text",) if table.plain else section.text  # the text of a txt file has no name of its own
     local = section.source == "files" or section.root is not None
     if local and wanted[0] not in table.columns and "text_a" in table.columns:
         wanted = ("text_a", "text_b")[: len(wanted)]  # the names that local copies of hub sets have
-    columns = [table.column(name) for name in wanted]
-    rows = list(zip(*columns, strict=True))
+    rows = list(zip(*(table.column(name) for name in wanted), strict=True))
     for i, row in enumerate(rows):
         for name, text in zip(wanted, row, strict=True):
             if not isinstance(text, str):
                 got = f"no {name}" if text is None else f"a {type(text).__name__} in {name}"
                 raise UserError(table.at(i), got, f"a text in column {name} (data.text)")
-        if not blank and not any(map(str.strip, row)):
+        if not any(map(str.strip, row)):
             raise UserError(table.at(i), f"an empty {' and '.join(wanted)}", "some text")
-    if not any(text.strip() for row in rows for text in row):
-        raise UserError(table.place, f"blank rows alone in {' and '.join(wanted)}", "some text")
     return rows
 
 
 def _ids(table: Table) -> list[str]:
-    """The column `id` where it tells the rows apart, else their positions."""
+    """Return the column `id` where it tells the rows apart, else their positions."""
     ids = [str(value) for value in table.columns.get("id", ())]
     if len(set(ids)) == len(table):
         return ids

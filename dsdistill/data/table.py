@@ -1,13 +1,79 @@
-"""Columns of one file or split, and where each row came from."""
+"""Rows of one file or split, one by one or as columns, and where each of them came from."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dsdistill.config.errors import UserError
 
 SHOWN = 12  # column names that a message lists
+Row = tuple[int, dict[str, Any]]  # line or row number, from 1, and values by column
+Bad = Callable[[UserError], None]  # is told of a row that cannot be used
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A Stream reads the rows of one file or split when they are asked for, each time from the beginning."""
+
+    place: str  # file or data set
+    read: Callable[[], Iterator[Row | UserError]]  # an error stands for a row that cannot be read
+    identity: dict[str, Any]  # what changes when the contents do
+    unit: str = "line"  # what the numbers of the rows count
+    classes: dict[str, list[str]] | None = None  # class names of columns that hold their indices
+    plain: bool = False  # a text file: each row is a line in the column `text`, with its line feed
+    columns: tuple[str, ...] = ()  # names of all columns where they are known before the rows
+    done: Callable[[], float] = lambda: 0.0  # the share of the source that has been read, where it is known
+
+    def rows(self, bad: Bad | None = None) -> Iterator[Row]:
+        """Yield the rows; `bad` is told of those that cannot be read, without it the first one is raised."""
+        rows = self.read()
+        while True:
+            try:
+                row = next(rows, None)
+            except UserError as error:  # nothing can be read after it
+                row = error
+            if row is None:
+                return
+            if not isinstance(row, UserError):
+                yield row
+            elif bad is None:
+                raise row
+            else:
+                bad(row)
+
+    def at(self, line: int) -> str:
+        """Return where a row lies, for messages."""
+        return f"{self.place}, {self.unit} {line}"
+
+    def table(self) -> "Table":
+        """Return all rows at once.
+
+        Raises:
+            UserError: there is no row, or a row that cannot be read.
+        """
+        lines, rows = [], []
+        for line, row in self.rows():
+            lines.append(line)
+            rows.append(row)
+        if self.plain:
+            text = "".join(row["text"] for row in rows)
+            if not text.strip():
+                raise UserError(self.place, "an empty file", "some text")
+            return Table(self.place, {"text": [text]}, [1], plain=True)
+        names = dict.fromkeys(name for row in rows for name in row)  # in order of appearance
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        others = tuple(name for name in self.columns if name not in columns)
+        return Table(self.place, columns, lines, self.unit, self.classes, others=others)
+
+
+def no_column(place: str, name: str, known: Iterable[str]) -> UserError:
+    """Return the error of a column that is not there; the columns that are there come nearest first."""
+    known = list(known)
+    near = sorted(known, key=lambda column: -_likeness(name, column))[:SHOWN]
+    wanted = f"one of its columns: {', '.join(near)}"
+    wanted += f" (nearest of {len(known)})" if len(near) < len(known) else ""
+    return UserError(place, f"no column {name!r}", wanted)
 
 
 @dataclass(frozen=True)
@@ -38,14 +104,7 @@ class Table:
 
     def column(self, name: str) -> list[Any]:
         if name not in self.columns:
-            known = [*self.columns, *self.others]
-            near = sorted(known, key=lambda column: -_likeness(name, column))[:SHOWN]
-            raise UserError(
-                self.place,
-                f"no column {name!r}",
-                f"one of its columns: {', '.join(near)}"
-                + (f" (nearest of {len(known)})" if len(near) < len(known) else ""),
-            )
+            raise no_column(self.place, name, [*self.columns, *self.others])
         return self.columns[name]
 
 

@@ -1,0 +1,204 @@
+"""From the `data` section of a config to tokenised examples."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsdistill.config.data import Data as Section
+from dsdistill.config.errors import UserError
+from dsdistill.config.schema import LANGUAGE
+from dsdistill.data import chunkers, store
+from dsdistill.data.chat import Chat
+from dsdistill.data.documents import PlainReader, Reader, RenderedReader, SeparatedReader, SpecialReader
+from dsdistill.data.encode import edges
+from dsdistill.data.examples import Examples, Packed, Rows, Splits, cut, end_to_end, whole
+from dsdistill.data.layout import default_layout
+from dsdistill.data.masking import HIDDEN, PREDICTED, masking
+from dsdistill.data.mixture import Mixture
+from dsdistill.data.packing import best_fit
+from dsdistill.data.sample import chosen, with_noise
+from dsdistill.data.sources import dev_sets, names, of_rows, parts, read, streams
+from dsdistill.data.store import Documents
+from dsdistill.data.store_writer import Limit, stored
+from dsdistill.data.table import Bad, Stream
+
+log = logging.getLogger("dsdistill")
+
+Set = Examples | Packed | Mixture
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words are a tokenizer and what tells it from others."""
+
+    tokenizer: Any  # of transformers
+    entries: int  # one more than its largest id
+    fingerprint: str
+
+
+def load_data(
+    section: Section,
+    task: str,
+    words: Words,
+    *,
+    seed: int = 0,
+    with_spans: bool = False,
+    packed: bool = False,
+    bad: Bad | None = None,
+) -> Splits[Set]:
+    """Return all sets, read, checked and tokenised; what is in the cache already is mapped.
+
+    Args:
+        section: `config.data`.
+        task: that of the config.
+        words: the tokenizer.
+        seed: of the train examples drawn and the labels replaced, where the section asks for that.
+        with_spans: find words and phrases too.
+        packed: blocks of whole documents are filled (see data/packing.py); the models keep them apart.
+        bad: is told of rows that cannot be used, which are then left out; without it the first one is raised.
+
+    Raises:
+        UserError: the data cannot be used; its message names file, row and column.
+    """
+    if with_spans and not words.tokenizer.is_fast:
+        raise UserError(
+            "data.tokenizer", "one that does not tell where its tokens lie", "a fast one (tokenizer.json)"
+        )
+    loading = _Loading(section, task, words, with_spans, bad)
+    classes: tuple[str, ...] = ()
+    if task in LANGUAGE:
+        trains = [loading.language(part, part.train, part.max_train, packed) for *_, part in parts(section)]
+        devs = {
+            name: loading.language(section, split, section.max_dev, False)
+            for name, split in dev_sets(section).items()
+        }
+    else:
+        rows, dev_rows, classes = read(section, task)
+        trains = [
+            loading.labelled(of, part) for of, (*_, part) in zip(rows, parts(section), strict=True)
+        ]
+        devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
+    trains = [_drawn(train, section, seed, len(classes)) for train in trains]
+    if packed:
+        trains = [_packed(train, section.max_length, section.cache) for train in trains]
+    if task == "masked_lm":
+        hide = masking(words.tokenizer, PREDICTED, 0.0, seed)
+        devs = {name: replace(dev, masking=hide) for name, dev in devs.items()}
+    if task == "masked_lm" or section.sampler == "random_masked":
+        hide = masking(
+            words.tokenizer,
+            PREDICTED * (task == "masked_lm"),
+            HIDDEN * (section.sampler == "random_masked"),
+            seed,
+        )
+        trains = [replace(train, masking=hide) for train in trains]
+    weighed = [(name, weight) for name, weight, _ in parts(section)]
+    train = trains[0] if len(trains) == 1 else Mixture(tuple(trains), *zip(*weighed, strict=True))
+    return Splits(train, devs, classes)
+
+
+def load_texts(section: Section, files: tuple[str, ...], words: Words) -> Examples:
+    """Return the texts of further files as examples, each with the tokenizer's special tokens."""
+    return _Loading(section, "masked_lm", words, False, None).language(section, files, None, False)
+
+
+def _drawn(train: Examples, section: Section, seed: int, classes: int) -> Examples:
+    """Return the share of the examples that the section asks for, with the labels that it replaces."""
+    if section.fraction < 1:
+        train = train.take(chosen(len(train), section.fraction, seed))
+    if section.label_noise:
+        train = with_noise(train, section.label_noise, classes, seed)
+    return train
+
+
+class _Loading:
+    """Load the sets of one section."""
+
+    def __init__(self, section: Section, task: str, words: Words, with_spans: bool, bad: Bad | None):
+        self.task, self.words, self.bad = task, words, bad
+        self.cache = Path(section.cache).expanduser()
+        self.chunker = section.chunker if with_spans else None
+
+    def labelled(self, rows: Rows, section: Section) -> Examples:
+        """Return rows with labels as examples."""
+        columns = ("a", "b")[: len(rows.texts[0])]
+        reader = SpecialReader(self.words.tokenizer, columns, section.max_length, self._chunk())
+        found = whole(self._stored(of_rows(rows), reader, Limit()))
+        kind = torch.int64 if self.task == "classification" else torch.float32
+        return replace(found, labels=torch.tensor(rows.labels, dtype=kind), given_ids=rows.ids)
+
+    def language(
+        self, section: Section, split: str | tuple[str, ...], limit: int | None, packed: bool
+    ) -> Examples:
+        """Return texts whose tokens are to be predicted as examples, `limit` of them at most."""
+        reader, layout = self._reader(section)
+        length = section.max_length
+        plain = layout == "plain"
+        running = plain and section.packing is False  # from document to document
+        found, left = [], limit
+        for stream in streams(section, split, self.task):
+            most = Limit(left)
+            if limit is not None and plain:
+                most = Limit(None, limit * length + 1 - sum(len(of.tokens) for of in found))
+            found.append(self._stored(stream, reader, most))
+            left = None if limit is None else limit - sum(map(len, found))
+            if most.reached(len(found[-1]), len(found[-1].tokens)):
+                break
+        documents = store.joined(found)
+        if running:
+            return end_to_end(documents, length, limit, ended=bool(edges(self.words.tokenizer)[1]))
+        if layout in ("special", "separator"):  # cut to their length as they were tokenised
+            examples = whole(documents)
+        else:
+            examples = cut(documents, length, section.overlong or ("split" if plain else "truncate"))
+            if not len(examples):
+                raise UserError(documents.places[0][0], "no token to predict", "texts of two tokens or more")
+        return examples if limit is None or packed else examples.take(range(min(limit, len(examples))))
+
+    def _reader(self, section: Section) -> tuple[Reader, str]:
+        """Return what reads the section's rows, and the name of its layout."""
+        tokenizer, length, chunk = self.words.tokenizer, section.max_length, self._chunk()
+        if self.task != "causal_lm":
+            return SpecialReader(tokenizer, section.text, length, chunk), "special"
+        if section.messages is not None:
+            return RenderedReader(tokenizer, _chat(section, tokenizer), (section.messages, "tools"), chunk), "chat"
+        if len(section.text) == 1:
+            return PlainReader(tokenizer, section.text[0], chunk), "plain"
+        layout = section.layout or default_layout(tokenizer, section)
+        if layout == "separator":
+            return SeparatedReader(tokenizer, section.text, length, chunk), layout
+        return RenderedReader(tokenizer, _chat(section, tokenizer, layout), section.text, chunk), layout
+
+    def _chunk(self) -> chunkers.Chunker | None:
+        return None if self.chunker is None else chunkers.chunker(self.chunker)
+
+    def _stored(self, stream: Stream, reader: Reader, limit: Limit) -> Documents:
+        settings = {
+            "format": store.FORMAT,
+            "source": stream.identity,
+            "reader": reader.settings,
+            "tokenizer": self.words.fingerprint,
+            "spans": self.chunker and [self.chunker, _digest(chunkers)],
+            "limit": [limit.documents, limit.tokens],
+        }
+        path = self.cache / f"tokens-{store.key(settings)}"
+        return stored(path, stream, reader, self.words.entries, settings, limit, self.bad)
+
+
+def _chat(section: Section, tokenizer: Any, layout: str = "template") -> Chat:
+    raise NotImplementedError
+
+
+def _digest(module: Any) -> str:
+    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
+
+
+def _packed(examples: Examples, length: int, cache: str) -> Packed:
+    """Return blocks of whole documents; which ones share a block is kept beside the stores."""
+    order, bounds = best_fit(examples.lengths.numpy(), length)
+    return Packed(examples, order, bounds)

@@ -1,0 +1,98 @@
+"""Draw examples from several sources by their weights."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdistill.data.examples import Examples, Packed
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A Mixture joins sources; its example r is the one that many after the examples of the sources before."""
+
+    parts: tuple[Examples | Packed, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """(parts + 1,) int64: the first example of each source, and one past the last."""
+        return np.cumsum([0, *map(len, self.parts)])
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) int64: tokens of each example."""
+        return torch.cat([part.lengths for part in self.parts])
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Return the labels of all examples, None where tokens are labels."""
+        held = [part.labels for part in self.parts if part.labels is not None]
+        return torch.cat(held) if held else None
+
+    def source(self, row: int) -> int:
+        """Return which source an example is from."""
+        return int(np.searchsorted(self.bounds, row, side="right")) - 1
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return (n,) int64, the examples of an epoch, where n is the number of examples of all sources.
+
+        Every run of draws has of each source its share, up to one or two examples. A source is gone through in an
+        order of its own for each time that it comes to its end, and goes on from epoch to epoch where it stopped: what
+        is drawn depends on seed and epoch alone.
+        """
+        count = len(self)
+        before = np.zeros(len(self.parts), np.int64)
+        for earlier in range(epoch):
+            before += np.bincount(self._sources(earlier * count, count), minlength=len(self.parts))
+        owners = self._sources(epoch * count, count)
+        order = np.empty(count, np.int64)
+        for source, part in enumerate(self.parts):
+            own = owners == source
+            start = int(before[source])
+            drawn = _stream(len(part), start, start + int(own.sum()), [seed, source])
+            order[own] = self.bounds[source] + drawn
+        return order
+
+    def _sources(self, start: int, count: int) -> np.ndarray:
+        """Return (count,) the sources of these draws: a golden-ratio sequence spreads each of them evenly."""
+        points = (np.arange(start, start + count) * GOLDEN + 0.5) % 1
+        shares = np.cumsum(self.weights) / sum(self.weights)
+        return np.searchsorted(shares, points, side="right").clip(max=len(self.parts) - 1)
+
+    def take(self, rows) -> "Mixture":
+        """Return some of the examples, by source and within a source in the order given."""
+        owners = np.searchsorted(self.bounds, np.asarray(rows), side="right") - 1
+        chosen = [np.asarray(rows)[owners == i] - self.bounds[i] for i in range(len(self.parts))]
+        kept = [i for i, of in enumerate(chosen) if len(of)]
+        return Mixture(
+            tuple(self.parts[i].take(chosen[i].tolist()) for i in kept),
+            tuple(self.names[i] for i in kept),
+            tuple(self.weights[i] for i in kept),
+        )
+
+
+def _stream(count: int, start: int, end: int, seed: list[int]) -> np.ndarray:
+    """Return entries start to end of an endless run of shuffled sets, each set with all of `count` examples."""
+    found = []
+    for turn in range(start // count, -(-end // count)):
+        order = np.random.default_rng([*seed, turn]).permutation(count)
+        found.append(order[max(0, start - turn * count) : end - turn * count])
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def located(examples, row: int):
+    """Return the source that holds an example, and its place there."""
+    if not isinstance(examples, Mixture):
+        return examples, row
+    source = examples.source(row)
+    return examples.parts[source], row - int(examples.bounds[source])
