@@ -177,14 +177,20 @@ class Chat:
     def _last_span(self, conversation: Conversation, turn: int, opening: str, text: str, place: str) -> Range:
         """Return the characters of a turn that the text ends with.
 
-        The prompt for the assistant may go further than the turn as it is written afterwards (DeepSeek R1's opens the
-        thinking, which the turn leaves out): the turn then begins where the two part.
+        The turn need not begin after the opening: a template may write what stands before it otherwise once it follows
+        (a line break of Hermes 3 after the answer of a tool), and its prompt for the assistant may go further than the
+        turn as it is written afterwards (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then
+        begins after the prompt, or where the two part.
         """
         if text.startswith(opening):
             return len(opening), self._end(text, len(opening))
+        before = self._text(conversation, turn, place)
+        prompt = opening.removeprefix(before) if opening.startswith(before) else ""
+        if prompt and text.count(prompt) == before.count(prompt) + 1:
+            first = text.rindex(prompt) + len(prompt)
+            return first, self._end(text, first)
         first = _common(text, opening)
         first = max(text.rfind("\n", 0, first) + 1, self._after_special(text, 0, first))
-        before = self._text(conversation, turn, place)
         if not text.startswith(before) or first < len(before):
             raise UserError(
                 place,

@@ -78,7 +78,7 @@ class ChatTemplate:
             silent = [message for of in conversations for message in of if message.get("content") is None]
             if not silent:
                 raise _refused(place, error) from None
-        # Since transformers 5.2x a content of None is left out, which templates that ask for it (DeepSeek V3's) fail on.
+        # Newer transformers leave a content of None out, and templates that ask for it (DeepSeek V3's) fail.
         kept = [[{"content": None, **message} for message in of] for of in conversations]
         return self._render_plainly(kept, tools, place, add_generation_prompt=prompt)[0]
 
@@ -143,7 +143,10 @@ class ChatTemplate:
                 probes.append(("tool_calls", {"tool_calls": _probe_calls(calls)}))
             for what, probe in probes:
                 probed = [*messages[:index], {**message, **probe}, *messages[index + 1 :]]
-                (text,) = self.render([probed], tools, place)
+                try:
+                    (text,) = self.render([probed], tools, place)
+                except UserError:  # what is refused is not left out
+                    continue
                 if PROBE not in text:
                     raise UserError(
                         f"{place}, message {index + 1}",
