@@ -1,5 +1,6 @@
 """Keep what is costly to make in a cache folder, which several runs, ranks and people may share."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -35,6 +36,40 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
     except disk.Unwritable as error:
         log.warning("nothing is kept in the cache: %s", error)
     return made
+
+
+def tokenizer(
+    kind: str, texts: Iterable[str], size: int, cache: str, make: Callable[[list[str]], Any]
+) -> str:
+    """Return the folder of a tokenizer that is made of texts; it is kept under their fingerprint.
+
+    Args:
+        kind: what tells it from others of the same texts and size.
+        texts: all that it is made of.
+        size: entries it may have.
+        cache: folder that keeps it.
+        make: makes a tokenizer of transformers from the texts.
+
+    Raises:
+        UserError: the cache cannot be read or written.
+    """
+    texts = list(texts)
+    digest = hashlib.sha256(f"{kind} {size} ".encode())
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode(errors="backslashreplace"))
+    folder = Path(cache, f"tokenizer-{digest.hexdigest()[:16]}").expanduser()
+    if is_there(folder):
+        return str(folder)
+    made = make(texts)
+    try:
+        # Another run may make the same now: each writes its own, and the first to finish wins.
+        with disk.replacing(folder) as written:
+            made.save_pretrained(written)
+    except disk.Unwritable as error:
+        if not is_there(folder):
+            wanted = "a cache that can be written, or one that has this tokenizer"
+            raise UserError("data.cache", str(error), wanted) from None
+    return str(folder)
 
 
 def is_there(path: Path) -> bool:

@@ -8,9 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dsdistill import disk
-from dsdistill.config.errors import UserError
-from dsdistill.data.cache import is_there
+from dsdistill.data import cache as cache_folder
 
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -26,13 +24,11 @@ def train_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
 
     Kept in the cache folder under the texts' fingerprint.
     """
-    texts = list(texts)
-    digest = hashlib.sha256(f"{size} ".encode() + Path(__file__).read_bytes())
-    for text in texts:
-        digest.update(f"{len(text)} {text}".encode(errors="backslashreplace"))
-    folder = Path(cache, f"tokenizer-{digest.hexdigest()[:16]}").expanduser()
-    if is_there(folder):
-        return str(folder)
+    kind = f"wordpiece {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    return cache_folder.tokenizer(kind, texts, size, cache, lambda texts: _made(texts, size))
+
+
+def _made(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     core = _tokenizer(models.WordPiece(_vocabulary(texts, size), unk_token=SPECIAL["unk_token"]))
     core.decoder = decoders.WordPiece()
     core.add_special_tokens(list(SPECIAL.values()))
@@ -41,16 +37,7 @@ def train_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
     names = ["input_ids", "token_type_ids", "attention_mask"]
-    trained = PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=names, **SPECIAL)
-    try:
-        # Another run may train the same now: each writes its own, and the first to finish wins.
-        with disk.replacing(folder) as made:
-            trained.save_pretrained(made)
-    except disk.Unwritable as error:
-        if not is_there(folder):
-            wanted = "a cache that can be written, or one that has this tokenizer"
-            raise UserError("data.cache", str(error), wanted) from None
-    return str(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=names, **SPECIAL)
 
 
 def _tokenizer(model: models.Model) -> Tokenizer:

@@ -1,0 +1,220 @@
+"""Conversations as the text of a chat template, and the turns in it that are to be learned."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.chat_template import PROBE, ChatTemplate
+from dsdistill.data.conversation import Conversation, read_conversation
+from dsdistill.data.rendered import Range, Rendered, encode_rendered
+
+log = logging.getLogger("dsdistill")
+
+
+class Chat:
+    """A tokenizer's chat template, and what is learned of the conversations that it renders.
+
+    The text is what `tokenizer.apply_chat_template` gives, so its ids are too: the template alone says whether a text
+    begins with the token that begins texts.
+
+    Labels lie on turns of the assistant. Where the template has marks ({% generation %}), they lie on what it marks.
+    Else a turn begins where the conversation before it ends once the prompt for the assistant is added: what the model
+    would write from there on. It ends with its last special token (the end of the turn), which has a label; blank
+    characters that the template writes after that token have none, as the model has stopped by then. A template
+    without such a token gives turns that end where it ends them.
+
+    A template may change earlier turns once later ones follow: Qwen3's drops their thinking. A model then never
+    writes these turns as they stand in the whole conversation. So each turn of the assistant becomes an example of
+    its own, which ends with it, or the conversation is refused, as `turns` says. Marks are trusted as they are.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        template: text of a template in place of the tokenizer's.
+        options: what the template is told beside the messages (`data.template_options`).
+        train_on: as `data.train_on`.
+        turns: as `data.turns`.
+
+    Raises:
+        UserError: no template, one that is none, or options that it does not read.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        train_on: Literal["assistant", "last", "all"] = "assistant",
+        turns: Literal["split", "refuse"] = "split",
+    ):
+        if not tokenizer.is_fast:
+            raise UserError(
+                "data.tokenizer", "one that does not tell where its tokens lie", "a fast one (tokenizer.json)"
+            )
+        self.tokenizer, self.train_on, self.turns = tokenizer, train_on, turns
+        self.template = ChatTemplate(tokenizer, template, options)
+        self._warned = False
+
+    def render(self, conversation: Any, place: str) -> list[Rendered]:
+        """Return the examples that a conversation gives: one, or one for each turn where it is split.
+
+        Args:
+            conversation: as `read_conversation` takes it.
+            place: for messages, such as a file and line.
+
+        Raises:
+            UserError: it is no conversation, the template refuses it or leaves something out, or nothing has a label.
+        """
+        read = read_conversation(conversation, place)
+        read = replace(
+            read, messages=self.template.known_content(read.messages), tools=read.tools or self.template.tools
+        )
+        self.template.check_shown(read.messages, read.tools, place)
+        if self.train_on == "all":
+            return [Rendered(self._text(read, len(read.messages), place), None)]
+        turns = [i for i in range(read.prompt, len(read.messages)) if read.messages[i]["role"] == "assistant"]
+        if not turns:
+            roles = ", ".join(dict.fromkeys(of["role"] for of in read.messages[read.prompt :]))
+            raise UserError(place, f"turns of {roles} alone", "one of the assistant, or data.train_on: all")
+        if self.train_on == "last":
+            turns = turns[-1:]
+        by = self._by_marks if self.template.has_marks else self._by_prefixes
+        found = by(read, turns, place)
+        if any(first >= last for rendered in found for first, last in rendered.spans or ()):
+            raise UserError(place, "a turn of the assistant without any text", "text in it")
+        return found
+
+    def encode(self, conversation: Any, place: str = "conversation") -> list[tuple[list[int], list[Range]]]:
+        """Return ids and ranges of labelled tokens of each example that a conversation gives."""
+        return [encode_rendered(self.tokenizer, of, place) for of in self.render(conversation, place)]
+
+    def _by_marks(self, conversation: Conversation, turns: Sequence[int], place: str) -> list[Rendered]:
+        messages, tools = conversation.messages, conversation.tools
+        text, marks = self.template.render_marked(messages, tools, place)
+        others = turns[0] if self.train_on == "last" else conversation.prompt
+        if others:
+            marks = marks[len(self.template.render_marked(messages[:others], tools, place)[1]) :]
+        if not marks:
+            raise UserError(
+                place, "turns of which the chat template marks nothing", "one that it marks as generated"
+            )
+        return [Rendered(text, tuple(marks))]
+
+    def _by_prefixes(self, conversation: Conversation, turns: Sequence[int], place: str) -> list[Rendered]:
+        messages, tools = conversation.messages, conversation.tools
+        lengths = [turn + 1 for turn in turns]
+        if lengths[-1] < len(messages):
+            lengths.append(len(messages))
+        texts = self.template.render([messages[:length] for length in lengths], tools, place)
+        openings = self._openings(conversation, turns, texts[0], place)
+        spans = [self._span(texts[-1], *of) for of in zip(openings, texts, strict=False)]
+        fitting = tuple(span for span in spans if span is not None)
+        if len(fitting) == len(spans):
+            return [Rendered(texts[-1], fitting)]
+        if self.turns == "refuse":
+            raise UserError(
+                f"{place}, message {turns[spans.index(None)] + 1}",
+                "a turn that the chat template writes otherwise once others follow",
+                "data.turns: split, or a template that leaves turns as they are",
+            )
+        return [
+            Rendered(text, (self._last_span(conversation, turn, opening, text, place),))
+            for turn, opening, text in zip(turns, openings, texts, strict=False)
+        ]
+
+    def _openings(
+        self, conversation: Conversation, turns: Sequence[int], first: str, place: str
+    ) -> list[str]:
+        """Return the text after which the model would write each turn; `first` is the text up to the first turn."""
+        before = [conversation.messages[:turn] for turn in turns if turn]
+        openings = self.template.render(before, conversation.tools, place, prompt=True) if before else []
+        if turns[0]:
+            return openings
+        # Nothing stands before the first turn: it begins after the same prompt as others do.
+        user = [[{"role": "user", "content": PROBE}]]
+        without, prompted = (
+            self.template.render(user, None, place, prompt=asked)[0] for asked in (False, True)
+        )
+        prompt = prompted.removeprefix(without)
+        before_it, found, _ = first.partition(prompt) if prompt else ("", "", "")
+        if not found:
+            raise UserError(
+                place, "a conversation that begins with the assistant", "a turn of the user first"
+            )
+        return [before_it + prompt, *openings]
+
+    def _span(self, text: str, opening: str, until: str) -> Range | None:
+        """Return the characters of a turn in the text of a conversation, or None where the text has it otherwise.
+
+        Args:
+            text: of the conversation.
+            opening: the text after which the model would write the turn.
+            until: of the conversation up to the turn and with it.
+        """
+        if not text.startswith(opening):
+            return None
+        if text.startswith(until):
+            return len(opening), self._end(until, len(opening))
+        # A template may write a special token where a conversation ends; nothing else may be missing.
+        common = _common(text, until)
+        last = self._after_special(text, len(opening), common)
+        rest = until[last:]
+        for token in self.template.special:
+            rest = rest.replace(token, "")
+        return (len(opening), last) if last and not rest.strip() else None
+
+    def _end(self, text: str, first: int) -> int:
+        """Return where the turn ends that begins at `first` and that the text ends with."""
+        kept = first + len(text[first:].rstrip())
+        return kept if text.endswith(self.template.special, first, kept) else len(text)
+
+    def _after_special(self, text: str, first: int, last: int) -> int:
+        """Return where the last special token between two characters ends, or 0."""
+        found = ((text.rfind(token, first, last), len(token)) for token in self.template.special)
+        return max((at + length for at, length in found if at >= 0), default=0)
+
+    def _last_span(self, conversation: Conversation, turn: int, opening: str, text: str, place: str) -> Range:
+        """Return the characters of a turn that the text ends with.
+
+        The turn need not begin after the opening: a template may write what stands before it otherwise once it follows
+        (a line break of Hermes 3 after the answer of a tool), and its prompt for the assistant may go further than the
+        turn as it is written afterwards (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then
+        begins after the prompt, or where the two part.
+        """
+        if text.startswith(opening):
+            return len(opening), self._end(text, len(opening))
+        before = self._text(conversation, turn, place)
+        prompt = opening.removeprefix(before) if opening.startswith(before) else ""
+        if prompt and text.count(prompt) == before.count(prompt) + 1:
+            first = text.rindex(prompt) + len(prompt)
+            return first, self._end(text, first)
+        first = _common(text, opening)
+        first = max(text.rfind("\n", 0, first) + 1, self._after_special(text, 0, first))
+        if not text.startswith(before) or first < len(before):
+            raise UserError(
+                place,
+                "a chat template whose prompt for the assistant is not how its turns begin",
+                "one that marks them ({% generation %})",
+            )
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: the chat template's prompt for the assistant is %r and its turn begins with %r: labels begin "
+                "where they part",
+                place,
+                opening[len(before) :],
+                text[len(before) : len(opening)],
+            )
+        return first, self._end(text, first)
+
+    def _text(self, conversation: Conversation, length: int, place: str) -> str:
+        """Return the text of the first messages of a conversation."""
+        messages = conversation.messages[:length]
+        return self.template.render([messages], conversation.tools, place)[0] if messages else ""
+
+
+def _common(text: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    pairs = zip(text, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))

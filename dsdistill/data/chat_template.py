@@ -1,0 +1,211 @@
+"""A chat template as the tokenizer applies it, with its failures in one line."""
+
+import inspect
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from dsdistill.config.bounded import MIB, read_bytes
+from dsdistill.config.errors import UserError
+from dsdistill.data.conversation import Message, read_tools
+from dsdistill.data.rendered import Range
+
+log = logging.getLogger("dsdistill")
+
+MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+PROBE = "a8d1c6"  # a text that no template writes by itself
+
+
+def read_template(path: str) -> str:
+    """Return the text of a chat template's file; UserError where it cannot be read."""
+    place = f"data.chat_template: {path}"
+    try:
+        return read_bytes(os.path.expanduser(path), MIB).decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(place, "no such file", "a file of a Jinja template") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(place, str(error), "a readable UTF-8 file") from None
+
+
+class ChatTemplate:
+    """The template of a tokenizer, or another one given for it, and what it is told beside the messages.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        text: a template in place of the tokenizer's.
+        options: what it is told beside the messages; `tools` among them are those of conversations without their own.
+
+    Raises:
+        UserError: no template, one that is none, or options that it does not read.
+    """
+
+    def __init__(self, tokenizer: Any, text: str | None = None, options: Mapping[str, Any] | None = None):
+        self.tokenizer, self.given = tokenizer, text
+        self.options = dict(options or {})
+        self.tools = read_tools(self.options.pop("tools", None), "data.template_options")
+        self.text = self._checked_text()
+        for name in self.options if self.tools is None else {**self.options, "tools": None}:
+            self._check_option(name)
+        self.has_marks = MARKS.search(self.text) is not None
+        tokens = {of.content for of in tokenizer.added_tokens_decoder.values() if of.content in self.text}
+        # Those of the tokenizer's tokens that may end a turn.
+        self.special = tuple(of for of in sorted(tokens | set(tokenizer.all_special_tokens)) if of.strip())
+        self._seen: set[str] = set()  # what was looked for in its texts: roles, tool_calls and tools
+        self._takes_parts: bool | None = None  # whether it knows content that is a list
+
+    def render(
+        self, conversations: list[list[Message]], tools: Any, place: str, prompt: bool = False
+    ) -> list[str]:
+        """Return the text of each conversation, with `prompt` up to where the assistant would begin to write.
+
+        Raises UserError, with the template's reason, where it refuses one.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                conversations,
+                tools=tools,
+                chat_template=self.given,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                **self.options,
+            )
+        except Exception as error:  # a template may do anything
+            silent = [message for of in conversations for message in of if message.get("content") is None]
+            if not silent:
+                raise _refused(place, error) from None
+        # Newer transformers leave a content of None out, and templates that ask for it (DeepSeek V3's) fail.
+        kept = [[{"content": None, **message} for message in of] for of in conversations]
+        return self._render_plainly(kept, tools, place, add_generation_prompt=prompt)[0]
+
+    def render_marked(self, messages: list[Message], tools: Any, place: str) -> tuple[str, list[Range]]:
+        """Return the text of a conversation and the characters in it that the template marks."""
+        # apply_chat_template leaves these out too, and gives the marks as tokens only.
+        kept = [{key: value for key, value in of.items() if value is not None} for of in messages]
+        texts, marks = self._render_plainly([kept], tools, place, return_assistant_tokens_mask=True)
+        return texts[0], [(first, last) for first, last in marks[0]]
+
+    def _render_plainly(
+        self, conversations: list[list[Message]], tools: Any, place: str, **how: bool
+    ) -> tuple[list[str], list[list[Range]]]:
+        """Return texts and marks of conversations that the template gets as they are."""
+        try:
+            return render_jinja_template(
+                conversations,
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(self.given, tools),
+                **{**self.tokenizer.special_tokens_map, **self.options},
+                **how,
+            )
+        except Exception as error:
+            raise _refused(place, error) from None
+
+    def known_content(self, messages: list[Message]) -> list[Message]:
+        """Return the messages with lists of parts as texts, where the template knows texts alone."""
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        if self._takes_parts is None:
+            parts, plain = (
+                [{"role": "user", "content": content}]
+                for content in ([{"type": "text", "text": PROBE}], PROBE)
+            )
+            try:
+                of_parts, of_plain = self.render([parts, plain], None, "")
+                self._takes_parts = of_parts == of_plain
+            except UserError:
+                self._takes_parts = False
+        if self._takes_parts:
+            return messages
+        return [
+            {**message, "content": "".join(part["text"] for part in content)}
+            if isinstance(content := message.get("content"), list)
+            else message
+            for message in messages
+        ]
+
+    def check_shown(self, messages: list[Message], tools: Any, place: str) -> None:
+        """Raise UserError where the template leaves out turns of a role, or calls of tools, without a word.
+
+        Each role is looked at once, where it comes first: its turn is written with another content.
+        """
+        if tools is not None and self._new("tools") and not self._names("tools"):
+            log.warning("%s: the chat template does not read the tools", place)
+        for index, message in enumerate(messages):
+            role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+            probes = []
+            if isinstance(content, str) and content.strip() and self._new(role):
+                probes.append((f"role {role!r}", {"content": PROBE}))
+            if calls and self._new("tool_calls"):
+                probes.append(("tool_calls", {"tool_calls": _probe_calls(calls)}))
+            for what, probe in probes:
+                probed = [*messages[:index], {**message, **probe}, *messages[index + 1 :]]
+                try:
+                    (text,) = self.render([probed], tools, place)
+                except UserError:  # what is refused is not left out
+                    continue
+                if PROBE not in text:
+                    raise UserError(
+                        f"{place}, message {index + 1}",
+                        f"{what}, which the chat template leaves out",
+                        "what it shows, or another template (data.chat_template)",
+                    )
+
+    def _new(self, what: str) -> bool:
+        """Return whether this is seen for the first time."""
+        before = len(self._seen)
+        self._seen.add(what)
+        return len(self._seen) > before
+
+    def _checked_text(self) -> str:
+        """Return the template, or all of a tokenizer that has several; a broken one is refused."""
+        source = self.given if self.given is not None else self.tokenizer.chat_template
+        if not source:
+            raise UserError(
+                "data.chat_template",
+                "nothing, and a tokenizer without a chat template" if self.given is None else "an empty one",
+                "a file of a chat template, or a tokenizer with one",
+            )
+        texts = list(source.values()) if isinstance(source, dict) else [source]
+        for text in texts:
+            try:
+                render_jinja_template([[{"role": "user", "content": PROBE}]], chat_template=text)
+            except TemplateSyntaxError as error:
+                raise UserError(
+                    "data.tokenizer" if self.given is None else "data.chat_template",
+                    f"a chat template whose line {error.lineno} has an error ({error.message})",
+                    "a Jinja template",
+                ) from None
+            except Exception:  # it may well refuse that conversation
+                continue
+        return "\n".join(texts)
+
+    def _check_option(self, name: str) -> None:
+        place = f"data.template_options.{name}"
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()
+        if name in own - {"kwargs", "tools", "documents"}:
+            raise UserError(place, "a setting of how templates are applied", "what the template reads")
+        if not self._names(name):
+            raise UserError(place, "an option that the chat template does not read", "one that it does")
+
+    def _names(self, name: str) -> bool:
+        return re.search(rf"\b{re.escape(name)}\b", self.text) is not None
+
+
+def _probe_calls(calls: Any) -> Any:
+    """Return calls of tools, the first of them of another function."""
+    if not isinstance(calls, list) or not isinstance(calls[0], dict):
+        return calls
+    function = calls[0].get("function")
+    named = {"function": {**function, "name": PROBE}} if isinstance(function, dict) else {"name": PROBE}
+    return [{**calls[0], **named}, *calls[1:]]
+
+
+def _refused(place: str, error: Exception) -> UserError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(
+        place, f"a conversation that the chat template refuses ({reason})", "one in the form that it takes"
+    )

@@ -1,0 +1,65 @@
+"""Prompts and responses as text: two turns of a conversation, or one text after the other."""
+
+import logging
+from typing import Any
+
+from dsdistill.config.data import Data, Layout
+from dsdistill.config.errors import UserError
+from dsdistill.data.chat import Chat
+from dsdistill.data.prompted import special_tokens
+from dsdistill.data.rendered import Rendered
+
+log = logging.getLogger("dsdistill")
+
+
+def default_layout(tokenizer: Any, data: Data) -> Layout:
+    """Return the layout of prompts and responses: that of the settings, else the template's where there is one."""
+    if data.layout is not None:
+        return data.layout
+    layout: Layout = "template" if data.chat_template or tokenizer.chat_template else "separator"
+    why = "there is a chat template" if layout == "template" else "the tokenizer has no chat template"
+    log.info("prompts and responses: data.layout is %s, as %s", layout, why)
+    return layout
+
+
+def render_template(chat: Chat, prompt: str, response: str, place: str) -> Rendered:
+    """Return a prompt as the user's turn and a response as the assistant's.
+
+    Raises:
+        UserError: an empty response, or texts that the template refuses.
+    """
+    _check(response, place)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    (rendered,) = chat.render(turns, place)
+    return rendered
+
+
+class Raw:
+    """Responses after their prompts, nothing between them; the response alone has labels.
+
+    What begins and ends texts is added where the texts do not bring it: the token that begins them, if the tokenizer
+    puts one before texts by itself, and the one that ends them, unless the response ends with a special token.
+
+    Raises:
+        UserError: a tokenizer without a token that ends texts.
+    """
+
+    def __init__(self, tokenizer: Any):
+        start, _, self._end = special_tokens(tokenizer)
+        self._start = [token for token in start if token in tokenizer("")["input_ids"]]
+        self._first = tuple(tokenizer.convert_ids_to_tokens(self._start))
+        self._special = tuple(tokenizer.all_special_tokens)
+
+    def render(self, prompt: str, response: str, place: str) -> Rendered:
+        """Return the example of a prompt and its response; UserError, with the place, where that is empty."""
+        _check(response, place)
+        text, said = prompt + response, response.rstrip()
+        start = () if text.startswith(self._first) else self._start
+        ended = said.endswith(self._special)
+        last = len(prompt) + len(said if ended else response)
+        return Rendered(text, ((len(prompt), last),), tuple(start), () if ended else tuple(self._end))
+
+
+def _check(response: str, place: str) -> None:
+    if not response:
+        raise UserError(place, "an empty response", "text that gives tokens")
