@@ -3,19 +3,19 @@
 A reader goes through the rows one by one and hands out items, which are tokenised many at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
 from dsdistill.config.errors import UserError
-from dsdistill.data.chat import Chat, Rendered, labelled
 from dsdistill.data.chunkers import Chunker
 from dsdistill.data.encode import PlainEncoder, edges, encode
 from dsdistill.data.pieces import Cutter
 from dsdistill.data.prompted import separated, special_tokens
+from dsdistill.data.rendered import Rendered, lay_out
 from dsdistill.data.spans import found_chunks, token_spans
 from dsdistill.data.table import Row, Stream, no_column
 
@@ -30,7 +30,7 @@ class Item:
     piece: int = 0  # of its row; a row may also give several documents
     begins: bool = True  # a document; a piece that does not goes on with the one before
     ends: bool = True
-    runs: tuple[tuple[int, int], ...] | None = None  # characters whose tokens have labels; None: all
+    rendered: Rendered | None = None  # of a conversation, what is to be learned of its text
 
 
 @dataclass(frozen=True)
@@ -98,47 +98,53 @@ class PlainReader:
             spans = None
             if self._chunk is not None:
                 chunks = next(found_chunks(item.texts, self._chunk))
-                spans = token_spans(offsets, chunks) + np.array([len(before), len(before), 0])
+                spans = token_spans(np.array(offsets).reshape(-1, 2), chunks) + np.array([len(before), len(before), 0])
             documents.append(Document(item, whole, spans=spans))
         return documents
 
 
 class RenderedReader:
-    """Read conversations, or prompts and responses, as texts in which some characters have labels."""
+    """Read conversations, or prompts and responses, as texts of which some characters have labels."""
 
-    def __init__(self, tokenizer: Any, chat: Chat, columns: tuple[str, ...], chunk: Chunker | None = None):
-        self._encode, self._chat, self._chunk = PlainEncoder(tokenizer), chat, chunk
+    def __init__(
+        self,
+        tokenizer: Any,
+        columns: tuple[str, ...],
+        render: Callable[[tuple[Any, ...], str], list[Rendered]],
+        settings: dict[str, Any],
+        chunk: Chunker | None = None,
+    ):
+        """Take what makes texts of the values of a row's columns; its second argument is the place, for messages."""
+        self._encode, self._render, self._chunk = PlainEncoder(tokenizer), render, chunk
         self.columns = columns
-        self.settings = {"layout": "rendered", "columns": columns, **chat.settings}
+        self.settings = settings | {"columns": columns}
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
         """Yield what each row is rendered as; a conversation may be split into several."""
+        if stream.plain:
+            raise UserError(stream.place, "plain text", f"a file with the column {self.columns[0]}")
         for number, (line, row) in rows:
-            for piece, rendered in enumerate(self._rendered(stream, line, row)):
-                yield Item((rendered.text,), number, line, piece, runs=rendered.spans)
-
-    def _rendered(self, stream: Stream, line: int, row: dict) -> list[Rendered]:
-        place = stream.at(line)
-        names = [name for name in self.columns if name != "tools"]
-        if len(names) == 1:
-            return self._chat.render(_conversation(stream, line, row, names[0]), place)
-        names = _present((*names, "text_a", "text_b"), row, stream)
-        return self._chat.render_pair(*(_value(stream, line, row, name) for name in names), place)
+            names = _present(self.columns, row, stream) if len(self.columns) == 4 else self.columns
+            values = tuple(_value(stream, line, row, name) for name in names)
+            if len(names) == 1 and row.get("tools"):
+                values = ({"messages": values[0], "tools": row["tools"]},)
+            for piece, rendered in enumerate(self._render(values, stream.at(line))):
+                yield Item((rendered.text,), number, line, piece, rendered=rendered)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
-        """Return the tokens of each text as they stand: its template has written what begins and ends it."""
+        """Return the tokens of each text as they stand, with what the layout puts before and after."""
         documents = []
         found = self._encode([item.texts[0] for item in items], place, offsets=True)
         for item, (ids, offsets) in zip(items, found, strict=True):
-            ranges, spans = None, None
-            if item.runs is not None:
-                ranges = np.array(labelled(offsets, item.runs), dtype=np.int32).reshape(-1, 2)
+            assert item.rendered is not None and offsets is not None
+            whole, ranges = lay_out(item.rendered, ids, offsets)
+            spans = None
             if self._chunk is not None:
-                spans = token_spans(offsets, next(found_chunks(item.texts, self._chunk)))
-            ids, ranges, shift = self._chat.finish(ids, ranges)
-            if spans is not None:
-                spans = spans + np.array([shift, shift, 0])
-            documents.append(Document(item, ids, ranges, spans=spans))
+                chunks = next(found_chunks(item.texts, self._chunk))
+                shift = len(item.rendered.start)
+                spans = token_spans(np.array(offsets).reshape(-1, 2), chunks) + np.array([shift, shift, 0])
+            table = np.array(ranges, dtype=np.int32).reshape(-1, 2)
+            documents.append(Document(item, whole, table, spans=spans))
         return documents
 
 
@@ -161,7 +167,10 @@ class SeparatedReader:
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
         """Yield prompt and response of each row."""
-        yield from _pairs(stream, rows, self.columns)
+        for item in _pairs(stream, rows, self.columns):
+            if not item.texts[1].strip():
+                raise UserError(stream.at(item.line), "an empty response", "text that gives tokens")
+            yield item
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
         """Return start, prompt, between, response and end of each row."""
@@ -176,7 +185,7 @@ class SeparatedReader:
             if self._chunk is not None:
                 parts = zip((prompt, response), found_chunks(item.texts, self._chunk), kept, strict=True)
                 tables = [
-                    token_spans(of[1][:count], chunks) + np.array([at, at, 0])
+                    token_spans(np.array(of[1][:count]).reshape(-1, 2), chunks) + np.array([at, at, 0])
                     for of, chunks, (at, count) in parts
                 ]
                 spans = np.concatenate(tables)
@@ -294,8 +303,3 @@ def _value(stream: Stream, line: int, row: dict, name: str) -> Any:
     if name not in known and (stream.columns or line <= 2):  # the first row: others may lack a value
         raise no_column(stream.place, name, known)
     return row.get(name)
-
-
-def _conversation(stream: Stream, line: int, row: dict, name: str) -> Any:
-    messages = _value(stream, line, row, name)
-    return {"messages": messages, "tools": row["tools"]} if row.get("tools") else messages

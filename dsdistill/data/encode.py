@@ -7,7 +7,7 @@ import numpy as np
 
 from dsdistill.config.errors import UserError
 
-Encoded = tuple[np.ndarray, np.ndarray | None]  # (n,) int32 ids, and (n, 2) characters of each or None
+Encoded = tuple[np.ndarray, list[tuple[int, int]] | None]  # (n,) int32 ids, and the characters of each or None
 
 
 def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any:
@@ -58,13 +58,7 @@ class PlainEncoder:
         found = _guarded(batch, place, list(texts), add_special_tokens=False)
         if not offsets:
             return [(np.array(encoding.ids, dtype=np.int32), None) for encoding in found]
-        return [
-            (
-                np.array(encoding.ids, dtype=np.int32),
-                np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2),
-            )
-            for encoding in found
-        ]
+        return [(np.array(encoding.ids, dtype=np.int32), encoding.offsets) for encoding in found]
 
 
 def edges(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -14,13 +14,15 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import chunkers, store
 from dsdistill.data.chat import Chat
+from dsdistill.data.chat_template import read_template
 from dsdistill.data.documents import PlainReader, Reader, RenderedReader, SeparatedReader, SpecialReader
 from dsdistill.data.encode import edges
 from dsdistill.data.examples import Examples, Packed, Rows, Splits, cut, end_to_end, whole
-from dsdistill.data.layout import default_layout
+from dsdistill.data.layout import Raw, default_layout, render_template
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.packing import best_fit
+from dsdistill.data.rendered import Rendered
 from dsdistill.data.sample import chosen, with_noise
 from dsdistill.data.sources import dev_sets, names, of_rows, parts, read, streams
 from dsdistill.data.store import Documents
@@ -165,14 +167,14 @@ class _Loading:
         tokenizer, length, chunk = self.words.tokenizer, section.max_length, self._chunk()
         if self.task != "causal_lm":
             return SpecialReader(tokenizer, section.text, length, chunk), "special"
-        if section.messages is not None:
-            return RenderedReader(tokenizer, _chat(section, tokenizer), (section.messages, "tools"), chunk), "chat"
-        if len(section.text) == 1:
+        if section.messages is None and len(section.text) == 1:
             return PlainReader(tokenizer, section.text[0], chunk), "plain"
-        layout = section.layout or default_layout(tokenizer, section)
+        layout = "chat" if section.messages is not None else default_layout(tokenizer, section)
         if layout == "separator":
             return SeparatedReader(tokenizer, section.text, length, chunk), layout
-        return RenderedReader(tokenizer, _chat(section, tokenizer, layout), section.text, chunk), layout
+        columns = (section.messages,) if section.messages is not None else (*section.text, "text_a", "text_b")
+        render, settings = _renderer(section, tokenizer, layout)
+        return RenderedReader(tokenizer, columns, render, settings, chunk), layout
 
     def _chunk(self) -> chunkers.Chunker | None:
         return None if self.chunker is None else chunkers.chunker(self.chunker)
@@ -190,8 +192,39 @@ class _Loading:
         return stored(path, stream, reader, self.words.entries, settings, limit, self.bad)
 
 
-def _chat(section: Section, tokenizer: Any, layout: str = "template") -> Chat:
-    raise NotImplementedError
+def _renderer(
+    section: Section, tokenizer: Any, layout: str
+) -> tuple[Callable[[tuple[Any, ...], str], list[Rendered]], dict[str, Any]]:
+    """Return what makes texts of a row's values, and the settings that decide how."""
+    if layout == "raw":
+        raw = Raw(tokenizer)
+        return lambda values, place: [raw.render(*_texts(values, place), place)], {"layout": layout}
+    template = None if section.chat_template is None else read_template(section.chat_template)
+    chat = Chat(tokenizer, template, section.template_options, section.train_on, section.turns)
+    settings = {
+        "layout": layout,
+        "template": chat.template.text,
+        "options": section.template_options,
+        "train_on": section.train_on,
+        "turns": section.turns,
+    }
+    if layout == "chat":
+        return lambda values, place: chat.render(values[0], place), settings
+
+    def render(values: tuple[Any, ...], place: str) -> list[Rendered]:
+        if isinstance(values[0], list):  # both are conversations
+            return chat.render({"prompt": values[0], "completion": values[1]}, place)
+        return [render_template(chat, *_texts(values, place), place)]
+
+    return render, settings
+
+
+def _texts(values: tuple[Any, ...], place: str) -> tuple[str, ...]:
+    for value in values:
+        if not isinstance(value, str):
+            got = "no text" if value is None else f"a {type(value).__name__}"
+            raise UserError(place, got, "a text in each column of data.text")
+    return values
 
 
 def _digest(module: Any) -> str:

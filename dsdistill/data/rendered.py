@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dsdistill.data.encode import encode
 
 Range = tuple[int, int]  # the first, and one past the last
@@ -38,18 +40,18 @@ def labelled(offsets: Sequence[Range], spans: Sequence[Range]) -> list[Range]:
 
 
 def lay_out(
-    rendered: Rendered, ids: Sequence[int], offsets: Sequence[Range]
-) -> tuple[list[int], list[Range]]:
-    """Return all ids of an example and its ranges of labelled tokens.
+    rendered: Rendered, ids: Sequence[int] | np.ndarray, offsets: Sequence[Range]
+) -> tuple[np.ndarray, list[Range]]:
+    """Return (n,) int32, all ids of an example, and its ranges of labelled tokens.
 
     Args:
         rendered: the example.
         ids: what the tokenizer makes of its text, without special tokens.
         offsets: of each of these ids its characters.
     """
-    whole = [*rendered.start, *ids, *rendered.end]
+    whole = np.concatenate([rendered.start, ids, rendered.end]).astype(np.int32)
     if rendered.spans is None:
-        return whole, [(0, len(whole))] if whole else []
+        return whole, [(0, len(whole))] if len(whole) else []
     before, after = len(rendered.start), len(whole) - len(rendered.end)
     ranges = [(first + before, last + before) for first, last in labelled(offsets, rendered.spans)]
     if rendered.end:
@@ -68,7 +70,8 @@ def encode_rendered(tokenizer: Any, rendered: Rendered, place: str) -> tuple[lis
         return_offsets_mapping=True,
         verbose=False,
     )
-    return lay_out(rendered, encoded["input_ids"], encoded["offset_mapping"])
+    whole, ranges = lay_out(rendered, encoded["input_ids"], encoded["offset_mapping"])
+    return whole.tolist(), ranges
 
 
 def _border(offsets: Sequence[Range], character: int) -> int:
