@@ -38,9 +38,9 @@ class Batch:
     # evaluation.
     chance: Tensor | None = None
 
-    # (K,) int64, ascending: flat places b·N + n of the tokens that a language model is to predict. causal_lm: n ≥ 1;
-    # both tasks: the token is valid and has a label; packed: and is not the first of its document. The loader finds them on the host, since finding them on a GPU
-    # would wait for it. None: not a language task, or nobody has found them.
+    # (K,) int64, ascending: flat places b·N + n of the tokens that a language model is to predict. causal_lm: n ≥ 1,
+    # and none is the first of a packed document; both tasks: the token is valid and has a label. The loader finds them
+    # on the host, since finding them on a GPU would wait for it. None: not a language task, or nobody has found them.
     counted: Tensor | None = None
 
     # Of packed rows alone, which hold several documents: (B, N) int64, position of each token in its document,

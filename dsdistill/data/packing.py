@@ -82,10 +82,7 @@ def _assigned(lengths: np.ndarray, capacity: int) -> np.ndarray:
         length = int(lengths[start])
         while start < stop:
             fitting = rooms >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-            else:
-                room = capacity
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
             each = room // length  # documents that a block of this room takes
             wanted = -(-(stop - start) // each)
             if fitting:
