@@ -38,7 +38,7 @@ ARROWS = {
     "evaluation": {"alignment", "models", "data", "config"},
     "alignment": {"ops", "models", "data.batch", "config"},
     "bench": {"ops", "engine", "distributed", "alignment", "models", "data.batch", "disk", "config"},
-    "models": {"data.batch", "config"},
+    "models": {"data.batch", "data.packing", "config"},
     "data": {"disk", "config"},
     "report": {"disk", "config"},
     "disk": {"config.errors"},

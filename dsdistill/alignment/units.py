@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsdistill.data.batch import Batch
+
 
 def wide(x: Tensor) -> Tensor:
     """Return x as float32, or as float64 where it is that already: sums are taken in these types."""
@@ -17,6 +19,30 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """
     total = wide(hidden).masked_fill(~mask[..., None], 0).sum(1)
     return total / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def unpacked(states: Tensor, batch: Batch) -> Tensor:
+    """Return (S, L, D): the states (B, N, D) laid out as the rows of `batch.unpacked`.
+
+    Where `batch.unpacked.mask` is False they are any finite state. They are a copy; those of a batch that is not packed
+    are returned as they are.
+    """
+    if batch.places is None:
+        return states
+    # One index for each entry, on the host's word: nothing waits for the device.
+    return states.flatten(0, 1)[batch.places.clamp(min=0)]
+
+
+def pooled(states: Tensor, batch: Batch) -> Tensor:
+    """Return what mean_pool makes of each document, (B, D), packed (S, D), from states (B, N, D).
+
+    Packed documents are pooled where they lie: laid out as rows they would take as much room as the longest each.
+    """
+    if batch.places is None:
+        return mean_pool(states, batch.mask)
+    flat, count = wide(states).flatten(0, 1), len(batch.places)
+    total = flat.new_zeros(count + 1, flat.shape[1]).index_add(0, batch.owners, flat)[:count]
+    return total / (batch.places >= 0).sum(1, keepdim=True).clamp(min=1)
 
 
 def gather_rows(own: Tensor) -> Tensor:

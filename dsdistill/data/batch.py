@@ -1,6 +1,7 @@
 """What one forward pass reads."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,24 +17,30 @@ class Batch:
 
     A row without a valid token is filler: it keeps the ranks in step (every rank runs the same number of
     forward passes) and counts in no loss and no metric.
+
+    Rows of a causal language model may be packed: each holds several documents, one after the other, and filler at
+    its end. Then the examples are the S documents that `places` lists, one of them without a token where the batch is
+    filler alone. `documents` and `unpacked` say the same of packed and other batches.
     """
 
     input_ids: Tensor  # (B, N) int64
     mask: Tensor  # (B, N) bool, True = valid
     labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 tokens; see below
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
-    ids: tuple[str, ...] = ()  # of the examples; filler rows have ""
-    index: Tensor | None = None  # (B,) int64 place in the data set, so that order can be restored; filler -1
+    ids: tuple[str, ...] = ()  # of the examples (packed: of the S documents); filler rows have ""
+    # (B,), packed (S,), int64: place in the data set, so that order can be restored; filler -1.
+    index: Tensor | None = None
 
     # (S, 4) int64, by row: row, first token, one past the last, WORD or PHRASE; None where no term reads them.
     spans: Tensor | None = None
 
-    # (B,) float32 in [0, 1): each example's draw of this epoch, for what has a probability; None in evaluation.
+    # (B,), packed (S,), float32 in [0, 1): each example's draw of this epoch, for what has a probability; None in
+    # evaluation.
     chance: Tensor | None = None
 
-    # (K,) int64, ascending: flat places b·N + n of the tokens that a language model is to predict. causal_lm: n ≥ 1;
-    # both tasks: the token is valid and has a label. The loader finds them on the host, since finding them on a GPU
-    # would wait for it. None: not a language task, or nobody has found them.
+    # (K,) int64, ascending: flat places b·N + n of the tokens that a language model is to predict. causal_lm: n ≥ 1,
+    # and none is the first of a packed document; both tasks: the token is valid and has a label. The loader finds them
+    # on the host, since finding them on a GPU would wait for it. None: not a language task, or nobody has found them.
     counted: Tensor | None = None
 
     # Of packed rows alone, which hold several documents: (B, N) int64, position of each token in its document,
@@ -41,7 +48,7 @@ class Batch:
     position_ids: Tensor | None = None
     # (B, N) int64: which document of its row a token belongs to, counted from 0; what fills a row up is one more.
     segments: Tensor | None = None
-    # (S, L) int64: the flat places b·N + n of the tokens of each of S documents, by row, -1 beyond its end.
+    # (S, L) int64: the flat places b·N + n of the tokens of each of S ≥ 1 documents, by row, -1 beyond its end.
     places: Tensor | None = None
     # Declared for what comes next: nothing fills or reads it yet.
     # (B,) int64, rows of the same number belong together (the two texts of one example); None: none do. A loader of
@@ -54,8 +61,55 @@ class Batch:
 
     @property
     def rows(self) -> Tensor:
-        """(B,) bool: rows that are examples."""
+        """(B,) bool: rows that hold an example, or several."""
         return self.mask.any(dim=1)
+
+    @property
+    def documents(self) -> Tensor:
+        """(B,), packed (S,), bool: which units that are read apart, rows or documents, are examples."""
+        return self.rows if self.places is None else self.places[:, 0] >= 0
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """(B·N,) int64 of packed rows: which of the S documents each token belongs to, S at filler."""
+        assert self.places is not None  # asked of packed rows alone
+        count, tokens = len(self.places), self.input_ids.numel()
+        owners = self.places.new_full((tokens + 1,), count)  # the last entry takes what lies beyond documents
+        documents = torch.arange(count, device=owners.device)[:, None].expand_as(self.places)
+        slots = torch.where(self.places < 0, tokens, self.places)
+        return owners.scatter_(0, slots.flatten(), documents.flatten())[:-1]
+
+    @cached_property
+    def unpacked(self) -> "Batch":
+        """The same documents, one a row, (S, L) in the order of `places`; the batch itself where none are packed."""
+        if self.places is None:
+            return self
+        mask, places, spans = self.places >= 0, self.places.clamp(min=0), self.spans
+
+        def laid(values: Tensor, fill: int) -> Tensor:
+            return values.flatten()[places].masked_fill(~mask, fill)
+
+        if spans is not None:
+            first = spans[:, 0] * self.input_ids.shape[1] + spans[:, 1]
+            shift = spans[:, 1] - self._positions.flatten()[first]
+            spans = torch.stack(
+                [self.owners[first], spans[:, 1] - shift, spans[:, 2] - shift, spans[:, 3]], dim=1
+            )
+        labels = None if self.labels is None else laid(self.labels, NO_LABEL)
+        ids = laid(self.input_ids, 0)
+        return Batch(ids, mask, labels, None, self.ids, self.index, spans, self.chance)
+
+    @property
+    def _positions(self) -> Tensor:
+        assert self.position_ids is not None  # packed rows have them
+        return self.position_ids
+
+    @property
+    def token_chance(self) -> Tensor | None:
+        """(B, 1), packed (B, N), float32: the draw of the example that a token belongs to, 1 at packed filler."""
+        if self.chance is None or self.places is None:
+            return None if self.chance is None else self.chance[:, None]
+        return torch.cat([self.chance, self.chance.new_ones(1)])[self.owners].view_as(self.input_ids)
 
     def to(self, device: torch.device | str) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
-from dsdistill.alignment.units import mean_pool
+from dsdistill.alignment.units import pooled
 from dsdistill.config import Config
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import Batch
@@ -59,9 +59,9 @@ class StudentModule(Distillation):
         """Return the student's trace; while training its fusion may take what the teacher knows."""
         if self.domain is None:
             return super().trace(batch)
-        targets = self.domain.prepare(teacher, batch.chance)
+        targets = self.domain.prepare(teacher, batch.token_chance)
         made = super().trace(batch)
-        made.domain = self.domain.trace(targets)
+        made.domain = self.domain.trace(targets, batch.mask.shape)
         return made
 
     def forward(
@@ -76,7 +76,7 @@ class StudentModule(Distillation):
 
         scores: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective for language
             models, with the teacher's trace its terms too.
-        mean: (B, D) mean of the last layer's states over valid tokens.
+        mean: (B, D), packed (S, D), mean of the last layer's states over an example's tokens.
         states: (B, N, D), the states themselves.
         """
         if counts is not None:
@@ -85,7 +85,7 @@ class StudentModule(Distillation):
         if ask == "states":
             return student.hidden[self._last]
         if ask == "mean":
-            return mean_pool(student.hidden[self._last], batch.mask)
+            return pooled(student.hidden[self._last], batch)
         return student.logits if student.logits is not None else self.evaluation.sums(student, teacher, batch)
 
 

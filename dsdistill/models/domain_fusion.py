@@ -81,7 +81,8 @@ class DomainFusion(nn.Module):
         self.lift = nn.Linear(width, student_width, bias=False)
         nn.init.zeros_(self.lift.weight)
         self.share = 1.0
-        self._given: tuple[Tensor, Tensor] | None = None  # Z (B, N, d') and who takes it (B,) bool
+        # Z (B, N, d') and which tokens take it, (B, 1) or (B, N) bool
+        self._given: tuple[Tensor, Tensor] | None = None
         self._predicted: Tensor | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -95,18 +96,21 @@ class DomainFusion(nn.Module):
         return {layer: self.maps[str(layer)](teacher.hidden[layer]) for layer in self.layers}
 
     def prepare(self, teacher: Trace | None, chance: Tensor | None) -> dict[int, Tensor]:
-        """Prepare a forward pass with what the teacher gives it, in training alone; return the targets."""
+        """Prepare a forward pass with what the teacher gives it, in training alone; return the targets.
+
+        chance: (B, 1) or (B, N), each token's draw, which those of one example share.
+        """
         targets = {} if teacher is None or not self.training else self.targets(teacher)
         self._given = (
             (targets[self.layers[-1]], chance < self.share) if targets and chance is not None else None
         )
         return targets
 
-    def trace(self, targets: dict[int, Tensor]) -> DomainTrace:
-        """Return what the forward pass after prepare() leaves."""
+    def trace(self, targets: dict[int, Tensor], shape: torch.Size) -> DomainTrace:
+        """Return what the forward pass after prepare() leaves; shape: (B, N), which packed rows may run as one row."""
         predicted, self._predicted = self._predicted, None
         assert predicted is not None  # each forward pass leaves one, and this takes it once
-        return DomainTrace(targets, predicted)
+        return DomainTrace(targets, predicted.reshape(*shape, predicted.shape[-1]))
 
     def forward(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
         """Return x (B, N, D) and the prediction (B, N, d') of E (B, N, D)."""
@@ -116,7 +120,9 @@ class DomainFusion(nn.Module):
             self._given is not None
         ):  # kept until the next forward pass: a checkpointed layer runs again in backward
             target, chosen = self._given
-            known = torch.where(chosen[:, None, None], target.to(predicted.dtype), predicted)
+            chosen = chosen.expand(target.shape[:-1]).reshape(predicted.shape[:-1])
+            target = target.to(predicted.dtype).reshape(predicted.shape)
+            known = torch.where(chosen[..., None], target, predicted)
         gate = torch.sigmoid(self.gate(torch.cat([embedded, known], dim=-1)))
         return embedded + gate * self.lift(known), predicted
 

@@ -35,7 +35,7 @@ _LENGTH = 12  # tokens of the text that is tried; longer than the copy's windows
 _PADDING = 3  # tokens at the end of its first row
 _EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
 # Largest differences relative to the largest value; what is ignored by an implementation is far above them.
-_ROUNDING, _HALF_ROUNDING = 1e-3, 5e-2
+ROUNDING, HALF_ROUNDING = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def probe(
     key = config.to_json_string(use_diff=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return _probe(_Keyed(key, config), task, place, attention, hidden, lens, final, implementation)
+        return _probe(Keyed(key, config), task, place, attention, hidden, lens, final, implementation)
 
 
 @dataclass(frozen=True)
-class _Keyed:
+class Keyed:
     """This is an architecture that a cache can tell from others."""
 
     key: str
@@ -84,14 +84,14 @@ class _Keyed:
         return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and self.key == other.key
+        return isinstance(other, Keyed) and self.key == other.key
 
 
 @functools.lru_cache(
     maxsize=256
 )  # a run asks again for each stage's student, and so do its recipe and its plan
 def _probe(
-    keyed: _Keyed,
+    keyed: Keyed,
     task: str,
     place: str,
     attention: bool,
@@ -103,8 +103,8 @@ def _probe(
     config = keyed.config
     try:
         kinds = layer_kinds(config, task, place)
-        small, eager = _smallest(config, task, place, copied_layers(kinds))
-        model = _under(implementation, small, task, place, eager)
+        small, eager = smallest(config, task, place, copied_layers(kinds))
+        model = under(implementation, small, task, place, eager)
         if task in LANGUAGE:
             _probe_language(model, place, causal=task == "causal_lm")
         if hidden:
@@ -128,7 +128,7 @@ def _probe(
         ) from error
 
 
-def _smallest(
+def smallest(
     config: PretrainedConfig, task: str, place: str, layers: int
 ) -> tuple[PretrainedConfig, PreTrainedModel]:
     """Return the smallest copy that runs under eager attention, and its model with peaked attention."""
@@ -150,7 +150,7 @@ def _smallest(
     raise failure
 
 
-def _under(
+def under(
     implementation: str, small: PretrainedConfig, task: str, place: str, eager: PreTrainedModel
 ) -> PreTrainedModel:
     """Return the copy under the attention that the run uses; raise UserError where it computes something else."""
@@ -171,7 +171,7 @@ def _under(
         for inputs in _ways():
             inputs = {name: value.to(device) for name, value in inputs.items()}
             mine, truth = _outputs(model, inputs), _outputs(eager, inputs)
-            tolerance = _ROUNDING if named != FLASH else _HALF_ROUNDING
+            tolerance = ROUNDING if named != FLASH else HALF_ROUNDING
             if not all(_agree(a, b, inputs, tolerance) for a, b in zip(mine, truth, strict=True)):
                 raise UserError(
                     where,
@@ -211,7 +211,7 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor,
     return body(model)(**inputs)[0], model(**inputs)["logits"]
 
 
-def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = _ROUNDING) -> bool:
+def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = ROUNDING) -> bool:
     """Return whether two outputs are equal but for rounding, where there is no padding."""
     if mine.shape[:2] == inputs["input_ids"].shape:
         valid = inputs["attention_mask"].bool()

@@ -16,6 +16,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.batch import Batch
 from dsdistill.models.build import Headless, plain_model
 from dsdistill.models.capture import Capture, final_norm
+from dsdistill.models.one_row import in_rows, one_row, wants_one_row
 from dsdistill.models.settings import text_config
 from dsdistill.models.trace import Trace
 
@@ -23,9 +24,13 @@ from dsdistill.models.trace import Trace
 def model_inputs(model: PreTrainedModel, batch: Batch, pad: int | None = None) -> dict[str, Tensor]:
     """Return what the library's forward takes.
 
-    Filler rows show it one token: attention over none would be undefined. pad: what padding is filled with, where the
-    batch does not have it: decoders that classify look for the last token that is not their own padding.
+    Packed rows come without a mask: the library looks for documents, in positions that start anew, only where it gets
+    none. What fills such a row up is to it a document like others. Filler rows of other batches show it one token:
+    attention over none would be undefined. pad: what padding is filled with, where the batch does not have it: decoders
+    that classify look for the last token that is not their own padding.
     """
+    if batch.position_ids is not None:
+        return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     mask = batch.mask
     first = torch.zeros_like(mask)
     first[:, 0] = ~batch.rows
@@ -96,8 +101,17 @@ class Tracer:
 
     def __call__(self, batch: Batch) -> Trace:
         """Return the trace of one forward pass; a language model's head must be whole on this rank."""
+        inputs, flat = model_inputs(self.model, batch, self.callee.pad), False
+        if batch.position_ids is not None:
+            flat = wants_one_row(self.model)
+            inputs = {name: one_row(values) for name, values in inputs.items()} if flat else inputs
         with self.capture.recording() as made, _without_cache(self.model):
-            outputs = self.callee.call(**model_inputs(self.model, batch, self.callee.pad))
+            outputs = self.callee.call(**inputs)
+        made = self._complete(made, outputs)
+        return in_rows(made, *batch.mask.shape) if flat else made
+
+    def _complete(self, made: Trace, outputs: Any) -> Trace:
+        """Return the trace with what the model returned, and with what a head needs."""
         if not isinstance(self.callee.module, Headless):
             made.logits = outputs.get("logits")
             made.output = outputs.get("last_hidden_state")  # of a model without a head

@@ -45,14 +45,14 @@ def test_the_student_begins_as_it_was_and_hands_over():
     teacher = Trace(hidden={3: torch.randn(2, 5, 32)})
     fusion.share = 0.5
     targets = fusion.prepare(
-        teacher, torch.tensor([0.4, 0.6])
+        teacher, torch.tensor([[0.4], [0.6]])
     )  # the first takes Z, the second its prediction
     mixed, predicted = fusion(embedded)
     known = torch.stack([targets[3][0], predicted[1]])
     gate = torch.sigmoid(F.linear(torch.cat([embedded, known], -1), fusion.gate.weight, fusion.gate.bias))
     torch.testing.assert_close(mixed, embedded + gate * (known @ fusion.lift.weight.T))
     assert not fusion.eval().prepare(
-        teacher, torch.tensor([0.0, 0.0])
+        teacher, torch.tensor([[0.0], [0.0]])
     )  # evaluation never looks at the teacher
     alone, _ = fusion(embedded)
     torch.testing.assert_close(alone[1], mixed[1])

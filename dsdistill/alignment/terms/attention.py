@@ -133,8 +133,9 @@ class AttentionTerm(AlignmentTerm):
         for layer, _ in self.layers:
             shape = geometry[layer]
             if shape not in entries:
-                pairs = Pairs(batch.mask.shape[1], batch.mask, shape.causal, shape.window, segments=None)
-                entries[shape] = self.heads * pairs.count(len(batch.mask), batch.mask.device).double()
+                mask = batch.unpacked.mask
+                pairs = Pairs(mask.shape[1], mask, shape.causal, shape.window, segments=None)
+                entries[shape] = self.heads * pairs.count(len(mask), mask.device).double()
         return torch.stack([entries[geometry[layer]] for layer, _ in self.layers])
 
     def sums(self, student, teacher, batch):
@@ -156,6 +157,7 @@ class AttentionTerm(AlignmentTerm):
                 mask=batch.mask,
                 causal=mine.geometry.causal,
                 window=mine.geometry.window,
+                segments=batch.segments,
                 student_scale=scale,
                 teacher_scale=other_scale,
                 divergence=self.config.divergence,

@@ -8,7 +8,7 @@ from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
 from dsdistill.alignment.span_grid import SpanGrid
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum, wide
+from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum, unpacked, wide
 from dsdistill.config import UserError
 from dsdistill.config.terms import DomainMapping
 from dsdistill.data.batch import PHRASE, Batch
@@ -62,7 +62,7 @@ class DomainTerm(AlignmentTerm):
         self.aggregate = Aggregate(pair.student.width) if config.sequences else None
 
     def counts(self, batch, geometry):
-        values, rows = batch.mask.sum().double() * self.pair.domain_width, batch.rows.sum().double()
+        values, rows = batch.mask.sum().double() * self.pair.domain_width, batch.documents.sum().double()
         counts = [values] * (self.parts - len(self.others))
         return torch.stack(counts + [values if name == "predictor" else rows for name in self.others])
 
@@ -80,13 +80,14 @@ class DomainTerm(AlignmentTerm):
                 for s, t in self.layers
             ]
         shapes = self.pair.shapes
-        last = student.hidden[shapes[0].depth], teacher.hidden[shapes[1].depth]
-        grid = SpanGrid(batch.spans[batch.spans[:, 3] == PHRASE], *batch.mask.shape)
-        alike = batch.mask.float()  # every token of a phrase counts the same
-        mine, other = (grid.vectors(states, alike) for states in last)
+        states = student.hidden[shapes[0].depth], teacher.hidden[shapes[1].depth]
+        last, rows = (unpacked(states[0], batch), unpacked(states[1], batch)), batch.unpacked
+        grid = SpanGrid(rows.spans[rows.spans[:, 3] == PHRASE], *rows.mask.shape)
+        alike = rows.mask.float()  # every token of a phrase counts the same
+        mine, other = (grid.vectors(of, alike) for of in last)
         for name in self.others:
             if name == "tokens":
-                sums.append(self._structure(*last, batch.mask))
+                sums.append(self._structure(*last, rows.mask))
             elif name == "phrases":
                 sums.append(
                     self._structure(mine, other, grid.mask) if grid.mask.any() else 0 * last[0][:, 0].sum()
@@ -114,14 +115,13 @@ class DomainTerm(AlignmentTerm):
 
     def _sequences(self, last: tuple[Tensor, Tensor], phrases: Tensor, mask: Tensor, batch: Batch) -> Tensor:
         assert self.aggregate is not None  # made where `sequences` counts, and only then is this called
-        mean, other = (mean_pool(states, batch.mask) for states in last)
-        place = (
-            (batch.mask.sum(1) - 1).clamp(min=0) if self.pair.task == "causal_lm" else 0 * batch.mask.sum(1)
-        )
+        rows = batch.unpacked
+        mean, other = (mean_pool(states, rows.mask) for states in last)
+        place = (rows.mask.sum(1) - 1).clamp(min=0) if self.pair.task == "causal_lm" else 0 * rows.mask.sum(1)
         end = last[0][torch.arange(len(place), device=place.device), place]
         dtype = self.aggregate.attend.weight.dtype
         mine = self.aggregate(mean.to(dtype), phrases.to(dtype), mask, end.to(dtype))
-        own = torch.cat([wide(mine), other], dim=1)[batch.rows]
+        own = torch.cat([wide(mine), other], dim=1)[batch.documents]
         units = gather_rows(own)
         if not len(units):
             return own.sum()  # 0

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.units import mean_pool, wide
+from dsdistill.alignment.units import mean_pool, unpacked, wide
 from dsdistill.config import UserError
 from dsdistill.config.terms import Pairwise
 from dsdistill.data.batch import Batch
@@ -34,21 +34,21 @@ class PairwiseTerm(AlignmentTerm):
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
-    def _units(self, student: Tensor, teacher: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        if not self.config.center:
-            return student, teacher
-        mine, other = (wide(x) - mean_pool(x, batch.mask)[:, None] for x in (student, teacher))
-        return mine, other
+    def _units(self, states: Tensor, batch: Batch) -> Tensor:
+        """Return what is related, one sequence a row."""
+        rows = unpacked(states, batch)
+        return wide(rows) - mean_pool(rows, batch.unpacked.mask)[:, None] if self.config.center else rows
 
     def counts(self, batch, geometry):
-        return batch.rows.sum().double().expand(self.parts)
+        return batch.documents.sum().double().expand(self.parts)
 
     def sums(self, student, teacher, batch):
         return torch.stack(
             [
                 pairwise_alignment(
-                    *self._units(self.state(student, mine), self.state(teacher, other), batch),
-                    mask=batch.mask,
+                    self._units(self.state(student, mine), batch),
+                    self._units(self.state(teacher, other), batch),
+                    mask=batch.unpacked.mask,
                     relation=self.config.relation,
                     reduction="sum",
                     backend=self.pair.backend,

@@ -9,7 +9,7 @@ from dsdistill.alignment import relations
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projection
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.units import gather_rows, mean_pool, shared_sum
+from dsdistill.alignment.units import gather_rows, pooled, shared_sum
 from dsdistill.config.terms import Contrastive, Related, RelationalKD
 
 
@@ -41,14 +41,14 @@ class RelatedTerm(AlignmentTerm):
         return student
 
     def counts(self, batch, geometry):
-        return batch.rows.sum().double().expand(self.parts)
+        return batch.documents.sum().double().expand(self.parts)
 
     def sums(self, student, teacher, batch):
         vectors = []
         for mine, other in self.layers:
-            vectors.append(self.project((mine, other), mean_pool(self.state(student, mine), batch.mask)))
-            vectors.append(mean_pool(self.state(teacher, other), batch.mask))
-        own = torch.cat(vectors, dim=1)[batch.rows]
+            vectors.append(self.project((mine, other), pooled(self.state(student, mine), batch)))
+            vectors.append(pooled(self.state(teacher, other), batch))
+        own = torch.cat(vectors, dim=1)[batch.documents]
         units = gather_rows(own)  # of all layers and both models, in one go
         if not len(units):
             return own.sum().expand(self.parts)  # 0

@@ -15,7 +15,12 @@ from dsdistill.ops import token_cross_entropy
 def targets(batch: Batch, task: str) -> Tensor:
     """Return (B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
     if task == "causal_lm":
-        return _labels(batch)[:, 1:].masked_fill(~batch.mask[:, 1:], NO_LABEL)
+        follows = batch.mask[:, 1:]
+        if (
+            batch.position_ids is not None
+        ):  # nothing predicts a document's first token, which others come before
+            follows = follows & (batch.position_ids[:, 1:] > 0)
+        return _labels(batch)[:, 1:].masked_fill(~follows, NO_LABEL)
     return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
 
 

@@ -7,6 +7,7 @@ from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
 from dsdistill.alignment.span_grid import SpanGrid, token_weights
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.units import unpacked
 from dsdistill.config import UserError
 from dsdistill.config.terms import Trajectory
 from dsdistill.data.batch import PHRASE, WORD
@@ -55,24 +56,27 @@ class TrajectoryTerm(AlignmentTerm):
         self.projectors = nn.ModuleDict({name: Projector(mine.width, other.width) for name in names})
 
     def counts(self, batch, geometry):
-        return batch.rows.sum().double().expand(self.parts)
+        return batch.documents.sum().double().expand(self.parts)
 
     def sums(self, student, teacher, batch):
+        rows = batch.unpacked
         grids = {
-            kind: SpanGrid(batch.spans[batch.spans[:, 3] == kind], *batch.mask.shape)
+            kind: SpanGrid(rows.spans[rows.spans[:, 3] == kind], *rows.mask.shape)
             for kind in {kind for kind, *_ in self.mapped}
         }
-        weights = {n: token_weights(self.state(teacher, n), batch.mask) for n in self.teacher_hidden}
+        own = {n: unpacked(self.state(student, n), batch) for n in self.student_hidden}
+        theirs = {n: unpacked(self.state(teacher, n), batch) for n in self.teacher_hidden}
+        weights = {n: token_weights(states, rows.mask) for n, states in theirs.items()}
         structure, hidden = [], []
         for kind, mine, other in self.mapped:
-            states = self.state(student, mine), self.state(teacher, other)
+            states = own[mine], theirs[other]
             if self.config.structure:
                 structure.append(self._structure(*states, grids[kind], weights[other]))
             if self.config.hidden:
                 hidden.append(
                     self.projectors[_name(kind, mine, other)](
                         *states,
-                        mask=batch.mask & grids[kind].covered,
+                        mask=rows.mask & grids[kind].covered,
                         weights=weights[other],
                         divergence="cosine",
                         reduction="sum",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsdistill import disk
-from dsdistill.alignment.units import mean_pool
+from dsdistill.alignment.units import pooled
 from dsdistill.config import Config
 from dsdistill.data import Batch
 from dsdistill.distributed.ranks import Ranks
@@ -115,7 +115,7 @@ def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndar
     def read(batch: Batch) -> tuple[list[list[Tensor]], Tensor]:
         with teacher.frozen(batch) as theirs, student.frozen(batch) as ours:
             vectors = [
-                [mean_pool(states, batch.mask).cpu() for _, states in sorted(trace.hidden.items())]
+                [pooled(states, batch).cpu() for _, states in sorted(trace.hidden.items())]
                 for trace in (ours, theirs)
             ]
         return vectors, batch.index.cpu()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsdistill.alignment.units import mean_pool
+from dsdistill.alignment.units import mean_pool, unpacked
 from dsdistill.data import Examples
 from dsdistill.data.batch import PHRASE, Batch
 from dsdistill.distributed.ranks import Ranks
@@ -88,7 +88,9 @@ def collect(
 
     def read(batch: Batch) -> list:
         with teacher.frozen(batch) as theirs:
-            return _examples((module(batch, ask="states"), theirs.hidden[layer]), batch, prepared, most)
+            states = module(batch, ask="states"), theirs.hidden[layer]
+            own, other = (unpacked(of, batch) for of in states)
+            return _examples((own, other), batch.unpacked, prepared, most)
 
     parts = over(prepared, ranks, replace(examples, masking=None), read)
     everyone = sorted((item for part in parts for item in part), key=lambda item: item[0])

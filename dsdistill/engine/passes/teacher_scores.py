@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsdistill import disk
 from dsdistill.alignment.terms.task import predicting, targets
-from dsdistill.alignment.units import mean_pool
+from dsdistill.alignment.units import pooled, unpacked
 from dsdistill.data import NO_LABEL
 from dsdistill.data.batch import Batch
 from dsdistill.data.samplers import HardNegative, Sampler, Weighted, nearest_others
@@ -56,21 +56,22 @@ def _values(prepared: Prepared, ranks: Ranks) -> Tensor:
             if config.data.sampler == "entropy":
                 values = entropy(trace, batch, config.task)
             else:
-                values = mean_pool(trace.hidden[depth], batch.mask)
+                values = pooled(trace.hidden[depth], batch)
         return values.cpu(), batch.index.cpu()
 
     return in_order(over(prepared, ranks, prepared.data.train, read))
 
 
 def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:
-    """Return (B,) from 0 to 1: the mean entropy of an example's predictions, relative to the most possible."""
+    """Return (B,), packed (S,): the mean entropy of an example's predictions, relative to the most possible."""
     if trace.logits is not None:
         return _relative(trace.logits.float())
-    places = (targets(batch, task) != NO_LABEL).nonzero()
-    states = predicting(trace.output, task)[places[:, 0], places[:, 1]]
-    total = torch.zeros(len(batch.mask), device=states.device)
-    for rows, owner in zip(states.split(ROWS), places[:, 0].split(ROWS), strict=True):
-        logits = torch.nn.functional.linear(rows, trace.head, trace.head_bias).float()
+    rows = batch.unpacked
+    places = (targets(rows, task) != NO_LABEL).nonzero()
+    states = predicting(unpacked(trace.output, batch), task)[places[:, 0], places[:, 1]]
+    total = torch.zeros(len(rows.mask), device=states.device)
+    for some, owner in zip(states.split(ROWS), places[:, 0].split(ROWS), strict=True):
+        logits = torch.nn.functional.linear(some, trace.head, trace.head_bias).float()
         total.index_add_(0, owner, _relative(softcapped(logits, trace.softcap)))
     return total / torch.bincount(places[:, 0], minlength=len(total)).clamp(min=1)
 

@@ -1,0 +1,91 @@
+"""Try whether a model keeps the documents of a packed row apart, before any weight is loaded.
+
+The library finds the documents of a row by positions that start anew, and masks attention between them. Families whose
+layers carry a state from token to token, or that count positions for themselves, know nothing of it and say nothing.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dsdistill.data.batch import Batch
+from dsdistill.data.packing import Document, packed_batch
+from dsdistill.models.build import FLASH, first_line, flash_here
+from dsdistill.models.probe import HALF_ROUNDING, ROUNDING, Keyed, smallest, under
+from dsdistill.models.small_copy import copied_layers, layer_kinds, make_small
+from dsdistill.models.tracer import Tracer, callee
+
+# Tokens of the documents that are tried, by row: longer than the copy's windows, and one row is filled up.
+_LENGTHS = ((11, 12), (12, 10))
+
+
+def leak(config: PretrainedConfig, place: str, implementation: str = "auto") -> str | None:
+    """Return why a causal language model may not read packed rows, None where it keeps their documents apart.
+
+    Tried on a small random copy: two rows of two documents. Whatever the first is, the states of the second must be
+    the same to the last bit; and each must be what it is alone, but for rounding. The reason follows "model type X, ".
+
+    config: architecture of the model; place: the config key that errors name; implementation: of attention, as
+    `attn_implementation` in a config. Flash attention is tried where it runs, else eager attention in its place.
+
+    Raises:
+        UserError: the model cannot do the task at all.
+    """
+    key = config.to_json_string(use_diff=False)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        return _leak(Keyed(key, config), place, implementation)
+
+
+@functools.lru_cache(maxsize=256)  # prepare and plan ask again
+def _leak(keyed: Keyed, place: str, implementation: str) -> str | None:
+    task = "causal_lm"
+    layers = copied_layers(layer_kinds(keyed.config, task, place))
+    small, eager = smallest(keyed.config, task, place, layers)
+    model, tolerance, device = under(implementation, small, task, place, eager), ROUNDING, torch.device("cpu")
+    if implementation == FLASH and flash_here():
+        model, tolerance, device = make_small(small, task, place, FLASH), HALF_ROUNDING, torch.device("cuda")
+        model.load_state_dict(eager.state_dict())
+        model.to(device, torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the arguments
+    try:
+        return _tried(model, place, device, tolerance)
+    except Exception as error:  # it takes no positions, or needs a mask
+        return f"which cannot run packed rows ({first_line(error)[:100]})"
+
+
+def _tried(model: PreTrainedModel, place: str, device: torch.device, tolerance: float) -> str | None:
+    tracer = Tracer(callee(model, "causal_lm", place))
+    batch = _batch().to(device)
+    packed, changed = _documents(tracer, batch), _documents(tracer, _batch(change=1).to(device))
+    alone = _documents(tracer, batch.unpacked)
+    if not torch.equal(packed[1::2], changed[1::2]):
+        return "in which a document sees those before it in its row"
+    if not (packed - alone).abs().max() <= tolerance * alone.abs().max().clamp_min(0.1):
+        return "which computes something else of a document in a packed row than of it alone"
+    return None
+
+
+def _batch(change: int = 0) -> Batch:
+    """Return two packed rows of two documents; `change` is added to the tokens of each row's first."""
+    numbers = np.arange(24)
+    blocks = [
+        [
+            Document((numbers[:length] * 7 + 5 * row + 3 * place + change * (place == 0)) % 61 + 2)
+            for place, length in enumerate(lengths)
+        ]
+        for row, lengths in enumerate(_LENGTHS)
+    ]
+    return packed_batch(blocks, pad_id=0)
+
+
+def _documents(tracer: Tracer, batch: Batch) -> Tensor:
+    """Return (documents, most tokens, D) last states, 0 beyond the end of a document."""
+    output = tracer(batch).output
+    assert output is not None  # a language model's
+    rows = batch.unpacked
+    if batch.places is not None:
+        output = output.flatten(0, 1)[batch.places.clamp(min=0)]
+    return output.float().masked_fill(~rows.mask[..., None], 0)
