@@ -118,6 +118,7 @@ class Distillation(nn.Module):
     ) -> Loss:
         """Return the loss of one micro-batch, in units of the step that `counts` are of."""
         student = self.trace(batch, teacher)
+        self.seen(student, batch)
         student.previous = previous
         loss = self.objective(student, teacher, batch, counts)
         # Ties the loss to the model's end: with ZeRO-3 and checkpointing a loss on captured tensors alone crashes
@@ -127,6 +128,9 @@ class Distillation(nn.Module):
             assert student.output is not None  # a language model's trace has it in place of logits
             end = student.output[:, 0]
         return Loss(loss.total + 0.0 * end[:, 0].float().sum(), loss.raw)
+
+    def seen(self, student: Trace, batch: Batch) -> None:
+        """Look at the student's trace before the terms read it; here nobody does."""
 
     def forward(self, batch: Batch, counts: Tensor) -> Loss:
         """Return the loss of one micro-batch: over all micro-batches and ranks of a step they add up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dsdistill.config.data_checks import check_data
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
@@ -78,7 +79,7 @@ def check(config: Config) -> None:
             "run.baseline", "true without a teacher", "a teacher: without one the run is the baseline"
         )
     _check_student(config)
-    _check_data(config.data)
+    check_data(config.data, config.task, config.train.steps)
     _check_noise(config)
     _check_chunker(config)
     _check_domain(config)
@@ -155,22 +156,6 @@ def _check_teacher(teacher: Teacher) -> None:
         raise UserError(
             "teacher.residency", f"{teacher.residency} with teacher.zero_stage 0", "teacher.zero_stage 3"
         )
-
-
-def _check_data(data: Data) -> None:
-    if data.subset is not None and data.source in ("docstrings", "files"):
-        raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
-    if data.root is not None and data.source == "docstrings":
-        raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
-    if not isinstance(data.train, str) and data.source != "files":
-        raise UserError("data.train", f"a list with data.source {data.source}", "one split, or source: files")
-    if (data.domain is None) != (data.general is None):
-        raise UserError("data.domain and data.general", "one of them", "both or neither")
-    for name in ("domain", "general"):
-        if getattr(data, name) is not None and data.source != "files":
-            raise UserError(f"data.{name}", f"files with data.source {data.source}", "source: files")
-    if data.tokenizer is not None and data.train_tokenizer is not None:
-        raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
 
 
 def _check_chunker(config: Config) -> None:

@@ -1,21 +1,27 @@
 """Sources, tokenising, and the order in which every rank sees the examples."""
 
 from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.data.examples import Examples, Rows, Splits
-from dsdistill.data.loader import Loader, collate, evaluation_batches, restore
-from dsdistill.data.tokens import load_data, read, tokenize
+from dsdistill.data.collate import Set, collate
+from dsdistill.data.examples import Examples, Packed, Rows, Splits
+from dsdistill.data.load import Words, load_data, load_texts
+from dsdistill.data.loader import Ahead, Loader, evaluation_batches, restore
+from dsdistill.data.mixture import Mixture
 
 __all__ = [
     "NO_LABEL",
+    "Ahead",
     "Batch",
     "Examples",
     "Loader",
+    "Mixture",
+    "Packed",
     "Rows",
+    "Set",
     "Splits",
+    "Words",
     "collate",
     "evaluation_batches",
     "load_data",
-    "read",
+    "load_texts",
     "restore",
-    "tokenize",
 ]

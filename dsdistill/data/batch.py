@@ -1,5 +1,6 @@
 """What one forward pass reads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -50,6 +51,8 @@ class Batch:
     segments: Tensor | None = None
     # (S, L) int64: the flat places b·N + n of the tokens of each of S ≥ 1 documents, by row, -1 beyond its end.
     places: Tensor | None = None
+    # (B,), packed (S,), int64: which source of a mixture an example is from; None: there is one alone.
+    source: Tensor | None = None
     # Declared for what comes next: nothing fills or reads it yet.
     # (B,) int64, rows of the same number belong together (the two texts of one example); None: none do. A loader of
     # examples with two texts that are read apart is to fill them.
@@ -111,11 +114,17 @@ class Batch:
             return None if self.chance is None else self.chance[:, None]
         return torch.cat([self.chance, self.chance.new_ones(1)])[self.owners].view_as(self.input_ids)
 
+    def pinned(self) -> "Batch":
+        """Return the batch in memory that a GPU copies from without the processor."""
+        return self._each(lambda values: values.pin_memory())
+
     def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device."""
+        return self._each(lambda values: values.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
+            name: change(value) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

@@ -6,6 +6,7 @@ the k before.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil
 
@@ -14,71 +15,13 @@ import torch
 from torch import Tensor
 
 from dsdistill.config.errors import UserError
-from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.data.examples import Examples
+from dsdistill.data.batch import Batch
+from dsdistill.data.collate import Set, collate
+from dsdistill.data.mixture import Mixture
 from dsdistill.data.samplers import Sampler
 
 _CHANCE = 4  # stream of random numbers
 POOL = 50  # steps whose examples are sorted by length together
-
-
-def collate(examples: Examples, rows: list[int], pad_id: int, epoch: int | None = None) -> Batch:
-    """The named rows as one batch, padded on the right to the longest of them; no rows: one filler row.
-
-    epoch: which of its draws an example with a masking shows; None: that of evaluation.
-    """
-    if not rows:
-        return _filler(examples, pad_id)
-    width = int(examples.lengths[rows].max())
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, NO_LABEL) if examples.labels is None else examples.labels[rows]
-    for i, row in enumerate(rows):
-        start, end = examples.starts[row], examples.starts[row + 1]
-        length = int(end - start)
-        seen = tokens = examples.tokens[start:end]
-        if examples.masking is not None:
-            seen, chosen = map(torch.from_numpy, examples.masking.draw(tokens.numpy(), row, epoch))
-            if examples.masking.predicted:
-                tokens = chosen
-        input_ids[i, :length] = seen
-        if examples.labels is None:
-            labels[i, :length] = tokens
-        mask[i, :length] = True
-        if token_types is not None:
-            token_types[i, :length] = examples.token_types[start:end]
-    if examples.prompts is not None:
-        labels[torch.arange(width) < examples.prompts[rows, None]] = NO_LABEL
-    ids = tuple(examples.ids[row] for row in rows)
-    spans = None if examples.spans is None else examples.spans.batch(rows)
-    counted = _counted(examples, labels, mask)
-    return Batch(input_ids, mask, labels, token_types, ids, torch.tensor(rows), spans, counted=counted)
-
-
-def _counted(examples: Examples, labels: Tensor, mask: Tensor) -> Tensor | None:
-    """Return (K,) int64, the flat places of tokens to predict; None where labels belong to whole examples."""
-    if examples.labels is not None:
-        return None
-    chosen = (labels != NO_LABEL) & mask
-    if examples.masking is None or not examples.masking.predicted:
-        # A causal model predicts each token from those before it, and the first has none.
-        chosen[:, 0] = False
-    return chosen.flatten().nonzero()[:, 0]
-
-
-def _filler(examples: Examples, pad_id: int) -> Batch:
-    # Two tokens wide, so that logits shifted against next-token labels are not an empty tensor.
-    input_ids = torch.full((1, 2), pad_id, dtype=torch.int64)
-    if examples.labels is None:
-        labels = torch.full_like(input_ids, NO_LABEL)
-    else:
-        labels = torch.full((1,), NO_LABEL, dtype=examples.labels.dtype)
-    token_types = None if examples.token_types is None else torch.zeros_like(input_ids)
-    mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    spans = None if examples.spans is None else examples.spans.batch([])
-    counted = _counted(examples, labels, mask)
-    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]), spans, counted=counted)
 
 
 class Loader:
@@ -93,6 +36,7 @@ class Loader:
         pad_id: token that fills rows up on the right.
         sampler: draws an epoch's examples; None: each once.
         by_length: a step's examples are of like length, so that short texts are not padded to the longest of a step.
+        chances: batches hold `Batch.chance`.
 
     Raises:
         UserError: batch_size is not a multiple of micro_batch_size × world_size.
@@ -100,7 +44,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: Set,
         batch_size: int,
         micro_batch_size: int,
         world_size: int,
@@ -109,6 +53,7 @@ class Loader:
         pad_id: int,
         by_length: bool = False,
         sampler: Sampler | None = None,
+        chances: bool = False,
     ):
         at_once = micro_batch_size * world_size  # rows
         if batch_size % at_once:
@@ -121,7 +66,9 @@ class Loader:
         self.seed, self.pad_id, self.by_length, self.sampler = seed, pad_id, by_length, sampler
         self.accumulation = batch_size // at_once  # micro-batches a step on each rank
         self.steps_per_epoch = ceil(len(examples) / batch_size)
+        self.chances = chances
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._chance = np.empty(0, dtype=np.float32)
 
     def rows(self, epoch: int, step: int) -> np.ndarray:
         """(≤ batch_size,) int64: the examples of a step over all ranks, in no meaningful order."""
@@ -129,11 +76,17 @@ class Loader:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         if epoch != self._epoch:
             chance = np.random.default_rng([self.seed, epoch])
-            self._order = (
-                chance.permutation(len(self.examples)) if self.sampler is None else self.sampler.order(chance)
-            )
+            if self.sampler is not None:
+                self._order = self.sampler.order(chance)
+            elif isinstance(self.examples, Mixture):
+                self._order = self.examples.order(self.seed, epoch)
+            else:
+                self._order = chance.permutation(len(self.examples))
             if self.by_length:
                 self._order = self._grouped(self._order, chance)
+            if self.chances:
+                draws = np.random.default_rng([self.seed, epoch, _CHANCE])
+                self._chance = draws.random(len(self.examples), np.float32)
             self._epoch = epoch
         return self._order[step * self.batch_size : (step + 1) * self.batch_size]
 
@@ -158,17 +111,58 @@ class Loader:
         if self.sampler is None or not self.sampler.grouped:
             rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
-        chance = np.random.default_rng([self.seed, epoch, _CHANCE]).random(len(self.examples), np.float32)
         batches = []
         for moment in moments:
             own = moment[self.rank :: self.world_size]
-            drawn = torch.from_numpy(chance[own]) if len(own) else torch.zeros(1)
-            batches.append(replace(collate(self.examples, own.tolist(), self.pad_id, epoch), chance=drawn))
+            batch = collate(self.examples, own.tolist(), self.pad_id, epoch)
+            batches.append(replace(batch, chance=self._drawn(own, batch)) if self.chances else batch)
         return batches
+
+    def _drawn(self, rows: np.ndarray, batch: Batch) -> Tensor:
+        """Return the draws of a batch's examples; the documents of a block share that of the block."""
+        if not len(rows):
+            return torch.zeros(len(batch.documents))
+        draws = torch.from_numpy(self._chance[rows])
+        if batch.places is None:
+            return draws
+        return draws[batch.places[:, 0].clamp(min=0) // batch.input_ids.shape[1]]
+
+
+class Ahead:
+    """Ahead makes the batches of the next step on a thread while this one runs.
+
+    Args:
+        loader: of the train set.
+        end: steps of the run, so that none beyond the last is made.
+        pinned: batches lie in memory that a GPU copies from by itself.
+    """
+
+    def __init__(self, loader: Loader, end: int, pinned: bool):
+        self.loader, self.end, self.pinned = loader, end, pinned
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="dsdistill-loader")
+        self._next: tuple[int, Future] | None = None
+
+    def step(self, step: int) -> list[Batch]:
+        """Return this rank's micro-batches of a step of the run, counted from 0; begin with those of the next."""
+        waiting, self._next = self._next, None
+        if waiting is None or waiting[0] != step:
+            waiting = step, self._pool.submit(self._made, step)
+        batches = waiting[1].result()
+        if step + 1 < self.end:
+            self._next = step + 1, self._pool.submit(self._made, step + 1)
+        return batches
+
+    def _made(self, step: int) -> list[Batch]:
+        batches = self.loader.step(*divmod(step, self.loader.steps_per_epoch))
+        return [batch.pinned() for batch in batches] if self.pinned else batches
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def evaluation_batches(
-    examples: Examples, micro_batch_size: int, world_size: int, rank: int, pad_id: int
+    examples: Set, micro_batch_size: int, world_size: int, rank: int, pad_id: int
 ) -> Iterator[Batch]:
     """This rank's share of one pass over the examples: each example on exactly one rank, once.
 

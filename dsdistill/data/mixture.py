@@ -88,11 +88,3 @@ def _stream(count: int, start: int, end: int, seed: list[int]) -> np.ndarray:
         order = np.random.default_rng([*seed, turn]).permutation(count)
         found.append(order[max(0, start - turn * count) : end - turn * count])
     return np.concatenate(found) if found else np.empty(0, np.int64)
-
-
-def located(examples, row: int):
-    """Return the source that holds an example, and its place there."""
-    if not isinstance(examples, Mixture):
-        return examples, row
-    source = examples.source(row)
-    return examples.parts[source], row - int(examples.bounds[source])

@@ -16,7 +16,7 @@ class Bigrams:
 
     def __init__(self, examples: Examples, vocabulary: int):
         before, after = _pairs(examples)
-        counts = np.bincount(examples.tokens.numpy(), minlength=vocabulary).astype(float)
+        counts = np.bincount(_flat(examples), minlength=vocabulary).astype(float)
         self.vocabulary = vocabulary
         self.unigram = (counts + ADDED) / (counts.sum() + ADDED * vocabulary)  # (V,)
         self.keys, self.counts = np.unique(before * vocabulary + after, return_counts=True)
@@ -60,8 +60,13 @@ class Contrast:
 
 def _pairs(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
     """Every token but the first of each example, and the one before it; int64."""
-    tokens = examples.tokens.numpy().astype(np.int64)
+    tokens = _flat(examples)
     first = np.zeros(len(tokens), dtype=bool)
-    first[examples.starts.numpy()[:-1]] = True
+    first[np.cumsum(examples.lengths.numpy()) - examples.lengths.numpy()] = True
     inside = np.flatnonzero(~first)
     return tokens[inside - 1], tokens[inside]
+
+
+def _flat(examples: Examples) -> np.ndarray:
+    """Return the tokens of all examples, end to end; int64."""
+    return np.concatenate([examples.tokens(row) for row in range(len(examples))]).astype(np.int64)

@@ -71,13 +71,12 @@ def _answers(examples: Examples) -> np.ndarray:
     """(n,) numbers, equal where the answers are."""
     if examples.labels is not None:
         return np.unique(examples.labels.numpy(), return_inverse=True)[1]
-    if examples.prompts is not None:
-        beginnings = examples.starts[:-1] + examples.prompts
-        texts = [examples.tokens[a:b] for a, b in zip(beginnings, examples.starts[1:], strict=True)]
-    elif examples.token_types is not None and examples.token_types.any():
-        second, bounds = examples.token_types == 1, zip(examples.starts, examples.starts[1:], strict=False)
-        texts = [examples.tokens[a:b][second[a:b]] for a, b in bounds]
+    rows = range(len(examples))
+    if examples.prompted:
+        texts = [examples.tokens(row)[examples.context(row) :] for row in rows]
+    elif any(types.any() for row in rows if (types := examples.types(row)) is not None):
+        texts = [examples.tokens(row)[examples.types(row) == 1] for row in rows]
     else:
         return np.arange(len(examples))
     numbers: dict[bytes, int] = {}  # NumPy's own arrays of bytes would drop zeros at an end, which are tokens
-    return np.array([numbers.setdefault(text.numpy().tobytes(), len(numbers)) for text in texts])
+    return np.array([numbers.setdefault(text.tobytes(), len(numbers)) for text in texts])

@@ -21,15 +21,12 @@ def parts(section: Section) -> list[tuple[str, float, Section]]:
     if not _is_mixture(section):
         return [("", 1.0, section)]
     made = []
-    for index, part in enumerate(section.train):
+    for part in section.train:
         own = {key: value for key in part.model_fields_set if (value := getattr(part, key)) is not None}
         weight, name = own.pop("weight", 1.0), own.pop("name", None)
         if "text" in own and "messages" not in own:
             own["messages"] = None
-        if not {"train", "source"} & own.keys():
-            raise UserError(f"data.train.{index}", "neither source nor train", "one of them")
-        if "train" not in own:
-            own["train"] = "train"
+        own.setdefault("train", "train")
         changed = section.model_copy(update=own)
         name = name or changed.subset or (changed.source if changed.source != "files" else _first(changed.train))
         made.append((name, weight, changed))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
 from dsdistill.alignment.units import pooled
@@ -51,6 +52,7 @@ class StudentModule(Distillation):
         )
         super().__init__(student, teacher, objective, geometry or {}, previous)
         self.evaluation = evaluation
+        self.watch: SourceLosses | None = None  # of the sources of a mixture, in steps that are logged
         self.domain = domain
         if domain is not None:
             domain.attach(model)  # after the capture: layer 0 is what comes before the fusion
@@ -63,6 +65,11 @@ class StudentModule(Distillation):
         made = super().trace(batch)
         made.domain = self.domain.trace(targets, batch.mask.shape)
         return made
+
+    def seen(self, student: Trace, batch: Batch) -> None:
+        """Add up the losses of the sources, where somebody asked."""
+        if self.watch is not None:
+            self.watch.add(student, batch)
 
     def forward(
         self,

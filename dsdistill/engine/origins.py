@@ -6,15 +6,17 @@ RUN/sources.json holds a digest of each: the tokenised examples, the tokenizer, 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 
 from dsdistill import disk
 from dsdistill.config import UserError
 from dsdistill.config.bounded import read_json
-from dsdistill.data import Examples
+from dsdistill.data import Mixture, Packed, Set, Splits
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SOURCES, RunFolder
 from dsdistill.models import tokenizer, weights
 
+CONTENT = "2:"  # begins digests of examples; those of before hashed every token
 _BYTES = 2**20  # of a note, at most
 
 
@@ -25,10 +27,8 @@ def origins(prepared: Prepared) -> dict[str, str]:
     """
     config, data = prepared.config, prepared.data
     found = {"data.tokenizer": tokenizer.fingerprint(prepared.tokenizer)}
-    for name, part in (("data.train", data.train), ("data.dev", data.dev)):
-        digest = hashlib.sha256(json.dumps(data.labels).encode())
-        add_examples(digest, part)
-        found[name] = digest.hexdigest()
+    for name, part in {"data.train": data.train, **_dev_sets(data)}.items():
+        found[name] = content(part, data.labels)
     if prepared.contrast is not None:
         for name, model in (
             ("data.domain", prepared.contrast.domain),
@@ -42,11 +42,23 @@ def origins(prepared: Prepared) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def add_examples(digest, examples: Examples) -> None:
-    """Add the tokens of examples, what they are to be answered with and where their prompts end to a digest."""
-    for tensor in (examples.tokens, examples.starts, examples.labels, examples.prompts):
-        if tensor is not None:
-            digest.update(tensor.numpy().tobytes())
+def _dev_sets(data: Splits) -> dict[str, Set]:
+    return {f"data.dev.{name}" if name else "data.dev": dev for name, dev in data.devs.items()}
+
+
+def content(examples: Set, classes: Sequence[str] = ()) -> str:
+    """Return a digest of what examples hold: their stores' hashes, which tokens are theirs, and their labels."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
+    for part in parts:
+        own = part.parts if isinstance(part, Packed) else part
+        digest.update(own.documents.digest.encode())
+        for tensor in (own.starts, own.lengths, own.labels):
+            if tensor is not None:
+                digest.update(tensor.numpy().tobytes())
+    if isinstance(examples, Mixture):
+        digest.update(repr(examples.weights).encode())
+    return f"{CONTENT}{digest.hexdigest()}"
 
 
 def check_origins(folder: RunFolder, found: dict[str, str]) -> None:

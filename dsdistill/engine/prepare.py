@@ -17,14 +17,16 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, schema
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel, Task, Terms
-from dsdistill.data import Examples, Splits, load_data, read, tokenize
+from dsdistill.data import Set, Splits, Words, load_data, load_texts
+from dsdistill.data.bytes_bpe import train_bytes_tokenizer
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import Sampler
-from dsdistill.data.sources import read_texts
+from dsdistill.data.sources import texts
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import refusals, stages
 from dsdistill.engine.module import brings_head
+from dsdistill.engine.packing import packs
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     architecture,
@@ -34,7 +36,7 @@ from dsdistill.models.build import (
 )
 from dsdistill.models.cut import check_cut, cut_architecture
 from dsdistill.models.settings import text_config
-from dsdistill.models.tokenizer import entries
+from dsdistill.models.tokenizer import entries, fingerprint
 from dsdistill.models.trace import Geometry
 from dsdistill.models.weights import check_ties, own_ties
 
@@ -48,7 +50,7 @@ class Prepared:
     config: Config
     recipe: "Prepared | None"  # the run that trains the teacher first
     tokenizer: PreTrainedTokenizerBase
-    data: Splits[Examples]
+    data: Splits[Set]
     student: PretrainedConfig
     teacher: PretrainedConfig | None
     pair: Pair
@@ -97,14 +99,17 @@ def prepare(config: Config, world_size: int) -> Prepared:
     if config.student.path is not None:
         check_ties(config.student.path, own_ties(student, task, "student"), "student")
     refusals.check_frozen(config.student, config.stages, student, task)
-    splits = load_data(data, task, tokenizer, config.run.seed, config.needs_spans)
+    words = Words(tokenizer, entries(tokenizer), fingerprint(tokenizer))
+    splits = load_data(
+        data, task, words, seed=config.run.seed, with_spans=config.needs_spans, packed=packs(config, {"student": student, "teacher": teacher})
+    )
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     reads_head = any(objective.needs("head") for objective in objectives)
     refusals.check_lacking(config.teacher, teacher, of_teacher, task, "teacher", needs_head=reads_head)
     refusals.check_lacking(
         config.student, student, of_student, task, "student", needs_head=brings_head(config)
     )
-    contrast = _contrast(data, tokenizer)
+    contrast = _contrast(data, words)
     judged = teacher is not None and (
         recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives, of_teacher)
     )
@@ -148,14 +153,11 @@ def _recipe(config: Config, world_size: int) -> Prepared | None:
     return recipe
 
 
-def _contrast(data: schema.Data, tokenizer: PreTrainedTokenizerBase) -> Contrast | None:
+def _contrast(data: schema.Data, words: Words) -> Contrast | None:
     if data.domain is None or data.general is None:
         return None
     models = (
-        Bigrams(
-            tokenize(read_texts(data, files), tokenizer, data.max_length, "masked_lm"),
-            entries(tokenizer),
-        )
+        Bigrams(load_texts(data, files, words), words.entries)
         for files in (data.domain, data.general)
     )
     return Contrast(*models)
@@ -244,8 +246,9 @@ def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBa
         own |= _own_tokenizers(others)
     elif config.data.train_tokenizer is not None:
         place = "data.train_tokenizer"
-        texts = (text for texts in read(config.data, config.task).train.texts for text in texts)
-        chosen = load_tokenizer(train_tokenizer(texts, config.data.train_tokenizer, config.data.cache), place)
+        make = train_bytes_tokenizer if config.data.tokenizer_kind == "bytes" else train_tokenizer
+        folder = make(texts(config.data, config.task), config.data.train_tokenizer, config.data.cache)
+        chosen = load_tokenizer(folder, place)
         own |= _own_tokenizers(paths)
     else:
         own |= {name: load_tokenizer(path, f"{name}.path") for name, path in paths.items()}

@@ -20,7 +20,7 @@ from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import export
-from dsdistill.engine.origins import add_examples, check_origins, origins, write_origins
+from dsdistill.engine.origins import check_origins, content, origins, write_origins
 from dsdistill.engine.passes.domain_maps import fit_maps
 from dsdistill.engine.passes.layer_similarity import resolve_layers
 from dsdistill.engine.passes.stability import stability
@@ -289,10 +289,9 @@ def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | 
 
 def _fingerprint(prepared: Prepared) -> str:
     """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
-    digest = hashlib.sha256()
-    digest.update(teacher_identity(prepared.config).encode())
-    for part in (prepared.data.train, prepared.data.dev):
-        add_examples(digest, part)
+    digest = hashlib.sha256(teacher_identity(prepared.config).encode())
+    for part in (prepared.data.train, *prepared.data.devs.values()):
+        digest.update(content(part).encode())
     return f"{prepared.config.run.name}-{digest.hexdigest()[:12]}"
 
 

@@ -5,7 +5,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
+from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import BackendError, Loss
 from dsdistill.config import UserError
-from dsdistill.data import Batch, Loader
+from dsdistill.data import Ahead, Batch, Loader, Mixture
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
@@ -118,6 +119,7 @@ class Trainer:
             prepared.tokenizer.pad_token_id,
             config.train.group_by_length,
             prepared.sampler,
+            chances=config.student.domain is not None,
         )
         self.total = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
         ends = stages.ends(config, self.total)
@@ -140,6 +142,7 @@ class Trainer:
         # Dropout differs between ranks, and between stages.
         torch.manual_seed(config.run.seed + ranks.rank + index * ranks.world_size)
         self.progress = Progress(self.start)
+        self.step_size: dict[str, int] = {}  # documents and tokens of the latest step, all ranks
 
     def _schedule(self, optimizer):
         stage, train, steps = self.stage, self.config.train, self.end - self.start
@@ -203,8 +206,13 @@ class Trainer:
         self.engine.train()
         guard = Guard(self.config.train.bad_steps, folder.path, self.ranks)
         self._saved = time.monotonic()
+        ahead = Ahead(self.loader, self.end, pinned=self.ranks.device.type == "cuda")
+        with contextlib.closing(ahead):
+            self._steps(ahead, guard, points, folder, bar)
+
+    def _steps(self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm) -> None:
         while self.progress.step < self.end:
-            batches = self.loader.step(*divmod(self.progress.step, self.loader.steps_per_epoch))
+            batches = ahead.step(self.progress.step)
             rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps
             raw, due, votes = self._timed_step(batches)
             report = self.module.objective.report(raw)
@@ -224,13 +232,16 @@ class Trainer:
     def _timed_step(self, batches: list[Batch]) -> tuple[Tensor, bool, list[int]]:
         """Make a step; return its raw values, whether a checkpoint is due by the clock, and the votes to stop."""
         started = time.perf_counter()
-        raw = self.train_step(batches)
+        self.module.watch = self._watch()
         tokens = sum(int(b.mask.sum()) for b in batches)
+        documents = sum(int(b.documents.sum()) for b in batches)
+        raw = self.train_step(batches)
         # By rank 0's clock.
         due = self.ranks.first and 0 < self.config.run.save_minutes * 60 <= time.monotonic() - self._saved
-        told = torch.tensor([tokens, due, *stopping.votes()], device=self.ranks.device)
+        told = torch.tensor([tokens, documents, due, *stopping.votes()], device=self.ranks.device)
         # Waits for the GPU, so it comes before the clock is read.
-        tokens, due, *votes = self.ranks.sum(told).tolist()
+        tokens, documents, due, *votes = self.ranks.sum(told).tolist()
+        self.step_size = {"documents": documents, "tokens": tokens}
         self.progress.tokens += tokens
         self.progress.seconds += time.perf_counter() - started
         self.progress.step += 1
@@ -302,9 +313,32 @@ class Trainer:
             if self.ranks.first:
                 folder.rewind(self.progress.step)
 
+    def _logged(self, step: int) -> bool:
+        return step % self.config.run.log_every == 0 or step == self.end
+
+    def _watch(self) -> SourceLosses | None:
+        """Return what adds up the losses of each source in the step to come, where there are several."""
+        train = self.prepared.data.train
+        if not isinstance(train, Mixture) or not self._logged(self.progress.step + 1):
+            return None
+        return SourceLosses(self.prepared.pair, len(train.parts))
+
+    def _sources(self) -> dict[str, dict]:
+        """Return the loss of each source in the latest step, for the log."""
+        train, watch = self.prepared.data.train, self.module.watch
+        if watch is None or not isinstance(train, Mixture):
+            return {}
+        sums = self.ranks.sum(watch.sums.to(self.ranks.device)).tolist()
+        return {
+            "sources": {
+                name: {"loss": loss / count if count else None, "count": int(count)}
+                for name, (loss, count) in zip(train.names, sums, strict=True)
+            }
+        }
+
     def _log(self, folder: RunFolder, terms: dict[str, dict], rate: float, bar: tqdm) -> None:
         """Write a line of metrics.jsonl, where the step is one of those."""
-        if self.progress.step % self.config.run.log_every and not self._last:
+        if not self._logged(self.progress.step):
             return
         loss = sum(term["weighted"] for term in terms.values())
         norm = self.engine.get_global_grad_norm()
@@ -315,6 +349,8 @@ class Trainer:
             "terms": terms,
             "learning_rate": rate,
             "grad_norm": None if norm is None else float(norm),
+            **self.step_size,
+            **self._sources(),
             "tokens_per_second": round(self.progress.tokens / self.progress.seconds, 1),
             "peak_memory_mib": peak_memory_mib(self.ranks),
         }

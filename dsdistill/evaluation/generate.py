@@ -10,15 +10,16 @@ from dsdistill.data import Examples
 
 
 def prompt_and_reference(examples: Examples, row: int) -> tuple[list[int], list[int]]:
-    """Tokens of an example before and after the place where writing begins.
+    """Return the tokens of an example before and after the place where writing begins.
 
-    Of a prompt and its response the response's first token (the reference keeps its end token where it has one); of a
-    block of text its middle.
+    Where some tokens are context, the reference is the last run that has labels: the response to a prompt, the last
+    turn of a conversation, with the token that ends it where it has one. Of plain text writing begins in the middle.
     """
-    start, length = int(examples.starts[row]), int(examples.lengths[row])
-    tokens = examples.tokens[start : start + length].tolist()
-    before = length // 2 if examples.prompts is None else int(examples.prompts[row])
-    return tokens[:before], tokens[before:]
+    tokens, ranges = examples.tokens(row).tolist(), examples.ranges(row)
+    if ranges is None:
+        return tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
+    first, past = ranges[-1].tolist()
+    return tokens[:first], tokens[first:past]
 
 
 @torch.no_grad()

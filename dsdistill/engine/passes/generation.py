@@ -62,7 +62,7 @@ def _written(
 ) -> list[str]:
     """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
     tokenizer, longest = prepared.tokenizer, prepared.config.data.max_length
-    prompted = prepared.data.dev.prompts is not None
+    prompted = prepared.data.dev.prompted
     end = special_tokens(tokenizer)[2][0] if prompted else None
     # Prompts of like length meet; a response may fill the room that training gave it, a block has its own length.
     order = np.argsort([-len(prompt) for prompt, _ in pairs], kind="stable").tolist()[

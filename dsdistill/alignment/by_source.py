@@ -1,0 +1,42 @@
+"""Measure the task's loss of each source of a mixture, beside the loss that is trained."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dsdistill.alignment.terms.base import Pair
+from dsdistill.alignment.terms.task import TaskTerm
+from dsdistill.config.terms import Task
+from dsdistill.data.batch import Batch
+from dsdistill.models.trace import Trace
+
+
+class SourceLosses:
+    """SourceLosses adds up the task's loss and what it is divided by, for each source, over the batches of a step."""
+
+    def __init__(self, pair: Pair, sources: int):
+        self._term = TaskTerm(Task(), pair)
+        self.sums = torch.zeros(sources, 2, dtype=torch.float64)  # of losses, and of what they are divided by
+
+    @torch.no_grad()
+    def add(self, student: Trace, batch: Batch) -> None:
+        """Add a batch of examples whose sources are known."""
+        assert batch.source is not None  # the loader of a mixture tells
+        by_token = _by_token(batch)
+        for source in range(len(self.sums)):
+            own = by_token == source
+            counted = batch.counted
+            if counted is not None:
+                counted = counted[own.expand_as(batch.mask).flatten()[counted]]
+            part = replace(batch, mask=batch.mask & own, counted=counted)
+            self.sums[source, 0] += self._term.sums(student, None, part)[0].double().cpu()
+            self.sums[source, 1] += self._term.counts(part, {})[0].cpu()
+
+
+def _by_token(batch: Batch) -> Tensor:
+    """Return (B, 1), packed (B, N), int64: the source of each token, -1 at packed filler."""
+    assert batch.source is not None
+    if batch.places is None:
+        return batch.source[:, None]
+    return torch.cat([batch.source, batch.source.new_full((1,), -1)])[batch.owners].view_as(batch.input_ids)

@@ -1,0 +1,74 @@
+"""Rules between the settings of a run's data."""
+
+from dsdistill.config.data import Data, Part
+from dsdistill.config.errors import UserError
+
+
+def check_data(data: Data, task: str, steps: int | None) -> None:
+    """Raise UserError for settings of the data that contradict each other, or the task."""
+    _check_sources(data)
+    _check_language(data, task)
+    _check_packing(data, task)
+    if data.streaming and steps is None:
+        raise UserError("data.streaming", "true without train.steps", "train.steps: nobody knows how long an epoch is")
+    if data.streaming and (data.source in ("docstrings", "files") or data.root is not None):
+        raise UserError("data.streaming", f"true with data.source {data.source}", "a hub data set")
+    if (data.domain is None) != (data.general is None):
+        raise UserError("data.domain and data.general", "one of them", "both or neither")
+    for name in ("domain", "general"):
+        if getattr(data, name) is not None and data.source != "files":
+            raise UserError(f"data.{name}", f"files with data.source {data.source}", "source: files")
+    if data.tokenizer is not None and data.train_tokenizer is not None:
+        raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
+    if data.tokenizer_kind != "wordpiece" and data.train_tokenizer is None:
+        raise UserError(
+            "data.tokenizer_kind", f"{data.tokenizer_kind} without data.train_tokenizer", "its number of entries"
+        )
+
+
+def _check_sources(data: Data) -> None:
+    if data.subset is not None and data.source in ("docstrings", "files"):
+        raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
+    if data.root is not None and data.source == "docstrings":
+        raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
+    if isinstance(data.train, str):
+        return
+    if not isinstance(data.train[0], Part):
+        if data.source != "files":
+            raise UserError(
+                "data.train", f"a list with data.source {data.source}", "one split, or source: files"
+            )
+        return
+    if data.sampler not in ("uniform", "random_masked"):
+        raise UserError("data.sampler", f"{data.sampler} with several sources", "uniform: their weights decide")
+    for index, part in enumerate(data.train):
+        place, source = f"data.train.{index}", part.source or data.source
+        if part.train is None and part.source is None and part.subset is None:
+            raise UserError(place, "neither source, subset nor train", "one of them")
+        if part.train is None and source == "files":
+            raise UserError(f"{place}.train", "nothing with source files", "a file, or a list of files")
+        if part.train is not None and not isinstance(part.train, str) and source != "files":
+            raise UserError(f"{place}.train", f"a list with source {source}", "one split, or source: files")
+        if part.subset is not None and source in ("docstrings", "files"):
+            raise UserError(f"{place}.subset", f"{part.subset} with source {source}", "a hub data set")
+
+
+def _check_language(data: Data, task: str) -> None:
+    """Refuse settings of language models' data beside another task, where they would have no effect."""
+    if task != "causal_lm":
+        for name in ("messages", "chat_template", "layout", "overlong"):
+            if getattr(data, name) is not None and not (name == "layout" and data.layout == "separator"):
+                raise UserError(f"data.{name}", f"{getattr(data, name)} with task {task}", "task causal_lm")
+        if data.template_options:
+            raise UserError("data.template_options", f"options with task {task}", "task causal_lm")
+    if task in ("causal_lm", "masked_lm") and data.drop_unlabelled:
+        raise UserError("data.drop_unlabelled", f"true with task {task}", "a task with labels")
+
+
+def _check_packing(data: Data, task: str) -> None:
+    if data.packing is not True:
+        return
+    if task != "causal_lm":
+        raise UserError("data.packing", f"true with task {task}", "task causal_lm")
+    if data.sampler != "uniform":
+        raise UserError("data.packing", f"true with data.sampler {data.sampler}", "auto, or sampler: uniform")

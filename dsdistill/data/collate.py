@@ -1,0 +1,143 @@
+"""Make batches of examples."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsdistill.data.batch import NO_LABEL, Batch
+from dsdistill.data.examples import Examples, Packed
+from dsdistill.data.mixture import Mixture
+from dsdistill.data.packing import Document, packed_batch
+
+Set = Examples | Packed | Mixture
+
+
+def located(examples: Set, row: int) -> tuple[Examples | Packed, int, int]:
+    """Return the source that holds an example, its place there, and the number of examples of the sources before."""
+    if not isinstance(examples, Mixture):
+        return examples, row, 0
+    source = examples.source(row)
+    before = examples.parts[:source]
+    return (
+        examples.parts[source],
+        row - int(examples.bounds[source]),
+        sum(len(part.parts) if isinstance(part, Packed) else len(part) for part in before),
+    )
+
+
+def one_source(examples: Set) -> Examples | Packed:
+    """Return the first source of examples, which is of the same form as all others."""
+    return examples.parts[0] if isinstance(examples, Mixture) else examples
+
+
+def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None = None) -> Batch:
+    """Return the named rows as one batch, padded on the right to the longest of them; no rows: one filler row.
+
+    epoch: which of its draws an example with a masking shows; None: that of evaluation.
+    """
+    found = [located(examples, row) for row in rows]
+    form = one_source(examples)
+    if isinstance(form, Packed):
+        spans = form.parts.documents.spans is not None
+        blocks = [_block(*place) for place in found]
+        batch = packed_batch(blocks, pad_id, spans=spans)
+        return _with_sources(batch, examples, np.repeat(rows, [len(block) for block in blocks]))
+    if not found:
+        return _with_sources(_filler(form, pad_id), examples, rows)
+    held = [_Row(part, row, epoch) for part, row, _ in found]
+    width = max(len(row.seen) for row in held)
+    input_ids = torch.full((len(held), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(held), width), dtype=torch.bool)
+    token_types = None if form.documents.types is None else torch.zeros_like(input_ids)
+    by_token = form.labels is None
+    labels = torch.full_like(input_ids, NO_LABEL) if by_token else _labels(found)
+    tables = [np.empty((0, 4), np.int64)]
+    for i, row in enumerate(held):
+        length = len(row.seen)
+        input_ids[i, :length] = torch.from_numpy(row.seen.astype(np.int64))
+        mask[i, :length] = True
+        if by_token:
+            labels[i, :length] = torch.from_numpy(row.labels)
+        if token_types is not None:
+            token_types[i, :length] = torch.from_numpy(row.types.astype(np.int64))
+        if form.documents.spans is not None:
+            tables.append(np.insert(row.spans, 0, i, axis=1))
+    batch = Batch(
+        input_ids,
+        mask,
+        labels,
+        token_types,
+        tuple(part.name(row) for part, row, _ in found),
+        torch.tensor([before + row for _, row, before in found]),
+        None if form.documents.spans is None else torch.from_numpy(np.concatenate(tables)),
+        counted=_counted(form, labels, mask),
+    )
+    return _with_sources(batch, examples, rows)
+
+
+def _with_sources(batch: Batch, examples: Set, rows: Sequence[int]) -> Batch:
+    """Return the batch with the source of each of its examples, where there are several."""
+    if not isinstance(examples, Mixture):
+        return batch
+    sources = [examples.source(row) for row in rows] or [-1]
+    return replace(batch, source=torch.tensor(sources))
+
+
+class _Row:
+    """A _Row is an example as the models see it."""
+
+    def __init__(self, examples: Examples, row: int, epoch: int | None):
+        self.seen, self.types = examples.tokens(row), examples.types(row)
+        self.labels = examples.token_labels(row) if examples.labels is None else None
+        if examples.masking is not None:
+            self.seen, chosen = examples.masking.draw(self.seen, row, epoch)
+            if examples.masking.predicted:
+                self.labels = chosen
+        self.spans = examples.spans(row) if examples.documents.spans is not None else None
+
+
+def _labels(found: list[tuple[Examples, int, int]]) -> Tensor:
+    return torch.stack([part.labels[row] for part, row, _ in found])
+
+
+def _block(packed: Packed, block: int, before: int) -> list[Document]:
+    parts, documents = packed.parts, []
+    for row in packed.of(block):
+        documents.append(
+            Document(
+                parts.tokens(row),
+                parts.token_labels(row) if parts.prompted else None,
+                parts.spans(row) if parts.documents.spans is not None else None,
+                parts.name(row),
+                before + row,
+            )
+        )
+    return documents
+
+
+def _counted(examples: Examples, labels: Tensor, mask: Tensor) -> Tensor | None:
+    """Return (K,) int64, the flat places of tokens to predict; None where labels belong to whole examples."""
+    if examples.labels is not None:
+        return None
+    chosen = (labels != NO_LABEL) & mask
+    if examples.masking is None or not examples.masking.predicted:
+        # A causal model predicts each token from those before it, and the first has none.
+        chosen[:, 0] = False
+    return chosen.flatten().nonzero()[:, 0]
+
+
+def _filler(examples: Examples, pad_id: int) -> Batch:
+    # Two tokens wide, so that logits shifted against next-token labels are not an empty tensor.
+    input_ids = torch.full((1, 2), pad_id, dtype=torch.int64)
+    if examples.labels is None:
+        labels = torch.full_like(input_ids, NO_LABEL)
+    else:
+        labels = torch.full((1,), NO_LABEL, dtype=examples.labels.dtype)
+    token_types = None if examples.documents.types is None else torch.zeros_like(input_ids)
+    mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    spans = None if examples.documents.spans is None else torch.empty((0, 4), dtype=torch.int64)
+    counted = _counted(examples, labels, mask)
+    return Batch(input_ids, mask, labels, token_types, ("",), torch.tensor([-1]), spans, counted=counted)
