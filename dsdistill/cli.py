@@ -116,6 +116,60 @@ def plan(
 
 
 @app.command()
+def tokenize(
+    settings: ConfigFiles,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read all sources again and compare them with what the stores hold."),
+    ] = False,
+):
+    """Tokenise the data of CONFIG, and of its teacher's recipe, into the cache, where runs find it.
+
+    What is there already is kept; a stopped run of this command goes on where it was.
+    """
+    config = load(settings)
+    _quiet_libraries()
+    from dsdistill.engine.tokenising import tokenize as run
+
+    try:
+        typer.echo(run(config, verify=verify), nl=False)
+    except UserError as error:
+        raise error.within(settings[0]) from None
+
+
+@app.command()
+def preview(
+    settings: ConfigFiles,
+    count: Annotated[int, typer.Option("-n", min=0, help="Examples that are shown.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the ids of the tokens too.")] = False,
+    json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the examples there instead.")
+    ] = None,
+):
+    """Show the first examples of CONFIG as the models will see them, and what became of all the data.
+
+    Rows that cannot be used are counted and named by file and line.
+    """
+    from dsdistill.disk import check_file, save_json
+
+    check_file(json, "--json", settings)
+    config = load(settings)
+    _quiet_libraries()
+    from dsdistill.engine.preview import preview as look
+    from dsdistill.engine.preview import render
+
+    try:
+        found = look(config, count)
+    except UserError as error:
+        raise error.within(settings[0]) from None
+    if json is not None:
+        save_json(json, found.examples)
+        found.examples = []
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    typer.echo(render(found, colours=colours, ids=ids), nl=False)
+
+
+@app.command()
 def evaluate(run: RunPath):
     """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
     from dsdistill.distributed import stopping
@@ -270,7 +324,7 @@ def _first() -> bool:
 
 def _quiet_libraries() -> None:
     """Their notes are for their developers; ours go to standard error, from the first rank alone."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault(

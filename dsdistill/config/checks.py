@@ -10,7 +10,7 @@ from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
 
 if TYPE_CHECKING:  # the schema calls check
-    from dsdistill.config.schema import Config, Data, Teacher
+    from dsdistill.config.schema import Config, Teacher
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(

@@ -10,7 +10,9 @@ def check_data(data: Data, task: str, steps: int | None) -> None:
     _check_language(data, task)
     _check_packing(data, task)
     if data.streaming and steps is None:
-        raise UserError("data.streaming", "true without train.steps", "train.steps: nobody knows how long an epoch is")
+        raise UserError(
+            "data.streaming", "true without train.steps", "train.steps: nobody knows how long an epoch is"
+        )
     if data.streaming and (data.source in ("docstrings", "files") or data.root is not None):
         raise UserError("data.streaming", f"true with data.source {data.source}", "a hub data set")
     if (data.domain is None) != (data.general is None):
@@ -22,7 +24,9 @@ def check_data(data: Data, task: str, steps: int | None) -> None:
         raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
     if data.tokenizer_kind != "wordpiece" and data.train_tokenizer is None:
         raise UserError(
-            "data.tokenizer_kind", f"{data.tokenizer_kind} without data.train_tokenizer", "its number of entries"
+            "data.tokenizer_kind",
+            f"{data.tokenizer_kind} without data.train_tokenizer",
+            "its number of entries",
         )
 
 
@@ -40,7 +44,9 @@ def _check_sources(data: Data) -> None:
             )
         return
     if data.sampler not in ("uniform", "random_masked"):
-        raise UserError("data.sampler", f"{data.sampler} with several sources", "uniform: their weights decide")
+        raise UserError(
+            "data.sampler", f"{data.sampler} with several sources", "uniform: their weights decide"
+        )
     for index, part in enumerate(data.train):
         place, source = f"data.train.{index}", part.source or data.source
         if part.train is None and part.source is None and part.subset is None:

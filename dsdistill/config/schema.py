@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, model_validator
 
 from dsdistill.config.data import Data
-from dsdistill.config.errors import UserError
 from dsdistill.config.section import NAME, LearningRate, NonNegative, Positive, Section
 from dsdistill.config.terms import Task, Terms
 

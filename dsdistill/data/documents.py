@@ -98,7 +98,9 @@ class PlainReader:
             spans = None
             if self._chunk is not None:
                 chunks = next(found_chunks(item.texts, self._chunk))
-                spans = token_spans(np.array(offsets).reshape(-1, 2), chunks) + np.array([len(before), len(before), 0])
+                spans = token_spans(np.array(offsets).reshape(-1, 2), chunks) + np.array(
+                    [len(before), len(before), 0]
+                )
             documents.append(Document(item, whole, spans=spans))
         return documents
 
@@ -151,7 +153,9 @@ class RenderedReader:
 class SeparatedReader:
     """Read prompts and responses in a layout of special tokens; see data/prompted.py."""
 
-    def __init__(self, tokenizer: Any, columns: tuple[str, str], max_length: int, chunk: Chunker | None = None):
+    def __init__(
+        self, tokenizer: Any, columns: tuple[str, str], max_length: int, chunk: Chunker | None = None
+    ):
         self._encode, self._chunk, self._most = PlainEncoder(tokenizer), chunk, max_length
         self._special = special_tokens(tokenizer)
         added = sum(map(len, self._special[:2]))
@@ -204,7 +208,9 @@ class SpecialReader:
         special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
         if max_length <= special + len(columns) - 1:
             least = special + len(columns) - 1
-            raise UserError("data.max_length", max_length, f"above {least} (of these the tokenizer adds {special})")
+            raise UserError(
+                "data.max_length", max_length, f"above {least} (of these the tokenizer adds {special})"
+            )
         self._tokenizer, self._most, self._chunk = tokenizer, max_length, chunk
         self.columns = (*columns, "text_a", "text_b")[: 2 * len(columns)]
         self._wanted = columns

@@ -7,7 +7,9 @@ import numpy as np
 
 from dsdistill.config.errors import UserError
 
-Encoded = tuple[np.ndarray, list[tuple[int, int]] | None]  # (n,) int32 ids, and the characters of each or None
+Encoded = tuple[
+    np.ndarray, list[tuple[int, int]] | None
+]  # (n,) int32 ids, and the characters of each or None
 
 
 def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any:

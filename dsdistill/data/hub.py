@@ -21,7 +21,9 @@ def stream(name: str, subset: str | None, split: str, cache: str, wanted: Iterab
         raise UserError("data.source", f"{name}: {reason}", expected) from error
     place, features = f"{name} {split}", dataset.features.items()
     names = readable(place, dataset.features.arrow_schema, wanted)
-    classes = {key: list(f.names) for key, f in features if isinstance(f, datasets.ClassLabel) and key in names}
+    classes = {
+        key: list(f.names) for key, f in features if isinstance(f, datasets.ClassLabel) and key in names
+    }
 
     def rows() -> Iterator[Row]:
         # As Arrow holds them: the library's own decoding would open the images that other columns name.

@@ -24,7 +24,7 @@ from dsdistill.data.mixture import Mixture
 from dsdistill.data.packing import best_fit
 from dsdistill.data.rendered import Rendered
 from dsdistill.data.sample import chosen, with_noise
-from dsdistill.data.sources import dev_sets, names, of_rows, parts, read, streams
+from dsdistill.data.sources import dev_sets, of_rows, parts, read, streams
 from dsdistill.data.store import Documents
 from dsdistill.data.store_writer import Limit, stored
 from dsdistill.data.table import Bad, Stream
@@ -81,9 +81,7 @@ def load_data(
         }
     else:
         rows, dev_rows, classes = read(section, task)
-        trains = [
-            loading.labelled(of, part) for of, (*_, part) in zip(rows, parts(section), strict=True)
-        ]
+        trains = [loading.labelled(of, part) for of, (*_, part) in zip(rows, parts(section), strict=True)]
         devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
     trains = [_drawn(train, section, seed, len(classes)) for train in trains]
     if packed:

@@ -6,7 +6,9 @@ import numpy as np
 
 from dsdistill.config.errors import UserError
 
-Special = tuple[list[int], list[int], list[int]]  # before the prompt, between prompt and response, after the response
+Special = tuple[
+    list[int], list[int], list[int]
+]  # before the prompt, between prompt and response, after the response
 
 
 def separated(

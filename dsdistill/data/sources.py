@@ -28,7 +28,9 @@ def parts(section: Section) -> list[tuple[str, float, Section]]:
             own["messages"] = None
         own.setdefault("train", "train")
         changed = section.model_copy(update=own)
-        name = name or changed.subset or (changed.source if changed.source != "files" else _first(changed.train))
+        name = (
+            name or changed.subset or (changed.source if changed.source != "files" else _first(changed.train))
+        )
         made.append((name, weight, changed))
     names = [name for name, *_ in made]
     if len(set(names)) < len(names):
@@ -112,7 +114,10 @@ def _labels(tables: list[tuple[str, Table]]) -> Table:
     """Return one table of all labels, with the classes that tables declare where all that do declare the same."""
     declared = {tuple(table.classes[column]) for column, table in tables if column in (table.classes or {})}
     if len(declared) == 1:
-        labels, classes = [label for column, table in tables for label in table.column(column)], list(*declared)
+        labels, classes = (
+            [label for column, table in tables for label in table.column(column)],
+            list(*declared),
+        )
     else:  # an index is a class of its own table alone
         labels, classes = [name for column, table in tables for name in spelled(table, column)], None
     place = _places([table for _, table in tables])
@@ -132,7 +137,9 @@ def _rows(
         ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
     labels: list = []
     for table in tables:
-        labels += class_indices(table, section.label, classes) if task == CLASSES else scores(table, section.label)
+        labels += (
+            class_indices(table, section.label, classes) if task == CLASSES else scores(table, section.label)
+        )
     return Rows(_places(tables), found[:limit], labels[:limit], ids[:limit])
 
 

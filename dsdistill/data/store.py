@@ -1,16 +1,16 @@
 """Tokenised documents on disk, mapped and never loaded: what `dsdistill tokenize` writes and every rank reads.
 
-    CACHE/tokens-KEY/
-      store.json            what it was made from, its totals and its hash; there once all else is complete
-      00000/ 00001/ …       shards, each complete or absent
-        ids.bin             uint16 where the vocabulary fits, else int32; the tokens of all documents, end to end
-        begins.bin          (n,) int32, where in the shard each document begins; the first may go on from before
-        lines.bin           (n,) uint32, where in its source each document lies
-        ranges.bin          (r, 2) int32 runs of tokens that have labels, in order; absent where all have
-        types.bin           uint8 token types, absent without
-        spans.bin           (s, 3) int32 words and phrases by their first tokens: first, one past the last, kind;
-                            absent without
-        shard.json          totals, hashes, and how far in its source it reaches
+CACHE/tokens-KEY/
+  store.json            what it was made from, its totals and its hash; there once all else is complete
+  00000/ 00001/ …       shards, each complete or absent
+    ids.bin             uint16 where the vocabulary fits, else int32; the tokens of all documents, end to end
+    begins.bin          (n,) int32, where in the shard each document begins; the first may go on from before
+    lines.bin           (n,) uint32, where in its source each document lies
+    ranges.bin          (r, 2) int32 runs of tokens that have labels, in order; absent where all have
+    types.bin           uint8 token types, absent without
+    spans.bin           (s, 3) int32 words and phrases by their first tokens: first, one past the last, kind;
+                        absent without
+    shard.json          totals, hashes, and how far in its source it reaches
 """
 
 import hashlib
@@ -100,7 +100,10 @@ class Runs:
     def bounds(self) -> np.ndarray:
         """Return (2, k) int64, the first and one past the last token of all runs."""
         return np.concatenate(
-            [part[:, :2].T.astype(np.int64) + base for part, base in zip(self.parts, self.bases, strict=True)],
+            [
+                part[:, :2].T.astype(np.int64) + base
+                for part, base in zip(self.parts, self.bases, strict=True)
+            ],
             axis=1,
         )
 
@@ -117,6 +120,7 @@ class Documents:
     lines: Mapped  # where in its source each lies
     places: tuple[tuple[str, int], ...]  # the sources and how many documents each has, in order
     digest: str  # of all contents
+    paths: tuple[str, ...] = ()  # of the stores
     truncated: int = 0  # documents that were cut as they were tokenised
 
     def __len__(self) -> int:
@@ -163,6 +167,7 @@ def open_store(path: Path) -> Documents:
         Mapped(columns["lines"]),
         ((note["place"], len(starts) - 1),),
         note["hash"],
+        (str(path),),
         note["truncated"],
     )
 
@@ -191,6 +196,7 @@ def joined(parts: Sequence[Documents]) -> Documents:
         Mapped([array for part in parts for array in part.lines.parts]),
         tuple(place for part in parts for place in part.places),
         digest.hexdigest(),
+        tuple(path for part in parts for path in part.paths),
         sum(part.truncated for part in parts),
     )
 

@@ -26,6 +26,7 @@ from dsdistill.data import store
 from dsdistill.data.documents import Document, Item, Reader, batches
 from dsdistill.data.store import COLUMNS, NOTE_BYTES, SHARD_NOTE, STORE, Documents
 from dsdistill.data.table import Bad, Row, Stream
+from dsdistill.data.verify import file_hash
 
 log = logging.getLogger("dsdistill")
 
@@ -183,6 +184,7 @@ class _Writer:
             "truncated": self._sum("truncated"),
             "shards": [f"{index:05}" for index in range(len(self.notes))],
             "hash": hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest(),
+            "contents": self._contents(),
             "made_from": self.settings,
         }
         with disk.writing(self.path / STORE) as file:
@@ -196,6 +198,11 @@ class _Writer:
                 f"{tokens:,}",
                 f"{self.new / max(seconds, 1e-9):,.0f}",
             )
+
+    def _contents(self) -> str | None:
+        """Return the hash of the source, where it is a file."""
+        path = self.stream.identity.get("path")
+        return None if path is None else file_hash(path)
 
     def _sum(self, name: str) -> int:
         return sum(note[name] for note in self.notes)
@@ -315,4 +322,3 @@ class _Writer:
             leave=False,
             file=sys.stderr,
         )
-

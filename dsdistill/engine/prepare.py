@@ -1,6 +1,5 @@
 """Resolve the parts of a run and check them against each other before any weight is loaded."""
 
-import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -10,33 +9,33 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dsdistill import config as configs
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.probing import check_pair
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, schema
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel, Task, Terms
-from dsdistill.data import Set, Splits, Words, load_data, load_texts
-from dsdistill.data.bytes_bpe import train_bytes_tokenizer
+from dsdistill.data import Set, Splits, load_texts
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import Sampler
-from dsdistill.data.sources import texts
-from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import refusals, stages
 from dsdistill.engine.module import brings_head
-from dsdistill.engine.packing import packs
+from dsdistill.engine.resolve import (
+    read_sets,
+    recipe_of,
+    student_architecture,
+    teacher_architecture,
+    tokenizer_of,
+    words_of,
+)
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
-    architecture,
     for_task,
-    load_tokenizer,
-    override,
 )
-from dsdistill.models.cut import check_cut, cut_architecture
+from dsdistill.models.cut import check_cut
 from dsdistill.models.settings import text_config
-from dsdistill.models.tokenizer import entries, fingerprint
+from dsdistill.models.tokenizer import entries
 from dsdistill.models.trace import Geometry
 from dsdistill.models.weights import check_ties, own_ties
 
@@ -75,10 +74,10 @@ def prepare(config: Config, world_size: int) -> Prepared:
     if config.evaluation.generate:
         check_packages()
     recipe = _recipe(config, world_size)
-    teacher = _teacher_architecture(config.teacher, recipe)
+    teacher = teacher_architecture(config.teacher, recipe)
     student = student_architecture(config.student, teacher)
     objectives = objective_layers(config, student, teacher)
-    tokenizer = _tokenizer(config, recipe)
+    tokenizer = tokenizer_of(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             trained = place == "teacher" or config.student.from_teacher or config.student.path
@@ -99,17 +98,14 @@ def prepare(config: Config, world_size: int) -> Prepared:
     if config.student.path is not None:
         check_ties(config.student.path, own_ties(student, task, "student"), "student")
     refusals.check_frozen(config.student, config.stages, student, task)
-    words = Words(tokenizer, entries(tokenizer), fingerprint(tokenizer))
-    splits = load_data(
-        data, task, words, seed=config.run.seed, with_spans=config.needs_spans, packed=packs(config, {"student": student, "teacher": teacher})
-    )
+    splits = read_sets(config, tokenizer, student, teacher)
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     reads_head = any(objective.needs("head") for objective in objectives)
     refusals.check_lacking(config.teacher, teacher, of_teacher, task, "teacher", needs_head=reads_head)
     refusals.check_lacking(
         config.student, student, of_student, task, "student", needs_head=brings_head(config)
     )
-    contrast = _contrast(data, words)
+    contrast = _contrast(data, tokenizer)
     judged = teacher is not None and (
         recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives, of_teacher)
     )
@@ -153,22 +149,12 @@ def _recipe(config: Config, world_size: int) -> Prepared | None:
     return recipe
 
 
-def _contrast(data: schema.Data, words: Words) -> Contrast | None:
+def _contrast(data: schema.Data, tokenizer: PreTrainedTokenizerBase) -> Contrast | None:
     if data.domain is None or data.general is None:
         return None
-    models = (
-        Bigrams(load_texts(data, files, words), words.entries)
-        for files in (data.domain, data.general)
-    )
+    words = words_of(tokenizer)
+    models = (Bigrams(load_texts(data, files, words), words.entries) for files in (data.domain, data.general))
     return Contrast(*models)
-
-
-def recipe_of(config: Config) -> Config:
-    """Return the config that trains the teacher; its data is read from where this run's is."""
-    recipe = configs.load([config.teacher.recipe])
-    if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
-        return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
 
 
 def tell_other_data(config: Config, recipe: Config) -> None:
@@ -188,22 +174,6 @@ def _texts(data: schema.Data) -> dict:
         "train": ", ".join(map(os.path.normpath, files)),
         "text": ", ".join(data.text),
     }
-
-
-def _teacher_architecture(teacher: schema.Teacher | None, recipe: Prepared | None) -> PretrainedConfig | None:
-    if teacher is None:
-        return None
-    if recipe is not None:
-        made = type(recipe.student).from_dict(recipe.student.to_dict())
-        return override(made, teacher.config or {}, "teacher")
-    return architecture(teacher.path, teacher.config, "teacher")
-
-
-def student_architecture(student: schema.Student, teacher: PretrainedConfig | None) -> PretrainedConfig:
-    """Return the architecture of the student; teacher: what it may be cut from."""
-    if student.from_teacher is not None:
-        return cut_architecture(teacher, student.from_teacher, student.config, "student")
-    return architecture(student.path, student.config, "student")
 
 
 def make_pair(
@@ -232,45 +202,3 @@ def objective_layers(
     tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     with torch.device("meta"):
         return make_objectives(config, make_pair(config, student, teacher, tokens))
-
-
-def _tokenizer(config: Config, recipe: Prepared | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run; raise UserError where a model that it feeds has another of its own."""
-    paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
-    paths = {place: path for place, path in paths.items() if path}
-    own = {"teacher": recipe.tokenizer} if recipe is not None else {}
-    if config.data.tokenizer is not None:
-        place = "data.tokenizer"
-        chosen = load_tokenizer(config.data.tokenizer, place)
-        others = {name: path for name, path in paths.items() if path != config.data.tokenizer}
-        own |= _own_tokenizers(others)
-    elif config.data.train_tokenizer is not None:
-        place = "data.train_tokenizer"
-        make = train_bytes_tokenizer if config.data.tokenizer_kind == "bytes" else train_tokenizer
-        folder = make(texts(config.data, config.task), config.data.train_tokenizer, config.data.cache)
-        chosen = load_tokenizer(folder, place)
-        own |= _own_tokenizers(paths)
-    else:
-        own |= {name: load_tokenizer(path, f"{name}.path") for name, path in paths.items()}
-        if not own:
-            raise UserError(
-                "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
-            )
-        # Teacher and student read the same ids.
-        place = "student.path"
-        chosen = own.pop("teacher") if "teacher" in own else own.pop("student")
-        if "student" in own:
-            refusals.check_tokenizer(own["student"], chosen, place, "teacher")
-        return chosen
-    for name, tokenizer in own.items():
-        refusals.check_tokenizer(chosen, tokenizer, place, name)
-    return chosen
-
-
-def _own_tokenizers(paths: dict[str, str]) -> dict[str, PreTrainedTokenizerBase]:
-    """Return the tokenizers that models bring, by place; one without, or with one that fails, cannot be compared."""
-    found = {}
-    for name, path in paths.items():
-        with contextlib.suppress(UserError):
-            found[name] = load_tokenizer(path, f"{name}.path")
-    return found

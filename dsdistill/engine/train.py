@@ -210,7 +210,9 @@ class Trainer:
         with contextlib.closing(ahead):
             self._steps(ahead, guard, points, folder, bar)
 
-    def _steps(self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm) -> None:
+    def _steps(
+        self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm
+    ) -> None:
         while self.progress.step < self.end:
             batches = ahead.step(self.progress.step)
             rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps

@@ -1,0 +1,139 @@
+"""Resolve what the data of a config depends on, and read its sets: before a run, or without one."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dsdistill import config as configs
+from dsdistill.config import Config, UserError, schema
+from dsdistill.data import Set, Splits, Words, load_data
+from dsdistill.data.bytes_bpe import train_bytes_tokenizer
+from dsdistill.data.sources import texts
+from dsdistill.data.table import Bad
+from dsdistill.data.wordpiece import train_tokenizer
+from dsdistill.engine import refusals
+from dsdistill.engine.packing import packs
+from dsdistill.models.build import architecture, load_tokenizer, override
+from dsdistill.models.cut import cut_architecture
+from dsdistill.models.tokenizer import entries, fingerprint
+
+
+class Made(Protocol):
+    """What a recipe makes: its student is the teacher."""
+
+    tokenizer: PreTrainedTokenizerBase
+    student: PretrainedConfig
+
+
+@dataclass
+class Resolved:
+    """Resolved holds the tokenizer and the architectures of a config."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    student: PretrainedConfig
+    teacher: PretrainedConfig | None
+    recipe: "Resolved | None"  # of the teacher
+
+
+def resolve(config: Config) -> Resolved:
+    """Return tokenizer and architectures of a config, and of its teacher's recipe; no weights are looked at."""
+    recipe = None
+    if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
+        recipe = resolve(recipe_of(config))
+    teacher = teacher_architecture(config.teacher, recipe)
+    student = student_architecture(config.student, teacher)
+    return Resolved(config, tokenizer_of(config, recipe), student, teacher, recipe)
+
+
+def read_sets(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    bad: Bad | None = None,
+) -> Splits[Set]:
+    """Return all sets of a config, tokenised, as its models are to read them; `bad` as of `load_data`."""
+    return load_data(
+        config.data,
+        config.task,
+        words_of(tokenizer),
+        seed=config.run.seed,
+        with_spans=config.needs_spans,
+        packed=packs(config, {"student": student, "teacher": teacher}),
+        bad=bad,
+    )
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase) -> Words:
+    """Return a tokenizer and what tells it from others."""
+    return Words(tokenizer, entries(tokenizer), fingerprint(tokenizer))
+
+
+def recipe_of(config: Config) -> Config:
+    """Return the config that trains the teacher; its data is read from where this run's is."""
+    recipe = configs.load([config.teacher.recipe])
+    if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
+
+
+def teacher_architecture(teacher: schema.Teacher | None, recipe: Made | None) -> PretrainedConfig | None:
+    """Return the architecture of the teacher; recipe: of the run that trains it."""
+    if teacher is None:
+        return None
+    if recipe is not None:
+        made = type(recipe.student).from_dict(recipe.student.to_dict())
+        return override(made, teacher.config or {}, "teacher")
+    return architecture(teacher.path, teacher.config, "teacher")
+
+
+def student_architecture(student: schema.Student, teacher: PretrainedConfig | None) -> PretrainedConfig:
+    """Return the architecture of the student; teacher: what it may be cut from."""
+    if student.from_teacher is not None:
+        return cut_architecture(teacher, student.from_teacher, student.config, "student")
+    return architecture(student.path, student.config, "student")
+
+
+def tokenizer_of(config: Config, recipe: Made | None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a run; raise UserError where a model that it feeds has another of its own."""
+    paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
+    paths = {place: path for place, path in paths.items() if path}
+    own = {"teacher": recipe.tokenizer} if recipe is not None else {}
+    if config.data.tokenizer is not None:
+        place = "data.tokenizer"
+        chosen = load_tokenizer(config.data.tokenizer, place)
+        others = {name: path for name, path in paths.items() if path != config.data.tokenizer}
+        own |= _own_tokenizers(others)
+    elif config.data.train_tokenizer is not None:
+        place = "data.train_tokenizer"
+        make = train_bytes_tokenizer if config.data.tokenizer_kind == "bytes" else train_tokenizer
+        folder = make(texts(config.data, config.task), config.data.train_tokenizer, config.data.cache)
+        chosen = load_tokenizer(folder, place)
+        own |= _own_tokenizers(paths)
+    else:
+        own |= {name: load_tokenizer(path, f"{name}.path") for name, path in paths.items()}
+        if not own:
+            raise UserError(
+                "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
+            )
+        # Teacher and student read the same ids.
+        place = "student.path"
+        chosen = own.pop("teacher") if "teacher" in own else own.pop("student")
+        if "student" in own:
+            refusals.check_tokenizer(own["student"], chosen, place, "teacher")
+        return chosen
+    for name, tokenizer in own.items():
+        refusals.check_tokenizer(chosen, tokenizer, place, name)
+    return chosen
+
+
+def _own_tokenizers(paths: dict[str, str]) -> dict[str, PreTrainedTokenizerBase]:
+    """Return the tokenizers that models bring, by place; one without, or with one that fails, cannot be compared."""
+    found = {}
+    for name, path in paths.items():
+        with contextlib.suppress(UserError):
+            found[name] = load_tokenizer(path, f"{name}.path")
+    return found

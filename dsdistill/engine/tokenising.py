@@ -1,0 +1,39 @@
+"""Fill the stores of a config's data, and check them, for `dsdistill tokenize`."""
+
+from dsdistill.config import Config
+from dsdistill.data import Mixture, Packed, Set
+from dsdistill.data.verify import verify_stores
+from dsdistill.engine.preview import numbers
+from dsdistill.engine.resolve import Resolved, read_sets, resolve
+
+
+def tokenize(config: Config, *, verify: bool = False) -> str:
+    """Tokenise all sets of a config and of its teacher's recipe; return a table of what they hold.
+
+    verify: sources and stores are read again whole, and compared.
+
+    Raises:
+        UserError: a row cannot be used; with `verify`, a source or a store that is not as it was.
+    """
+    return _tokenised(resolve(config), verify)
+
+
+def _tokenised(found: Resolved, verify: bool) -> str:
+    told = _tokenised(found.recipe, verify) if found.recipe is not None else ""
+    config = found.config
+    data = read_sets(config, found.tokenizer, found.student, found.teacher)
+    sets: dict[str, Set] = {"train": data.train}
+    sets |= {f"dev {name}".strip(): dev for name, dev in data.devs.items()}
+    if verify:
+        count = verify_stores(path for examples in sets.values() for path in _paths(examples))
+        told += f"{config.run.name}: {count} stores are what their sources give\n"
+    for name, examples in sets.items():
+        held = numbers(examples, config.data.max_length)
+        told += f"{config.run.name} {name}: {held['examples']:,} examples, {held['tokens']:,} tokens\n"
+    return told
+
+
+def _paths(examples: Set) -> list[str]:
+    """Return the stores that a set lies in."""
+    parts = examples.parts if isinstance(examples, Mixture) else (examples,)
+    return [path for part in parts for path in (part.parts if isinstance(part, Packed) else part).documents.paths]
