@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig
 
 from dsdistill.config import UserError, load
-from dsdistill.data import read
+from tests.data.rig import read
 from dsdistill.disk import check_file, check_writable
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.ops.backends import extension

@@ -20,7 +20,7 @@ from dsdistill.config.load import make_config
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.section import Section as AnySection
 from dsdistill.data import Splits, files
-from dsdistill.data import load_data as tokenized
+from tests.data.rig import load as tokenized
 
 # The same examples in every run: a failure here is a bug, never chance.
 FUZZ = settings(

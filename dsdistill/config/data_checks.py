@@ -1,6 +1,6 @@
 """Rules between the settings of a run's data."""
 
-from dsdistill.config.data import Data, Part
+from dsdistill.config.data_section import Data, Part
 from dsdistill.config.errors import UserError
 
 

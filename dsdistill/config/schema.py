@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from dsdistill.config.data import Data
+from dsdistill.config.data_section import Data
 from dsdistill.config.section import NAME, LearningRate, NonNegative, Positive, Section
 from dsdistill.config.terms import Task, Terms
 

@@ -203,8 +203,14 @@ class SpecialReader:
     """Read one text or a pair with the tokenizer's special tokens, truncated to max_length (the longer text first)."""
 
     def __init__(
-        self, tokenizer: Any, columns: tuple[str, ...], max_length: int, chunk: Chunker | None = None
+        self,
+        tokenizer: Any,
+        columns: tuple[str, ...],
+        max_length: int,
+        chunk: Chunker | None = None,
+        labelled: bool = False,
     ):
+        """Take what the reader depends on; labelled: rows have labels, so that no blank one is left out."""
         special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
         if max_length <= special + len(columns) - 1:
             least = special + len(columns) - 1
@@ -212,6 +218,7 @@ class SpecialReader:
                 "data.max_length", max_length, f"above {least} (of these the tokenizer adds {special})"
             )
         self._tokenizer, self._most, self._chunk = tokenizer, max_length, chunk
+        self._labelled = labelled
         self.columns = (*columns, "text_a", "text_b")[: 2 * len(columns)]
         self._wanted = columns
         self.settings = {"layout": "special", "columns": columns, "max_length": max_length}
@@ -226,7 +233,7 @@ class SpecialReader:
             text = _text(stream, line, row, (column,))
             if stream.plain:
                 text = text.removesuffix("\n")
-            if text.strip():
+            if text.strip() or self._labelled:
                 yield Item((text,), number, line)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:

@@ -44,7 +44,6 @@ def stream(name: str, root: str | None, wanted: Iterable[str], most: int) -> Str
         "path": os.path.abspath(path),
         "size": status.st_size,
         "modified": status.st_mtime_ns,
-        "most": most,
     }
     declared, columns = None, ()
     if suffix == ".parquet":

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from dsdistill.config.data import Data, Layout
+from dsdistill.config.data_section import Data, Layout
 from dsdistill.config.errors import UserError
 from dsdistill.data.chat import Chat
 from dsdistill.data.prompted import special_tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsdistill.config.data import Data as Section
+from dsdistill.config.data_section import Data as Section
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import chunkers, store
@@ -127,7 +127,7 @@ class _Loading:
     def labelled(self, rows: Rows, section: Section) -> Examples:
         """Return rows with labels as examples."""
         columns = ("a", "b")[: len(rows.texts[0])]
-        reader = SpecialReader(self.words.tokenizer, columns, section.max_length, self._chunk())
+        reader = SpecialReader(self.words.tokenizer, columns, section.max_length, self._chunk(), labelled=True)
         found = whole(self._stored(of_rows(rows), reader, Limit()))
         kind = torch.int64 if self.task == "classification" else torch.float32
         return replace(found, labels=torch.tensor(rows.labels, dtype=kind), given_ids=rows.ids)

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
-from dsdistill.config.data import Data as Section
-from dsdistill.config.data import Part
+from dsdistill.config.data_section import Data as Section
+from dsdistill.config.data_section import Part
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import docstrings, files, hub
@@ -93,11 +94,25 @@ def streams(section: Section, split: str | tuple[str, ...], task: str) -> list[S
 def texts(section: Section, task: str) -> Iterator[str]:
     """Yield the texts of the train set, of conversations those of their turns; without labels."""
     for *_, part in parts(section):
-        columns = (part.messages,) if part.messages else part.text
-        for stream in streams(part, part.train, task):
-            for _, row in stream.rows():
-                own = columns if columns[0] in row else ("text_a", "text_b")[: len(columns)]
-                yield from _spoken([row.get("text") if stream.plain else row.get(name) for name in own])
+        # Plain text is limited in blocks of tokens, which nobody can count yet.
+        running = task == "causal_lm" and part.messages is None and len(part.text) == 1
+        for row in islice(_text_rows(part, task), None if running else part.max_train):
+            yield from row
+
+
+def _text_rows(section: Section, task: str) -> Iterator[list[str]]:
+    """Yield the texts of each row; single texts that are blank are left out where tokens are predicted."""
+    columns = (section.messages,) if section.messages else section.text
+    for stream in streams(section, section.train, task):
+        if stream.plain and task == "causal_lm":
+            yield ["".join(row["text"] for _, row in stream.rows())]
+            continue
+        for _, row in stream.rows():
+            own = columns if stream.plain or columns[0] in row else ("text_a", "text_b")[: len(columns)]
+            values = [row["text"].removesuffix("\n")] if stream.plain else [row.get(name) for name in own]
+            found = list(_spoken(values))
+            if len(columns) == 2 or task not in LANGUAGE or any(map(str.strip, found)):
+                yield found
 
 
 def _spoken(value: Any) -> Iterator[str]:

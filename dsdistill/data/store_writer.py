@@ -159,6 +159,7 @@ class _Writer:
         self.bar: tqdm | None = None
         self.begun = time.monotonic()
         self.new = 0  # tokens of this process
+        self.rows = 0  # of the source, that have been read
 
     def write(self) -> None:
         """Write what is missing, and the note that completes the store."""
@@ -173,7 +174,8 @@ class _Writer:
         documents, tokens = self._sum("documents"), self._sum("tokens")
         if not documents:
             shutil.rmtree(self.path, ignore_errors=True)
-            raise UserError(self.stream.place, "no text, or blank rows alone", "some text")
+            got = "no rows" if not self.rows else f"blank rows alone in {self.reader.columns[0]}"
+            raise UserError(self.stream.place, "an empty file" if self.stream.plain else got, "some text")
         hashes = [[note["hashes"], note["tokens"]] for note in self.notes]
         note = {
             "format": store.FORMAT,
@@ -295,7 +297,7 @@ class _Writer:
 
     def _items(self, row: int, piece: int) -> Iterator[Item]:
         """Yield the items of the source that come after a piece of a row."""
-        rows: Iterator[tuple[int, Row]] = enumerate(self.stream.rows(self.bad))
+        rows = self._rows()
         if not self.stream.plain:  # the lines of a text file are one row
             rows = (numbered for numbered in rows if numbered[0] >= row)
         if self.bad is None or self.stream.plain:
@@ -303,6 +305,10 @@ class _Writer:
         else:
             items = chain.from_iterable(self._forgiven(numbered) for numbered in rows)
         return (item for item in items if (item.row, item.piece) > (row, piece))
+
+    def _rows(self) -> Iterator[tuple[int, Row]]:
+        for self.rows, row in enumerate(self.stream.rows(self.bad), 1):
+            yield self.rows - 1, row
 
     def _forgiven(self, numbered: tuple[int, Row]) -> list[Item]:
         assert self.bad is not None

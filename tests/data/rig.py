@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsdistill.config.data import Data as Section
+from dsdistill.config.data_section import Data as Section
 from dsdistill.data import Examples, Rows, Splits, Words, load_data
 from dsdistill.data.load import _Loading
+from dsdistill.data.sources import read as read_rows
+from dsdistill.data.sources import streams
 from dsdistill.data.store import Documents, Mapped, Runs
 from dsdistill.models.tokenizer import entries, fingerprint
 
@@ -58,7 +60,27 @@ def words(tokenizer) -> Words:
 
 
 def load(section: Section, task: str, tokenizer, **options) -> Splits:
-    return load_data(section, task, words(tokenizer), **options)
+    """Return the sets of a section; those of a section without a cache of its own are kept nowhere."""
+    if "cache" in section.model_fields_set:
+        return load_data(section, task, words(tokenizer), **options)
+    with tempfile.TemporaryDirectory() as folder:
+        return load_data(section.model_copy(update={"cache": folder}), task, words(tokenizer), **options)
+
+
+def read(section: Section, task: str) -> Splits:
+    """Return the checked rows of a labelled task."""
+    trains, devs, classes = read_rows(section, task)
+    assert len(trains) == 1
+    return Splits(trains[0], devs, classes)
+
+
+def texts_of(section: Section, task: str, tokenizer, split: str = "train") -> list[tuple[str, ...]]:
+    """Return the texts that a language model's set is read as, before they become tokens."""
+    found = []
+    reader, _ = _Loading(section, task, words(tokenizer), False, None)._reader(section)
+    for stream in streams(section, getattr(section, split), task):
+        found += [item.texts for item in reader.items(stream, enumerate(stream.rows()))]
+    return found
 
 
 def tokenize(texts, tokenizer, max_length, task, labels=None, limit=None, chunk=None, **settings) -> Examples:

@@ -5,15 +5,14 @@ import torch
 
 from dsdistill.data import NO_LABEL, Examples, Loader, collate, evaluation_batches
 from dsdistill.data.masking import Masking
+from tests.data.rig import made
 
 LENGTHS = (5, 1, 3, 8, 2)
 
 
 def examples(**changes) -> Examples:
-    lengths = torch.tensor(LENGTHS)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    tokens = torch.arange(5, 5 + int(starts[-1]), dtype=torch.int32)
-    return Examples(tokens, starts, **{"labels": None, "ids": list("abcde")} | changes)
+    tokens = iter(range(5, 5 + sum(LENGTHS)))
+    return made([[next(tokens) for _ in range(length)] for length in LENGTHS], ids=list("abcde"), **changes)
 
 
 def masking(predicted: float, hidden: float) -> Masking:
@@ -22,7 +21,7 @@ def masking(predicted: float, hidden: float) -> Masking:
 
 CAUSAL = {
     "plain": {},
-    "prompted": {"prompts": torch.tensor([2, 0, 1, 7, 2])},
+    "prompted": {"ranges": [[(2, 5)], [(0, 1)], [(1, 3)], [(7, 8)], []]},
     "hidden, not predicted": {"masking": masking(0.0, 0.3)},
 }
 
@@ -40,7 +39,7 @@ def test_causal(changes):
     """All valid tokens with a label but the first of each row."""
     data = examples(**changes)
     batch = collate(data, [3, 0, 1, 4], pad_id=0, epoch=0)
-    prompts = data.prompts if data.prompts is not None else torch.zeros(5, dtype=torch.int64)
+    prompts = [2, 0, 1, 7, 2] if data.prompted else [0] * 5
     assert places(batch) == [
         (i, n) for i, row in enumerate([3, 0, 1, 4]) for n in range(max(1, prompts[row]), LENGTHS[row])
     ]

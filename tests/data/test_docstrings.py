@@ -9,7 +9,8 @@ import pytest
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import docstrings, read
+from dsdistill.data import docstrings
+from tests.data.rig import read
 
 SMALL = 120  # texts of a class: enough to test on, few enough to be quick
 

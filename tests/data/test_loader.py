@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dsdistill.config.errors import UserError
-from dsdistill.data import NO_LABEL, Examples, Loader, collate, evaluation_batches, restore
+from dsdistill.data import NO_LABEL, Loader, collate, evaluation_batches, restore
+from tests.data.rig import made
 
 PAD = 99
 SHARES = [(1, 24), (1, 8), (2, 4), (3, 2), (4, 6), (24, 1)]  # ranks, micro-batch: all divide steps of 24
@@ -13,14 +14,12 @@ SHARES = [(1, 24), (1, 8), (2, 4), (3, 2), (4, 6), (24, 1)]  # ranks, micro-batc
 
 def examples(n, labels=torch.int64, token_types=False):
     """Example i has 1 + i % 5 tokens, all of them i, and label i."""
-    lengths = torch.arange(n) % 5 + 1
-    tokens = torch.arange(n).repeat_interleave(lengths).to(torch.int32)
-    return Examples(
-        tokens=tokens,
-        starts=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
+    rows = [[i] * (i % 5 + 1) for i in range(n)]
+    return made(
+        rows,
         labels=None if labels is None else torch.arange(n).to(labels),
         ids=[f"row {i}" for i in range(n)],
-        token_types=(tokens % 2).to(torch.uint8) if token_types else None,
+        types=[[i % 2] * len(row) for i, row in enumerate(rows)] if token_types else None,
     )
 
 

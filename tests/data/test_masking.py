@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from dsdistill.config.errors import UserError
 from dsdistill.data import NO_LABEL, Examples, Loader, collate, evaluation_batches
 from dsdistill.data.masking import masking
+from tests.data.rig import made
 
 MASK, SPECIAL = 4, {0, 1, 2, 3, 4}
 
@@ -23,13 +24,7 @@ def examples(hide, lengths=(30, 3, 12, 2, 21, 8, 17)) -> Examples:
     """[CLS] words [SEP]; the example of 2 tokens has no word."""
     rng = np.random.default_rng(0)
     rows = [[2, *rng.integers(5, 30, n - 2), 3] for n in lengths]
-    return Examples(
-        torch.tensor(np.concatenate(rows), dtype=torch.int32),
-        torch.tensor(np.cumsum([0, *lengths])),
-        None,
-        [str(i) for i in range(len(lengths))],
-        masking=hide,
-    )
+    return made(rows, masking=hide)
 
 
 def test_shares(tokenizer):
@@ -66,7 +61,7 @@ def test_each_epoch_draws_anew_and_neither_ranks_nor_micro_batches_matter(tokeni
                         batch.ids, batch.input_ids, batch.labels, batch.mask, strict=True
                     ):
                         found[name] = (ids[mask].tolist(), labels[mask].tolist())
-        return {name: found[name] for name in data.ids}
+        return {name: found[name] for name in data.given_ids}
 
     first = drawn(1, 4, 0)
     assert first == drawn(2, 1, 0) == drawn(2, 2, 0)

@@ -11,18 +11,11 @@ from dsdistill.alignment.terms import TERMS, Pair, Shape
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.terms import SoftLabel, Task
-from dsdistill.data import NO_LABEL, Rows, collate, read, tokenize
+from dsdistill.data import NO_LABEL, collate
+from tests.data.rig import lists, load, tokenize
 from dsdistill.data.batch import PHRASE, WORD
 
 A, CLS, SEP, PAD = 4, 2, 3, 0  # ids: a is 4, b is 5, …
-
-
-def rows(*texts):
-    return Rows("here", list(texts), None, [f"row {i}" for i in range(len(texts))])
-
-
-def lists(examples):
-    return [examples.tokens[a:b].tolist() for a, b in zip(examples.starts, examples.starts[1:], strict=False)]
 
 
 def letters(text):
@@ -40,18 +33,18 @@ def decoder_tokenizer():
 
 
 def test_layout_with_class_token_and_separator(tokenizer):
-    examples = tokenize(rows(("ab", "cde"), ("f", "g")), tokenizer, 16, "causal_lm")
+    examples = tokenize([("ab", "cde"), ("f", "g")], tokenizer, 16, "causal_lm")
     assert lists(examples) == [
         [CLS, *letters("ab"), SEP, *letters("cde"), SEP],
         [CLS, *letters("f"), SEP, *letters("g"), SEP],
     ]
-    assert examples.prompts.tolist() == [4, 3] and examples.labels is None and examples.token_types is None
+    assert [examples.context(i) for i in range(len(examples))] == [4, 3] and examples.labels is None and examples.documents.types is None
 
 
 def test_layout_without_a_separator(decoder_tokenizer):
-    examples = tokenize(rows(("ab", "cd")), decoder_tokenizer, 16, "causal_lm")
+    examples = tokenize([("ab", "cd")], decoder_tokenizer, 16, "causal_lm")
     assert lists(examples) == [[3, 4, 1, 5, 6, 0]]
-    assert examples.prompts.tolist() == [3]
+    assert [examples.context(i) for i in range(len(examples))] == [3]
     batch = collate(examples, [0, 0], pad_id=0)  # padding is the end token too, the mask tells them apart
     assert batch.labels[0].tolist() == [NO_LABEL] * 3 + [5, 6, 0]
 
@@ -67,14 +60,14 @@ def test_layout_without_a_separator(decoder_tokenizer):
     ],
 )
 def test_truncation_keeps_room_for_the_response(tokenizer, prompt, response, kept):
-    examples = tokenize(rows((prompt, response)), tokenizer, 10, "causal_lm")
+    examples = tokenize([(prompt, response)], tokenizer, 10, "causal_lm")
     prompt, response, whole = kept
     assert lists(examples) == [[CLS, *letters(prompt), SEP, *letters(response), *[SEP] * whole]]
-    assert examples.prompts.tolist() == [len(prompt) + 2]
+    assert [examples.context(i) for i in range(len(examples))] == [len(prompt) + 2]
 
 
 def test_labels_are_the_response_alone(tokenizer):
-    examples = tokenize(rows(("ab", "cde"), ("f", "g")), tokenizer, 16, "causal_lm")
+    examples = tokenize([("ab", "cde"), ("f", "g")], tokenizer, 16, "causal_lm")
     batch = collate(examples, [1, 0], PAD)
     assert batch.labels.tolist() == [
         [NO_LABEL] * 3 + [*letters("g"), SEP] + [NO_LABEL] * 3,
@@ -92,7 +85,7 @@ def test_the_loss_knows_nothing_of_what_prompts_predict(tokenizer):
     """Cross-entropy over response tokens by hand, from random states and a random head."""
     from dsdistill.models.trace import Trace
 
-    batch = collate(tokenize(rows(("ab", "cde"), ("f", "g")), tokenizer, 16, "causal_lm"), [0, 1], PAD)
+    batch = collate(tokenize([("ab", "cde"), ("f", "g")], tokenizer, 16, "causal_lm"), [0, 1], PAD)
     torch.manual_seed(0)
     states, head = torch.randn(2, 8, 8), torch.randn(64, 8)
     pair = Pair(Shape(2, 8, 2, 2, 4, 64), None, "causal_lm", "auto", 64)
@@ -107,41 +100,41 @@ def test_the_loss_knows_nothing_of_what_prompts_predict(tokenizer):
 
 
 def test_spans_lie_in_both_texts(tokenizer):
-    def find(texts, ids):  # each text is one word, and from its second letter on a phrase
-        return [([(0, len(text))], [(1, len(text))]) for text in texts]
+    def find(line):  # each text is one word, and from its second letter on a phrase
+        return [(0, len(line))], [(1, len(line))]
 
-    examples = tokenize(rows(("abcdef", "ghi"), ("k", "lm")), tokenizer, 9, "causal_lm", find)
+    examples = tokenize([("abcdef", "ghi"), ("k", "lm")], tokenizer, 9, "causal_lm", chunk=find)
     assert lists(examples)[0] == [CLS, *letters("abc"), SEP, *letters("ghi"), SEP]
-    found = [examples.spans.of(i).tolist() for i in range(2)]
+    found = [examples.spans(i).tolist() for i in range(2)]
     assert sorted(found[0]) == sorted([[1, 4, WORD], [5, 8, WORD], [2, 4, PHRASE], [6, 8, PHRASE]])
     assert sorted(found[1]) == sorted([[1, 2, WORD], [3, 5, WORD], [4, 5, PHRASE]])
 
 
 def test_more_rows_than_one_call_of_the_tokenizer(tokenizer, monkeypatch):
     texts = [("ab", "c"), ("d", "ef"), ("g", "hij")]
-    whole = tokenize(rows(*texts), tokenizer, 9, "causal_lm")
-    monkeypatch.setattr("dsdistill.data.prompted.AT_ONCE", 2)
-    parts = tokenize(rows(*texts), tokenizer, 9, "causal_lm")
-    assert lists(parts) == lists(whole) and parts.prompts.tolist() == whole.prompts.tolist()
+    whole = tokenize(texts, tokenizer, 9, "causal_lm")
+    monkeypatch.setattr("dsdistill.data.store_writer.MOST", 2)
+    parts = tokenize(texts, tokenizer, 9, "causal_lm")
+    assert lists(parts) == lists(whole) and [parts.context(i) for i in range(3)] == [whole.context(i) for i in range(3)]
 
 
 def test_refusals(tokenizer, decoder_tokenizer):
     with pytest.raises(UserError, match=r"data\.max_length: got 3, expected at least 4"):
-        tokenize(rows(("a", "b")), tokenizer, 3, "causal_lm")
-    with pytest.raises(UserError, match="here: got row 'row 1' with an empty response"):
-        tokenize(rows(("a", "b"), ("a", " ")), tokenizer, 9, "causal_lm")
+        tokenize([("a", "b")], tokenizer, 3, "causal_lm")
+    with pytest.raises(UserError, match="rows.jsonl, line 2: got an empty response"):
+        tokenize([("a", "b"), ("a", " ")], tokenizer, 9, "causal_lm")
     nothing = PreTrainedTokenizerFast(tokenizer_object=decoder_tokenizer._tokenizer)
     with pytest.raises(UserError, match=r"data\.tokenizer: got one without a token that ends a text"):
-        tokenize(rows(("a", "b")), nothing, 9, "causal_lm")
+        tokenize([("a", "b")], nothing, 9, "causal_lm")
 
 
-def test_rows_are_limited_before_tokenizing_and_plain_text_has_no_columns(tmp_path, data_dir):
+def test_rows_are_limited_before_tokenizing_and_plain_text_has_no_columns(tokenizer, tmp_path, data_dir):
     Path(tmp_path, "train.tsv").write_text("q\ta\nx\ty\nv\tw\n")
     section = Section(
         source="files", root=str(tmp_path), train="train.tsv", dev="train.tsv", text=("q", "a"), max_train=1
     )
-    found = read(section, "causal_lm")
-    assert found.train.texts == [("x", "y")] and len(found.dev) == 2 and found.train.limit is None
+    found = load(section.model_copy(update={"layout": "separator"}), "causal_lm", tokenizer)
+    assert len(found.train) == 1 and len(found.dev) == 2
     section = section.model_copy(update={"dev": str(data_dir / "dev.txt")})
     with pytest.raises(UserError, match="got plain text, expected a file with the columns q and a"):
-        read(section, "causal_lm")
+        load(section, "causal_lm", tokenizer)

@@ -6,32 +6,34 @@ import torch
 from dsdistill.config.errors import UserError
 from dsdistill.config.load import make_config
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import load_data
-from dsdistill.data.sample import draw, with_noise
+from dsdistill.data.sample import chosen, with_noise
+from tests.data.rig import lists, load
 from tests.data.test_loader import examples
+
+
+def draw(examples, fraction, seed):
+    return examples.take(chosen(len(examples), fraction, seed))
 
 
 class TestFraction:
     def test_examples_stay_whole_and_in_order(self):
         whole = examples(50, token_types=True)
         part = draw(whole, 0.5, seed=3)
-        kept = [int(name.split()[1]) for name in part.ids]
+        kept = [int(name.split()[1]) for name in part.given_ids]
         assert len(part) == 25 and kept == sorted(set(kept)) and kept != list(range(25))
         assert part.labels.tolist() == kept
         for i, row in enumerate(kept):
-            for flat, old in ((part.tokens, whole.tokens), (part.token_types, whole.token_types)):
-                found = flat[part.starts[i] : part.starts[i + 1]]
-                assert torch.equal(found, old[whole.starts[row] : whole.starts[row + 1]])
-                assert found.dtype == old.dtype
+            assert part.tokens(i).tolist() == whole.tokens(row).tolist()
+            assert part.types(i).tolist() == whole.types(row).tolist()
 
     def test_a_smaller_one_lies_in_a_larger(self):
-        kept = [set(draw(examples(50), fraction, seed=3).ids) for fraction in (0.01, 0.2, 0.41, 1.0)]
+        kept = [set(draw(examples(50), fraction, seed=3).given_ids) for fraction in (0.01, 0.2, 0.41, 1.0)]
         assert [len(ids) for ids in kept] == [1, 10, 21, 50]
         assert kept[0] < kept[1] < kept[2] < kept[3]
 
     def test_seed(self):
-        assert draw(examples(50), 0.5, seed=3).ids == draw(examples(50), 0.5, seed=3).ids
-        assert draw(examples(50), 0.5, seed=3).ids != draw(examples(50), 0.5, seed=4).ids
+        assert draw(examples(50), 0.5, seed=3).given_ids == draw(examples(50), 0.5, seed=3).given_ids
+        assert draw(examples(50), 0.5, seed=3).given_ids != draw(examples(50), 0.5, seed=4).given_ids
 
     def test_text_without_labels(self):
         part = draw(examples(10, labels=None), 0.3, seed=0)
@@ -81,10 +83,10 @@ def test_the_train_set_alone(tokenizer, tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\tid\n" + "\n".join(lines) + "\n", encoding="utf-8")
     section = {"source": "files", "train": str(path), "dev": str(path)}
-    clean = load_data(Section(**section), "classification", tokenizer)
-    found = load_data(Section(**section, fraction=0.5, label_noise=0.25), "classification", tokenizer, seed=7)
+    clean = load(Section(**section), "classification", tokenizer)
+    found = load(Section(**section, fraction=0.5, label_noise=0.25), "classification", tokenizer, seed=7)
     assert len(found.train) == 20 and found.dev.labels.equal(clean.dev.labels)
-    right = torch.tensor([int(name.split()[1]) % 2 for name in found.train.ids])
+    right = torch.tensor([int(name.split()[1]) % 2 for name in found.train.given_ids])
     assert int((found.train.labels != right).sum()) == 5
 
 

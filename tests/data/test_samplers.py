@@ -1,8 +1,6 @@
 """Samplers and the n-gram models behind one of them."""
 
 import math
-from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -11,16 +9,11 @@ import torch
 from dsdistill.data import Examples, Loader
 from dsdistill.data.ngrams import ADDED, BIGRAM, Bigrams, Contrast
 from dsdistill.data.samplers import GROUP, HardNegative, Weighted, nearest_others
+from tests.data.rig import made
 
 
 def examples(rows, labels=None, second=None) -> Examples:
-    return Examples(
-        torch.tensor(list(chain(*rows)), dtype=torch.int32),
-        torch.tensor(np.cumsum([0, *map(len, rows)])),
-        None if labels is None else torch.tensor(labels),
-        [str(i) for i in range(len(rows))],
-        None if second is None else torch.tensor(list(chain(*second)), dtype=torch.uint8),
-    )
+    return made(rows, labels, types=second)
 
 
 def test_weights_decide_how_often_an_example_comes():
@@ -48,7 +41,8 @@ def test_the_answer_to_a_prompt_is_its_response():
     angles = torch.tensor([0.0, 0.01, 0.02, 0.5, 1.0, 3.0])
     vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
     rows = [[1, 2, 9], [1, 2, 2, 9], [1, 9, 9], [1, 8, 9], [2, 7], [2, 7, 0]]
-    prompted = replace(examples(rows), prompts=torch.tensor([2, 3, 1, 1, 1, 1]))
+    before = [2, 3, 1, 1, 1, 1]
+    prompted = made(rows, ranges=[[(at, len(row))] for at, row in zip(before, rows, strict=True)])
     found = nearest_others(vectors, prompted)
     assert found[0].tolist() == [2, 3, 4] and found[2].tolist() == [1, 0, 3]
     assert found[4].tolist() == [3, 2, 1]

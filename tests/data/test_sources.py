@@ -10,7 +10,7 @@ import pytest
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import read
+from tests.data.rig import load, read, texts_of
 
 ROWS = [
     {"id": "7", "text": 'a "quoted', "label": "yes"},
@@ -150,8 +150,6 @@ def test_limits_are_taken_from_the_front(tmp_path):
     write(tmp_path / "train.tsv", ROWS)
     data = read(section(tmp_path, max_train=2, max_dev=1), "classification")
     assert (data.train.ids, data.dev.ids, data.labels) == (["7", "8"], ["7"], ("no", "yes"))
-    data = read(section(tmp_path, max_train=2), "causal_lm")
-    assert (len(data.train), data.train.limit, data.dev.limit) == (3, 2, None)
 
 
 def test_ids_that_repeat_give_way_to_positions(tmp_path):
@@ -159,10 +157,10 @@ def test_ids_that_repeat_give_way_to_positions(tmp_path):
     assert read(section(tmp_path), "classification").train.ids == ["0", "1", "2"]
 
 
-def test_text_file_is_one_document(tmp_path):
+def test_text_file_is_one_document(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("first\n\nsecond\n")
-    data = read(section(tmp_path, "a.txt", label=None), "causal_lm")
-    assert data.train.texts == [("first\n\nsecond\n",)] and data.train.labels is None
+    given = section(tmp_path, "a.txt", label=None)
+    assert texts_of(given, "causal_lm", tokenizer) == [("first\n\nsecond\n",)]
 
 
 BLANK = ["", " = Title = \n", " \t\u3000", "a sentence", "\n"]
@@ -170,7 +168,7 @@ BLANK = ["", " = Title = \n", " \t\u3000", "a sentence", "\n"]
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
 @pytest.mark.parametrize("source", ["a.jsonl", "a.parquet", "folder", "hub"])
-def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, source, task):
+def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, tokenizer, source, task):
     """As the first row of wikitext is, which configs/qwen_24_to_6.yaml reads."""
     held = datasets.Dataset.from_dict({"text": BLANK})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: held)
@@ -182,23 +180,25 @@ def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, source, ta
         given["root"] = str(tmp_path)
     elif source != "hub":
         given |= {"source": "files", "root": str(tmp_path), "train": (source, source), "dev": source}
-    data = read(Section(**given), task)
-    assert data.dev.texts == [(" = Title = \n",), ("a sentence",)]
-    assert data.dev.ids == ["1", "3"]  # where they are in their source
-    assert len(data.train) == 2 * (1 + (source[:2] == "a."))
+    assert texts_of(Section(**given), task, tokenizer, "dev") == [(" = Title = \n",), ("a sentence",)]
+    if task == "causal_lm":
+        data = load(Section(**given), task, tokenizer)
+        lines = ["3", "7"] if source in ("a.jsonl", "folder") else ["2", "4"]  # where they are in their source
+        assert [data.dev.name(row).rpartition(":")[2] for row in range(2)] == lines
+        assert len(data.train) == 2 * (1 + (source[:2] == "a."))
 
 
-def test_a_limit_counts_the_texts_that_are_left(tmp_path):
-    write(tmp_path / "a.jsonl", [{"text": text} for text in BLANK])
-    data = read(section(tmp_path, "a.jsonl", label=None, max_dev=2), "masked_lm")
-    assert data.dev.texts == [(" = Title = \n",), ("a sentence",)]
+def test_a_limit_counts_the_texts_that_are_left(tmp_path, tokenizer):
+    write(tmp_path / "a.jsonl", [{"text": text} for text in [*BLANK, "more"]])
+    data = load(section(tmp_path, "a.jsonl", label=None, max_dev=2), "causal_lm", tokenizer)
+    assert (len(data.train), len(data.dev)) == (3, 2)
 
 
-def test_lines_of_a_text_file_in_a_folder_of_hub_names(tmp_path):
+def test_lines_of_a_text_file_in_a_folder_of_hub_names(tmp_path, tokenizer):
     (tmp_path / "wikitext").mkdir()
     (tmp_path / "wikitext" / "train.txt").write_text("first\n\nsecond\n")
     given = Section(source="Salesforce/wikitext", root=str(tmp_path), dev="train", label=None)
-    assert read(given, "masked_lm").train.texts == [("first",), ("second",)]
+    assert texts_of(given, "masked_lm", tokenizer) == [("first",), ("second",)]
 
 
 FINE = tsv(ROWS)
@@ -264,24 +264,25 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(tmp_path, case):
+def test_refusals(tmp_path, tokenizer, case):
     name, content, settings, task, message = REFUSALS[case]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
-        read(section(tmp_path, name).model_copy(update=settings), task)
+        given = section(tmp_path, name).model_copy(update=settings)
+        read(given, task) if task in ("classification", "regression") else load(given, task, tokenizer)
 
 
-def test_a_missing_column_lists_the_nearest(tmp_path):
+def test_a_missing_column_lists_the_nearest(tmp_path, tokenizer):
     names = ["sentence1", "sentence2", *(f"x{i}" for i in range(18))]
     write(tmp_path / "train.tsv", [dict.fromkeys(names, "a")])
     with pytest.raises(UserError) as caught:
-        read(section(tmp_path, text=("sentence",), label=None), "causal_lm")
+        load(section(tmp_path, text=("sentence",), label=None), "causal_lm", tokenizer)
     listed = str(caught.value).split("columns: ")[1]
     assert listed.startswith("sentence1, sentence2, x") and listed.endswith(" (nearest of 20)")
     assert listed.count(",") == 11
     with pytest.raises(UserError, match=r"columns: text, label, id$|columns: text, id, label$"):
         write(tmp_path / "train.tsv", ROWS)
-        read(section(tmp_path, text=("txt",), label=None), "causal_lm")
+        load(section(tmp_path, text=("txt",), label=None), "causal_lm", tokenizer)
 
 
 def test_class_that_only_dev_has(tmp_path):
@@ -319,7 +320,7 @@ def test_hub_set(tmp_path, monkeypatch):
 
 def test_hub_offline(tmp_path):
     script = (
-        "from dsdistill.config.schema import Data; from dsdistill.data import read\n"
+        "from dsdistill.config.schema import Data; from dsdistill.data.sources import read\n"
         f"read(Data(source='nyu-mll/glue', subset='sst2', cache={str(tmp_path)!r}), 'classification')"
     )
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -337,7 +338,6 @@ def test_hub_offline(tmp_path):
         ("classification", "rte/train", "rte/dev", ("text_a", "text_b"), (2490, 139), None),
         ("regression", "stsb/train", "stsb/dev", ("text_a", "text_b"), (5749, 750), ()),
         ("classification", "eprstmt/train", "eprstmt/dev", ("text_a",), (266, 305), ("Negative", "Positive")),
-        ("causal_lm", "novels/dev", "novels/test", ("text",), (2, 1), ()),
     ],
 )
 def test_real_sets(real, task, train, dev, text, sizes, labels):

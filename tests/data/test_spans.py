@@ -2,20 +2,18 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import load_data, tokenize
-from dsdistill.data import spans as module
 from dsdistill.data.batch import PHRASE, WORD
 from dsdistill.data.chunkers import _outermost, builtin, chunker, parsed
-from dsdistill.data.loader import collate
-from dsdistill.data.sample import draw
-from dsdistill.data.spans import MOST, chunks, in_blocks, pack, token_spans
-from tests.data.test_tokenize import rows
+from dsdistill.data import Words, collate, load_data
+from dsdistill.data.spans import MOST, found_chunks, limited, token_spans
+from tests.data.rig import load, made, tokenize
 
 
 def words(line):
@@ -52,31 +50,30 @@ class TestTokenSpans:
         offsets = torch.zeros(3, 2, dtype=torch.int64).numpy()
         assert token_spans(offsets, ([(0, 1)], [])).shape == (0, 3)
 
-    def test_blocks(self):
-        """Of 4, 4 and 2 tokens; what a block's end cuts is dropped, and so is what lies past the last."""
-        table = torch.tensor(
-            [[0, 2, 0], [3, 5, 0], [4, 8, 1], [8, 10, 1], [9, 11, 0], [10, 12, 0], [5, 6, 0]]
-        )
-        found = in_blocks(table.numpy(), [0, 4, 8, 10])
-        assert [block.tolist() for block in found] == [[[0, 2, 0]], [[0, 4, 1], [1, 2, 0]], [[0, 2, 1]]]
+    def test_parts(self):
+        """An example has the spans that lie in it whole, counted from its first token; the others are left out."""
+        spans = [(0, 2, 0), (3, 5, 0), (4, 8, 1), (8, 10, 1), (9, 11, 0), (5, 6, 0)]
+        whole = made([list(range(12))], spans=[spans])
+        parts = replace(whole, starts=torch.tensor([0, 4, 8]), lengths=torch.tensor([4, 4, 2]))
+        assert [parts.spans(row).tolist() for row in range(3)] == [
+            [[0, 2, 0]],
+            [[1, 2, 0], [0, 4, 1]],
+            [[0, 2, 1]],
+        ]
 
     def test_at_most_so_many_of_a_kind(self):
         table = torch.tensor([[i, i + 1, i % 2] for i in range(3 * MOST)]).numpy()
-        kept = pack([table]).of(0)
+        kept = limited(table)
         assert [int((kept[:, 2] == kind).sum()) for kind in (WORD, PHRASE)] == [MOST, MOST]
         assert kept[0].tolist() == [0, 1, WORD] and kept[MOST].tolist() == [1, 2, PHRASE]
 
 
-def find(texts, ids):
-    return [builtin(text) for text in texts]
-
-
 def read(examples, tokenizer, row, kind):
     """The tokens of an example's spans, joined."""
-    tokens = examples.tokens[examples.starts[row] : examples.starts[row + 1]].tolist()
+    tokens = examples.tokens(row).tolist()
     return [
         "".join(tokenizer.convert_ids_to_tokens(tokens[first:past]))
-        for first, past, of in examples.spans.of(row).tolist()
+        for first, past, of in examples.spans(row).tolist()
         if of == kind
     ]
 
@@ -85,46 +82,34 @@ class TestExamples:
     """The tokenizer of these tests makes every letter a token and drops spaces."""
 
     def test_pairs(self, tokenizer):
-        texts = rows(("big cat", "the dog"), ("a", "of it"), labels=[0, 1])
-        examples = tokenize(texts, tokenizer, 20, "classification", find)
+        texts, labels = [("big cat", "the dog"), ("a", "of it")], [0, 1]
+        examples = tokenize(texts, tokenizer, 20, "classification", labels, chunk=builtin)
         assert read(examples, tokenizer, 0, WORD) == ["big", "cat", "the", "dog"]
         assert read(examples, tokenizer, 0, PHRASE) == ["bigcat", "dog"]
         assert read(examples, tokenizer, 1, WORD) == ["a", "of", "it"]
         assert read(examples, tokenizer, 1, PHRASE) == []
-        assert tokenize(texts, tokenizer, 20, "classification").spans is None
+        assert tokenize(texts, tokenizer, 20, "classification", labels).documents.spans is None
 
     def test_truncated(self, tokenizer):
-        examples = tokenize(rows("big cat sat", labels=[0]), tokenizer, 6, "classification", find)
+        examples = tokenize(["big cat sat"], tokenizer, 6, "classification", [0], chunk=builtin)
         assert read(examples, tokenizer, 0, WORD) == ["big", "c"]
 
     def test_packed(self, tokenizer):
         """bigc | at⏎d | ogs[SEP] | oxy: 'cat' and 'dogs' are cut and dropped."""
-        texts = rows("big cat\ndogs", "ox y")
-        examples = tokenize(texts, tokenizer, 4, "causal_lm", lambda t, i: chunks_of_lines(t))
+        examples = tokenize(["big cat\ndogs", "ox y"], tokenizer, 4, "causal_lm", chunk=builtin)
         found = [read(examples, tokenizer, row, WORD) for row in range(len(examples))]
         assert found == [["big"], [], [], ["ox", "y"]]
         assert [read(examples, tokenizer, row, PHRASE) for row in range(4)] == [[], [], [], ["oxy"]]
 
-    def test_a_limit_reads_no_further(self, tokenizer):
-        seen = []
-
-        def watch(texts, ids):
-            seen.append((list(texts), list(ids)))
-            return find(texts, ids)
-
-        tokenize(rows("abcdefghij", "klm", limit=2), tokenizer, 3, "causal_lm", watch)
-        assert seen == [(["abcdef"], ["x"])]
-
     def test_a_share_of_the_examples_keeps_its_own(self, tokenizer):
-        texts = rows("big cat", "a dog", "ox", labels=[0, 1, 0])
-        examples = tokenize(texts, tokenizer, 20, "classification", find)
+        texts, labels = ["big cat", "a dog", "ox"], [0, 1, 0]
+        examples = tokenize(texts, tokenizer, 20, "classification", labels, chunk=builtin)
         part = examples.take([2, 0])
         assert read(part, tokenizer, 0, WORD) == ["ox"] and read(part, tokenizer, 1, WORD) == ["big", "cat"]
-        assert draw(examples, 0.5, 0).spans.table.dtype == torch.int32
 
     def test_batches(self, tokenizer):
-        texts = rows("big cat", "of", "ox", labels=[0, 1, 0])
-        examples = tokenize(texts, tokenizer, 20, "classification", find)
+        texts, labels = ["big cat", "of", "ox"], [0, 1, 0]
+        examples = tokenize(texts, tokenizer, 20, "classification", labels, chunk=builtin)
         batch = collate(examples, [2, 1, 0], 0)
         assert batch.spans.tolist() == [
             [0, 1, 3, WORD],
@@ -136,50 +121,34 @@ class TestExamples:
         ]
         assert batch.to("meta").spans.device.type == "meta"
         assert collate(examples, [], 0).spans.shape == (0, 4)
-        plain = tokenize(texts, tokenizer, 20, "classification")
+        plain = tokenize(texts, tokenizer, 20, "classification", labels)
         assert collate(plain, [0], 0).spans is None and collate(plain, [], 0).spans is None
 
     def test_a_slow_tokenizer_is_refused(self):
         slow = types.SimpleNamespace(is_fast=False)
         with pytest.raises(UserError, match=r"^data.tokenizer: got one that does not tell"):
-            tokenize(rows("a", labels=[0]), slow, 9, "classification", find)
+            load_data(Section(), "classification", Words(slow, 0, ""), with_spans=True)
 
     def test_load(self, tokenizer, tmp_path):
         path = tmp_path / "rows.tsv"
         path.write_text("text\tlabel\nbig cat\tx\nthe dog\ty\n", encoding="utf-8")
         section = Section(source="files", train=str(path), dev=str(path), cache=str(tmp_path / "cache"))
-        data = load_data(section, "classification", tokenizer, with_spans=True)
+        data = load(section, "classification", tokenizer, with_spans=True)
         assert read(data.dev, tokenizer, 1, WORD) == ["the", "dog"]
-        assert len(list((tmp_path / "cache").glob("spans-*.jsonl"))) == 1  # both splits are one file
-        assert load_data(section, "classification", tokenizer).train.spans is None
+        assert load(section, "classification", tokenizer).train.documents.spans is None
 
 
-def chunks_of_lines(texts):
-    found = []
-    for text in texts:
-        lines, at, both = text.split("\n"), 0, ([], [])
-        for line in lines:
-            for into, spans in zip(both, builtin(line), strict=True):
-                into += [(a + at, b + at) for a, b in spans]
-            at += len(line) + 1
-        found.append(both)
-    return found
+def test_chunkers_see_a_line_at_a_time():
+    seen = []
 
+    def watch(line):
+        seen.append(line)
+        return builtin(line)
 
-class TestCache:
-    def test_read_back_by_id(self, tmp_path, monkeypatch):
-        texts, ids = ["big cat\nof dogs", "ox"], ["one", "two"]
-        first = chunks(texts, ids, "builtin", str(tmp_path))
-        assert first[0] == ([(0, 3), (4, 7), (8, 10), (11, 15)], [(0, 7), (11, 15)])
-        monkeypatch.setattr(module, "chunker", lambda name: pytest.fail)
-        again = chunks(texts, ids, "builtin", str(tmp_path))
-        assert [tuple([tuple(s) for s in spans] for spans in of) for of in again] == first
-
-    def test_another_text_or_chunker_is_found_anew(self, tmp_path, monkeypatch):
-        chunks(["big cat"], ["one"], "builtin", str(tmp_path))
-        assert chunks(["ox"], ["one"], "builtin", str(tmp_path))[0][0] == [(0, 2)]
-        monkeypatch.setattr(module, "chunker", lambda name: lambda line: ([(0, 1)], []))
-        assert chunks(["big cat"], ["one"], "jieba", str(tmp_path)) == [([(0, 1)], [])]
+    assert list(found_chunks(["big cat\nof dogs"], watch)) == [
+        ([(0, 3), (4, 7), (8, 10), (11, 15)], [(0, 7), (11, 15)])
+    ]
+    assert seen == ["big cat", "of dogs"]
 
 
 class TestWhatIsMissing:

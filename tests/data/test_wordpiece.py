@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import load_data, read
+from dsdistill.data.sources import texts as texts_of
+from tests.data.rig import load, read
 from dsdistill.data.wordpiece import train_tokenizer
 
 TEXTS = ["高血压患者能吃党参吗？", "The doctor said: Drink water", "糖尿病 water doctors", "高血压 the"] * 3
@@ -55,22 +56,20 @@ def test_files_of_unlike_columns_make_one_train_set(tmp_path):
         text=["question", "answer"],
         cache=str(tmp_path / "cache"),
     )
-    found = read(section, "masked_lm")
-    assert found.train.texts == [("一 二", "三"), ("四 五", "")]
-    assert len(set(found.train.ids)) == 2 and found.train.labels is None
+    texts = list(texts_of(section, "masked_lm"))
+    assert texts == ["一 二", "三", "四 五", ""]
     limited = section.model_copy(update={"max_train": 1})
-    assert len(read(limited, "masked_lm").train) == 1
-    texts = [text for row in found.train.texts for text in row]
+    assert list(texts_of(limited, "masked_lm")) == ["一 二", "三"]
     tokenizer = AutoTokenizer.from_pretrained(train_tokenizer(texts, 100, section.cache))
-    examples = load_data(section, "masked_lm", tokenizer).train
+    examples = load(section, "masked_lm", tokenizer).train
     assert examples.masking is not None and examples.labels is None and examples.lengths.tolist() == [6, 5]
 
 
 def test_each_line_of_a_text_file_is_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("first line\n\nsecond line\n")
     section = Section(source="files", root=str(tmp_path), train="a.txt", dev="a.txt")
-    assert read(section, "masked_lm").train.texts == [("first line",), ("second line",)]
-    assert len(read(section, "causal_lm").train) == 1
+    assert list(texts_of(section, "masked_lm")) == ["first line", "second line"]
+    assert len(list(texts_of(section, "causal_lm"))) == 1
 
 
 def test_classes_of_several_files_are_numbered_together(tmp_path):

@@ -11,12 +11,11 @@ from dsdistill.data import Examples
 from dsdistill.engine.passes import dev_scores
 from dsdistill.engine.passes.dev_scores import TIMED, WARM, latency
 from tests.conftest import BERT
+from tests.data.rig import made
 
 
 def examples(lengths: list[int]) -> Examples:
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    labels = torch.zeros(len(lengths), dtype=torch.int64)
-    return Examples(torch.full((sum(lengths),), 5), starts, labels, [str(i) for i in range(len(lengths))])
+    return made([[5] * length for length in lengths], labels=[0] * len(lengths))
 
 
 @pytest.mark.parametrize("count", [1000, TIMED, 7])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dsdistill.data import Rows, tokenize
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
+from tests.data.rig import tokenize
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2], [11], [3, 3, 3, 3]]
 FAMILIES = {
@@ -67,10 +67,8 @@ def test_where_a_prompt_ends(tokenizer_dir):
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     the, of, tensor, separator = *(tokenizer.convert_tokens_to_ids(w) for w in ("the", "of", "tensor")), 3
-    pairs = Rows("here", [("the of", "tensor")], None, ["x"])
-    examples = tokenize(pairs, tokenizer, 16, "causal_lm")
+    examples = tokenize([("the of", "tensor")], tokenizer, 16, "causal_lm")
     assert prompt_and_reference(examples, 0) == ([2, the, of, separator], [tensor, separator])
-    text = Rows("here", [("the of tensor the of",)], None, ["x"])
-    examples = tokenize(text, tokenizer, 3, "causal_lm")
+    examples = tokenize(["the of tensor the of"], tokenizer, 3, "causal_lm")
     assert prompt_and_reference(examples, 0) == ([the], [of, tensor])
     assert prompt_and_reference(examples, 1) == ([the], [of])

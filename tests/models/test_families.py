@@ -30,6 +30,7 @@ from dsdistill.config import UserError, load
 from dsdistill.data import evaluation_batches, load_data
 from dsdistill.data.batch import NO_LABEL
 from dsdistill.engine.export import export
+from dsdistill.engine.resolve import words_of
 from dsdistill.models.build import architecture, load_tokenizer
 from dsdistill.models.probe import probe
 from tests.engine.launch import launch
@@ -175,7 +176,7 @@ def _perplexity(family: str, folder, config) -> float:
     """By plain transformers, from logits."""
     config = load([str(config)])
     tokenizer = load_tokenizer(str(folder), "tokenizer")
-    dev = load_data(config.data, config.task, tokenizer, config.run.seed, False).dev
+    dev = load_data(config.data, config.task, words_of(tokenizer)).dev
     model = plain(family, folder, attn_implementation="eager")
     total, count = 0.0, 0
     for batch in evaluation_batches(dev, 4, 1, 0, tokenizer.pad_token_id):
