@@ -61,7 +61,6 @@ def _made(texts: list[str], size: int) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=END,
         extra_special_tokens=[TURN],
-        clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         chat_template=TEMPLATE,
     )

@@ -73,8 +73,27 @@ TOOLS = (
 
 PARTS = _turns(
     "{{ " + _HEADER + " }}{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}"
+    "{% for part in message.content %}{{ part.text + ('' if loop.last else '/') }}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}"
 )
+
+# Whatever the content is, it becomes text.
+TRIMMED = _turns("{{ " + _HEADER + " }}{{ message.content | trim }}{{ '<|im_end|>\\n' }}")
+
+# Calls are told by content that is none.
+SILENT = _turns(
+    "{{ " + _HEADER + " }}{% if message['content'] is none %}{{ message.tool_calls[0].function.name }}"
+    "{% else %}{{ '' + message['content'] }}{% endif %}{{ '<|im_end|>\\n' }}"
+)
+
+# The prompt for the assistant stands before everything.
+AHEAD = _turns(
+    "{{ " + _HEADER + " + message.content + '<|im_end|>\\n' }}",
+    "{{ 'go on' if add_generation_prompt else 'read' }}",
+    "",
+)
+
+# Texts alone.
+JOINED = _turns("{{ message.content }}", after="")
 
 # Roles that it does not know are passed over.
 STRICT = _turns(

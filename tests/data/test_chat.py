@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from dsdistill.config.errors import UserError
 from dsdistill.data.bytes_bpe import train_bytes_tokenizer
@@ -65,7 +65,7 @@ def plain(chat: Chat, messages: list[dict], **how: object) -> list[int]:
     return chat.tokenizer.apply_chat_template(messages, **how)
 
 
-@pytest.mark.parametrize("name", TEMPLATES.keys() - {"HARMONY"})
+@pytest.mark.parametrize("name", TEMPLATES.keys() - {"HARMONY", "AHEAD"})
 @pytest.mark.parametrize("conversation", [SHORT, LONG], ids=["short", "long"])
 def test_ids_are_those_of_the_library(tokenizer, name, conversation):
     if name == "STRICT":
@@ -91,11 +91,17 @@ def test_labels_are_what_the_model_would_write(tokenizer, name):
     assert Chat(tokenizer, TEMPLATES[name], train_on="all").encode(LONG) == [(ids, [(0, len(ids))])]
 
 
-def test_marks_are_those_of_the_library(tokenizer):
-    chat = Chat(tokenizer, templates.MARKED)
+@pytest.mark.parametrize("before", ["", "{{ bos_token }}"])
+def test_marks_are_those_of_the_library(tokenizer, before):
+    chat = Chat(tokenizer, before + templates.MARKED)
     ((ids, ranges),) = chat.encode(LONG)
-    theirs = plain(chat, LONG, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"]
-    assert [any(a <= i < b for a, b in ranges) for i in range(len(ids))] == list(map(bool, theirs))
+    theirs = plain(chat, LONG, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids == theirs["input_ids"]
+    assert [any(a <= i < b for a, b in ranges) for i in range(len(ids))] == list(
+        map(bool, theirs["assistant_masks"])
+    )
+    chat = Chat(tokenizer, "{{ 'named' if messages[0].name is defined }}" + templates.MARKED)
+    assert chat.render([{**SHORT[0], "name": None}, SHORT[1]], "here") == chat.render(SHORT, "here")
 
 
 def test_a_template_without_an_end_token_ends_turns_itself(tokenizer):
@@ -138,6 +144,19 @@ def test_a_prompt_that_opens_more_than_the_turn_shows(tokenizer, caplog):
     with caplog.at_level(logging.WARNING, "dsdistill"):
         assert learned(chat, [*SHORT, *SHORT]) == [["two<|im_end|>"], ["two<|im_end|>"]]
     assert len(caplog.messages) == 1 and "labels begin where they part" in caplog.text
+    assert learned(chat, [SHORT[0], say("assistant", "<b>two</b>")]) == [["<b>two</b><|im_end|>"]]
+    with pytest.raises(
+        UserError, match="got a chat template whose prompt for the assistant is not how its turns begin"
+    ):
+        Chat(tokenizer, templates.AHEAD).render(SHORT, "here")
+
+
+def test_a_turn_that_ends_otherwise_in_a_conversation(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(train_bytes_tokenizer(["a"], 300, str(tmp_path)))
+    names = ("start", "channel", "message", "end", "return", "call")
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
+    final = "<|channel|>final<|message|>"
+    assert learned(Chat(tokenizer, templates.HARMONY), [*SHORT, *SHORT]) == [[f"{final}two<|return|>"]] * 2
 
 
 def test_a_turn_after_one_that_is_written_otherwise(tokenizer):
@@ -160,6 +179,13 @@ def test_calls_and_tools(tokenizer):
     assert Chat(tokenizer, templates.TOOLS, {"tools": [TOOL]}).encode(CALLING)[0][0] == ids
 
 
+def test_calls_without_content(tokenizer):
+    silent = [CALLING[0], {"role": "assistant", "tool_calls": [call("add")]}, *CALLING[2:]]
+    for message in (silent[1], {**silent[1], "content": None}):
+        chat = Chat(tokenizer, templates.SILENT)
+        assert learned(chat, [silent[0], message, *silent[2:]]) == [["add<|im_end|>", "it is two<|im_end|>"]]
+
+
 def test_forms_of_conversations(tokenizer):
     chat = Chat(tokenizer, templates.TOOLS)
     assert chat.render(json.dumps(SHORT), "here") == chat.render({"conversations": SHORT}, "here")
@@ -173,10 +199,13 @@ def test_forms_of_conversations(tokenizer):
     apart = {"prompt": LONG[:4], "completion": LONG[4:]}
     for template in (templates.PLAIN, templates.MARKED):
         assert learned(Chat(tokenizer, template), apart) == [["yes<|im_end|>"]]
-    parts = [say("user", [{"type": "text", "text": "one "}, {"type": "text", "text": "and one"}]), SHORT[1]]
-    for template in (templates.PLAIN, templates.PARTS):
+    many = [say("user", [{"type": "text", "text": "one "}, {"type": "text", "text": "and one"}]), SHORT[1]]
+    for template in (templates.PLAIN, templates.TRIMMED):  # they know texts alone
         chat = Chat(tokenizer, template)
-        assert chat.render(parts, "here") == chat.render(SHORT, "here")
+        assert chat.render(many, "here") == chat.render(SHORT, "here")
+    chat = Chat(tokenizer, templates.PARTS)
+    ((ids, _),) = chat.encode(many)
+    assert ids == plain(chat, many) and "one /and one" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +236,7 @@ def test_forms_of_conversations(tokenizer):
         (LONG, "STRICT", "here, message 1: got role 'system', which the chat template leaves out"),
         (CALLING, "PLAIN", "here, message 2: got tool_calls, which the chat template leaves out"),
         ([SHORT[0], say("assistant", "")], "BEGINNING", None),
+        ([SHORT[0], say("assistant", "")], "JOINED", "here: got a turn of the assistant without any text"),
         (
             {"messages": SHORT, "tools": ["add"]},
             "TOOLS",

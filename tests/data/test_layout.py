@@ -50,10 +50,11 @@ def test_template_makes_two_turns_of_them(tokenizer):
         ("a<|im_end|>", "b\n", "a<|im_end|>b\n<|im_end|>", "b\n<|im_end|>"),
     ],
 )
-@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("begins", [None, False, True])
 def test_raw_leaves_texts_as_they_stand(tokenizer, prompt, response, whole, learned, begins):
-    if begins:
+    if begins is not None:  # there is a token that begins texts
         tokenizer.bos_token = "<|im_start|>"
+    if begins:  # and the tokenizer puts it there
         start = [("<|im_start|>", tokenizer.bos_token_id)]
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
             "<|im_start|> $A", special_tokens=start
@@ -61,7 +62,7 @@ def test_raw_leaves_texts_as_they_stand(tokenizer, prompt, response, whole, lear
     for before in ("", "<|im_start|>") if begins else ("",):  # it is there once, whoever writes it
         rendered = Raw(tokenizer).render(before + prompt, response, "here")
         ids, ((first, last),) = encode_rendered(tokenizer, rendered, "here")
-        assert tokenizer.decode(ids) == "<|im_start|>" * begins + whole
+        assert tokenizer.decode(ids) == "<|im_start|>" * bool(begins) + whole
         assert tokenizer.decode(ids[first:last]) == learned
     with pytest.raises(UserError, match="here: got an empty response, expected text"):
         Raw(tokenizer).render(prompt, "", "here")
