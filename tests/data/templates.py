@@ -73,7 +73,8 @@ TOOLS = (
 
 PARTS = _turns(
     "{{ " + _HEADER + " }}{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ part.text + ('' if loop.last else '/') }}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}"
+    "{% for part in message.content %}{{ part.text + ('' if loop.last else '/') }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
 )
 
 # Whatever the content is, it becomes text.
