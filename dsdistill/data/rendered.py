@@ -63,12 +63,12 @@ def encode_rendered(tokenizer: Any, rendered: Rendered, place: str) -> tuple[lis
     encoded = encode(
         tokenizer,
         place,
-        [rendered.text],
+        rendered.text,
         add_special_tokens=False,
         return_offsets_mapping=True,
         verbose=False,
     )
-    return lay_out(rendered, encoded["input_ids"][0], encoded["offset_mapping"][0])
+    return lay_out(rendered, encoded["input_ids"], encoded["offset_mapping"])
 
 
 def _border(offsets: Sequence[Range], character: int) -> int:

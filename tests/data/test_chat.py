@@ -321,9 +321,15 @@ def test_tokens_of_spans(offsets, span, expected):
     assert labelled(offsets, [span]) == expected
 
 
-def test_ids_around_a_text_move_its_ranges():
-    offsets = [(0, 2), (2, 4)]
-    assert lay_out(Rendered("abcd", ((0, 2),), (7,), ()), [1, 2], offsets) == ([7, 1, 2], [(1, 2)])
-    assert lay_out(Rendered("abcd", ((2, 4),), (7,), (9,)), [1, 2], offsets) == ([7, 1, 2, 9], [(2, 4)])
-    assert lay_out(Rendered("abcd", ((0, 2),), (), (9,)), [1, 2], offsets) == ([1, 2, 9], [(0, 1), (2, 3)])
-    assert lay_out(Rendered("abcd", None, (7,), (9,)), [1, 2], offsets) == ([7, 1, 2, 9], [(0, 4)])
+@pytest.mark.parametrize(
+    "spans, start, end, whole, ranges",
+    [
+        (((0, 2),), (7,), (), [7, 1, 2], [(1, 2)]),
+        (((2, 4),), (7,), (9,), [7, 1, 2, 9], [(2, 4)]),
+        (((0, 2),), (), (9,), [1, 2, 9], [(0, 1), (2, 3)]),
+        (None, (7,), (9,), [7, 1, 2, 9], [(0, 4)]),
+    ],
+)
+def test_ids_around_a_text_move_its_ranges(spans, start, end, whole, ranges):
+    ids, found = lay_out(Rendered("abcd", spans, start, end), [1, 2], [(0, 2), (2, 4)])
+    assert list(ids) == whole and found == ranges
