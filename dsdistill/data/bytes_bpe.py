@@ -60,8 +60,7 @@ def _made(texts: list[str], size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=END,
-        extra_special_tokens={"turn_token": TURN},
-        clean_up_tokenization_spaces=False,
+        extra_special_tokens=[TURN],
         model_input_names=["input_ids", "attention_mask"],
         chat_template=TEMPLATE,
     )

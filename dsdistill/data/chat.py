@@ -191,7 +191,7 @@ class Chat:
             return first, self._end(text, first)
         first = _common(text, opening)
         first = max(text.rfind("\n", 0, first) + 1, self._after_special(text, 0, first))
-        if not text.startswith(before) or first < len(before):
+        if first < len(before):
             raise UserError(
                 place,
                 "a chat template whose prompt for the assistant is not how its turns begin",

@@ -4,7 +4,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -90,11 +90,11 @@ class ChatTemplate:
         return texts[0], [(first, last) for first, last in marks[0]]
 
     def _render_plainly(
-        self, conversations: list[list[Message]], tools: Any, place: str, **how: bool
+        self, conversations: list[list[Message]], tools: Any, place: str, **how: Any
     ) -> tuple[list[str], list[list[Range]]]:
         """Return texts and marks of conversations that the template gets as they are."""
         try:
-            return render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations,
                 tools=tools,
                 chat_template=self.tokenizer.get_chat_template(self.given, tools),
@@ -103,6 +103,7 @@ class ChatTemplate:
             )
         except Exception as error:
             raise _refused(place, error) from None
+        return rendered
 
     def known_content(self, messages: list[Message]) -> list[Message]:
         """Return the messages with lists of parts as texts, where the template knows texts alone."""
@@ -132,33 +133,32 @@ class ChatTemplate:
 
         Each role is looked at once, where it comes first: its turn is written with another content.
         """
-        if tools is not None and self._new("tools") and not self._names("tools"):
-            log.warning("%s: the chat template does not read the tools", place)
+        if tools is not None and "tools" not in self._seen:
+            self._seen.add("tools")
+            if not self._names("tools"):
+                log.warning("%s: the chat template does not read the tools", place)
         for index, message in enumerate(messages):
-            role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
-            probes = []
-            if isinstance(content, str) and content.strip() and self._new(role):
-                probes.append((f"role {role!r}", {"content": PROBE}))
-            if calls and self._new("tool_calls"):
-                probes.append(("tool_calls", {"tool_calls": _probe_calls(calls)}))
-            for what, probe in probes:
+            for what, probe in self._probes(message):
                 probed = [*messages[:index], {**message, **probe}, *messages[index + 1 :]]
                 try:
                     (text,) = self.render([probed], tools, place)
                 except UserError:  # what is refused is not left out
-                    continue
+                    text = PROBE
                 if PROBE not in text:
                     raise UserError(
                         f"{place}, message {index + 1}",
                         f"{what}, which the chat template leaves out",
                         "what it shows, or another template (data.chat_template)",
                     )
+                self._seen.add(what)
 
-    def _new(self, what: str) -> bool:
-        """Return whether this is seen for the first time."""
-        before = len(self._seen)
-        self._seen.add(what)
-        return len(self._seen) > before
+    def _probes(self, message: Message) -> Iterator[tuple[str, Message]]:
+        """Yield what was not looked for yet, each with what shows it in place of the message's own."""
+        role, content, calls = f"role {message['role']!r}", message.get("content"), message.get("tool_calls")
+        if role not in self._seen and isinstance(content, str) and content.strip():
+            yield role, {"content": PROBE}
+        if calls and "tool_calls" not in self._seen:
+            yield "tool_calls", {"tool_calls": _probe_calls(calls)}
 
     def _checked_text(self) -> str:
         """Return the template, or all of a tokenizer that has several; a broken one is refused."""
