@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dsdistill.config import UserError
 from dsdistill.data.batch import Batch
 from dsdistill.data.packing import Document, packed_batch
 from dsdistill.models.build import FLASH, first_line, flash_here
@@ -42,24 +43,31 @@ def leak(config: PretrainedConfig, place: str, implementation: str = "auto") -> 
 
 @functools.lru_cache(maxsize=256)  # prepare and plan ask again
 def _leak(keyed: Keyed, place: str, implementation: str) -> str | None:
-    task = "causal_lm"
-    layers = copied_layers(layer_kinds(keyed.config, task, place))
-    small, eager = smallest(keyed.config, task, place, layers)
-    model, tolerance, device = under(implementation, small, task, place, eager), ROUNDING, torch.device("cpu")
-    if implementation == FLASH and flash_here():
-        model, tolerance, device = make_small(small, task, place, FLASH), HALF_ROUNDING, torch.device("cuda")
-        model.load_state_dict(eager.state_dict())
-        model.to(device, torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the arguments
     try:
-        return _tried(model, place, device, tolerance)
+        return _tried(*_copy(keyed.config, place, implementation), place)
+    except UserError:
+        raise
     except Exception as error:  # it takes no positions, or needs a mask
         return f"which cannot run packed rows ({first_line(error)[:100]})"
 
 
-def _tried(model: PreTrainedModel, place: str, device: torch.device, tolerance: float) -> str | None:
+def _copy(config: PretrainedConfig, place: str, implementation: str) -> tuple[PreTrainedModel, float]:
+    """Return the small copy under the attention that a run uses, where that runs, and what counts as rounding."""
+    task = "causal_lm"
+    small, eager = smallest(config, task, place, copied_layers(layer_kinds(config, task, place)))
+    model = under(implementation, small, task, place, eager)
+    if implementation != FLASH or not flash_here():
+        return model, ROUNDING
+    model = make_small(small, task, place, FLASH)
+    model.load_state_dict(eager.state_dict())
+    model.to(torch.device("cuda"), torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the arguments
+    return model, HALF_ROUNDING
+
+
+def _tried(model: PreTrainedModel, tolerance: float, place: str) -> str | None:
     tracer = Tracer(callee(model, "causal_lm", place))
-    batch = _batch().to(device)
-    packed, changed = _documents(tracer, batch), _documents(tracer, _batch(change=1).to(device))
+    batch, other = (_batch(change).to(model.device) for change in (0, 1))
+    packed, changed = _documents(tracer, batch), _documents(tracer, other)
     alone = _documents(tracer, batch.unpacked)
     if not torch.equal(packed[1::2], changed[1::2]):
         return "in which a document sees those before it in its row"
@@ -68,7 +76,7 @@ def _tried(model: PreTrainedModel, place: str, device: torch.device, tolerance: 
     return None
 
 
-def _batch(change: int = 0) -> Batch:
+def _batch(change: int) -> Batch:
     """Return two packed rows of two documents; `change` is added to the tokens of each row's first."""
     numbers = np.arange(24)
     blocks = [

@@ -194,13 +194,14 @@ class TestTerms:
         check_ranks(config.train, config.run_stages, config.data.sampler, world_size=2)
 
 
-def test_two_ranks_are_one_with_all_rows(tmp_path):
+@pytest.mark.parametrize("form", ["rows", "packed"])
+def test_two_ranks_are_one_with_all_rows(tmp_path, form):
     """Values add up and gradients agree under DeepSpeed's rule: loss × world size, gradients averaged over ranks.
 
     The ranks hold 4 and 2 examples, and in a second micro-batch 3 and none.
     """
-    values, gradients = average_over_two_ranks(tmp_path)
-    expected_values, expected = whole()
+    values, gradients = average_over_two_ranks(tmp_path, form)
+    expected_values, expected = whole(form)
     assert values == pytest.approx(expected_values, rel=1e-4)
     assert gradients.keys() == expected.keys()
     size = torch.cat([g.flatten() for g in expected.values()]).norm()

@@ -1,14 +1,17 @@
-"""Terms that relate examples across ranks, on two real ones; run as a module, the second: PORT FILE."""
+"""Terms that relate examples across ranks, on two real ones; run as a module, the second: PORT FILE FORM."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from dsdistill.data.batch import Batch
+from dsdistill.data.packing import Document, packed_batch
 from dsdistill.distributed.leave import leave
 from tests.alignment.rig import Rig, make_batch, rows, with_filler
 
@@ -20,29 +23,35 @@ SHARES = [[[0, 1, 2, 3], [4, 5]], [[6, 7, 8], []]]  # of each micro-batch, the r
 ROOT = Path(__file__).parents[2]
 
 
-def _rig() -> tuple[Rig, list]:
-    rig, batch = Rig("bert", terms=TERMS, student=STUDENT), make_batch("classification", LENGTHS)
-    filler = rows(with_filler(batch, 1), [0])
-    return rig, [[rows(batch, share) if share else filler for share in shares] for shares in SHARES]
+def _rig(form: str) -> tuple[Rig, Callable[[list[int]], Batch]]:
+    """The rig, and what makes a batch of some examples: `rows`, each one's own, or `packed`, all in one."""
+    if form == "rows":
+        batch = make_batch("classification", LENGTHS)
+        filler = rows(with_filler(batch, 1), [0])
+        rig = Rig("bert", terms=TERMS, student=STUDENT)
+        return rig, lambda share: rows(batch, share) if share else filler
+    batch = make_batch("causal_lm", LENGTHS)
+    documents = [Document(ids[:length].numpy()) for ids, length in zip(batch.input_ids, LENGTHS, strict=True)]
+    rig = Rig("llama", "causal_lm", TERMS, STUDENT | {"num_attention_heads": 2})
+    return rig, lambda share: packed_batch([[documents[row] for row in share]], 0)
 
 
-def whole() -> tuple[dict, dict]:
-    """Raw values and gradients of one rank whose micro-batches hold the rows of both."""
-    rig, _ = _rig()
-    batch = make_batch("classification", LENGTHS)
-    _, values, gradients = rig.step(*(rows(batch, left + right) for left, right in SHARES))
+def whole(form: str) -> tuple[dict, dict]:
+    """Raw values and gradients of one rank whose micro-batches hold the examples of both."""
+    rig, batch = _rig(form)
+    _, values, gradients = rig.step(*(batch(left + right) for left, right in SHARES))
     return values, gradients
 
 
-def average_over_two_ranks(folder: Path) -> tuple[dict, dict]:
+def average_over_two_ranks(folder: Path, form: str) -> tuple[dict, dict]:
     """Sum of the ranks' raw values and mean of their gradients; this process is rank 0."""
     from tests.engine.launch import free_port
 
     port, environment = str(free_port()), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.alignment.two_ranks", port, str(folder / "1.pt")]
+    command = [sys.executable, "-m", "tests.alignment.two_ranks", port, str(folder / "1.pt"), form]
     other = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
     try:
-        own = _rank(0, port)
+        own = _rank(0, port, form)
         _, errors = other.communicate(timeout=120)
         assert other.returncode == 0, errors.decode()[-3000:]
     finally:
@@ -52,10 +61,10 @@ def average_over_two_ranks(folder: Path) -> tuple[dict, dict]:
     return values, {name: sum(gradients[name] for _, gradients in found) / 2 for name in found[0][1]}
 
 
-def _rank(rank: int, port: str) -> tuple[dict, dict]:
+def _rank(rank: int, port: str, form: str) -> tuple[dict, dict]:
     """Raw values and gradients of one rank of two."""
-    rig, batches = _rig()
-    batches = [shares[rank] for shares in batches]
+    rig, batch = _rig(form)
+    batches = [batch(shares[rank]) for shares in SHARES]
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -78,5 +87,5 @@ def _rank(rank: int, port: str) -> tuple[dict, dict]:
 
 
 if __name__ == "__main__":
-    torch.save(_rank(1, sys.argv[1]), sys.argv[2])
+    torch.save(_rank(1, sys.argv[1], sys.argv[3]), sys.argv[2])
     leave()

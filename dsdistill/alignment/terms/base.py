@@ -126,14 +126,18 @@ class AlignmentTerm(nn.Module, ABC):
 
     @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """Return (parts,) float64: what each sum is divided by, from the batch alone.
+        """Return (parts,) float64: what each sum is divided by, from the batch alone; `batch.documents` are examples.
 
         geometry: of the student's attention layers, by layer.
         """
 
     @abstractmethod
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted."""
+        """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted.
+
+        Rows of a causal language model may be packed. A term that relates or pools the tokens of an example must not
+        take a row for one: alignment/units.py lays out states like the rows of `batch.unpacked`, or pools them.
+        """
 
     def _map_layers(
         self, config: Layered, pairs: tuple[tuple[int, int], ...], depths: Sequence[int] | None = None

@@ -16,9 +16,7 @@ def targets(batch: Batch, task: str) -> Tensor:
     """Return (B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
     if task == "causal_lm":
         follows = batch.mask[:, 1:]
-        if (
-            batch.position_ids is not None
-        ):  # nothing predicts a document's first token, which others come before
+        if batch.position_ids is not None:  # before the first token of a document lies another document
             follows = follows & (batch.position_ids[:, 1:] > 0)
         return _labels(batch)[:, 1:].masked_fill(~follows, NO_LABEL)
     return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
