@@ -11,10 +11,10 @@ import pytest
 from transformers import AutoConfig
 
 from dsdistill.config import UserError, load
-from tests.data.rig import read
 from dsdistill.disk import check_file, check_writable
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.ops.backends import extension
+from tests.data.rig import read
 from tests.engine.test_resume import make_checkpoint
 from tests.mistakes import CONFIG, DATA, HEADER
 

@@ -127,7 +127,9 @@ class _Loading:
     def labelled(self, rows: Rows, section: Section) -> Examples:
         """Return rows with labels as examples."""
         columns = ("a", "b")[: len(rows.texts[0])]
-        reader = SpecialReader(self.words.tokenizer, columns, section.max_length, self._chunk(), labelled=True)
+        reader = SpecialReader(
+            self.words.tokenizer, columns, section.max_length, self._chunk(), labelled=True
+        )
         found = whole(self._stored(of_rows(rows), reader, Limit()))
         kind = torch.int64 if self.task == "classification" else torch.float32
         return replace(found, labels=torch.tensor(rows.labels, dtype=kind), given_ids=rows.ids)

@@ -38,6 +38,8 @@ def verify_stores(paths: Iterable[str]) -> int:
                     raise UserError(str(file), "other contents than were written", f"none: remove {path}")
         source, before = note["made_from"]["source"].get("path"), note["contents"]
         if source is not None and before is not None and file_hash(source) != before:
-            raise UserError(source, f"other contents than {path} was made from", f"the same, or remove {path}")
+            raise UserError(
+                source, f"other contents than {path} was made from", f"the same, or remove {path}"
+            )
         count += 1
     return count

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsdistill.config import Config, UserError
-from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate
 from dsdistill.engine.resolve import read_sets, resolve
 
@@ -71,7 +70,9 @@ def numbers(examples: Set, length: int) -> dict[str, Any]:
             name: numbers(part, length) for name, part in zip(examples.names, examples.parts, strict=True)
         }
         tokens = sum(part["tokens"] for part in parts.values())
-        whole = {key: sum(part[key] for part in parts.values()) for key in ("examples", "truncated", "dropped")}
+        whole = {
+            key: sum(part[key] for part in parts.values()) for key in ("examples", "truncated", "dropped")
+        }
         return whole | {"tokens": tokens, "sources": parts}
     own = examples.parts if isinstance(examples, Packed) else examples
     tokens = int(own.lengths.sum())
@@ -174,7 +175,10 @@ def _painted(example: dict[str, Any], tokenizer: Any, colours: bool) -> str:
 def _legend(colours: bool) -> str:
     kinds = (CONTEXT, LABELLED, PADDING)
     if colours:
-        return "  ".join(f"{COLOURS[kind]}{kind}{PLAIN}" for kind in kinds) + f"  {COLOURS[BORDER]}――― border{PLAIN}\n"
+        return (
+            "  ".join(f"{COLOURS[kind]}{kind}{PLAIN}" for kind in kinds)
+            + f"  {COLOURS[BORDER]}――― border{PLAIN}\n"
+        )
     return "[labelled] <padding> ――― border between documents\n"
 
 

@@ -36,4 +36,6 @@ def _tokenised(found: Resolved, verify: bool) -> str:
 def _paths(examples: Set) -> list[str]:
     """Return the stores that a set lies in."""
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
-    return [path for part in parts for path in (part.parts if isinstance(part, Packed) else part).documents.paths]
+    return [
+        path for part in parts for path in (part.parts if isinstance(part, Packed) else part).documents.paths
+    ]

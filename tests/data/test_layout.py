@@ -6,7 +6,7 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from dsdistill.config.data import Data
+from dsdistill.config.data_section import Data
 from dsdistill.config.errors import UserError
 from dsdistill.data.bytes_bpe import train_bytes_tokenizer
 from dsdistill.data.chat import Chat

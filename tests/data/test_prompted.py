@@ -12,8 +12,8 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
 from dsdistill.config.terms import SoftLabel, Task
 from dsdistill.data import NO_LABEL, collate
-from tests.data.rig import lists, load, tokenize
 from dsdistill.data.batch import PHRASE, WORD
+from tests.data.rig import lists, load, tokenize
 
 A, CLS, SEP, PAD = 4, 2, 3, 0  # ids: a is 4, b is 5, …
 
@@ -38,7 +38,11 @@ def test_layout_with_class_token_and_separator(tokenizer):
         [CLS, *letters("ab"), SEP, *letters("cde"), SEP],
         [CLS, *letters("f"), SEP, *letters("g"), SEP],
     ]
-    assert [examples.context(i) for i in range(len(examples))] == [4, 3] and examples.labels is None and examples.documents.types is None
+    assert (
+        [examples.context(i) for i in range(len(examples))] == [4, 3]
+        and examples.labels is None
+        and examples.documents.types is None
+    )
 
 
 def test_layout_without_a_separator(decoder_tokenizer):
@@ -115,7 +119,9 @@ def test_more_rows_than_one_call_of_the_tokenizer(tokenizer, monkeypatch):
     whole = tokenize(texts, tokenizer, 9, "causal_lm")
     monkeypatch.setattr("dsdistill.data.store_writer.MOST", 2)
     parts = tokenize(texts, tokenizer, 9, "causal_lm")
-    assert lists(parts) == lists(whole) and [parts.context(i) for i in range(3)] == [whole.context(i) for i in range(3)]
+    assert lists(parts) == lists(whole) and [parts.context(i) for i in range(3)] == [
+        whole.context(i) for i in range(3)
+    ]
 
 
 def test_refusals(tokenizer, decoder_tokenizer):

@@ -7,7 +7,7 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.load import make_config
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.sample import chosen, with_noise
-from tests.data.rig import lists, load
+from tests.data.rig import load
 from tests.data.test_loader import examples
 
 

@@ -183,7 +183,9 @@ def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, tokenizer,
     assert texts_of(Section(**given), task, tokenizer, "dev") == [(" = Title = \n",), ("a sentence",)]
     if task == "causal_lm":
         data = load(Section(**given), task, tokenizer)
-        lines = ["3", "7"] if source in ("a.jsonl", "folder") else ["2", "4"]  # where they are in their source
+        lines = (
+            ["3", "7"] if source in ("a.jsonl", "folder") else ["2", "4"]
+        )  # where they are in their source
         assert [data.dev.name(row).rpartition(":")[2] for row in range(2)] == lines
         assert len(data.train) == 2 * (1 + (source[:2] == "a."))
 

@@ -9,9 +9,9 @@ import torch
 
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import Data as Section
+from dsdistill.data import Words, collate, load_data
 from dsdistill.data.batch import PHRASE, WORD
 from dsdistill.data.chunkers import _outermost, builtin, chunker, parsed
-from dsdistill.data import Words, collate, load_data
 from dsdistill.data.spans import MOST, found_chunks, limited, token_spans
 from tests.data.rig import load, made, tokenize
 

@@ -26,7 +26,9 @@ def test_more_rows_than_one_call_of_the_tokenizer(tokenizer, monkeypatch):
     whole = tokenize(["ab", "c", "def"], tokenizer, 9, "classification", labels=[0, 1, 2])
     monkeypatch.setattr("dsdistill.data.store_writer.MOST", 2)
     parts = tokenize(["ab", "c", "def"], tokenizer, 9, "classification", labels=[0, 1, 2])
-    assert lists(parts) == lists(whole) and [parts.types(i).tolist() for i in range(3)] == [whole.types(i).tolist() for i in range(3)]
+    assert lists(parts) == lists(whole) and [parts.types(i).tolist() for i in range(3)] == [
+        whole.types(i).tolist() for i in range(3)
+    ]
 
 
 def test_documents_are_packed_with_a_separator_between(tokenizer):

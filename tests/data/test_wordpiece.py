@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from dsdistill.config.schema import Data as Section
 from dsdistill.data.sources import texts as texts_of
-from tests.data.rig import load, read
 from dsdistill.data.wordpiece import train_tokenizer
+from tests.data.rig import load, read
 
 TEXTS = ["高血压患者能吃党参吗？", "The doctor said: Drink water", "糖尿病 water doctors", "高血压 the"] * 3
 

@@ -4,7 +4,6 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from dsdistill.data import Examples
