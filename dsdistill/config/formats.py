@@ -83,10 +83,12 @@ def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
 def complete(settings: dict, written: int) -> None:
     """Add to the settings of a config of the format `written` what DEFAULTS says of that format.
 
-    Only sections that are there are completed: a term that a run does not have stays away.
+    Only terms that are there are completed: one that a run does not have stays away. Every run has data.
     """
     for key, value in DEFAULTS.get(written, {}).items():
         *parents, name = key.split(".")
+        if parents == ["data"]:
+            settings.setdefault("data", {})
         for section in _sections(settings, parents):
             section.setdefault(name, value)
 
@@ -108,10 +110,13 @@ def teacher_identity(config: Config) -> str:
     Settings that format 1 did not have are left out while they are as format 1 computed (at their defaults, unless
     DEFAULTS says otherwise), so that a new setting does not have every teacher trained again. Secrets are redacted.
     """
+    unnamed: dict[str, Any] = {"root": None, "cache": ""}
+    if config.task != "causal_lm":
+        unnamed |= {"packing": False, "layout": "separator"}  # to no effect
     neutral = config.model_copy(
         update={
             "run": Run(seed=config.run.seed),
-            "data": config.data.model_copy(update={"root": None, "cache": ""}),
+            "data": config.data.model_copy(update=unnamed),
         }
     )
     settings = redacted(neutral.model_dump(mode="json", exclude=_added(neutral, "")))

@@ -128,11 +128,8 @@ class Documents:
 
     def name(self, document: int) -> str:
         """Return where a document lies, for people."""
-        before = 0
-        for place, count in self.places:
-            if document < before + count:
-                break
-            before += count
+        ends = np.cumsum([count for _, count in self.places])
+        place, _ = self.places[int(np.searchsorted(ends, document, side="right"))]
         return f"{place}:{int(self.lines.read(document, document + 1)[0])}"
 
 

@@ -83,16 +83,26 @@ def stored(
 def _alone(path: Path) -> Iterator[None]:
     """Hold the lock of a store; wait for a process that has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{path}.lock"
-    file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
+    name, told = f"{path}.lock", False
+    while True:
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that tokenises %s", path)
+            if not told:
+                log.info("waiting for another process that tokenises %s", path)
+            told = True
             fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.sameopenfile(file, there := os.open(name, os.O_RDONLY)):
+                os.close(there)
+                break
+            os.close(there)
+        os.close(file)  # who had it removed the file that others wait for
+    try:
         yield
     finally:
+        os.unlink(name)
         os.close(file)
 
 
@@ -171,6 +181,8 @@ class _Writer:
                     self._shards()
             finally:
                 shutil.rmtree(self._folder(), ignore_errors=True)
+                if not self.notes:
+                    shutil.rmtree(self.path, ignore_errors=True)
         documents, tokens = self._sum("documents"), self._sum("tokens")
         if not documents:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -307,8 +319,9 @@ class _Writer:
         return (item for item in items if (item.row, item.piece) > (row, piece))
 
     def _rows(self) -> Iterator[tuple[int, Row]]:
-        for self.rows, row in enumerate(self.stream.rows(self.bad), 1):
-            yield self.rows - 1, row
+        for number, row in enumerate(self.stream.rows(self.bad)):
+            self.rows = number + 1
+            yield number, row
 
     def _forgiven(self, numbered: tuple[int, Row]) -> list[Item]:
         assert self.bad is not None

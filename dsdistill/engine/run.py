@@ -81,6 +81,7 @@ def run(config: Config, ranks: Ranks) -> dict:
         done = folder.summary()
         finished = done is not None and done.get("finished", False)
         if not finished:
+            folder.agree(config)  # before the data is tokenised
             check_backend(config.train, ranks.device)
             for place, section in (("student", config.student), ("teacher", config.teacher)):
                 check_attention(section.attn_implementation if section is not None else "auto", place)

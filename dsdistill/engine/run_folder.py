@@ -126,19 +126,25 @@ class RunFolder:
         another teacher or other data perhaps, is made again.
         """
         self.claim()
+        self.agree(config)
         saved = self / CONFIG
         if not self.begun:
             for name in KEPT:
                 self._forget(name)
-        elif os.path.exists(saved):
-            if config.run.resume == "never":
-                raise UserError(
-                    "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
-                )
-            check_same(saved, config)
         if not (os.path.exists(saved) and self.holds(config)) or configs.holds_secrets(saved):
             with disk.writing(saved) as file:
                 file.write(configs.dump(config))
+
+    def agree(self, config: Config) -> None:
+        """Raise UserError where the folder holds a run that this config may not go on with; changes nothing."""
+        saved = self / CONFIG
+        if not self.begun or not os.path.exists(saved):
+            return
+        if config.run.resume == "never":
+            raise UserError(
+                "run.dir", f"{self.path}, which holds a run", "an unused folder, or run.resume=auto"
+            )
+        check_same(saved, config)
 
     def holds(self, config: Config) -> bool:
         """Return whether config.yaml already says what `dump` would write."""

@@ -31,24 +31,24 @@ def saved(**changes: object) -> dict:
 class TestFormat:
     def test_a_dump_names_it_first(self, write):
         text = dump(make_config(MINIMAL))
-        assert text.startswith("format: 3\n")
+        assert text.startswith("format: 4\n")
         path = write(yaml.safe_load(text))
-        assert load([path]) == load([path, "format=3"]) == load_saved(path) == make_config(MINIMAL)
+        assert load([path]) == load([path, "format=4"]) == load_saved(path) == make_config(MINIMAL)
 
-    @pytest.mark.parametrize("named", [1, 4, "2", 2.0, True, [2], None])
+    @pytest.mark.parametrize("named", [1, 5, "2", 2.0, True, [2], None])
     def test_a_config_of_another_is_refused(self, write, named):
         path = write(MINIMAL | {"format": named})
         with pytest.raises(UserError) as caught:
             load([path])
-        assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 2 to 3 (")
+        assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 2 to 4 (")
 
-    @pytest.mark.parametrize("named", [4, 0, "1"])
+    @pytest.mark.parametrize("named", [5, 0, "1"])
     def test_a_run_folder_of_a_newer_one_is_refused(self, write, named):
         path = write(saved(format=named) | {"setting_of_then": 5})
         for read in (load_saved, lambda path: check_same(path, make_config(MINIMAL))):
             with pytest.raises(UserError) as caught:
                 read(path)
-            assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 1 to 3 (")
+            assert str(caught.value).startswith(f"{path}: format: got {named!r}, expected 1 to 4 (")
 
     def test_an_earlier_one_is_completed_by_the_defaults_of_its_time(self, write, monkeypatch):
         monkeypatch.setitem(formats.DEFAULTS, 1, {"train.clip": 2.5, "terms.hidden.embedding": False})
@@ -67,6 +67,17 @@ class TestFormat:
         check_same(path, before)
         with pytest.raises(UserError, match=r"embedding: got True, expected False as this run began"):
             check_same(path, now)
+
+    def test_text_runs_on_as_the_run_began(self, write):
+        """A run of before packing laid texts end to end, and its user's config says nothing of it."""
+        settings = yaml.safe_load(dump(make_config(MINIMAL)))
+        del settings["data"]["packing"], settings["data"]["layout"]
+        path = write(settings | {"format": 3})
+        assert (load_saved(path).data.packing, load_saved(path).data.layout) == (False, "separator")
+        mine = make_config(MINIMAL)
+        assert (mine.data.packing, mine.data.layout) == ("auto", None)
+        assert as_begun(mine, path).data.packing is False
+        check_same(path, as_begun(mine, path))
 
     def test_the_last_layer_is_read_as_the_run_began(self, write):
         """A run of before final_norm read it before the norm, and its user's config says nothing of it."""
