@@ -11,6 +11,9 @@ from dsdistill.config.secrets import shown
 from dsdistill.config.section import Section
 
 
+_BRANCHES = ("str", "int", "bool", "float")  # names of union branches that look like keys
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean X?)', or nothing where no known word is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
@@ -28,7 +31,7 @@ def explain(
     A misspelt key comes first, as it may explain more. origin: the file of the settings. within: the keys that lead to
     the section.
     """
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), _deepest(errors))
     inner = first.get("ctx", {}).get("error")
     start = "" if origin is None else f"{origin}: "
     if isinstance(inner, UserError):
@@ -58,9 +61,17 @@ def explain(
     return UserError(place, got, message)
 
 
+def _deepest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Return the first error, or where it is one of a union's branches that of the branch which fits best."""
+    place = errors[0]["loc"][:-1]
+    beside = [error for error in errors if error["loc"][: len(place)] == place]
+    return max(beside, key=lambda error: len(error["loc"]))
+
+
 def _readable(location: tuple[int | str, ...]) -> str:
     """Return the dotted path without the names of pydantic's union branches."""
-    return ".".join(str(part) for part in location if isinstance(part, int) or part.isidentifier())
+    kept = [part for part in location if part not in _BRANCHES]
+    return ".".join(str(part) for part in kept if isinstance(part, int) or part.isidentifier())
 
 
 def _section(section: type[Section], parents: list[int | str]) -> type[Section]:

@@ -43,7 +43,7 @@ class Cutter:
                     break
                 yield text[:cut]
                 held, size, wanted = [text[cut:]], size - cut, 2 * PIECE
-        if size or not held:
+        if size:
             yield "".join(held)
 
     def _cut(self, text: str) -> int | None:

@@ -8,10 +8,12 @@ import json
 import os
 from collections.abc import Sequence
 
+import numpy as np
+
 from dsdistill import disk
 from dsdistill.config import UserError
 from dsdistill.config.bounded import read_json
-from dsdistill.data import Mixture, Packed, Set, Splits
+from dsdistill.data import Examples, Mixture, Packed, Set, Splits
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SOURCES, RunFolder
 from dsdistill.models import tokenizer, weights
@@ -61,12 +63,34 @@ def content(examples: Set, classes: Sequence[str] = ()) -> str:
     return f"{CONTENT}{digest.hexdigest()}"
 
 
-def check_origins(folder: RunFolder, found: dict[str, str]) -> None:
-    """Raise UserError where a run that has begun was made from something else; runs of before this note go on."""
+def _former_content(examples: Set, classes: Sequence[str]) -> str:
+    """Return the digest of examples as runs noted it that began before there were stores: of every token."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    assert isinstance(examples, Examples)  # such runs have one source, and documents do not share rows
+    rows = range(len(examples))
+    for row in rows:
+        digest.update(examples.tokens(row).astype(np.int32).tobytes())
+    digest.update(np.cumsum([0, *examples.lengths.tolist()]).astype(np.int64).tobytes())
+    if examples.labels is not None:
+        digest.update(examples.labels.numpy().tobytes())
+    if examples.prompted:
+        digest.update(np.array([examples.context(row) for row in rows], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def check_origins(folder: RunFolder, found: dict[str, str], data: Splits[Set] | None = None) -> None:
+    """Raise UserError where a run that has begun was made from something else; runs of before this note go on.
+
+    data: that `found` tells of.
+    """
     note = folder / SOURCES
     if not folder.begun or not os.path.lexists(note):
         return
     before = read_json(note, _BYTES)
+    if data is not None:
+        for name, examples in {"data.train": data.train, **_dev_sets(data)}.items():
+            if not before.get(name, CONTENT).startswith(CONTENT):
+                found = found | {name: _former_content(examples, data.labels)}
     changed = [name for name, value in found.items() if before.get(name, value) != value]
     if changed:
         raise UserError(

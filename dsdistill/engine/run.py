@@ -113,7 +113,7 @@ def _open(
     if not finished:
         folder.tag = checkpoint.check(folder.path, config, ranks.world_size)
     found = origins(prepared) if prepared is not None else {}
-    check_origins(folder, found)
+    check_origins(folder, found, prepared.data if prepared is not None else None)
     folder.open(config)
     if found:
         write_origins(folder, found)

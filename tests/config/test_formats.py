@@ -83,6 +83,7 @@ class TestFormat:
         """A run of before final_norm read it before the norm, and its user's config says nothing of it."""
         settings = yaml.safe_load(dump(make_config(MINIMAL)))
         del settings["terms"]["hidden"]["final_norm"]
+        del settings["data"]["packing"], settings["data"]["layout"]
         path = write(settings | {"format": 2})
         assert load_saved(path).terms.hidden.final_norm == load([path]).terms.hidden.final_norm == "before"
         mine = make_config(MINIMAL)
