@@ -64,6 +64,8 @@ def explain(
 def _deepest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
     """Return the first error, or where it is one of a union's branches that of the branch which fits best."""
     place = errors[0]["loc"][:-1]
+    if "layers" in errors[0]["loc"]:  # `explain` says what they may be
+        return errors[0]
     beside = [error for error in errors if error["loc"][: len(place)] == place]
     return max(beside, key=lambda error: len(error["loc"]))
 

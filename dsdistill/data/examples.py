@@ -110,6 +110,10 @@ class Examples:
         ranges = self.ranges(row)
         return 0 if ranges is None or not len(ranges) else int(ranges[-1, 0])
 
+    def unmasked(self) -> "Examples":
+        """Return the examples with nothing hidden from the models."""
+        return replace(self, masking=None)
+
     def take(self, rows: Sequence[int]) -> "Examples":
         """Return some of the examples, in the order given."""
         index = torch.as_tensor(rows, dtype=torch.int64)
@@ -222,6 +226,10 @@ class Packed:
     def name(self, block: int) -> str:
         """Return what a block is called in messages: as its first document."""
         return self.parts.name(self.of(block)[0])
+
+    def unmasked(self) -> "Packed":
+        """Return the blocks as they are: nothing of them is hidden."""
+        return self
 
     def take(self, blocks: Sequence[int]) -> "Packed":
         """Return some of the blocks, in the order given."""

@@ -1,6 +1,6 @@
 """Draw examples from several sources by their weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -68,6 +68,10 @@ class Mixture:
         points = (np.arange(start, start + count) * GOLDEN + 0.5) % 1
         shares = np.cumsum(self.weights) / sum(self.weights)
         return np.searchsorted(shares, points, side="right").clip(max=len(self.parts) - 1)
+
+    def unmasked(self) -> "Mixture":
+        """Return the examples with nothing hidden from the models."""
+        return replace(self, parts=tuple(part.unmasked() for part in self.parts))
 
     def take(self, rows) -> "Mixture":
         """Return some of the examples, by source and within a source in the order given."""

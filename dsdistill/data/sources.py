@@ -12,7 +12,7 @@ from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import docstrings, files, hub
 from dsdistill.data.examples import Rows
 from dsdistill.data.labels import class_indices, class_names, scores, spelled
-from dsdistill.data.table import Row, Stream, Table
+from dsdistill.data.table import Bad, Row, Stream, Table
 
 CLASSES = "classification"
 
@@ -91,23 +91,26 @@ def streams(section: Section, split: str | tuple[str, ...], task: str) -> list[S
     return [_stream(section, name, task) for name in names(split)]
 
 
-def texts(section: Section, task: str) -> Iterator[str]:
-    """Yield the texts of the train set, of conversations those of their turns; without labels."""
+def texts(section: Section, task: str, bad: Bad | None = None) -> Iterator[str]:
+    """Yield the texts of the train set, of conversations those of their turns; without labels.
+
+    bad: is told of rows that cannot be read; without it the first one is raised.
+    """
     for *_, part in parts(section):
         # Plain text is limited in blocks of tokens, which nobody can count yet.
         running = task == "causal_lm" and part.messages is None and len(part.text) == 1
-        for row in islice(_text_rows(part, task), None if running else part.max_train):
+        for row in islice(_text_rows(part, task, bad), None if running else part.max_train):
             yield from row
 
 
-def _text_rows(section: Section, task: str) -> Iterator[list[str]]:
+def _text_rows(section: Section, task: str, bad: Bad | None) -> Iterator[list[str]]:
     """Yield the texts of each row; single texts that are blank are left out where tokens are predicted."""
     columns = (section.messages,) if section.messages else section.text
     for stream in streams(section, section.train, task):
         if stream.plain and task == "causal_lm":
-            yield ["".join(row["text"] for _, row in stream.rows())]
+            yield ["".join(row["text"] for _, row in stream.rows(bad))]
             continue
-        for _, row in stream.rows():
+        for _, row in stream.rows(bad):
             own = columns if stream.plain or columns[0] in row else ("text_a", "text_b")[: len(columns)]
             values = [row["text"].removesuffix("\n")] if stream.plain else [row.get(name) for name in own]
             found = list(_spoken(values))

@@ -72,11 +72,44 @@ def stored(
         UserError: a row cannot be used, the source has no text, or the store is damaged.
         disk.Unwritable: there is no room, or the cache cannot be written; what is done so far is kept.
     """
-    if not store.is_complete(path):
-        with disk.explained(path), _alone(path):
-            if not store.is_complete(path):
-                _Writer(path, stream, reader, entries, settings, limit, bad).write()
+    if store.is_complete(path):
+        return store.open_store(path)
+    with disk.explained(path), _alone(path):
+        if not store.is_complete(path):
+            if bad is not None:
+                return _without_bad_rows(path, stream, reader, entries, settings, limit, bad)
+            _Writer(path, stream, reader, entries, settings, limit).write()
     return store.open_store(path)
+
+
+def _without_bad_rows(
+    path: Path,
+    stream: Stream,
+    reader: Reader,
+    entries: int,
+    settings: dict[str, Any],
+    limit: Limit,
+    bad: Bad,
+) -> Documents:
+    """Return the documents of a source's good rows; where there are others too, no run finds them later."""
+    count = 0
+
+    def told(error: UserError) -> None:
+        nonlocal count
+        count += 1
+        bad(error)
+
+    aside = path.with_name(f"{path.name}-partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _Writer(aside, stream, reader, entries, settings, limit, told).write()
+        if not count:
+            shutil.rmtree(path, ignore_errors=True)  # what a stopped process left
+            os.replace(aside, path)
+            return store.open_store(path)
+        return store.open_store(aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # what is mapped stays readable
 
 
 @contextlib.contextmanager
@@ -158,7 +191,7 @@ class _Writer:
         entries: int,
         settings: dict[str, Any],
         limit: Limit,
-        bad: Bad | None,
+        bad: Bad | None = None,
     ):
         self.path, self.stream, self.reader = path, stream, reader
         self.settings, self.limit, self.bad = settings, limit, bad

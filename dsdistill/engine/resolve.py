@@ -38,14 +38,17 @@ class Resolved:
     recipe: "Resolved | None"  # of the teacher
 
 
-def resolve(config: Config) -> Resolved:
-    """Return tokenizer and architectures of a config, and of its teacher's recipe; no weights are looked at."""
+def resolve(config: Config, bad: Bad | None = None) -> Resolved:
+    """Return tokenizer and architectures of a config, and of its teacher's recipe; no weights are looked at.
+
+    bad: is told of rows that cannot be read, where a tokenizer is trained on them.
+    """
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
-        recipe = resolve(recipe_of(config))
+        recipe = resolve(recipe_of(config), bad)
     teacher = teacher_architecture(config.teacher, recipe)
     student = student_architecture(config.student, teacher)
-    return Resolved(config, tokenizer_of(config, recipe), student, teacher, recipe)
+    return Resolved(config, tokenizer_of(config, recipe, bad), student, teacher, recipe)
 
 
 def read_sets(
@@ -97,7 +100,9 @@ def student_architecture(student: schema.Student, teacher: PretrainedConfig | No
     return architecture(student.path, student.config, "student")
 
 
-def tokenizer_of(config: Config, recipe: Made | None) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    config: Config, recipe: Made | None, bad: Bad | None = None
+) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run; raise UserError where a model that it feeds has another of its own."""
     paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
     paths = {place: path for place, path in paths.items() if path}
@@ -110,7 +115,7 @@ def tokenizer_of(config: Config, recipe: Made | None) -> PreTrainedTokenizerBase
     elif config.data.train_tokenizer is not None:
         place = "data.train_tokenizer"
         make = train_bytes_tokenizer if config.data.tokenizer_kind == "bytes" else train_tokenizer
-        folder = make(texts(config.data, config.task), config.data.train_tokenizer, config.data.cache)
+        folder = make(texts(config.data, config.task, bad), config.data.train_tokenizer, config.data.cache)
         chosen = load_tokenizer(folder, place)
         own |= _own_tokenizers(paths)
     else:

@@ -191,6 +191,9 @@ def test_bad_rows_are_told_and_left_out(tmp_path, letters):
     assert texts_of(found) == [spelled("ab"), spelled("c")]
     lines = [str(error).split(": got")[0].rpartition(" ")[2] for error in told]
     assert lines == ["2", "3", "5"]
+    assert not list(tmp_path.glob("store*")), "a run must not find a store that lacks rows"
+    opened(tmp_path / "store", write(tmp_path / "b.jsonl", ["ab"]), letters, bad=told.append)
+    assert store.is_complete(tmp_path / "store") and len(told) == 3
 
 
 def test_a_limit_reads_no_further(tmp_path, letters, monkeypatch):

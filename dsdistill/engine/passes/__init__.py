@@ -6,14 +6,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dsdistill.data import Batch, Examples, evaluation_batches, restore
+from dsdistill.data import Batch, Set, evaluation_batches, restore
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 
 T = TypeVar("T")
 
 
-def over(prepared: Prepared, ranks: Ranks, examples: Examples, read: Callable[[Batch], T]) -> list[T]:
+def over(prepared: Prepared, ranks: Ranks, examples: Set, read: Callable[[Batch], T]) -> list[T]:
     """Return what `read` makes of each batch of one pass over `examples`, of all ranks, on every rank.
 
     read: of a batch on this rank's device, without gradients; what it returns is small and picklable. Every rank

@@ -4,14 +4,14 @@ Both models read the whole text, nothing masked. What is fitted is fitted on tra
 are so many.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dsdistill.alignment.units import mean_pool, unpacked
-from dsdistill.data import Examples
+from dsdistill.data import Set
 from dsdistill.data.batch import PHRASE, Batch
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
@@ -79,7 +79,7 @@ def collect(
     module: StudentModule,
     teacher: Tracer,
     prepared: Prepared,
-    examples: Examples,
+    examples: Set,
     ranks: Ranks,
     most: int | None = None,
 ) -> Vectors:
@@ -92,7 +92,7 @@ def collect(
             own, other = (unpacked(of, batch) for of in states)
             return _examples((own, other), batch.unpacked, prepared, most)
 
-    parts = over(prepared, ranks, replace(examples, masking=None), read)
+    parts = over(prepared, ranks, examples.unmasked(), read)
     everyone = sorted((item for part in parts for item in part), key=lambda item: item[0])
     _, sequences, phrases, terms, tokens = zip(*everyone, strict=True)
     return Vectors(
