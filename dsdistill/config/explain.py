@@ -10,7 +10,6 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.secrets import shown
 from dsdistill.config.section import Section
 
-
 _BRANCHES = ("str", "int", "bool", "float")  # names of union branches that look like keys
 
 

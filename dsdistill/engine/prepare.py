@@ -22,11 +22,9 @@ from dsdistill.distributed import deepspeed
 from dsdistill.engine import refusals, stages
 from dsdistill.engine.module import brings_head
 from dsdistill.engine.resolve import (
+    Resolved,
     read_sets,
-    recipe_of,
-    student_architecture,
-    teacher_architecture,
-    tokenizer_of,
+    resolve,
     words_of,
 )
 from dsdistill.evaluation.text import check_packages
@@ -62,10 +60,11 @@ class Prepared:
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
 
 
-def prepare(config: Config, world_size: int) -> Prepared:
+def prepare(config: Config, world_size: int, found: Resolved | None = None) -> Prepared:
     """Resolve architectures, tokenizer and data, and check them against each other.
 
-    Raises UserError for the first thing that does not fit.
+    found: tokenizer and architectures, where they are resolved already. Raises UserError for the first thing that does
+    not fit.
     """
     task, train, data = config.task, config.train, config.data
     refusals.check_ranks(train, config.run_stages, data.sampler, world_size)
@@ -73,11 +72,10 @@ def prepare(config: Config, world_size: int) -> Prepared:
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()
-    recipe = _recipe(config, world_size)
-    teacher = teacher_architecture(config.teacher, recipe)
-    student = student_architecture(config.student, teacher)
+    found = found or resolve(config)  # before the data of a recipe is tokenised
+    student, teacher, tokenizer = found.student, found.teacher, found.tokenizer
+    recipe = _recipe(config, world_size, found.recipe)
     objectives = objective_layers(config, student, teacher)
-    tokenizer = tokenizer_of(config, recipe)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
             trained = place == "teacher" or config.student.from_teacher or config.student.path
@@ -138,11 +136,11 @@ def prepare(config: Config, world_size: int) -> Prepared:
     )
 
 
-def _recipe(config: Config, world_size: int) -> Prepared | None:
+def _recipe(config: Config, world_size: int, found: Resolved | None) -> Prepared | None:
     """Prepare the run that trains the teacher, where the config names one."""
-    if config.teacher is None or config.teacher.path is not None or config.teacher.recipe is None:
+    if found is None:
         return None
-    recipe = prepare(recipe_of(config), world_size)
+    recipe = prepare(found.config, world_size, found)
     if recipe.config.task != config.task:
         raise UserError(f"teacher.recipe: {config.teacher.recipe}: task", recipe.config.task, config.task)
     tell_other_data(config, recipe.config)

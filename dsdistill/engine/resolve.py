@@ -100,9 +100,7 @@ def student_architecture(student: schema.Student, teacher: PretrainedConfig | No
     return architecture(student.path, student.config, "student")
 
 
-def tokenizer_of(
-    config: Config, recipe: Made | None, bad: Bad | None = None
-) -> PreTrainedTokenizerBase:
+def tokenizer_of(config: Config, recipe: Made | None, bad: Bad | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a run; raise UserError where a model that it feeds has another of its own."""
     paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
     paths = {place: path for place, path in paths.items() if path}

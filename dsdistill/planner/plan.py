@@ -22,10 +22,9 @@ from dsdistill.distributed import deepspeed
 from dsdistill.engine.prepare import (
     make_pair,
     objective_layers,
-    recipe_of,
-    student_architecture,
 )
 from dsdistill.engine.refusals import check_ranks
+from dsdistill.engine.resolve import recipe_of, student_architecture
 from dsdistill.models.build import architecture, build_model, for_task, override
 from dsdistill.models.settings import setting, text_config
 from dsdistill.models.tracer import count_parameters

@@ -65,7 +65,10 @@ def test_batches_tell_their_sources(ranks):
 
 def test_packed_sources():
     mixed = mixture()
-    packed = Mixture(tuple(Packed(part, *best_fit(part.lengths.numpy(), 12)) for part in mixed.parts), *(mixed.names, mixed.weights))
+    packed = Mixture(
+        tuple(Packed(part, *best_fit(part.lengths.numpy(), 12)) for part in mixed.parts),
+        *(mixed.names, mixed.weights),
+    )
     batch = collate(packed, [0, len(packed) - 1], 0)
     valid = batch.mask.flatten()
     assert batch.source[batch.owners[valid]].tolist() == batch.input_ids.flatten()[valid].tolist()
@@ -77,7 +80,14 @@ def test_losses_by_source_by_hand():
     torch.manual_seed(0)
     mixed = mixture(sizes=(4, 4), weights=(1.0, 1.0))
     pair = Pair(Shape(2, 8, 2, 2, 4, 16), None, "causal_lm", "auto", 16)
-    for examples in (mixed, Mixture(tuple(Packed(part, *best_fit(part.lengths.numpy(), 9)) for part in mixed.parts), mixed.names, mixed.weights)):
+    for examples in (
+        mixed,
+        Mixture(
+            tuple(Packed(part, *best_fit(part.lengths.numpy(), 9)) for part in mixed.parts),
+            mixed.names,
+            mixed.weights,
+        ),
+    ):
         batch = collate(examples, [0, 1, len(examples) - 1], 0)
         states, head = torch.randn(*batch.input_ids.shape, 8), torch.randn(16, 8)
         trace = Trace(output=states, head=head)
@@ -103,7 +113,9 @@ def test_losses_of_classes_by_source():
     watch = SourceLosses(pair, 2)
     watch.add(Trace(logits=logits), batch)
     each = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none").double()
-    torch.testing.assert_close(watch.sums, torch.tensor([[each[0] + each[1], 2.0], [each[2], 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(
+        watch.sums, torch.tensor([[each[0] + each[1], 2.0], [each[2], 1.0]], dtype=torch.float64)
+    )
 
 
 def test_batches_made_ahead_are_those_of_the_loader():
@@ -139,7 +151,10 @@ def test_parts_take_over_what_they_do_not_say():
                 "root": "r",
                 "text": ["q", "a"],
                 "dev": "d.jsonl",
-                "train": [{"train": "a.jsonl", "weight": 2.0}, {"source": "org/set", "subset": "s", "messages": "m"}],
+                "train": [
+                    {"train": "a.jsonl", "weight": 2.0},
+                    {"source": "org/set", "subset": "s", "messages": "m"},
+                ],
             }
         }
     ).data
@@ -152,10 +167,19 @@ def test_parts_take_over_what_they_do_not_say():
     "data, message",
     [
         ({"train": [{"weight": 1.0}]}, r"data\.train\.0: got neither source, subset nor train"),
-        ({"source": "files", "train": [{"source": "files"}]}, r"data\.train\.0\.train: got nothing with source files"),
+        (
+            {"source": "files", "train": [{"source": "files"}]},
+            r"data\.train\.0\.train: got nothing with source files",
+        ),
         ({"train": [{"train": "a", "weight": 0.0}]}, r"data\.train.*weight: got 0\.0"),
-        ({"source": "files", "train": [{"train": "a"}], "sampler": "entropy"}, r"data\.sampler: got entropy with several"),
-        ({"train": [{"source": "x/y", "train": ["a", "b"]}]}, r"data\.train\.0\.train: got a list with source x/y"),
+        (
+            {"source": "files", "train": [{"train": "a"}], "sampler": "entropy"},
+            r"data\.sampler: got entropy with several",
+        ),
+        (
+            {"train": [{"source": "x/y", "train": ["a", "b"]}]},
+            r"data\.train\.0\.train: got a list with source x/y",
+        ),
     ],
 )
 def test_refusals(data, message):

@@ -12,7 +12,11 @@ from dsdistill.data.bytes_bpe import train_bytes_tokenizer
 from dsdistill.data.encode import PlainEncoder
 from dsdistill.data.pieces import Cutter
 
-PARAGRAPHS = ["The dogs of the north  ran,\n  and ran.", "“Stop!” cried she — 12 345 times.", "\tTabs;\r\nold line ends."]
+PARAGRAPHS = [
+    "The dogs of the north  ran,\n  and ran.",
+    "“Stop!” cried she — 12 345 times.",
+    "\tTabs;\r\nold line ends.",
+]
 TEXTS = {
     "paragraphs": "\n\n".join(PARAGRAPHS * 40),
     "three line feeds": "\n\n\n".join(PARAGRAPHS * 40),
@@ -29,7 +33,9 @@ def prefixed():
     core = Tokenizer(models.BPE(unk_token="?"))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Replace("▁", " ")
-    core.train_from_iterator(TEXTS.values(), trainers.BpeTrainer(vocab_size=300, special_tokens=["?"], show_progress=False))
+    core.train_from_iterator(
+        TEXTS.values(), trainers.BpeTrainer(vocab_size=300, special_tokens=["?"], show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
 
 
@@ -38,8 +44,12 @@ def lines_joined():
     core = Tokenizer(models.BPE())
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split(__import__("tokenizers").Regex(pattern), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     core.train_from_iterator(TEXTS.values(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core)
 

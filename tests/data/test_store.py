@@ -30,10 +30,14 @@ BOS, EOS, A = 0, 1, 2
 @pytest.fixture(scope="module")
 def letters():
     """A token a letter, with a token that begins every text, as Llama 3's tokenizer puts one."""
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", " ", "\n"])}
+    vocabulary = {
+        token: i for i, token in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", " ", "\n"])
+    }
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
@@ -49,7 +53,10 @@ def opened(folder: Path, path: Path, tokenizer, limit=None, bad=None, entries=30
 
 
 def texts_of(documents) -> list[list[int]]:
-    return [documents.tokens.read(a, b).tolist() for a, b in zip(documents.starts, documents.starts[1:], strict=False)]
+    return [
+        documents.tokens.read(a, b).tolist()
+        for a, b in zip(documents.starts, documents.starts[1:], strict=False)
+    ]
 
 
 def spelled(text):
@@ -141,7 +148,10 @@ def test_a_killed_process_is_gone_on_from(tmp_path, letters):
         for _ in range(5):
             assert process.stdout.readline() == "shard\n"
         process.send_signal(signal.SIGKILL)
-    done, other = (subprocess.run([*command[:-1], name], capture_output=True, text=True, check=True) for name in ("store", "other"))
+    done, other = (
+        subprocess.run([*command[:-1], name], capture_output=True, text=True, check=True)
+        for name in ("store", "other")
+    )
     assert done.stdout.splitlines()[-1] == other.stdout.splitlines()[-1]
     assert done.stdout.count("shard") <= other.stdout.count("shard") - 5
 
@@ -238,7 +248,9 @@ def test_verify(tmp_path, letters):
 
 def test_a_changed_source_is_tokenised_anew(tmp_path, letters):
     path = write(tmp_path / "a.jsonl", ["abc"])
-    section = Section(source="files", train=str(path), dev=str(path), max_length=32, cache=str(tmp_path / "cache"))
+    section = Section(
+        source="files", train=str(path), dev=str(path), max_length=32, cache=str(tmp_path / "cache")
+    )
     assert lists(load(section, "causal_lm", letters).train) == [spelled("abc")]
     time.sleep(0.01)
     write(path, ["abd"])
@@ -255,7 +267,10 @@ class TestOverlong:
     def test_split(self):
         found = self.examples("split", None)
         assert lists(found) == [[0, 1, 2, 3], [4, 5, 6, 7], [10, 11, 12, 13]]
-        assert (found.lost.truncated, found.lost.dropped) == (0, 2)  # a rest of one token, and a document of one
+        assert (found.lost.truncated, found.lost.dropped) == (
+            0,
+            2,
+        )  # a rest of one token, and a document of one
 
     def test_truncate(self):
         found = self.examples("truncate", None)

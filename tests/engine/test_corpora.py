@@ -103,7 +103,13 @@ def test_packed_conversations_on_one_rank_and_two(home, tmp_path):
 def test_a_mixture_tells_the_loss_of_each_source(home, tmp_path):
     parts = [
         {"train": "chats.jsonl", "weight": 1.0},
-        {"train": "pairs.jsonl", "text": ["question", "answer"], "layout": "template", "weight": 3.0, "name": "quiz"},
+        {
+            "train": "pairs.jsonl",
+            "text": ["question", "answer"],
+            "layout": "template",
+            "weight": 3.0,
+            "name": "quiz",
+        },
     ]
     config = settings(home, tmp_path, "mixed", train=parts, packing=False)
     run_configs([config], ranks=2)
@@ -129,7 +135,9 @@ def test_preview_shows_what_the_models_will_see(home, tmp_path):
         lengths = {len(example[name]) for name in ("input_ids", "labels", "mask", "position_ids", "segments")}
         assert len(lengths) == 1
         starts = [i for i, position in enumerate(example["position_ids"]) if position == 0]
-        assert starts == [i for i, of in enumerate(example["segments"]) if i == 0 or of != example["segments"][i - 1]]
+        assert starts == [
+            i for i, of in enumerate(example["segments"]) if i == 0 or of != example["segments"][i - 1]
+        ]
         assert example["text"].startswith("<|im_start|>") and "assistant" in example["text"]
         labelled = [i for i, label in enumerate(example["labels"]) if label != -100]
         assert labelled and all(example["labels"][i] == example["input_ids"][i] for i in labelled)
@@ -144,7 +152,7 @@ def test_bad_rows_are_counted_and_named_and_a_run_refuses_the_first(home, tmp_pa
     config = settings(home, tmp_path, "bad", train=str(tmp_path / "bad.jsonl"))
     done = launch("-m", "dsdistill", "preview", config, "-n", 0, ranks=1)
     assert done.returncode == 0 and "3 rows cannot be used" in done.stdout
-    assert [f"bad.jsonl, line {line}: got " in done.stdout for line in (61, 62, 63)] == [True] * 3
+    assert [f"bad.jsonl, line {line}" in done.stdout for line in (61, 62, 63)] == [True] * 3
     done = launch("-m", "dsdistill", "train", config, ranks=1)
     assert done.returncode == 2 and "bad.jsonl, line 61: got " in done.stderr
     assert "Traceback" not in done.stderr

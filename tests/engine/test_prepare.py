@@ -9,8 +9,9 @@ import yaml
 from dsdistill.config import UserError, load
 from dsdistill.config.load import make_config
 from dsdistill.engine import checkpoint
-from dsdistill.engine.prepare import Prepared, prepare, recipe_of, tell_other_data
+from dsdistill.engine.prepare import Prepared, prepare, tell_other_data
 from dsdistill.engine.refusals import check_ranks
+from dsdistill.engine.resolve import recipe_of
 from tests.engine.test_resume import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
