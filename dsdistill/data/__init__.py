@@ -3,9 +3,9 @@
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.collate import Set, collate
 from dsdistill.data.examples import Examples, Packed, Rows, Splits
-from dsdistill.data.load import Words, load_data, load_texts
 from dsdistill.data.loader import Ahead, Loader, evaluation_batches, restore
 from dsdistill.data.mixture import Mixture
+from dsdistill.data.sets import Words, load_data, load_texts
 
 __all__ = [
     "NO_LABEL",

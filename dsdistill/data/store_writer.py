@@ -25,8 +25,8 @@ from dsdistill.config.errors import UserError
 from dsdistill.data import store
 from dsdistill.data.documents import Document, Item, Reader, batches
 from dsdistill.data.store import COLUMNS, NOTE_BYTES, SHARD_NOTE, STORE, Documents
+from dsdistill.data.store_check import file_hash
 from dsdistill.data.table import Bad, Row, Stream
-from dsdistill.data.verify import file_hash
 
 log = logging.getLogger("dsdistill")
 

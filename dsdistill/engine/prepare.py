@@ -72,9 +72,8 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()
-    found = found or resolve(config)  # before the data of a recipe is tokenised
+    found = found or resolve(config)
     student, teacher, tokenizer = found.student, found.teacher, found.tokenizer
-    recipe = _recipe(config, world_size, found.recipe)
     objectives = objective_layers(config, student, teacher)
     for place, model in (("student", student), ("teacher", teacher)):
         if model is not None:
@@ -96,18 +95,20 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
     if config.student.path is not None:
         check_ties(config.student.path, own_ties(student, task, "student"), "student")
     refusals.check_frozen(config.student, config.stages, student, task)
-    splits = read_sets(config, tokenizer, student, teacher)
-    stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     reads_head = any(objective.needs("head") for objective in objectives)
     refusals.check_lacking(config.teacher, teacher, of_teacher, task, "teacher", needs_head=reads_head)
     refusals.check_lacking(
         config.student, student, of_student, task, "student", needs_head=brings_head(config)
     )
-    contrast = _contrast(data, tokenizer)
     judged = teacher is not None and (
-        recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives, of_teacher)
+        found.recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives, of_teacher)
     )
     refusals.check_judge(config.evaluation, data, judged)
+    # All that the models alone tell is known: now the data is tokenised, where it is not yet.
+    recipe = _recipe(config, world_size, found.recipe)
+    splits = read_sets(config, tokenizer, student, teacher)
+    stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
+    contrast = _contrast(data, tokenizer)
     if task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         theirs = recipe.data.labels if recipe is not None else refusals.class_names(teacher)
         refusals.check_classes(splits.labels, theirs)

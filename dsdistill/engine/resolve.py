@@ -14,7 +14,7 @@ from dsdistill.data.sources import texts
 from dsdistill.data.table import Bad
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import refusals
-from dsdistill.engine.packing import packs
+from dsdistill.engine.row_sharing import packs
 from dsdistill.models.build import architecture, load_tokenizer, override
 from dsdistill.models.cut import cut_architecture
 from dsdistill.models.tokenizer import entries, fingerprint

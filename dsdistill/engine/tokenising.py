@@ -2,7 +2,7 @@
 
 from dsdistill.config import Config
 from dsdistill.data import Mixture, Packed, Set
-from dsdistill.data.verify import verify_stores
+from dsdistill.data.store_check import verify_stores
 from dsdistill.engine.preview import numbers
 from dsdistill.engine.resolve import Resolved, read_sets, resolve
 

@@ -8,7 +8,7 @@ import torch
 
 from dsdistill.config.data_section import Data as Section
 from dsdistill.data import Examples, Rows, Splits, Words, load_data
-from dsdistill.data.load import _Loading
+from dsdistill.data.sets import _Loading
 from dsdistill.data.sources import read as read_rows
 from dsdistill.data.sources import streams
 from dsdistill.data.store import Documents, Mapped, Runs

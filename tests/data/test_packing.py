@@ -2,6 +2,7 @@ import gzip
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_it_is_best_fit_decreasing(seed):
     order, starts = best_fit(lengths, capacity)
     assert np.array_equal(np.sort(order), np.arange(150))
     assert sorted(room(lengths, order, starts, capacity).tolist()) == plain(lengths.tolist(), capacity)
-    blocks = [order[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    blocks = [order[a:b] for a, b in pairwise(starts)]
     assert all((np.diff(block) > 0).all() for block in blocks)
     assert (np.diff([block[0] for block in blocks]) > 0).all()
 

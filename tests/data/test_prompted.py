@@ -127,7 +127,7 @@ def test_more_rows_than_one_call_of_the_tokenizer(tokenizer, monkeypatch):
 def test_refusals(tokenizer, decoder_tokenizer):
     with pytest.raises(UserError, match=r"data\.max_length: got 3, expected at least 4"):
         tokenize([("a", "b")], tokenizer, 3, "causal_lm")
-    with pytest.raises(UserError, match="rows.jsonl, line 2: got an empty response"):
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: got an empty response"):
         tokenize([("a", "b"), ("a", " ")], tokenizer, 9, "causal_lm")
     nothing = PreTrainedTokenizerFast(tokenizer_object=decoder_tokenizer._tokenizer)
     with pytest.raises(UserError, match=r"data\.tokenizer: got one without a token that ends a text"):

@@ -20,8 +20,8 @@ from dsdistill.data import store, store_writer
 from dsdistill.data.documents import PlainReader
 from dsdistill.data.examples import cut
 from dsdistill.data.files import stream
+from dsdistill.data.store_check import verify_stores
 from dsdistill.data.store_writer import Limit, stored
-from dsdistill.data.verify import verify_stores
 from tests.data.rig import lists, load, made
 
 BOS, EOS, A = 0, 1, 2

@@ -1,4 +1,4 @@
-"""Runs over conversations and mixtures: packed or not, on one rank or two, stopped and gone on; preview and tokenize."""
+"""Runs over conversations and mixtures: packed or not, on one rank or two, stopped; preview and tokenize."""
 
 import json
 import random
