@@ -298,13 +298,13 @@ DATA = {
     "blank texts alone": (
         "train.tsv",
         b"text\n \n  \n",
-        {"task": "masked_lm", "terms": {"task": {}}},
+        {"task": "masked_lm", "terms": {"task": {}}, "student.new_head": True},
         ["got blank rows alone in text", "expected some text"],
     ),
     "a missing text among blanks": (
         "train.jsonl",
         b'{"text": " "}\n{"text": "the sum"}\n{"text": null}\n',
-        {"task": "masked_lm", "terms": {"task": {}}},
+        {"task": "masked_lm", "terms": {"task": {}}, "student.new_head": True},
         ["line 3: got no text"],
     ),
     "ragged rows": ("dev.tsv", f"{HEADER}the\tsum\ta\n".encode(), {}, ["line 2: got 3 fields"]),

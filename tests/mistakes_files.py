@@ -129,7 +129,7 @@ DATA = {
     "a bomb of text": (
         "train.txt.gz",
         _packed,
-        {"task": "masked_lm", "terms": {"task": {}}},
+        {"task": "masked_lm", "terms": {"task": {}}, "student.new_head": True},
         ["line 1: got more than 67,108,864 bytes"],
     ),
     "a bomb below a header": (

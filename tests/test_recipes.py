@@ -53,6 +53,9 @@ def test_soft_labels_come_from_a_head_that_is_trained_first(recipe, monkeypatch)
     """Published weights may have none for the task, or a random one, as hfl/chinese-roberta-wwm-ext-large has."""
     monkeypatch.chdir(RECIPES.parents[1])
     config = after(recipe)
+    if config.teacher.recipe is None:  # an instruct model, as it is published
+        assert config.teacher.path.endswith("-Instruct") and config.data.layout == "template"
+        return
     teacher = load([config.teacher.recipe])
     assert teacher.task == config.task and list(teacher.terms.named()) == ["task"]
     assert teacher.data.max_length == config.data.max_length

@@ -110,6 +110,22 @@ class Examples:
         ranges = self.ranges(row)
         return 0 if ranges is None or not len(ranges) else int(ranges[-1, 0])
 
+    def count_labelled(self) -> int:
+        """Return how many tokens of all examples have labels, where tokens are labels."""
+        if self.documents.ranges is None:
+            return int(self.lengths.sum())
+        first, past = self.documents.ranges.bounds()
+        before = np.concatenate([[0], np.cumsum(past - first)])  # labelled tokens before each run
+
+        def until(places: np.ndarray) -> np.ndarray:
+            run = np.searchsorted(first, places)
+            # Of the run that a place lies in, what comes after it is taken back.
+            over = np.where(run > 0, np.append(past, 0)[run - 1] - places, 0).clip(min=0)
+            return before[run] - over
+
+        starts = self.starts.numpy()
+        return int((until(starts + self.lengths.numpy()) - until(starts)).sum())
+
     def unmasked(self) -> "Examples":
         """Return the examples with nothing hidden from the models."""
         return replace(self, masking=None)

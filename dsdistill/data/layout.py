@@ -1,5 +1,6 @@
 """Prompts and responses as text: two turns of a conversation, or one text after the other."""
 
+import functools
 import logging
 from typing import Any
 
@@ -18,8 +19,13 @@ def default_layout(tokenizer: Any, data: Data) -> Layout:
         return data.layout
     layout: Layout = "template" if data.chat_template or tokenizer.chat_template else "separator"
     why = "there is a chat template" if layout == "template" else "the tokenizer has no chat template"
-    log.info("prompts and responses: data.layout is %s, as %s", layout, why)
+    _tell(layout, why)
     return layout
+
+
+@functools.cache  # train and dev sets ask alike
+def _tell(layout: str, why: str) -> None:
+    log.info("prompts and responses: data.layout is %s, as %s", layout, why)
 
 
 def render_template(chat: Chat, prompt: str, response: str, place: str) -> Rendered:

@@ -88,10 +88,7 @@ def _labelled(examples: Examples, tokens: int) -> float | None:
         return None
     if examples.masking is not None and examples.masking.predicted:
         return examples.masking.predicted
-    if not examples.prompted:
-        return 1.0
-    ranges = (examples.ranges(row) for row in range(len(examples)))
-    return round(sum(int((of[:, 1] - of[:, 0]).sum()) for of in ranges if of is not None) / tokens, 4)
+    return round(examples.count_labelled() / tokens, 4)
 
 
 def _example(batch: Batch, tokenizer: Any, task: str, classes: tuple[str, ...] | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dsdistill import config as configs
 from dsdistill.config import Config, UserError, schema
 from dsdistill.data import Set, Splits, Words, load_data
 from dsdistill.data.bytes_bpe import train_bytes_tokenizer
+from dsdistill.data.chat_template import read_template
 from dsdistill.data.sources import texts
 from dsdistill.data.table import Bad
 from dsdistill.data.wordpiece import train_tokenizer
@@ -48,7 +49,10 @@ def resolve(config: Config, bad: Bad | None = None) -> Resolved:
         recipe = resolve(recipe_of(config), bad)
     teacher = teacher_architecture(config.teacher, recipe)
     student = student_architecture(config.student, teacher)
-    return Resolved(config, tokenizer_of(config, recipe, bad), student, teacher, recipe)
+    tokenizer = tokenizer_of(config, recipe, bad)
+    if config.data.chat_template is not None:  # what the student learns, its export says
+        tokenizer.chat_template = read_template(config.data.chat_template)
+    return Resolved(config, tokenizer, student, teacher, recipe)
 
 
 def read_sets(

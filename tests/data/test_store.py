@@ -291,3 +291,12 @@ class TestOverlong:
 
     def test_a_label_on_a_first_token_alone_predicts_nothing(self):
         assert lists(self.examples("split", [[(4, 5)], [(0, 1)], [(0, 1)]])) == []
+
+
+@pytest.mark.parametrize("overlong", ["split", "truncate"])
+def test_labelled_tokens_are_counted_without_looking_at_each_example(overlong):
+    ranges = [[(0, 2), (5, 9)], [(3, 4)], [], [(1, 6)], [(0, 12)]]
+    rows = [list(range(length)) for length in (9, 4, 5, 6, 12)]
+    found = cut(made(rows, ranges=ranges).documents, 4, overlong)
+    each = [int((found.token_labels(row) != -100).sum()) for row in range(len(found))]
+    assert sum(each) == found.count_labelled() > 0

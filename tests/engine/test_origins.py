@@ -1,9 +1,11 @@
 """A run goes on from what it was made from, or says in one line what has changed under the same name."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -112,6 +114,29 @@ def test_what_changed_is_named(own, tmp_path, case):
     assert str(caught.value).startswith(
         f"{folder.path}: {named}: got other contents than this run began with"
     )
+
+
+def test_a_note_of_before_there_were_stores_is_compared_as_it_was_made(own, tmp_path):
+    """It hashed every token, where each example begins, and the labels."""
+    folder, config = RunFolder(str(tmp_path / "run")), make_config(own)
+    prepared = prepare(config, world_size=1)
+    note = origins(prepared)
+    assert {value[:2] for name, value in note.items() if name in ("data.train", "data.dev")} == {"2:"}
+    for name, part in (("data.train", prepared.data.train), ("data.dev", prepared.data.dev)):
+        rows = [part.tokens(row).tolist() for row in range(len(part))]
+        digest = hashlib.sha256(json.dumps(prepared.data.labels).encode())
+        digest.update(np.concatenate(rows).astype(np.int32).tobytes())
+        digest.update(np.cumsum([0, *map(len, rows)]).astype(np.int64).tobytes())
+        digest.update(part.labels.numpy().tobytes())
+        note[name] = digest.hexdigest()
+    Path(folder.path).mkdir()
+    write_origins(folder, note)
+    make_checkpoint(tmp_path / "run", 1)
+    check_origins(folder, origins(prepared), prepared.data)
+    _relabel(tmp_path)
+    changed = prepare(config, world_size=1)
+    with pytest.raises(UserError, match=r"data\.train: got other contents than this run began with"):
+        check_origins(folder, origins(changed), changed.data)
 
 
 def test_a_run_that_was_cut_short_ends_in_one_line(own, tmp_path):
