@@ -85,7 +85,7 @@ def load_data(
         devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
     trains = [_drawn(train, section, seed, len(classes)) for train in trains]
     if packed:
-        trains = [_packed(train, section.max_length, section.cache) for train in trains]
+        trains = [_packed(train, part) for train, (*_, part) in zip(trains, parts(section), strict=True)]
     if task == "masked_lm":
         hide = masking(words.tokenizer, PREDICTED, 0.0, seed)
         devs = {name: replace(dev, masking=hide) for name, dev in devs.items()}
@@ -231,7 +231,10 @@ def _digest(module: Any) -> str:
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
 
 
-def _packed(examples: Examples, length: int, cache: str) -> Packed:
-    """Return blocks of whole documents; which ones share a block is kept beside the stores."""
-    order, bounds = best_fit(examples.lengths.numpy(), length)
-    return Packed(examples, order, bounds)
+def _packed(examples: Examples, section: Section) -> Packed:
+    """Return blocks of whole documents, of plain text as many as max_train says at most."""
+    order, bounds = best_fit(examples.lengths.numpy(), section.max_length)
+    packed, limit = Packed(examples, order, bounds), section.max_train
+    if limit is None or section.messages is not None or len(section.text) == 2 or len(packed) <= limit:
+        return packed
+    return packed.take(range(limit))

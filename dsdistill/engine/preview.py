@@ -74,7 +74,7 @@ def numbers(examples: Set, length: int) -> dict[str, Any]:
             key: sum(part[key] for part in parts.values()) for key in ("examples", "truncated", "dropped")
         }
         return whole | {"tokens": tokens, "sources": parts}
-    own = examples.parts if isinstance(examples, Packed) else examples
+    own = examples.parts.take(examples.order) if isinstance(examples, Packed) else examples
     tokens = int(own.lengths.sum())
     found: dict[str, Any] = {"examples": len(examples)}
     if isinstance(examples, Packed):
