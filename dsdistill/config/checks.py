@@ -81,6 +81,7 @@ def check(config: Config) -> None:
     _check_student(config)
     check_data(config.data, config.task, config.train.steps)
     _check_noise(config)
+    _check_classes(config)
     _check_chunker(config)
     _check_domain(config)
     _check_sampler(config)
@@ -217,6 +218,13 @@ def _check_noise(config: Config) -> None:
         )
     if not any(term.reads_labels for _, term in _terms(config)):
         raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
+
+
+def _check_classes(config: Config) -> None:
+    """Refuse settings about classes beside tasks that have none; which there are the data says."""
+    positive = config.evaluation.positive_class
+    if positive is not None and config.task != "classification":
+        raise UserError("evaluation.positive_class", f"{positive} with task {config.task}", "classification")
 
 
 def _check_student(config: Config) -> None:

@@ -187,7 +187,8 @@ class Evaluation(Section):
     )
     positive_class: str | None = Field(
         default=None,
-        description="of two classes: the name of the one that F1 is of; default: the second",
+        description="of two classes: the name of the one that F1 is of; default: the second, unless it is called as "
+        "the first after not_, non_ or no_",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
     generate: Annotated[int, Field(ge=0)] = Field(

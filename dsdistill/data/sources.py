@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -58,6 +58,18 @@ def names(split: str | tuple[str, ...]) -> tuple[str, ...]:
 def dev_sets(section: Section) -> dict[str, str]:
     """Return the dev sets by name; one that the config does not name is called ''."""
     return {"": section.dev} if isinstance(section.dev, str) else section.dev
+
+
+def with_dev_files(section: Section, files: Sequence[str]) -> Section:
+    """Return the section with these files as its dev sets, by their own names, whole; the train set stays the same."""
+    train = []
+    for name, weight, part in parts(section):
+        same = {key: getattr(part, key) for key in Part.model_fields if key not in ("name", "weight")}
+        train.append(Part(name=name or None, weight=weight, **same))
+    changes: dict[str, Any] = {"source": "files", "subset": None, "root": None, "max_dev": None}
+    return section.model_copy(
+        update={**changes, "train": tuple(train), "dev": {name: name for name in files}}
+    )
 
 
 def read(section: Section, task: str) -> tuple[list[Rows], dict[str, Rows], tuple[str, ...]]:

@@ -18,6 +18,7 @@ from dsdistill.config.terms import SoftLabel, Task, Terms
 from dsdistill.data import Set, Splits, load_texts
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import Sampler
+from dsdistill.data.sources import names, parts
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import refusals, stages
 from dsdistill.engine.module import brings_head
@@ -29,6 +30,7 @@ from dsdistill.engine.resolve import (
     tokenizer_of,
     words_of,
 )
+from dsdistill.evaluation.positive import positive_class
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     for_task,
@@ -60,6 +62,16 @@ class Prepared:
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
+
+    @property
+    def positive(self) -> int | None:
+        """Return the class that F1 is of, where there are two."""
+        return positive_class(self.data.labels, self.config.evaluation.positive_class)
+
+    @property
+    def scored(self) -> dict[str, str]:
+        """Return what a summary says beside its scores: the name of the class that F1 is of."""
+        return {} if self.positive is None else {"positive_class": self.data.labels[self.positive]}
 
 
 def prepare(config: Config, world_size: int) -> Prepared:
@@ -99,6 +111,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
         check_ties(config.student.path, own_ties(student, task, "student"), "student")
     refusals.check_frozen(config.student, config.stages, student, task)
     splits = read_sets(config, tokenizer, student, teacher)
+    positive_class(splits.labels, config.evaluation.positive_class)  # refuses a class that is none
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     reads_head = any(objective.needs("head") for objective in objectives)
     refusals.check_lacking(config.teacher, teacher, of_teacher, task, "teacher", needs_head=reads_head)
@@ -112,7 +125,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     refusals.check_judge(config.evaluation, data, judged)
     if task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         theirs = recipe.data.labels if recipe is not None else refusals.class_names(teacher)
-        refusals.check_classes(splits.labels, theirs)
+        refusals.check_classes(splits.labels, theirs, data.labels is not None)
     for model in (student, teacher):
         if model is not None:
             for_task(model, task, splits.labels, tokenizer.pad_token_id)
@@ -167,12 +180,12 @@ def tell_other_data(config: Config, recipe: Config) -> None:
 
 def _texts(data: schema.Data) -> dict:
     """Return what they are read from."""
-    files = [data.train] if isinstance(data.train, str) else data.train
+    of = [part for *_, part in parts(data)]
     return {
-        "source": data.source,
-        "subset": data.subset,
-        "train": ", ".join(map(os.path.normpath, files)),
-        "text": ", ".join(data.text),
+        "source": ", ".join(part.source for part in of),
+        "subset": ", ".join(str(part.subset) for part in of),
+        "train": ", ".join(os.path.normpath(name) for part in of for name in names(part.train)),
+        "text": "; ".join(", ".join(part.text) for part in of),
     }
 
 
