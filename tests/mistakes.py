@@ -73,6 +73,10 @@ CONFIG = {
     "unknown extension": ({"data.train": "train.xyz"}, ["train.xyz", "'.xyz'"]),
     "text column": ({"data.text": ["txt"]}, ["train.tsv: got no column 'txt'", "text"]),
     "label column": ({"data.label": "lable"}, ["train.tsv: got no column 'lable'", "label"]),
+    "positive class of tokens": (
+        {"evaluation.positive_class": "a", "task": "regression", "data.label": "score"},
+        ["evaluation.positive_class: got a with task regression"],
+    ),
     "label names": ({"data.labels": ["a", "b"]}, ["train.tsv, line 4", "'c'", "2 classes a, b"]),
     "map out of range": (
         {"terms.hidden.layers": [[1, 9]]},

@@ -1,16 +1,19 @@
 """What is said before a run of data that its teacher does not know."""
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config import UserError, load
 from dsdistill.config.load import make_config
 from dsdistill.engine import checkpoint
 from dsdistill.engine.prepare import Prepared, prepare, recipe_of, tell_other_data
 from dsdistill.engine.refusals import check_ranks
+from tests.conftest import merge
 from tests.engine.test_resume import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +139,29 @@ class TestOneExampleAtOnce:
             mapping["terms"] = {"task": {}, "domain": {"sequences": sequences}}
             with refusal:
                 checkpoint.check(str(tmp_path), make_config(mapping), world_size=1)
+
+
+def test_a_teacher_whose_classes_have_no_names(settings, tmp_path):
+    """Its order is nobody's to guess; where the data's labels are numbers it is theirs."""
+    made = AutoModelForSequenceClassification.from_pretrained(settings["teacher"]["path"])
+    made.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
+    made.save_pretrained(tmp_path / "unnamed")
+    AutoTokenizer.from_pretrained(settings["teacher"]["path"]).save_pretrained(tmp_path / "unnamed")
+    given = merge(settings, {"teacher.path": str(tmp_path / "unnamed")})
+    with pytest.raises(
+        UserError, match=r"^teacher: got a teacher whose classes have no names, .*data\.labels:"
+    ):
+        prepare(make_config(given), 1)
+    named = prepare(make_config(merge(given, {"data.labels": ["c", "a", "b"]})), 1)
+    assert named.data.labels == ("c", "a", "b")
+    for name in ("train", "dev"):
+        text = Path(settings["data"][name]).read_text(encoding="utf-8")
+        numbers = re.sub("\t([abc])\t", lambda match: f"\t{'abc'.index(match[1])}\t", text)
+        (tmp_path / f"{name}.tsv").write_text(numbers, encoding="utf-8")
+    files = {f"data.{name}": str(tmp_path / f"{name}.tsv") for name in ("train", "dev")}
+    assert prepare(make_config(merge(given, files)), 1).data.labels == ("0", "1", "2")
+
+
+def test_the_class_of_f1_is_one_of_two(settings):
+    with pytest.raises(UserError, match=r"positive_class: got a with 3 classes, expected two classes"):
+        prepare(make_config(merge(settings, {"evaluation.positive_class": "a"})), 1)
