@@ -58,7 +58,7 @@ def scores_by_hand(run: Path, path: Path) -> tuple[float, float]:
     return sum(guess == label for guess, label in pairs) / len(pairs), 2 * hits / said
 
 
-def test_each_dev_set_is_scored_and_other_files_beside_them(two_sets, tmp_path):
+def test_each_dev_set_is_scored_and_other_files_beside_them(two_sets, tmp_path, refused):
     done = launch("--module", "dsdistill", "train", write(tmp_path / "config.yaml", two_sets))
     assert done.returncode == 0, done.stderr
     run = Path(two_sets["run"]["dir"])
@@ -75,39 +75,31 @@ def test_each_dev_set_is_scored_and_other_files_beside_them(two_sets, tmp_path):
     (evaluation,) = (line["evaluation"] for line in lines if "evaluation" in line)
     assert evaluation["mismatched/loss"] == pytest.approx(student["mismatched/loss"])
 
-    done = launch("--module", "dsdistill", "evaluate", run, "--data", tmp_path / "other.tsv")
+    files = [str(tmp_path / f"{name}.tsv") for name in ("other", "mismatched")]
+    done = launch("--module", "dsdistill", "evaluate", run, "--data", files[0], "--data", files[1])
     assert done.returncode == 0, done.stderr
-    assert f"test | classification | {tmp_path / 'other.tsv'}" in done.stdout
+    assert all(f"test | classification | {name}" in done.stdout for name in files)
     after = json.loads((run / "summary.json").read_text())
     others = after.pop("others")
-    assert after == summary and list(others) == [str(tmp_path / "other.tsv")]
-    (found,) = others.values()
-    accuracy, f1 = scores_by_hand(tmp_path / "exported", tmp_path / "other.tsv")
+    assert after == summary and list(others) == files
+    found = others[files[0]]
+    accuracy, f1 = scores_by_hand(tmp_path / "exported", Path(files[0]))
     assert found["student"]["accuracy"] == pytest.approx(accuracy)
     assert found["student"]["f1"] == pytest.approx(f1) and found["evaluated"] == "step-00000003"
+    assert others[files[1]]["student"]["loss"] == pytest.approx(student["mismatched/loss"])
 
-    done = command("evaluate", run, "--data", "matched.tsv", "--data", "mismatched.tsv", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    after = json.loads((run / "summary.json").read_text())
-    assert set(after["others"]) == {str(tmp_path / "other.tsv"), "matched.tsv", "mismatched.tsv"}
-    for name in ("matched", "mismatched"):
-        assert after["others"][f"{name}.tsv"]["student"]["loss"] == pytest.approx(student[f"{name}/loss"])
     done = command("evaluate", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     again = json.loads((run / "summary.json").read_text())
-    assert again["others"] == after["others"]
+    assert again["others"] == others
     assert again["models"]["student"]["matched/loss"] == pytest.approx(student["matched/loss"], rel=1e-5)
 
-    # What is not there, or has other classes, is refused before a model is loaded.
-    for name, text, told in (
-        ("nowhere.tsv", None, "nowhere.tsv: got no such file"),
-        ("bad.tsv", "text\tlabel\nthe tensor\tmaybe\n", "bad.tsv, line 2: got label 'maybe'"),
-    ):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        done = command("evaluate", run, "--data", name, cwd=tmp_path)
-        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
-    assert json.loads((run / "summary.json").read_text()) == again
+    # Classes that the run does not have are refused before a model is loaded.
+    (tmp_path / "bad.tsv").write_text("text\tlabel\nthe tensor\tmaybe\n")
+    told = refused("evaluate", run, "--data", "bad.tsv")
+    assert told.startswith(
+        "bad.tsv, line 2: got label 'maybe' in column label, expected one of the 2 classes"
+    )
 
 
 def test_a_file_that_is_not_there_is_refused_before_anything(two_sets, tmp_path, monkeypatch):
