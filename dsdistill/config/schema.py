@@ -155,7 +155,8 @@ class Train(Section):
     class_weights: Annotated[tuple[NonNegative, ...], Field(strict=False)] | dict[str, NonNegative] | None = (
         Field(
             default=None,
-            description="classification: weights of the classes in the task's loss, in order or by name",
+            description="classification: weights of the classes in the task's loss, in order or by name; those "
+            "that are not named weigh 1",
         )
     )
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -129,7 +129,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
     for model in (student, teacher):
         if model is not None:
             for_task(model, task, splits.labels, tokenizer.pad_token_id)
-    pair = make_pair(config, student, teacher, entries(tokenizer))
+    pair = make_pair(config, student, teacher, entries(tokenizer), splits.labels)
     evaluation = Terms(
         task=Task(),
         soft_label=SoftLabel(temperature=1.0) if judged and task in LANGUAGE else None,
@@ -144,7 +144,7 @@ def prepare(config: Config, world_size: int) -> Prepared:
         teacher,
         pair,
         make_objectives(config, pair),
-        Objective(evaluation, pair),
+        Objective(evaluation, replace(pair, smoothing=0.0, class_weights=())),
         geometry,
         contrast,
         judged,
@@ -190,8 +190,13 @@ def _texts(data: schema.Data) -> dict:
 
 
 def make_pair(
-    config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int
+    config: Config,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    tokens: int,
+    classes: tuple[str, ...] = (),
 ) -> Pair:
+    """Return what the terms know of the models; classes: of the data, where they are known."""
     domain = config.student.domain
     return Pair(
         Shape.of(student),
@@ -200,7 +205,31 @@ def make_pair(
         config.train.backend,
         tokens,
         domain.width if domain is not None else 0,
+        config.train.label_smoothing,
+        class_weights(config.train.class_weights, classes) if classes else (),
     )
+
+
+def class_weights(
+    given: tuple[float, ...] | dict[str, float] | None, classes: tuple[str, ...]
+) -> tuple[float, ...]:
+    """Return the weight of each class in the task's loss, () where none is given.
+
+    Raises:
+        UserError: they are not the data's classes, or all weigh 0.
+    """
+    if given is None:
+        return ()
+    place, listed = "train.class_weights", ", ".join(classes[:8]) + ", …" * (len(classes) > 8)
+    if isinstance(given, dict):
+        if unknown := [name for name in given if name not in classes]:
+            raise UserError(f"{place}.{unknown[0]}", "no class", f"one of the classes {listed}")
+        given = tuple(given.get(name, 1.0) for name in classes)
+    if len(given) != len(classes):
+        raise UserError(place, f"{len(given)} weights", f"one for each of the classes {listed}")
+    if not any(given):
+        raise UserError(place, "weights of 0 alone", "one above 0")
+    return given
 
 
 def make_objectives(config: Config, pair: Pair) -> tuple[Objective, ...]:

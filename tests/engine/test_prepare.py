@@ -165,3 +165,35 @@ def test_a_teacher_whose_classes_have_no_names(settings, tmp_path):
 def test_the_class_of_f1_is_one_of_two(settings):
     with pytest.raises(UserError, match=r"positive_class: got a with 3 classes, expected two classes"):
         prepare(make_config(merge(settings, {"evaluation.positive_class": "a"})), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        ([1, 2.5, 0], (1, 2.5, 0)),
+        ({"c": 3}, (1, 1, 3)),
+        ({"b": 0, "a": 0.5, "c": 2}, (0.5, 0, 2)),
+        (None, ()),
+    ],
+    ids=str,
+)
+def test_weights_of_classes(settings, given, weights):
+    train = settings["train"] | {"class_weights": given, "label_smoothing": 0.1}
+    prepared = prepare(make_config(settings | {"train": train}), 1)
+    assert prepared.pair.class_weights == weights and prepared.pair.smoothing == 0.1
+    assert prepared.objectives[0].terms["task"].pair.smoothing == 0.1
+    assert prepared.evaluation.terms["task"].pair.smoothing == 0  # perplexity is of the labels as they are
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 2], "train.class_weights: got 2 weights, expected one for each of the classes a, b, c"),
+        ({"d": 1}, "train.class_weights.d: got no class, expected one of the classes a, b, c"),
+        ([0, 0, 0], "train.class_weights: got weights of 0 alone, expected one above 0"),
+    ],
+)
+def test_weights_of_other_classes(settings, given, message):
+    with pytest.raises(UserError) as caught:
+        prepare(make_config(merge(settings, {"train.class_weights": given})), 1)
+    assert str(caught.value) == message
