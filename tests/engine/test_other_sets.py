@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config import UserError
 from dsdistill.config.data_section import Data, Part
 from dsdistill.config.load import make_config
+from dsdistill.data import Loader
 from dsdistill.data.sources import parts, with_dev_files
 from dsdistill.engine import evaluate
 from dsdistill.engine.evaluate import evaluate_run
+from dsdistill.engine.prepare import prepare
 from dsdistill.engine.run_folder import RunFolder, check_sources
 from tests.conftest import sentence
 from tests.engine.launch import launch
@@ -30,16 +33,35 @@ def two_sets(settings, tmp_path) -> dict:
         (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n", encoding="utf-8")
     data = {"root": str(tmp_path), "train": "train.tsv"}
     data |= {"dev": {"matched": "matched.tsv", "mismatched": "mismatched.tsv"}}
-    data |= {"tokenizer": settings["student"]["path"]}
-    student = {"path": settings["student"]["path"]}
+    changes = {"num_labels": 2, "ignore_mismatched_sizes": True}
+    model = AutoModelForSequenceClassification.from_pretrained(settings["student"]["path"], **changes)
+    model.classifier.weight.data.mul_(40.0)  # peaked
+    model.save_pretrained(tmp_path / "student")
+    AutoTokenizer.from_pretrained(settings["student"]["path"]).save_pretrained(tmp_path / "student")
+    student = {"path": str(tmp_path / "student")}
     return settings | {
         "data": settings["data"] | data,
         "teacher": None,
         "student": student,
         "terms": {"task": {}},
         "run": settings["run"] | {"evaluate_every": 3},
-        "train": settings["train"] | {"epochs": 1},
+        "train": settings["train"]
+        | {"epochs": 1, "label_smoothing": 0.2, "class_weights": {"equivalent": 0.1, "not_equivalent": 0.03}},
     }
+
+
+def first_loss(settings: dict) -> float:
+    """Return the loss of the first step by plain PyTorch, over the rows that a run of any ranks takes."""
+    prepared = prepare(make_config(settings), 1)
+    model = AutoModelForSequenceClassification.from_pretrained(settings["student"]["path"]).eval()
+    train, labels = prepared.data.train, []
+    logits = []
+    for row in Loader(train, 8, 8, 1, 0, 0, 0).rows(0, 0).tolist():
+        with torch.no_grad():
+            logits.append(model(torch.from_numpy(train.tokens(row).astype("int64"))[None]).logits[0])
+        labels.append(train.labels[row])
+    weight = torch.tensor([0.1, 0.03])
+    return F.cross_entropy(torch.stack(logits), torch.stack(labels), weight, label_smoothing=0.2).item()
 
 
 def scores_by_hand(run: Path, path: Path) -> tuple[float, float]:
@@ -66,13 +88,14 @@ def test_each_dev_set_is_scored_and_other_files_beside_them(two_sets, tmp_path, 
     assert summary["positive_class"] == "equivalent" and "F1: of the class equivalent" in done.stdout
     assert command("export", run, "--out", "exported", cwd=tmp_path).returncode == 0
     student = summary["models"]["student"]
-    for name in ("matched", "mismatched"):
+    for name in ("matched", "mismatched"):  # accuracy of the labels as they are: neither weighed nor smoothed
         accuracy, f1 = scores_by_hand(tmp_path / "exported", tmp_path / f"{name}.tsv")
         assert student[f"{name}/accuracy"] == pytest.approx(accuracy)
         assert student[f"{name}/f1"] == pytest.approx(f1)
     assert student["matched/loss"] != student["mismatched/loss"] and "accuracy" not in student
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (evaluation,) = (line["evaluation"] for line in lines if "evaluation" in line)
+    assert lines[0]["terms"]["task"]["raw"] == pytest.approx(first_loss(two_sets), rel=1e-5)
     assert evaluation["mismatched/loss"] == pytest.approx(student["mismatched/loss"])
 
     files = [str(tmp_path / f"{name}.tsv") for name in ("other", "mismatched")]
