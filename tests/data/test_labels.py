@@ -131,8 +131,13 @@ def test_rows_without_a_label_of_a_declared_class(tmp_path):
     given = Section(source="files", root=str(tmp_path), train="a.parquet", dev="a.parquet")
     with pytest.raises(UserError, match=r"row 2: got label -1 in column label, expected a label \(.* out\)$"):
         read(given, "classification")
-    given = given.model_copy(update={"drop_unlabelled": True, "labels": ("b", "a")})
-    assert read(given, "classification").train.labels == [1, 0]
+    left = {"drop_unlabelled": True, "labels": ("b", "a")}
+    assert read(given.model_copy(update=left), "classification").train.labels == [1, 0]
+    # It stays none where a class of other files is called -1.
+    left["labels"] = ("-1", "a", "b")
+    assert read(given.model_copy(update=left), "classification").train.labels == [1, 2]
+    with pytest.raises(UserError, match=r"row 2: got label -1 in column label, expected a label"):
+        read(given.model_copy(update=left | {"drop_unlabelled": False}), "classification")
 
 
 def test_a_class_may_be_called_minus_one(tmp_path):
@@ -148,6 +153,12 @@ def test_scores_without_a_number(tmp_path):
     assert read(given, "regression").train.labels == [0.5, -1, 2]
     with pytest.raises(UserError, match="line 2: got no label, expected a label"):
         read(given.model_copy(update={"drop_unlabelled": False}), "regression")
+
+
+def test_rows_that_are_left_keep_their_lines(tmp_path):
+    given = section(tmp_path, ["a", "b"], [None, "a", "-", "other"], drop_unlabelled=True)
+    with pytest.raises(UserError, match=r"dev\.jsonl, line 4: got label 'other'"):
+        read(given, "classification")
 
 
 def test_no_row_with_a_label(tmp_path):

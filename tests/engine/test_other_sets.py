@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from dsdistill.data import Loader
 from dsdistill.data.sources import parts, with_dev_files
 from dsdistill.engine import evaluate
 from dsdistill.engine.evaluate import evaluate_run
+from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.run_folder import RunFolder, check_sources
 from tests.conftest import sentence
@@ -151,11 +153,8 @@ def test_the_train_set_stays_the_same(changes):
     """Other dev files change neither where train examples come from nor how they are read."""
     section = Data(**changes, max_dev=3)
     found = with_dev_files(section, ["x.tsv", "y.tsv"])
-    assert (
-        found.dev == {"x.tsv": "x.tsv", "y.tsv": "y.tsv"}
-        and found.source == "files"
-        and found.max_dev is None
-    )
+    assert found.dev == {"x.tsv": "x.tsv", "y.tsv": "y.tsv"} and found.source == "files"
+    assert found.root is None and found.subset is None and found.max_dev is None
     reads = (
         "source",
         "subset",
@@ -173,6 +172,15 @@ def test_the_train_set_stays_the_same(changes):
         for of in (section, found)
     )
     assert before == after
+
+
+def test_steadiness_stands_beside_the_distance_on_any_dev_set(tmp_path):
+    for step in (1, 2):
+        (tmp_path / "representations").mkdir(exist_ok=True)
+        states = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        np.save(tmp_path / "representations" / f"step-{step:08d}.npy", states.numpy())
+    assert set(stability({"x/kl": 0.5, "x/accuracy": 1.0}, str(tmp_path), 2)) == {"rcs", "cka_distance"}
+    assert stability({"kl": 0.5}, str(tmp_path), 2) and not stability({"x/accuracy": 1.0}, str(tmp_path), 2)
 
 
 def test_no_source_of_a_run_lies_where_the_run_writes(two_sets, tmp_path):
