@@ -31,7 +31,7 @@ class Run(Section):
     log_every: Positive = Field(default=10, description="optimizer steps between two lines of metrics.jsonl")
     evaluate_every: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
         default=0,
-        description="optimizer steps between two evaluations on the dev set, or epoch; 0: only at the end",
+        description="optimizer steps between two evaluations on the dev sets, or epoch; 0: only at the end",
     )
     save_every: Annotated[int, Field(ge=0)] = Field(
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
