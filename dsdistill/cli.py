@@ -170,18 +170,28 @@ def preview(
 
 
 @app.command()
-def evaluate(run: RunPath):
-    """Evaluate the newest checkpoint of RUN on its dev set and add the scores to RUN/summary.json."""
+def evaluate(
+    run: RunPath,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="Score this file instead; may be given several times."),
+    ] = None,
+):
+    """Evaluate the newest checkpoint of RUN on its dev sets and add the scores to RUN/summary.json.
+
+    With --data: on files of the same columns and classes; their scores stand below `others` there.
+    """
     from dsdistill.distributed import stopping
 
     with stopping.watch():
         _quiet_libraries()
         from dsdistill.engine.evaluate import evaluate_run
-        from dsdistill.report import show
+        from dsdistill.report import show, show_others
 
-        summary = evaluate_run(run)
+        files = list(dict.fromkeys(data or ()))
+        summary = evaluate_run(run, files)
         if _first():
-            show(run, summary)
+            show_others(summary, files) if files else show(run, summary)
 
 
 @app.command()

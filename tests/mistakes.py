@@ -73,6 +73,22 @@ CONFIG = {
     "unknown extension": ({"data.train": "train.xyz"}, ["train.xyz", "'.xyz'"]),
     "text column": ({"data.text": ["txt"]}, ["train.tsv: got no column 'txt'", "text"]),
     "label column": ({"data.label": "lable"}, ["train.tsv: got no column 'lable'", "label"]),
+    "smoothing of scores": (
+        {"train.label_smoothing": 0.1, "task": "regression", "data.label": "score"},
+        ["train.label_smoothing: got task regression, expected a task of classes or tokens"],
+    ),
+    "smoothing that nobody reads": (
+        {"train.label_smoothing": 0.1, "terms": {"hidden": {}}},
+        ["train.label_smoothing: got no term that reads labels"],
+    ),
+    "weights of scores": (
+        {"train.class_weights": [1, 2], "task": "regression", "data.label": "score"},
+        ["train.class_weights: got weights with task regression, expected classification"],
+    ),
+    "positive class of scores": (
+        {"evaluation.positive_class": "a", "task": "regression", "data.label": "score"},
+        ["evaluation.positive_class: got a with task regression"],
+    ),
     "label names": ({"data.labels": ["a", "b"]}, ["train.tsv, line 4", "'c'", "2 classes a, b"]),
     "map out of range": (
         {"terms.hidden.layers": [[1, 9]]},

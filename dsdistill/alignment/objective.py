@@ -90,7 +90,8 @@ class Objective(nn.Module):
         raw, start = [], 0
         terms = list(self.terms.values())
         for index, (term, weight) in enumerate(zip(terms, self.weights.values(), strict=True)):
-            divisor = counts[start : start + term.parts].clamp(min=1)  # nothing valid: the sums are 0
+            divisor = counts[start : start + term.parts]  # weights of classes may come to less than 1
+            divisor = divisor.masked_fill(divisor == 0, 1)  # nothing valid: the sums are 0
             start += term.parts
             sums = term.sums(student, teacher, batch)
             if sums.shape != (term.parts,):  # a mistake in a term from outside

@@ -226,6 +226,7 @@ def soft_label_cases() -> Iterator[Case]:
     ignored = {**entropy, "labels": labels.masked_fill(~_ragged(2, 33), -100), "bias": bias["student_bias"]}
     yield Case("cross-entropy", "ragged", ignored, native=False)
     yield Case("cross-entropy", "capped", ignored, {"softcap": 2.0}, native=False)
+    yield Case("cross-entropy", "smoothed", ignored, {"label_smoothing": 0.2, "softcap": 2.0}, native=False)
 
 
 def all_cases() -> list[Case]:

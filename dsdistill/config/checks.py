@@ -80,7 +80,8 @@ def check(config: Config) -> None:
         )
     _check_student(config)
     check_data(config.data, config.task, config.train.steps)
-    _check_noise(config)
+    _check_labels(config)
+    _check_classes(config)
     _check_chunker(config)
     _check_domain(config)
     _check_sampler(config)
@@ -207,16 +208,33 @@ def _check_sampler(config: Config) -> None:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
 
 
-def _check_noise(config: Config) -> None:
-    """Labels act through the task's loss alone."""
-    if not config.data.label_noise:
-        return
-    if config.task in ("causal_lm", "masked_lm"):
+def _check_labels(config: Config) -> None:
+    """Refuse settings about labels that would have no effect: labels act through the task's loss alone."""
+    data, train = config.data, config.train
+    if data.label_noise and config.task in ("causal_lm", "masked_lm"):
         raise UserError(
             "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
-    if not any(term.reads_labels for _, term in _terms(config)):
-        raise UserError("data.label_noise", "no term that reads labels", "terms.task with a weight above 0")
+    if train.label_smoothing and config.task == "regression":
+        raise UserError("train.label_smoothing", "task regression", "a task of classes or tokens")
+    settings = {
+        "data.label_noise": data.label_noise,
+        "train.label_smoothing": train.label_smoothing,
+        "train.class_weights": train.class_weights is not None,
+    }
+    reads = any(term.reads_labels for _, term in _terms(config))
+    for name, is_set in settings.items():
+        if is_set and not reads:
+            raise UserError(name, "no term that reads labels", "terms.task with a weight above 0")
+
+
+def _check_classes(config: Config) -> None:
+    """Refuse settings about classes beside tasks that have none; which there are the data says."""
+    positive, weights = config.evaluation.positive_class, config.train.class_weights
+    if positive is not None and config.task != "classification":
+        raise UserError("evaluation.positive_class", f"{positive} with task {config.task}", "classification")
+    if weights is not None and config.task != "classification":
+        raise UserError("train.class_weights", f"weights with task {config.task}", "classification")
 
 
 def _check_student(config: Config) -> None:

@@ -117,13 +117,15 @@ class Data(Section):
         description="hub set larger than the disk: read and tokenised while the run goes on, a part kept at a time",
     )
     drop_unlabelled: bool = Field(
-        default=False, description="leave out rows whose label is missing, empty, - or -1"
+        default=False, description="leave out rows whose label is missing, empty or -, or of classes -1"
     )
     label: str | None = Field(
         default="label", description="column of the label; texts that predict tokens have none"
     )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
-        default=None, description="names of the classes in order; default: those of the train set, sorted"
+        default=None,
+        description="names of the classes in order; labels may then be numbers from 0; default: as the data set "
+        "declares them, else the names in the train set, sorted",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(default=128, description="longest sequence, tokens")
     max_train: Positive | None = Field(

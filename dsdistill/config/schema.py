@@ -31,7 +31,7 @@ class Run(Section):
     log_every: Positive = Field(default=10, description="optimizer steps between two lines of metrics.jsonl")
     evaluate_every: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
         default=0,
-        description="optimizer steps between two evaluations on the dev set, or epoch; 0: only at the end",
+        description="optimizer steps between two evaluations on the dev sets, or epoch; 0: only at the end",
     )
     save_every: Annotated[int, Field(ge=0)] = Field(
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
@@ -155,7 +155,8 @@ class Train(Section):
     class_weights: Annotated[tuple[NonNegative, ...], Field(strict=False)] | dict[str, NonNegative] | None = (
         Field(
             default=None,
-            description="classification: weights of the classes in the task's loss, in order or by name",
+            description="classification: weights of the classes in the task's loss, in order or by name; those "
+            "that are not named weigh 1",
         )
     )
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
@@ -187,7 +188,8 @@ class Evaluation(Section):
     )
     positive_class: str | None = Field(
         default=None,
-        description="of two classes: the name of the one that F1 is of; default: the second",
+        description="of two classes: the name of the one that F1 is of; default: the second, unless it is called as "
+        "the first after not_, non_ or no_",
     )
     latency: bool = Field(default=False, description="median time of one example by itself, on one process")
     generate: Annotated[int, Field(ge=0)] = Field(

@@ -1,7 +1,8 @@
 """Reads and checks the rows of a run: built-in docstrings, local files, or Hugging Face hub data sets."""
 
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,8 +12,10 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import docstrings, files, hub
 from dsdistill.data.examples import Rows
-from dsdistill.data.labels import class_indices, class_names, scores, spelled
+from dsdistill.data.labels import NO_CLASS, Classes, class_indices, classes_of, labelled, scores
 from dsdistill.data.table import Bad, Row, Stream, Table
+
+log = logging.getLogger("dsdistill")
 
 CLASSES = "classification"
 
@@ -57,6 +60,18 @@ def dev_sets(section: Section) -> dict[str, str]:
     return {"": section.dev} if isinstance(section.dev, str) else section.dev
 
 
+def with_dev_files(section: Section, files: Sequence[str]) -> Section:
+    """Return the section with these files as its dev sets, by their own names, whole; the train set stays the same."""
+    train = []
+    for name, weight, part in parts(section):
+        same = {key: getattr(part, key) for key in Part.model_fields if key not in ("name", "weight")}
+        train.append(Part(name=name or None, weight=weight, **same))
+    changes: dict[str, Any] = {"source": "files", "subset": None, "root": None, "max_dev": None}
+    return section.model_copy(
+        update={**changes, "train": tuple(train), "dev": {name: name for name in files}}
+    )
+
+
 def read(section: Section, task: str) -> tuple[list[Rows], dict[str, Rows], tuple[str, ...]]:
     """Return the rows of labelled sets with every check that needs no tokenizer.
 
@@ -73,16 +88,17 @@ def read(section: Section, task: str) -> tuple[list[Rows], dict[str, Rows], tupl
     """
     if section.label is None:
         raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
-    trains = [(part, [_table(part, name, task) for name in names(part.train)]) for *_, part in parts(section)]
-    devs = {name: [_table(section, split, task)] for name, split in dev_sets(section).items()}
-    classes = ()
+    trains = [
+        (part, [_labelled(part, name, task) for name in names(part.train)]) for *_, part in parts(section)
+    ]
+    devs = {name: [_labelled(section, split, task)] for name, split in dev_sets(section).items()}
+    known = None
     if task == CLASSES:
-        tables = [(part.label, table) for part, of in trains for table in of]
-        classes = class_names(_labels(tables), "label", section.labels)
+        known = classes_of([(part.label, table) for part, of in trains for table in of], section.labels)
     return (
-        [_rows(of, part, task, classes, part.max_train) for part, of in trains],
-        {name: _rows(of, section, task, classes, section.max_dev) for name, of in devs.items()},
-        classes,
+        [_rows(of, part, known, part.max_train) for part, of in trains],
+        {name: _rows(of, section, known, section.max_dev) for name, of in devs.items()},
+        known.names if known is not None else (),
     )
 
 
@@ -128,25 +144,8 @@ def _spoken(value: Any) -> Iterator[str]:
             yield from _spoken(inner)
 
 
-def _labels(tables: list[tuple[str, Table]]) -> Table:
-    """Return one table of all labels, with the classes that tables declare where all that do declare the same."""
-    declared = {tuple(table.classes[column]) for column, table in tables if column in (table.classes or {})}
-    if len(declared) == 1:
-        labels, classes = (
-            [label for column, table in tables for label in table.column(column)],
-            list(*declared),
-        )
-    else:  # an index is a class of its own table alone
-        labels, classes = [name for column, table in tables for name in spelled(table, column)], None
-    place = _places([table for _, table in tables])
-    numbers = range(1, len(labels) + 1)
-    return Table(place, {"label": labels}, numbers, "row", classes and {"label": classes})
-
-
-def _rows(
-    tables: list[Table], section: Section, task: str, classes: tuple[str, ...], limit: int | None
-) -> Rows:
-    """Return the rows of all tables, one after the other."""
+def _rows(tables: list[Table], section: Section, known: Classes | None, limit: int | None) -> Rows:
+    """Return the rows of all tables, one after the other; known: their classes, None for scores."""
     found = [text for table in tables for text in _texts(table, section)]
     if len({len(text) for text in found}) > 1:
         raise UserError(_places(tables), "one text here and pairs there", "files of one form")
@@ -156,13 +155,24 @@ def _rows(
     labels: list = []
     for table in tables:
         labels += (
-            class_indices(table, section.label, classes) if task == CLASSES else scores(table, section.label)
+            scores(table, section.label) if known is None else class_indices(table, section.label, known)
         )
     return Rows(_places(tables), found[:limit], labels[:limit], ids[:limit])
 
 
 def _places(tables: list[Table]) -> str:
     return ", ".join(table.place for table in tables)
+
+
+def _labelled(section: Section, split: str, task: str) -> Table:
+    """Return the rows of a file or split, without those that have no label where the section asks for that."""
+    table = _table(section, split, task)
+    if not section.drop_unlabelled:
+        return table
+    kept = labelled(table, section.label, (section.labels or ()) if task == CLASSES else (NO_CLASS,))
+    if len(kept) < len(table):
+        log.info("%s: %d of %d rows have no label", table.place, len(table) - len(kept), len(table))
+    return kept
 
 
 def _table(section: Section, split: str, task: str) -> Table:

@@ -18,7 +18,7 @@ from dsdistill import disk
 from dsdistill.config import Stopped, UserError, as_begun, load
 from dsdistill.config.bounded import read_yaml
 from dsdistill.config.resume import check_same
-from dsdistill.report.summary import TITLES, detail
+from dsdistill.report.summary import in_order, metric, title
 
 _HEAD = "| method | runs |"  # of the table
 # What differs between machines or says nothing about a method.
@@ -173,11 +173,10 @@ def table(rows: dict[str, list[dict]]) -> str:
             if "teacher" in summary["models"]:
                 by_name["teacher"] = [summary["models"]["teacher"]]
     by_name |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
-    seen = {score for runs in by_name.values() for scores in runs for score in scores if not detail(score)}
-    seen -= _LEFT_OUT
-    columns = [score for score in TITLES if score in seen] + sorted(seen - TITLES.keys())
+    seen = in_order(score for runs in by_name.values() for scores in runs for score in scores)
+    columns = [score for score in seen if metric(score) not in _LEFT_OUT]
     lines = [
-        _HEAD + " " + " | ".join(TITLES.get(score, score) for score in columns) + " |",
+        _HEAD + " " + " | ".join(map(title, columns)) + " |",
         "|---|---:|" + "---:|" * len(columns),
     ]
     for name, runs in by_name.items():

@@ -1,32 +1,46 @@
-"""Evaluate the newest checkpoint of a run on its dev set, for `dsdistill evaluate`."""
+"""Evaluate the newest checkpoint of a run on its dev sets, or on other files, for `dsdistill evaluate`."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from dsdistill.config import Config
+from dsdistill.config.schema import Evaluation
+from dsdistill.data import files
+from dsdistill.data.sources import with_dev_files
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.export import find_checkpoint, load_student, read_config
 from dsdistill.engine.module import StudentModule, fused_layers, make_fusion
 from dsdistill.engine.passes import representation_space
-from dsdistill.engine.passes.dev_scores import latency, score
+from dsdistill.engine.passes.dev_scores import latency, score, score_on
 from dsdistill.engine.passes.generation import generation
 from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.prepare import Prepared, prepare
 from dsdistill.engine.run import running, use_recipe, with_fields
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.engine.teacher import load_teacher
-from dsdistill.evaluation.text import bleu_signature
-from dsdistill.models.tracer import cast_parameters
+from dsdistill.models.tracer import Tracer, cast_parameters
 
 log = logging.getLogger("dsdistill")
 
 
-def evaluate_run(path: str) -> dict:
-    """Score the newest checkpoint of a run on its dev set; return (and write) its summary with those scores."""
+def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
+    """Score the newest checkpoint of a run on its dev sets; return (and write) its summary with those scores.
+
+    Args:
+        path: of the run.
+        data: files to score it on in place of the dev sets, with the run's own columns and classes. Their scores, the
+            task's own, stand below `others` by the names given here; all other scores stay as they are.
+
+    Raises:
+        UserError: there is no such run or file, or the data cannot be used.
+    """
     config = _computable(read_config(path), path)
+    if data:
+        config = _on_files(config, data)
     folder = RunFolder(path)
     with running(config.run.timeout) as ranks:
         with ranks.first_alone():
@@ -38,11 +52,11 @@ def evaluate_run(path: str) -> dict:
         if prepared.recipe is not None:
             use_recipe(prepared, folder, ranks)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
-        for name, values in _scores(prepared, path, tag, ranks).items():
-            summary["models"].setdefault(name, {}).update(values)
-        if config.evaluation.generate:
-            summary["bleu_signature"] = bleu_signature()
-        summary["evaluated"] = tag
+        summary |= prepared.scored
+        if data:
+            summary["others"] = summary.get("others", {}) | _others(prepared, path, tag, ranks)
+        else:
+            _score(prepared, path, tag, ranks, summary)
         with ranks.first_alone():
             if ranks.first:
                 folder.write_summary(summary)
@@ -57,39 +71,74 @@ def _computable(config: Config, path: str) -> Config:
     return with_fields(config, train=with_fields(config.train, dtype="fp32"))
 
 
-def _scores(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, dict]:
-    """Return the scores of a checkpoint's student and of the teacher, all that the config asks for.
+def _on_files(config: Config, data: Sequence[str]) -> Config:
+    """Return a run's config with these files as its dev sets and the task's own scores alone."""
+    for name in data:
+        files.stream(name, None, (), config.data.most_bytes)  # refuses a file that is not there
+    asked = Evaluation(positive_class=config.evaluation.positive_class)
+    return with_fields(config, data=with_dev_files(config.data, data), evaluation=asked)
+
+
+def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict) -> None:
+    """Put the scores of a checkpoint's student and of the teacher into a summary, all that the config asks for.
 
     Those that the run reports too are computed in the type that it trained in, so that they are the same; texts and
     times are those of the float32 weights that `export` writes.
     """
+    asked = prepared.config.evaluation
+    module = _student(prepared, path, tag, ranks)
+    whole: dict[str, dict] = {"student": {}}
+    if asked.latency and ranks.first:
+        whole["student"] |= latency(module.model, prepared)
+    if asked.generate:  # before the teacher that scores is there: a whole one writes
+        written, summary["bleu_signature"] = generation(module.model, prepared, path, ranks)
+        for name, values in written.items():
+            whole.setdefault(name, {}).update(values)
+    teacher = _as_trained(module, prepared, ranks)
+    scores = score(module, teacher if prepared.judged else None, prepared, ranks)
+    if asked.structure:
+        scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
+    scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
+    for of in (scores, whole):
+        for name, values in of.items():
+            summary["models"].setdefault(name, {}).update(values)
+    summary["evaluated"] = tag
+
+
+def _others(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, dict]:
+    """Return the scores of student and teacher on each dev set by its name, and the checkpoint they are of."""
+    module = _student(prepared, path, tag, ranks)
+    teacher = _as_trained(module, prepared, ranks)
+    return {
+        name: {**score_on(examples, module, teacher, prepared, ranks), "evaluated": tag}
+        for name, examples in prepared.data.devs.items()
+    }
+
+
+def _student(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> StudentModule:
+    """Return the student of a checkpoint in evaluation mode, in float32."""
     config = prepared.config
-    asked = config.evaluation
     model, weights = load_student(path, config, tag)
     fusion = make_fusion(config, prepared.pair, fused_layers(prepared.objectives))
     if fusion is not None:
         fusion.load_state_dict(weights)
     module = StudentModule(
-        model, prepared.objectives[-1], prepared.evaluation, represents=asked.structure, domain=fusion
+        model,
+        prepared.objectives[-1],
+        prepared.evaluation,
+        represents=config.evaluation.structure,
+        domain=fusion,
     )
-    module = module.to(ranks.device).eval()
-    whole: dict[str, dict] = {"student": {}}
-    if asked.latency and ranks.first:
-        whole["student"] |= latency(model, prepared)
-    if asked.generate:  # before the teacher that scores is there: a whole one writes
-        for name, values in generation(model, prepared, path, ranks).items():
-            whole.setdefault(name, {}).update(values)
+    return module.to(ranks.device).eval()
+
+
+def _as_trained(module: StudentModule, prepared: Prepared, ranks: Ranks) -> Tracer | None:
+    """Give the student the type that it trained in; return the teacher that the config asks for, None without one."""
+    config, structure = prepared.config, prepared.config.evaluation.structure
     cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # as the engine does, which keeps buffers
-    teacher = None
-    if prepared.judged or asked.structure:
-        last = [prepared.pair.teacher.depth] if asked.structure else []
-        teacher = load_teacher(
-            config, prepared.teacher, prepared.objectives[-1:], ranks, last, judged=prepared.judged
-        )
-    scores = score(module, teacher if prepared.judged else None, prepared, ranks)
-    if asked.structure:
-        scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
-    scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
-    for name, values in whole.items():
-        scores.setdefault(name, {}).update(values)
-    return scores
+    if not (prepared.judged or structure):
+        return None
+    last = [prepared.pair.teacher.depth] if structure else []
+    return load_teacher(
+        config, prepared.teacher, prepared.objectives[-1:], ranks, last, judged=prepared.judged
+    )

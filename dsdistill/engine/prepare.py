@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -18,6 +18,7 @@ from dsdistill.config.terms import SoftLabel, Task, Terms
 from dsdistill.data import Set, Splits, load_texts
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import Sampler
+from dsdistill.data.sources import names, parts
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import refusals, stages
 from dsdistill.engine.module import brings_head
@@ -27,6 +28,7 @@ from dsdistill.engine.resolve import (
     resolve,
     words_of,
 )
+from dsdistill.evaluation.positive import positive_class
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     for_task,
@@ -58,6 +60,16 @@ class Prepared:
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
+
+    @property
+    def positive(self) -> int | None:
+        """Return the class that F1 is of, where there are two."""
+        return positive_class(self.data.labels, self.config.evaluation.positive_class)
+
+    @property
+    def scored(self) -> dict[str, str]:
+        """Return what a summary says beside its scores: the name of the class that F1 is of."""
+        return {} if self.positive is None else {"positive_class": self.data.labels[self.positive]}
 
 
 def prepare(config: Config, world_size: int, found: Resolved | None = None) -> Prepared:
@@ -107,15 +119,16 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
     # All that the models alone tell is known: now the data is tokenised, where it is not yet.
     recipe = _recipe(config, world_size, found.recipe)
     splits = read_sets(config, tokenizer, student, teacher)
+    positive_class(splits.labels, config.evaluation.positive_class)  # refuses a class that is none
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     contrast = _contrast(data, tokenizer)
     if task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
         theirs = recipe.data.labels if recipe is not None else refusals.class_names(teacher)
-        refusals.check_classes(splits.labels, theirs)
+        refusals.check_classes(splits.labels, theirs, data.labels is not None)
     for model in (student, teacher):
         if model is not None:
             for_task(model, task, splits.labels, tokenizer.pad_token_id)
-    pair = make_pair(config, student, teacher, entries(tokenizer))
+    pair = make_pair(config, student, teacher, entries(tokenizer), splits.labels)
     evaluation = Terms(
         task=Task(),
         soft_label=SoftLabel(temperature=1.0) if judged and task in LANGUAGE else None,
@@ -130,7 +143,7 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
         teacher,
         pair,
         make_objectives(config, pair),
-        Objective(evaluation, pair),
+        Objective(evaluation, replace(pair, smoothing=0.0, class_weights=())),
         geometry,
         contrast,
         judged,
@@ -166,18 +179,23 @@ def tell_other_data(config: Config, recipe: Config) -> None:
 
 def _texts(data: schema.Data) -> dict:
     """Return what they are read from."""
-    files = [data.train] if isinstance(data.train, str) else data.train
+    of = [part for *_, part in parts(data)]
     return {
-        "source": data.source,
-        "subset": data.subset,
-        "train": ", ".join(map(os.path.normpath, files)),
-        "text": ", ".join(data.text),
+        "source": ", ".join(part.source for part in of),
+        "subset": ", ".join(str(part.subset) for part in of),
+        "train": ", ".join(os.path.normpath(name) for part in of for name in names(part.train)),
+        "text": "; ".join(", ".join(part.text) for part in of),
     }
 
 
 def make_pair(
-    config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None, tokens: int
+    config: Config,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    tokens: int,
+    classes: tuple[str, ...] = (),
 ) -> Pair:
+    """Return what the terms know of the models; classes: of the data, where they are known."""
     domain = config.student.domain
     return Pair(
         Shape.of(student),
@@ -186,7 +204,31 @@ def make_pair(
         config.train.backend,
         tokens,
         domain.width if domain is not None else 0,
+        config.train.label_smoothing,
+        class_weights(config.train.class_weights, classes) if classes else (),
     )
+
+
+def class_weights(
+    given: tuple[float, ...] | dict[str, float] | None, classes: tuple[str, ...]
+) -> tuple[float, ...]:
+    """Return the weight of each class in the task's loss, () where none is given.
+
+    Raises:
+        UserError: they are not the data's classes, or all weigh 0.
+    """
+    if given is None:
+        return ()
+    place, listed = "train.class_weights", ", ".join(classes[:8]) + ", …" * (len(classes) > 8)
+    if isinstance(given, dict):
+        if unknown := [name for name in given if name not in classes]:
+            raise UserError(f"{place}.{unknown[0]}", "no class", f"one of the classes {listed}")
+        given = tuple(given.get(name, 1.0) for name in classes)
+    if len(given) != len(classes):
+        raise UserError(place, f"{len(given)} weights", f"one for each of the classes {listed}")
+    if not any(given):
+        raise UserError(place, "weights of 0 alone", "one above 0")
+    return given
 
 
 def make_objectives(config: Config, pair: Pair) -> tuple[Objective, ...]:

@@ -172,13 +172,19 @@ def check_judge(evaluation: Evaluation, data: Data, judged: bool) -> None:
         )
 
 
-def check_classes(labels: tuple[str, ...], theirs: tuple[str, ...]) -> None:
-    """Refuse a teacher of other classes than the data's, or of another order."""
+def check_classes(labels: tuple[str, ...], theirs: tuple[str, ...], given: bool) -> None:
+    """Refuse a teacher of other classes than the data's, or of another order.
+
+    given: `data.labels` says what the order is, which a teacher whose classes have no names cannot tell.
+    """
     unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
     if len(theirs) != len(labels) or (not unnamed and theirs != labels):
         raise UserError(
             "teacher", f"a teacher of the classes {list(theirs)[:8]}", f"the data's {list(labels)[:8]}"
         )
+    if unnamed and not given and not all(map(str.isdecimal, labels)):
+        got = f"a teacher whose classes have no names, beside the data's {list(labels)[:8]}"
+        raise UserError("teacher", got, "data.labels: the names in the teacher's order")
 
 
 def class_names(model: Any) -> tuple[str, ...]:

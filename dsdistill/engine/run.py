@@ -184,6 +184,7 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
         "terms": list(dict.fromkeys(name for objective in prepared.objectives for name in objective.terms)),
         "backends": prepared.objectives[0].backends,
         "models": models,
+        **prepared.scored,
         "peak_memory_mib": peak,
         "seconds": round(time.time() - started, 1),
         "finished": True,

@@ -14,6 +14,7 @@ from dsdistill import config as configs
 from dsdistill.config import Config, RunError, UserError
 from dsdistill.config.bounded import read_json
 from dsdistill.config.resume import check_same
+from dsdistill.data.sources import dev_sets, names, parts
 
 log = logging.getLogger("dsdistill")
 
@@ -423,10 +424,11 @@ def check_sources(config: Config, sources: list[str]) -> None:
     read = {"student.path": config.student.path, "data.tokenizer": data.tokenizer}
     if teacher is not None:
         read |= {"teacher.path": teacher.path, "teacher.recipe": teacher.recipe}
-    if data.source == "files":
-        files = [data.train] if isinstance(data.train, str) else data.train
-        files = [*files, data.dev, *(data.domain or ()), *(data.general or ())]
-        read |= {f"data: {name}": os.path.join(data.root or "", name) for name in files}
+    files = [(part, name) for *_, part in parts(data) for name in names(part.train)]
+    files += [
+        (data, name) for name in (*dev_sets(data).values(), *(data.domain or ()), *(data.general or ()))
+    ]
+    read |= {f"data: {name}": os.path.join(of.root or "", name) for of, name in files if of.source == "files"}
     home = os.path.realpath(config.run_dir)
     for place, path in read.items():
         if path is None or not os.path.exists(path):

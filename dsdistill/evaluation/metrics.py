@@ -28,11 +28,11 @@ def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
     return scores[occurring > 0].mean().item()
 
 
-def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1 among two, as GLUE scores MRPC and QQP; both (n,) of 0 and 1. 0 where class 1 occurs in neither."""
-    predicted, labels = _pair(predicted, labels)
-    hits = ((predicted == 1) & (labels == 1)).sum().double()
-    return (2 * hits / ((predicted == 1).sum() + (labels == 1).sum()).clamp(min=1)).item()
+def f1(predicted: ArrayLike, labels: ArrayLike, positive: int = 1) -> float:
+    """F1 of one class, as GLUE scores MRPC and QQP; both (n,) class indices. 0 where the class occurs in neither."""
+    predicted, labels = (classes == positive for classes in _pair(predicted, labels))
+    hits = (predicted & labels).sum().double()
+    return (2 * hits / (predicted.sum() + labels.sum()).clamp(min=1)).item()
 
 
 def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> float:

@@ -40,6 +40,7 @@ def evaluate(
     *,
     task: str,
     gather: Gather,
+    positive: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
@@ -51,10 +52,12 @@ def evaluate(
         batches: this rank's share; every rank has equally many.
         task: that of the config.
         gather: one object of each rank → all of them, on every rank.
+        positive: of two classes the one that f1 is of; None: the second.
 
     Returns:
         {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
-        f1, mcc, pearson and spearman of class 1; of scores pearson, spearman and loss (squared error); of texts
+        f1 of the positive one, mcc, pearson and spearman of the one class's probability, which are those of the
+        other's; of scores pearson, spearman and loss (squared error); of texts
         perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal distributions
         of variance 1 around them, half the squared difference. tokens_per_second of the forward passes.
     """
@@ -79,14 +82,14 @@ def evaluate(
             parts.append(part)
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
-    scores = _language(parts) if task in LANGUAGE else _labelled(parts, task)
+    scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive)
     all_tokens = sum(count for _, _, count in everyone)
     for name, values in scores.items():
         values["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
     return scores
 
 
-def _labelled(parts: list[dict], task: str) -> dict[str, dict[str, float]]:
+def _labelled(parts: list[dict], task: str, positive: int | None) -> dict[str, dict[str, float]]:
     index = torch.cat([part["index"] for part in parts])
     labels = restore(torch.cat([part["labels"] for part in parts]), index)
     outputs = {
@@ -100,18 +103,19 @@ def _labelled(parts: list[dict], task: str) -> dict[str, dict[str, float]]:
         scores[name] = (
             _regression(output, labels, teacher)
             if task == "regression"
-            else _classification(output, labels, teacher)
+            else _classification(output, labels, teacher, 1 if positive is None else positive)
         )
     return scores
 
 
-def _classification(output: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[str, float]:
+def _classification(
+    output: Tensor, labels: Tensor, teacher: Tensor | None, positive: int
+) -> dict[str, float]:
     predicted = output.argmax(-1)
     scores = {"accuracy": metrics.accuracy(predicted, labels)}
     if output.shape[1] == 2:
-        # Of class 1 against the rest, and how its probability goes with the label.
         share = output.double().softmax(-1)[:, 1]
-        scores["f1"] = metrics.f1(predicted, labels)
+        scores["f1"] = metrics.f1(predicted, labels, positive)
         scores["mcc"] = metrics.mcc(predicted, labels)
         scores["pearson"], scores["spearman"] = (
             metrics.pearson(share, labels),

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from dsdistill.config.errors import UserError
-from dsdistill.report.summary import TITLES
+from dsdistill.report.summary import title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,12 +92,12 @@ def _draw_evaluations(axes: "Axes", records: list[dict[str, Any]]) -> None:
     x = [record["step"] for record in records]
     names = dict.fromkeys(name for record in records for name in record["evaluation"])
     curves = {
-        TITLES.get(name, name): [record["evaluation"].get(name, math.nan) for record in records]
+        title(name): [record["evaluation"].get(name, math.nan) for record in records]
         for name in names
         if not name.endswith("per_second")
     }
-    for i, (title, values) in enumerate(curves.items()):
-        axes.plot(x, values, marker="o", markersize=3.5, color=COLOURS[i % len(COLOURS)], label=title)
+    for i, (called, values) in enumerate(curves.items()):
+        axes.plot(x, values, marker="o", markersize=3.5, color=COLOURS[i % len(COLOURS)], label=called)
     _scale(axes, curves.values())
     axes.set_ylabel("dev set")
 

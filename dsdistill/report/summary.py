@@ -1,5 +1,6 @@
 """What a run came to, as text."""
 
+from collections.abc import Iterable
 from typing import Any
 
 # Column titles of the scores that evaluation gives, in the order of the table; any other keeps its own name.
@@ -39,12 +40,12 @@ def table(summary: dict[str, Any]) -> str:
 
     Args:
         summary: of summary.json: `models` (teacher, student, baseline: name of a score → number; any may be absent)
-            and, where known, name, task, steps, world_size, seconds and peak_memory_mib (of a rank).
+            and, where known, name, task, data (what else was scored), steps, world_size, seconds, peak_memory_mib (of a
+            rank), positive_class (that F1 is of) and bleu_signature.
     """
     models = {name: summary["models"][name] for name in MODELS if name in summary["models"]}
-    found = {score for scores in models.values() for score in scores if not detail(score)}
-    scores = [score for score in TITLES if score in found] + sorted(found - TITLES.keys())
-    rows = [["", *(TITLES.get(score, score) for score in scores)]]
+    scores = in_order(score for of in models.values() for score in of)
+    rows = [["", *map(title, scores)]]
     rows += [[name, *(_value(score, has.get(score)) for score in scores)] for name, has in models.items()]
     if sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) > 102:
         rows = list(map(list, zip(*rows, strict=True)))
@@ -54,16 +55,36 @@ def table(summary: dict[str, Any]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([_title(summary), "", *lines, *_notes(summary, found)])
+    return "\n".join([_title(summary), "", *lines, *_notes(summary, set(map(metric, scores)))])
+
+
+def metric(score: str) -> str:
+    """Return what a score measures: `accuracy` of `matched/accuracy`, which is that of the dev set matched."""
+    return score.rpartition("/")[2]
+
+
+def title(score: str) -> str:
+    """Return how tables and pictures call a score."""
+    named, _, measured = score.rpartition("/")
+    found = TITLES.get(measured, measured)
+    return f"{found} ({named})" if named else found
+
+
+def in_order(scores: Iterable[str]) -> list[str]:
+    """Return the scores that tables show, each once, as TITLES lists them; others come last."""
+    places = {score: place for place, score in enumerate(TITLES)}
+    shown = {score for score in scores if not detail(score)}
+    return sorted(shown, key=lambda score: (places.get(metric(score), len(places)), metric(score), score))
 
 
 def detail(score: str) -> bool:
     """Ends of intervals and parts of other scores stand in the file, not in tables."""
+    score = metric(score)
     return score.endswith(("_low", "_high")) or score.startswith("rho_") or score in _PARTS
 
 
 def _title(summary: dict[str, Any]) -> str:
-    facts = [summary.get("name", "run"), summary.get("task")]
+    facts = [summary.get("name", "run"), summary.get("task"), summary.get("data")]
     if "steps" in summary:
         ranks = summary.get("world_size", 1)
         facts.append(f"{summary['steps']} steps on {ranks} process{'es' * (ranks > 1)}")
@@ -76,6 +97,8 @@ def _title(summary: dict[str, Any]) -> str:
 
 def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
     notes = []
+    if "f1" in found and "positive_class" in summary:
+        notes.append(f"F1: of the class {summary['positive_class']}")
     if "kl" in found:
         unit = "token" if summary.get("task") in ("causal_lm", "masked_lm") else "example"
         notes.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
@@ -98,6 +121,7 @@ def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
 def _value(score: str, value: float | None) -> str:
     if value is None:
         return "-"
+    score = metric(score)
     if score == "parameters":
         return _count(value)
     if score.endswith("tokens_per_second"):

@@ -115,7 +115,9 @@ class Rig:
         student_family: str | None = None,
         tokens: int = 60,
         domain: DomainFusion | None = None,
+        **pair,
     ):
+        """Build the models; pair: further fields of the Pair."""
         self.task = task
         models = []
         for seed, (kind, changes) in enumerate(((student_family or family, student), (family, teacher))):
@@ -128,7 +130,7 @@ class Rig:
         self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
         width = 0 if domain is None else domain.lift.in_features
         self.pair = Pair(
-            Shape.of(self.student.config), Shape.of(self.teacher.config), task, "auto", tokens, width
+            Shape.of(self.student.config), Shape.of(self.teacher.config), task, "auto", tokens, width, **pair
         )
         torch.manual_seed(7)
         self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dsdistill.config import UserError
-from tests.alignment.rig import ALL_TERMS, LENGTHS, Rig, make_batch
+from tests.alignment.rig import ALL_TERMS, LENGTHS, Rig, make_batch, with_filler
 
 STUDENT = {
     "bert": {"hidden_size": 24, "num_hidden_layers": 2},
@@ -60,6 +60,51 @@ class TestTask:
             logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100
         )
         assert raw["task"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+WEIGHTS = (0.05, 0.3, 0.0)  # those of a step come to less than 1, and one class does not count
+
+
+class TestSmoothedAndWeighed:
+    """Over the micro-batches of a step, as plain PyTorch computes it over all their examples at once."""
+
+    @pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["alike", "weighed"])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.3])
+    def test_classification(self, smoothing, weights):
+        rig = Rig("bert", terms={"task": {}}, smoothing=smoothing, class_weights=weights)
+        batches = [make_batch("classification"), make_batch("classification", (5, 2), seed=1)]
+        batches[0].labels[2] = -100
+        filler = with_filler(batches[1], 2)
+        _, raw, gradients = rig.step(batches[0], filler)
+        logits = torch.cat([rig.student(of.input_ids, of.mask.long()).logits for of in batches])
+        weight = torch.tensor(weights) if weights else None
+        labels = torch.cat([of.labels for of in batches])
+        expected = F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing)
+        assert raw["task"] == pytest.approx(expected.item(), rel=1e-5)
+        true = torch.autograd.grad(expected, rig.student.classifier.weight)[0]
+        torch.testing.assert_close(gradients["body.classifier.weight"], true, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize(("family", "task"), [("llama", "causal_lm"), ("bert", "masked_lm")])
+    def test_tokens(self, family, task):
+        rig = Rig(family, task, {"task": {}}, smoothing=0.3)
+        batch = make_batch(task)
+        _, raw, gradients = rig.step(batch)
+        logits, labels = rig.student(batch.input_ids, batch.mask.long()).logits, batch.labels
+        if task == "causal_lm":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.3)
+        assert raw["task"] == pytest.approx(expected.item(), rel=1e-5)
+        head = rig.student.get_output_embeddings().weight
+        (name,) = (name for name, parameter in rig.module.named_parameters() if parameter is head)
+        true = torch.autograd.grad(expected, head)[0]
+        torch.testing.assert_close(gradients[name], true, rtol=1e-4, atol=1e-6)
+
+    def test_nothing_that_counts(self):
+        rig = Rig("bert", terms={"task": {}}, class_weights=WEIGHTS)
+        batch = make_batch("classification")
+        batch.labels[:] = 2
+        total, _, gradients = rig.step(batch)
+        assert total == 0 and all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def kl(teacher, student, temperature):

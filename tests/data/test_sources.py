@@ -294,14 +294,6 @@ def test_class_that_only_dev_has(tmp_path):
         read(section(tmp_path, dev="dev.tsv"), "classification")
 
 
-def test_unlabelled_rows_of_a_declared_class(tmp_path):
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["a", "b"]))
-    table = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [0, -1]}, features)
-    table.to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: got label -1 in column label, expected 0 to 1"):
-        read(section(tmp_path, "a.parquet"), "classification")
-
-
 def test_hub_set(tmp_path, monkeypatch):
     features = datasets.Features(
         sentence=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"])

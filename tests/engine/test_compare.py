@@ -29,6 +29,14 @@ def test_table_by_hand():
     ]
 
 
+def test_table_of_several_dev_sets():
+    scores = {"x/accuracy": 0.5, "y/accuracy": 0.7, "x/tokens_per_second": 9.0}
+    assert table({"a": [{"models": {"student": scores}}]}).splitlines()[::2] == [
+        "| method | runs | accuracy (x) | accuracy (y) |",
+        "| a | 1 | 0.5000 | 0.7000 |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

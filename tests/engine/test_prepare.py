@@ -1,10 +1,12 @@
 """What is said before a run of data that its teacher does not know."""
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config import UserError, load
 from dsdistill.config.load import make_config
@@ -12,6 +14,7 @@ from dsdistill.engine import checkpoint
 from dsdistill.engine.prepare import Prepared, prepare, tell_other_data
 from dsdistill.engine.refusals import check_ranks
 from dsdistill.engine.resolve import recipe_of
+from tests.conftest import merge
 from tests.engine.test_resume import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -137,3 +140,61 @@ class TestOneExampleAtOnce:
             mapping["terms"] = {"task": {}, "domain": {"sequences": sequences}}
             with refusal:
                 checkpoint.check(str(tmp_path), make_config(mapping), world_size=1)
+
+
+def test_a_teacher_whose_classes_have_no_names(settings, tmp_path):
+    """Its order is nobody's to guess; where the data's labels are numbers it is theirs."""
+    made = AutoModelForSequenceClassification.from_pretrained(settings["teacher"]["path"])
+    made.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
+    made.save_pretrained(tmp_path / "unnamed")
+    AutoTokenizer.from_pretrained(settings["teacher"]["path"]).save_pretrained(tmp_path / "unnamed")
+    given = merge(settings, {"teacher.path": str(tmp_path / "unnamed")})
+    with pytest.raises(
+        UserError, match=r"^teacher: got a teacher whose classes have no names, .*data\.labels:"
+    ):
+        prepare(make_config(given), 1)
+    named = prepare(make_config(merge(given, {"data.labels": ["c", "a", "b"]})), 1)
+    assert named.data.labels == ("c", "a", "b")
+    for name in ("train", "dev"):
+        text = Path(settings["data"][name]).read_text(encoding="utf-8")
+        numbers = re.sub("\t([abc])\t", lambda match: f"\t{'abc'.index(match[1])}\t", text)
+        (tmp_path / f"{name}.tsv").write_text(numbers, encoding="utf-8")
+    files = {f"data.{name}": str(tmp_path / f"{name}.tsv") for name in ("train", "dev")}
+    assert prepare(make_config(merge(given, files)), 1).data.labels == ("0", "1", "2")
+
+
+def test_the_class_of_f1_is_one_of_two(settings):
+    with pytest.raises(UserError, match=r"positive_class: got a with 3 classes, expected two classes"):
+        prepare(make_config(merge(settings, {"evaluation.positive_class": "a"})), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        ([1, 2.5, 0], (1, 2.5, 0)),
+        ({"c": 3}, (1, 1, 3)),
+        ({"b": 0, "a": 0.5, "c": 2}, (0.5, 0, 2)),
+        (None, ()),
+    ],
+    ids=str,
+)
+def test_weights_of_classes(settings, given, weights):
+    train = settings["train"] | {"class_weights": given, "label_smoothing": 0.1}
+    prepared = prepare(make_config(settings | {"train": train}), 1)
+    assert prepared.pair.class_weights == weights and prepared.pair.smoothing == 0.1
+    assert prepared.objectives[0].terms["task"].pair.smoothing == 0.1
+    assert prepared.evaluation.terms["task"].pair.smoothing == 0  # perplexity is of the labels as they are
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 2], "train.class_weights: got 2 weights, expected one for each of the classes a, b, c"),
+        ({"d": 1}, "train.class_weights.d: got no class, expected one of the classes a, b, c"),
+        ([0, 0, 0], "train.class_weights: got weights of 0 alone, expected one above 0"),
+    ],
+)
+def test_weights_of_other_classes(settings, given, message):
+    with pytest.raises(UserError) as caught:
+        prepare(make_config(merge(settings, {"train.class_weights": given})), 1)
+    assert str(caught.value) == message

@@ -11,7 +11,7 @@ from dsdistill.evaluation.scores import evaluate
 from dsdistill.models.trace import Trace
 
 
-def run(task: str, order: list[list[int]], labels, student, teacher=None) -> dict:
+def run(task: str, order: list[list[int]], labels, student, teacher=None, positive=None) -> dict:
     """Scores of outputs that are given whole, (examples, C); order: the examples of each batch, −1 a filler."""
     batches, outputs = [], {}
     for chosen in order:
@@ -30,6 +30,7 @@ def run(task: str, order: list[list[int]], labels, student, teacher=None) -> dic
         batches,
         task=task,
         gather=lambda found: [found],
+        positive=positive,
     )
 
 
@@ -61,6 +62,11 @@ def test_two_classes():
         rel=1e-5,
     )
     assert found["teacher"]["accuracy"] == 1 and found["teacher"]["kl"] == pytest.approx(0, abs=1e-9)
+    # The other class: two of its three are found, and none is taken for it wrongly.
+    other = run("classification", [[2, 0], [-1, 3, 1]], labels, *logits, positive=0)["student"]
+    other.pop("tokens_per_second")
+    assert other.pop("f1") == pytest.approx(2 * 2 / (2 + 3)) and scores.pop("f1")
+    assert other == scores  # all others are of both classes
     alone = run("classification", [[0, 1, 2, 3]], labels, logits[0])
     assert set(alone) == {"student"} and "kl" not in alone["student"]
 

@@ -1,12 +1,13 @@
 """Scores of written texts: by hand, and against their own libraries' defaults."""
 
+import importlib.util
 import math
 import sys
 
 import pytest
 
 from dsdistill.config import UserError
-from dsdistill.evaluation.text import Words, bleu_signature, check_packages, text_scores
+from dsdistill.evaluation.text import Words, bleu_signature, bleu_tokenizer, check_packages, text_scores
 
 
 def test_by_hand():
@@ -25,7 +26,53 @@ def test_bleu_by_hand():
     expected = 100 * math.exp(1 - 7 / 6) * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
     assert found == pytest.approx(expected)
     assert text_scores(["a b c d e"], ["a b c d e"])["bleu"] == pytest.approx(100)
-    assert "tok:13a" in bleu_signature() and "nrefs:1" in bleu_signature()
+    signature = bleu_signature(["a b c d e"])
+    assert "tok:13a" in signature and "nrefs:1" in signature
+
+
+def test_bleu_of_chinese_counts_characters():
+    """Nine characters of ten alike, the sixth is not: runs of 1 to 4 match 9/10, 7/9, 5/8 and 3/7."""
+    written, references = ["他昨天去了学校上课。"], ["他昨天去了书校上课。"]
+    found = text_scores(written, references)["bleu"]
+    assert found == pytest.approx(100 * (9 / 10 * 7 / 9 * 5 / 8 * 3 / 7) ** 0.25)
+    assert "tok:zh" in bleu_signature(references)
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        (["Der Hund schläft."], "13a"),
+        (["한국어 문장은 띄어 쓴다"], "13a"),
+        ([""], "13a"),
+        (["他去学校。", "the cat"], "zh"),  # five characters, two words
+        (["他去 school every single day with me"], "13a"),
+        (["これは日本語の文です。"], "char"),
+        (["東京都の人口"], "char"),
+        (["สวัสดีครับ"], "char"),
+        (["ភាសាខ្មែរ"], "char"),
+        (["မြန်မာဘာသာ"], "char"),
+    ],
+)
+def test_tokenizer_of_bleu(references, expected, monkeypatch):
+    find = importlib.util.find_spec
+    missing = {"MeCab", "ipadic"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    assert bleu_tokenizer(references) == expected
+    assert f"tok:{expected}" in bleu_signature(references)
+    assert text_scores(references, references)["cer"] == 0
+
+
+def test_japanese_by_its_words_where_they_can_be_found(monkeypatch):
+    found = {"MeCab", "ipadic"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in found else None)
+    assert bleu_tokenizer(["これは日本語の文です。"]) == "ja-mecab"
+    assert bleu_tokenizer(["他去学校。"]) == "zh"
+
+
+def test_texts_without_a_word():
+    blank = text_scores(["", " \n", "..."], ["", "", "..."])
+    assert all(blank[name] == 1 for name in ("rouge_1", "rouge_2", "rouge_l")) and blank["cer"] <= 1
+    assert text_scores(["?", "", "word"], ["!", "word", ""])["rouge_l"] == 0
 
 
 def test_nothing_written_and_too_much():

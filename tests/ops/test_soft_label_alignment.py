@@ -34,7 +34,7 @@ def test_gradcheck(case, backend):
     run_gradcheck(case, backend)
 
 
-@gradient_cases("cross-entropy", "plain", "ragged", "capped")
+@gradient_cases("cross-entropy", "plain", "ragged", "capped", "smoothed")
 def test_cross_entropy_gradcheck(case, backend):
     run_gradcheck(case, backend)
 
@@ -156,6 +156,33 @@ def test_cross_entropy_of_capped_logits(backend):
     gradients = (torch.autograd.grad(loss, (hidden, head, bias)) for loss in (found, expected))
     for mine, true in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@pytest.mark.parametrize("backend", PLAIN)
+def test_smoothed_cross_entropy_is_pytorchs(backend, smoothing, softcap):
+    """Value and gradients in float64, with bias, ignored labels and capped logits."""
+    inputs, _ = draws(torch.float64)
+    hidden, head, bias = inputs
+    labels = torch.randint(211, (3, 40)).masked_fill(~MASKS["some"], -100)
+    logits = F.linear(hidden, head, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
+    found = token_cross_entropy(
+        hidden, head, labels, bias=bias, softcap=softcap, label_smoothing=smoothing, backend=backend
+    )
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, inputs) for loss in (found, expected))
+    for mine, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+def test_smoothing_is_a_share():
+    with pytest.raises(ValueError, match="label_smoothing"):
+        token_cross_entropy(
+            torch.randn(1, 4, 3), torch.randn(7, 3), torch.zeros(1, 4).long(), label_smoothing=1.5
+        )
 
 
 @pytest.mark.parametrize("backend", PLAIN)

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,19 @@ def test_table_without_teacher_and_of_another_task():
     assert "KL" not in text
 
 
+def test_table_of_several_dev_sets():
+    """Each score stands once for each set, in the order of the scores; F1 says of which class."""
+    scores = {"matched/kl": 0.12345, "mismatched/f1": 0.5, "matched/f1": 0.25, "rcs": 0.5, "matched/odd": 1.5}
+    text = report.table({"models": {"student": scores}, "positive_class": "equivalent", "data": "other.tsv"})
+    lines = text.split("\n")
+    assert lines[0] == "run | other.tsv"
+    titles = ["F1 (matched)", "F1 (mismatched)", "KL to teacher (matched)", "RCS", "odd (matched)"]
+    assert re.split("  +", lines[2].strip()) == titles
+    assert lines[4].split() == ["student", "0.2500", "0.5000", "0.1235", "0.5000", "1.5000"]
+    assert "F1: of the class equivalent" in lines
+    assert any(line.startswith("KL(teacher || model)") for line in lines)
+
+
 @pytest.mark.parametrize("seconds, shown", [(7.64, "7.6 s"), (59.9, "1 min 00 s"), (7260, "2 h 01 min")])
 def test_duration(seconds, shown):
     assert shown in report.table(SUMMARY | {"seconds": seconds}).split("\n")[0]
@@ -110,6 +124,13 @@ def test_plot_is_logarithmic_over_decades_and_bears_zeros_and_nan(tmp_path, axes
     records = [step(1, task=1.0, hidden=0.009), step(2, task=math.nan, hidden=0.0)]
     report.loss_plot(write(tmp_path / "metrics.jsonl", records), str(tmp_path / "loss.png"))
     assert axes[0].get_yscale() == "log"
+
+
+def test_plot_of_several_dev_sets(tmp_path, axes):
+    scores = {"a/accuracy": 0.5, "b/accuracy": 0.2, "a/tokens_per_second": 9000.0}
+    records = [step(1, task=1.0), {"step": 1, "evaluation": scores}]
+    report.loss_plot(write(tmp_path / "metrics.jsonl", records), str(tmp_path / "loss.png"))
+    assert curves(axes[1]) == {"accuracy (a)": [0.5], "accuracy (b)": [0.2]}
 
 
 def test_plot_with_evaluations(tmp_path, axes):

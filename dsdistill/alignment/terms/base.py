@@ -59,6 +59,8 @@ class Pair:
     backend: str  # of the operators
     tokens: int = 0  # entries of the tokenizer
     domain_width: int = 0  # d' of a student with domain fusion
+    smoothing: float = 0.0  # share of a label's probability that is spread over all classes, or entries
+    class_weights: tuple[float, ...] = ()  # of the classes in the task's loss; (): each weighs 1
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:

@@ -58,7 +58,12 @@ def counted_states(batch: Batch, task: str) -> dict[str, Any]:
 
 
 class TaskTerm(AlignmentTerm):
-    """Compute cross-entropy over examples or predicted tokens; squared error for scores."""
+    """Compute cross-entropy over examples or predicted tokens; squared error for scores.
+
+    Labels are smoothed and classes weighed as by torch's cross_entropy: with w of the classes C, ε the smoothing and
+    q the student's probabilities an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the sum, and w_y to
+    what the sum is divided by.
+    """
 
     name = "task"
     needs_teacher = False
@@ -70,8 +75,17 @@ class TaskTerm(AlignmentTerm):
         task = self.pair.task
         if task in LANGUAGE:
             return count_predicted(batch, task)[None]
-        rows = batch.rows & (_labels(batch) != NO_LABEL) if task == "classification" else batch.rows
-        return rows.sum().double()[None]
+        if task == "regression":
+            return batch.rows.sum().double()[None]
+        labels = self._classes(batch)
+        if not self.pair.class_weights:
+            return (labels != NO_LABEL).sum().double()[None]
+        weights = torch.tensor(self.pair.class_weights, dtype=torch.float64, device=labels.device)
+        return weights[labels.clamp(min=0)].masked_fill(labels == NO_LABEL, 0).sum()[None]
+
+    def _classes(self, batch: Batch) -> Tensor:
+        """Return (B,) int64 classes, NO_LABEL for rows that do not count."""
+        return _labels(batch).masked_fill(~batch.rows, NO_LABEL)
 
     def sums(self, student, teacher, batch):
         task = self.pair.task
@@ -84,6 +98,7 @@ class TaskTerm(AlignmentTerm):
                 softcap=student.softcap,
                 index=counted_places(batch, task),
                 ignore_index=NO_LABEL,
+                label_smoothing=self.pair.smoothing,
                 reduction="sum",
                 backend=self.pair.logit_backend,
             )
@@ -91,10 +106,13 @@ class TaskTerm(AlignmentTerm):
             difference = student.logits[:, 0].float() - batch.labels.float()
             loss = torch.where(batch.rows, difference, 0.0).square().sum()
         else:
+            logits, weights = student.logits.float(), self.pair.class_weights
             loss = F.cross_entropy(
-                student.logits.float(),
-                batch.labels.masked_fill(~batch.rows, NO_LABEL),
+                logits,
+                self._classes(batch),
+                weight=logits.new_tensor(weights) if weights else None,
                 ignore_index=NO_LABEL,
                 reduction="sum",
+                label_smoothing=self.pair.smoothing,
             )
         return loss[None]

@@ -1,4 +1,4 @@
-"""Measure what student and teacher score on the dev set, and how long a text takes."""
+"""Measure what student and teacher score on the dev sets, and how long a text takes."""
 
 import itertools
 import statistics
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsdistill.data import evaluation_batches
+from dsdistill.data import Set, evaluation_batches
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.prepare import Prepared
@@ -23,12 +23,24 @@ WARM, TIMED = 10, 100  # examples
 def score(
     student: Callable, teacher: Tracer | None, prepared: Prepared, ranks: Ranks
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of student and teacher on the dev set.
+    """Return the scores of student and teacher on each dev set; those of a set that has a name are NAME/SCORE.
 
     student: a StudentModule in eval mode, or the engine around one.
     """
+    found: dict[str, dict[str, float]] = {}
+    for name, examples in prepared.data.devs.items():
+        for model, scores in score_on(examples, student, teacher, prepared, ranks).items():
+            named = {f"{name}/{key}" if name else key: value for key, value in scores.items()}
+            found.setdefault(model, {}).update(named)
+    return found
+
+
+def score_on(
+    examples: Set, student: Callable, teacher: Tracer | None, prepared: Prepared, ranks: Ranks
+) -> dict[str, dict[str, float]]:
+    """Return the scores of student and teacher on one set."""
     batches = evaluation_batches(
-        prepared.data.dev,
+        examples,
         prepared.config.train.micro_batch_size,
         ranks.world_size,
         ranks.rank,
@@ -42,11 +54,12 @@ def score(
             (batch.to(ranks.device) for batch in batches),
             task=prepared.config.task,
             gather=ranks.gather,
+            positive=prepared.positive,
         )
 
 
 def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:
-    """Return (examples, D) float32 mean last-layer states of the dev set, in its order, on every rank.
+    """Return (examples, D) float32 mean last-layer states of the first dev set, in its order, on every rank.
 
     student: as of `score`, with `represents`.
     """
@@ -60,9 +73,10 @@ def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:
 
 
 def latency(model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
-    """Return the median milliseconds of a forward pass over one example of the dev set, unpadded, after a warm-up.
+    """Return the median milliseconds of a forward pass over one example, unpadded, after a warm-up.
 
-    Over up to TIMED examples, evenly spaced in the dev set: as long as its texts are, and the same for every model.
+    Over up to TIMED examples, evenly spaced in the first dev set: as long as its texts are, and the same for every
+    model.
 
     model: in eval mode, where it is to be measured.
     """

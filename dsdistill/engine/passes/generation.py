@@ -11,18 +11,19 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import GENERATED
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
-from dsdistill.evaluation.text import text_scores
+from dsdistill.evaluation.text import bleu_signature, text_scores
 from dsdistill.models.build import build_model
 from dsdistill.models.tokenizer import entries
 
 
 def generation(
     student: PreTrainedModel, prepared: Prepared, path: str, ranks: Ranks
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], str]:
     """Return scores of the texts that both write, the teacher where it has trained weights; the same on every rank.
 
-    A reference is what the tokenizer makes of the dev set's text: one that knows no capitals is not asked for them,
-    and one that loses nothing leaves it as it is. The texts go to RUN/generated.jsonl.
+    The second is BLEU's signature. A reference is what the tokenizer makes of the first dev set's text: one that knows
+    no capitals is not asked for them, and one that loses nothing leaves it as it is. The texts go to
+    RUN/generated.jsonl.
 
     student: whole, in eval mode. path: of the run.
     """
@@ -54,7 +55,7 @@ def generation(
             with disk.writing(f"{path}/{GENERATED}") as file:
                 for row in zip(*texts.values(), strict=True):
                     file.write(json.dumps(dict(zip(texts, row, strict=True)), ensure_ascii=False) + "\n")
-    return scores
+    return scores, bleu_signature(texts["reference"])
 
 
 def _written(

@@ -9,6 +9,7 @@ from dsdistill import disk
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.run_folder import REPRESENTATIONS
 from dsdistill.evaluation.structure import change
+from dsdistill.report.summary import metric
 
 
 def points(count: int, steps: int) -> list[int]:
@@ -43,7 +44,7 @@ def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, fl
     A model that never moved has an RCS of 0: without the KL among its other scores it has none.
     """
     states = kept(run_dir, step)
-    if len(states) < 2 or "kl" not in scores:
+    if len(states) < 2 or "kl" not in map(metric, scores):
         return {}
     moved = change(states)
     return {"rcs": moved.rcs, "cka_distance": moved.cka_distance}

@@ -108,6 +108,7 @@ def cross_entropy_total(
     ignore_index: int,
     dtype: torch.dtype,
     softcap: float | None,
+    label_smoothing: float,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The same sum as `reference.cross_entropy_total`; gradients at hidden, head and bias if needed."""
     labels, output = labels.flatten(), Head(head, bias, dtype, softcap)
@@ -115,11 +116,16 @@ def cross_entropy_total(
     def block(z: Tensor, tokens: Tensor, with_gradient: bool):
         log_q = z.log_softmax(-1)
         gold = labels[tokens][:, None]
-        value = -log_q.gather(1, gold).sum()
+        own, spread = 1 - label_smoothing, label_smoothing / z.shape[1]  # t: of the label, and of every entry
+        value = -own * log_q.gather(1, gold).sum()
+        if label_smoothing:
+            value -= label_smoothing * log_q.mean(-1).sum()
         if not with_gradient:
             return value, None
-        gradient = log_q.exp_()
-        return value, output.below_cap(gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -1)), z)
+        gradient = log_q.exp_()  # of a softmax: softmax − t
+        if label_smoothing:
+            gradient.sub_(spread)
+        return value, output.below_cap(gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -own)), z)
 
     if index is None:
         index = (labels != ignore_index).nonzero()[:, 0]

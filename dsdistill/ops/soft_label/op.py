@@ -128,6 +128,7 @@ def token_cross_entropy(
     softcap: float | None = None,
     index: Tensor | None = None,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -141,6 +142,8 @@ def token_cross_entropy(
         index: (K,) int64, ascending: flat places b·N + n of the tokens that count, in place of those whose label is not
             `ignore_index`. The labels there must be in [0, V), those elsewhere are not read, and nothing waits for
             the device to find the places. The values are not checked.
+        label_smoothing: ε in [0, 1]: the target is (1 − ε) of the label and ε/V of every entry (Szegedy et al. 2016,
+            section 7), as torch's cross_entropy has it.
         reduction: "mean" over the tokens that count, or "sum".
         backend: "auto", "reference" or "chunked".
 
@@ -163,6 +166,7 @@ def token_cross_entropy(
     check_device("labels", labels, hidden)
     check_index(index, None, hidden)
     _check_softcaps(softcap=softcap)
+    check_range("label_smoothing", label_smoothing, 0, 1)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(hidden, head, bias)
     chosen = _choose("token_cross_entropy", backend, hidden)
@@ -173,7 +177,7 @@ def token_cross_entropy(
         elif reduction == "mean":
             count = (labels != ignore_index).sum()
         setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
-        setting["softcap"] = softcap
+        setting |= {"softcap": softcap, "label_smoothing": float(label_smoothing)}
         if chosen == "reference":
             total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
             return total if count is None else safe_divide(total, count)

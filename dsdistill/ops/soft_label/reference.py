@@ -69,8 +69,12 @@ def cross_entropy_total(
     ignore_index: int,
     dtype: torch.dtype,
     softcap: float | None,
+    label_smoothing: float,
 ) -> Tensor:
-    """Return Σ −log softmax(z)[label] over the tokens that count; z = hidden headᵀ + bias, soft-capped if asked for."""
+    """Return Σ −Σ_v t_v log softmax(z)_v over the tokens that count; z = hidden headᵀ + bias, soft-capped if asked for.
+
+    t is 1 − ε at the label, and ε/V more everywhere.
+    """
     if index is not None:
         labels = labels.masked_fill(~index_mask(index, labels.shape), ignore_index)
     hidden = zero_masked(hidden, labels != ignore_index)
@@ -79,4 +83,5 @@ def cross_entropy_total(
         labels.flatten(),
         ignore_index=ignore_index,
         reduction="sum",
+        label_smoothing=label_smoothing,
     )
