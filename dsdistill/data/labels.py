@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dsdistill.config.errors import UserError
@@ -128,8 +128,7 @@ def labelled(table: Table, column: str, names: Collection[str]) -> Table:
         return table
     if not rows:
         raise UserError(table.place, f"no row with a label in column {column}", "at least one")
-    columns = {name: [values[row] for row in rows] for name, values in table.columns.items()}
-    return replace(table, columns=columns, lines=[table.lines[row] for row in rows])
+    return table.take(rows)
 
 
 def is_missing(value: Any, names: Collection[str] = ()) -> bool:

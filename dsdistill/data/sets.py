@@ -80,7 +80,7 @@ def load_data(
             for name, split in dev_sets(section).items()
         }
     else:
-        rows, dev_rows, classes = read(section, task)
+        rows, dev_rows, classes = read(section, task, bad)
         trains = [loading.labelled(of, part) for of, (*_, part) in zip(rows, parts(section), strict=True)]
         devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
     trains = [_drawn(train, section, seed, len(classes)) for train in trains]

@@ -1,8 +1,9 @@
 """Reads and checks the rows of a run: built-in docstrings, local files, or Hugging Face hub data sets."""
 
+import functools
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import docstrings, files, hub
 from dsdistill.data.examples import Rows
-from dsdistill.data.labels import NO_CLASS, Classes, class_indices, classes_of, labelled, scores
+from dsdistill.data.labels import NO_CLASS, Classes, class_indices, classes_of, labelled, scores, spelled
 from dsdistill.data.table import Bad, Row, Stream, Table
 
 log = logging.getLogger("dsdistill")
@@ -72,12 +73,15 @@ def with_dev_files(section: Section, files: Sequence[str]) -> Section:
     )
 
 
-def read(section: Section, task: str) -> tuple[list[Rows], dict[str, Rows], tuple[str, ...]]:
+def read(
+    section: Section, task: str, bad: Bad | None = None
+) -> tuple[list[Rows], dict[str, Rows], tuple[str, ...]]:
     """Return the rows of labelled sets with every check that needs no tokenizer.
 
     Args:
         section: `config.data`.
         task: classification or regression.
+        bad: is told of rows that cannot be used, which are then left out; without it the first one is raised.
 
     Returns:
         the rows of each part of the train set, those of each dev set by name, and the names of the classes; labels are
@@ -89,12 +93,23 @@ def read(section: Section, task: str) -> tuple[list[Rows], dict[str, Rows], tupl
     if section.label is None:
         raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
     trains = [
-        (part, [_labelled(part, name, task) for name in names(part.train)]) for *_, part in parts(section)
+        (part, [_labelled(part, name, task, bad) for name in names(part.train)])
+        for *_, part in parts(section)
     ]
-    devs = {name: [_labelled(section, split, task)] for name, split in dev_sets(section).items()}
+    devs = {name: [_labelled(section, split, task, bad)] for name, split in dev_sets(section).items()}
     known = None
     if task == CLASSES:
         known = classes_of([(part.label, table) for part, of in trains for table in of], section.labels)
+    if bad is not None:
+        use = functools.partial(_rows, known=known, limit=None)
+        trains = [
+            (part, [_usable(table, lambda row, part=part: use([row], part), bad) for table in of])
+            for part, of in trains
+        ]
+        devs = {
+            name: [_usable(table, lambda row: use([row], section), bad) for table in of]
+            for name, of in devs.items()
+        }
     return (
         [_rows(of, part, known, part.max_train) for part, of in trains],
         {name: _rows(of, section, known, section.max_dev) for name, of in devs.items()},
@@ -164,9 +179,25 @@ def _places(tables: list[Table]) -> str:
     return ", ".join(table.place for table in tables)
 
 
-def _labelled(section: Section, split: str, task: str) -> Table:
+def _usable(table: Table, use: Callable[[Table], Any], bad: Bad) -> Table:
+    """Return the rows that can be used, each tried by itself; `bad` is told of the others."""
+    kept = []
+    for row in range(len(table)):
+        try:
+            use(table.take([row]))
+        except UserError as error:
+            bad(error)
+        else:
+            kept.append(row)
+    return table if len(kept) == len(table) else table.take(kept)
+
+
+def _labelled(section: Section, split: str, task: str, bad: Bad | None) -> Table:
     """Return the rows of a file or split, without those that have no label where the section asks for that."""
-    table = _table(section, split, task)
+    table = _table(section, split, task, bad)
+    # Classes are those of the rows that have labels.
+    if bad is not None and task == CLASSES and section.labels is None and not section.drop_unlabelled:
+        table = _usable(table, lambda row: spelled(row, section.label), bad)
     if not section.drop_unlabelled:
         return table
     kept = labelled(table, section.label, (section.labels or ()) if task == CLASSES else (NO_CLASS,))
@@ -175,14 +206,14 @@ def _labelled(section: Section, split: str, task: str) -> Table:
     return kept
 
 
-def _table(section: Section, split: str, task: str) -> Table:
+def _table(section: Section, split: str, task: str, bad: Bad | None) -> Table:
     if section.source == "docstrings":
         if task == "regression":
             raise UserError(
                 "data.source", "docstrings for task regression", "a source whose labels are numbers"
             )
         return docstrings.table(split, section.cache)
-    return _stream(section, split, task).table()
+    return _stream(section, split, task).table(bad)
 
 
 def _stream(section: Section, split: str, task: str) -> Stream:

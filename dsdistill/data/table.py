@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dsdistill.config.errors import UserError
@@ -46,14 +46,14 @@ class Stream:
         """Return where a row lies, for messages."""
         return f"{self.place}, {self.unit} {line}"
 
-    def table(self) -> "Table":
-        """Return all rows at once.
+    def table(self, bad: Bad | None = None) -> "Table":
+        """Return all rows at once; `bad` as of `rows`.
 
         Raises:
             UserError: there is no row, or a row that cannot be read.
         """
         lines, rows = [], []
-        for line, row in self.rows():
+        for line, row in self.rows(bad):
             lines.append(line)
             rows.append(row)
         if self.plain:
@@ -101,6 +101,11 @@ class Table:
 
     def at(self, row: int) -> str:
         return f"{self.place}, {self.unit} {self.lines[row]}"
+
+    def take(self, rows: Sequence[int]) -> "Table":
+        """Return some of the rows, in the order given."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return replace(self, columns=columns, lines=[self.lines[row] for row in rows])
 
     def column(self, name: str) -> list[Any]:
         if name not in self.columns:

@@ -1,6 +1,7 @@
 """Show examples as the models will see them, and count what became of the data, for `dsdistill preview`."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from dsdistill.config import Config, UserError
@@ -20,14 +21,11 @@ PLAIN = "\x1b[0m"
 class Bad:
     """Bad collects the rows that cannot be used."""
 
-    rows: list[str] = field(default_factory=list)
-    count: int = 0
+    rows: dict[str, None] = field(default_factory=dict)  # by the messages of their errors, in order
 
     def __call__(self, error: UserError) -> None:
-        """Note a row by the message of its error."""
-        self.count += 1
-        if len(self.rows) < SHOWN_BAD:
-            self.rows.append(str(error))
+        """Note a row; one that several sets have is one row."""
+        self.rows[str(error)] = None
 
 
 @dataclass
@@ -135,10 +133,10 @@ def render(found: Preview, *, colours: bool, ids: bool) -> str:
     lines.append(_legend(colours))
     for name, of in found.sets.items():
         lines += _counts(name, of)
-    if found.bad.count:
-        lines.append(f"{found.bad.count} rows cannot be used:")
-        lines += [f"  {row}" for row in found.bad.rows]
-        if found.bad.count > len(found.bad.rows):
+    if found.bad.rows:
+        lines.append(f"{len(found.bad.rows)} rows cannot be used:")
+        lines += [f"  {row}" for row in islice(found.bad.rows, SHOWN_BAD)]
+        if len(found.bad.rows) > SHOWN_BAD:
             lines.append("  …")
     return "\n".join(lines) + "\n"
 

@@ -158,6 +158,24 @@ def test_bad_rows_are_counted_and_named_and_a_run_refuses_the_first(home, tmp_pa
     assert "Traceback" not in done.stderr
 
 
+def test_bad_rows_of_a_labelled_set_are_counted_and_named(tokenizer_dir, tmp_path):
+    (tmp_path / "rows.tsv").write_text("text\tlabel\nthe sum\ta\nof each\tb\n \tb\nlast\t-\nragged\nrow\tb\n")
+    config = {
+        "data": {"source": "files", "root": str(tmp_path), "train": "rows.tsv", "dev": "rows.tsv"}
+        | {"tokenizer": str(tokenizer_dir), "cache": str(tmp_path / "cache"), "max_length": 16},
+        "student": {
+            "config": {"model_type": "bert", "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2}
+        },
+        "terms": {"task": {}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    done = launch("-m", "dsdistill", "preview", tmp_path / "config.yaml", "-n", 1, ranks=1)
+    assert done.returncode == 0, done.stderr
+    assert "train: 3 examples" in done.stdout and "label: a" in done.stdout
+    assert "3 rows cannot be used" in done.stdout
+    assert [f"rows.tsv, line {line}: got " in done.stdout for line in (4, 5, 6)] == [True] * 3
+
+
 def test_tokenize_fills_what_train_reads(home, tmp_path):
     config = settings(home, tmp_path, "filled")
     done = launch("-m", "dsdistill", "tokenize", config, ranks=1)
