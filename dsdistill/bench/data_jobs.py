@@ -6,6 +6,7 @@ found. The process that started it looks on from outside.
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,9 +28,30 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     tokenizer = _tokenizer(job["tokenizer"])
     work = JOBS[job["kind"]](tokenizer, job)
+    before = memory("self")
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(work()), flush=True)
+    processor = _processor()
+    found = work()
+    found["processor_seconds"] = _processor() - processor
+    after = memory("self")
+    found["own_mib"] = None if before is None or after is None else after[1] - before[1]
+    print(json.dumps(found), flush=True)
+
+
+def memory(process: int | str) -> tuple[float, float] | None:
+    """Return (PSS, PSS that no file backs) of a process in MiB; None where the system does not tell."""
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:  # it has ended, or there is no /proc
+        return None
+    found = dict(re.findall(r"^(Pss|Pss_Anon): +(\d+) kB", text, re.MULTILINE))
+    return (int(found["Pss"]) / 1024, int(found["Pss_Anon"]) / 1024) if len(found) == 2 else None
+
+
+def _processor() -> float:
+    """Return the seconds that the cores have worked for this process and for children that have ended."""
+    return sum(os.times()[:4])
 
 
 def _tokenizer(folder: str) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from dsdistill import disk
 from dsdistill.bench import operators
-from dsdistill.bench.data_jobs import BLOCK, stretch
+from dsdistill.bench.data_jobs import BLOCK, memory, stretch
 from dsdistill.config import UserError
 from dsdistill.config.bounded import parse_size
 from dsdistill.data import docstrings, files
@@ -160,6 +160,7 @@ def _of(form: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
         "documents": found["documents"],
         "tokens": found["tokens"],
         "tokens_per_second": found["tokens"] / found["seconds"],
+        "cores": found["processor_seconds"] / found["seconds"],
         "peak_mib": found["peak_mib"],
     }
 
@@ -186,8 +187,8 @@ def _large(folder: Path, documents: int, tokenizer: str) -> dict[str, Any]:
 def _watched(job: dict[str, Any]) -> dict[str, Any]:
     """Return what a job finds, with its memory over that of the loaded tokenizer, in MiB.
 
-    peak_mib: PSS of the process and its children at its highest; own_mib: what grew of it by the end, without pages of
-    files, which all readers share. Both are None where the system does not tell.
+    peak_mib: PSS of the process and its children at its highest; own_mib: what the process holds more at its end, without
+    pages of files, which all readers share. Both are None where the system does not tell.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "dsdistill.bench.data_jobs", json.dumps(job)],
@@ -199,37 +200,21 @@ def _watched(job: dict[str, Any]) -> dict[str, Any]:
         assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != "ready\n":
             raise UserError("bench tokenizer", job["tokenizer"], "a folder whose tokenizer can be loaded")
-        before = peak = last = _memory(process.pid)
+        before = peak = _memory(process.pid)
         process.stdin.write("go\n")
         process.stdin.flush()
-        os.set_blocking(process.stdout.fileno(), False)
         while process.poll() is None:
             time.sleep(EVERY)
-            if (now := _memory(process.pid)) is not None:
-                last, peak = now, max(now, peak)
+            peak = max(peak, _memory(process.pid))
         found = process.stdout.read().splitlines()
     if process.returncode:
         raise RuntimeError(f"the measured process ended with {process.returncode}")
-    if before is None or peak is None or last is None:
-        return json.loads(found[-1]) | {"peak_mib": None, "own_mib": None}
-    return json.loads(found[-1]) | {"peak_mib": peak[0] - before[0], "own_mib": last[1] - before[1]}
+    return json.loads(found[-1]) | {"peak_mib": peak - before if before else None}
 
 
-def _memory(process: int) -> tuple[float, float] | None:
-    """Return (PSS, PSS that no file backs) of a process and its children in MiB; None where it cannot be read."""
-    whole = own = 0
-    for number in (process, *_children(process)):
-        try:
-            text = Path(f"/proc/{number}/smaps_rollup").read_text()
-        except (OSError, ProcessLookupError):  # it has ended
-            if number == process:
-                return None
-            continue
-        found = dict(re.findall(r"^(Pss|Pss_Anon): +(\d+) kB", text, re.MULTILINE))
-        if "Pss" not in found:
-            return None
-        whole, own = whole + int(found["Pss"]), own + int(found.get("Pss_Anon", 0))
-    return whole / 1024, own / 1024
+def _memory(process: int) -> float:
+    """Return the PSS of a process and its children in MiB; 0 where it cannot be read."""
+    return sum(found[0] for of in (process, *_children(process)) if (found := memory(of)) is not None)
 
 
 def _children(process: int) -> Iterator[int]:
@@ -254,12 +239,13 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{key}: {value}")
     text = report["text"]
     print(f"{text['bytes'] / 1e6:.1f} MB of {text['file']}, tokenizer {text['tokenizer']}, blocks of {BLOCK}")
-    titles = ("documents", "tokens", "tokens/s", "peak MiB", "bytes/token", "2nd start s", "reader MiB")
+    titles = ("documents", "tokens", "tokens/s", "cores", "peak MiB", "bytes/token", "2nd start s", "reader MiB")
     print(f"{'':20} {'':13}", *(f"{title:>11}" for title in titles))
     for row in report["rows"]:
         print(f"{row['form']:20} {row['name']:13} {row['documents']:11,} {row['tokens']:11,} ", end="")
-        print(f"{row['tokens_per_second']:11,.0f} {_shown(row['peak_mib'], 0)} ", end="")
-        print(*(_shown(row.get(name), 2) for name in ("bytes_per_token", "second_start", "reader_mib")))
+        print(f"{row['tokens_per_second']:11,.0f} {row['cores']:11.2f} ", end="")
+        names = ("peak_mib", "bytes_per_token", "second_start", "reader_mib")
+        print(*(_shown(row.get(name), 2) for name in names))
     large = report["large"]
     print(f"a store of {large['documents']:,} documents, {large['tokens']:,} tokens: ", end="")
     print(f"first start {large['first_start']:.2f} s, second {large['second_start']:.2f} s")
