@@ -252,7 +252,9 @@ def bench(
     operator: Annotated[
         str,
         typer.Argument(
-            metavar="OPERATOR", help="attention, pairwise, hidden, soft-label, step, or data.", show_default=False
+            metavar="OPERATOR",
+            help="attention, pairwise, hidden, soft-label, step, or data.",
+            show_default=False,
         ),
     ],
     shapes: Annotated[

@@ -63,7 +63,12 @@ def _tokenizer(folder: str) -> Any:
 def _load(tokenizer: Any, job: dict[str, Any]) -> Set:
     """Return the train set of a job, as a run would load it."""
     section = Section(
-        source="files", train=job["file"], dev=job["dev"], cache=job["cache"], max_length=BLOCK, text=("text",)
+        source="files",
+        train=job["file"],
+        dev=job["dev"],
+        cache=job["cache"],
+        max_length=BLOCK,
+        text=("text",),
     )
     return load_data(section, "causal_lm", Words(tokenizer, len(tokenizer), "measured"), packed=True).train
 
@@ -126,7 +131,7 @@ def stretch(folder: Path, documents: int) -> int:
     Its tokens are holes in files, which take no room.
     """
     note = json.loads((folder / store.STORE).read_text())
-    lengths = np.random.default_rng(0).geometric(1 / MEAN, documents)
+    lengths = np.random.default_rng(0).geometric(1 / (MEAN - 1), documents) + 1
     begins = np.cumsum(lengths) - lengths
     tokens = int(lengths.sum())
     size = np.dtype(note["dtype"]).itemsize

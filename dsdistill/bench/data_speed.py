@@ -187,8 +187,8 @@ def _large(folder: Path, documents: int, tokenizer: str) -> dict[str, Any]:
 def _watched(job: dict[str, Any]) -> dict[str, Any]:
     """Return what a job finds, with its memory over that of the loaded tokenizer, in MiB.
 
-    peak_mib: PSS of the process and its children at its highest; own_mib: what the process holds more at its end, without
-    pages of files, which all readers share. Both are None where the system does not tell.
+    peak_mib: PSS of the process and its children at its highest; own_mib: what the process holds more at its end,
+    without pages of files, which all readers share. Both are None where the system does not tell.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "dsdistill.bench.data_jobs", json.dumps(job)],
@@ -239,7 +239,16 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{key}: {value}")
     text = report["text"]
     print(f"{text['bytes'] / 1e6:.1f} MB of {text['file']}, tokenizer {text['tokenizer']}, blocks of {BLOCK}")
-    titles = ("documents", "tokens", "tokens/s", "cores", "peak MiB", "bytes/token", "2nd start s", "reader MiB")
+    titles = (
+        "documents",
+        "tokens",
+        "tokens/s",
+        "cores",
+        "peak MiB",
+        "bytes/token",
+        "2nd start s",
+        "reader MiB",
+    )
     print(f"{'':20} {'':13}", *(f"{title:>11}" for title in titles))
     for row in report["rows"]:
         print(f"{row['form']:20} {row['name']:13} {row['documents']:11,} {row['tokens']:11,} ", end="")

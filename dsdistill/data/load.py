@@ -13,6 +13,7 @@ from dsdistill.config.data_section import Data as Section
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import chunkers, store
+from dsdistill.data.blocks import packed as packed_in_blocks
 from dsdistill.data.chat import Chat
 from dsdistill.data.chat_template import read_template
 from dsdistill.data.documents import PlainReader, Reader, RenderedReader, SeparatedReader, SpecialReader
@@ -21,7 +22,6 @@ from dsdistill.data.examples import Examples, Packed, Rows, Splits, cut, end_to_
 from dsdistill.data.layout import Raw, default_layout, render_template
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.mixture import Mixture
-from dsdistill.data.packing import best_fit
 from dsdistill.data.rendered import Rendered
 from dsdistill.data.sample import chosen, with_noise
 from dsdistill.data.sources import dev_sets, of_rows, parts, read, streams
@@ -85,7 +85,8 @@ def load_data(
         devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
     trains = [_drawn(train, section, seed, len(classes)) for train in trains]
     if packed:
-        trains = [_packed(train, section.max_length, section.cache) for train in trains]
+        drawn = [section.overlong, section.fraction, seed if section.fraction < 1 else None]
+        trains = [packed_in_blocks(train, section.max_length, loading.cache, drawn) for train in trains]
     if task == "masked_lm":
         hide = masking(words.tokenizer, PREDICTED, 0.0, seed)
         devs = {name: replace(dev, masking=hide) for name, dev in devs.items()}
@@ -229,9 +230,3 @@ def _texts(values: tuple[Any, ...], place: str) -> tuple[str, ...]:
 
 def _digest(module: Any) -> str:
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-
-
-def _packed(examples: Examples, length: int, cache: str) -> Packed:
-    """Return blocks of whole documents; which ones share a block is kept beside the stores."""
-    order, bounds = best_fit(examples.lengths.numpy(), length)
-    return Packed(examples, order, bounds)

@@ -73,14 +73,14 @@ def stored(
         disk.Unwritable: there is no room, or the cache cannot be written; what is done so far is kept.
     """
     if not store.is_complete(path):
-        with disk.explained(path), _alone(path):
+        with disk.explained(path), alone(path):
             if not store.is_complete(path):
                 _Writer(path, stream, reader, entries, settings, limit, bad).write()
     return store.open_store(path)
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold the lock of a store; wait for a process that has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f"{path}.lock"
