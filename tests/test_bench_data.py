@@ -1,10 +1,12 @@
 """The benchmark of the data: its table is complete, and its figures are of what they say."""
 
 import json
+import re
 
 import pytest
 
 from dsdistill.bench import data_jobs, data_speed
+from dsdistill.config import UserError
 from dsdistill.data import store
 from tests.test_cli import command
 
@@ -48,17 +50,22 @@ def test_a_stretched_store_is_read_like_any_other(tmp_path, tokenizer_dir, monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("given", "message"),
     [
-        (["--shapes", "rows=3"], "bench option: got 'rows', expected one of 'text', 'size'"),
-        (["--shapes", "size=much"], "bench size: got 'much', expected a size such as 50MB"),
-        (["--shapes", "documents=0"], "bench documents: got 0, expected a number from 1"),
-        (["--shapes", "tokenizer=nowhere"], "bench tokenizer: got nowhere, expected a folder"),
-        (["--shapes", "text=nothing.jsonl"], "nothing.jsonl: got no such file"),
-        (["--dtype", "float16"], "bench --dtype: got a value for data, expected none"),
+        ({"options": {"size": "much"}}, "bench size: got 'much', expected a size such as 50MB"),
+        ({"options": {"documents": 0}}, "bench documents: got 0, expected a number from 1"),
+        ({"options": {"tokenizer": "nowhere"}}, "bench tokenizer: got nowhere, expected a folder"),
+        ({"options": {"text": "nothing.jsonl"}}, "nothing.jsonl: got no such file"),
+        ({"dtype": "float16"}, "bench --dtype: got a value for data, expected none"),
     ],
 )
-def test_a_bad_option_is_one_line(arguments, message):
-    done = command("bench", "data", *arguments)
+def test_a_bad_option_is_refused(given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        data_speed.run_data(**given)
+
+
+def test_the_command_refuses_in_one_line():
+    done = command("bench", "data", "--shapes", "rows=3")
     assert done.returncode == 2 and done.stdout == ""
-    assert message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "bench option: got 'rows', expected one of 'text', 'size'" in done.stderr
+    assert done.stderr.count("\n") == 1
