@@ -301,7 +301,7 @@ class _Reading:
             self._rows, self._ahead = self.source.rows(mark), deque()
         self.begun, self.done, self.next = mark, False, None
         size = 0
-        while self._look(1):
+        while self._look(0):
             if size >= CHARACTERS and self._look(LEAST):
                 self.next = self._ahead[0][1]
                 break
@@ -313,7 +313,7 @@ class _Reading:
         self.done = True
 
     def _look(self, characters: int) -> bool:
-        """Return whether so many characters are left; rows without any at the end count for nothing."""
+        """Return whether rows are left that have so many characters."""
         held = 0
         for row, _ in chain(list(self._ahead), self._read()):
             held += _characters(row[1])

@@ -39,7 +39,7 @@ class StreamedLoader(Loader):
         parts = [self.examples.part(part) for part, *_ in places]
         before = np.cumsum([0, *map(len, parts)])
         rows = [
-            self._order(part)[low:high] + at for (part, low, high), at in zip(places, before, strict=False)
+            self._shuffled(part)[low:high] + at for (part, low, high), at in zip(places, before, strict=False)
         ]
         return as_one(parts), np.concatenate(rows), places[0][0]
 
@@ -55,7 +55,7 @@ class StreamedLoader(Loader):
             yield part, start - before, stop - before
             start = stop
 
-    def _order(self, part: int) -> np.ndarray:
+    def _shuffled(self, part: int) -> np.ndarray:
         if part not in self._orders:
             self._orders = {known: order for known, order in self._orders.items() if abs(known - part) <= 1}
             count = self.examples.count(part)
