@@ -149,8 +149,11 @@ class Streamed:
             for place in [place for place in self._held if place not in wanted]:
                 os.close(self._held.pop(place)[1])
 
-    def close(self) -> None:
-        """End the making of parts, and remove those that no rank reads any more."""
+    def close(self, finished: bool = True) -> None:
+        """End the making of parts; of a run that is finished also remove those that no other rank reads.
+
+        A run that is to go on later finds them.
+        """
         self._closed.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
@@ -158,9 +161,10 @@ class Streamed:
             for _, file in self._held.values():
                 os.close(file)
             self._held, self._first = {}, None
-        with _leading(self.home) as leads:
-            if leads:
-                self._tidy(set())
+        if finished:
+            with _leading(self.home) as leads:
+                if leads:
+                    self._tidy(set())
 
     def _place(self, part: int) -> int | None:
         """Return which part of the source a part is; None where that is not known yet."""

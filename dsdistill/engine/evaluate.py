@@ -38,7 +38,9 @@ def evaluate_run(path: str) -> dict:
         if prepared.recipe is not None:
             use_recipe(prepared, folder, ranks)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
-        for name, values in _scores(prepared, path, tag, ranks).items():
+        with prepared.reading():
+            scores = _scores(prepared, path, tag, ranks)
+        for name, values in scores.items():
             summary["models"].setdefault(name, {}).update(values)
         if config.evaluation.generate:
             summary["bleu_signature"] = bleu_signature()

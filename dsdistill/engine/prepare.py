@@ -1,7 +1,9 @@
 """Resolve the parts of a run and check them against each other before any weight is loaded."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -15,7 +17,7 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, schema
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel, Task, Terms
-from dsdistill.data import Set, Splits, load_texts
+from dsdistill.data import Set, Splits, Streamed, load_texts
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import Sampler
 from dsdistill.distributed import deepspeed
@@ -60,6 +62,20 @@ class Prepared:
     judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Close at its end what is read as the run goes on; what a run has finished with is removed."""
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            prepared: Prepared | None = self
+            while prepared is not None:
+                if isinstance(prepared.data.train, Streamed):
+                    prepared.data.train.close(finished)
+                prepared = prepared.recipe
 
 
 def prepare(config: Config, world_size: int) -> Prepared:

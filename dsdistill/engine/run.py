@@ -16,7 +16,6 @@ from dsdistill import disk
 from dsdistill.config import Config, RunError
 from dsdistill.config.formats import teacher_identity
 from dsdistill.config.terms import Task, Terms
-from dsdistill.data import Streamed
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
@@ -91,14 +90,11 @@ def run(config: Config, ranks: Ranks) -> dict:
     if prepared is None:
         log.info("%s is finished; nothing to do", folder.path)
         return done
-    if prepared.recipe is not None:
-        use_recipe(prepared, folder, ranks)
-    try:
+    with prepared.reading():
+        if prepared.recipe is not None:
+            use_recipe(prepared, folder, ranks)
         summary = _distil(prepared, folder, ranks)
         ranks.barrier()
-    finally:
-        if isinstance(prepared.data.train, Streamed):
-            prepared.data.train.close()
     return summary
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from dsdistill.config.errors import RunError, UserError
 from dsdistill.config.schema import Data as Section
-from dsdistill.data import Loader, StreamedLoader, hub, load_data, streamed
+from dsdistill.data import Loader, Packed, StreamedLoader, hub, load_data, streamed
 from dsdistill.data.streamed import KEPT
-from tests.data.rig import words
+from dsdistill.data.streamed_loader import as_one
+from tests.data.rig import made, words
 
 ROWS = 300
 TEXTS = ["abcdefghij"[: 3 + i % 7] + "klmnop"[: i // 60 + 1] for i in range(ROWS)]
@@ -261,8 +262,26 @@ def test_where_the_writer_is_killed_another_goes_on(source, tokenizer, opened, t
     assert seen(loader(other), range(30)) == wanted
 
 
-def test_ordinary_loaders_are_as_before(tokenizer):
-    from tests.data.rig import made
+def test_parts_joined_are_the_parts_one_after_the_other():
+    """What a step sees that begins in one part and ends in the next."""
+    mine = made([[1, 2], [3, 4, 5]], ranges=[[(1, 2)], [(0, 1), (2, 3)]], spans=[[], [(1, 3, 0)]])
+    other = made([[6], [7, 8, 9, 10]], ranges=[[(0, 1)], [(1, 3)]], spans=[[(0, 1, 1)], [(2, 4, 0)]])
+    both = as_one([mine, other])
+    apart = [(of, row) for of in (mine, other) for row in range(2)]
+    for row, (of, own) in enumerate(apart):
+        assert both.tokens(row).tolist() == of.tokens(own).tolist() and both.name(row) == of.name(own)
+        assert both.ranges(row).tolist() == of.ranges(own).tolist()
+        assert both.spans(row).tolist() == of.spans(own).tolist()
+    blocks = as_one(
+        [
+            Packed(mine, np.array([1, 0]), np.array([0, 2])),
+            Packed(other, np.array([0, 1]), np.array([0, 1, 2])),
+        ]
+    )
+    assert [blocks.of(block) for block in range(len(blocks))] == [[1, 0], [2], [3]]
+    assert blocks.lengths.tolist() == [5, 1, 4] and blocks.parts.tokens(3).tolist() == [7, 8, 9, 10]
 
+
+def test_ordinary_loaders_are_as_before(tokenizer):
     loading = Loader(made([[1, 2], [3, 4], [5, 6]]), 2, 1, 1, 0, 0, 0)
     assert sorted(sum(seen(loading, [0, 1]), [])) == [(1, 2), (3, 4), (5, 6)]
