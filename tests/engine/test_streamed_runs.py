@@ -4,11 +4,15 @@ import json
 import random
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 
+from dsdistill.config import load
+from dsdistill.engine.preview import preview
+from dsdistill.engine.tokenising import tokenize
 from tests.conftest import sentence
-from tests.data.test_streamed import write
+from tests.data.test_streamed import local, write
 from tests.engine.launch import launch
 
 LLAMA = {
@@ -78,3 +82,14 @@ def test_one_rank_two_ranks_and_a_resume_see_the_same(home, tokenizer_dir):
     for name in ("one", "two"):
         assert not list(home.glob(f"cache-{name}/stream-*/[0-9]*/"))  # nothing is left but the notes
         assert len((next(home.glob(f"cache-{name}/stream-*/parts.jsonl"))).read_text().splitlines()) > 6
+
+
+def test_commands_that_look_read_only_what_they_show(home, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", local(home / "hub"))
+    loaded = load([str(config(home, tokenizer_dir, "looked"))])
+    found = preview(loaded, 2)
+    assert len(found.examples) == 2 and found.sets["train"]["examples"] > 2
+    told = tokenize(loaded)
+    assert "looked train: streamed; a run tokenises it as it goes on" in told
+    assert "looked dev: 12 examples" in told
+    assert not list(home.glob("cache-looked/stream-*/[0-9]*/"))
