@@ -262,7 +262,9 @@ def bench(
     operator: Annotated[
         str,
         typer.Argument(
-            metavar="OPERATOR", help="attention, pairwise, hidden, soft-label, or step.", show_default=False
+            metavar="OPERATOR",
+            help="attention, pairwise, hidden, soft-label, step, or data.",
+            show_default=False,
         ),
     ],
     shapes: Annotated[
@@ -271,7 +273,8 @@ def bench(
             "--shapes",
             metavar="NAME=VALUE,...",
             help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
-            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048",
+            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048; of data "
+            "text=FILE,size=50MB,tokenizer=DIR,documents=2000000",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
@@ -292,6 +295,7 @@ def bench(
     """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one.
 
     step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
+    data: tokens/s, memory and room of tokenising, and the seconds of a start.
     """
     from dsdistill.disk import check_file
 
@@ -300,6 +304,7 @@ def bench(
     _quiet_libraries()
     import yaml
 
+    from dsdistill.bench.data_speed import run_data
     from dsdistill.bench.operators import run_bench
     from dsdistill.bench.step import run_step
 
@@ -314,7 +319,7 @@ def bench(
             found = None
         if not isinstance(found, str | int | float):
             raise UserError("--shapes", part, "NAME=VALUE, a number or a word")
-    measure = run_step if operator == "step" else functools.partial(run_bench, operator)
+    measure = {"step": run_step, "data": run_data}.get(operator, functools.partial(run_bench, operator))
     raise typer.Exit(
         measure(
             options=options,

@@ -37,7 +37,7 @@ ARROWS = {
     "distributed": {"disk", "config"},
     "evaluation": {"alignment", "models", "data", "config"},
     "alignment": {"ops", "models", "data.batch", "config"},
-    "bench": {"ops", "engine", "distributed", "alignment", "models", "data.batch", "disk", "config"},
+    "bench": {"ops", "engine", "distributed", "alignment", "models", "data", "disk", "config"},
     "models": {"data.batch", "data.packing", "config"},
     "data": {"disk", "config"},
     "report": {"disk", "config"},

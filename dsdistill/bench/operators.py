@@ -392,7 +392,9 @@ def run_bench(
         UserError: an operator, dtype, backend, option or instruction set that does not exist.
     """
     if operator not in WORKS:
-        raise UserError("bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step'")
+        raise UserError(
+            "bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step', 'data'"
+        )
     check_common(dtype, DTYPES, backends, CONTENDERS)
     options = options or {}
     known = {p.name: p.default for p in inspect.signature(WORKS[operator]).parameters.values()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsdistill.config.data_checks import check_data
+from dsdistill.config.data_checks import check_data, check_streaming
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
@@ -79,7 +79,8 @@ def check(config: Config) -> None:
             "run.baseline", "true without a teacher", "a teacher: without one the run is the baseline"
         )
     _check_student(config)
-    check_data(config.data, config.task, config.train.steps)
+    check_data(config.data, config.task)
+    check_streaming(config)
     _check_labels(config)
     _check_classes(config)
     _check_chunker(config)

@@ -1,20 +1,19 @@
 """Rules between the settings of a run's data."""
 
+from typing import TYPE_CHECKING
+
 from dsdistill.config.data_section import Data, Part
 from dsdistill.config.errors import UserError
 
+if TYPE_CHECKING:
+    from dsdistill.config.schema import Config
 
-def check_data(data: Data, task: str, steps: int | None) -> None:
+
+def check_data(data: Data, task: str) -> None:
     """Raise UserError for settings of the data that contradict each other, or the task."""
     _check_sources(data)
     _check_language(data, task)
     _check_packing(data, task)
-    if data.streaming and steps is None:
-        raise UserError(
-            "data.streaming", "true without train.steps", "train.steps: nobody knows how long an epoch is"
-        )
-    if data.streaming and (data.source in ("docstrings", "files") or data.root is not None):
-        raise UserError("data.streaming", f"true with data.source {data.source}", "a hub data set")
     if (data.domain is None) != (data.general is None):
         raise UserError("data.domain and data.general", "one of them", "both or neither")
     for name in ("domain", "general"):
@@ -28,6 +27,39 @@ def check_data(data: Data, task: str, steps: int | None) -> None:
             f"{data.tokenizer_kind} without data.train_tokenizer",
             "its number of entries",
         )
+
+
+def check_streaming(config: "Config") -> None:
+    """Refuse what needs all examples of a set that is read as the run goes on."""
+    data = config.data
+    if not data.streaming:
+        return
+    if config.train.steps is None:
+        raise UserError(
+            "data.streaming", "true without train.steps", "train.steps: nobody knows how long an epoch is"
+        )
+    if data.source in ("docstrings", "files") or data.root is not None:
+        root = "" if data.root is None else " and data.root"
+        raise UserError("data.streaming", f"true with data.source {data.source}{root}", "a hub data set")
+    if config.task not in ("causal_lm", "masked_lm"):
+        raise UserError("data.streaming", f"true with task {config.task}", "task causal_lm or masked_lm")
+    if not isinstance(data.train, str):
+        raise UserError("data.streaming", "true with several sources in data.train", "one split")
+    sampler = data.sampler not in ("uniform", "random_masked")
+    for place, given, wanted in (
+        ("data.sampler", sampler, "uniform: others look at all examples first"),
+        ("data.fraction", data.fraction < 1, "1: train.steps says how much is used"),
+        ("data.max_train", data.max_train is not None, "null: train.steps says how much is used"),
+        ("data.train_tokenizer", data.train_tokenizer is not None, "null, and data.tokenizer"),
+        ("train.group_by_length", config.train.group_by_length, "false"),
+        ("run.evaluate_every", config.run.evaluate_every == "epoch", "a number of steps"),
+        ("student.domain", config.student.domain is not None, "null"),
+    ):
+        if given:
+            section, name = place.split(".")
+            got = getattr(getattr(config, section), name)
+            shown = got if isinstance(got, str | int | float) else "a section"
+            raise UserError(place, f"{str(shown).lower()} with data.streaming true", wanted)
 
 
 def _check_sources(data: Data) -> None:

@@ -6,6 +6,8 @@ from dsdistill.data.examples import Examples, Packed, Rows, Splits
 from dsdistill.data.loader import Ahead, Loader, evaluation_batches, restore
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.sets import Words, load_data, load_texts
+from dsdistill.data.streamed import Streamed
+from dsdistill.data.streamed_loader import StreamedLoader
 
 __all__ = [
     "NO_LABEL",
@@ -18,6 +20,8 @@ __all__ = [
     "Rows",
     "Set",
     "Splits",
+    "Streamed",
+    "StreamedLoader",
     "Words",
     "collate",
     "evaluation_batches",

@@ -99,22 +99,26 @@ class Loader:
         steps = order[: whole * self.batch_size].reshape(whole, self.batch_size)
         return np.concatenate([chance.permutation(steps).flatten(), order[whole * self.batch_size :]])
 
+    def drawn(self, epoch: int, step: int) -> tuple[Set, np.ndarray, int]:
+        """Return the set that a step's examples lie in, which of it they are, and the draw of what is masked."""
+        return self.examples, self.rows(epoch, step), epoch
+
     def step(self, epoch: int, step: int) -> list[Batch]:
         """This rank's micro-batches of a step (both counted from 0): `accumulation` of them on every rank.
 
         A ragged step is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
         """
-        rows = self.rows(epoch, step)
+        examples, rows, epoch = self.drawn(epoch, step)
         # Rows of like length share a micro-batch (less padding) and are dealt out to the ranks one by one: the
         # ranks get equally much to do and do not wait for each other.
         # Groups stay together, on whatever ranks.
         if self.sampler is None or not self.sampler.grouped:
-            rows = rows[np.argsort(self.examples.lengths.numpy()[rows], kind="stable")]
+            rows = rows[np.argsort(examples.lengths.numpy()[rows], kind="stable")]
         moments = np.array_split(rows, self.accumulation)
         batches = []
         for moment in moments:
             own = moment[self.rank :: self.world_size]
-            batch = collate(self.examples, own.tolist(), self.pad_id, epoch)
+            batch = collate(examples, own.tolist(), self.pad_id, epoch)
             batches.append(replace(batch, chance=self._drawn(own, batch)) if self.chances else batch)
         return batches
 

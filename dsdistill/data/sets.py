@@ -1,9 +1,12 @@
 """From the `data` section of a config to tokenised examples."""
 
+import copy
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +16,29 @@ from dsdistill.config.data_section import Data as Section
 from dsdistill.config.errors import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.data import chunkers, store
+from dsdistill.data.blocks import packed as packed_in_blocks
 from dsdistill.data.chat import Chat
 from dsdistill.data.chat_template import read_template
 from dsdistill.data.documents import PlainReader, Reader, RenderedReader, SeparatedReader, SpecialReader
 from dsdistill.data.encode import edges
 from dsdistill.data.examples import Examples, Packed, Rows, Splits, cut, end_to_end, whole
+from dsdistill.data.hub import revision
 from dsdistill.data.layout import Raw, default_layout, render_template
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.mixture import Mixture
-from dsdistill.data.packing import best_fit
 from dsdistill.data.rendered import Rendered
 from dsdistill.data.sample import chosen, with_noise
-from dsdistill.data.sources import dev_sets, of_rows, parts, read, streams
+from dsdistill.data.sources import dev_sets, of_rows, parts, read, remote, streams
 from dsdistill.data.store import Documents
 from dsdistill.data.store_writer import Limit, stored
+from dsdistill.data.streamed import Streamed, pinned
 from dsdistill.data.table import Bad, Stream
 
 log = logging.getLogger("dsdistill")
 
-Set = Examples | Packed | Mixture
+LOOKED = 1000  # rows of a streamed set that `dsdistill preview` reads
+
+Set = Examples | Packed | Mixture | Streamed
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ def load_data(
     with_spans: bool = False,
     packed: bool = False,
     bad: Bad | None = None,
+    run: str = "",
 ) -> Splits[Set]:
     """Return all sets, read, checked and tokenised; what is in the cache already is mapped.
 
@@ -63,6 +71,7 @@ def load_data(
         with_spans: find words and phrases too.
         packed: blocks of whole documents are filled (see data/packing.py); the models keep them apart.
         bad: is told of rows that cannot be used, which are then left out; without it the first one is raised.
+        run: folder of the run; what is streamed is kept for each run by itself.
 
     Raises:
         UserError: the data cannot be used; its message names file, row and column.
@@ -74,7 +83,14 @@ def load_data(
     loading = _Loading(section, task, words, with_spans, bad)
     classes: tuple[str, ...] = ()
     if task in LANGUAGE:
-        trains = [loading.language(part, part.train, part.max_train, packed) for *_, part in parts(section)]
+        if section.streaming and bad is not None:  # who counts bad rows only looks at the data
+            trains = [loading.of([_beginning(section)], section, None, packed)]
+        elif section.streaming:
+            trains = [streamed(section, task, words, seed, with_spans, packed, run)]
+        else:
+            trains = [
+                loading.language(part, part.train, part.max_train, packed) for *_, part in parts(section)
+            ]
         devs = {
             name: loading.language(section, split, section.max_dev, False)
             for name, split in dev_sets(section).items()
@@ -83,23 +99,54 @@ def load_data(
         rows, dev_rows, classes = read(section, task, bad)
         trains = [loading.labelled(of, part) for of, (*_, part) in zip(rows, parts(section), strict=True)]
         devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
-    trains = [_drawn(train, section, seed, len(classes)) for train in trains]
-    if packed:
-        trains = [_packed(train, part) for train, (*_, part) in zip(trains, parts(section), strict=True)]
     if task == "masked_lm":
         hide = masking(words.tokenizer, PREDICTED, 0.0, seed)
         devs = {name: replace(dev, masking=hide) for name, dev in devs.items()}
-    if task == "masked_lm" or section.sampler == "random_masked":
-        hide = masking(
-            words.tokenizer,
-            PREDICTED * (task == "masked_lm"),
-            HIDDEN * (section.sampler == "random_masked"),
-            seed,
-        )
-        trains = [replace(train, masking=hide) for train in trains]
+    if not isinstance(trains[0], Streamed):  # whose parts are finished one by one
+        trains = [_drawn(train, section, seed, len(classes)) for train in trains]
+        trains = [
+            loading.finished(train, part, seed, packed)
+            for train, (*_, part) in zip(trains, parts(section), strict=True)
+        ]
     weighed = [(name, weight) for name, weight, _ in parts(section)]
     train = trains[0] if len(trains) == 1 else Mixture(tuple(trains), *zip(*weighed, strict=True))
     return Splits(train, devs, classes)
+
+
+def streamed(
+    section: Section, task: str, words: Words, seed: int, with_spans: bool, packed: bool, run: str
+) -> Streamed:
+    """Return the train set of a section that is read over the network, a few parts at a time."""
+    # One tokenizer for the thread that makes parts and one for those that map them: none is used by two at once.
+    own = [replace(words, tokenizer=copy.deepcopy(words.tokenizer)) for _ in range(2)]
+
+    def load(stream: Stream, folder: Path, making: bool) -> Examples | Packed:
+        within = section.model_copy(update={"cache": str(folder)})
+        loading = _Loading(within, task, own[making], with_spans, None)
+        return loading.finished(loading.of([stream], within, None, packed), within, seed, packed)
+
+    loading = _Loading(section, task, own[0], with_spans, None)
+    reader, _ = loading._reader(section)
+    settings = {
+        "reader": reader.settings,
+        "tokenizer": words.fingerprint,
+        "spans": loading.chunker,
+        "max_length": section.max_length,
+        "overlong": section.overlong,
+        "packing": [packed, section.packing is False],
+    }
+    name = store.key({"run": os.path.abspath(run), "split": [section.source, section.subset, section.train]})
+    home = loading.cache / f"stream-{store.key({'name': name, 'settings': settings})}"
+    source = remote(section, section.train, pinned(home, lambda: revision(section.source)))
+    return Streamed(home, source, load, settings)
+
+
+def _beginning(section: Section) -> Stream:
+    """Return the first rows of a train set that is read over the network."""
+    whole = remote(section, section.train, revision(section.source)).stream()
+    return replace(
+        whole, read=lambda: islice(whole.read(), LOOKED), identity=whole.identity | {"rows": LOOKED}
+    )
 
 
 def load_texts(section: Section, files: tuple[str, ...], words: Words) -> Examples:
@@ -138,12 +185,16 @@ class _Loading:
         self, section: Section, split: str | tuple[str, ...], limit: int | None, packed: bool
     ) -> Examples:
         """Return texts whose tokens are to be predicted as examples, `limit` of them at most."""
+        return self.of(streams(section, split, self.task), section, limit, packed)
+
+    def of(self, sources: list[Stream], section: Section, limit: int | None, packed: bool) -> Examples:
+        """Return the texts of sources as `language` does."""
         reader, layout = self._reader(section)
         length = section.max_length
         plain = layout == "plain"
         running = plain and section.packing is False  # from document to document
         found, left = [], limit
-        for stream in streams(section, split, self.task):
+        for stream in sources:
             most = Limit(left)
             if limit is not None and plain:
                 most = Limit(None, limit * length + 1 - sum(len(of.tokens) for of in found))
@@ -161,6 +212,20 @@ class _Loading:
             if not len(examples):
                 raise UserError(documents.places[0][0], "no token to predict", "texts of two tokens or more")
         return examples if limit is None or packed else examples.take(range(min(limit, len(examples))))
+
+    def finished(self, train: Examples, section: Section, seed: int, packed: bool) -> Examples | Packed:
+        """Return examples of the train set as the loader draws them: in blocks, or with what is masked of them."""
+        if packed:
+            drawn = [section.overlong, section.fraction, seed if section.fraction < 1 else None]
+            blocks = packed_in_blocks(train, section.max_length, self.cache, drawn)
+            plain = section.messages is None and len(section.text) == 1  # its limit is in blocks
+            limit = section.max_train if plain else None
+            return blocks if limit is None or len(blocks) <= limit else blocks.take(range(limit))
+        predicted, hidden = self.task == "masked_lm", section.sampler == "random_masked"
+        if not (predicted or hidden):
+            return train
+        hide = masking(self.words.tokenizer, PREDICTED * predicted, HIDDEN * hidden, seed)
+        return replace(train, masking=hide)
 
     def _reader(self, section: Section) -> tuple[Reader, str]:
         """Return what reads the section's rows, and the name of its layout."""
@@ -229,12 +294,3 @@ def _texts(values: tuple[Any, ...], place: str) -> tuple[str, ...]:
 
 def _digest(module: Any) -> str:
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()
-
-
-def _packed(examples: Examples, section: Section) -> Packed:
-    """Return blocks of whole documents, of plain text as many as max_train says at most."""
-    order, bounds = best_fit(examples.lengths.numpy(), section.max_length)
-    packed, limit = Packed(examples, order, bounds), section.max_train
-    if limit is None or section.messages is not None or len(section.text) == 2 or len(packed) <= limit:
-        return packed
-    return packed.take(range(limit))

@@ -219,17 +219,30 @@ def _table(section: Section, split: str, task: str, bad: Bad | None) -> Table:
 def _stream(section: Section, split: str, task: str) -> Stream:
     if section.source == "docstrings":
         return of_table(docstrings.table(split, section.cache))
-    wanted = dict.fromkeys([*section.text, "text_a", "text_b", "id"])
-    if section.messages is not None:
-        wanted = dict.fromkeys([section.messages, "tools"])
-    if task not in LANGUAGE:
-        wanted[section.label] = None
+    if section.streaming:
+        return remote(section, split, hub.revision(section.source)).stream()
+    wanted = _wanted(section, task)
     if section.source == "files":
         return files.stream(split, section.root, wanted, section.most_bytes)
     if section.root is not None:
         name = section.subset or section.source.rpartition("/")[2]
         return files.local_copy(section.root, name, split, wanted, section.most_bytes)
     return hub.stream(section.source, section.subset, split, section.cache, wanted)
+
+
+def remote(section: Section, split: str, revision: str | None) -> hub.Remote:
+    """Return a split of a hub data set that is read over the network; its texts are for a language model."""
+    return hub.Remote(section.source, section.subset, split, tuple(_wanted(section, LANGUAGE[0])), revision)
+
+
+def _wanted(section: Section, task: str) -> dict[str, None]:
+    """Return the names of the columns that a task reads."""
+    wanted = dict.fromkeys([*section.text, "text_a", "text_b", "id"])
+    if section.messages is not None:
+        wanted = dict.fromkeys([section.messages, "tools"])
+    if task not in LANGUAGE:
+        wanted[section.label] = None
+    return wanted
 
 
 def of_table(table: Table) -> Stream:

@@ -74,7 +74,7 @@ def stored(
     """
     if store.is_complete(path):
         return store.open_store(path)
-    with disk.explained(path), _alone(path):
+    with disk.explained(path), alone(path):
         if not store.is_complete(path):
             if bad is not None:
                 return _without_bad_rows(path, stream, reader, entries, settings, limit, bad)
@@ -113,7 +113,7 @@ def _without_bad_rows(
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     """Hold the lock of a store; wait for a process that has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name, told = f"{path}.lock", False

@@ -53,10 +53,11 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
             use_recipe(prepared, folder, ranks)
         summary = folder.summary() or {"name": config.run.name, "task": config.task, "models": {}}
         summary |= prepared.scored
-        if data:
-            summary["others"] = summary.get("others", {}) | _others(prepared, path, tag, ranks)
-        else:
-            _score(prepared, path, tag, ranks, summary)
+        with prepared.reading():
+            if data:
+                summary["others"] = summary.get("others", {}) | _others(prepared, path, tag, ranks)
+            else:
+                _score(prepared, path, tag, ranks, summary)
         with ranks.first_alone():
             if ranks.first:
                 folder.write_summary(summary)

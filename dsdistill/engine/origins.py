@@ -13,7 +13,7 @@ import numpy as np
 from dsdistill import disk
 from dsdistill.config import UserError
 from dsdistill.config.bounded import read_json
-from dsdistill.data import Examples, Mixture, Packed, Set, Splits
+from dsdistill.data import Examples, Mixture, Packed, Set, Splits, Streamed
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SOURCES, RunFolder
 from dsdistill.models import tokenizer, weights
@@ -50,6 +50,8 @@ def _dev_sets(data: Splits) -> dict[str, Set]:
 
 def content(examples: Set, classes: Sequence[str] = ()) -> str:
     """Return a digest of what examples hold: their stores' hashes, which tokens are theirs, and their labels."""
+    if isinstance(examples, Streamed):  # the revision of its source stands for what nobody has read yet
+        return f"{CONTENT}{examples.digest}"
     digest = hashlib.sha256(json.dumps(classes).encode())
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
     for part in parts:

@@ -1,7 +1,9 @@
 """Resolve the parts of a run and check them against each other before any weight is loaded."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -15,7 +17,7 @@ from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, schema
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel, Task, Terms
-from dsdistill.data import Set, Splits, load_texts
+from dsdistill.data import Set, Splits, Streamed, load_texts
 from dsdistill.data.ngrams import Bigrams, Contrast
 from dsdistill.data.samplers import Sampler
 from dsdistill.data.sources import names, parts
@@ -65,6 +67,20 @@ class Prepared:
     def positive(self) -> int | None:
         """Return the class that F1 is of, where there are two."""
         return positive_class(self.data.labels, self.config.evaluation.positive_class)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Close at its end what is read as the run goes on; what a run has finished with is removed."""
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            prepared: Prepared | None = self
+            while prepared is not None:
+                if isinstance(prepared.data.train, Streamed):
+                    prepared.data.train.close(finished)
+                prepared = prepared.recipe
 
     @property
     def scored(self) -> dict[str, str]:

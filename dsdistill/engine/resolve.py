@@ -71,6 +71,7 @@ def read_sets(
         with_spans=config.needs_spans,
         packed=packs(config, {"student": student, "teacher": teacher}),
         bad=bad,
+        run=config.run_dir,
     )
 
 

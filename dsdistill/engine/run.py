@@ -91,10 +91,11 @@ def run(config: Config, ranks: Ranks) -> dict:
     if prepared is None:
         log.info("%s is finished; nothing to do", folder.path)
         return done
-    if prepared.recipe is not None:
-        use_recipe(prepared, folder, ranks)
-    summary = _distil(prepared, folder, ranks)
-    ranks.barrier()
+    with prepared.reading():
+        if prepared.recipe is not None:
+            use_recipe(prepared, folder, ranks)
+        summary = _distil(prepared, folder, ranks)
+        ranks.barrier()
     return summary
 
 

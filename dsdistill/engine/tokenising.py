@@ -1,7 +1,7 @@
 """Fill the stores of a config's data, and check them, for `dsdistill tokenize`."""
 
 from dsdistill.config import Config
-from dsdistill.data import Mixture, Packed, Set
+from dsdistill.data import Mixture, Packed, Set, Streamed
 from dsdistill.data.store_check import verify_stores
 from dsdistill.engine.preview import numbers
 from dsdistill.engine.resolve import Resolved, read_sets, resolve
@@ -22,7 +22,11 @@ def _tokenised(found: Resolved, verify: bool) -> str:
     told = _tokenised(found.recipe, verify) if found.recipe is not None else ""
     config = found.config
     data = read_sets(config, found.tokenizer, found.student, found.teacher)
-    sets: dict[str, Set] = {"train": data.train}
+    sets: dict[str, Set] = {}
+    if isinstance(data.train, Streamed):
+        told += f"{config.run.name} train: streamed; a run tokenises it as it goes on\n"
+    else:
+        sets["train"] = data.train
     sets |= {f"dev {name}".strip(): dev for name, dev in data.devs.items()}
     if verify:
         count = verify_stores(path for examples in sets.values() for path in _paths(examples))

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import BackendError, Loss
 from dsdistill.config import UserError
-from dsdistill.data import Ahead, Batch, Loader, Mixture
+from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
@@ -109,7 +109,7 @@ class Trainer:
         self.parameters += count_parameters(fusion) if fusion is not None else 0
         if before is not None:
             stages.load_weights(self.module, before)
-        self.loader = Loader(
+        self.loader = (StreamedLoader if isinstance(prepared.data.train, Streamed) else Loader)(
             prepared.data.train,
             config.train.batch_size,
             config.train.micro_batch_size,

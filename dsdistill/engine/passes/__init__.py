@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dsdistill.data import Batch, Set, evaluation_batches, restore
+from dsdistill.data import Batch, Set, Streamed, evaluation_batches, restore
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 
@@ -30,6 +30,11 @@ def over(prepared: Prepared, ranks: Ranks, examples: Set, read: Callable[[Batch]
         ):
             made.append(read(batch.to(ranks.device)))
     return [part for of_rank in ranks.gather(made) for part in of_rank]
+
+
+def indexed(train: Set) -> Set:
+    """Return a train set that can be read by the numbers of its examples: of a streamed one the first part."""
+    return train.first() if isinstance(train, Streamed) else train
 
 
 def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -16,7 +16,7 @@ from dsdistill.alignment.units import pooled
 from dsdistill.config import Config
 from dsdistill.data import Batch
 from dsdistill.distributed.ranks import Ranks
-from dsdistill.engine.passes import in_order, over
+from dsdistill.engine.passes import in_order, indexed, over
 from dsdistill.engine.prepare import Prepared, make_objectives
 from dsdistill.engine.run_folder import LAYERS, RunFolder
 from dsdistill.engine.teacher import load_teacher
@@ -110,7 +110,8 @@ def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndar
         callee(model.to(ranks.device).eval(), config.task, "student"),
         range(1, prepared.pair.student.depth + 1),
     )
-    examples = prepared.data.train.take(list(range(min(EXAMPLES, len(prepared.data.train)))))
+    train = indexed(prepared.data.train)
+    examples = train.take(list(range(min(EXAMPLES, len(train)))))
 
     def read(batch: Batch) -> tuple[list[list[Tensor]], Tensor]:
         with teacher.frozen(batch) as theirs, student.frozen(batch) as ours:

@@ -15,7 +15,7 @@ from dsdistill.data import Set
 from dsdistill.data.batch import PHRASE, Batch
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
-from dsdistill.engine.passes import over
+from dsdistill.engine.passes import indexed, over
 from dsdistill.engine.prepare import Prepared
 from dsdistill.evaluation.structure import (
     UNITS,
@@ -49,7 +49,7 @@ def measure(module: StudentModule, teacher: Tracer, prepared: Prepared, ranks: R
     data.general tell terms of the domain.
     """
     pair = prepared.pair
-    train, wanted = prepared.data.train, PER_FEATURE * max(pair.student.width, pair.teacher.width)
+    train, wanted = indexed(prepared.data.train), PER_FEATURE * max(pair.student.width, pair.teacher.width)
     chosen = np.random.default_rng(0).permutation(len(train))[:wanted]
     held = collect(module, teacher, prepared, prepared.data.dev, ranks)
     fit = collect(module, teacher, prepared, train.take(np.sort(chosen).tolist()), ranks, most=PHRASES)
