@@ -143,11 +143,12 @@ class Streamed:
 
     def need(self, first: int, last: int) -> None:
         """Say which parts are read now and next; those before are given free."""
-        self._window = range(first, last + 1)
-        wanted = self._wanted()
+        window = range(first, last + 1)
+        wanted = self._wanted(window)
         with self._guard:
             for place in [place for place in self._held if place not in wanted]:
                 os.close(self._held.pop(place)[1])
+        self._window = window  # last: what is no longer wanted can be removed by now
 
     def close(self, finished: bool = True) -> None:
         """End the making of parts; of a run that is finished also remove those that no other rank reads.
@@ -222,34 +223,40 @@ class Streamed:
         self._notes.mend()
         reading = _Reading(self.source, self._closed)
         while not self._closed.is_set():
-            wanted = self._wanted()
+            window = self._window
+            wanted = self._wanted(window)
             place = next((place for place in wanted if not (self._folder(place) / COMPLETE).exists()), None)
-            if place is None:
-                self._closed.wait(POLL)
-                continue
-            self._tidy({*wanted})
-            self._make(place, reading)
+            if place is not None:
+                others = {*self._tidy({*wanted})} - {place}
+                # While a slower rank reads an earlier part, only what is needed now comes beside KEPT others.
+                if len(others) < KEPT or place in wanted[: len(window) + (self._first is not None)]:
+                    self._make(place, reading)
+                    continue
+            self._closed.wait(POLL)
 
-    def _wanted(self) -> list[int]:
+    def _wanted(self, window: range) -> list[int]:
         """Return the parts of the source that are to be there, the most urgent first.
 
         One whose beginning is not known yet is led up to by the first that is not.
         """
         self._notes.refresh()
-        window = self._window
         known, found = len(self._notes.held), [] if self._first is None else [0]
         for part in range(window.start, max(window.stop, window.start + KEPT - len(found))):
             found.append(part % known if self._notes.ended else min(part, known))
         return list(dict.fromkeys(found))
 
-    def _tidy(self, wanted: set[int]) -> None:
-        """Remove the parts that are not wanted and that nobody reads."""
+    def _tidy(self, wanted: set[int]) -> list[int]:
+        """Remove the parts that are not wanted and that nobody reads; return those that are left."""
+        left = []
         for folder in self.home.glob("[0-9]*/"):
             if int(folder.name) not in wanted:
                 with _unshared(folder / COMPLETE) as free:
                     if free:
                         (folder / COMPLETE).unlink(missing_ok=True)
                         shutil.rmtree(folder, ignore_errors=True)
+                        continue
+            left.append(int(folder.name))
+        return left
 
     def _make(self, place: int, reading: "_Reading") -> None:
         folder, mark = self._folder(place), self._notes.begin(place)
