@@ -107,7 +107,8 @@ def test_each_row_comes_once_a_turn(source, tokenizer, opened):
     assert steps[0] != sorted(front)  # nor as they lie
 
 
-def test_a_few_parts_lie_on_the_disk_at_a_time(source, tokenizer, opened):
+def test_a_few_parts_lie_on_the_disk_at_a_time(source, tokenizer, opened, caplog):
+    caplog.set_level("INFO", "dsdistill")
     examples = train(source, tokenizer).train
     opened.append(examples)
     loading, most, all_of_them = loader(examples), 0, set()
@@ -120,6 +121,7 @@ def test_a_few_parts_lie_on_the_disk_at_a_time(source, tokenizer, opened):
     examples.close()
     assert parts_of(source) == []
     assert len(list(source.glob("cache/stream-*/parts.jsonl"))) == 1
+    assert len([line for line in caplog.messages if "train:" in line and "tokens/s" in line]) == 1
 
 
 @pytest.mark.parametrize("packed", [False, True])
