@@ -237,7 +237,7 @@ class _Writer:
         with disk.writing(self.path / STORE) as file:
             json.dump(note, file, indent=1, default=str)
         seconds = time.monotonic() - self.begun
-        if self.new:
+        if self.new and self.stream.shown:
             log.info(
                 "%s: %s documents, %s tokens, %s tokens/s",
                 self.stream.place,
@@ -372,5 +372,6 @@ class _Writer:
             delay=SHOWN,
             mininterval=SHOWN,
             leave=False,
+            disable=not self.stream.shown,
             file=sys.stderr,
         )

@@ -181,7 +181,9 @@ class Streamed:
         mark = self._notes.begin(place)
         identity = self.source.identity | {"part": place, "row": 0 if mark is None else mark["row"]}
         identity["characters"] = [CHARACTERS, LEAST]
-        return Stream(self.source.place, rows, identity, "row", columns=self.source.columns)
+        # The first part is waited for; later ones come while the run's own bar moves.
+        shown = not self._notes.held
+        return Stream(self.source.place, rows, identity, "row", columns=self.source.columns, shown=shown)
 
     def _waited(self, ready: Callable[[], T | None], part: int) -> T:
         """Return what is ready, once it is; the thread that makes parts is told of the part."""

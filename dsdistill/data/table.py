@@ -24,6 +24,7 @@ class Stream:
     plain: bool = False  # a text file: each row is a line in the column `text`, with its line feed
     columns: tuple[str, ...] = ()  # names of all columns where they are known before the rows
     done: Callable[[], float] = lambda: 0.0  # the share of the source that has been read, where it is known
+    shown: bool = True  # people are told how far it has been read
 
     def rows(self, bad: Bad | None = None) -> Iterator[Row]:
         """Yield the rows; `bad` is told of those that cannot be read, without it the first one is raised."""
