@@ -12,8 +12,10 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config.load import make_config
+from dsdistill.data import Splits
 from dsdistill.engine.run import _fingerprint
 from dsdistill.engine.run_folder import RunFolder
+from tests.data.rig import made
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 
@@ -39,9 +41,9 @@ def test_teachers_keep_their_names():
     """A name that changes trains its teacher once more."""
     settings = {"run": {"name": "tuned", "seed": 3}, "student": {"path": "a/model"}}
     config = make_config(settings | {"terms": {"task": {}}, "train": {"steps": 7}})
-    part = SimpleNamespace(tokens=torch.arange(5), starts=None, labels=torch.tensor([1]), prompts=None)
-    prepared = SimpleNamespace(config=config, data=SimpleNamespace(train=part, dev=part))
-    assert _fingerprint(prepared) == "tuned-2772b030ed6e"
+    part = made([[0, 1, 2], [3, 4]], labels=[1, 0])
+    prepared = SimpleNamespace(config=config, data=Splits(part, {"": part}, ()))
+    assert _fingerprint(prepared) == "tuned-890c6674860f"
 
 
 def test_recipe_baseline_evaluate_export(settings, home):
