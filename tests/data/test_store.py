@@ -206,6 +206,15 @@ def test_bad_rows_are_told_and_left_out(tmp_path, letters):
     assert store.is_complete(tmp_path / "store") and len(told) == 3
 
 
+def test_where_every_row_is_bad_the_first_says_why(tmp_path, letters):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "ab"}\n{"text": 5}\n')
+    told = []
+    with pytest.raises(UserError, match=r"a\.jsonl: got no column 'text', expected one of its columns: body"):
+        opened(tmp_path / "store", path, letters, bad=told.append)
+    assert len(told) == 2 and not list(tmp_path.glob("store*"))
+
+
 def test_a_limit_reads_no_further(tmp_path, letters, monkeypatch):
     monkeypatch.setattr(store_writer, "MOST", 1)
     path = write(tmp_path / "a.jsonl", [*TEXTS, 7])  # the last row is no text
