@@ -239,6 +239,21 @@ def test_a_damaged_store_is_refused_in_one_line(tmp_path, letters, harm):
         opened(tmp_path / "store", path, letters)
 
 
+@pytest.mark.parametrize("column", ["begins", "lines", "ranges"])
+def test_a_store_without_part_of_a_column_is_refused(tmp_path, letters, column):
+    """Without its ranges, all tokens would have labels; without some begins, documents would run together."""
+    settings = {"cache": str(tmp_path), "text": ("a", "b"), "layout": "separator", "label": None}
+    (tmp_path / "a.jsonl").write_text('{"a": "x", "b": "y"}\n{"a": "u", "b": "v"}\n')
+    section = Section(source="files", root=str(tmp_path), train="a.jsonl", dev="a.jsonl", **settings)
+    assert load(section, "causal_lm", letters).train.prompted
+    (path,) = tmp_path.glob(f"tokens-*/00000/{column}.bin")
+    held = path.read_bytes()
+    for harmed in [None] if column == "ranges" else [None, held[: len(held) // 2]]:
+        path.unlink() if harmed is None else path.write_bytes(harmed)
+        with pytest.raises(UserError, match="got a damaged store"):
+            load(section, "causal_lm", letters)
+
+
 def test_verify(tmp_path, letters):
     path = write(tmp_path / "a.jsonl", TEXTS)
     found = opened(tmp_path / "store", path, letters)
