@@ -188,6 +188,10 @@ CONFIG = {
         {"task": "regression", "terms": {"task": {}}},
         ["train.tsv, line 2", "'a'", "number"],
     ),
+    "long texts that run on": (
+        {"task": "causal_lm", "data.packing": False, "data.overlong": "drop"},
+        ["data.overlong: got drop with data.packing false, where plain text runs on"],
+    ),
     "language model of an encoder": ({"task": "causal_lm", "data.train": "t.txt"}, ["got model type bert"]),
     "no tokenizer": (
         {"teacher": {"config": BERT}, "student": {"config": BERT}, "terms": {"task": {}}},

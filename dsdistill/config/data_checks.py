@@ -104,6 +104,11 @@ def _check_language(data: Data, task: str) -> None:
 
 
 def _check_packing(data: Data, task: str) -> None:
+    one_source = isinstance(data.train, str) or not isinstance(data.train[0], Part)
+    plain = one_source and data.messages is None and len(data.text) == 1
+    if plain and data.packing is False and data.overlong is not None:
+        got = f"{data.overlong} with data.packing false, where plain text runs on"
+        raise UserError("data.overlong", got, "packing auto or true, or no overlong")
     if data.packing is not True:
         return
     if task != "causal_lm":

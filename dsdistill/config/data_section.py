@@ -110,7 +110,7 @@ class Data(Section):
     overlong: Literal["truncate", "split", "drop"] | None = Field(
         default=None,
         description="documents longer than max_length: truncate, split into several, or drop; default: plain text "
-        "is split, prompts and conversations are truncated",
+        "is split, prompts and conversations are truncated; layout separator truncates alone",
     )
     streaming: bool = Field(
         default=False,

@@ -75,11 +75,23 @@ class ChatTemplate:
                 **self.options,
             )
         except Exception as error:  # a template may do anything
-            silent = [message for of in conversations for message in of if message.get("content") is None]
-            if not silent:
+            if all(message.get("content") is not None for of in conversations for message in of):
                 raise _refused(place, error) from None
-        # Newer transformers leave a content of None out, and templates that ask for it (DeepSeek V3's) fail.
-        kept = [[{"content": None, **message} for message in of] for of in conversations]
+        # Newer transformers leave a content of None out. Templates that fail then ask for it (DeepSeek V3's), or take
+        # texts alone (Qwen3's): to them nothing was said.
+        try:
+            return self._render_silent(conversations, None, tools, place, prompt)
+        except UserError:
+            return self._render_silent(conversations, "", tools, place, prompt)
+
+    def _render_silent(
+        self, conversations: list[list[Message]], said: str | None, tools: Any, place: str, prompt: bool
+    ) -> list[str]:
+        """Return the text of each conversation, with `said` as the content of turns without one."""
+        kept = [
+            [{**message, "content": said} if message.get("content") is None else message for message in of]
+            for of in conversations
+        ]
         return self._render_plainly(kept, tools, place, add_generation_prompt=prompt)[0]
 
     def render_marked(self, messages: list[Message], tools: Any, place: str) -> tuple[str, list[Range]]:

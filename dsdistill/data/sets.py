@@ -193,6 +193,9 @@ class _Loading:
         length = section.max_length
         plain = layout == "plain"
         running = plain and section.packing is False  # from document to document
+        if layout == "separator" and section.overlong not in (None, "truncate"):
+            got = f"{section.overlong} with layout separator, which truncates"
+            raise UserError("data.overlong", got, "truncate, or layout template or raw")
         found, left = [], limit
         for stream in sources:
             most = Limit(left)

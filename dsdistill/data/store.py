@@ -142,19 +142,22 @@ def open_store(path: Path) -> Documents:
     try:
         note = read_json(path / STORE, NOTE_BYTES)
         shards = [path / name for name in note["shards"]]
+        written = {*read_json(shards[0] / SHARD_NOTE, NOTE_BYTES)["hashes"], "begins", "lines"}
         columns = {
             name: [_map(shard / f"{name}.bin", kind or note["dtype"], width) for shard in shards]
             for name, (kind, width) in COLUMNS.items()
-            if (shards[0] / f"{name}.bin").exists()
+            if name in written
         }
-        lengths = [len(part) for part in columns["ids"]]
-        if sum(lengths) != note["tokens"]:
-            raise ValueError(f"{sum(lengths)} tokens")
+        lengths, documents = ([*map(len, columns[name])] for name in ("ids", "begins"))
+        if sum(lengths) != note["tokens"] or sum(documents) != note["documents"]:
+            raise ValueError(f"{sum(lengths)} tokens of {sum(documents)} documents")
+        before = np.cumsum([0, *lengths])
+        begins = [part.astype(np.int64) + at for part, at in zip(columns["begins"], before, strict=False)]
+        starts = np.concatenate([*begins, before[-1:]])
+        if starts[0] or (np.diff(starts) < 0).any() or [*map(len, columns["lines"])] != documents:
+            raise ValueError("documents that do not follow each other")
     except (OSError, KeyError, IndexError, TypeError, ValueError, UserError) as error:
         raise UserError(str(path), f"a damaged store ({error})", "none there: remove it") from None
-    before = np.cumsum([0, *lengths])
-    begins = [part.astype(np.int64) + at for part, at in zip(columns["begins"], before, strict=False)]
-    starts = np.concatenate([*begins, before[-1:]])
     return Documents(
         Mapped(columns["ids"]),
         starts,

@@ -91,19 +91,25 @@ def _without_bad_rows(
     limit: Limit,
     bad: Bad,
 ) -> Documents:
-    """Return the documents of a source's good rows; where there are others too, no run finds them later."""
-    count = 0
+    """Return the documents of a source's good rows; where there are others too, no run finds them later.
+
+    Raises UserError, of the first row, where no row is good.
+    """
+    first: UserError | None = None
 
     def told(error: UserError) -> None:
-        nonlocal count
-        count += 1
+        nonlocal first
+        first = first or error
         bad(error)
 
     aside = path.with_name(f"{path.name}-partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _Writer(aside, stream, reader, entries, settings, limit, told).write()
-        if not count:
+        try:
+            _Writer(aside, stream, reader, entries, settings, limit, told).write()
+        except UserError as error:  # that nothing is left
+            raise first or error from None
+        if first is None:
             shutil.rmtree(path, ignore_errors=True)  # what a stopped process left
             os.replace(aside, path)
             return store.open_store(path)

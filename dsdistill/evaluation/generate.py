@@ -1,7 +1,8 @@
 """What a causal language model writes after the prompts of the dev set."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 import torch
 from transformers import PreTrainedModel
@@ -28,7 +29,7 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     most: Sequence[int],
     *,
-    end: int | None,
+    ends: Collection[int],
     pad: int,
     vocabulary: int,
 ) -> list[list[int]]:
@@ -38,7 +39,7 @@ def greedy(
         model: in eval mode.
         prompts: n ≥ 1 of any lengths, none empty; they are padded on the left here.
         most: (n,) ≥ 1, new tokens of each at most.
-        end: token that ends a text, not returned; None: every row gets its `most` tokens.
+        ends: tokens that end a text, not returned; without any, every row gets its `most` tokens.
         vocabulary: entries of the head that are tokens; it may be padded.
     """
     device = model.device
@@ -49,6 +50,7 @@ def greedy(
     )
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     limits = torch.tensor(most, device=device)
+    stops = torch.tensor([*ends], dtype=torch.int64, device=device)
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     takes = inspect.signature(model.forward).parameters
     cache, written = None, []
@@ -60,10 +62,9 @@ def greedy(
         tokens = outputs.logits[:, -1:, :vocabulary].argmax(-1)
         written.append(tokens[:, 0])
         running = running & (len(written) < limits)
-        if end is not None:
-            running = running & (tokens[:, 0] != end)
+        running = running & ~torch.isin(tokens[:, 0], stops)
         # A row that has ended runs along unseen: it must not walk past the last position that the model knows.
         mask = torch.cat([mask, running[:, None].to(mask.dtype)], dim=1)
         positions = positions[:, -1:] + running[:, None]
     rows = [row[:limit] for row, limit in zip(torch.stack(written, 1).tolist(), most, strict=True)]
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    return [[*takewhile(lambda token: token not in ends, row)] for row in rows]

@@ -184,6 +184,10 @@ def test_calls_without_content(tokenizer):
     for message in (silent[1], {**silent[1], "content": None}):
         chat = Chat(tokenizer, templates.SILENT)
         assert learned(chat, [silent[0], message, *silent[2:]]) == [["add<|im_end|>", "it is two<|im_end|>"]]
+        texts_alone = Chat(tokenizer, templates.TOOLS)
+        assert texts_alone.render([silent[0], message, *silent[2:]], "here") == texts_alone.render(
+            CALLING, "here"
+        )
 
 
 def test_forms_of_conversations(tokenizer):

@@ -70,6 +70,16 @@ def test_truncation_keeps_room_for_the_response(tokenizer, prompt, response, kep
     assert [examples.context(i) for i in range(len(examples))] == [len(prompt) + 2]
 
 
+@pytest.mark.parametrize("overlong", ["drop", "split"])
+def test_the_layout_of_special_tokens_truncates(tokenizer, overlong):
+    with pytest.raises(
+        UserError, match=f"data.overlong: got {overlong} with layout separator, which truncates"
+    ):
+        tokenize([("ab", "cd")], tokenizer, 10, "causal_lm", overlong=overlong)
+    found = lists(tokenize([("ab", "cd")], tokenizer, 10, "causal_lm", overlong="truncate"))
+    assert found == lists(tokenize([("ab", "cd")], tokenizer, 10, "causal_lm"))
+
+
 def test_labels_are_the_response_alone(tokenizer):
     examples = tokenize([("ab", "cde"), ("f", "g")], tokenizer, 16, "causal_lm")
     batch = collate(examples, [1, 0], PAD)

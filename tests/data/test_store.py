@@ -206,6 +206,15 @@ def test_bad_rows_are_told_and_left_out(tmp_path, letters):
     assert store.is_complete(tmp_path / "store") and len(told) == 3
 
 
+def test_where_every_row_is_bad_the_first_says_why(tmp_path, letters):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "ab"}\n{"text": 5}\n')
+    told = []
+    with pytest.raises(UserError, match=r"a\.jsonl: got no column 'text', expected one of its columns: body"):
+        opened(tmp_path / "store", path, letters, bad=told.append)
+    assert len(told) == 2 and not list(tmp_path.glob("store*"))
+
+
 def test_a_limit_reads_no_further(tmp_path, letters, monkeypatch):
     monkeypatch.setattr(store_writer, "MOST", 1)
     path = write(tmp_path / "a.jsonl", [*TEXTS, 7])  # the last row is no text
@@ -228,6 +237,21 @@ def test_a_damaged_store_is_refused_in_one_line(tmp_path, letters, harm):
         (tmp_path / "store" / "store.json").write_text("{}")
     with pytest.raises(UserError, match=r"store: got a damaged store .*, expected none there: remove it"):
         opened(tmp_path / "store", path, letters)
+
+
+@pytest.mark.parametrize("column", ["begins", "lines", "ranges"])
+def test_a_store_without_part_of_a_column_is_refused(tmp_path, letters, column):
+    """Without its ranges, all tokens would have labels; without some begins, documents would run together."""
+    settings = {"cache": str(tmp_path), "text": ("a", "b"), "layout": "separator", "label": None}
+    (tmp_path / "a.jsonl").write_text('{"a": "x", "b": "y"}\n{"a": "u", "b": "v"}\n')
+    section = Section(source="files", root=str(tmp_path), train="a.jsonl", dev="a.jsonl", **settings)
+    assert load(section, "causal_lm", letters).train.prompted
+    (path,) = tmp_path.glob(f"tokens-*/00000/{column}.bin")
+    held = path.read_bytes()
+    for harmed in [None] if column == "ranges" else [None, held[: len(held) // 2]]:
+        path.unlink() if harmed is None else path.write_bytes(harmed)
+        with pytest.raises(UserError, match="got a damaged store"):
+            load(section, "causal_lm", letters)
 
 
 def test_verify(tmp_path, letters):

@@ -147,7 +147,7 @@ def test_preview_shows_what_the_models_will_see(home, tmp_path):
 
 def test_bad_rows_are_counted_and_named_and_a_run_refuses_the_first(home, tmp_path):
     (tmp_path / "bad.jsonl").write_text(
-        (home / "chats.jsonl").read_text() + '{"messages": []}\nnot json\n{"messages": [{"role": "user"}]}\n'
+        (home / "chats.jsonl").read_text() + 'not json\n{"messages": []}\n{"messages": [{"role": "user"}]}\n'
     )
     config = settings(home, tmp_path, "bad", train=str(tmp_path / "bad.jsonl"))
     done = launch("-m", "dsdistill", "preview", config, "-n", 0, ranks=1)

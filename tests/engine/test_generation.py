@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dsdistill.config import UserError
 from dsdistill.config.load import make_config
+from dsdistill.engine.passes.generation import stops
 from dsdistill.engine.prepare import prepare
 from tests.conftest import WORDS
 from tests.engine.test_run import command, write
@@ -72,6 +73,15 @@ def test_train_and_evaluate(pairs, tmp_path):
     right = sum(text["student"] == text["reference"] for text in texts)
     assert right >= 6 and student["rouge_l"] > 0.5 > teacher["rouge_l"]
     assert student["perplexity"] < 2  # of the responses: what the prompts begin with cannot be guessed
+
+
+def test_writing_ends_where_turns_do(tokenizer_dir):
+    """A chat template may end turns with another special token than the one that ends texts."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_special_tokens({"eos_token": "<end>", "pad_token": "<turn>"})
+    tokenizer.add_tokens(["</think>"])
+    end, turn, thought = tokenizer.convert_tokens_to_ids(["<end>", "<turn>", "</think>"])
+    assert stops(tokenizer, [[5, turn], [6, thought], [7, 8]]) == {end, turn}
 
 
 def test_refusals(pairs, settings, monkeypatch):

@@ -37,12 +37,12 @@ def model_of(family):
 
 
 @torch.no_grad()
-def step_by_step(model, prompt, most, end, vocabulary):
+def step_by_step(model, prompt, most, ends, vocabulary):
     """One prompt, the whole text anew for each token."""
     tokens = list(prompt)
     for _ in range(most):
         found = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1, :vocabulary]
-        if found.argmax() == end:
+        if found.argmax() in ends:
             break
         tokens.append(int(found.argmax()))
     return tokens[len(prompt) :]
@@ -52,14 +52,14 @@ def step_by_step(model, prompt, most, end, vocabulary):
 def test_equals_one_prompt_at_a_time_without_a_cache(family):
     model = model_of(family)
     most = [8, 8, 15, 1]  # 16 positions: the second row's last is the model's last
-    free = [step_by_step(model, prompt, n, None, 36) for prompt, n in zip(PROMPTS, most, strict=True)]
+    free = [step_by_step(model, prompt, n, (), 36) for prompt, n in zip(PROMPTS, most, strict=True)]
     assert len({token for row in free for token in row}) > 3, "it should write something"
-    found = greedy(model, PROMPTS, most, end=None, pad=2, vocabulary=36)
+    found = greedy(model, PROMPTS, most, ends=(), pad=2, vocabulary=36)
     assert found == free
-    end = free[0][4]
-    expected = [step_by_step(model, prompt, n, end, 36) for prompt, n in zip(PROMPTS, most, strict=True)]
-    assert greedy(model, PROMPTS, most, end=end, pad=2, vocabulary=36) == expected
-    assert len(expected[0]) <= 4 and end not in expected[0]
+    ends = [free[0][4], free[2][9]]
+    expected = [step_by_step(model, prompt, n, ends, 36) for prompt, n in zip(PROMPTS, most, strict=True)]
+    assert greedy(model, PROMPTS, most, ends=ends, pad=2, vocabulary=36) == expected
+    assert len(expected[0]) <= 4 and len(expected[2]) <= 9 and not {*ends} & {*expected[0], *expected[2]}
 
 
 def test_where_a_prompt_ends(tokenizer_dir):

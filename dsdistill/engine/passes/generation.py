@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdistill import disk
 from dsdistill.data.prompted import special_tokens
@@ -64,7 +64,7 @@ def _written(
     """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
     tokenizer, longest = prepared.tokenizer, prepared.config.data.max_length
     prompted = prepared.data.dev.prompted
-    end = special_tokens(tokenizer)[2][0] if prompted else None
+    ends = stops(tokenizer, [reference for _, reference in pairs]) if prompted else set()
     # Prompts of like length meet; a response may fill the room that training gave it, a block has its own length.
     order = np.argsort([-len(prompt) for prompt, _ in pairs], kind="stable").tolist()[
         ranks.rank :: ranks.world_size
@@ -79,10 +79,17 @@ def _written(
             for prompt, reference in zip(prompts, references, strict=True)
         ]
         tokens = greedy(
-            model, prompts, most, end=end, pad=tokenizer.pad_token_id, vocabulary=entries(tokenizer)
+            model, prompts, most, ends=ends, pad=tokenizer.pad_token_id, vocabulary=entries(tokenizer)
         )
         written += [
             (row, tokenizer.decode(ids, skip_special_tokens=True))
             for row, ids in zip(rows, tokens, strict=True)
         ]
     return [text for _, text in sorted(pair for of_rank in ranks.gather(written) for pair in of_rank)]
+
+
+def stops(tokenizer: PreTrainedTokenizerBase, references: list[list[int]]) -> set[int]:
+    """Return the tokens that end a response: what ends a text, and what a chat template ends turns with."""
+    last = {reference[-1] for reference in references}
+    special = {token for token, of in tokenizer.added_tokens_decoder.items() if of.special}
+    return {special_tokens(tokenizer)[2][0], *(last & special)}
