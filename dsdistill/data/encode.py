@@ -62,6 +62,14 @@ class PlainEncoder:
             return [(np.array(encoding.ids, dtype=np.int32), None) for encoding in found]
         return [(np.array(encoding.ids, dtype=np.int32), encoding.offsets) for encoding in found]
 
+    def short(self, text: str) -> np.ndarray:
+        """Return (n,) int32 ids of a short text, on this thread: many at once would wait for what others tokenise."""
+        if self.fast is None:
+            return self([text], "data")[0][0]
+        return np.array(
+            _guarded(self.fast.encode, "data", text, add_special_tokens=False).ids, dtype=np.int32
+        )
+
 
 def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens before and after every document of plain text.

@@ -57,5 +57,5 @@ class Cutter:
         return None
 
     def _exact(self, left: str, right: str) -> bool:
-        whole, *parts = (ids for ids, _ in self._encode([left + right, left, right], "data"))
-        return np.array_equal(whole, np.concatenate(parts))
+        parts = [self._encode.short(part) for part in (left, right)]
+        return np.array_equal(self._encode.short(left + right), np.concatenate(parts))
