@@ -99,14 +99,26 @@ def _check_language(data: Data, task: str) -> None:
                 raise UserError(f"data.{name}", f"{getattr(data, name)} with task {task}", "task causal_lm")
         if data.template_options:
             raise UserError("data.template_options", f"options with task {task}", "task causal_lm")
+    elif _is_plain(data):
+        defaults = {"chat_template": None, "template_options": {}, "turns": "split", "train_on": "assistant"}
+        for name, default in defaults.items():
+            if getattr(data, name) != default:
+                got = f"{getattr(data, name)} with plain text"
+                raise UserError(
+                    f"data.{name}", got, "data.messages, or a prompt and its response (data.text)"
+                )
     if task in ("causal_lm", "masked_lm") and data.drop_unlabelled:
         raise UserError("data.drop_unlabelled", f"true with task {task}", "a task with labels")
 
 
-def _check_packing(data: Data, task: str) -> None:
+def _is_plain(data: Data) -> bool:
+    """Return whether the data is single texts alone, as far as one source tells."""
     one_source = isinstance(data.train, str) or not isinstance(data.train[0], Part)
-    plain = one_source and data.messages is None and len(data.text) == 1
-    if plain and data.packing is False and data.overlong is not None:
+    return one_source and data.messages is None and len(data.text) == 1
+
+
+def _check_packing(data: Data, task: str) -> None:
+    if _is_plain(data) and data.packing is False and data.overlong is not None:
         got = f"{data.overlong} with data.packing false, where plain text runs on"
         raise UserError("data.overlong", got, "packing auto or true, or no overlong")
     if data.packing is not True:
