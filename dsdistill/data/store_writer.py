@@ -203,7 +203,6 @@ class _Writer:
         self.settings, self.limit, self.bad = settings, limit, bad
         self.dtype = "uint16" if entries <= 2**16 else "int32"
         self.notes: list[dict[str, Any]] = []  # of complete shards
-        self.truncated = 0
         self.last: Item | None = None
         self.bar: tqdm | None = None
         self.begun = time.monotonic()
@@ -374,7 +373,7 @@ class _Writer:
         return tqdm(
             total=1000,
             desc=f"tokenising {os.path.basename(self.stream.place)}",
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {postfix}",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             delay=SHOWN,
             mininterval=SHOWN,
             leave=False,
