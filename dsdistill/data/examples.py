@@ -1,4 +1,4 @@
-"""What passes from the sources to the loader: rows of text with labels, then examples of tokens."""
+"""Define what passes from the sources to the loader: rows of text with labels, then examples of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

@@ -22,7 +22,7 @@ from dsdistill.models.tokenizer import entries, fingerprint
 
 
 class Made(Protocol):
-    """What a recipe makes: its student is the teacher."""
+    """Made is what a recipe makes: its student is the teacher."""
 
     tokenizer: PreTrainedTokenizerBase
     student: PretrainedConfig

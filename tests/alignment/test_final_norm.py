@@ -107,7 +107,7 @@ def test_every_term_reads_the_librarys_last_states_of_all_models(term):
 
 
 def test_terms_that_read_both_ways_go_together():
-    """What one term has read of the teacher stays for the next."""
+    """The layers of the teacher that one term has read stay for the next."""
     batch = make_batch("causal_lm")
     terms = {"hidden": LAST | {"final_norm": "before"}, "feature": LAST, "pairwise": {"layers": "last"}}
     together = Rig("gpt2", "causal_lm", terms).step(batch)[1]

@@ -148,7 +148,7 @@ def test_a_leak_is_seen():
     "case", ["soft_label", "attention", "attention, relation heads", "pairwise", "domain"]
 )
 def test_rows_that_run_as_one_row(case, monkeypatch):
-    """As flash attention needs them, here under SDPA, which keeps documents apart in either form."""
+    """Rows are flattened as flash attention needs them; SDPA, which runs here, keeps documents apart in either form."""
     made = rig("llama", case)
     apart, together = both()
     monkeypatch.setattr(tracer, "wants_one_row", lambda model: True)

@@ -1,4 +1,4 @@
-"""What a run cannot do whose train set is read as it goes on."""
+"""A run whose train set is read as it goes on refuses what needs the whole set."""
 
 import re
 

@@ -267,7 +267,7 @@ def test_where_the_writer_is_killed_another_goes_on(source, tokenizer, opened, t
 
 
 def test_parts_joined_are_the_parts_one_after_the_other():
-    """What a step sees that begins in one part and ends in the next."""
+    """A step may begin in one part and end in the next."""
     mine = made([[1, 2], [3, 4, 5]], ranges=[[(1, 2)], [(0, 1), (2, 3)]], spans=[[], [(1, 3, 0)]])
     other = made([[6], [7, 8, 9, 10]], ranges=[[(0, 1)], [(1, 3)]], spans=[[(0, 1, 1)], [(2, 4, 0)]])
     both = as_one([mine, other])
