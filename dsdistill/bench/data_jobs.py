@@ -1,4 +1,4 @@
-"""Measure one thing for the benchmark of the data, each in a process of its own: python -m dsdistill.bench.data_jobs JOB.
+"""Measure one thing for the benchmark of the data in a process of its own: python -m dsdistill.bench.data_jobs JOB.
 
 A job says `ready` once all is loaded that a run holds anyway, waits for a line, does its work, and prints what it
 found. The process that started it looks on from outside.
