@@ -9,9 +9,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,23 +75,16 @@ def stored(
     """
     if store.is_complete(path):
         return store.open_store(path)
+    writer = partial(_Writer, stream=stream, reader=reader, entries=entries, settings=settings, limit=limit)
     with disk.explained(path), alone(path):
         if not store.is_complete(path):
             if bad is not None:
-                return _without_bad_rows(path, stream, reader, entries, settings, limit, bad)
-            _Writer(path, stream, reader, entries, settings, limit).write()
+                return _without_bad_rows(path, writer, bad)
+            writer(path).write()
     return store.open_store(path)
 
 
-def _without_bad_rows(
-    path: Path,
-    stream: Stream,
-    reader: Reader,
-    entries: int,
-    settings: dict[str, Any],
-    limit: Limit,
-    bad: Bad,
-) -> Documents:
+def _without_bad_rows(path: Path, writer: "Callable[..., _Writer]", bad: Bad) -> Documents:
     """Return the documents of a source's good rows; where there are others too, no run finds them later.
 
     Raises UserError, of the first row, where no row is good.
@@ -106,7 +100,7 @@ def _without_bad_rows(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         try:
-            _Writer(aside, stream, reader, entries, settings, limit, told).write()
+            writer(aside, bad=told).write()
         except UserError as error:  # that nothing is left
             raise first or error from None
         if first is None:
