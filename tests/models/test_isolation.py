@@ -62,9 +62,11 @@ def test_no_bit_under_flex_attention():
     made, batch = model("llama", "flex_attention"), rows()
     later = batch.mask & (batch.segments > 0)
     try:
-        before = states(made, batch)
+        with torch.no_grad():
+            made(input_ids=batch.input_ids)  # by the library alone: what fails beyond it is our mistake
     except Exception as error:
         pytest.skip(f"flex attention does not run here: {str(error)[:100]}")
+    before = states(made, batch)
     after = states(made, rows(change=7))
     assert torch.equal(after[later], before[later]) and not torch.equal(after, before)
 
