@@ -1,6 +1,6 @@
 """Rules between the settings of a run's data."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsdistill.config.data_section import Data, Part
 from dsdistill.config.errors import UserError
@@ -100,8 +100,13 @@ def _check_language(data: Data, task: str) -> None:
         if data.template_options:
             raise UserError("data.template_options", f"options with task {task}", "task causal_lm")
     elif _is_plain(data):
-        defaults = {"chat_template": None, "template_options": {}, "turns": "split", "train_on": "assistant"}
-        for name, default in defaults.items():
+        defaults: list[tuple[str, Any]] = [
+            ("chat_template", None),
+            ("template_options", {}),
+            ("turns", "split"),
+            ("train_on", "assistant"),
+        ]
+        for name, default in defaults:
             if getattr(data, name) != default:
                 got = f"{getattr(data, name)} with plain text"
                 raise UserError(
