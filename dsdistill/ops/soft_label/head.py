@@ -101,7 +101,7 @@ def slice_tokens(on_gpu: bool, vocabulary: int) -> int:
 def _adds_half(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch adds a product of half-precision matrices to one in float32 here.
 
-    `addmm` has had `out_dtype` on CUDA since 2.8; its first versions want the matrix that is added to in half precision.
+    On CUDA `addmm` takes `out_dtype`; its first versions want the matrix that is added to in half precision, too.
     """
     total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
     try:
