@@ -263,7 +263,7 @@ def bench(
         str,
         typer.Argument(
             metavar="OPERATOR",
-            help="attention, pairwise, hidden, soft-label, step, or data.",
+            help="attention, pairwise, hidden, soft-label, vocabulary, step, or data.",
             show_default=False,
         ),
     ],

@@ -15,8 +15,8 @@ MAX_TOKENS, MIN_TOKENS = 256, 64
 GPU_BYTES = 320 << 20
 GPU_MAX_TOKENS = 2048
 # Elements of a slice of a block, in which everything between the products is done: on a CPU 1 MiB in float32, so that
-# its passes stay in cache; on a GPU 32 MiB, so that a block needs few calls and little memory beside its logits.
-SLICE_ELEMENTS, GPU_SLICE_ELEMENTS = 1 << 18, 1 << 23
+# its passes stay in cache; on a GPU 16 MiB, so that a block needs few calls and little memory beside its logits.
+SLICE_ELEMENTS, GPU_SLICE_ELEMENTS = 1 << 18, 1 << 22
 # Elements of a panel of the head on a CPU. A product with all of a large matrix's rows takes 1.6 times as long as one
 # with panels of 1 MiB (MKL on an AMD EPYC, V = 30522, D = 768: 628 against 345 ms for 512 tokens).
 PANEL_ELEMENTS = 1 << 18
