@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensor
 
 from dsdistill.config.load import make_config
 from dsdistill.ops import vocabulary_losses
+from dsdistill.ops.soft_label import head
 from dsdistill.planner import rehearsal
 from dsdistill.planner.ledger import Ledger
 from dsdistill.planner.plan import Forecast
@@ -55,9 +56,17 @@ def test_operators(terms, tokenizer_dir, tmp_path):
     assert HEAD < held <= HEAD + 0.6 * 1024
 
 
-@pytest.mark.parametrize("retain", [False, True])
-def test_backward_rounds_in_the_gradients_own_memory(retain):
-    """Beside the gradient in float32 there is none in bfloat16; one that is to be kept is multiplied into a second."""
+@pytest.mark.parametrize(
+    ("retain", "adds"),
+    [(False, True), (True, True), (False, False)],
+    ids=["", "retain_graph", "addmm without out_dtype"],
+)
+def test_backward_rounds_in_the_gradients_own_memory(retain, adds, monkeypatch):
+    """Beside the gradient in float32 there is none in bfloat16; one that is to be kept is multiplied into a second.
+
+    Where addmm cannot add a product in half precision to float32 the forward pass needs no more.
+    """
+    monkeypatch.setattr(head, "_adds_half", lambda *_: adds)
     ledger = Ledger((1, TOKENS))
     with ledger.fake:
         hidden = torch.zeros(2, 1, TOKENS, WIDTH, dtype=torch.bfloat16).unbind()
@@ -69,6 +78,7 @@ def test_backward_rounds_in_the_gradients_own_memory(retain):
         total = vocabulary_losses(*student, hidden[1], heads[1], labels=labels, index=index).total
         ledger.enter("backward", "in passing")
         total.backward(retain_graph=retain)
+    assert HEAD < ledger.peaks["terms"]["operators"] / MIB <= HEAD + 0.6 * 1024
     assert student[1].grad.dtype == torch.bfloat16
     copies = 2 if retain else 1
     assert copies * HEAD < ledger.peaks["backward"].total() / MIB < (copies + 0.1) * HEAD
