@@ -93,7 +93,7 @@ class Objective(nn.Module):
         divisors = self._divisors(counts)
         known: dict[str, Tensor] = {}  # sums of terms that an earlier one was computed together with
         for index, (name, term) in enumerate(self.terms.items()):
-            weighted = None
+            weighted: Tensor | float | None = None
             if name in self._joined:
                 later = self._joined[name]
                 losses = self._together(name, student, teacher, batch, divisors)

@@ -165,7 +165,7 @@ def vocabulary_totals(
     teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)
     if index is None:
         index = (labels != ignore_index).flatten().nonzero()[:, 0]
-    losses = [Labels(labels, label_smoothing), SoftLabels(teacher_hidden, teacher, **formula)]
+    losses: list[Loss] = [Labels(labels, label_smoothing), SoftLabels(teacher_hidden, teacher, **formula)]
     if not student.native:
         return _over_blocks(needs, student_hidden, student, index, losses, weights)
     # g goes through half precision there, whose float16 would not hold a weight of 1 / count.

@@ -128,11 +128,11 @@ def vocabulary_losses(
             found.append(sums * share)
             return (scale * found[0]).sum(), gradients
 
-        def later(upstream, needs, *given):
+        def later(upstream, needs, hidden, head, bias):
             # The precision is the forward pass's, whatever backward runs under.
             with without_autocast(student_hidden.device):
                 return chunked.vocabulary_totals(
-                    needs, *given, *teacher, labels, upstream * share, **setting
+                    needs, hidden, head, bias, *teacher, labels, upstream * share, **setting
                 )[1]
 
         total = with_stored_gradients(stored, inputs, None, WIDE)
