@@ -113,6 +113,27 @@ def test_values_and_gradients_are_those_of_both_apart(divergence, backend, reduc
             torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.parametrize("index", [False, True])
+def test_blocks_slices_and_panels(index, monkeypatch):
+    """Blocks of 7 tokens, slices of 3 and panels of 64 entries give what one of each gives; a head alone, too."""
+    student, teacher, labels = draws()
+    labels = labels if index else labels.clamp(min=0)
+    places = (labels != -100).flatten().nonzero()[:, 0] if index else None
+    task, soft = apart(student, teacher, labels, "mean", temperature=2.0)
+    for name in ("MIN_TOKENS", "MAX_TOKENS"):
+        monkeypatch.setattr(head_module, name, 7)
+    monkeypatch.setattr(head_module, "SLICE_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setattr(head_module, "PANEL_ELEMENTS", 1)
+    options = {"common": COMMON, "label_smoothing": 0.1, "temperature": 2.0, "backend": "chunked"}
+    total = vocabulary_losses(**student, **teacher, labels=labels, index=places, **options).total
+    inputs = list(student.values())
+    torch.testing.assert_close(total, task + soft)
+    for mine, true in zip(
+        torch.autograd.grad(total, inputs), torch.autograd.grad(task + soft, inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, true)
+
+
 @pytest.mark.parametrize("backend", PLAIN)
 def test_gradcheck_of_losses_weighed_afterwards(backend):
     student, teacher, labels = draws()
