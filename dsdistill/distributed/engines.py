@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,21 +133,32 @@ def student_engine(
             set_master(parameter, unrounded.pop(name))
         elif name in parts:
             safe_set_local_fp32_param(parameter, parts.pop(name))
-    # At the least scale finite_gradient tells, and the run ends by name.
+    # At the least scale step_gradient tells, and the run ends by name.
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     return engine
 
 
-def finite_gradient(engine, skipped: int) -> bool:
-    """Whether that of the last step is; the same on every rank.
+class StepGradient(NamedTuple):
+    """The gradient of a step, as far as it tells whether the step counts; the same on every rank."""
 
-    skipped: engine.skipped_steps before that step. DeepSpeed passes over a step without a finite gradient and goes on,
-    for ever. In fp16 that is how it finds its loss scale: no fault as long as the scale can still fall.
-    """
-    if engine.skipped_steps == skipped and math.isfinite(engine.get_global_grad_norm()):
-        return True
+    norm: float | Tensor
+    skipped: bool  # DeepSpeed has left the weights as they were
+    searching: bool  # fp16 is looking for its loss scale, which can still fall
+
+    def finite(self) -> bool:
+        """Return whether the gradient is finite; this waits for the device where the norm is there.
+
+        DeepSpeed passes over a step without a finite gradient and goes on, for ever. In fp16 that is how it finds its
+        loss scale: no fault as long as the scale can still fall.
+        """
+        return (not self.skipped and math.isfinite(self.norm)) or self.searching
+
+
+def step_gradient(engine, skipped: int) -> StepGradient:
+    """Return the gradient of the latest step; skipped: engine.skipped_steps before that step."""
     scaler = engine.optimizer.loss_scaler
-    return scaler.dynamic and scaler.cur_scale > scaler.min_scale
+    searching = bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+    return StepGradient(engine.get_global_grad_norm(), engine.skipped_steps != skipped, searching)
 
 
 def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Optimizer]:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,38 @@ class Progress:
     tokens: int = 0  # valid tokens trained on, all ranks
     losses: float = 0.0  # summed over the steps since the last evaluation
     counted: int = 0  # those steps
+
+
+class Later:
+    """Values on their way from the device to the host; reading them waits until they are there."""
+
+    def __init__(self, values: Tensor):
+        self.host, self._there = values, None
+        if values.is_cuda:  # into memory that it copies to by itself
+            self.host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(
+                values, non_blocking=True
+            )
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> Tensor:
+        """Return the values, on the host."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self.host
+
+
+@dataclass
+class Made:
+    """What a step came to."""
+
+    step: int
+    rate: float  # of learning
+    batches: list[Batch]  # of this rank
+    values: Later  # raw values of the terms, then what the ranks told each other; of all ranks
+    parts: int  # raw values
+    gradient: engines.StepGradient
+    report: dict[str, dict] = field(default_factory=dict)  # of the terms, once it is read
 
 
 class _Forgiving:
@@ -162,7 +194,7 @@ class Trainer:
         )
 
     def train_step(self, batches: list[Batch]) -> Tensor:
-        """Make one optimizer step of this rank's micro-batches; return (parts,) float64 raw values of all ranks."""
+        """Make one optimizer step of this rank's micro-batches; return (parts,) float64, their raw values."""
         batches = [batch.to(self.ranks.device) for batch in batches]
         counts = self.module.counts(batches)
         if self.module.domain is not None:  # from the step alone, so that a resume goes on exactly
@@ -175,7 +207,7 @@ class Trainer:
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
             self.engine.step()
             raw += parts
-        return self.ranks.sum(raw)
+        return raw
 
     def _loss(self, batch: Batch, counts: Tensor) -> Loss:
         # Outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
@@ -220,58 +252,89 @@ class Trainer:
     def _steps(
         self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm
     ) -> None:
+        behind: Made | None = None  # the step before, where nobody has read yet what came of it
         while self.progress.step < self.end:
-            batches = ahead.step(self.progress.step)
-            rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps
-            raw, due, votes = self._timed_step(batches)
-            report = self.module.objective.report(raw)
-            finite = self._guard(guard, report, raw, batches, skipped)
-            self._log(folder, report, rate, bar)
+            made = self._timed_step(ahead.step(self.progress.step))
+            due = ending = False
+            if behind is not None:
+                _, due, ending = self._settle(behind, guard)
+                behind = None
+            if self._waits and not (due or ending or self._asked(points)):
+                behind = made
+                bar.update()
+                continue
+            finite, due_now, ending_now = self._settle(made, guard)
+            self._log(folder, made, bar)
             bar.update()
             if self.progress.step in points:
                 states = self._judging(represent, self.engine, self.prepared, self.ranks)
                 stability.keep(folder.path, self.progress.step, states, self.ranks)
             self._evaluate(folder)
-            self._save(folder, finite, due, stopping.agreed(votes))
+            self._save(folder, finite, due or due_now, ending or ending_now)
+
+    @property
+    def _waits(self) -> bool:
+        """Return whether reading what a step came to would wait for a GPU, and can be left until the next step's end.
+
+        Layer weights that move follow every step at once.
+        """
+        return self.ranks.device.type == "cuda" and not self.module.objective.moves
+
+    def _asked(self, points: Collection[int]) -> bool:
+        """Return whether somebody reads what the latest step came to: the log, an evaluation or a checkpoint."""
+        step, every = self.progress.step, (self._evaluate_every, self.config.run.save_every)
+        return self._logged(step) or step in points or any(n and step % n == 0 for n in every)
+
+    @property
+    def _evaluate_every(self) -> int:
+        every = self.config.run.evaluate_every
+        return self.loader.steps_per_epoch if every == "epoch" else every
 
     @property
     def _last(self) -> bool:
         return self.progress.step == self.end
 
-    def _timed_step(self, batches: list[Batch]) -> tuple[Tensor, bool, list[int]]:
-        """Make a step; return its raw values, whether a checkpoint is due by the clock, and the votes to stop."""
+    def _timed_step(self, batches: list[Batch]) -> "Made":
+        """Make a step; return what it came to, which waits for nobody."""
         started = time.perf_counter()
         self.module.watch = self._watch()
-        tokens = sum(int(b.mask.sum()) for b in batches)
-        documents = sum(int(b.documents.sum()) for b in batches)
+        rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps
         raw = self.train_step(batches)
         # By rank 0's clock.
         due = self.ranks.first and 0 < self.config.run.save_minutes * 60 <= time.monotonic() - self._saved
-        told = torch.tensor([tokens, documents, due, *stopping.votes()], device=self.ranks.device)
-        # Waits for the GPU, so it comes before the clock is read.
-        tokens, documents, due, *votes = self.ranks.sum(told).tolist()
+        tokens = sum(int(b.mask.sum()) for b in batches)  # on the host, where the loader has left them
+        documents = sum(int(b.documents.sum()) for b in batches)
+        told = raw.new_tensor([tokens, documents, due, *stopping.votes()])
+        values = Later(self.ranks.sum(torch.cat([raw, told])))
+        self.progress.step += 1
+        self.progress.seconds += time.perf_counter() - started
+        gradient = engines.step_gradient(self.engine, skipped)
+        return Made(self.progress.step, rate, batches, values, len(raw), gradient)
+
+    def _settle(self, made: "Made", guard: Guard) -> tuple[bool, bool, bool]:
+        """Read what a step came to, and count it; layer weights follow where it is finite.
+
+        Returns whether loss and gradient are finite, whether a checkpoint is due by the clock, and whether the ranks
+        have agreed to stop.
+        """
+        started = time.perf_counter()
+        raw, told = made.values.read().split([made.parts, len(made.values.host) - made.parts])
+        tokens, documents, due, *votes = map(int, told.tolist())
         self.step_size = {"documents": documents, "tokens": tokens}
         self.progress.tokens += tokens
-        self.progress.seconds += time.perf_counter() - started
-        self.progress.step += 1
-        return raw, bool(due), votes
-
-    def _guard(self, guard: Guard, report: dict, raw: Tensor, batches: list[Batch], skipped: int) -> bool:
-        """Return whether the step's loss and gradient are finite; layer weights follow those that are."""
-        gradient = engines.finite_gradient(self.engine, skipped)
-        finite = guard.finite(self.progress.step, report, batches, self._last, gradient)
+        made.report = self.module.objective.report(raw)
+        last = made.step == self.end
+        finite = guard.finite(made.step, made.report, made.batches, last, made.gradient.finite())
         if finite:
             self.module.objective.update(raw)
-            self.progress.losses += sum(term["weighted"] for term in report.values())
+            self.progress.losses += sum(term["weighted"] for term in made.report.values())
             self.progress.counted += 1
-        return finite
+        self.progress.seconds += time.perf_counter() - started
+        return finite, bool(due), stopping.agreed(votes)
 
     def _evaluate(self, folder: RunFolder) -> None:
         """Score the student, where the step is one to do so."""
-        every = self.config.run.evaluate_every
-        if every == "epoch":
-            every = self.loader.steps_per_epoch
-        step = self.progress.step
+        step, every = self.progress.step, self._evaluate_every
         if not every or step % every:
             return
         scores = self.evaluate()["student"]
@@ -345,10 +408,11 @@ class Trainer:
             }
         }
 
-    def _log(self, folder: RunFolder, terms: dict[str, dict], rate: float, bar: tqdm) -> None:
+    def _log(self, folder: RunFolder, made: "Made", bar: tqdm) -> None:
         """Write a line of metrics.jsonl, where the step is one of those."""
         if not self._logged(self.progress.step):
             return
+        terms = made.report
         loss = sum(term["weighted"] for term in terms.values())
         norm = self.engine.get_global_grad_norm()
         record = {
@@ -356,7 +420,7 @@ class Trainer:
             **({"stage": self.stage.name} if self.config.stages else {}),
             "loss": loss,
             "terms": terms,
-            "learning_rate": rate,
+            "learning_rate": made.rate,
             "grad_norm": None if norm is None else float(norm),
             **self.step_size,
             **self._sources(),

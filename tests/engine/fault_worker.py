@@ -109,6 +109,7 @@ def die_before_pointer() -> None:
 
 
 FAULTS = {
+    "nothing": lambda: None,
     "hang": hang,
     "raise": fail,
     "full disk": full_disk,
@@ -147,8 +148,12 @@ def inject(fault: str, step: int) -> None:
     Trainer.train_step = faulty
 
 
+LATE = "late "  # begins the faults of runs that read a step's values after the next step, as those on GPUs do
+
 if __name__ == "__main__":
     config, fault, rank, step = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
+    if fault.startswith(LATE):
+        Trainer._waits, fault = property(lambda _: True), fault.removeprefix(LATE)
     if os.environ["RANK"] == rank:
         inject(fault, int(step))
     want_the_interpreter_at_the_end()

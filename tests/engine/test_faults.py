@@ -117,6 +117,22 @@ def test_one_bad_step_is_passed_over(settings, folder):
     assert [line["step"] for line in found if not math.isfinite(line["grad_norm"])] == [5]
 
 
+def test_values_may_be_read_a_step_late(settings, folder):
+    """As on a GPU: the log says the same, and no step with a bad one before it that nobody has seen is saved."""
+    seldom = settings | {"run": settings["run"] | {"log_every": 5}}
+    written = {}
+    for fault in ("late nothing", "nothing"):
+        done = launch(WORKER, write(seldom, folder, fault), fault, 1, 5)
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = checkpoint.read_state(str(folder / fault), "step-00000010")
+        written[fault] = [*losses(folder / fault), *(state[key] for key in ("tokens", "losses", "counted"))]
+    assert written["late nothing"] == written["nothing"] and len(written["nothing"]) == 5
+    done = launch(WORKER, write(seldom, folder, "late nan"), "late nan", 1, 5)
+    assert done.returncode == 1 and re.search(BAD, done.stdout + done.stderr, re.M), done.stderr[-3000:]
+    assert checkpoint.newest(str(folder / "late nan")) == "step-00000004"
+    assert [line["step"] for line in noted(folder / "late nan")] == [5, 6, 7]
+
+
 @pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
 def test_a_row_that_went_bad_stops_a_resume_and_touches_nothing(ended, settings, folder, launched):
     train, run = Path(settings["data"]["train"]), folder / "raise"

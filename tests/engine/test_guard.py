@@ -93,7 +93,7 @@ def test_a_loss_scale_may_be_looked_for(monkeypatch):
     for _ in range(4):
         skipped, engine.skipped_steps = engine.skipped_steps, engine.skipped_steps + 1
         scaler.update_scale(overflow=True)
-        found.append(engines.finite_gradient(engine, skipped))
+        found.append(engines.step_gradient(engine, skipped).finite())
     assert found == [True, False, False, False]
 
 
