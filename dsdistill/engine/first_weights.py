@@ -26,7 +26,8 @@ log = logging.getLogger("dsdistill")
 def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | None:
     """Write RUN/init unless it is there; return where the student's first weights lie (None: random).
 
-    Rank 0 alone writes. A student that ZeRO-3 shards is read from files, so random weights are written for it too.
+    Rank 0 alone writes. A student that ZeRO-3 shards is read from files, so random weights are written for it too; one
+    with domain fusion is drawn whole, since the fusion takes the random numbers that follow.
     """
     target, config = folder / INIT, prepared.config
     with ranks.first_alone():
@@ -35,7 +36,7 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
                 cut = config.student.from_teacher is not None
                 if cut:
                     _cut(prepared, name)
-                elif config.student.zero_stage == 3 and _lacks(config.student.path, prepared):
+                elif _is_drawn_for_parts(prepared):
                     _draw(prepared, name)
                 else:
                     prepared.student.save_pretrained(name)
@@ -114,9 +115,12 @@ def _random(prepared: Prepared) -> PreTrainedModel:
     return build_model(prepared.student, None, prepared.config.task, "student", needs_head=False)
 
 
-def _lacks(path: str | None, prepared: Prepared) -> bool:
-    """Return whether some of the student's weights are random, as far as files at hand tell."""
-    folder = at_hand(path, "student") if path is not None else None
+def _is_drawn_for_parts(prepared: Prepared) -> bool:
+    """Return whether some weights of a student that ZeRO-3 shards are random, as far as files at hand tell."""
+    section = prepared.config.student
+    if section.zero_stage != 3 or section.domain is not None:
+        return False
+    folder = at_hand(section.path, "student") if section.path is not None else None
     return folder is None or bool(check_weights(folder, prepared.student, prepared.config.task, "student"))
 
 
