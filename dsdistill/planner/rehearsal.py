@@ -23,14 +23,18 @@ from dsdistill.models.build import build_model
 from dsdistill.models.capture import layer_list
 from dsdistill.models.trace import Trace
 from dsdistill.models.tracer import Tracer, callee, cast_parameters, count_parameters, freeze
+from dsdistill.ops.common import ends_alone
 from dsdistill.planner import zero_memory
 from dsdistill.planner.ledger import Ledger
+from dsdistill.planner.stand_in import few_layers
 
 TEACHER, RESIDENT = "teacher, weights", "teacher, gathered layers"
 TEACHER_ACTIVATIONS, TEACHER_CAPTURED = "teacher, activations", "captured, teacher's"
 BEFORE = "student of the stage before"
 ACTIVATIONS, CAPTURED = "student, activations", "captured, student's"
 OPERATORS, BACKWARD = "operators", "backward, in passing"
+# Places that predict, of which a language model's operators look at a few hundred at once: more only take longer.
+COUNTED = 1024
 PHASES = ("teacher", "forward", "terms", "backward", "reduce", "step")
 
 
@@ -93,16 +97,24 @@ def _without_dropout(attention, *args, **options) -> Tensor:
 
 
 def rehearse(
-    config: Config, stage: Stage, models: Models, rank: Rank, batch_size: int, *, checkpointing: bool
+    config: Config,
+    stage: Stage,
+    models: Models,
+    rank: Rank,
+    batch_size: int,
+    *,
+    checkpointing: bool,
+    whole: bool = False,
 ) -> Ledger:
-    """What a rank holds in each phase of an optimizer step of `stage`, with micro-batches of batch_size examples.
+    """Return what a rank holds in each phase of an optimizer step of `stage`, with micro-batches of batch_size examples.
 
-    Every sequence is taken to be data.max_length long.
+    Every sequence is taken to be data.max_length long. whole: all layers of deep models run, and all blocks of
+    operators; else a few stand for the others (planner/stand_in.py, ops/common.py).
     """
     ledger = Ledger((batch_size, config.data.max_length))
     with ledger.fake:
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
-        batch = _batch(config, objective, batch_size)
+        batch = _batch(config, objective, batch_size, whole)
         teacher = previous = None
         if objective.needs("teacher"):
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
@@ -140,6 +152,11 @@ def rehearse(
     with contextlib.ExitStack() as stack:
         for each in [ledger.running(), *_pretence(rank.gpu)]:
             stack.enter_context(each)
+        if not whole:
+            stack.enter_context(ends_alone())
+            for tracer in (module.student, teacher, previous):
+                if tracer is not None:
+                    stack.enter_context(few_layers(ledger, tracer.model, tracer.capture.attention))
         held, teacher_trace, before = 0, None, None
         ledger.enter("teacher", TEACHER_ACTIVATIONS)
         if teacher is not None:
@@ -198,13 +215,14 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
         ledger.add(BEFORE, rank.dtype.itemsize * count_parameters(previous.model))
 
 
-def _batch(config: Config, objective: Objective, size: int) -> Batch:
+def _batch(config: Config, objective: Objective, size: int, whole: bool) -> Batch:
     tokens = config.data.max_length
     ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:
         labels = ids
         places = torch.arange(size * tokens).view(size, tokens)
         counted = (places[:, 1:] if config.task == "causal_lm" else places).flatten()
+        counted = counted if whole else counted[:COUNTED]
     elif config.task == "regression":
         labels = torch.zeros(size)
     else:
