@@ -156,7 +156,7 @@ def rehearse(
             stack.enter_context(ends_alone())
             for tracer in (module.student, teacher, previous):
                 if tracer is not None:
-                    stack.enter_context(few_layers(ledger, tracer.model, tracer.capture.attention))
+                    stack.enter_context(few_layers(ledger, tracer.model, tracer.capture))
         held, teacher_trace, before = 0, None, None
         ledger.enter("teacher", TEACHER_ACTIVATIONS)
         if teacher is not None:

@@ -10,16 +10,16 @@ A layer whose queries and keys are captured runs as well, and so do all layers o
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dsdistill.models.capture import layer_list
+from dsdistill.models.capture import Capture, layer_list
 from dsdistill.models.small_copy import signature
-from dsdistill.planner.ledger import Ledger
+from dsdistill.planner.ledger import Ledger, address
 
 WHOLE = 12
 
@@ -38,61 +38,61 @@ class _Touch(torch.autograd.Function):
 
 
 class _Hold(torch.autograd.Function):
-    """Make a layer's output, and hold its input and so many bytes until backward."""
+    """Make a layer's output, and hold so many bytes, and perhaps its input, until backward."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, size: int) -> Tensor:
-        ctx.held = states, states.new_empty(size, dtype=torch.uint8)
+    def forward(ctx, states: Tensor, size: int, own: bool) -> Tensor:
+        ctx.held = states if own else None, states.new_empty(size, dtype=torch.uint8)
         return torch.empty_like(states)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         ctx.held = None
-        return gradient, None
+        return gradient, None, None
 
 
 class _Kind:
     """What a layer of a kind left when it ran.
 
-    held: bytes beside its output, None before. known: whether a layer of the kind can be replaced at all.
+    held: bytes beside its input and output, None before. own: whether it holds its input. known: whether a layer of
+    the kind can be replaced at all.
     """
 
     def __init__(self):
         self.held: int | None = None
-        self.known = False
-        self.output: Any = None  # the type of it: a tensor, or what a tuple holds after the first
+        self.known = self.own = False
+        self.rest: tuple | None = None  # what a tuple of outputs holds after the first; None: there is one alone
 
-    def note(self, states: Any, output: Any, held: int) -> None:
+    def note(self, states: Any, output: Any, held: int, saved: set[int] | None) -> None:
+        """Take down what a layer made of its input; saved: storages that backward needs, None where it runs again."""
         first, rest = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
         plain = rest is None or (isinstance(output, tuple) and not any(isinstance(x, Tensor) for x in rest))
         alike = isinstance(states, Tensor) and (first.shape, first.dtype) == (states.shape, states.dtype)
-        self.known, self.output = plain and alike, rest
+        self.known, self.rest = plain and alike, rest
         self.held = max(0, held - first.untyped_storage().nbytes())
+        self.own = alike and (saved is None or address(states) in saved)
 
     def stand_in(self, layer: nn.Module, states: Tensor) -> Any:
         if torch.is_grad_enabled():
             for parameter in layer.parameters():
                 if parameter.requires_grad:
                     states = _Touch.apply(states, parameter)
-            made = _Hold.apply(states, self.held)
+            made = _Hold.apply(states, self.held, self.own)
         else:
             made = torch.empty_like(states)
-        return made if self.output is None else (made, *self.output)
+        return made if self.rest is None else (made, *self.rest)
 
 
 @contextlib.contextmanager
-def few_layers(ledger: Ledger, model: PreTrainedModel, captured: Collection[int]) -> Iterator[None]:
-    """Inside, most layers of the model are not run.
-
-    captured: layers whose attention is captured, counted from 1.
-    """
+def few_layers(ledger: Ledger, model: PreTrainedModel, capture: Capture) -> Iterator[None]:
+    """Inside, most layers of the model, which is under `capture`, are not run."""
     layers = layer_list(model)
     if layers is None or len(layers) <= WHOLE:
         yield
         return
     with contextlib.ExitStack() as stack:
         for alike in _kinds(layers):
-            places = [place for place in alike if place + 1 not in captured]
+            places = [place for place in alike if place + 1 not in capture.attention]
             if len(places) > 3:  # the very first layer may get states that need no gradient
                 kind = _Kind()
                 _note(ledger, layers[places[1]], kind, stack)
@@ -118,13 +118,28 @@ def _note(ledger: Ledger, layer: nn.Module, kind: _Kind, stack: contextlib.ExitS
     forward = layer.forward
 
     def run(*args, **options):
-        before = ledger.held.total()
-        output = forward(*args, **options)
-        if kind.held is None:  # a checkpointed layer runs again in backward
-            kind.note(_states(args, options), output, ledger.held.total() - before)
+        if kind.held is not None:  # a checkpointed layer runs again in backward
+            return forward(*args, **options)
+        before, saved = ledger.held.total(), None
+        with contextlib.ExitStack() as hooks:
+            if not getattr(layer, "gradient_checkpointing", False):
+                saved = set()
+                hooks.enter_context(_saving(saved))
+            output = forward(*args, **options)
+        kind.note(_states(args, options), output, ledger.held.total() - before, saved)
         return output
 
     _put(layer, run, stack)
+
+
+def _saving(saved: set[int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context that notes the storages of all tensors which are saved for backward."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(address(tensor))
+        return tensor.detach()  # an output that held itself would never go
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def _replace(layer: nn.Module, kind: _Kind, stack: contextlib.ExitStack) -> None:
