@@ -379,7 +379,7 @@ def _tell_zero(module: Distillation, _) -> None:
     """
     unknown = [parameter for parameter in module.student.head if hasattr(parameter, "ds_id")]
     if unknown:
-        from dsdistill.distributed.deepspeed import register_external
+        from dsdistill.distributed.engines import register_external
 
         register_external(module, unknown)
 

@@ -197,8 +197,8 @@ def terms_of_before():
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
     """Runs a command in this process; returns the one line it leaves, having changed nothing and loaded no weight."""
+    import dsdistill.engine.first_weights
     import dsdistill.engine.module
-    import dsdistill.engine.run
     import dsdistill.engine.teacher
     import dsdistill.models.build
     from dsdistill import cli
@@ -210,7 +210,7 @@ def refused(monkeypatch, capsys, tmp_path):
         before, environment = kept(tmp_path), dict(os.environ)
         with monkeypatch.context() as patch:
             for module in (
-                dsdistill.engine.run,
+                dsdistill.engine.first_weights,
                 dsdistill.engine.module,
                 dsdistill.engine.teacher,
                 dsdistill.models.build,

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "dsdistill"
 ARROWS = {
     "cli": {"report", "bench", "planner", "engine", "distributed", "disk", "config"},
     "planner": {"engine", "distributed", "alignment", "models", "data.batch", "disk", "config"},
-    "distiller": {"alignment", "models", "data.batch", "data.inputs", "distributed.deepspeed", "config"},
+    "distiller": {"alignment", "models", "data.batch", "data.inputs", "distributed.engines", "config"},
     "terms": {"config.terms"},
     "engine": {
         "distiller",

@@ -25,7 +25,7 @@ from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.prepare import make_objectives, make_pair
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.build import build_model, for_task
 
 LEVELS = ("logits", "hidden", "attention", "pairwise")  # each with all before it
@@ -106,7 +106,7 @@ def engine_step(
     pair = make_pair(config, student, teacher, sizes.vocabulary)
     (objective,) = make_objectives(config, pair)
     geometry = check_pair(config.task, student, teacher, (objective,))
-    guide = load_teacher(config, teacher, (objective,), Ranks(0, 1, device))
+    guide = LazyTeacher(config, teacher, (objective,), Ranks(0, 1, device)).tracer((objective,))
     torch.manual_seed(STUDENT_SEED)
     model = build_model(student, None, "classification", "student", needs_head=False)
     module = StudentModule(

@@ -82,6 +82,9 @@ class Teacher(Model):
     zero_stage: Literal[0, 3] = Field(
         default=3, description="0: whole on every rank; 3: sharded over the ranks"
     )
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="of its weights, from the moment they are read; default: train.dtype"
+    )
     residency: Literal["auto", "tight", "overlap"] = Field(
         default="auto",
         description="of a sharded teacher, what a rank holds beside its shard: tight, one layer; overlap, two, so "

@@ -1,22 +1,57 @@
-"""Keep freed memory for the next step, on CPUs."""
+"""Say where freed host memory goes: back to the system while models load, on CPUs kept for the next step after that."""
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
+
+import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_LARGE = 2**31 - 1
+# Blocks of this size come from the system one by one, and go back as soon as they are freed.
+_LOADING = 2**20
+
+
+@contextlib.contextmanager
+def loading(device: torch.device) -> Iterator[None]:
+    """Give large blocks back to the system as soon as they are freed, while a model is loaded inside.
+
+    Loading frees as much as it keeps: whole tensors, of which a rank keeps a part. glibc would hold on to their room,
+    as it learns from the first large block that is freed. Afterwards all that is free goes back too, and steps on a
+    CPU keep what they free.
+    """
+    library = _tunable()
+    if library is None:
+        yield
+        return
+    library.mallopt(_M_MMAP_THRESHOLD, _LOADING)
+    library.mallopt(_M_TRIM_THRESHOLD, _LOADING)
+    try:
+        yield
+    finally:
+        library.malloc_trim(0)
+        if device.type == "cpu":
+            keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving every large block back to the system as soon as it is freed.
+    """Stop glibc from giving every large block back to the system as soon as it is freed, once models are loaded.
 
     By default each large tensor costs fresh pages, faulted in one by one, at every step: on a laptop that
-    more than halves the speed of training. Does nothing elsewhere, or where the user tuned malloc already.
+    more than halves the speed of training.
     """
+    library = _tunable()
+    if library is not None:
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGE)
+
+
+def _tunable() -> ctypes.CDLL | None:
+    """Return the C library where it is glibc; None elsewhere, and where the user tuned malloc already."""
     if any(
         name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
     ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

@@ -1,15 +1,12 @@
-"""All that touches DeepSpeed: starting it, the two engines, what they save."""
+"""Start DeepSpeed, say what its engines are to do, and read what they save; engines.py makes them."""
 
 import contextlib
 import copy
 import datetime
-import functools
 import logging
-import math
 import os
 import typing
 import warnings
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,9 +17,6 @@ from dsdistill.config.checks import nearest
 from dsdistill.config.schema import Config
 from dsdistill.config.secrets import shown
 from dsdistill.distributed import stopping
-from dsdistill.distributed.adagrad import AdaGrad
-from dsdistill.distributed.allocator import keep_freed_memory
-from dsdistill.distributed.groups import parameter_groups
 from dsdistill.distributed.ranks import Ranks, environment, private_store
 from dsdistill.distributed.shards import Shards
 
@@ -42,7 +36,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from deepspeed.utils.tensor_fragment import fragment_address
-from transformers.integrations import HfDeepSpeedConfig
 
 PATIENCE = datetime.timedelta(days=1)  # while rank 0 downloads or tokenises alone
 PICKLED = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]  # what it saves beside plain data
@@ -67,11 +60,11 @@ def start(timeout: float = 10.0) -> Ranks:
     environment()
     device = _device()
     cuda = device.type == "cuda"
-    if not cuda:
-        keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take every core spend their time waiting
-            beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
+    if (
+        not cuda and "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks that each take every core spend their time waiting
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     global _limit
     _limit = datetime.timedelta(minutes=timeout)
     if not dist.is_initialized():
@@ -119,7 +112,7 @@ _PATIENT = "patient"
 _limit: datetime.timedelta | None = None  # that of the run
 
 
-def _limit_waits() -> None:
+def limit_waits() -> None:
     """Give the groups that DeepSpeed made the timeout of the run: without one of their own they wait half an hour."""
     for group in dist.distributed_c10d._world.pg_map if _limit is not None else ():
         if group.group_desc != _PATIENT:
@@ -148,7 +141,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _precision(dtype: str) -> dict:
+def precision(dtype: str) -> dict:
+    """Return the settings of an engine that computes in a type by its name."""
     return {"bf16": {"enabled": dtype == "bf16"}, "fp16": {"enabled": dtype == "fp16"}}
 
 
@@ -180,45 +174,8 @@ def teacher_settings(
         "stage3_max_live_parameters": 2 * largest_layer if overlap else 0,
         "stage3_prefetch_bucket_size": largest_layer if overlap else 0,
     }
-    ours = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **_precision(dtype)}
+    ours = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **precision(dtype)}
     return _merge(ours, further)
-
-
-def shard(
-    load: Callable[[], nn.Module],
-    settings: Callable[[int], dict],
-    largest_layer: Callable[[nn.Module], int],
-):
-    """Return a frozen ZeRO-3 engine around the module that load() makes; its weights are sharded while they are read.
-
-    settings: of the engine, by the parameters of the module's largest layer; what these decide matters once it is read.
-    """
-    sharding = HfDeepSpeedConfig(settings(1))  # transformers looks for a living one while it loads
-    try:
-        module = load()
-    finally:
-        del sharding  # or the student would be sharded as this says
-    module.eval().requires_grad_(False)
-    with _quiet():
-        engine, *_ = deepspeed.initialize(model=module, config=settings(largest_layer(module)))
-    _limit_waits()
-    engine.eval()
-    return engine
-
-
-def gathered(parameters: list[nn.Parameter]):
-    """A context in which the parameters are whole on every rank, sharded or not."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
-
-
-def register_external(module: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Tell ZeRO-3 which sharded parameters `module` uses outside the forward pass of the submodule that holds them."""
-    known = module.ds_external_parameters() if hasattr(module, "ds_external_parameters") else ()
-    known = {id(parameter) for _, parameter in known}
-    for parameter in parameters:
-        if id(parameter) not in known:
-            deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def student_settings(config: Config, world_size: int) -> dict:
@@ -231,7 +188,7 @@ def student_settings(config: Config, world_size: int) -> dict:
         "zero_optimization": {"stage": config.student.zero_stage},
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # SGD and AdaGrad: plain rules, element by element
-        **_precision(train.dtype),
+        **precision(train.dtype),
     }
     return _merge(ours, config.student.deepspeed)
 
@@ -295,70 +252,6 @@ def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> User
         section = next(t for t in types if isinstance(t, type) and issubclass(t, pydantic.BaseModel))
     known = [field.alias or name for name, field in section.model_fields.items()]
     return UserError(dotted, "an unknown DeepSpeed key", "a known one" + nearest(location[-1], known))
-
-
-def student_engine(
-    module: nn.Module,
-    terms: list[nn.Parameter],
-    config: Config,
-    rate: float,
-    ranks: Ranks,
-    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
-):
-    """The engine that trains `module`.
-
-    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others. `module` is in
-    float32, and so the optimizer's master weights begin with its very values, whatever it computes in.
-    """
-    settings = student_settings(config, ranks.world_size)
-    unrounded = {}  # on the CPU, and there without a copy: DeepSpeed puts rounded weights in their place
-    if config.train.dtype != "fp32":
-        unrounded = {name: p.detach().cpu() for name, p in module.named_parameters() if p.requires_grad}
-    groups = parameter_groups(module, terms, config, rate)
-    # DeepSpeed takes memory for a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a
-    # heap that spreads, as blocks of 2 GB come and go in it at every step.
-    everyone = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
-    bucket = min(zero_section(settings).reduce_bucket_size, everyone)
-    settings["zero_optimization"]["reduce_bucket_size"] = bucket
-    optimizer = _optimizer(config, settings)(groups, lr=rate)
-    with _quiet():
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=settings,
-            dist_init_required=False,
-        )
-    _limit_waits()
-    for name, parameter in engine.module.named_parameters():
-        if name in unrounded:
-            _set_master(parameter, unrounded.pop(name))
-    # At the least scale finite_gradient tells, and the run ends by name.
-    engine.optimizer.loss_scaler.raise_error_at_min_scale = False
-    return engine
-
-
-def finite_gradient(engine, skipped: int) -> bool:
-    """Whether that of the last step is; the same on every rank.
-
-    skipped: engine.skipped_steps before that step. DeepSpeed passes over a step without a finite gradient and goes on,
-    for ever. In fp16 that is how it finds its loss scale: no fault as long as the scale can still fall.
-    """
-    if engine.skipped_steps == skipped and math.isfinite(engine.get_global_grad_norm()):
-        return True
-    scaler = engine.optimizer.loss_scaler
-    return scaler.dynamic and scaler.cur_scale > scaler.min_scale
-
-
-def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Optimizer]:
-    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
-        return {
-            "adamw": functools.partial(torch.optim.AdamW, fused=True),  # one pass over memory instead of ten
-            "adam": functools.partial(torch.optim.Adam, fused=True),
-            "adagrad": AdaGrad,
-            "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
-        }[config.train.optimizer]
-    return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
 
 
 @contextlib.contextmanager
@@ -426,7 +319,7 @@ def load_reshaped(engine, folder: str) -> None:
             continue
         parameter.data.copy_(whole)
         if parameter.requires_grad:
-            _set_master(parameter, whole.float())
+            set_master(parameter, whole.float())
             for key in shards.moments:
                 safe_set_full_optimizer_state(parameter, shards.moment(name, key), key)
     if sharded:
@@ -464,22 +357,22 @@ def _load_optimizer(optimizer, shards: Shards, sharded: bool) -> None:
 
 def _fill_partition(parameter: nn.Parameter, whole: torch.Tensor, shards: Shards, name: str) -> None:
     """Give this rank its part of a parameter that ZeRO-3 shards."""
-    parameter.ds_tensor.data.copy_(_own(parameter, whole))
+    parameter.ds_tensor.data.copy_(own_part(parameter, whole))
     if parameter.requires_grad:
-        _set_master(parameter, whole)
+        set_master(parameter, whole)
         for key in shards.moments:
-            safe_set_local_optimizer_state(parameter, _own(parameter, shards.moment(name, key)), key)
+            safe_set_local_optimizer_state(parameter, own_part(parameter, shards.moment(name, key)), key)
 
 
-def _set_master(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+def set_master(parameter: nn.Parameter, whole: torch.Tensor) -> None:
     """Give this rank's part of the optimizer's float32 master of a parameter its values, in any ZeRO stage."""
     if hasattr(parameter, "ds_id"):
-        safe_set_local_fp32_param(parameter, _own(parameter, whole))
+        safe_set_local_fp32_param(parameter, own_part(parameter, whole))
     else:
         safe_set_full_fp32_param(parameter, whole)
 
 
-def _own(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+def own_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a value of a parameter that ZeRO-3 shards, padded at its end."""
     size = parameter.ds_tensor.numel()
     part = whole.flatten()[dist.get_rank() * size : (dist.get_rank() + 1) * size]
@@ -487,7 +380,8 @@ def _own(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
+    """Keep the library's warnings from the screen."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -21,7 +21,7 @@ from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.prepare import Prepared, prepare
 from dsdistill.engine.run import running, use_recipe, with_fields
 from dsdistill.engine.run_folder import RunFolder
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.tracer import Tracer, cast_parameters
 
 log = logging.getLogger("dsdistill")
@@ -66,10 +66,15 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
 
 def _computable(config: Config, path: str) -> Config:
     """Return a run's config in a precision that this machine has."""
-    if config.train.dtype != "fp16" or torch.cuda.is_available():
+    teacher = config.teacher
+    if torch.cuda.is_available() or "fp16" not in (config.train.dtype, teacher.dtype if teacher else None):
         return config
     log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
-    return with_fields(config, train=with_fields(config.train, dtype="fp32"))
+    if config.train.dtype == "fp16":
+        config = with_fields(config, train=with_fields(config.train, dtype="fp32"))
+    if teacher is not None and teacher.dtype == "fp16":
+        config = with_fields(config, teacher=with_fields(teacher, dtype="fp32"))
+    return config
 
 
 def _on_files(config: Config, data: Sequence[str]) -> Config:
@@ -83,19 +88,20 @@ def _on_files(config: Config, data: Sequence[str]) -> Config:
 def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict) -> None:
     """Put the scores of a checkpoint's student and of the teacher into a summary, all that the config asks for.
 
-    Those that the run reports too are computed in the type that it trained in, so that they are the same; texts and
-    times are those of the float32 weights that `export` writes.
+    Those that the run reports too are computed in the type that it trained in, so that they are the same; the student's
+    texts and times are those of the float32 weights.
     """
     asked = prepared.config.evaluation
-    module = _student(prepared, path, tag, ranks)
+    module, loaded = _student(prepared, path, tag, ranks), _teacher(prepared, ranks)
     whole: dict[str, dict] = {"student": {}}
     if asked.latency and ranks.first:
         whole["student"] |= latency(module.model, prepared)
-    if asked.generate:  # before the teacher that scores is there: a whole one writes
-        written, summary["bleu_signature"] = generation(module.model, prepared, path, ranks)
+    if asked.generate:  # before the student is rounded
+        writes = loaded if prepared.judged and prepared.config.teacher.path is not None else None
+        written, summary["bleu_signature"] = generation(module.model, writes, prepared, path, ranks)
         for name, values in written.items():
             whole.setdefault(name, {}).update(values)
-    teacher = _as_trained(module, prepared, ranks)
+    teacher = _as_trained(module, loaded, prepared)
     scores = score(module, teacher if prepared.judged else None, prepared, ranks)
     if asked.structure:
         scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
@@ -109,7 +115,7 @@ def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict)
 def _others(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, dict]:
     """Return the scores of student and teacher on each dev set by its name, and the checkpoint they are of."""
     module = _student(prepared, path, tag, ranks)
-    teacher = _as_trained(module, prepared, ranks)
+    teacher = _as_trained(module, _teacher(prepared, ranks), prepared)
     return {
         name: {**score_on(examples, module, teacher, prepared, ranks), "evaluated": tag}
         for name, examples in prepared.data.devs.items()
@@ -133,13 +139,18 @@ def _student(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> StudentMo
     return module.to(ranks.device).eval()
 
 
-def _as_trained(module: StudentModule, prepared: Prepared, ranks: Ranks) -> Tracer | None:
-    """Give the student the type that it trained in; return the teacher that the config asks for, None without one."""
-    config, structure = prepared.config, prepared.config.evaluation.structure
-    cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # as the engine does, which keeps buffers
-    if not (prepared.judged or structure):
+def _teacher(prepared: Prepared, ranks: Ranks) -> LazyTeacher | None:
+    """Return the teacher where the config asks for one; it is not loaded yet."""
+    if not (prepared.judged or prepared.config.evaluation.structure):
         return None
-    last = [prepared.pair.teacher.depth] if structure else []
-    return load_teacher(
-        config, prepared.teacher, prepared.objectives[-1:], ranks, last, judged=prepared.judged
-    )
+    return LazyTeacher(prepared.config, prepared.teacher, prepared.objectives, ranks, prepared.judged)
+
+
+def _as_trained(module: StudentModule, loaded: LazyTeacher | None, prepared: Prepared) -> Tracer | None:
+    """Give the student the type that it trained in; return what traces the teacher, None without one."""
+    config = prepared.config
+    cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # as the engine does, which keeps buffers
+    if loaded is None:
+        return None
+    last = [prepared.pair.teacher.depth] if config.evaluation.structure else []
+    return loaded.tracer(prepared.objectives[-1:], last)

@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -107,12 +108,13 @@ def make_student(
     layers: tuple[int, ...],
     *,
     checkpointing: bool,
+    dtype: torch.dtype = torch.float32,
     **parts,
 ) -> StudentModule:
-    """Return the module that a stage trains, on the CPU in float32; run and planner both make it here.
+    """Return the module that a stage trains, on the CPU; run and planner both make it here.
 
     init: where the first weights lie (None: random). layers: of the teacher, that the student's fusion maps.
-    parts: teacher, previous and geometry of the StudentModule.
+    dtype: of the weights of init. parts: teacher, previous and geometry of the StudentModule.
     """
     model = build_model(
         architecture,
@@ -121,6 +123,7 @@ def make_student(
         "student",
         needs_head=brings_head(config),
         attention=config.student.attn_implementation,
+        dtype=dtype,
     )
     if checkpointing:
         # Newer transformers have another name for it, 5.17 knows this one alone.

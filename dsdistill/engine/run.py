@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from dsdistill import disk
 from dsdistill.config import Config, RunError
 from dsdistill.config.formats import teacher_identity
 from dsdistill.config.terms import Task, Terms
@@ -20,6 +19,7 @@ from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.export import export
+from dsdistill.engine.first_weights import student_init
 from dsdistill.engine.origins import check_origins, content, origins, write_origins
 from dsdistill.engine.passes.domain_maps import fit_maps
 from dsdistill.engine.passes.layer_similarity import resolve_layers
@@ -27,12 +27,10 @@ from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.passes.teacher_scores import make_sampler
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
 from dsdistill.engine.refusals import check_backend
-from dsdistill.engine.run_folder import BASELINE, INIT, MODEL, RunFolder
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.run_folder import BASELINE, MODEL, RunFolder
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.engine.train import Trainer, peak_memory_mib
-from dsdistill.models.build import build_and_tell, build_model, check_attention, locate
-from dsdistill.models.cut import check_rest, copy_layers
-from dsdistill.models.settings import carry_generation, text_config
+from dsdistill.models.build import check_attention
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -153,13 +151,14 @@ def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
 
 def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     config, started = prepared.config, time.time()
-    init = _student_init(prepared, folder, ranks)
-    resolve_layers(prepared, init, folder, ranks)
-    prepared.maps = fit_maps(prepared, folder, ranks)
-    prepared.sampler = make_sampler(prepared, folder, ranks)
-    teacher = None
+    init = student_init(prepared, folder, ranks)
+    loaded = None
     if config.teacher is not None:
-        teacher = load_teacher(config, prepared.teacher, prepared.objectives, ranks, judged=prepared.judged)
+        loaded = LazyTeacher(config, prepared.teacher, prepared.objectives, ranks, prepared.judged)
+    resolve_layers(prepared, init, folder, ranks, loaded)
+    prepared.maps = fit_maps(prepared, folder, ranks, loaded)
+    prepared.sampler = make_sampler(prepared, folder, ranks, loaded)
+    teacher = loaded.tracer(prepared.objectives) if loaded is not None else None
     judge = teacher if prepared.judged else None
     student = _through_stages(prepared, init, teacher, judge, folder, ranks)
     scores = student.evaluate()
@@ -256,38 +255,6 @@ def _row(scores: dict, trainer: Trainer) -> dict:
         "parameters": trainer.parameters,
         "training_tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
     }
-
-
-def _student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | None:
-    """Write RUN/init; returns where the student's first weights lie (None: random).
-
-    One rank reads the whole teacher for this, once; the others load what it cut out.
-    """
-    target, config = folder / INIT, prepared.config
-    with ranks.first_alone():
-        if ranks.first and not os.path.isdir(target):
-            made = prepared.student
-            if config.student.from_teacher is not None:
-                torch.manual_seed(config.run.seed)
-                made = build_model(prepared.student, None, config.task, "student", needs_head=False)
-                torch.manual_seed(config.run.seed)  # as load_teacher does, for a teacher without weights
-                teacher, missing = build_and_tell(
-                    prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
-                )
-                check_rest(made, teacher, config.task, "student", missing)
-                if text_config(prepared.teacher) is not prepared.teacher:  # of images and text
-                    log.info("the student is a %s, cut in its text part", type(made).__name__)
-                copy_layers(made, teacher, config.student.from_teacher, missing)
-            with disk.replacing(target) as name:
-                made.save_pretrained(name)
-                prepared.tokenizer.save_pretrained(name)
-                cut = config.student.from_teacher is not None
-                source = config.teacher.path if cut else config.student.path
-                if source is not None and config.task == "causal_lm":
-                    carry_generation(
-                        locate(source, "student.path"), name, text_config(prepared.student).vocab_size
-                    )
-    return target if config.student.from_teacher is not None else config.student.path
 
 
 def _fingerprint(prepared: Prepared) -> str:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from dsdistill import disk
 from dsdistill.config import Config, UserError
-from dsdistill.distributed import deepspeed
+from dsdistill.distributed import deepspeed, engines
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import STAGES
@@ -60,7 +60,7 @@ def load_weights(module: torch.nn.Module, path: str) -> None:
     missing = [name for name in own if name.startswith("body.") and name not in known]
     if missing:
         raise UserError(path, f"no {missing[0]}", "the weights of this run's student")
-    module.load_state_dict(known, strict=False)
+    engines.fill(module, known)
 
 
 def earlier_student(

@@ -1,5 +1,6 @@
 """The frozen teacher: whole on every rank, or sharded by ZeRO-3."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -8,53 +9,72 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.config import Config, UserError
-from dsdistill.distributed import deepspeed
+from dsdistill.distributed import allocator, deepspeed, engines
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.models.build import build_model, plain_model, task_of
 from dsdistill.models.capture import layer_list
 from dsdistill.models.tracer import Callee, Tracer, callee, count_parameters, freeze
 
 
-def load_teacher(
-    config: Config,
-    architecture: PretrainedConfig,
-    objectives: Sequence[Objective],
-    ranks: Ranks,
-    hidden: Iterable[int] = (),
-    judged: bool = False,
-) -> Tracer:
-    """Return the teacher of a run; it draws no random number (dropout is off).
+class LazyTeacher:
+    """The teacher of a run, loaded once: when the first that needs it asks, who may come before training.
 
-    hidden: layers to trace beside those that the objectives read. judged: its head is read by evaluation too.
+    It draws no random number that is left to others (dropout is off).
     """
-    needs_head = judged or any(objective.needs("head") for objective in objectives)
 
-    def load() -> PreTrainedModel:
-        torch.manual_seed(config.run.seed)  # matters only to a teacher without weights
-        return build_model(
-            architecture,
-            config.teacher.path,
-            config.task,
-            "teacher",
-            needs_head=needs_head,
-            attention=config.teacher.attn_implementation,
-        )
+    def __init__(
+        self,
+        config: Config,
+        architecture: PretrainedConfig,
+        objectives: Sequence[Objective],
+        ranks: Ranks,
+        judged: bool = False,
+    ):
+        """Note what to load. judged: its head is read by evaluation too."""
+        self.config, self.architecture, self.ranks = config, architecture, ranks
+        self.needs_head = judged or any(objective.needs("head") for objective in objectives)
 
-    if config.teacher.zero_stage == 3:
-        section = config.teacher
-        made = _sharded(
-            load, config.task, config.train.dtype, section.residency, section.deepspeed, ranks.device
+    @functools.cached_property
+    def callee(self) -> Callee:
+        """Return the model, whole on this rank or a part of it, as it is called."""
+        section, device = self.config.teacher, self.ranks.device
+        dtype = teacher_dtype(self.config)
+
+        def load(dtype: str = "fp32", device: torch.device | None = None) -> PreTrainedModel:
+            torch.manual_seed(self.config.run.seed)  # matters only to a teacher without weights
+            return build_model(
+                self.architecture,
+                section.path,
+                self.config.task,
+                "teacher",
+                needs_head=self.needs_head,
+                attention=section.attn_implementation,
+                dtype=deepspeed.DTYPES[dtype],
+                device=device,
+            )
+
+        with allocator.loading(device):
+            if section.zero_stage == 3:
+                # The engine's settings say the type of its parts; what is no weight stays float32.
+                return _sharded(load, self.config.task, dtype, section.residency, section.deepspeed, device)
+            made = callee(load(dtype, device), self.config.task, "teacher")
+            freeze(made.module, deepspeed.DTYPES[dtype], device)
+        return made
+
+    def tracer(self, objectives: Sequence[Objective], hidden: Iterable[int] = ()) -> Tracer:
+        """Return what traces the layers that the objectives read, and `hidden` beside them."""
+        seen, attention = (
+            frozenset().union(*(objective.layers(kind) for objective in objectives))
+            for kind in ("teacher_hidden", "teacher_attention")
         )
-    else:
-        made = callee(load(), config.task, "teacher")
-        freeze(made.module, deepspeed.DTYPES[config.train.dtype], ranks.device)
-    seen, attention = (
-        frozenset().union(*(objective.layers(kind) for objective in objectives))
-        for kind in ("teacher_hidden", "teacher_attention")
-    )
-    values = any(objective.needs("values") for objective in objectives)
-    unrotated = any(objective.needs("unrotated") for objective in objectives)
-    return Tracer(made, seen.union(hidden), attention, values, unrotated)
+        values = any(objective.needs("values") for objective in objectives)
+        unrotated = any(objective.needs("unrotated") for objective in objectives)
+        return Tracer(self.callee, seen.union(hidden), attention, values, unrotated)
+
+
+def teacher_dtype(config: Config) -> str:
+    """Return the name of the type that a run's teacher computes in."""
+    return config.teacher.dtype or config.train.dtype
 
 
 def shard_teacher(
@@ -109,8 +129,8 @@ def _sharded(
     def settings(largest: int) -> dict:
         return deepspeed.teacher_settings(dtype, residency, further, largest, device)
 
-    engine = deepspeed.shard(make, settings, largest_layer)
-    return Callee(whole.model, engine.module, engine, deepspeed.gathered)
+    engine = engines.shard(make, settings, largest_layer)
+    return Callee(whole.model, engine.module, engine, engines.gathered)
 
 
 def largest_layer(module: nn.Module) -> int:

@@ -18,9 +18,10 @@ from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import BackendError, Loss
 from dsdistill.config import UserError
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
-from dsdistill.distributed import deepspeed, stopping
+from dsdistill.distributed import allocator, deepspeed, engines, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
+from dsdistill.engine.first_weights import first_dtype, sharded_from_files
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import fused_layers, make_student
 from dsdistill.engine.passes import stability
@@ -88,20 +89,24 @@ class Trainer:
             layers = objective.layers("student_hidden")
             previous = stages.earlier_student(config, prepared.student, before, layers, ranks)
         torch.manual_seed(config.run.seed)
-        self.module = make_student(
-            config,
-            self.stage,
-            prepared.student,
-            init,
-            prepared.pair,
-            objective,
-            prepared.evaluation,
-            fused_layers(prepared.objectives),
-            checkpointing=config.student.gradient_checkpointing,
-            teacher=teacher if objective.needs("teacher") else None,
-            previous=previous,
-            geometry=prepared.geometry,
-        )
+        # What a stage handed on is float32, and DeepSpeed's masters of it begin with just that.
+        dtype = first_dtype(config, init) if before is None else torch.float32
+        with allocator.loading(ranks.device), sharded_from_files(config, init, dtype, ranks):
+            self.module = make_student(
+                config,
+                self.stage,
+                prepared.student,
+                init,
+                prepared.pair,
+                objective,
+                prepared.evaluation,
+                fused_layers(prepared.objectives),
+                checkpointing=config.student.gradient_checkpointing,
+                dtype=dtype,
+                teacher=teacher if objective.needs("teacher") else None,
+                previous=previous,
+                geometry=prepared.geometry,
+            )
         fusion = self.module.domain
         if fusion is not None and prepared.maps is not None:
             fusion.maps.load_state_dict(prepared.maps)
@@ -126,10 +131,11 @@ class Trainer:
         self.start, self.end = (0, *ends)[index], ends[index]
         objective.begin(self.end - self.start)
         self.frozen = {}  # as they are before the engine rounds them, for checkpoints
-        if config.train.dtype != "fp32" and ranks.first:
-            named = self.module.named_parameters(remove_duplicate=False)
-            self.frozen = {name: p.detach() for name, p in named if not p.requires_grad}
-        self.engine = deepspeed.student_engine(
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad and parameter.dtype != deepspeed.DTYPES[config.train.dtype]:
+                kept = engines.whole(parameter)
+                self.frozen |= {name: kept} if ranks.first else {}
+        self.engine = engines.student_engine(
             self.module.to(ranks.device),
             list(objective.parameters()),
             config,
@@ -251,7 +257,7 @@ class Trainer:
 
     def _guard(self, guard: Guard, report: dict, raw: Tensor, batches: list[Batch], skipped: int) -> bool:
         """Return whether the step's loss and gradient are finite; layer weights follow those that are."""
-        gradient = deepspeed.finite_gradient(self.engine, skipped)
+        gradient = engines.finite_gradient(self.engine, skipped)
         finite = guard.finite(self.progress.step, report, batches, self._last, gradient)
         if finite:
             self.module.objective.update(raw)

@@ -1,7 +1,7 @@
 """What a causal language model writes after the prompts of the dev set."""
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 
 import torch
@@ -32,8 +32,10 @@ def greedy(
     ends: Collection[int],
     pad: int,
     vocabulary: int,
+    call: Callable | None = None,
+    anyone: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """The likeliest next token again and again, all prompts at once, over a cache of keys and values.
+    """Return the likeliest next token again and again, all prompts at once, over a cache of keys and values.
 
     Args:
         model: in eval mode.
@@ -41,7 +43,10 @@ def greedy(
         most: (n,) ≥ 1, new tokens of each at most.
         ends: tokens that end a text, not returned; without any, every row gets its `most` tokens.
         vocabulary: entries of the head that are tokens; it may be padded.
+        call: what runs the model; default: the model itself.
+        anyone: whether some rank goes on, given whether this one does: all ranks of a sharded model run together.
     """
+    call = model if call is None else call
     device = model.device
     width = max(map(len, prompts))
     tokens = torch.tensor([[pad] * (width - len(prompt)) + [*prompt] for prompt in prompts], device=device)
@@ -54,10 +59,10 @@ def greedy(
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     takes = inspect.signature(model.forward).parameters
     cache, written = None, []
-    while running.any():
+    while anyone(bool(running.any())):
         inputs = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         optional = {"position_ids": positions, "logits_to_keep": 1}
-        outputs = model(**inputs, **{name: value for name, value in optional.items() if name in takes})
+        outputs = call(**inputs, **{name: value for name, value in optional.items() if name in takes})
         cache = outputs.past_key_values
         tokens = outputs.logits[:, -1:, :vocabulary].argmax(-1)
         written.append(tokens[:, 0])

@@ -335,14 +335,19 @@ def build_model(
     *,
     needs_head: bool,
     attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return a model in float32, with the weights of path, or random ones without.
+    """Return a model with the weights of path, or random ones without.
 
     attention: as `attn_implementation` in a config. needs_head: the weights must bring the head of the task; without
     it a head that they lack or have for other classes is random (fine-tuning). Embeddings and layers they must bring
-    in any case.
+    in any case. dtype: of the weights of path, each of which is read in it; random ones are drawn in float32. device:
+    where those of path go, one by one; default: the CPU.
     """
-    return build_and_tell(config, path, task, place, needs_head=needs_head, attention=attention)[0]
+    return build_and_tell(
+        config, path, task, place, needs_head=needs_head, attention=attention, dtype=dtype, device=device
+    )[0]
 
 
 def build_and_tell(
@@ -353,6 +358,8 @@ def build_and_tell(
     *,
     needs_head: bool,
     attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """Return what build_model returns, and the names of its weights that are random because path lacks them."""
     family = auto_class(task)
@@ -366,7 +373,8 @@ def build_and_tell(
             config=text_alone(config, task),
             key_mapping=None if text_alone(config, task) is config else TEXT_PART,
             attn_implementation=named(attention),
-            dtype=torch.float32,
+            dtype=dtype,
+            device_map=None if device is None or device.type == "cpu" else {"": device},
             output_loading_info=True,
             use_safetensors=True,  # a pickle runs what it holds
             ignore_mismatched_sizes=not needs_head,
@@ -411,7 +419,7 @@ class Headless(nn.Module):
     The head's weights stay in the module, so that they are trained, sharded and saved with the rest. Of a masked
     language model only the decoder is left out: what comes before it in the head (BERT's transform) runs. A constant
     factor of the logits (Granite, Cohere) is in the last hidden state; `form` says which, and whether a soft cap
-    (Gemma 2) follows.
+    (Gemma 2) follows. Texts are written with whole=True: then the model runs as it is.
     """
 
     def __init__(self, model: PreTrainedModel, place: str):
@@ -420,7 +428,9 @@ class Headless(nn.Module):
         self.masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
         self.form = LogitForm() if self.masked else logit_form(model, place)
 
-    def forward(self, **inputs):
+    def forward(self, whole: bool = False, **inputs):
+        if whole:
+            return self.model(**inputs)
         if not self.masked:
             outputs = body(self.model)(**inputs)
             if self.form.factor == 1:

@@ -40,14 +40,8 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     if not os.path.isdir(folder):
         return set()
     theirs: dict[str, list[int]] = {}
-    for name in weight_files(folder, f"{place}.path"):
-        try:
-            with safe_open(os.path.join(folder, name), framework="pt") as file:
-                theirs |= {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{place}.path", f"{path} with {name} ({error})", "weights that are whole"
-            ) from None
+    for held in headers(folder, path, place).values():
+        theirs |= {name: shape for name, (shape, _) in held.items()}
     ours = skeleton(model, task, place)
     prefix = f"{ours.base_model_prefix}."
     for name, value in ours.state_dict().items():
@@ -65,6 +59,39 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
         model.num_labels = 1
     whole = text_alone(model, task) is model
     return _missing(skeleton(model, task, place), theirs, None if whole else TEXT_PART)
+
+
+def headers(folder: str, path: str, place: str) -> dict[str, dict[str, tuple[list[int], str]]]:
+    """Return by file of a folder the shape and the type, such as BF16, of each weight that it holds.
+
+    path: what the config calls the folder. Raises UserError for a damaged file.
+    """
+    found = {}
+    for name in weight_files(folder, f"{place}.path"):
+        try:
+            with safe_open(os.path.join(folder, name), framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found[name] = {
+                    key: (list(part.get_shape()), part.get_dtype()) for key, part in slices.items()
+                }
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{place}.path", f"{path} with {name} ({error})", "weights that are whole"
+            ) from None
+    return found
+
+
+def at_hand(path: str, place: str) -> str | None:
+    """Return the folder with a model's weight files, fetched where they are a hub's; None where it has none."""
+    source = locate(path, f"{place}.path")
+    if os.path.isdir(source):
+        return source
+    if (index := find(source, INDEX)) is None:
+        single = find(source, SINGLE)
+        return None if single is None else os.path.dirname(single)
+    folder = os.path.dirname(index)
+    fetched = [find(source, name) for name in weight_files(folder, f"{place}.path")]
+    return None if None in fetched else folder
 
 
 def _missing(
@@ -130,8 +157,13 @@ def check_ties(path: str, ties: list[list[str]], place: str) -> None:
 
 def own_ties(model: PretrainedConfig, task: str, place: str) -> list[list[str]]:
     """Return the names of each weight that an architecture ties."""
+    return ties(skeleton(model, task, place))
+
+
+def ties(model: PreTrainedModel) -> list[list[str]]:
+    """Return the names of each weight that a model ties."""
     names: dict[int, list[str]] = {}
-    for name, parameter in skeleton(model, task, place).named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [tied for tied in names.values() if len(tied) > 1]
 
@@ -160,6 +192,11 @@ def fingerprint(path: str, place: str) -> str | None:
                 file.seek(max(0, size - BLOCK) * index // (SAMPLES - 1))
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()
+
+
+def holds_weights(folder: str) -> bool:
+    """Return whether a folder has weight files."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (SINGLE, INDEX))
 
 
 def weight_files(folder: str, place: str) -> list[str]:

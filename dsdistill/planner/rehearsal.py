@@ -17,7 +17,7 @@ from dsdistill.alignment.terms import Pair
 from dsdistill.config import Config
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
-from dsdistill.distributed.deepspeed import parameter_groups
+from dsdistill.distributed.groups import parameter_groups
 from dsdistill.engine.module import make_student
 from dsdistill.models.build import build_model
 from dsdistill.models.capture import layer_list

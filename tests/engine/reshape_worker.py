@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dsdistill.config.load import make_config
-from dsdistill.distributed import deepspeed
+from dsdistill.distributed import deepspeed, engines
 from dsdistill.distributed.leave import leave
 from dsdistill.distributed.shards import Shards
 from tests.engine.worker import run_all, start
@@ -57,7 +57,7 @@ def engine_of(optimizer: str, dtype: str, stage: int, ranks, seed: int):
         "train": {"optimizer": optimizer, "dtype": dtype, "batch_size": ranks.world_size, "clip": 0.1}
         | {"micro_batch_size": 1, "projector_learning_rate": 0.03, "weight_decay": 0.1},
     }
-    return deepspeed.student_engine(
+    return engines.student_engine(
         module,
         list(module.term.parameters()),
         make_config(settings),

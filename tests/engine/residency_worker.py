@@ -14,7 +14,7 @@ from dsdistill.data import evaluation_batches
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.capture import layer_list
 
 if __name__ == "__main__":
@@ -22,7 +22,8 @@ if __name__ == "__main__":
     ranks = deepspeed.start()
     try:
         prepared = prepare(load([config_path]), ranks.world_size)
-        teacher = load_teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+        loaded = LazyTeacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+        teacher = loaded.tracer(prepared.objectives)
         parameters = list(teacher.model.parameters())
         whole = []
 

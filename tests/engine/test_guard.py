@@ -12,7 +12,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from dsdistill.config import RunError, UserError, load
 from dsdistill.config.load import make_config
 from dsdistill.data import Batch
-from dsdistill.distributed import deepspeed
+from dsdistill.distributed import engines
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.guard import SEEN, Guard
 from dsdistill.engine.run_folder import RunFolder
@@ -93,7 +93,7 @@ def test_a_loss_scale_may_be_looked_for(monkeypatch):
     for _ in range(4):
         skipped, engine.skipped_steps = engine.skipped_steps, engine.skipped_steps + 1
         scaler.update_scale(overflow=True)
-        found.append(deepspeed.finite_gradient(engine, skipped))
+        found.append(engines.finite_gradient(engine, skipped))
     assert found == [True, False, False, False]
 
 

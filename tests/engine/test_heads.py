@@ -14,7 +14,7 @@ from dsdistill.config.load import make_config
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import make_student
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from tests.conftest import BERT, merge
 from tests.engine.launch import run_configs
 from tests.engine.test_resume import losses
@@ -255,9 +255,9 @@ class TestHub:
         prepared = prepare(make_config(merge(causal, change)), world_size=1)
         ranks = Ranks(0, 1, torch.device("cpu"))
         with pytest.raises(UserError, match=r"teacher.path: got some/model without weights for lm_head"):
-            load_teacher(
+            LazyTeacher(
                 prepared.config, prepared.teacher, prepared.objectives, ranks, judged=prepared.judged
-            )
+            ).tracer(())
 
     def test_a_student_without_one_is_refused(self, causal, hub, tokenizer_dir, tmp_path):
         save(tmp_path / "teacher", tokenizer_dir, tied=True)

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 from dsdistill.config.load import make_config
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import largest_layer, load_teacher
+from dsdistill.engine.teacher import LazyTeacher, largest_layer
 from dsdistill.models.build import skeleton
 from tests.conftest import BERT
 
@@ -35,9 +35,8 @@ def test_a_replicated_teacher_keeps_its_rotary_frequencies(settings, data_dir, t
     }
     settings["train"]["dtype"] = "bf16"
     prepared = prepare(make_config(settings), world_size=1)
-    teacher = load_teacher(
-        prepared.config, prepared.teacher, prepared.objectives, Ranks(0, 1, torch.device("cpu"))
-    )
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    teacher = LazyTeacher(prepared.config, prepared.teacher, prepared.objectives, ranks).callee
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
     frequencies = teacher.model.model.rotary_emb.inv_freq
     expected = 10000.0 ** (-torch.arange(0, 8, 2) / 8)

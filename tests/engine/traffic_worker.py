@@ -56,7 +56,7 @@ from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import prepare
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.engine.train import Trainer
 from dsdistill.models.tracer import count_parameters
 
@@ -74,7 +74,8 @@ def during(name):
 def measure(path: str, ranks: Ranks) -> dict:
     config = load([path])
     prepared = prepare(config, ranks.world_size)
-    teacher = load_teacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+    loaded = LazyTeacher(prepared.config, prepared.teacher, prepared.objectives, ranks)
+    teacher = loaded.tracer(prepared.objectives)
     trainer = Trainer(prepared, 0, config.student.path, None, teacher, None, ranks)
     trainer.engine.train()
     gathers, beside = teacher.frozen, []

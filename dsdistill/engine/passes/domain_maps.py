@@ -14,11 +14,14 @@ from dsdistill.engine.passes import over
 from dsdistill.engine.passes.layer_similarity import EXAMPLES
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import MAPS, RunFolder
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.domain_fusion import normed
+from dsdistill.models.tracer import Tracer
 
 
-def fit_maps(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict[str, Tensor] | None:
+def fit_maps(
+    prepared: Prepared, folder: RunFolder, ranks: Ranks, teacher: LazyTeacher | None
+) -> dict[str, Tensor] | None:
     """Return the principal components of teacher states over train examples; RUN keeps them for every resume.
 
     Examples come evenly from the whole train set, which may begin with one of several files.
@@ -29,7 +32,9 @@ def fit_maps(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict[str, T
     if not ranks.gather(os.path.isfile(path))[0]:
         layers = fused_layers(prepared.objectives)
         fusion = make_fusion(prepared.config, prepared.pair, layers)
-        for layer, (count, total, products) in _moments(prepared, layers, ranks).items():
+        for layer, (count, total, products) in _moments(
+            prepared, layers, ranks, teacher.tracer((), layers)
+        ).items():
             fusion.maps[str(layer)].fit(count, total, products)
         with ranks.first_alone():
             if ranks.first:
@@ -40,11 +45,10 @@ def fit_maps(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict[str, T
 
 
 def _moments(
-    prepared: Prepared, layers: tuple[int, ...], ranks: Ranks
+    prepared: Prepared, layers: tuple[int, ...], ranks: Ranks, teacher: Tracer
 ) -> dict[int, tuple[float, Tensor, Tensor]]:
     """Return the count, sum and sum of outer products, float64, of each layer's normed states over all ranks."""
     train, width = prepared.data.train, prepared.pair.teacher.width
-    teacher = load_teacher(prepared.config, prepared.teacher, (), ranks, hidden=layers)
     sums = {layer: [0.0, torch.zeros(width).double(), torch.zeros(width, width).double()] for layer in layers}
     rows = torch.linspace(0, len(train) - 1, min(EXAMPLES, len(train))).long().tolist()
 
@@ -57,5 +61,6 @@ def _moments(
                 parts[2] += states.T @ states
 
     over(prepared, ranks, train.take(rows), read)
+    teacher.capture.detach()
     everyone = ranks.gather(sums)
     return {layer: tuple(sum(of[layer][part] for of in everyone) for part in range(3)) for layer in layers}

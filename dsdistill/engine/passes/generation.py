@@ -1,8 +1,10 @@
 """Score what student and teacher write after the dev set's prompts against the references."""
 
+import functools
 import json
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdistill import disk
@@ -10,22 +12,22 @@ from dsdistill.data.prompted import special_tokens
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import GENERATED
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.evaluation.generate import greedy, prompt_and_reference
 from dsdistill.evaluation.text import bleu_signature, text_scores
-from dsdistill.models.build import build_model
 from dsdistill.models.tokenizer import entries
 
 
 def generation(
-    student: PreTrainedModel, prepared: Prepared, path: str, ranks: Ranks
+    student: PreTrainedModel, teacher: LazyTeacher | None, prepared: Prepared, path: str, ranks: Ranks
 ) -> tuple[dict[str, dict[str, float]], str]:
-    """Return scores of the texts that both write, the teacher where it has trained weights; the same on every rank.
+    """Return scores of the texts that both write, the teacher where there is one; the same on every rank.
 
     The second is BLEU's signature. A reference is what the tokenizer makes of the first dev set's text: one that knows
     no capitals is not asked for them, and one that loses nothing leaves it as it is. The texts go to
     RUN/generated.jsonl.
 
-    student: whole, in eval mode. path: of the run.
+    student: whole, in eval mode. teacher: as evaluation has it, perhaps sharded. path: of the run.
     """
     config, tokenizer = prepared.config, prepared.tokenizer
     examples = prepared.data.dev
@@ -36,20 +38,11 @@ def generation(
         "prompt": [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _ in pairs],
         "reference": [tokenizer.decode(reference, skip_special_tokens=True) for _, reference in pairs],
     }
-    models = {"student": lambda: student}
-    if prepared.judged and config.teacher.path is not None:
-        models["teacher"] = lambda: build_model(
-            prepared.teacher,
-            config.teacher.path,
-            config.task,
-            "teacher",
-            needs_head=True,
-            attention=config.teacher.attn_implementation,
-        ).to(ranks.device)
     scores = {}
-    for name, load in models.items():
-        texts[name] = _written(load().eval(), pairs, prepared, ranks)
-        scores[name] = text_scores(texts[name], texts["reference"])
+    for name, writer in {"student": student, "teacher": teacher}.items():
+        if writer is not None:
+            texts[name] = _written(writer, pairs, prepared, ranks)
+            scores[name] = text_scores(texts[name], texts["reference"])
     with ranks.first_alone():
         if ranks.first:
             with disk.writing(f"{path}/{GENERATED}") as file:
@@ -59,33 +52,45 @@ def generation(
 
 
 def _written(
-    model: PreTrainedModel, pairs: list[tuple[list[int], list[int]]], prepared: Prepared, ranks: Ranks
+    writer: PreTrainedModel | LazyTeacher,
+    pairs: list[tuple[list[int], list[int]]],
+    prepared: Prepared,
+    ranks: Ranks,
 ) -> list[str]:
-    """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks."""
+    """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks.
+
+    Every rank runs a teacher equally often, as a sharded one needs them all: one that has nothing left to write writes
+    what nobody reads.
+    """
     tokenizer, longest = prepared.tokenizer, prepared.config.data.max_length
     prompted = prepared.data.dev.prompted
     ends = stops(tokenizer, [reference for _, reference in pairs]) if prompted else set()
+    setting = {"ends": ends, "pad": tokenizer.pad_token_id, "vocabulary": entries(tokenizer)}
+    model, together = writer, isinstance(writer, LazyTeacher)
+    if together:
+        model, call = writer.callee.model, functools.partial(writer.callee.call, whole=True)
+        setting |= {"call": call, "anyone": functools.partial(_anyone, ranks)}
     # Prompts of like length meet; a response may fill the room that training gave it, a block has its own length.
-    order = np.argsort([-len(prompt) for prompt, _ in pairs], kind="stable").tolist()[
-        ranks.rank :: ranks.world_size
-    ]
-    at_once = prepared.config.train.micro_batch_size
+    order = np.argsort([-len(prompt) for prompt, _ in pairs], kind="stable").tolist()
+    at_once, mine = prepared.config.train.micro_batch_size, order[ranks.rank :: ranks.world_size]
     written = []
-    for start in range(0, len(order), at_once):
-        rows = order[start : start + at_once]
-        prompts, references = zip(*(pairs[row] for row in rows), strict=True)
+    for start in range(0, len(order[:: ranks.world_size] if together else mine), at_once):
+        rows = mine[start : start + at_once]
+        prompts, references = zip(*(pairs[row] for row in rows or order[:1]), strict=True)
         most = [
             longest - len(prompt) if prompted else len(reference)
             for prompt, reference in zip(prompts, references, strict=True)
         ]
-        tokens = greedy(
-            model, prompts, most, ends=ends, pad=tokenizer.pad_token_id, vocabulary=entries(tokenizer)
-        )
+        tokens = greedy(model, prompts, most if rows else [1], **setting)
         written += [
             (row, tokenizer.decode(ids, skip_special_tokens=True))
-            for row, ids in zip(rows, tokens, strict=True)
+            for row, ids in zip(rows, tokens, strict=bool(rows))
         ]
     return [text for _, text in sorted(pair for of_rank in ranks.gather(written) for pair in of_rank)]
+
+
+def _anyone(ranks: Ranks, goes_on: bool) -> bool:
+    return bool(ranks.sum(torch.tensor(int(goes_on), device=ranks.device)))
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, references: list[list[int]]) -> set[int]:

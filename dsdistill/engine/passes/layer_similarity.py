@@ -19,7 +19,7 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.passes import in_order, indexed, over
 from dsdistill.engine.prepare import Prepared, make_objectives
 from dsdistill.engine.run_folder import LAYERS, RunFolder
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.evaluation.structure import debiased_cka
 from dsdistill.models.build import build_model
 from dsdistill.models.tracer import Tracer, callee
@@ -29,7 +29,9 @@ log = logging.getLogger("dsdistill")
 EXAMPLES = 256
 
 
-def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, ranks: Ranks) -> None:
+def resolve_layers(
+    prepared: Prepared, init: str | None, folder: RunFolder, ranks: Ranks, teacher: LazyTeacher | None
+) -> None:
     """Put pairs in the place of `cka_offline` in the objectives of `prepared`.
 
     init: where the student's first weights lie.
@@ -38,7 +40,7 @@ def resolve_layers(prepared: Prepared, init: str | None, folder: RunFolder, rank
         return
     path = folder / LAYERS
     if not ranks.gather(os.path.isfile(path))[0]:
-        pairs = most_similar(_similarities(prepared, init, ranks))
+        pairs = most_similar(_similarities(prepared, init, ranks, teacher))
         with ranks.first_alone():
             if ranks.first:
                 with disk.writing(path) as file:
@@ -91,12 +93,10 @@ def _with_pairs(config: Config, pairs: tuple[tuple[int, int], ...]) -> Config:
     return config.model_copy(update={"stages": stages, "terms": terms(config.terms)})
 
 
-def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndarray:
+def _similarities(prepared: Prepared, init: str | None, ranks: Ranks, guide: LazyTeacher) -> np.ndarray:
     """Return (L_S, L_T) debiased CKA of mean-pooled states over the first train examples."""
     config = prepared.config
-    teacher = load_teacher(
-        config, prepared.teacher, (), ranks, hidden=range(1, prepared.pair.teacher.depth + 1)
-    )
+    teacher = guide.tracer((), range(1, prepared.pair.teacher.depth + 1))
     torch.manual_seed(config.run.seed)
     model = build_model(
         prepared.student,
@@ -122,6 +122,7 @@ def _similarities(prepared: Prepared, init: str | None, ranks: Ranks) -> np.ndar
         return vectors, batch.index.cpu()
 
     parts = over(prepared, ranks, examples, read)
+    teacher.capture.detach()
     mine, other = (
         [
             in_order([(vectors[model][layer], index) for vectors, index in parts])

@@ -17,14 +17,16 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SAMPLING, RunFolder
-from dsdistill.engine.teacher import load_teacher
+from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.logits import softcapped
 from dsdistill.models.trace import Trace
 
 ROWS = 256  # tokens whose logits are whole at once
 
 
-def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler | None:
+def make_sampler(
+    prepared: Prepared, folder: RunFolder, ranks: Ranks, teacher: LazyTeacher | None
+) -> Sampler | None:
     """Return the sampler, None for every example once; what the teacher says is kept in RUN, for every resume."""
     data, train = prepared.config.data, prepared.data.train
     if data.sampler == "domain_aware":
@@ -33,7 +35,7 @@ def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler
         return None
     path = folder / SAMPLING
     if not ranks.gather(os.path.isfile(path))[0]:
-        values = _values(prepared, ranks)
+        values = _values(prepared, ranks, teacher)
         if data.sampler == "hard_negative":
             values = nearest_others(values, train)
         with ranks.first_alone():
@@ -46,10 +48,10 @@ def make_sampler(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> Sampler
     return HardNegative(values)
 
 
-def _values(prepared: Prepared, ranks: Ranks) -> Tensor:
+def _values(prepared: Prepared, ranks: Ranks, guide: LazyTeacher) -> Tensor:
     """Return (n,) entropies or (n, D) mean-pooled last states of the teacher over the train set, in its order."""
     config, depth = prepared.config, prepared.pair.teacher.depth
-    teacher = load_teacher(config, prepared.teacher, prepared.objectives, ranks, hidden=[depth])
+    teacher = guide.tracer(prepared.objectives, [depth])
 
     def read(batch: Batch) -> tuple[Tensor, Tensor]:
         with teacher.frozen(batch) as trace:
@@ -59,7 +61,9 @@ def _values(prepared: Prepared, ranks: Ranks) -> Tensor:
                 values = pooled(trace.hidden[depth], batch)
         return values.cpu(), batch.index.cpu()
 
-    return in_order(over(prepared, ranks, prepared.data.train, read))
+    values = in_order(over(prepared, ranks, prepared.data.train, read))
+    teacher.capture.detach()
+    return values
 
 
 def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:

@@ -1,0 +1,197 @@
+"""Make DeepSpeed's engines, of the teacher and of the student, and models whose weights ZeRO-3 shards as they are made.
+
+transformers builds and loads a model in parts of this kind while a DeepSpeed configuration of stage 3 lives
+(`HfDeepSpeedConfig`): each module's weights are cut as soon as they are made, and rank 0 alone reads the files.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from dsdistill.config.schema import Config
+from dsdistill.distributed.adagrad import AdaGrad
+from dsdistill.distributed.deepspeed import (
+    DTYPES,
+    deepspeed,
+    limit_waits,
+    own_part,
+    quiet,
+    safe_set_local_fp32_param,
+    set_master,
+    student_settings,
+    zero_section,
+)
+from dsdistill.distributed.groups import parameter_groups
+from dsdistill.distributed.ranks import Ranks
+
+
+@contextlib.contextmanager
+def constructing(settings: dict) -> Iterator[None]:
+    """Shard the weights of models that transformers makes or loads inside.
+
+    settings: of the DeepSpeed engine that is to run them; they say in which type a rank keeps its parts.
+    """
+    living = HfDeepSpeedConfig(copy.deepcopy(settings))  # transformers looks for it while it loads
+    try:
+        yield
+    finally:
+        del living  # or the next model would be sharded as this says
+
+
+def shard(
+    load: Callable[[], nn.Module],
+    settings: Callable[[int], dict],
+    largest_layer: Callable[[nn.Module], int],
+):
+    """Return a frozen ZeRO-3 engine around the module that load() makes; its weights are sharded while they are read.
+
+    settings: of the engine, by the parameters of the module's largest layer; what these decide matters once it is read.
+    """
+    with constructing(settings(1)):
+        module = load()
+    module.eval().requires_grad_(False)
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=module, config=settings(largest_layer(module)))
+    limit_waits()
+    engine.eval()
+    return engine
+
+
+def student_engine(
+    module: nn.Module,
+    terms: list[nn.Parameter],
+    config: Config,
+    rate: float,
+    ranks: Ranks,
+    scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+):
+    """Return the engine that trains `module`.
+
+    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others. The
+    optimizer's float32 master weights begin with the very values of `module`, whatever the engine computes in; weights
+    that are float32 are rounded after that, also where they are sharded already.
+    """
+    settings = student_settings(config, ranks.world_size)
+    dtype = DTYPES[config.train.dtype]
+    # On the CPU, and there without a copy: rounded weights are put in their place.
+    unrounded = {
+        name: p.detach().cpu()
+        for name, p in module.named_parameters()
+        if p.requires_grad and p.dtype != dtype and not is_sharded(p)
+    }
+    parts = round_parts(module, dtype)
+    groups = parameter_groups(module, terms, config, rate)
+    # DeepSpeed takes memory for a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a
+    # heap that spreads, as blocks of 2 GB come and go in it at every step.
+    everyone = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    bucket = min(zero_section(settings).reduce_bucket_size, everyone)
+    settings["zero_optimization"]["reduce_bucket_size"] = bucket
+    optimizer = _optimizer(config, settings)(groups, lr=rate)
+    with quiet():
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=settings,
+            dist_init_required=False,
+        )
+    limit_waits()
+    for name, parameter in engine.module.named_parameters():
+        if name in unrounded:
+            set_master(parameter, unrounded.pop(name))
+        elif name in parts:
+            safe_set_local_fp32_param(parameter, parts.pop(name))
+    # At the least scale finite_gradient tells, and the run ends by name.
+    engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    return engine
+
+
+def finite_gradient(engine, skipped: int) -> bool:
+    """Whether that of the last step is; the same on every rank.
+
+    skipped: engine.skipped_steps before that step. DeepSpeed passes over a step without a finite gradient and goes on,
+    for ever. In fp16 that is how it finds its loss scale: no fault as long as the scale can still fall.
+    """
+    if engine.skipped_steps == skipped and math.isfinite(engine.get_global_grad_norm()):
+        return True
+    scaler = engine.optimizer.loss_scaler
+    return scaler.dynamic and scaler.cur_scale > scaler.min_scale
+
+
+def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Optimizer]:
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
+        return {
+            "adamw": functools.partial(torch.optim.AdamW, fused=True),  # one pass over memory instead of ten
+            "adam": functools.partial(torch.optim.Adam, fused=True),
+            "adagrad": AdaGrad,
+            "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+        }[config.train.optimizer]
+    return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Return whether a rank holds but its part of the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered(parameters: list[nn.Parameter]):
+    """Return a context in which the parameters are whole on every rank, sharded or not."""
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's values, whole and on the CPU; every rank must call this for the same parameters."""
+    with gathered([parameter]):
+        values = parameter.detach().cpu()
+        return values.clone() if is_sharded(parameter) else values
+
+
+def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
+    """Give parameters and buffers of a module, sharded or not, the values by their names; others stay as they are."""
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    with torch.no_grad():
+        for name, value in values.items():
+            if (tensor := own.get(name)) is None:
+                continue  # another name of one that is tied
+            if isinstance(tensor, nn.Parameter) and is_sharded(tensor):
+                tensor.ds_tensor.copy_(own_part(tensor, value))
+            else:
+                tensor.copy_(value)
+
+
+def round_parts(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Give the sharded parameters of a module another type; return this rank's parts of those that train, by name.
+
+    The parts are those from before, on the CPU; parameters of that type already are left out. DeepSpeed expects what
+    is sharded to have the type that its engine computes in, and casts only the rest.
+    """
+    before = {}
+    if not any(map(is_sharded, module.parameters())):
+        return before
+    for name, parameter in module.named_parameters():
+        if not is_sharded(parameter):
+            parameter.data = parameter.data.to(dtype)
+        elif parameter.dtype != dtype:
+            if parameter.requires_grad:
+                before[name] = parameter.ds_tensor.detach().cpu()
+            rounded = parameter.ds_tensor.data.to(dtype)
+            if parameter.ds_tensor.is_pinned():  # where parameters are offloaded
+                rounded = rounded.pin_memory()
+            parameter.ds_tensor.data, parameter.data = rounded, parameter.data.to(dtype)
+    return before
+
+
+def register_external(module: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Tell ZeRO-3 which sharded parameters `module` uses outside the forward pass of the submodule that holds them."""
+    known = module.ds_external_parameters() if hasattr(module, "ds_external_parameters") else ()
+    known = {id(parameter) for _, parameter in known}
+    for parameter in parameters:
+        if id(parameter) not in known:
+            deepspeed.zero.register_external_parameter(module, parameter)

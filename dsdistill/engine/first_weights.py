@@ -1,0 +1,121 @@
+"""Write RUN/init (the student's architecture, tokenizer and first weights), and say how these are read."""
+
+import contextlib
+import logging
+import os
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from dsdistill import disk
+from dsdistill.config import Config
+from dsdistill.distributed import deepspeed, engines
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine.module import brings_head
+from dsdistill.engine.prepare import Prepared
+from dsdistill.engine.run_folder import INIT, RunFolder
+from dsdistill.models.build import build_and_tell, build_model, locate
+from dsdistill.models.cut import check_rest, copy_layers
+from dsdistill.models.settings import carry_generation, text_config
+from dsdistill.models.slices import cut_files, stored_dtype
+from dsdistill.models.weights import at_hand, check_weights, holds_weights
+
+log = logging.getLogger("dsdistill")
+
+
+def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | None:
+    """Write RUN/init unless it is there; return where the student's first weights lie (None: random).
+
+    Rank 0 alone writes. A student that ZeRO-3 shards is read from files, so random weights are written for it too.
+    """
+    target, config = folder / INIT, prepared.config
+    with ranks.first_alone():
+        if ranks.first and not os.path.isdir(target):
+            with disk.replacing(target) as name:
+                cut = config.student.from_teacher is not None
+                if cut:
+                    _cut(prepared, name)
+                elif config.student.zero_stage == 3 and _lacks(config.student.path, prepared):
+                    _draw(prepared, name)
+                else:
+                    prepared.student.save_pretrained(name)
+                prepared.tokenizer.save_pretrained(name)
+                source = config.teacher.path if cut else config.student.path
+                if source is not None and config.task == "causal_lm":
+                    entries = text_config(prepared.student).vocab_size
+                    carry_generation(locate(source, "student.path"), name, entries)
+    return target if holds_weights(target) else config.student.path
+
+
+def first_dtype(config: Config, init: str | None) -> torch.dtype:
+    """Return the type in which a student's first weights are read: that of the run, where it is the files' own too.
+
+    Otherwise float32, so that no value is rounded before the optimizer has it.
+    """
+    dtype = deepspeed.DTYPES[config.train.dtype]
+    return dtype if init is not None and stored_dtype(init, "student") == dtype else torch.float32
+
+
+def sharded_from_files(
+    config: Config, init: str | None, dtype: torch.dtype, ranks: Ranks
+) -> AbstractContextManager[None]:
+    """Return a context in which the student is sharded as it is read, where ZeRO-3 is to shard it.
+
+    What has no files is drawn whole, and so is what DeepSpeed keeps on disks (NVMe).
+    """
+    settings = deepspeed.student_settings(config, ranks.world_size)
+    offload = deepspeed.zero_section(settings).offload_param
+    if config.student.zero_stage != 3 or init is None or (offload is not None and offload.device == "nvme"):
+        return contextlib.nullcontext()
+    computes = config.train.dtype if dtype != torch.float32 else "fp32"
+    return engines.constructing(settings | deepspeed.precision(computes))
+
+
+def _cut(prepared: Prepared, target: str) -> None:
+    """Write the chosen layers of the teacher, and all that lies outside its layers, as they are stored.
+
+    Weights that the teacher lacks, such as a head for these classes, are random. A teacher without files, or whose
+    files do not tell its layers, is built for this.
+    """
+    config, layers, path = prepared.config, prepared.config.student.from_teacher, prepared.config.teacher.path
+    if text_config(prepared.teacher) is not prepared.teacher:  # of images and text
+        log.info("the student is cut in the text part of a %s", prepared.teacher.model_type)
+    folder = at_hand(path, "teacher") if path is not None else None
+    if folder is not None:
+        added = {}
+        if missing := check_weights(folder, prepared.teacher, config.task, "teacher"):
+            added = {name: value for name, value in _random(prepared).state_dict().items() if name in missing}
+        if cut_files(folder, target, prepared.student, prepared.teacher, layers, config.task, added):
+            return
+        log.info("the names in the teacher's files do not tell its layers: it is built to cut the student")
+    made = _random(prepared)
+    torch.manual_seed(config.run.seed)  # as a teacher without weights is drawn when it teaches
+    teacher, missing = build_and_tell(
+        prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
+    )
+    check_rest(made, teacher, config.task, "student", missing)
+    copy_layers(made, teacher, layers, missing)
+    made.save_pretrained(target)
+
+
+def _random(prepared: Prepared) -> PreTrainedModel:
+    """Return the student with random weights in float32."""
+    torch.manual_seed(prepared.config.run.seed)
+    return build_model(prepared.student, None, prepared.config.task, "student", needs_head=False)
+
+
+def _lacks(path: str | None, prepared: Prepared) -> bool:
+    """Return whether some of the student's weights are random, as far as files at hand tell."""
+    folder = at_hand(path, "student") if path is not None else None
+    return folder is None or bool(check_weights(folder, prepared.student, prepared.config.task, "student"))
+
+
+def _draw(prepared: Prepared, target: str) -> None:
+    """Write the student as every rank would draw it, whole or what its files lack of it."""
+    config = prepared.config
+    torch.manual_seed(config.run.seed)
+    made = build_model(
+        prepared.student, config.student.path, config.task, "student", needs_head=brings_head(config)
+    )
+    made.save_pretrained(target)

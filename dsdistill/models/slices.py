@@ -1,0 +1,160 @@
+"""Cut a student's first weights out of its teacher's files, without building either model.
+
+Names in files are not always those of the model: checkpoints of a base model lack its prefix, composites had others
+before transformers 5, and experts may lie one by one. What is written keeps the names of the files, with other numbers
+of layers, so that the library reads it as it would read the teacher.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Collection
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dsdistill.models.build import TEXT_PART, skeleton, text_alone
+from dsdistill.models.capture import layer_list
+from dsdistill.models.weights import INDEX, SINGLE, at_hand, headers, ties
+
+_NUMBERED = re.compile(r"(.+?)\.(\d+)\.")
+# Types, as files name them, that a rank may keep weights in.
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def stored_dtype(path: str, place: str) -> torch.dtype:
+    """Return the type of all weights of a model's files: bfloat16, float16 or, where they have others, float32.
+
+    A hub id whose files are not at hand counts as float32.
+    """
+    folder = at_hand(path, place)
+    held = headers(folder, path, place).values() if folder is not None else ()
+    kinds = {kind for file in held for _, kind in file.values()}
+    return _TYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def cut_files(
+    folder: str,
+    target: str,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig,
+    layers: tuple[int, ...],
+    task: str,
+    added: dict[str, Tensor],
+) -> bool:
+    """Write a student that is `layers` (counted from 1) of the teacher in `folder` into `target`: weights and config.
+
+    Values are as the files have them. Each file of the teacher's gives one of the student's, and its tensors are mapped
+    into memory alone. added: weights by the model's names that take the place of those in files, or go beside them.
+
+    Returns False, having written nothing, where the names in files do not tell the layers.
+    """
+    made, whole = skeleton(student, task, "student"), skeleton(teacher, task, "teacher")
+    files = headers(folder, folder, "teacher")
+    names = {name: name for file in files.values() for name in file}
+    if text_alone(teacher, task) is not teacher:
+        names = {name: own for name in names if (own := _in_text_part(name)) is not None}
+    names = {name: own for name, own in names.items() if own not in added}
+    prefix = None
+    if layer_list(whole) is not None and (prefix := _layers_prefix(names.values(), whole)) is None:
+        return False
+    renamed = {name: _moved(own, prefix, layers) for name, own in names.items()}
+    for name, apart in _untied(names, made, whole).items():
+        renamed[name] = [*renamed[name], *apart]
+    parts = [
+        (file, pairs)
+        for file, held in files.items()
+        if (pairs := [(name, new) for name in held for new in renamed.get(name, [])])
+    ]
+    os.makedirs(target, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    copies = {name: value.detach().clone() for name, value in added.items()}  # files take no shared memory
+    count, size = len(parts) + bool(copies), 0
+    for number in range(1, count + 1):
+        own = SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+        given = _read(folder, *parts[number - 1]) if number <= len(parts) else copies
+        save_file(given, os.path.join(target, own), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(given, own)
+        size += sum(value.nbytes for value in given.values())
+    if count > 1:
+        with open(os.path.join(target, INDEX), "w", encoding="utf-8") as index:
+            json.dump({"metadata": {"total_size": size}, "weight_map": weight_map}, index, indent=2)
+    config = made.config
+    config.architectures, config.dtype = [type(made).__name__], stored_dtype(folder, "teacher")
+    config.save_pretrained(target)
+    return True
+
+
+def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """Return tensors of a file by their new names; a layer that is taken twice is copied, as files share nothing."""
+    given: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    with safe_open(os.path.join(folder, file), framework="pt") as source:
+        for name, new in pairs:
+            value = source.get_tensor(name)
+            given[new] = value.clone() if name in seen else value
+            seen.add(name)
+    return given
+
+
+def _in_text_part(name: str) -> str | None:
+    """Return the name that a weight of a composite has in its text part; None for one of another part."""
+    for pattern, own in TEXT_PART.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, own, name)
+    return None
+
+
+def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None:
+    """Return what precedes the number of a layer in the names of files, such as `model.layers`; None where none fits.
+
+    Of several lists of that length (a vision tower has layers too) it is the one whose layers hold the most of what the
+    model's have, and then the one whose name ends as the model's does.
+    """
+    layers = layer_list(model)
+    assert layers is not None
+    own = next(name for name, module in model.named_modules() if module is layers).split(".")
+    inside = [set(layer.state_dict()) for layer in layers]
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        if (match := _NUMBERED.match(name)) is not None:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(name[match.end() :])
+
+    def fit(prefix: str) -> tuple[int, int]:
+        alike = sum(len(names & found[prefix][index]) for index, names in enumerate(inside))
+        ends = zip(reversed(own), reversed(prefix.split(".")), strict=False)
+        return alike, len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], ends)))
+
+    lists = [prefix for prefix, by_index in found.items() if set(range(len(layers))) <= by_index.keys()]
+    lists = sorted((prefix for prefix in lists if min(fit(prefix)) > 0), key=fit)
+    if not lists or (len(lists) > 1 and fit(lists[-1]) == fit(lists[-2])):
+        return None
+    return lists[-1]
+
+
+def _untied(names: dict[str, str], student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, list[str]]:
+    """Return by name in files the further names of a weight that the teacher ties and the student does not.
+
+    Of tied weights files hold but one.
+    """
+    held, found = {own: name for name, own in names.items()}, {}
+    wanted = student.state_dict().keys() - {name for group in ties(student) for name in group}
+    for group in ties(teacher):
+        source = next((held[name] for name in group if name in held), None)
+        source = source or next((held[cut] for name in group if (cut := name.partition(".")[2]) in held), None)
+        if source is not None:
+            found[source] = [name for name in group if name not in held and name in wanted]
+    return found
+
+
+def _moved(name: str, prefix: str | None, layers: tuple[int, ...]) -> list[str]:
+    """Return the names that a weight of the teacher has in the student: none for one of a layer that is left out."""
+    match = _NUMBERED.match(name)
+    if prefix is None or match is None or match[1] != prefix:
+        return [name]
+    rest = name[match.end() :]
+    return [f"{prefix}.{place}.{rest}" for place, layer in enumerate(layers) if layer == int(match[2]) + 1]
