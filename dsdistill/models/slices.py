@@ -136,7 +136,9 @@ def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None
     return lists[-1]
 
 
-def _untied(names: dict[str, str], student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, list[str]]:
+def _untied(
+    names: dict[str, str], student: PreTrainedModel, teacher: PreTrainedModel
+) -> dict[str, list[str]]:
     """Return by name in files the further names of a weight that the teacher ties and the student does not.
 
     Of tied weights files hold but one.
@@ -145,7 +147,9 @@ def _untied(names: dict[str, str], student: PreTrainedModel, teacher: PreTrained
     wanted = student.state_dict().keys() - {name for group in ties(student) for name in group}
     for group in ties(teacher):
         source = next((held[name] for name in group if name in held), None)
-        source = source or next((held[cut] for name in group if (cut := name.partition(".")[2]) in held), None)
+        source = source or next(
+            (held[cut] for name in group if (cut := name.partition(".")[2]) in held), None
+        )
         if source is not None:
             found[source] = [name for name in group if name not in held and name in wanted]
     return found

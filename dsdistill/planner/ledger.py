@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+# One for all rehearsals, so that what one has made, such as a teacher, serves the next.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class Ledger(TorchDispatchMode):
@@ -32,7 +34,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.held: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = FAKE
         self._shape = shape
         self._owner, self._phase = "", ""
         self._highest = 0

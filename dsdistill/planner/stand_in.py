@@ -1,9 +1,9 @@
 """Rehearse a few layers of each kind, and let what they held stand for the others.
 
-A model of 80 equal layers does the same 80 times. The first two and the last layer of each kind run; every layer between
-them is replaced by a function that makes the same output, holds as many bytes as the second one held until its backward
-pass, and has a gradient arrive at each of its parameters. So everything else, which is layer maps, terms, ZeRO's
-buckets and the counts of parameters, is that of the whole model. Between two layers of a kind memory rises and falls
+A model of 80 equal layers does the same 80 times. The first two and the last layer of each kind run; every layer
+between them is replaced by a function that makes the same output, holds as many bytes as the second one held until its
+backward pass, and has a gradient arrive at each of its parameters. So layer maps, terms, ZeRO's buckets and the counts
+of parameters are those of the whole model. Between two layers of a kind memory rises and falls
 evenly, so its highest moment lies at the first or at the last one, and these run.
 
 A layer whose queries and keys are captured runs as well, and so do all layers of a model with WHOLE layers or less.
@@ -61,7 +61,9 @@ class _Kind:
     def __init__(self):
         self.held: int | None = None
         self.known = self.own = False
-        self.rest: tuple | None = None  # what a tuple of outputs holds after the first; None: there is one alone
+        self.rest: tuple | None = (
+            None  # what a tuple of outputs holds after the first; None: there is one alone
+        )
 
     def note(self, states: Any, output: Any, held: int, saved: set[int] | None) -> None:
         """Take down what a layer made of its input; saved: storages that backward needs, None where it runs again."""
