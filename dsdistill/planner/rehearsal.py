@@ -1,6 +1,7 @@
 """One training step, rehearsed on tensors without contents: what a rank holds in each of its phases."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ TEACHER_ACTIVATIONS, TEACHER_CAPTURED = "teacher, activations", "captured, teach
 BEFORE = "student of the stage before"
 ACTIVATIONS, CAPTURED = "student, activations", "captured, student's"
 OPERATORS, BACKWARD = "operators", "backward, in passing"
-# Places that predict, of which a language model's operators look at a few hundred at once: more only take longer.
-COUNTED = 1024
 PHASES = ("teacher", "forward", "terms", "backward", "reduce", "step")
 
 
@@ -76,7 +75,8 @@ def _frozen(
     unrotated: bool = False,
 ) -> Tracer:
     """Return a model that leaves traces and learns nothing."""
-    model = build_model(architecture.config, None, task, place, needs_head=False, attention=implementation)
+    config = copy.deepcopy(architecture.config)  # the library writes into a model's
+    model = build_model(config, None, task, place, needs_head=False, attention=implementation)
     made = callee(model, task, place)
     freeze(made.module, dtype, torch.device("cpu"))
     return Tracer(made, hidden, attention, values, unrotated)
@@ -119,7 +119,7 @@ def rehearse(
     ledger = Ledger((batch_size, config.data.max_length))
     with ledger.fake:
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
-        batch = _batch(config, objective, batch_size, whole)
+        batch = _batch(config, models.pair.student.vocabulary, batch_size, whole)
         teacher = previous = None
         if objective.needs("teacher"):
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
@@ -216,14 +216,14 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
         ledger.add(BEFORE, rank.dtype.itemsize * count_parameters(previous.model))
 
 
-def _batch(config: Config, objective: Objective, size: int, whole: bool) -> Batch:
+def _batch(config: Config, vocabulary: int, size: int, whole: bool) -> Batch:
     tokens = config.data.max_length
     ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:
         labels = ids
         places = torch.arange(size * tokens).view(size, tokens)
         counted = (places[:, 1:] if config.task == "causal_lm" else places).flatten()
-        counted = counted if whole else counted[:COUNTED]
+        counted = counted if whole else counted[: 3 * _block(vocabulary)]
     elif config.task == "regression":
         labels = torch.zeros(size)
     else:
@@ -240,6 +240,11 @@ def _batch(config: Config, objective: Objective, size: int, whole: bool) -> Batc
         chance=torch.zeros(size),
         counted=counted,
     )
+
+
+def _block(vocabulary: int) -> int:
+    """Return the most places at once of which an operator makes logits (ops/soft_label/chunked.py)."""
+    return max(64, min(256, (1 << 23) // vocabulary))
 
 
 @contextlib.contextmanager
