@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,14 @@ OFFLOAD = "student.deepspeed.zero_optimization.offload_optimizer={device: cpu, p
 
 @dataclass(frozen=True)
 class Proposal:
-    """A Proposal is a set of overrides, and the bytes that it needs of a rank, reserve included, and of a host."""
+    """A Proposal is a set of overrides, and the bytes that it needs of a rank, reserve included, and of a host.
+
+    host: None where the rank's bytes are but those that lie there whatever a step does, and are too many already.
+    """
 
     overrides: tuple[str, ...]
     needs: int
-    host: int
+    host: int | None
     fits: bool
 
 
@@ -52,9 +56,12 @@ def suggest(
         except UserError as error:  # such as an optimizer that cannot be offloaded
             log.info("not proposed: %s", error)
             continue
-        least = _least(forecast)
+        least, node = _least(forecast), peak(forecast.node(ranks, 0))
         if least > room:
-            tried.append(Proposal(overrides, least + reserve, 0, False))
+            tried.append(Proposal(overrides, least + reserve, None, False))
+            continue
+        if host_memory is not None and node > host_memory:
+            tried.append(Proposal(overrides, least + reserve, node, False))
             continue
         need, node = _need(forecast, 1, ranks)
         fits = need <= room and (host_memory is None or node <= host_memory)
@@ -69,10 +76,11 @@ def suggest(
 
 def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
     whole = config.teacher is not None and not config.teacher.deepspeed and config.teacher.residency == "auto"
-    teachers = () if config.teacher is None else ("0", "3") if whole else ("3",)
-    for offload, again, teacher, stage in itertools.product(
-        (False, True), (False, True), teachers or (None,), (1, 2, 3)
-    ):
+    teachers = (None,) if config.teacher is None else ("0", "3") if whole else ("3",)
+    stages = (1, 2, 3)
+    if world_size == 1:  # there is nobody to share with
+        teachers, stages = teachers[:1], stages[:1]
+    for offload, again, teacher, stage in itertools.product((False, True), (False, True), teachers, stages):
         found = [f"student.zero_stage={stage}", f"student.gradient_checkpointing={str(again).lower()}"]
         if teacher is not None:
             found.insert(0, f"teacher.zero_stage={teacher}")
@@ -120,16 +128,23 @@ def _largest(
 
 
 def proposals(tried: Sequence[Proposal], memory: int) -> str:
-    """Return the proposal for people: the overrides that fit, and below what each of the others needs."""
-    lines = []
-    for one in sorted(tried, key=lambda one: not one.fits):
-        host = f", {one.host / GIB:.2f} GiB of host memory a node" if one.host else ""
-        more = "" if one.host else " at least"
-        what = "fits" if one.fits else "does not fit"
-        overrides = " ".join(f"'{word}'" if " " in word else word for word in one.overrides)
-        lines.append(
-            f"{what}: {overrides}  ({one.needs / GIB:.2f} of {memory / GIB:.2f} GiB a rank{more}{host})"
-        )
-    if not tried or not tried[-1].fits:
-        lines.insert(0, "nothing that was tried fits: more ranks, shorter sequences or smaller models would")
-    return "\n".join(["", "proposed:", *lines]) + "\n"
+    """Return the proposal for people: overrides to type after the config, and what those tried before would need."""
+    if tried and tried[-1].fits:
+        lines = [f"proposed: {_words(tried[-1])}", f"  {_needs(tried[-1], memory)}"]
+    else:
+        lines = [
+            "proposed: nothing, as none of these fits; more ranks, shorter sequences or smaller models would"
+        ]
+    others = [one for one in tried if not one.fits]
+    lines += [f"  not {_words(one)}: {_needs(one, memory)}" for one in others]
+    return "\n".join(["", *lines]) + "\n"
+
+
+def _words(one: Proposal) -> str:
+    return " ".join(shlex.quote(word) for word in one.overrides)
+
+
+def _needs(one: Proposal, memory: int) -> str:
+    if one.host is None:
+        return f"more than {one.needs / GIB:.2f} GiB a rank of {memory / GIB:.2f}"
+    return f"{one.needs / GIB:.2f} GiB a rank of {memory / GIB:.2f}, {one.host / GIB:.2f} GiB of host memory a node"
