@@ -71,9 +71,9 @@ def test_words_that_can_be_typed():
 
 def test_nothing_fits():
     """What lies there whatever a step does is too much already: nothing is rehearsed."""
-    tried = suggest(config_of, 8, 40 * MIB, gpu=False, ranks=8)
+    tried = suggest(config_of, 8, 16 * MIB, gpu=False, ranks=8)
     assert len(tried) == 24 and not any(one.fits for one in tried)
-    text = proposals(tried, 40 * MIB)
+    text = proposals(tried, 16 * MIB)
     assert "proposed: nothing, as none of these fits" in text and text.count("more than") == 24
     assert "'student.deepspeed.zero_optimization.offload_optimizer={device: cpu, pin_memory: true}'" in text
 
