@@ -307,7 +307,7 @@ def bench(
         str,
         typer.Argument(
             metavar="OPERATOR",
-            help="attention, pairwise, hidden, soft-label, step, or data.",
+            help="attention, pairwise, hidden, soft-label, step, data, or load.",
             show_default=False,
         ),
     ],
@@ -318,7 +318,8 @@ def bench(
             metavar="NAME=VALUE,...",
             help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
             "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048; of data "
-            "text=FILE,size=50MB,tokenizer=DIR,documents=2000000",
+            "text=FILE,size=50MB,tokenizer=DIR,documents=2000000; of load "
+            "layers=24,width=1024,vocabulary=151936,shards=5",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
@@ -340,6 +341,7 @@ def bench(
 
     step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
     data: tokens/s, memory and room of tokenising, and the seconds of a start.
+    load: memory of two ranks while they load a large teacher and a student cut from it; exit code 1 over a limit.
     """
     from dsdistill.disk import check_file
 
@@ -349,6 +351,7 @@ def bench(
     import yaml
 
     from dsdistill.bench.data_speed import run_data
+    from dsdistill.bench.loading import run_load
     from dsdistill.bench.operators import run_bench
     from dsdistill.bench.step import run_step
 
@@ -363,7 +366,9 @@ def bench(
             found = None
         if not isinstance(found, str | int | float):
             raise UserError("--shapes", part, "NAME=VALUE, a number or a word")
-    measure = {"step": run_step, "data": run_data}.get(operator, functools.partial(run_bench, operator))
+    measure = {"step": run_step, "data": run_data, "load": run_load}.get(
+        operator, functools.partial(run_bench, operator)
+    )
     raise typer.Exit(
         measure(
             options=options,

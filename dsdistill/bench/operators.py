@@ -393,7 +393,7 @@ def run_bench(
     """
     if operator not in WORKS:
         raise UserError(
-            "bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step', 'data'"
+            "bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step', 'data', 'load'"
         )
     check_common(dtype, DTYPES, backends, CONTENDERS)
     options = options or {}

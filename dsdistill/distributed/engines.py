@@ -1,7 +1,8 @@
-"""Make DeepSpeed's engines, of the teacher and of the student, and models whose weights ZeRO-3 shards as they are made.
+"""Make DeepSpeed's engines, of the teacher and of the student, and shard models by ZeRO-3 while they are read.
 
-transformers builds and loads a model in parts of this kind while a DeepSpeed configuration of stage 3 lives
-(`HfDeepSpeedConfig`): each module's weights are cut as soon as they are made, and rank 0 alone reads the files.
+There are two ways, and in both a rank holds one tensor whole beside its parts. A model that is mapped from its files
+takes no memory yet: `partition` cuts it tensor by tensor. Where the library has to compute what it reads, it makes the
+model in parts itself (`constructing`): rank 0 alone reads then, and sends every tensor to the others.
 """
 
 import contextlib
@@ -44,17 +45,41 @@ def constructing(settings: dict) -> Iterator[None]:
         del living  # or the next model would be sharded as this says
 
 
+def partition(module: nn.Module, settings: dict, dtype: torch.dtype, device: torch.device) -> None:
+    """Leave each rank its part of every parameter of a module, in another type and on the device perhaps.
+
+    settings: of the DeepSpeed engine that is to run it.
+    """
+    first = None
+    for parameter in module.parameters():
+        # A copy, as DeepSpeed sends rank 0's values to the others in place: pages of a file that is mapped would stay.
+        parameter.data = parameter.detach().to(device, dtype, copy=True)
+        if first is None:
+            first = parameter
+            deepspeed.zero.Init(module=nn.ParameterList([first]), config_dict_or_path=settings)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
+    for buffer in module.buffers():
+        buffer.data = buffer.to(device)
+
+
 def shard(
     load: Callable[[], nn.Module],
     settings: Callable[[int], dict],
     largest_layer: Callable[[nn.Module], int],
+    mapped: tuple[torch.dtype, torch.device] | None = None,
 ):
     """Return a frozen ZeRO-3 engine around the module that load() makes; its weights are sharded while they are read.
 
     settings: of the engine, by the parameters of the module's largest layer; what these decide matters once it is read.
+    mapped: of a module that load() maps from files, the type and device of its parts.
     """
-    with constructing(settings(1)):
+    if mapped is not None:
         module = load()
+        partition(module, settings(1), *mapped)
+    else:
+        with constructing(settings(1)):
+            module = load()
     module.eval().requires_grad_(False)
     with quiet():
         engine, *_ = deepspeed.initialize(model=module, config=settings(largest_layer(module)))

@@ -18,7 +18,7 @@ def parameter_groups(
     mine = {id(parameter) for parameter in terms}
     groups = [
         {
-            "params": [p for p in trained if (id(p) in mine) == own and (p.dim() > 1) == matrices],
+            "params": [p for p in trained if (id(p) in mine) == own and _is_matrix(p) == matrices],
             "weight_decay": decay,
             "lr": lr,
         }
@@ -26,3 +26,7 @@ def parameter_groups(
         for matrices, decay in ((True, config.train.weight_decay), (False, 0.0))  # none on biases and norms
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # that of the whole, where it is sharded

@@ -1,25 +1,24 @@
 """Write RUN/init (the student's architecture, tokenizer and first weights), and say how these are read."""
 
-import contextlib
 import logging
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill import disk
 from dsdistill.config import Config
-from dsdistill.distributed import deepspeed, engines
+from dsdistill.distributed import allocator, deepspeed, engines
 from dsdistill.distributed.ranks import Ranks
-from dsdistill.engine.module import brings_head
+from dsdistill.engine.module import StudentModule, brings_head
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import INIT, RunFolder
 from dsdistill.models.build import build_and_tell, build_model, locate
 from dsdistill.models.cut import check_rest, copy_layers
 from dsdistill.models.settings import carry_generation, text_config
-from dsdistill.models.slices import cut_files, stored_dtype
-from dsdistill.models.weights import at_hand, check_weights, holds_weights
+from dsdistill.models.slices import cut_files
+from dsdistill.models.weights import at_hand, check_weights, holds_weights, mapped_dtype, stored_dtype
 
 log = logging.getLogger("dsdistill")
 
@@ -48,28 +47,38 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
     return target if holds_weights(target) else config.student.path
 
 
-def first_dtype(config: Config, init: str | None) -> torch.dtype:
-    """Return the type in which a student's first weights are read: that of the run, where it is the files' own too.
+def read_student(
+    make: Callable[[torch.dtype], StudentModule],
+    config: Config,
+    architecture: PretrainedConfig,
+    init: str | None,
+    ranks: Ranks,
+    *,
+    anew: bool = False,
+) -> StudentModule:
+    """Return the module that `make` makes, given the type to read its weights in; sharded where ZeRO-3 is to shard it.
 
-    Otherwise float32, so that no value is rounded before the optimizer has it.
+    Weights have the type of the run where it is the files' own too, else float32, so that no value is rounded before
+    the optimizer has it. What has no files is drawn whole, and so is what DeepSpeed keeps on disks (NVMe).
+
+    anew: other values take the place of these, which may be float32.
     """
-    dtype = deepspeed.DTYPES[config.train.dtype]
-    return dtype if init is not None and stored_dtype(init, "student") == dtype else torch.float32
-
-
-def sharded_from_files(
-    config: Config, init: str | None, dtype: torch.dtype, ranks: Ranks
-) -> AbstractContextManager[None]:
-    """Return a context in which the student is sharded as it is read, where ZeRO-3 is to shard it.
-
-    What has no files is drawn whole, and so is what DeepSpeed keeps on disks (NVMe).
-    """
-    settings = deepspeed.student_settings(config, ranks.world_size)
+    section, settings = config.student, deepspeed.student_settings(config, ranks.world_size)
+    computes = config.train.dtype
+    if anew or init is None or stored_dtype(init, "student") != deepspeed.DTYPES[computes]:
+        computes = "fp32"
+    dtype = deepspeed.DTYPES[computes]
     offload = deepspeed.zero_section(settings).offload_param
-    if config.student.zero_stage != 3 or init is None or (offload is not None and offload.device == "nvme"):
-        return contextlib.nullcontext()
-    computes = config.train.dtype if dtype != torch.float32 else "fp32"
-    return engines.constructing(settings | deepspeed.precision(computes))
+    with allocator.loading(ranks.device):
+        if section.zero_stage != 3 or init is None or (offload is not None and offload.device == "nvme"):
+            return make(dtype)
+        settings |= deepspeed.precision(computes)
+        if (stored := mapped_dtype(init, architecture, config.task, "student")) is not None:
+            module = make(stored)
+            engines.partition(module.model, settings, dtype, ranks.device)
+            return module
+        with engines.constructing(settings):
+            return make(dtype)
 
 
 def _cut(prepared: Prepared, target: str) -> None:

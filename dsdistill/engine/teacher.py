@@ -14,6 +14,7 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.models.build import build_model, plain_model, task_of
 from dsdistill.models.capture import layer_list
 from dsdistill.models.tracer import Callee, Tracer, callee, count_parameters, freeze
+from dsdistill.models.weights import mapped_dtype
 
 
 class LazyTeacher:
@@ -37,29 +38,38 @@ class LazyTeacher:
     @functools.cached_property
     def callee(self) -> Callee:
         """Return the model, whole on this rank or a part of it, as it is called."""
-        section, device = self.config.teacher, self.ranks.device
-        dtype = teacher_dtype(self.config)
-
-        def load(dtype: str = "fp32", device: torch.device | None = None) -> PreTrainedModel:
-            torch.manual_seed(self.config.run.seed)  # matters only to a teacher without weights
-            return build_model(
-                self.architecture,
-                section.path,
-                self.config.task,
-                "teacher",
-                needs_head=self.needs_head,
-                attention=section.attn_implementation,
-                dtype=deepspeed.DTYPES[dtype],
-                device=device,
-            )
-
+        section, task, device = self.config.teacher, self.config.task, self.ranks.device
+        name = teacher_dtype(self.config)
+        dtype = deepspeed.DTYPES[name]
         with allocator.loading(device):
             if section.zero_stage == 3:
-                # The engine's settings say the type of its parts; what is no weight stays float32.
-                return _sharded(load, self.config.task, dtype, section.residency, section.deepspeed, device)
-            made = callee(load(dtype, device), self.config.task, "teacher")
-            freeze(made.module, deepspeed.DTYPES[dtype], device)
+                stored = mapped_dtype(section.path, self.architecture, task, "teacher")
+                # Where the library makes the parts, the engine's settings say their type.
+                return _sharded(
+                    functools.partial(self._load, stored or torch.float32),
+                    task,
+                    name,
+                    section.residency,
+                    section.deepspeed,
+                    device,
+                    mapped=stored is not None,
+                )
+            made = callee(self._load(dtype, device), task, "teacher")
+            freeze(made.module, dtype, device)
         return made
+
+    def _load(self, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+        torch.manual_seed(self.config.run.seed)  # matters only to a teacher without weights
+        return build_model(
+            self.architecture,
+            self.config.teacher.path,
+            self.config.task,
+            "teacher",
+            needs_head=self.needs_head,
+            attention=self.config.teacher.attn_implementation,
+            dtype=dtype,
+            device=device,
+        )
 
     def tracer(self, objectives: Sequence[Objective], hidden: Iterable[int] = ()) -> Tracer:
         """Return what traces the layers that the objectives read, and `hidden` beside them."""
@@ -117,6 +127,7 @@ def _sharded(
     residency: str,
     further: dict,
     device: torch.device,
+    mapped: bool = False,
 ) -> Callee:
     whole = None
 
@@ -129,7 +140,8 @@ def _sharded(
     def settings(largest: int) -> dict:
         return deepspeed.teacher_settings(dtype, residency, further, largest, device)
 
-    engine = engines.shard(make, settings, largest_layer)
+    parts = (deepspeed.DTYPES[dtype], device) if mapped else None
+    engine = engines.shard(make, settings, largest_layer, parts)
     return Callee(whole.model, engine.module, engine, engines.gathered)
 
 

@@ -18,12 +18,12 @@ from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import BackendError, Loss
 from dsdistill.config import UserError
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
-from dsdistill.distributed import allocator, deepspeed, engines, stopping
+from dsdistill.distributed import deepspeed, engines, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
-from dsdistill.engine.first_weights import first_dtype, sharded_from_files
+from dsdistill.engine.first_weights import read_student
 from dsdistill.engine.guard import Guard
-from dsdistill.engine.module import fused_layers, make_student
+from dsdistill.engine.module import StudentModule, fused_layers, make_student
 from dsdistill.engine.passes import stability
 from dsdistill.engine.passes.dev_scores import represent, score
 from dsdistill.engine.prepare import Prepared
@@ -89,10 +89,9 @@ class Trainer:
             layers = objective.layers("student_hidden")
             previous = stages.earlier_student(config, prepared.student, before, layers, ranks)
         torch.manual_seed(config.run.seed)
-        # What a stage handed on is float32, and DeepSpeed's masters of it begin with just that.
-        dtype = first_dtype(config, init) if before is None else torch.float32
-        with allocator.loading(ranks.device), sharded_from_files(config, init, dtype, ranks):
-            self.module = make_student(
+
+        def make(dtype: torch.dtype) -> StudentModule:
+            return make_student(
                 config,
                 self.stage,
                 prepared.student,
@@ -107,6 +106,8 @@ class Trainer:
                 previous=previous,
                 geometry=prepared.geometry,
             )
+
+        self.module = read_student(make, config, prepared.student, init, ranks, anew=before is not None)
         fusion = self.module.domain
         if fusion is not None and prepared.maps is not None:
             fusion.maps.load_state_dict(prepared.maps)

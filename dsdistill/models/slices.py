@@ -17,24 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dsdistill.models.build import TEXT_PART, skeleton, text_alone
+from dsdistill.models.build import skeleton, text_alone
 from dsdistill.models.capture import layer_list
-from dsdistill.models.weights import INDEX, SINGLE, at_hand, headers, ties
+from dsdistill.models.weights import INDEX, SINGLE, headers, in_text_part, stored_dtype, ties
 
 _NUMBERED = re.compile(r"(.+?)\.(\d+)\.")
-# Types, as files name them, that a rank may keep weights in.
-_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def stored_dtype(path: str, place: str) -> torch.dtype:
-    """Return the type of all weights of a model's files: bfloat16, float16 or, where they have others, float32.
-
-    A hub id whose files are not at hand counts as float32.
-    """
-    folder = at_hand(path, place)
-    held = headers(folder, path, place).values() if folder is not None else ()
-    kinds = {kind for file in held for _, kind in file.values()}
-    return _TYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def cut_files(
@@ -57,7 +44,7 @@ def cut_files(
     files = headers(folder, folder, "teacher")
     names = {name: name for file in files.values() for name in file}
     if text_alone(teacher, task) is not teacher:
-        names = {name: own for name in names if (own := _in_text_part(name)) is not None}
+        names = {name: own for name in names if (own := in_text_part(name)) is not None}
     names = {name: own for name, own in names.items() if own not in added}
     prefix = None
     if layer_list(whole) is not None and (prefix := _layers_prefix(names.values(), whole)) is None:
@@ -84,7 +71,8 @@ def cut_files(
         with open(os.path.join(target, INDEX), "w", encoding="utf-8") as index:
             json.dump({"metadata": {"total_size": size}, "weight_map": weight_map}, index, indent=2)
     config = made.config
-    config.architectures, config.dtype = [type(made).__name__], stored_dtype(folder, "teacher")
+    config.architectures = [type(made).__name__]
+    config.dtype = stored_dtype(folder, "teacher") or torch.float32
     config.save_pretrained(target)
     return True
 
@@ -99,14 +87,6 @@ def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Ten
             given[new] = value.clone() if name in seen else value
             seen.add(name)
     return given
-
-
-def _in_text_part(name: str) -> str | None:
-    """Return the name that a weight of a composite has in its text part; None for one of another part."""
-    for pattern, own in TEXT_PART.items():
-        if re.match(pattern, name):
-            return re.sub(pattern, own, name)
-    return None
 
 
 def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None:

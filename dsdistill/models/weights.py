@@ -23,6 +23,8 @@ from dsdistill.models.settings import CONFIG, CONFIG_BYTES, find
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES = 256 * MIB
 SAMPLES, BLOCK = 64, 2**16  # blocks of a weight file that tell it from another, and their bytes
+# Types that a model may have, as files name them.
+_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
 # What several ranks saved each a part of; the library takes such files before all others.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
@@ -92,6 +94,38 @@ def at_hand(path: str, place: str) -> str | None:
     folder = os.path.dirname(index)
     fetched = [find(source, name) for name in weight_files(folder, f"{place}.path")]
     return None if None in fetched else folder
+
+
+def in_text_part(name: str) -> str | None:
+    """Return the name that a weight of a composite has in its text part; None for one of another part."""
+    for pattern, own in TEXT_PART.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, own, name)
+    return None
+
+
+def stored_dtype(path: str, place: str) -> torch.dtype | None:
+    """Return the type that all weights of a model's files have; None where they have several, or are not at hand."""
+    folder = at_hand(path, place)
+    held = headers(folder, path, place).values() if folder is not None else ()
+    kinds = {kind for file in held for _, kind in file.values()}
+    return _TYPES.get(kinds.pop()) if len(kinds) == 1 else None
+
+
+def mapped_dtype(path: str | None, model: PretrainedConfig, task: str, place: str) -> torch.dtype | None:
+    """Return the type in which the library reads a model's files without a copy, mapped into memory; None without one.
+
+    It makes copies where weights have several types, and where they become others: files hold the experts of some
+    models one by one. Then their names differ from the model's.
+    """
+    if path is None or (dtype := stored_dtype(path, place)) is None:
+        return None
+    made = skeleton(model, task, place)
+    names = {name for file in headers(at_hand(path, place) or path, path, place).values() for name in file}
+    names |= {own for name in names if (own := in_text_part(name)) is not None}
+    names |= {f"{made.base_model_prefix}.{name}" for name in names}
+    names |= {name for group in ties(made) if names.intersection(group) for name in group}
+    return dtype if made.state_dict().keys() <= names else None
 
 
 def _missing(
