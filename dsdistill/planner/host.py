@@ -5,7 +5,8 @@ With T values of the teacher in t bytes each, S of the student, on W ranks:
   a whole teacher     1.1 · t · T and its largest tensor while it is read; then t · T on the device
   a sharded teacher   1.25 · t · T / W and its largest tensor while it is read; then t · T / W on the device
   a cut student       1.3 · S in the type of the teacher's files, on the first rank alone; no teacher is built for it
-  a student           4 · S (float32, the optimizer's first values); under ZeRO-3 4 · S / W, sharded as it is read
+  a student           4 · S at most (float32, the optimizer's first values; half where its files have train.dtype);
+                      under ZeRO-3 4 · S / W, sharded as it is read
   offload             of the optimizer 16 · S / W: values, two moments and gradients in float32; of parameters
                       t · T / W, e · S / W; what is pinned is rounded up to a power of two, as torch's allocator does
   an unfinished save  one copy of what the rank writes (run.save_async), else of its largest part
