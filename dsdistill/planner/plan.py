@@ -150,10 +150,10 @@ def make_plan(
     memory: bytes a rank may take. ranks_per_node: by default all, but no more than 8. rate: operations a second that a
     rank comes to; None: not known. Raises UserError for a config whose parts do not fit together.
     """
+    forecast = Forecast(config, world_size, gpu=gpu)
     ranks = min(world_size, 8) if ranks_per_node is None else ranks_per_node
     if not 1 <= ranks <= world_size:
         raise UserError("--ranks-per-node", ranks, f"1 to {world_size}")
-    forecast = Forecast(config, world_size, gpu=gpu)
     size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
     stages = forecast.stages(size)
     stage = max(config.run_stages, key=lambda stage: peak(stages[stage.name]))
