@@ -3,8 +3,8 @@
 A model of 80 equal layers does the same 80 times. The first two and the last layer of each kind run; every layer
 between them is replaced by a function that makes the same output, holds as many bytes as the second one held until its
 backward pass, and has a gradient arrive at each of its parameters. So layer maps, terms, ZeRO's buckets and the counts
-of parameters are those of the whole model. Between two layers of a kind memory rises and falls
-evenly, so its highest moment lies at the first or at the last one, and these run.
+of parameters are those of the whole model. Between two layers of a kind memory rises and falls evenly, so its highest
+moment lies at the first or at the last one, and these run.
 
 A layer whose queries and keys are captured runs as well, and so do all layers of a model with WHOLE layers or less.
 """
@@ -52,7 +52,7 @@ class _Hold(torch.autograd.Function):
 
 
 class _Kind:
-    """What a layer of a kind left when it ran.
+    """A _Kind holds what a layer of a kind left when it ran.
 
     held: bytes beside its input and output, None before. own: whether it holds its input. known: whether a layer of
     the kind can be replaced at all.
@@ -61,18 +61,18 @@ class _Kind:
     def __init__(self):
         self.held: int | None = None
         self.known = self.own = False
-        self.rest: tuple | None = (
-            None  # what a tuple of outputs holds after the first; None: there is one alone
-        )
+        self.rest: tuple | None = None  # what follows the first in a tuple of outputs; None: there is no tuple
 
     def note(self, states: Any, output: Any, held: int, saved: set[int] | None) -> None:
         """Take down what a layer made of its input; saved: storages that backward needs, None where it runs again."""
-        first, rest = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
-        plain = rest is None or (isinstance(output, tuple) and not any(isinstance(x, Tensor) for x in rest))
-        alike = isinstance(states, Tensor) and (first.shape, first.dtype) == (states.shape, states.dtype)
-        self.known, self.rest = plain and alike, rest
+        self.held = held
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        if any(isinstance(x, Tensor) for x in rest) or not all(isinstance(x, Tensor) for x in (states, first)):
+            return
+        self.known = (first.shape, first.dtype) == (states.shape, states.dtype)
+        self.rest = tuple(rest) if isinstance(output, tuple) else None
         self.held = max(0, held - first.untyped_storage().nbytes())
-        self.own = alike and (saved is None or address(states) in saved)
+        self.own = saved is None or address(states) in saved
 
     def stand_in(self, layer: nn.Module, states: Tensor) -> Any:
         if torch.is_grad_enabled():
