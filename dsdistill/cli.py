@@ -307,7 +307,7 @@ def bench(
         str,
         typer.Argument(
             metavar="OPERATOR",
-            help="attention, pairwise, hidden, soft-label, step, data, or load.",
+            help="attention, pairwise, hidden, soft-label, vocabulary, step, data, or load.",
             show_default=False,
         ),
     ],

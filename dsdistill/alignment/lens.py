@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops.common import NORM_FLOOR, accumulate_dtype, with_stored_gradients, without_autocast
-from dsdistill.ops.soft_label.chunked import BLOCK_ELEMENTS, MAX_TOKENS, MIN_TOKENS, Head
+from dsdistill.ops.soft_label.head import Head, block_tokens
 
 
 def change_alignment(
@@ -42,7 +42,8 @@ def change_alignment(
     if index is None:
         assert mask is not None  # one of the two ways
         index = mask.flatten().nonzero()[:, 0]
-    size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, student_head.shape[0])))
+    # A token has the logits of two layers of each model here, and their log softmaxes.
+    size = block_tokens(heads[0].on_gpu, student_head.shape[0], 7 * student_head.shape[0])
 
     def compute(needs: Sequence[bool]):
         rows = [[state.detach().flatten(0, 1) for state in states] for states in (student, teacher)]

@@ -11,7 +11,7 @@ from dsdistill.alignment.terms.base import AlignmentTerm
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
-from dsdistill.ops import BackendError, available_backends, backends_taken
+from dsdistill.ops import BackendError, VocabularyLosses, available_backends, backends_taken
 
 __all__ = ["BackendError", "Loss", "Objective", "available_backends"]  # the engine, too, names backends
 
@@ -39,6 +39,8 @@ class Objective(nn.Module):
         modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
         # A ModuleDict is read like a mapping, but does not say of what.
         self.terms = cast(Mapping[str, AlignmentTerm], nn.ModuleDict(modules))
+        # By the name of the first, terms that are computed together and the later one's name.
+        self._joined = {term.joins: name for name, term in modules.items() if term.joins in modules}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -87,24 +89,33 @@ class Objective(nn.Module):
         counts: (parts of all terms,), those of the whole step. teacher: this removes the layers that terms have read.
         """
         total: Tensor | float = 0.0
-        raw, start = [], 0
-        terms = list(self.terms.values())
-        for index, (term, weight) in enumerate(zip(terms, self.weights.values(), strict=True)):
-            divisor = counts[start : start + term.parts]  # weights of classes may come to less than 1
-            divisor = divisor.masked_fill(divisor == 0, 1)  # nothing valid: the sums are 0
-            start += term.parts
-            sums = term.sums(student, teacher, batch)
+        raw, terms = [], list(self.terms.values())
+        divisors = self._divisors(counts)
+        known: dict[str, Tensor] = {}  # sums of terms that an earlier one was computed together with
+        for index, (name, term) in enumerate(self.terms.items()):
+            weighted: Tensor | float | None = None
+            if name in self._joined:
+                later = self._joined[name]
+                losses = self._together(name, student, teacher, batch, divisors)
+                sums, known[later], weighted = losses.task[None], losses.soft[None], losses.total
+            elif name in known:
+                sums, weighted = known[name], 0.0  # it is in the total already
+            else:
+                sums = term.sums(student, teacher, batch)
             if sums.shape != (term.parts,):  # a mistake in a term from outside
                 got = f"sums of shape {tuple(sums.shape)}"
                 raise ValueError(f"term {term.name}: got {got}, expected ({term.parts},), one a part")
-            values = sums / divisor.float()
+            values = sums / divisors[name].float()
             if teacher is not None:  # memory peaks here: gradients come as the teacher's layers are done with
                 _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])
                 if teacher.depth not in teacher.hidden:
                     teacher.last = None
                 _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])
             raw.append(values.detach())
-            total = total + weight * term.factor * (values * values.new_tensor(term.weighting.values)).sum()
+            if weighted is None:
+                layers = values.new_tensor(term.weighting.values)
+                weighted = self.weights[name] * term.factor * (values * layers).sum()
+            total = total + weighted
         assert isinstance(total, Tensor)  # a config has one term at least
         return Loss(total, torch.cat(raw))
 
@@ -162,8 +173,43 @@ class Objective(nn.Module):
 
         Without a teacher these are only the terms that need none.
         """
-        terms = [term for term in self.terms.values() if teacher is not None or not term.needs_teacher]
-        return torch.stack([term.factor * term.sums(student, teacher, batch).sum() for term in terms])
+        known: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            if teacher is None and term.needs_teacher:
+                continue
+            if name in self._joined and teacher is not None:
+                losses = self._together(name, student, teacher, batch, None)
+                known[name], known[self._joined[name]] = losses.task, losses.soft
+            elif name not in known:
+                known[name] = term.sums(student, teacher, batch).sum()
+        return torch.stack([term.factor * known[name] for name, term in self.terms.items() if name in known])
+
+    def _divisors(self, counts: Tensor) -> dict[str, Tensor]:
+        """Return what each term's sums are divided by, (parts,) each."""
+        counts = counts.masked_fill(counts == 0, 1)  # nothing valid: the sums are 0
+        return dict(zip(self.terms, counts.split([term.parts for term in self.terms.values()]), strict=True))
+
+    def _together(
+        self,
+        name: str,
+        student: Trace,
+        teacher: Trace | None,
+        batch: Batch,
+        divisors: dict[str, Tensor] | None,
+    ) -> VocabularyLosses:
+        """Return the sums of a term and of the one that joins it, and their share of the total.
+
+        divisors: of each term; None: the total is not asked for.
+        """
+        assert teacher is not None  # only terms that need one join
+        first, second = self.terms[name], self.terms[self._joined[name]]
+        if divisors is None:
+            return second.sums_with(first, student, teacher, batch)
+        scales = [
+            self.weights[term.name] * term.factor * term.weighting.values[0] / divisors[term.name][0]
+            for term in (first, second)
+        ]
+        return second.sums_with(first, student, teacher, batch, (scales[0], scales[1]))
 
 
 def _release(layers: dict, kind: str, done: AlignmentTerm, later: list[AlignmentTerm]) -> None:

@@ -10,12 +10,22 @@ from torch import Tensor
 
 from dsdistill import ops
 
+# Of task and soft labels in the checked total of `vocabulary_losses`.
+WEIGHTS = (0.7, 1.6)
+
+
+def vocabulary_total(**arguments) -> Tensor:
+    """Return the weighted sum of task and soft labels."""
+    return ops.vocabulary_losses(**arguments, weights=WEIGHTS).total
+
+
 FUNCTIONS = {
     "attention": ops.attention_alignment,
     "pairwise": ops.pairwise_alignment,
     "hidden": ops.hidden_alignment,
     "soft-label": ops.soft_label_alignment,
     "cross-entropy": ops.token_cross_entropy,
+    "vocabulary": vocabulary_total,
 }
 
 # Tensors with a gradient, tensors of the teacher, and the axis that counts tokens (None: no such axis).
@@ -25,6 +35,7 @@ STUDENT = {
     "hidden": ("student", "projection", "bias"),
     "soft-label": ("student_hidden", "student_head", "student_bias"),
     "cross-entropy": ("hidden", "head", "bias"),
+    "vocabulary": ("student_hidden", "student_head", "student_bias"),
 }
 TOKEN_AXIS = {
     **dict.fromkeys(("student_query", "student_key", "teacher_query", "teacher_key"), 2),
@@ -227,6 +238,29 @@ def soft_label_cases() -> Iterator[Case]:
     yield Case("cross-entropy", "ragged", ignored, native=False)
     yield Case("cross-entropy", "capped", ignored, {"softcap": 2.0}, native=False)
     yield Case("cross-entropy", "smoothed", ignored, {"label_smoothing": 0.2, "softcap": 2.0}, native=False)
+    yield from _vocabulary_cases({**tensors, "labels": labels}, {**bias, "labels": ignored["labels"]})
+
+
+def _vocabulary_cases(tensors: dict[str, Tensor], ragged: dict[str, Tensor]) -> Iterator[Case]:
+    yield Case("vocabulary", "plain", tensors, native=False)
+    masked = {**tensors, **ragged}
+    warm = {"temperature": 2.5, "beta": 0.3, "alpha": 0.2}
+    capped = {"student_softcap": 3.0, "teacher_softcap": 1.5, "label_smoothing": 0.2}
+    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"):
+        yield Case(
+            "vocabulary", f"{divergence}-warm", masked, {"divergence": divergence, **warm}, native=False
+        )
+        options = {"divergence": divergence, **warm, **capped, "reduction": "sum"}
+        yield Case("vocabulary", f"{divergence}-capped", masked, options, native=False)
+    # The student's head is padded to more entries than the teacher's, which is padded, too.
+    padded = {
+        **masked,
+        "teacher_head": masked["teacher_head"][:52],
+        "teacher_bias": masked["teacher_bias"][:52],
+    }
+    options = {**warm, "common": 50, "label_smoothing": 0.1}
+    yield Case("vocabulary", "padded", padded, options, native=False)
+    yield Case("vocabulary", "padded-capped", padded, {**options, **capped}, native=False)
 
 
 def all_cases() -> list[Case]:

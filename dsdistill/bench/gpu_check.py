@@ -132,6 +132,7 @@ def bench(out: Path, dry: bool) -> None:
 def lengths(out: Path, dry: bool) -> None:
     """Attention kl in bfloat16, one sequence: milliseconds and extra MiB of each length."""
     from dsdistill.bench import operators
+    from dsdistill.bench.works import attention_work
 
     rows = []
     backends = ("chunked",) if dry else ("triton", "eager", "chunked")
@@ -140,7 +141,7 @@ def lengths(out: Path, dry: bool) -> None:
         for name in backends:
             if name != "triton" and tokens > 16384:
                 continue
-            work = operators.attention_work(**options, dtype=torch.bfloat16)
+            work = attention_work(**options, dtype=torch.bfloat16)
             calls, stopped = operators.warm_up(work, [name])
             row = {"tokens": options["tokens"], "backend": name, "stopped": stopped.get(name)}
             if calls:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,129 +26,20 @@ from torch import Tensor
 from dsdistill import disk
 from dsdistill.bench import verify
 from dsdistill.bench.arguments import check_common
-from dsdistill.bench.cases import FUNCTIONS
+from dsdistill.bench.cases import WEIGHTS
+from dsdistill.bench.works import WORKS, Work, device, randn
 from dsdistill.config import UserError
-from dsdistill.ops import available_backends
+from dsdistill.ops import available_backends, soft_label_alignment, token_cross_entropy
 from dsdistill.ops.attention import triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import attention_total
 from dsdistill.ops.backends import extension
 
 # Contenders that the others are compared with.
-RIVALS = ("eager", "eager-half", "compile")
+RIVALS = ("eager", "eager-half", "compile", "apart")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLANS = ("triton-row", "triton-merged", "triton-sweeps")  # of attention, one by one
-CONTENDERS = ("eager", "eager-half", "compile", "chunked", "liger", "cpp", "cuda", "triton", *PLANS)
-
-
-def device() -> str:
-    """The GPU if there is one: everything here is measured on it then, and on the CPU otherwise."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=device())
-
-
-@dataclass(frozen=True)
-class Work:
-    """One measured call. flops and bytes: of the definition, forward and backward, each tensor touched once."""
-
-    operator: str
-    label: str
-    student: tuple[Tensor, ...]
-    fixed: tuple[Tensor, ...]
-    names: tuple[str, ...]
-    options: dict
-    flops: float
-    bytes: float
-
-    def loss(self, backend: str) -> Tensor:
-        given = dict(zip(self.names, (*self.student, *self.fixed), strict=True))
-        return FUNCTIONS[self.operator](**given, **self.options, backend=backend)
-
-
-def attention_work(
-    batch=4, heads=12, tokens=1024, width=64, divergence="kl", causal=False, dtype=torch.float32
-):
-    tensors = [randn(batch, heads, tokens, width).to(dtype) for _ in range(4)]
-    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
-    return Work(
-        "attention",
-        f"{divergence} B{batch} H{heads} N{tokens} D{width}{' causal' if causal else ''}",
-        tuple(x.requires_grad_() for x in tensors[:2]),
-        tuple(tensors[2:]),
-        ("student_query", "student_key", "teacher_query", "teacher_key"),
-        {"divergence": divergence, "causal": causal},
-        8 * batch * heads * pairs * width,
-        6 * tensors[0].numel() * tensors[0].element_size(),
-    )
-
-
-def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
-    student, teacher = (randn(batch, tokens, width).to(dtype) for _ in range(2))
-    return Work(
-        "pairwise",
-        f"{relation} B{batch} N{tokens} D{width}",
-        (student.requires_grad_(),),
-        (teacher,),
-        ("student", "teacher"),
-        {"relation": relation},
-        8 * batch * tokens**2 * width,
-        3 * student.numel() * student.element_size(),
-    )
-
-
-def hidden_work(
-    tokens=2048, width=768, teacher_width=1024, projected=True, divergence="mse", dtype=torch.float32
-):
-    student = randn(1, tokens, width).to(dtype)
-    teacher = randn(1, tokens, teacher_width if projected else width).to(dtype)
-    if not projected:
-        return Work(
-            "hidden",
-            f"{divergence} {tokens} tokens {width}",
-            (student.requires_grad_(),),
-            (teacher,),
-            ("student", "teacher"),
-            {"divergence": divergence},
-            4 * tokens * width,
-            3 * student.numel() * student.element_size(),
-        )
-    projection = (randn(teacher_width, width) * width**-0.5).to(dtype)
-    return Work(
-        "hidden",
-        f"{divergence} {tokens} tokens {width}→{teacher_width}",
-        (student.requires_grad_(), projection.requires_grad_()),
-        (teacher,),
-        ("student", "projection", "teacher"),
-        {"divergence": divergence},
-        6 * tokens * width * teacher_width,
-        (2 * student.numel() + teacher.numel() + 2 * projection.numel()) * student.element_size(),
-    )
-
-
-def soft_label_work(tokens=512, vocabulary=30522, width=768, divergence="forward_kl", dtype=torch.float32):
-    hidden = [randn(1, tokens, width).to(dtype) for _ in range(2)]
-    heads = [(randn(vocabulary, width) * width**-0.5).to(dtype) for _ in range(2)]
-    return Work(
-        "soft-label",
-        f"{divergence} {tokens} tokens V{vocabulary} D{width}",
-        (hidden[0].requires_grad_(), heads[0].requires_grad_()),
-        (hidden[1], heads[1]),
-        ("student_hidden", "student_head", "teacher_hidden", "teacher_head"),
-        {"divergence": divergence},
-        8 * tokens * vocabulary * width,
-        (3 * hidden[0].numel() + 3 * heads[0].numel()) * hidden[0].element_size(),
-    )
-
-
-WORKS: dict[str, Callable[..., Work]] = {
-    "attention": attention_work,
-    "pairwise": pairwise_work,
-    "hidden": hidden_work,
-    "soft-label": soft_label_work,
-}
+CONTENDERS = ("eager", "eager-half", "compile", "apart", "chunked", "liger", "cpp", "cuda", "triton", *PLANS)
 
 
 @functools.cache
@@ -221,8 +111,17 @@ def liger(work: Work) -> Callable[[], Tensor]:
     return lambda: loss(hidden, head, teacher_hidden, teacher_head)
 
 
+def apart(work: Work) -> Tensor:
+    """Task and soft labels by the operators of their own, in blocks, as they are weighed in `vocabulary_losses`."""
+    hidden, head, teacher_hidden, teacher_head, labels = work.tensors.values()
+    task = token_cross_entropy(hidden, head, labels, backend="chunked")
+    soft = soft_label_alignment(hidden, head, teacher_hidden, teacher_head, **work.options, backend="chunked")
+    return WEIGHTS[0] * task + WEIGHTS[1] * soft
+
+
 LIGER_BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
 
+HEADS = ("soft-label", "vocabulary")  # operators that read heads
 HALF = {"attention": attention_in_half}
 
 
@@ -233,6 +132,8 @@ def contender(work: Work, name: str) -> Callable[[], Tensor]:
         return torch.compile(lambda: work.loss("reference"))
     if name == "liger":
         return liger(work)
+    if name == "apart":
+        return lambda: apart(work)
     if name in PLANS:
         return lambda: with_plan(work, name.removeprefix("triton-"))
     return lambda: work.loss("reference" if name == "eager" else name)
@@ -303,7 +204,8 @@ def resident(field: str) -> float:
 def peak_of(operator: str, options: dict, dtype: str, name: str) -> float:
     """MiB above the inputs and the returned gradients during one step. For a process of its own."""
     # A small call first: libraries and thread pools are not the operator's.
-    small = {"soft-label": {"tokens": 16, "vocabulary": 64, "width": 16}}.get(operator, {"tokens": 16})
+    few = {"tokens": 16, "vocabulary": 64, "width": 16}
+    small = few if operator in HEADS else {"tokens": 16}
     warm = WORKS[operator](**small, dtype=DTYPES[dtype])
     step(warm, contender(warm, name))
     work = WORKS[operator](**options, dtype=DTYPES[dtype])
@@ -378,14 +280,16 @@ def run_bench(
     """Measure one operator and print a table. Returns 0, or 1 if a contender failed its check.
 
     Args:
-        operator: "attention", "pairwise", "hidden" or "soft-label".
+        operator: "attention", "pairwise", "hidden", "soft-label" or "vocabulary".
         options: sizes and choices of the measured call, all optional; `--shapes NAME=VALUE,...` on the command line:
             attention   batch, heads, tokens, width, divergence (kl, mse, score_mse), causal
             pairwise    batch, tokens, width, relation (cosine, dot, distance)
             hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
             soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
+            vocabulary  the same: task and soft labels together
         backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
-            inputs' half precision; "liger" liger-kernel's fused soft labels, where it is installed.
+            inputs' half precision; "liger" liger-kernel's fused soft labels, where it is installed; "apart" task and
+            soft labels by the operators of their own.
         seconds: time after which no further repeat begins.
 
     Raises:
@@ -409,10 +313,13 @@ def run_bench(
     present = {"eager", "compile", *available_backends()}
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")
-    if operator == "soft-label":
+    if operator in HEADS:
         present -= {"cpp", "triton"}
-        if options.get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
-            present.add("liger")
+    if operator == "vocabulary":
+        present.add("apart")
+    fused = operator == "soft-label" and options.get("divergence", "forward_kl") in LIGER_BETA
+    if fused and find_spec("liger_kernel"):
+        present.add("liger")
     if operator != "hidden":
         present.discard("cuda")
     if operator == "attention" and "triton" in present:
@@ -425,7 +332,7 @@ def run_bench(
     failures = {}
     for name in names:
         backend = name.partition("-")[0]
-        own = backend not in ("eager", "compile", "liger")
+        own = backend not in ("eager", "compile", "liger", "apart")
         if own and (failure := checked(operator, backend, DTYPES[dtype])):
             failures[name] = failure
     work = WORKS[operator](**options, dtype=DTYPES[dtype])

@@ -175,7 +175,7 @@ def check_padding(case: Case, backend: str, dtype: torch.dtype, extra: int = 5) 
     tensors = dict(short.tensors)
     some = next(v for k, v in tensors.items() if TOKEN_AXIS.get(k) is not None)
     tokens = some.shape[TOKEN_AXIS[next(k for k in tensors if TOKEN_AXIS.get(k) is not None)]]
-    if case.operator != "cross-entropy":
+    if "labels" not in tensors:
         tensors.setdefault("mask", torch.ones(some.shape[0], tokens, dtype=torch.bool))
     filler = {"mask": False, "segments": 0, "labels": -100, "weights": 1.0}
     for name, value in tensors.items():
@@ -208,7 +208,7 @@ def check_padding(case: Case, backend: str, dtype: torch.dtype, extra: int = 5) 
 
 def as_identical(case: Case) -> Case | None:
     """The case with the student as its own teacher; None where that has no meaning."""
-    if case.operator == "cross-entropy" or case.options.get("heads") == "mean":
+    if "labels" in case.tensors or case.options.get("heads") == "mean":
         return None
     tensors = {k: v for k, v in case.tensors.items() if k not in ("projection", "bias")}
     for name in list(tensors):
@@ -248,7 +248,7 @@ def check_nothing_valid(case: Case, backend: str, dtype: torch.dtype) -> float:
         if axis is not None and value.is_floating_point() and name != "weights":
             tensors[name] = torch.full_like(value, math.nan)
             shape = (value.shape[0], value.shape[axis])
-    if case.operator == "cross-entropy":
+    if "labels" in tensors:
         tensors["labels"] = torch.full(shape, -100)
     else:
         tensors["mask"] = torch.zeros(shape, dtype=torch.bool)

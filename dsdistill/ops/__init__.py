@@ -8,10 +8,19 @@ from dsdistill.ops.attention.op import attention_alignment, relation_heads
 from dsdistill.ops.backends import BackendError, available_backends, backends_taken, load_extension
 from dsdistill.ops.hidden.op import hidden_alignment
 from dsdistill.ops.pairwise.op import pairwise_alignment
-from dsdistill.ops.soft_label.op import logit_alignment, soft_label_alignment, token_cross_entropy
+from dsdistill.ops.soft_label.joint import VocabularyLosses, Weight, vocabulary_losses
+from dsdistill.ops.soft_label.op import (
+    HEAD_BACKENDS,
+    logit_alignment,
+    soft_label_alignment,
+    token_cross_entropy,
+)
 
 __all__ = [
+    "HEAD_BACKENDS",
     "BackendError",
+    "VocabularyLosses",
+    "Weight",
     "attention_alignment",
     "available_backends",
     "backends_taken",
@@ -21,6 +30,7 @@ __all__ = [
     "relation_heads",
     "soft_label_alignment",
     "token_cross_entropy",
+    "vocabulary_losses",
 ]
 
 load_extension()

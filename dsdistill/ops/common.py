@@ -162,15 +162,42 @@ def storage_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
-def with_stored_gradients(compute: Compute, inputs: Sequence[Tensor | None], count: Tensor | None) -> Tensor:
+# Elements that `narrowed` copies at a time.
+NARROWED_AT_ONCE = 1 << 24
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return contiguous x in a type at most half as wide, in the memory of x itself, which is overwritten.
+
+    Beside a gradient of V×D float32 there is then never one of V×D in half precision. The result keeps all of that
+    memory until it goes.
+    """
+    flat = x.view(-1)
+    out = flat.view(dtype)[: flat.numel()]
+    for start in range(0, flat.numel(), NARROWED_AT_ONCE):
+        # What is written reaches no further than half way into what has been read.
+        piece = flat[start : start + NARROWED_AT_ONCE].to(dtype)
+        out[start : start + NARROWED_AT_ONCE] = piece
+    return out.view(x.shape)
+
+
+def with_stored_gradients(
+    compute: Compute,
+    inputs: Sequence[Tensor | None],
+    count: Tensor | None,
+    wide: Sequence[bool] | None = None,
+) -> Tensor:
     """total / count (total itself for None), with the gradients that `compute` found during the forward pass.
 
     The teacher is frozen and the loss a scalar, so its gradient is known when its value is, up to the factor
     that backward brings. `compute` is told which gradients are needed and must skip the others.
+
+    wide: the inputs whose gradients are so large that they wait in the type they were summed in, and are rounded in
+    their own memory by backward. Those of the others are rounded at once, so that less waits. Default: none.
     """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if any(needs):
-        return _StoredGradients.apply(compute, needs, count, *inputs)
+        return _StoredGradients.apply(compute, needs, count, wide or [False] * len(inputs), *inputs)
     with torch.no_grad():
         total, _ = compute(needs)
         return total if count is None else safe_divide(total, count)
@@ -186,19 +213,20 @@ def with_native_gradients(operator, arguments: Sequence, inputs: Sequence[Tensor
         loss, *gradients = operator(*arguments, *needs)
         return loss, [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
-    return _StoredGradients.apply(compute, needs, None, *inputs)
+    return _StoredGradients.apply(compute, needs, None, [False] * len(inputs), *inputs)
 
 
 class _StoredGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, needs, count, *inputs):
+    def forward(ctx, compute, needs, count, wide, *inputs):
         total, gradients = compute(needs)
         factor = None if count is None else safe_divide(torch.ones_like(total), count)
-        ctx.gradients = [
-            # Divided before it is rounded to half precision, so that it is rounded once.
-            None if g is None else (g if factor is None else g.mul_(factor)).to(storage_dtype(x))
-            for g, x in zip(gradients, inputs, strict=True)
-        ]
+        ctx.gradients = []
+        for g, x, stays in zip(gradients, inputs, wide, strict=True):
+            if g is not None and factor is not None:
+                g.mul_(factor)  # before it is rounded to half precision, so that it is rounded once
+            ctx.gradients.append(g if g is None or stays else g.to(storage_dtype(x)))
+        ctx.wide = wide
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total if factor is None else total * factor
 
@@ -217,5 +245,8 @@ class _StoredGradients(torch.autograd.Function):
             # The tensors are this node's own and nobody will ask again: no second copy.
             ctx.gradients = None
             scaled = [None if g is None else g.mul_(upstream) for g in gradients]
-        out = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return None, None, None, *out
+        out = [
+            g if g is None or g.dtype == dtype else narrowed(g, dtype) if stays else g.to(dtype)
+            for g, dtype, stays in zip(scaled, ctx.dtypes, ctx.wide, strict=True)
+        ]
+        return None, None, None, None, *out

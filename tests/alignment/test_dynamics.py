@@ -38,7 +38,7 @@ def plain_changes(student, head, teacher, other_head, mask, caps=(None, None)):
 def test_changes(blocks, monkeypatch):
     if blocks:
         for name in ("MIN_TOKENS", "MAX_TOKENS"):
-            monkeypatch.setattr(f"dsdistill.alignment.lens.{name}", 3)
+            monkeypatch.setattr(f"dsdistill.ops.soft_label.head.{name}", 3)
     student = tuple(draw(2, 5, 4, seed=i).requires_grad_() for i in range(2))
     teacher = tuple(draw(2, 5, 6, seed=i) for i in (2, 3))
     heads = draw(11, 4, seed=4).requires_grad_(), draw(11, 6, seed=5)
@@ -64,7 +64,7 @@ def test_changes(blocks, monkeypatch):
 def test_changes_of_capped_logits(caps, blocks, monkeypatch):
     if blocks:
         for name in ("MIN_TOKENS", "MAX_TOKENS"):
-            monkeypatch.setattr(f"dsdistill.alignment.lens.{name}", 3)
+            monkeypatch.setattr(f"dsdistill.ops.soft_label.head.{name}", 3)
     student = tuple(draw(2, 5, 4, seed=i).requires_grad_() for i in range(2))
     teacher = tuple(draw(2, 5, 6, seed=i) for i in (2, 3))
     heads = draw(11, 4, seed=4), draw(11, 6, seed=5)

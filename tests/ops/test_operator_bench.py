@@ -9,6 +9,7 @@ SMALL = {
     "pairwise": {"tokens": 24, "width": 8},
     "hidden": {"tokens": 24, "width": 8, "teacher_width": 12},
     "soft-label": {"tokens": 24, "vocabulary": 40, "width": 8},
+    "vocabulary": {"tokens": 24, "vocabulary": 40, "width": 8},
 }
 
 

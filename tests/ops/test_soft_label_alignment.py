@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from operator_checks import BACKENDS, every_check, gradient_cases, run_check, run_gradcheck
 
 from dsdistill.ops import logit_alignment, soft_label_alignment, token_cross_entropy
+from dsdistill.ops.soft_label import head as head_module
 from dsdistill.ops.soft_label.divergence import DIVERGENCES
 
 PLAIN = tuple(backend for backend in BACKENDS if backend in ("reference", "chunked"))
@@ -112,6 +113,23 @@ def test_cross_entropy_is_pytorchs(backend):
     labels[0, :7] = -100
     expected = F.cross_entropy((hidden @ head.T).flatten(0, 1), labels.flatten())
     torch.testing.assert_close(token_cross_entropy(hidden, head, labels, backend=backend), expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_blocks_and_slices(divergence, monkeypatch):
+    """All tokens in ranges, in blocks of 7 and slices of 3, give what whole logits give."""
+    inputs, (teacher, teacher_head) = draws(torch.float64)
+    student, head, bias = inputs
+    options = {"student_bias": bias, "divergence": divergence}
+    expected = soft_label_alignment(student, head, teacher, teacher_head, **options, backend="reference")
+    for name in ("MIN_TOKENS", "MAX_TOKENS"):
+        monkeypatch.setattr(head_module, name, 7)
+    monkeypatch.setattr(head_module, "SLICE_ELEMENTS", 3 * 211)
+    found = soft_label_alignment(student, head, teacher, teacher_head, **options, backend="chunked")
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, inputs) for loss in (found, expected))
+    for mine, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, true)
 
 
 @pytest.mark.parametrize("caps", [(2.0, 3.0), (2.0, None), (None, 3.0)], ids=str)

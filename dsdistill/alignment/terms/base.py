@@ -14,6 +14,7 @@ from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
 from dsdistill.models.settings import attention_layers, setting, text_config
 from dsdistill.models.trace import Geometry, Trace
+from dsdistill.ops import HEAD_BACKENDS, VocabularyLosses, Weight
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Pair:
 
     @property
     def logit_backend(self) -> str:
-        """Return the backend of the operators over a vocabulary, which no kernel computes."""
-        return self.backend if self.backend in ("reference", "chunked") else "auto"
+        """Return the backend of the operators over a vocabulary; "auto" where they have not the one asked for."""
+        return self.backend if self.backend in HEAD_BACKENDS else "auto"
 
 
 class AlignmentTerm(nn.Module, ABC):
@@ -100,6 +101,7 @@ class AlignmentTerm(nn.Module, ABC):
     needs_labels: bool = False  # Batch.labels
     needs_spans: bool = False  # Batch.spans
     needs_previous: bool = False  # the student as the stage before left it, as Trace.previous
+    joins: str | None = None  # the term whose sums `sums_with` computes together with this one's, for less
     supervised: bool = False  # by labels alone: train.distill_weight weighs it against all others
     fused: tuple[int, ...] = ()  # teacher layers that the student's domain fusion maps
 
@@ -140,6 +142,17 @@ class AlignmentTerm(nn.Module, ABC):
         Rows of a causal language model may be packed. A term that relates or pools the tokens of an example must not
         take a row for one: alignment/units.py lays out states like the rows of `batch.unpacked`, or pools them.
         """
+
+    def sums_with(
+        self,
+        other: "AlignmentTerm",
+        student: Trace,
+        teacher: Trace,
+        batch: Batch,
+        weights: tuple[Weight, Weight] = (1.0, 1.0),
+    ) -> VocabularyLosses:
+        """Return the sums of `other`, the term that this one joins, and of this one; weights are theirs in `total`."""
+        raise NotImplementedError  # a term that joins none
 
     def _map_layers(
         self, config: Layered, pairs: tuple[tuple[int, int], ...], depths: Sequence[int] | None = None

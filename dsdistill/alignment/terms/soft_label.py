@@ -5,11 +5,18 @@ from typing import Any
 import torch
 
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
-from dsdistill.alignment.terms.task import count_predicted, counted_states, predicting
+from dsdistill.alignment.terms.task import (
+    count_predicted,
+    counted_places,
+    counted_states,
+    predicting,
+    targets,
+)
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel
-from dsdistill.ops import logit_alignment, soft_label_alignment
+from dsdistill.data.batch import NO_LABEL
+from dsdistill.ops import logit_alignment, soft_label_alignment, vocabulary_losses
 
 
 def common_vocabulary(pair: Pair, place: str) -> int | None:
@@ -42,6 +49,7 @@ class SoftLabelTerm(AlignmentTerm):
         super().__init__(config, pair)
         self.needs_logits = pair.task not in LANGUAGE
         self.needs_labels = pair.task in LANGUAGE  # they tell which tokens are predicted
+        self.joins = "task" if pair.task in LANGUAGE else None
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0
         self.common = common_vocabulary(pair, "terms.soft_label") if pair.task in LANGUAGE else None
 
@@ -50,15 +58,19 @@ class SoftLabelTerm(AlignmentTerm):
             return count_predicted(batch, self.pair.task)[None]
         return batch.rows.sum().double()[None]
 
-    def sums(self, student, teacher, batch):
+    @property
+    def _options(self) -> dict[str, Any]:
         config = self.config
-        options: dict[str, Any] = {
+        return {
             "temperature": config.temperature,
             "divergence": config.divergence,
             "beta": config.beta,
             "alpha": config.alpha,
             "reduction": "sum",
         }
+
+    def sums(self, student, teacher, batch):
+        config, options = self.config, self._options
         if self.pair.task == "regression":
             difference = (student.logits[:, 0].float() - teacher.logits[:, 0].float()) / config.temperature
             return torch.where(batch.rows, difference, 0.0).square().sum()[None]
@@ -78,3 +90,23 @@ class SoftLabelTerm(AlignmentTerm):
             **counted_states(batch, self.pair.task),
             **options,
         )[None]
+
+    def sums_with(self, other, student, teacher, batch, weights=(1.0, 1.0)):
+        return vocabulary_losses(
+            predicting(student.output, self.pair.task),
+            student.head,
+            predicting(teacher.output, self.pair.task),
+            teacher.head,
+            labels=targets(batch, self.pair.task),
+            index=counted_places(batch, self.pair.task),
+            weights=weights,
+            common=self.common,
+            student_bias=student.head_bias,
+            teacher_bias=teacher.head_bias,
+            student_softcap=student.softcap,
+            teacher_softcap=teacher.softcap,
+            ignore_index=NO_LABEL,
+            label_smoothing=self.pair.smoothing,
+            backend=self.pair.logit_backend,
+            **self._options,
+        )

@@ -1,56 +1,94 @@
-"""Soft-label losses in plain PyTorch, a block of tokens at a time: the logits of a block, never of the batch.
+"""Losses over a vocabulary in plain PyTorch, a block of tokens at a time: the logits of a block, never of the batch.
 
 With g = ∂L/∂z of a block's student logits (before a soft cap): dh = g W, dW += gᵀ h, db += Σ g, all in the forward
-pass. Tokens that
-do not count are left out before the head, which is nearly all of the work; finding them waits for the device, unless
-the caller says where they are.
+pass. Several losses of the same tokens share the student's logits and these products: their g are added up, each times
+its weight. Tokens that do not count are left out before the head, which is nearly all of the work; finding them waits
+for the device, unless the caller says where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
+from dsdistill.ops.soft_label.head import Head, block_tokens, slice_tokens
 
-# Elements of one block of logits: 32 MiB in float32, so that the products with the heads are worth their calls.
-BLOCK_ELEMENTS = 1 << 23
-MAX_TOKENS, MIN_TOKENS = 256, 64
-# Of a slice of a block in which everything between the products is done: on a CPU its passes then stay in cache.
-SLICE_ELEMENTS = 1 << 18
+Places = Tensor | slice  # of a block's tokens among all: (K,) int64, or a range
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at student hidden, head and bias
 
 
-class Head:
-    """(V, D) matrix, (V,) bias and soft cap of an output layer, ready to multiply blocks in the accumulating dtype."""
+class Loss(Protocol):
+    """One loss over the vocabulary."""
 
-    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float | None = None):
-        # Half precision on a GPU multiplies as it is, summing in float32; elsewhere the matrix is widened once.
-        self.native = (
-            matrix.is_cuda and matrix.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
-        )
-        self.matrix = matrix.detach() if self.native else matrix.detach().to(dtype)
-        self.bias = None if bias is None else bias.detach().to(dtype)
-        self.dtype = dtype
-        self.softcap = softcap
+    entries: int  # of further heads, whose logits lie beside the student's
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        if self.native:
-            return torch.mm(left.to(self.matrix.dtype), right.to(self.matrix.dtype), out_dtype=self.dtype)
-        return left.to(self.dtype) @ right.to(self.dtype)
+    def block(self, places: Places) -> Tensor:
+        """Return what the loss needs of a block's tokens, its first axis the tokens."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        z = self.product(hidden, self.matrix.t())
-        z = z if self.bias is None else z.add_(self.bias)
-        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sum over some tokens of a block, and the gradient at the first of their logits z (tokens, V).
 
-    def below_cap(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Return the gradient at what the soft cap was put on, given that at the logits; may overwrite it.
-
-        With y = c tanh(z / c), ∂y/∂z = 1 − (y / c)².
+        given: the same tokens of what `block` returned; may be overwritten, z may not.
         """
-        return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap).square_())
+
+
+class SoftLabels:
+    """The divergence between both models' predictions over the first entries that the teacher's head has."""
+
+    def __init__(
+        self,
+        teacher_hidden: Tensor,
+        teacher: Head,
+        *,
+        temperature: float,
+        divergence: str,
+        beta: float,
+        alpha: float,
+    ):
+        self.entries = teacher.matrix.shape[0]
+        self._hidden, self._teacher = teacher_hidden.detach().flatten(0, 1), teacher
+        self._temperature, self._formula = temperature, (divergence, beta, alpha)
+
+    def block(self, places: Places) -> Tensor:
+        return self._teacher.logits(self._hidden[places])
+
+    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_q = (z[:, : self.entries] / self._temperature).log_softmax(-1)
+        log_p = given.div_(self._temperature).log_softmax(-1)
+        p = torch.exp(log_p, out=given)
+        value = divergence_rows(log_p, log_q, p, *self._formula).sum()
+        if not with_gradient:
+            return value, None
+        return value, logit_gradient(log_p, log_q, p, *self._formula).div_(self._temperature)
+
+
+class Labels:
+    """Cross-entropy against labels, with ε of label smoothing."""
+
+    entries = 0
+
+    def __init__(self, labels: Tensor, label_smoothing: float):
+        self._labels, self._smoothing = labels.flatten(), label_smoothing
+
+    def block(self, places: Places) -> Tensor:
+        return self._labels[places][:, None]
+
+    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_q = z.log_softmax(-1)
+        own, spread = 1 - self._smoothing, self._smoothing / z.shape[1]  # t: of the label, and of every entry
+        value = -own * log_q.gather(1, given).sum()
+        if self._smoothing:
+            value -= self._smoothing * log_q.mean(-1).sum()
+        if not with_gradient:
+            return value, None
+        gradient = log_q.exp_()  # of a softmax: softmax − t
+        if self._smoothing:
+            gradient.sub_(spread)
+        return value, gradient.scatter_add_(1, given, gradient.new_full(given.shape, -own))
 
 
 def soft_label_total(
@@ -65,36 +103,18 @@ def soft_label_total(
     mask: Tensor | None,
     index: Tensor | None,
     dtype: torch.dtype,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    alpha: float,
     student_softcap: float | None,
     teacher_softcap: float | None,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The same sum as `reference.soft_label_total`; gradients at student hidden, head and bias if needed."""
+    **formula,
+) -> tuple[Tensor, Gradients]:
+    """Return the same sum as `reference.soft_label_total`, and gradients at student hidden, head and bias if needed."""
     student = Head(student_head, student_bias, dtype, student_softcap)
     teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)
-    teacher_hidden = teacher_hidden.detach().flatten(0, 1)
-
-    def block(z_s: Tensor, tokens: Tensor, with_gradient: bool):
-        z_t = teacher.logits(teacher_hidden[tokens])
-        total = z_s.new_zeros(())
-        for mine, other in zip(z_s.split(_slice(z_s)), z_t.split(_slice(z_t)), strict=True):
-            log_q = mine.div_(temperature).log_softmax(-1)
-            log_p = other.div_(temperature).log_softmax(-1)
-            p = log_p.exp()
-            total += divergence_rows(log_p, log_q, p, divergence, beta, alpha).sum()
-            if with_gradient:
-                gradient = logit_gradient(log_p, log_q, p, divergence, beta, alpha)
-                if student.softcap is not None:  # `mine` still holds the logits, divided by τ
-                    gradient = student.below_cap(gradient, mine * temperature)
-                torch.div(gradient, temperature, out=mine)
-        return total, z_s
-
     if index is None and mask is not None:
         index = mask.flatten().nonzero()[:, 0]
-    return _over_blocks(needs, student_hidden, student, index, block)
+    loss = SoftLabels(teacher_hidden, teacher, **formula)
+    totals, gradients = _over_blocks(needs, student_hidden, student, index, [loss], None)
+    return totals[0], gradients
 
 
 def cross_entropy_total(
@@ -109,32 +129,60 @@ def cross_entropy_total(
     dtype: torch.dtype,
     softcap: float | None,
     label_smoothing: float,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The same sum as `reference.cross_entropy_total`; gradients at hidden, head and bias if needed."""
-    labels, output = labels.flatten(), Head(head, bias, dtype, softcap)
-
-    def block(z: Tensor, tokens: Tensor, with_gradient: bool):
-        log_q = z.log_softmax(-1)
-        gold = labels[tokens][:, None]
-        own, spread = 1 - label_smoothing, label_smoothing / z.shape[1]  # t: of the label, and of every entry
-        value = -own * log_q.gather(1, gold).sum()
-        if label_smoothing:
-            value -= label_smoothing * log_q.mean(-1).sum()
-        if not with_gradient:
-            return value, None
-        gradient = log_q.exp_()  # of a softmax: softmax − t
-        if label_smoothing:
-            gradient.sub_(spread)
-        return value, output.below_cap(gradient.scatter_add_(1, gold, gradient.new_full(gold.shape, -own)), z)
-
+) -> tuple[Tensor, Gradients]:
+    """Return the same sum as `reference.cross_entropy_total`, and gradients at hidden, head and bias if needed."""
     if index is None:
-        index = (labels != ignore_index).nonzero()[:, 0]
-    return _over_blocks(needs, hidden, output, index, block)
+        index = (labels != ignore_index).flatten().nonzero()[:, 0]
+    loss = Labels(labels, label_smoothing)
+    totals, gradients = _over_blocks(needs, hidden, Head(head, bias, dtype, softcap), index, [loss], None)
+    return totals[0], gradients
 
 
-def _slice(logits: Tensor) -> int:
-    """Rows of a slice; a GPU takes the block at once."""
-    return len(logits) if logits.is_cuda else max(1, SLICE_ELEMENTS // logits.shape[1])
+def vocabulary_totals(
+    needs: Sequence[bool],
+    student_hidden: Tensor,
+    student_head: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    index: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    label_smoothing: float,
+    **formula,
+) -> tuple[Tensor, Gradients]:
+    """Return (2,) sums, of cross-entropy and of soft labels, and the gradients of weights · sums.
+
+    weights: (2,), in `dtype`. Of the teacher's head only as many entries are given as both models have.
+    """
+    student = Head(student_head, student_bias, dtype, student_softcap)
+    teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)
+    if index is None:
+        index = (labels != ignore_index).flatten().nonzero()[:, 0]
+    losses: list[Loss] = [Labels(labels, label_smoothing), SoftLabels(teacher_hidden, teacher, **formula)]
+    if not student.native:
+        return _over_blocks(needs, student_hidden, student, index, losses, weights)
+    # g goes through half precision there, whose float16 would not hold a weight of 1 / count.
+    largest = weights.abs().max()
+    relative = weights / torch.where(largest > 0, largest, 1)
+    totals, gradients = _over_blocks(needs, student_hidden, student, index, losses, relative)
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(largest)
+    return totals, gradients
+
+
+def _blocks(count: int, index: Tensor | None, size: int) -> Iterator[Places]:
+    if index is None:  # ranges are read where they lie
+        yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
+    else:
+        yield from (places for places in index.split(size) if places.numel())
 
 
 def _over_blocks(
@@ -142,41 +190,68 @@ def _over_blocks(
     hidden: Tensor,
     head: Head,
     index: Tensor | None,
-    block: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]],
-):
-    """Σ over blocks of counted tokens of `block(logits, token indices, with gradient)`, and the gradients.
+    losses: Sequence[Loss],
+    weights: Tensor | None,
+) -> tuple[Tensor, Gradients]:
+    """Return (losses,) sums over the tokens that count, and the gradients of their sum, each times its weight.
 
-    index: (K,) flat places of the tokens that count; None: all.
-    block: may overwrite the logits; returns its sum and, where asked for, the gradient at them.
+    index: (K,) flat places of the tokens that count; None: all. weights: (losses,); None: 1.
     """
-    flat = hidden.detach().flatten(0, 1)
-    total = torch.zeros((), dtype=head.dtype, device=flat.device)
+    flat, vocabulary = hidden.detach().flatten(0, 1), head.matrix.shape[0]
+    totals = torch.zeros(len(losses), dtype=head.dtype, device=flat.device)
     d_hidden = torch.zeros(flat.shape, dtype=head.dtype, device=flat.device) if needs[0] else None
-    d_matrix: Tensor | None = (
-        None  # made by the first block: filling it with zeros would be one more pass over (V, D)
-    )
+    d_matrix: Tensor | None = None  # made by the first block: zeros would be one more pass over (V, D)
     d_bias = torch.zeros_like(head.bias) if head.bias is not None and needs[2] else None
-    if index is None:
-        index = torch.arange(flat.shape[0], device=flat.device)
-    size = max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, head.matrix.shape[0])))
-    for tokens in index.split(size):
-        if not tokens.numel():
-            continue
-        rows = flat[tokens]
-        value, gradient = block(head.logits(rows), tokens, any(needs))
-        total += value
+    size = block_tokens(head.on_gpu, vocabulary, sum(loss.entries for loss in losses))
+    for places in _blocks(len(flat), index, size):
+        rows = head.operand(flat[places])
+        gradient = _block(head, rows, places, losses, weights, totals, any(needs))
         if gradient is None:
             continue
-        if d_hidden is not None:
-            d_hidden[tokens] = head.product(gradient, head.matrix)
-        if needs[1]:
-            if d_matrix is None or head.native:
-                part = head.product(gradient.t(), rows)
-                d_matrix = part if d_matrix is None else d_matrix.add_(part)
-            else:
-                d_matrix.addmm_(gradient.t(), rows.to(head.dtype))
         if d_bias is not None:
             d_bias += gradient.sum(0)
+        gradient = head.operand(gradient)
+        if d_hidden is not None:
+            d_hidden[places] = head.product(gradient, head.matrix)
+        if needs[1] and d_matrix is None:
+            d_matrix = head.product(gradient.t(), rows)
+        elif d_matrix is not None:
+            head.add_product(d_matrix, gradient.t(), rows)
     if needs[1] and d_matrix is None:
         d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device)
-    return total, (None if d_hidden is None else d_hidden.view(hidden.shape), d_matrix, d_bias)
+    return totals, (None if d_hidden is None else d_hidden.view(hidden.shape), d_matrix, d_bias)
+
+
+def _block(
+    head: Head,
+    rows: Tensor,
+    places: Places,
+    losses: Sequence[Loss],
+    weights: Tensor | None,
+    totals: Tensor,
+    with_gradient: bool,
+) -> Tensor | None:
+    """Add the losses of a block to `totals`; return (tokens, V), the gradient at its logits, if asked for.
+
+    The gradient takes the place of the logits, slice by slice.
+    """
+    z = head.logits(rows)
+    given = [loss.block(places) for loss in losses]
+    size = slice_tokens(head.on_gpu, z.shape[1])
+    for start in range(0, len(z), size):
+        part = slice(start, start + size)
+        whole: Tensor | None = None
+        for place, loss in enumerate(losses):
+            value, gradient = loss.rows(z[part], given[place][part], with_gradient)
+            totals[place] += value
+            if gradient is None:
+                continue
+            if weights is not None:
+                gradient.mul_(weights[place])
+            if whole is None:
+                whole = gradient
+            else:  # a later loss reads no more entries than the first
+                whole[:, : gradient.shape[1]] += gradient
+        if whole is not None:
+            z[part] = head.below_cap(whole, z[part])
+    return z if with_gradient else None

@@ -25,6 +25,10 @@ from dsdistill.ops.common import (
 from dsdistill.ops.soft_label import chunked, reference
 from dsdistill.ops.soft_label.divergence import DIVERGENCES
 
+# The backends of all operators over a vocabulary that read heads, the fastest first.
+HEAD_BACKENDS = ("chunked", "reference")
+WIDE = (False, True, False)  # of the gradients at hidden states, head and bias: the head's is large
+
 
 def soft_label_alignment(
     student_hidden: Tensor,
@@ -73,35 +77,24 @@ def soft_label_alignment(
             heads of unequal vocabulary. Heads padded to unequal sizes must be sliced to the common vocabulary: a
             padding row would receive probability.
     """
-    check_tensor("student_hidden", student_hidden, {"B": None, "N": None, "D_s": None})
-    batch, tokens, width = student_hidden.shape
-    check_tensor(
-        "teacher_hidden", teacher_hidden, {"B": batch, "N": tokens, "D_t": None}, like=student_hidden
-    )
-    check_tensor("student_head", student_head, {"V": None, "D_s": width}, like=student_hidden)
-    check_tensor(
-        "teacher_head", teacher_head, {"V": None, "D_t": teacher_hidden.shape[2]}, like=student_hidden
-    )
-    vocabulary = student_head.shape[0]
-    if teacher_head.shape[0] != vocabulary:
+    check_models(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias)
+    batch, tokens, _ = student_hidden.shape
+    if teacher_head.shape[0] != student_head.shape[0]:
         raise ValueError(
-            f"student_head, teacher_head: got vocabularies of {vocabulary} and {teacher_head.shape[0]}, expected "
-            "equal ones; slice both heads to the tokens that both models have"
+            f"student_head, teacher_head: got vocabularies of {student_head.shape[0]} and {teacher_head.shape[0]}, "
+            "expected equal ones; slice both heads to the tokens that both models have"
         )
-    for name, bias in (("student_bias", student_bias), ("teacher_bias", teacher_bias)):
-        if bias is not None:
-            check_tensor(name, bias, {"V": vocabulary}, like=student_hidden)
     check_mask(mask, (batch, tokens), student_hidden)
     check_index(index, mask, student_hidden)
-    formula = _check_formula(temperature, divergence, beta, alpha)
+    formula = check_formula(temperature, divergence, beta, alpha)
     caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
-    _check_softcaps(**caps)
+    check_softcaps(**caps)
     check_choice("reduction", reduction, REDUCTIONS)
 
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
     dtype = accumulate_dtype(*tensors)
     setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": dtype, **formula, **caps}
-    chosen = _choose("soft_label_alignment", backend, student_hidden)
+    chosen = choose("soft_label_alignment", backend, student_hidden)
     with without_autocast(student_hidden.device):
         count = None
         if reduction == "mean" and mask is not None:
@@ -116,6 +109,7 @@ def soft_label_alignment(
             lambda needs: chunked.soft_label_total(needs, *tensors, **setting),
             (student_hidden, student_head, student_bias),
             count,
+            WIDE,
         )
 
 
@@ -155,21 +149,16 @@ def token_cross_entropy(
         ValueError: wrong shape, dtype, device or name, or a soft cap that is not positive.
     """
     check_tensor("hidden", hidden, {"B": None, "N": None, "D": None})
-    batch, tokens, width = hidden.shape
-    check_tensor("head", head, {"V": None, "D": width}, like=hidden)
+    check_tensor("head", head, {"V": None, "D": hidden.shape[2]}, like=hidden)
     if bias is not None:
         check_tensor("bias", bias, {"V": head.shape[0]}, like=hidden)
-    if tuple(labels.shape) != (batch, tokens) or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels: got {tuple(labels.shape)} {labels.dtype}, expected ({batch}, {tokens}) int64"
-        )
-    check_device("labels", labels, hidden)
+    check_labels(labels, hidden)
     check_index(index, None, hidden)
-    _check_softcaps(softcap=softcap)
+    check_softcaps(softcap=softcap)
     check_range("label_smoothing", label_smoothing, 0, 1)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(hidden, head, bias)
-    chosen = _choose("token_cross_entropy", backend, hidden)
+    chosen = choose("token_cross_entropy", backend, hidden)
     with without_autocast(hidden.device):
         count = None
         if reduction == "mean" and index is not None:
@@ -185,6 +174,7 @@ def token_cross_entropy(
             lambda needs: chunked.cross_entropy_total(needs, hidden, head, labels, bias, **setting),
             (hidden, head, bias),
             count,
+            WIDE,
         )
 
 
@@ -217,7 +207,7 @@ def logit_alignment(
     check_tensor("student_logits", student_logits, shape)
     check_tensor("teacher_logits", teacher_logits, shape, like=student_logits)
     check_mask(mask, tuple(student_logits.shape[:-1]), student_logits)
-    formula = _check_formula(temperature, divergence, beta, alpha)
+    formula = check_formula(temperature, divergence, beta, alpha)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student_logits, teacher_logits)
     with without_autocast(student_logits.device):
@@ -231,7 +221,39 @@ def logit_alignment(
         return safe_divide(rows.sum(), count)
 
 
-def _check_formula(temperature: float, divergence: str, beta: float, alpha: float) -> dict:
+def check_models(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+) -> None:
+    check_tensor("student_hidden", student_hidden, {"B": None, "N": None, "D_s": None})
+    batch, tokens, width = student_hidden.shape
+    check_tensor(
+        "teacher_hidden", teacher_hidden, {"B": batch, "N": tokens, "D_t": None}, like=student_hidden
+    )
+    check_tensor("student_head", student_head, {"V": None, "D_s": width}, like=student_hidden)
+    check_tensor(
+        "teacher_head", teacher_head, {"V": None, "D_t": teacher_hidden.shape[2]}, like=student_hidden
+    )
+    for name, bias, head in (
+        ("student_bias", student_bias, student_head),
+        ("teacher_bias", teacher_bias, teacher_head),
+    ):
+        if bias is not None:
+            check_tensor(name, bias, {"V": head.shape[0]}, like=student_hidden)
+
+
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    shape = tuple(hidden.shape[:2])
+    if tuple(labels.shape) != shape or labels.dtype != torch.int64:
+        raise ValueError(f"labels: got {tuple(labels.shape)} {labels.dtype}, expected {shape} int64")
+    check_device("labels", labels, hidden)
+
+
+def check_formula(temperature: float, divergence: str, beta: float, alpha: float) -> dict:
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a number above 0")
     check_choice("divergence", divergence, DIVERGENCES)
@@ -245,17 +267,17 @@ def _check_formula(temperature: float, divergence: str, beta: float, alpha: floa
     }
 
 
-def _check_softcaps(**caps: float | None) -> None:
+def check_softcaps(**caps: float | None) -> None:
     for name, cap in caps.items():
         if cap is not None and not 0 < cap < math.inf:
             raise ValueError(f"{name}: got {cap}, expected a number above 0, or None")
 
 
-def _choose(operator: str, backend: str, like: Tensor) -> str:
+def choose(operator: str, backend: str, like: Tensor) -> str:
     return choose_backend(
         operator,
         backend,
-        preference=("chunked", "reference"),
+        preference=HEAD_BACKENDS,
         missing={
             name: "soft labels have only 'reference' and 'chunked'" for name in ("cpp", "triton", "cuda")
         },

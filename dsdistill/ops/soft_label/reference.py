@@ -85,3 +85,50 @@ def cross_entropy_total(
         reduction="sum",
         label_smoothing=label_smoothing,
     )
+
+
+def vocabulary_totals(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+    *,
+    index: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    **formula,
+) -> Tensor:
+    """Return (2,): `cross_entropy_total`, and `soft_label_total` of the same tokens over the teacher's entries."""
+    common = teacher_head.shape[0]
+    task = cross_entropy_total(
+        student_hidden,
+        student_head,
+        labels,
+        student_bias,
+        index=index,
+        ignore_index=ignore_index,
+        dtype=dtype,
+        softcap=student_softcap,
+        label_smoothing=label_smoothing,
+    )
+    soft = soft_label_total(
+        student_hidden,
+        student_head[:common],
+        teacher_hidden,
+        teacher_head,
+        None if student_bias is None else student_bias[:common],
+        teacher_bias,
+        mask=None if index is not None else labels != ignore_index,
+        index=index,
+        dtype=dtype,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        **formula,
+    )
+    return torch.stack([task, soft])

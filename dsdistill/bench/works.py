@@ -1,0 +1,142 @@
+"""The measured calls of the microbenchmark, one of each operator, with the arithmetic and bytes of its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsdistill.bench.cases import FUNCTIONS
+
+
+def device() -> str:
+    """The GPU if there is one: everything here is measured on it then, and on the CPU otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=device())
+
+
+@dataclass(frozen=True)
+class Work:
+    """One measured call. flops and bytes: of the definition, forward and backward, each tensor touched once."""
+
+    operator: str
+    label: str
+    student: tuple[Tensor, ...]
+    fixed: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    options: dict
+    flops: float
+    bytes: float
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the operator is given, by the names of its arguments."""
+        return dict(zip(self.names, (*self.student, *self.fixed), strict=True))
+
+    def loss(self, backend: str) -> Tensor:
+        """Return the loss of one call."""
+        return FUNCTIONS[self.operator](**self.tensors, **self.options, backend=backend)
+
+
+def attention_work(
+    batch=4, heads=12, tokens=1024, width=64, divergence="kl", causal=False, dtype=torch.float32
+):
+    tensors = [randn(batch, heads, tokens, width).to(dtype) for _ in range(4)]
+    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    return Work(
+        "attention",
+        f"{divergence} B{batch} H{heads} N{tokens} D{width}{' causal' if causal else ''}",
+        tuple(x.requires_grad_() for x in tensors[:2]),
+        tuple(tensors[2:]),
+        ("student_query", "student_key", "teacher_query", "teacher_key"),
+        {"divergence": divergence, "causal": causal},
+        8 * batch * heads * pairs * width,
+        6 * tensors[0].numel() * tensors[0].element_size(),
+    )
+
+
+def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
+    student, teacher = (randn(batch, tokens, width).to(dtype) for _ in range(2))
+    return Work(
+        "pairwise",
+        f"{relation} B{batch} N{tokens} D{width}",
+        (student.requires_grad_(),),
+        (teacher,),
+        ("student", "teacher"),
+        {"relation": relation},
+        8 * batch * tokens**2 * width,
+        3 * student.numel() * student.element_size(),
+    )
+
+
+def hidden_work(
+    tokens=2048, width=768, teacher_width=1024, projected=True, divergence="mse", dtype=torch.float32
+):
+    student = randn(1, tokens, width).to(dtype)
+    teacher = randn(1, tokens, teacher_width if projected else width).to(dtype)
+    if not projected:
+        return Work(
+            "hidden",
+            f"{divergence} {tokens} tokens {width}",
+            (student.requires_grad_(),),
+            (teacher,),
+            ("student", "teacher"),
+            {"divergence": divergence},
+            4 * tokens * width,
+            3 * student.numel() * student.element_size(),
+        )
+    projection = (randn(teacher_width, width) * width**-0.5).to(dtype)
+    return Work(
+        "hidden",
+        f"{divergence} {tokens} tokens {width}→{teacher_width}",
+        (student.requires_grad_(), projection.requires_grad_()),
+        (teacher,),
+        ("student", "projection", "teacher"),
+        {"divergence": divergence},
+        6 * tokens * width * teacher_width,
+        (2 * student.numel() + teacher.numel() + 2 * projection.numel()) * student.element_size(),
+    )
+
+
+def soft_label_work(tokens=512, vocabulary=30522, width=768, divergence="forward_kl", dtype=torch.float32):
+    hidden = [randn(1, tokens, width).to(dtype) for _ in range(2)]
+    heads = [(randn(vocabulary, width) * width**-0.5).to(dtype) for _ in range(2)]
+    return Work(
+        "soft-label",
+        f"{divergence} {tokens} tokens V{vocabulary} D{width}",
+        (hidden[0].requires_grad_(), heads[0].requires_grad_()),
+        (hidden[1], heads[1]),
+        ("student_hidden", "student_head", "teacher_hidden", "teacher_head"),
+        {"divergence": divergence},
+        8 * tokens * vocabulary * width,
+        (3 * hidden[0].numel() + 3 * heads[0].numel()) * hidden[0].element_size(),
+    )
+
+
+def vocabulary_work(tokens=512, vocabulary=30522, width=768, divergence="forward_kl", dtype=torch.float32):
+    soft = soft_label_work(tokens, vocabulary, width, divergence, dtype)
+    labels = torch.randint(vocabulary, (1, tokens), device=device())
+    return Work(
+        "vocabulary",
+        f"task and {soft.label}",
+        soft.student,
+        (*soft.fixed, labels),
+        (*soft.names, "labels"),
+        soft.options,
+        soft.flops,
+        soft.bytes,
+    )
+
+
+WORKS: dict[str, Callable[..., Work]] = {
+    "attention": attention_work,
+    "pairwise": pairwise_work,
+    "hidden": hidden_work,
+    "soft-label": soft_label_work,
+    "vocabulary": vocabulary_work,
+}

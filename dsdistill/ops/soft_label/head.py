@@ -1,0 +1,111 @@
+"""The output layer of a model, multiplied a block of tokens at a time, and how large a block is."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Elements of one block of logits: 32 MiB in float32, so that the products with the heads are worth their calls.
+BLOCK_ELEMENTS = 1 << 23
+MAX_TOKENS, MIN_TOKENS = 256, 64
+# Bytes of the logits of all models in a block on a GPU. With what a slice needs and a head's gradient in float32 this
+# keeps a student 3584 wide with 152,000 entries below V·D·4 bytes + 0.6 GiB (tests/planner/test_vocabulary_memory.py).
+GPU_BYTES = 320 << 20
+GPU_MAX_TOKENS = 2048
+# Elements of a slice of a block, in which everything between the products is done: on a CPU 1 MiB in float32, so that
+# its passes stay in cache; on a GPU 16 MiB, so that a block needs few calls and little memory beside its logits.
+SLICE_ELEMENTS, GPU_SLICE_ELEMENTS = 1 << 18, 1 << 22
+# Elements of a panel of the head on a CPU. A product with all of a large matrix's rows takes 1.6 times as long as one
+# with panels of 1 MiB (MKL on an AMD EPYC, V = 30522, D = 768: 628 against 345 ms for 512 tokens).
+PANEL_ELEMENTS = 1 << 18
+
+
+class Head:
+    """(V, D) matrix, (V,) bias and soft cap of an output layer, ready to multiply blocks in the accumulating dtype."""
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float | None = None):
+        self.on_gpu = matrix.is_cuda
+        # Half precision on a GPU multiplies as it is, summing in float32; elsewhere the matrix is widened once.
+        self.native = (
+            self.on_gpu and matrix.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+        )
+        self.matrix = matrix.detach() if self.native else matrix.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.dtype = dtype
+        self.softcap = softcap
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Return x in the type in which the head multiplies."""
+        return x.to(self.matrix.dtype)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the matrix product in the accumulating dtype."""
+        left, right = self.operand(left), self.operand(right)
+        return torch.mm(left, right, out_dtype=self.dtype) if self.native else left @ right
+
+    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the matrix product to `total`, (rows, columns) in the accumulating dtype, in place."""
+        left, right = self.operand(left), self.operand(right)
+        if not self.native:
+            total.addmm_(left, right)
+        elif _adds_half(total.device, left.dtype):
+            torch.addmm(total, left, right, out_dtype=self.dtype, out=total)
+        else:  # in panels, so that no second matrix of this size is made
+            size = max(1, GPU_SLICE_ELEMENTS // total.shape[1])
+            for rows, part in zip(left.split(size), total.split(size), strict=True):
+                part.add_(torch.mm(rows, right, out_dtype=self.dtype))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (tokens, V), soft-capped, of (tokens, D)."""
+        z = self._product_with_rows(hidden)
+        z = z if self.bias is None else z.add_(self.bias)
+        return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def _product_with_rows(self, hidden: Tensor) -> Tensor:
+        if self.on_gpu:
+            return self.product(hidden, self.matrix.t())
+        hidden, (vocabulary, width) = self.operand(hidden), self.matrix.shape
+        z = hidden.new_empty(len(hidden), vocabulary)
+        size = max(64, PANEL_ELEMENTS // max(1, width))
+        for panel, part in zip(self.matrix.split(size), z.split(size, 1), strict=True):
+            torch.mm(hidden, panel.t(), out=part)
+        return z
+
+    def below_cap(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Return the gradient at what the soft cap was put on, given that at the logits; may overwrite it.
+
+        With y = c tanh(z / c), ∂y/∂z = 1 − (y / c)².
+        """
+        return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap).square_())
+
+
+def block_tokens(on_gpu: bool, vocabulary: int, others: int = 0) -> int:
+    """Return how many tokens a block has.
+
+    vocabulary: entries of the student's head. others: those of the further heads whose logits lie beside its own.
+    """
+    if not on_gpu:
+        return max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, vocabulary)))
+    size = max(MIN_TOKENS, min(GPU_MAX_TOKENS, GPU_BYTES // (4 * max(1, vocabulary + others))))
+    return size - size % MIN_TOKENS
+
+
+def slice_tokens(on_gpu: bool, vocabulary: int) -> int:
+    """Return how many tokens a slice of a block has."""
+    return max(1, (GPU_SLICE_ELEMENTS if on_gpu else SLICE_ELEMENTS) // vocabulary)
+
+
+@functools.cache
+def _adds_half(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether torch adds a product of half-precision matrices to one in float32 here.
+
+    On CUDA `addmm` takes `out_dtype`; its first versions want the matrix that is added to in half precision, too.
+    """
+    total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True

@@ -1,0 +1,181 @@
+"""Public losses over a vocabulary, task and soft labels together: checks, normalisation, weights and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsdistill.ops.common import (
+    REDUCTIONS,
+    accumulate_dtype,
+    check_choice,
+    check_index,
+    check_range,
+    safe_divide,
+    with_stored_gradients,
+    without_autocast,
+)
+from dsdistill.ops.soft_label import chunked, reference
+from dsdistill.ops.soft_label.op import (
+    WIDE,
+    check_formula,
+    check_labels,
+    check_models,
+    check_softcaps,
+    choose,
+)
+
+Weight = float | Tensor
+
+
+class VocabularyLosses(NamedTuple):
+    """Task and soft labels of the same tokens, each a scalar in float32 (float64 if any input is)."""
+
+    total: Tensor  # their weighted sum
+    task: Tensor  # cross-entropy
+    soft: Tensor  # divergence from the teacher
+
+
+def vocabulary_losses(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    labels: Tensor,
+    index: Tensor | None = None,
+    weights: tuple[Weight, Weight] = (1.0, 1.0),
+    common: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> VocabularyLosses:
+    """Cross-entropy of the next token and divergence from the teacher's predictions, from one product with each head.
+
+    The losses are those of `token_cross_entropy` and `soft_label_alignment` over the same tokens. The student's logits
+    and the products of the backward pass are shared, so that both take little more than soft labels alone.
+
+    Args:
+        student_hidden: (B, N, D_s). student_head: (V_s, D_s), as nn.Linear holds its weight. student_bias: (V_s,).
+        teacher_hidden: (B, N, D_t). teacher_head: (V_t, D_t). teacher_bias: (V_t,).
+        labels: (B, N) int64 in [0, V_s) or `ignore_index`, aligned with the hidden states; nothing is shifted here.
+        index: (K,) int64, ascending: flat places b·N + n of the tokens that count in both losses, in place of those
+            whose label is not `ignore_index`. The labels there must be in [0, V_s), those elsewhere are not read, and
+            nothing waits for the device to find the places. The values are not checked.
+        weights: of task and soft labels in `total`: numbers, or scalar tensors on any device, taken as constants.
+        common: the soft labels compare the first entries of both heads, this many (padding comes behind them). The task
+            sees all V_s. Default: all, where V_s = V_t.
+        student_softcap, teacher_softcap, temperature, divergence, beta, alpha: as `soft_label_alignment`; the task
+            sees the student's soft cap, too, but no temperature.
+        label_smoothing: as `token_cross_entropy`.
+        reduction: "mean" over the tokens that count, or "sum".
+        backend: "auto", "reference" or "chunked".
+
+    Returns:
+        total = weights[0] · task + weights[1] · soft, with gradients to the student's hidden states, head and bias
+        (each only if it requires them). They are found in the forward pass: one gradient of the head in float32.
+        task and soft: the two losses. They, too, have gradients, for whoever weighs them only afterwards; but those are
+        found when backward asks for them, which computes the logits once more. With nothing valid all are 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or name, a soft cap that is not positive, heads of unequal size without
+            `common`, or a `common` that a head does not have.
+    """
+    check_models(student_hidden, student_head, student_bias, teacher_hidden, teacher_head, teacher_bias)
+    check_labels(labels, student_hidden)
+    check_index(index, None, student_hidden)
+    common = _check_common(common, student_head.shape[0], teacher_head.shape[0])
+    formula = check_formula(temperature, divergence, beta, alpha)
+    caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
+    check_softcaps(**caps)
+    check_range("label_smoothing", label_smoothing, 0, 1)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+    teacher = (teacher_hidden, teacher_head[:common], None if teacher_bias is None else teacher_bias[:common])
+    inputs = (student_hidden, student_head, student_bias)
+    dtype = accumulate_dtype(*inputs, *teacher)
+    setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
+    setting |= {"label_smoothing": float(label_smoothing), **formula, **caps}
+    chosen = choose("vocabulary_losses", backend, student_hidden)
+    with without_autocast(student_hidden.device):
+        scale = torch.stack([_scalar(weight, student_hidden.device, dtype) for weight in weights])
+        share = torch.ones((), dtype=dtype, device=student_hidden.device)  # of the mean that a sum has
+        if reduction == "mean":
+            count = (labels != ignore_index).sum() if index is None else share * index.numel()
+            share = safe_divide(share, count)
+        if chosen == "reference":
+            sums = reference.vocabulary_totals(*inputs, *teacher, labels, **setting) * share
+            return VocabularyLosses((scale * sums).sum(), *sums.unbind())
+        found = []
+
+        def stored(needs):
+            sums, gradients = chunked.vocabulary_totals(
+                needs, *inputs, *teacher, labels, scale * share, **setting
+            )
+            found.append(sums * share)
+            return (scale * found[0]).sum(), gradients
+
+        def later(upstream, needs, hidden, head, bias):
+            # The precision is the forward pass's, whatever backward runs under.
+            with without_autocast(student_hidden.device):
+                return chunked.vocabulary_totals(
+                    needs, hidden, head, bias, *teacher, labels, upstream * share, **setting
+                )[1]
+
+        total = with_stored_gradients(stored, inputs, None, WIDE)
+        if total.requires_grad:
+            return VocabularyLosses(total, *_GradientsLater.apply(later, found[0], *inputs))
+        return VocabularyLosses(total, *found[0].unbind())
+
+
+class _GradientsLater(torch.autograd.Function):
+    """Two losses whose gradients are computed when backward asks for them, since only then their weights are known."""
+
+    @staticmethod
+    def forward(ctx, compute: Callable, losses: Tensor, *inputs):
+        ctx.compute = compute
+        ctx.save_for_backward(*inputs)
+        return losses[0].clone(), losses[1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        given = ctx.saved_tensors
+        gradients = ctx.compute(torch.stack(upstream), ctx.needs_input_grad[2:], *given)
+        return (
+            None,
+            None,
+            *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, given, strict=True)),
+        )
+
+
+def _scalar(weight: Weight, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.detach().to(device, dtype, non_blocking=True).reshape(())
+    return torch.full((), weight, dtype=dtype, device=device)
+
+
+def _check_common(common: int | None, student: int, teacher: int) -> int:
+    if common is None and student != teacher:
+        raise ValueError(
+            f"student_head, teacher_head: got vocabularies of {student} and {teacher}, expected equal ones, or in "
+            "`common` how many entries both models have"
+        )
+    if common is None:
+        return student
+    if not 0 < common <= min(student, teacher):
+        raise ValueError(f"common: got {common}, expected a number from 1 to {min(student, teacher)}")
+    return common
