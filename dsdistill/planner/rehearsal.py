@@ -119,7 +119,7 @@ def rehearse(
     ledger = Ledger((batch_size, config.data.max_length))
     with ledger.fake:
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
-        batch = _batch(config, models.pair.student.vocabulary, batch_size, whole)
+        batch = _batch(config, batch_size)
         teacher = previous = None
         if objective.needs("teacher"):
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
@@ -216,14 +216,13 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
         ledger.add(BEFORE, rank.dtype.itemsize * count_parameters(previous.model))
 
 
-def _batch(config: Config, vocabulary: int, size: int, whole: bool) -> Batch:
+def _batch(config: Config, size: int) -> Batch:
     tokens = config.data.max_length
     ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:
         labels = ids
         places = torch.arange(size * tokens).view(size, tokens)
         counted = (places[:, 1:] if config.task == "causal_lm" else places).flatten()
-        counted = counted if whole else counted[: 3 * _block(vocabulary)]
     elif config.task == "regression":
         labels = torch.zeros(size)
     else:
@@ -240,11 +239,6 @@ def _batch(config: Config, vocabulary: int, size: int, whole: bool) -> Batch:
         chance=torch.zeros(size),
         counted=counted,
     )
-
-
-def _block(vocabulary: int) -> int:
-    """Return the most places at once of which an operator makes logits (ops/soft_label/chunked.py)."""
-    return max(64, min(256, (1 << 23) // vocabulary))
 
 
 @contextlib.contextmanager

@@ -61,13 +61,17 @@ class _Kind:
     def __init__(self):
         self.held: int | None = None
         self.known = self.own = False
-        self.rest: tuple | None = None  # what follows the first in a tuple of outputs; None: there is no tuple
+        self.rest: tuple | None = (
+            None  # what follows the first in a tuple of outputs; None: there is no tuple
+        )
 
     def note(self, states: Any, output: Any, held: int, saved: set[int] | None) -> None:
         """Take down what a layer made of its input; saved: storages that backward needs, None where it runs again."""
         self.held = held
         first, *rest = output if isinstance(output, tuple) else (output,)
-        if any(isinstance(x, Tensor) for x in rest) or not all(isinstance(x, Tensor) for x in (states, first)):
+        if any(isinstance(x, Tensor) for x in rest) or not all(
+            isinstance(x, Tensor) for x in (states, first)
+        ):
             return
         self.known = (first.shape, first.dtype) == (states.shape, states.dtype)
         self.rest = tuple(rest) if isinstance(output, tuple) else None
