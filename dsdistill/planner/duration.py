@@ -4,7 +4,8 @@ Operations of a token, a product and a sum counted as two:
 
   teacher    2 · N_t + A_t            N: values of matrices below the head that a token passes
   student    6 · N_s + 3 · A_s        forward once, backward twice; 8 and 4 where layers run again in backward
-  heads      6 · V_s · D_s a term over logits, which makes them again, and 2 · V_t · D_t where the teacher's are read
+  heads      6 · V_s · D_s a term over logits (terms that are computed together are one), and 2 · V_t · D_t where the
+             teacher's are read
   terms      6 · P for projectors of P values; 6/4 · A_s + 2/4 · A_t of each mapped attention layer
 
 A = Σ 4 · H · d · keys over the layers, keys being half of a sequence where attention is causal: query by key, and
@@ -53,8 +54,12 @@ def operations(
     mapped = sum(1.5 * attention[layer - 1] for layer in objective.layers("student_attention"))
     heads = 0.0
     if task in LANGUAGE:
-        reading = sum(bool(term.needs_head or term.supervised) for term in objective.terms.values())
-        heads += 6 * own.head * reading
+        reading = [
+            term
+            for term in objective.terms.values()
+            if (term.needs_head or term.supervised) and term.joins not in objective.terms
+        ]
+        heads += 6 * own.head * len(reading)
     if teacher is not None and objective.needs("teacher"):
         theirs = attention_operations(teacher[0], task, length)
         found["teacher"] = 2 * teacher[1].multiplied + sum(theirs)

@@ -160,7 +160,7 @@ class TestDuration:
         assert found == {
             "student": 6 * 2 * layer + 3 * 2 * keys,
             "teacher": 2 * 3 * layer + 3 * keys,
-            "heads": 2 * 6 * 64_000 + 2 * 64_000,
+            "heads": 6 * 64_000 + 2 * 64_000,
             "terms": 6 * 3 * 64 * 64 + 2 * 2 * keys,
         }
         again = config.model_copy(

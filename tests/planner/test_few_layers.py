@@ -6,6 +6,7 @@ from dsdistill.config.load import make_config
 from dsdistill.ops.attention import chunked as attention
 from dsdistill.ops.hidden import chunked as hidden
 from dsdistill.ops.pairwise import chunked as pairwise
+from dsdistill.ops.soft_label import head
 from dsdistill.planner import stand_in
 from dsdistill.planner.plan import Forecast
 from dsdistill.planner.rehearsal import PHASES, rehearse
@@ -123,7 +124,8 @@ def test_a_few_blocks_stand_for_all(monkeypatch):
         monkeypatch.setattr(operator, "MAX_ROWS", 32)
     monkeypatch.setattr(hidden, "BLOCK_ELEMENTS", 1)  # 64 tokens
     terms = LOGITS | {"hidden": {"layers": "last"}, "attention": {"layers": "last"}, "pairwise": {}}
-    monkeypatch.setitem(FAMILIES, "qwen2", FAMILIES["qwen2"] | {"vocab_size": 60000})  # blocks of 139 tokens
+    monkeypatch.setattr(head, "GPU_MAX_TOKENS", 64)
+    monkeypatch.setattr(head, "GPU_SLICE_ELEMENTS", 8 * 8000)
     check(("qwen2", 3, 3, True, "bf16", terms), monkeypatch)
 
 
