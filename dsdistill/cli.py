@@ -87,13 +87,40 @@ def plan(
     world_size: Annotated[int, typer.Option("--world-size", help="Ranks, one a GPU.")] = 1,
     gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="Memory of a rank.")] = "80GiB",
     cpu: Annotated[bool, typer.Option("--cpu", help="The ranks are processes on CPUs.")] = False,
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option("--ranks-per-node", help="Ranks that share a host's memory. [default: all, at most 8]"),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--host-memory", metavar="SIZE", help="Host memory of a node; more than that is refused."
+        ),
+    ] = None,
+    peak_flops: Annotated[
+        float | None,
+        typer.Option(
+            "--peak-flops",
+            help="Dense operations a second of a rank at its best. [default: an A100's; with --cpu no time]",
+        ),
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option("--utilisation", help="Share of these that training comes to.")
+    ] = 0.4,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest",
+            help="Propose stages, offload, checkpointing and a micro-batch that fit, as overrides.",
+        ),
+    ] = False,
     json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the bytes there.")
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
     ] = None,
 ):
-    """What CONFIG would take of a rank's memory, and the largest micro-batch that fits; loads and downloads nothing.
+    """Tell what CONFIG would take of memory (ranks, hosts), disk and time, and the largest micro-batch that fits.
 
-    Exit code 1 where it does not fit as it is.
+    Nothing is loaded or downloaded. Exit code 1 where it does not fit as it is.
     """
     from dsdistill.disk import check_file
 
@@ -101,17 +128,34 @@ def plan(
     config = load(settings)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
     _quiet_libraries()
-    from dsdistill.planner.plan import make_plan, parse_memory, refusal, table, write
+    from dsdistill.planner.duration import check_rate
+    from dsdistill.planner.listing import refusal, table, write
+    from dsdistill.planner.plan import make_plan, parse_memory
+    from dsdistill.planner.suggest import proposals
+    from dsdistill.planner.suggest import suggest as propose
 
     memory = parse_memory(gpu_memory)
+    host = None if host_memory is None else parse_memory(host_memory, "--host-memory")
+    rate = check_rate(peak_flops, utilisation, config.train.dtype, gpu=not cpu)
+    ranks = min(world_size, 8) if ranks_per_node is None else ranks_per_node
     try:
-        found = make_plan(config, world_size, memory, gpu=not cpu)
+        found = make_plan(config, world_size, memory, gpu=not cpu, ranks_per_node=ranks, rate=rate)
     except UserError as error:
         raise error.within(settings[0]) from None
-    typer.echo(table(found, config, world_size, memory), nl=False)
+    typer.echo(table(found, config, world_size, memory, host), nl=False)
+    if suggest:
+        tried = propose(
+            lambda overrides: load([*settings, *overrides]),
+            world_size,
+            memory,
+            gpu=not cpu,
+            ranks=ranks,
+            host_memory=host,
+        )
+        typer.echo(proposals(tried, memory), nl=False)
     if json is not None:
         write(found, json)
-    if reason := refusal(found, memory):
+    if reason := refusal(found, memory, host):
         raise RunError(f"{settings[0]} {reason}")
 
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "dsdistill"
 # Which folders each may import, from the top down; config is a leaf that any may import except ops.
 ARROWS = {
     "cli": {"report", "bench", "planner", "engine", "distributed", "disk", "config"},
-    "planner": {"engine", "distributed", "alignment", "models", "data.batch", "disk", "config"},
+    "planner": {"engine", "distributed", "alignment", "models", "ops.common", "data.batch", "disk", "config"},
     "distiller": {"alignment", "models", "data.batch", "data.inputs", "distributed.engines", "config"},
     "terms": {"config.terms"},
     "engine": {

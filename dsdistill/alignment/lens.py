@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.common import NORM_FLOOR, accumulate_dtype, with_stored_gradients, without_autocast
+from dsdistill.ops.common import NORM_FLOOR, accumulate_dtype, blocks, with_stored_gradients, without_autocast
 from dsdistill.ops.soft_label.head import Head, block_tokens
 
 
@@ -53,7 +53,8 @@ def change_alignment(
             if any(needs)
             else None
         )
-        for tokens in index.split(size):
+        for start in blocks(range(0, len(index), size)):
+            tokens = index[start : start + size]
             logits = [heads[0].logits(state[tokens]) for state in rows[0]]
             lower, upper = (z.log_softmax(-1) for z in logits)
             other = _change(*(heads[1].logits(state[tokens]).log_softmax(-1) for state in rows[1]))

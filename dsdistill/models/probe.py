@@ -67,10 +67,9 @@ def probe(
         raise UserError(
             place, f"model type {config.model_type}, an encoder-decoder", "an encoder or a decoder"
         )
-    key = config.to_json_string(use_diff=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return _probe(Keyed(key, config), task, place, attention, hidden, lens, final, implementation)
+        return _probe(keyed(config), task, place, attention, hidden, lens, final, implementation)
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,11 @@ class Keyed:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Keyed) and self.key == other.key
+
+
+def keyed(config: PretrainedConfig) -> Keyed:
+    """Return an architecture that a cache can tell from others."""
+    return Keyed(config.to_json_string(use_diff=False), config)
 
 
 @functools.lru_cache(

@@ -40,11 +40,12 @@ def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
     layers = layer_list(skeleton(tried, task, place))
     if layers is None:
         return [0] * text_config(config).num_hidden_layers
-    signatures = [_signature(layer) for layer in layers]
+    signatures = [signature(layer) for layer in layers]
     return [signatures.index(signature) for signature in signatures]
 
 
-def _signature(layer: nn.Module) -> tuple:
+def signature(layer: nn.Module) -> tuple:
+    """Return what two layers that are built alike have in common: classes, shapes and settings of their modules."""
     modules = [
         (name, type(module).__name__, tuple(module_settings(module).items()))
         for name, module in layer.named_modules()

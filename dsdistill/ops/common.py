@@ -5,7 +5,8 @@ Shape letters: B sequences, H heads, N tokens of a sequence, D features, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ REDUCTIONS = ("mean", "sum")
 
 # A vector shorter than this has no direction: its cosine with anything is 0 and it gets no gradient.
 NORM_FLOOR = 1e-12
+
+_ends_alone = False  # whether `blocks` leaves out the middle
 
 # compute(needs) -> (total, one gradient of the total for each needed input, None for the others)
 Compute = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
@@ -80,6 +83,28 @@ def check_index(index: Tensor | None, mask: Tensor | None, like: Tensor) -> None
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"index: got {tuple(index.shape)} {index.dtype}, expected (K,) int64")
     check_device("index", index, like)
+
+
+def blocks(starts: range) -> Sequence[int]:
+    """Return where the blocks begin that an operator goes through one after the other: all of `starts`."""
+    if not _ends_alone or len(starts) <= 3:
+        return starts
+    return [starts[0], starts[-2], starts[-1]]
+
+
+@contextlib.contextmanager
+def ends_alone() -> Iterator[None]:
+    """Have operators in PyTorch go through their first block and their last two alone, for the planner.
+
+    Values are wrong then, memory is not: a block meets what the one before it left, the first one makes what the later
+    ones add to, and with causal attention the last ones are the largest.
+    """
+    global _ends_alone
+    before, _ends_alone = _ends_alone, True
+    try:
+        yield
+    finally:
+        _ends_alone = before
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

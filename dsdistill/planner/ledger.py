@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+# One for all rehearsals, so that what one has made, such as a teacher, serves the next.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class Ledger(TorchDispatchMode):
@@ -32,7 +34,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.held: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = FAKE
         self._shape = shape
         self._owner, self._phase = "", ""
         self._highest = 0
@@ -57,7 +59,7 @@ class Ledger(TorchDispatchMode):
     def give(self, tensors: Iterable[Tensor], owner: str) -> None:
         """These tensors, made earlier, belong to `owner`."""
         for tensor in tensors:
-            entry = self._storages.get(_address(tensor))
+            entry = self._storages.get(address(tensor))
             if entry is not None:
                 self.held[entry[0]] -= entry[1]
                 entry[0] = owner
@@ -68,11 +70,11 @@ class Ledger(TorchDispatchMode):
         if result is None:
             result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (address := _address(leaf)) not in self._storages:
+            if isinstance(leaf, Tensor) and (place := address(leaf)) not in self._storages:
                 # A view of what was there before the ledger, such as a weight, is nothing new.
                 given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-                if all(_address(x) != address for x in given):
-                    self._note(leaf.untyped_storage(), address)
+                if all(address(x) != place for x in given):
+                    self._note(leaf.untyped_storage(), place)
         return result
 
     def _asks_contents(self, function, args):
@@ -93,16 +95,16 @@ class Ledger(TorchDispatchMode):
             return function(args[0], indices)
         return None
 
-    def _note(self, storage: torch.UntypedStorage, address: int) -> None:
+    def _note(self, storage: torch.UntypedStorage, place: int) -> None:
         size = storage.nbytes()
-        self._storages[address] = [self._owner, size]
-        self._references[address] = weakref.ref(storage, lambda _: self._forget(address))
+        self._storages[place] = [self._owner, size]
+        self._references[place] = weakref.ref(storage, lambda _: self._forget(place))
         self.held[self._owner] += size
         self._look()
 
-    def _forget(self, address: int) -> None:
-        owner, size = self._storages.pop(address)
-        del self._references[address]
+    def _forget(self, place: int) -> None:
+        owner, size = self._storages.pop(place)
+        del self._references[place]
         self.held[owner] -= size
 
     def _look(self) -> None:
@@ -116,5 +118,6 @@ def _everywhere(mask: Tensor) -> Tensor:
     return mask.new_empty(mask.numel(), mask.dim(), dtype=torch.int64)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
+    """Return what tells a tensor's storage from others, as long as it lives."""
     return tensor.untyped_storage()._cdata

@@ -1,8 +1,8 @@
-"""What a run would take of each rank's memory, before anything of it is loaded: `dsdistill plan`.
+"""Tell what a run would take of memory, disk and time, before anything of it is loaded: `dsdistill plan`.
 
-planner/rehearsal.py rehearses the step, and planner/zero_memory.py tells DeepSpeed's part in it by formulas.
-Architectures come from the models' `config:` where their files are not at hand; data, tokenizers and weights are not
-read.
+planner/rehearsal.py rehearses the step, planner/zero_memory.py tells DeepSpeed's part in it by formulas, and
+planner/host.py and planner/duration.py tell the rest. Architectures come from the models' `config:` where their files
+are not at hand; data, tokenizers and weights are not read.
 """
 
 import dataclasses
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from dsdistill import disk
 from dsdistill.config import Config, UserError
-from dsdistill.config.bounded import GIB, MIB, parse_size
+from dsdistill.config.bounded import GIB, parse_size
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.distributed import deepspeed
 from dsdistill.engine.prepare import (
@@ -25,11 +24,13 @@ from dsdistill.engine.prepare import (
 )
 from dsdistill.engine.refusals import check_ranks
 from dsdistill.engine.resolve import recipe_of, student_architecture
-from dsdistill.models.build import architecture, build_model, for_task, override
+from dsdistill.engine.teacher import teacher_dtype
+from dsdistill.models.build import architecture, for_task, override
 from dsdistill.models.settings import setting, text_config
-from dsdistill.models.tracer import count_parameters
-from dsdistill.planner import zero_memory
-from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, TEACHER, Models, Rank, rehearse
+from dsdistill.planner import host, zero_memory
+from dsdistill.planner.duration import Duration, duration, operations
+from dsdistill.planner.rehearsal import ACTIVATIONS, CAPTURED, PHASES, Models, Rank, rehearse
+from dsdistill.planner.sizes import size_of, trained
 
 log = logging.getLogger("dsdistill")
 
@@ -45,6 +46,8 @@ class Plan:
 
     phases: by phase of the run, bytes by owner at the phase's highest moment; of `stage`, which needs the most.
     instead: what is not there, and what it would take.
+    node: bytes of a node's host memory, by moment of the run and owner (planner/host.py). disk: of the run's folder.
+    time: of the stage that needs the most memory; None where no speed is known.
     largest: most examples of a micro-batch that fit; 0: not even one, for which `least` is needed.
     """
 
@@ -54,6 +57,14 @@ class Plan:
     reserve: int
     largest: int
     least: int  # the least that was rehearsed
+    node: dict[str, Counter]
+    disk: dict[str, int]
+    time: Duration | None
+
+    @property
+    def host(self) -> int:
+        """Return the bytes of a node's host memory at the highest moment."""
+        return peak(self.node)
 
     @property
     def highest(self) -> str:
@@ -65,10 +76,10 @@ class Plan:
         return peak(self.phases)
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of a text such as 80GiB."""
+def parse_memory(text: str, option: str = "--gpu-memory") -> int:
+    """Return the bytes of a text such as 80GiB; raise UserError for another."""
     if (size := parse_size(text)) is None:
-        raise UserError("--gpu-memory", repr(text), "a size such as 80GiB or 40000MiB")
+        raise UserError(option, repr(text), "a size such as 80GiB or 40000MiB")
     return size
 
 
@@ -83,14 +94,34 @@ class Forecast:
         deepspeed.check_settings(config, world_size)
         self.config, self.world_size, self.gpu = config, world_size, gpu
         self.models = _models(config, gpu)
-        objective_layers(config, self.models.student, self.models.teacher)  # layers and heads fit
-        self._loading = _loading(config, self.models, gpu)
+        # Layers and heads fit.
+        self.objectives = objective_layers(config, self.models.student, self.models.teacher)
+        self.rank = _rank(config, world_size, gpu)
+        self.teacher = size_of(self.models.teacher, config.task) if self.models.teacher is not None else None
+        self.student = size_of(self.models.student, config.task)
+        stages = zip(config.run_stages, self.objectives, strict=True)
+        most = max(trained(self.student, stage, objective) for stage, objective in stages)
+        self.parts = host.Parts(self.teacher, self.student, most)
+        self._loading = host.loading(config, self.parts, world_size, gpu=gpu)
+
+    def node(self, ranks: int, peak: int) -> dict[str, Counter]:
+        """Return the bytes of a node's host memory, by moment of the run; peak: bytes of a rank in a step."""
+        return host.node_memory(self.config, self.parts, self.rank.zero, peak, ranks, gpu=self.gpu)
+
+    def time(self, stage: Stage, rate: float) -> Duration:
+        """Return how long the steps take, all of them taken to be of `stage`; rate: operations a second of a rank."""
+        objective = self.objectives[[of.name for of in self.config.run_stages].index(stage.name)]
+        theirs = (self.models.teacher, self.teacher) if self.teacher is not None else None
+        needed = operations(self.config, theirs, (self.models.student, self.student), objective)
+        return duration(self.config, needed, self.world_size, rate)
 
     def phases(self, stage: Stage, size: int, checkpointing: bool) -> dict[str, Counter]:
         """Bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
         log.info("rehearsing a step of stage %s with micro-batches of %d", stage.name, size)
         accumulates = size * self.world_size < self.config.train.batch_size
-        rank = _rank(self.config, self.world_size, self.gpu, accumulates)
+        rank = dataclasses.replace(
+            self.rank, zero=dataclasses.replace(self.rank.zero, accumulates=accumulates)
+        )
         ledger = rehearse(self.config, stage, self.models, rank, size, checkpointing=checkpointing)
         loading = {LOADING: self._loading} if self._loading else {}
         return loading | {phase: ledger.peaks[phase] for phase in PHASES}
@@ -105,9 +136,24 @@ def peak(phases: dict[Hashable, Counter]) -> int:
     return max(phase.total() for phase in phases.values())
 
 
-def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True) -> Plan:
-    """memory: bytes a rank may take."""
+def make_plan(
+    config: Config,
+    world_size: int,
+    memory: int,
+    *,
+    gpu: bool = True,
+    ranks_per_node: int | None = None,
+    rate: float | None = None,
+) -> Plan:
+    """Return the plan of a config.
+
+    memory: bytes a rank may take. ranks_per_node: by default all, but no more than 8. rate: operations a second that a
+    rank comes to; None: not known. Raises UserError for a config whose parts do not fit together.
+    """
     forecast = Forecast(config, world_size, gpu=gpu)
+    ranks = min(world_size, 8) if ranks_per_node is None else ranks_per_node
+    if not 1 <= ranks <= world_size:
+        raise UserError("--ranks-per-node", ranks, f"1 to {world_size}")
     size, checkpointing = config.train.micro_batch_size, config.student.gradient_checkpointing
     stages = forecast.stages(size)
     stage = max(config.run_stages, key=lambda stage: peak(stages[stage.name]))
@@ -132,7 +178,17 @@ def make_plan(config: Config, world_size: int, memory: int, *, gpu: bool = True)
 
     largest = _largest(need, size, memory - reserve, config.data.max_length)
     least = min(peak(need(batch)) for batch in (list(at) if largest else [1]))
-    return Plan(stage.name, phases, instead, reserve, largest, least + reserve)
+    return Plan(
+        stage.name,
+        phases,
+        instead,
+        reserve,
+        largest,
+        least + reserve,
+        forecast.node(ranks, peak(phases)),
+        host.disk_space(config, forecast.parts, forecast.rank.zero),
+        forecast.time(stage, rate) if rate is not None else None,
+    )
 
 
 def _models(config: Config, gpu: bool) -> Models:
@@ -148,7 +204,8 @@ def _models(config: Config, gpu: bool) -> Models:
     pair = make_pair(config, student, teacher, tokens)
     if gpu:  # what `auto` takes there without a record; no kernel takes more
         pair = dataclasses.replace(pair, backend="chunked")
-    return Models(student, teacher, pair)
+    size = size_of(teacher, config.task).total if teacher is not None else 0
+    return Models(student, teacher, pair, size)
 
 
 def _teacher(config: Config) -> PretrainedConfig:
@@ -163,7 +220,7 @@ def _teacher(config: Config) -> PretrainedConfig:
     return architecture(config.teacher.path, given, "teacher")
 
 
-def _rank(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Rank:
+def _rank(config: Config, world_size: int, gpu: bool) -> Rank:
     dtype = deepspeed.DTYPES[config.train.dtype]
     device = torch.device("cuda" if gpu else "cpu")
     student = deepspeed.zero_section(deepspeed.student_settings(config, world_size))
@@ -171,7 +228,7 @@ def _rank(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Rank
     if config.teacher is not None and config.teacher.zero_stage == 3:
         teacher = deepspeed.zero_section(
             deepspeed.teacher_settings(
-                config.train.dtype, config.teacher.residency, config.teacher.deepspeed, 1, device
+                teacher_dtype(config), config.teacher.residency, config.teacher.deepspeed, 1, device
             )
         )
     return Rank(
@@ -189,9 +246,10 @@ def _rank(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Rank
             live=student.max_live_parameters,
             prefetch=student.prefetch_bucket_size,
             offloaded=_offloaded(student.offload_optimizer),
-            accumulates=accumulates,
+            accumulates=False,  # a micro-batch's size tells
             lazy=not gpu,
         ),
+        teacher_dtype=deepspeed.DTYPES[teacher_dtype(config)] if config.teacher is not None else dtype,
         teacher_offloaded=teacher is not None and _offloaded(teacher.offload_param),
         overlap=teacher is not None and teacher.max_live_parameters > 0,
     )
@@ -199,22 +257,6 @@ def _rank(config: Config, world_size: int, gpu: bool, accumulates: bool) -> Rank
 
 def _offloaded(section) -> bool:
     return section is not None and section.device != "none"
-
-
-def _loading(config: Config, models: Models, gpu: bool) -> Counter:
-    """Models are read in float32: a whole teacher goes to its device so, a student is cut from one in host memory."""
-    held = Counter()
-    if models.teacher is not None and config.teacher.zero_stage == 0:
-        held[TEACHER] = 4 * _parameters(config, models.teacher)
-    if not gpu and config.student.from_teacher is not None:
-        held[TEACHER] = 4 * _parameters(config, models.teacher)
-        held[zero_memory.WEIGHTS] = 4 * _parameters(config, models.student)
-    return held
-
-
-def _parameters(config: Config, model: PretrainedConfig) -> int:
-    with torch.device("meta"):
-        return count_parameters(build_model(model, None, config.task, "model", needs_head=False))
 
 
 def _kept(phases: dict[str, Counter]) -> int:
@@ -271,54 +313,3 @@ def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, r
                 high = batch
                 break
     return low
-
-
-def write(plan: Plan, path: str) -> None:
-    """The plan as JSON, in bytes."""
-    disk.save_json(path, vars(plan) | {"peak": plan.peak})
-
-
-def table(plan: Plan, config: Config, world_size: int, memory: int) -> str:
-    """The plan for people."""
-    owners = dict.fromkeys(owner for phase in plan.phases.values() for owner in phase)
-    rows = [["MiB a rank", *plan.phases]]
-    for owner in owners:
-        sizes = [phase[owner] for phase in plan.phases.values()]
-        if max(sizes) >= MIB / 2:
-            rows.append([owner, *(f"{size / MIB:,.0f}" for size in sizes)])
-    rows.append(["sum", *(f"{phase.total() / MIB:,.0f}" for phase in plan.phases.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    lines[1:1] = lines[-1:-1] = ["-" * len(lines[0])]
-    train = config.train
-    stage = f", stage {plan.stage}" if config.stages else ""
-    head = (
-        f"{world_size} rank(s), micro-batches of {train.micro_batch_size} × {config.data.max_length} tokens, "
-        f"{train.dtype}{stage}"
-    )
-    reserve = f" + {plan.reserve / GIB:g} set aside for CUDA and NCCL" if plan.reserve else ""
-    need = plan.peak + plan.reserve
-    verdict = f"peak: {plan.peak / GIB:.2f} GiB ({plan.highest}){reserve} = {need / GIB:.2f} of {memory / GIB:.2f} GiB"
-    tail = [f"  {name}: {size / MIB:,.0f} MiB" for name, size in plan.instead.items()]
-    if plan.largest:
-        tail.append(f"largest micro-batch that fits: {plan.largest}")
-    return "\n".join([head, "", *lines, "", verdict, "not part of it:", *tail]) + "\n"
-
-
-def refusal(plan: Plan, memory: int) -> str | None:
-    """One line that says by how much the config does not fit, and what would; None where it does."""
-    need = plan.peak + plan.reserve
-    if need <= memory:
-        return None
-    if not plan.largest:
-        what, need = "does not fit, not even with micro-batches of 1", plan.least
-    else:
-        what = f"does not fit (micro-batches of at most {plan.largest} would)"
-    owner, size = plan.phases[plan.highest].most_common(1)[0]
-    return (
-        f"{what}: {need / GIB:.2f} GiB are needed, {(need - memory) / GIB:.2f} more than there are; "
-        f"the most goes to {owner} ({size / GIB:.2f} GiB)"
-    )

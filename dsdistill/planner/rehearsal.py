@@ -1,6 +1,7 @@
 """One training step, rehearsed on tensors without contents: what a rank holds in each of its phases."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,12 +22,16 @@ from dsdistill.distributed.groups import parameter_groups
 from dsdistill.engine.module import make_student
 from dsdistill.models.build import build_model
 from dsdistill.models.capture import layer_list
+from dsdistill.models.probe import Keyed, keyed
 from dsdistill.models.trace import Trace
 from dsdistill.models.tracer import Tracer, callee, cast_parameters, count_parameters, freeze
+from dsdistill.ops.common import ends_alone
 from dsdistill.planner import zero_memory
+from dsdistill.planner.host import TEACHER
 from dsdistill.planner.ledger import Ledger
+from dsdistill.planner.stand_in import few_layers
 
-TEACHER, RESIDENT = "teacher, weights", "teacher, gathered layers"
+RESIDENT = "teacher, gathered layers"
 TEACHER_ACTIVATIONS, TEACHER_CAPTURED = "teacher, activations", "captured, teacher's"
 BEFORE = "student of the stage before"
 ACTIVATIONS, CAPTURED = "student, activations", "captured, student's"
@@ -41,6 +46,7 @@ class Models:
     student: PretrainedConfig
     teacher: PretrainedConfig | None
     pair: Pair
+    teacher_size: int = 0  # its parameters
 
 
 @dataclass(frozen=True)
@@ -51,23 +57,26 @@ class Rank:
     dtype: torch.dtype
     gpu: bool
     zero: zero_memory.Settings  # of the student's engine
+    teacher_dtype: torch.dtype
     teacher_offloaded: bool = False
     overlap: bool = False  # of a sharded teacher's layers
 
 
+@functools.lru_cache(maxsize=2)  # a plan rehearses with several sizes of micro-batches
 def _frozen(
-    architecture: PretrainedConfig,
+    architecture: Keyed,
     task: str,
     place: str,
     dtype: torch.dtype,
     implementation: str,
-    hidden,
-    attention=(),
-    values=False,
-    unrotated=False,
+    hidden: frozenset[int],
+    attention: frozenset[int] = frozenset(),
+    values: bool = False,
+    unrotated: bool = False,
 ) -> Tracer:
     """Return a model that leaves traces and learns nothing."""
-    model = build_model(architecture, None, task, place, needs_head=False, attention=implementation)
+    config = copy.deepcopy(architecture.config)  # the library writes into a model's
+    model = build_model(config, None, task, place, needs_head=False, attention=implementation)
     made = callee(model, task, place)
     freeze(made.module, dtype, torch.device("cpu"))
     return Tracer(made, hidden, attention, values, unrotated)
@@ -93,26 +102,36 @@ def _without_dropout(attention, *args, **options) -> Tensor:
 
 
 def rehearse(
-    config: Config, stage: Stage, models: Models, rank: Rank, batch_size: int, *, checkpointing: bool
+    config: Config,
+    stage: Stage,
+    models: Models,
+    rank: Rank,
+    batch_size: int,
+    *,
+    checkpointing: bool,
+    whole: bool = False,
 ) -> Ledger:
-    """What a rank holds in each phase of an optimizer step of `stage`, with micro-batches of batch_size examples.
+    """Return what a rank holds in each phase of an optimizer step, with micro-batches of batch_size examples.
 
-    Every sequence is taken to be data.max_length long.
+    Every sequence is taken to be data.max_length long. whole: all layers of deep models run, and all blocks of
+    operators; else a few stand for the others (planner/stand_in.py, ops/common.py).
     """
     ledger = Ledger((batch_size, config.data.max_length))
     with ledger.fake:
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
-        batch = _batch(config, objective, batch_size)
+        batch = _batch(config, batch_size)
         teacher = previous = None
         if objective.needs("teacher"):
             layers = objective.layers("teacher_hidden"), objective.layers("teacher_attention")
             kept = bool(objective.needs("values")), bool(objective.needs("unrotated"))
             used = config.teacher.attn_implementation
-            teacher = _frozen(models.teacher, config.task, "teacher", rank.dtype, used, *layers, *kept)
+            teacher = _frozen(
+                keyed(models.teacher), config.task, "teacher", rank.teacher_dtype, used, *layers, *kept
+            )
         if objective.needs("previous"):
             layers = objective.layers("student_hidden")
             used = config.student.attn_implementation
-            previous = _frozen(models.student, config.task, "student", rank.dtype, used, layers)
+            previous = _frozen(keyed(models.student), config.task, "student", rank.dtype, used, layers)
         module = make_student(
             config,
             stage,
@@ -140,6 +159,11 @@ def rehearse(
     with contextlib.ExitStack() as stack:
         for each in [ledger.running(), *_pretence(rank.gpu)]:
             stack.enter_context(each)
+        if not whole:
+            stack.enter_context(ends_alone())
+            for tracer in (module.student, teacher, previous):
+                if tracer is not None:
+                    stack.enter_context(few_layers(ledger, tracer.model, tracer.capture))
         held, teacher_trace, before = 0, None, None
         ledger.enter("teacher", TEACHER_ACTIVATIONS)
         if teacher is not None:
@@ -185,20 +209,14 @@ def _forward(ledger, module, batch, teacher_trace, before, counts) -> Tensor:
 def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | None, rank: Rank) -> None:
     """What lies there all the time beside what the student's engine holds."""
     if models.teacher is not None:
-        with torch.device("meta"):
-            size = count_parameters(
-                build_model(models.teacher, None, config.task, "teacher", needs_head=False)
-            )
+        size = rank.teacher_dtype.itemsize * models.teacher_size
         sharded = config.teacher.zero_stage == 3
-        ledger.add(
-            TEACHER,
-            0 if rank.teacher_offloaded else rank.dtype.itemsize * size / (rank.world_size if sharded else 1),
-        )
+        ledger.add(TEACHER, 0 if rank.teacher_offloaded else size / (rank.world_size if sharded else 1))
     if previous is not None:
         ledger.add(BEFORE, rank.dtype.itemsize * count_parameters(previous.model))
 
 
-def _batch(config: Config, objective: Objective, size: int) -> Batch:
+def _batch(config: Config, size: int) -> Batch:
     tokens = config.data.max_length
     ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:
@@ -229,7 +247,7 @@ def _gathering(ledger: Ledger, teacher: Tracer, config: Config, rank: Rank) -> I
     if config.teacher.zero_stage != 3:
         yield 0
         return
-    width = rank.dtype.itemsize
+    width = rank.teacher_dtype.itemsize
     blocks = layer_list(teacher.model) or [teacher.model]
     least = 2 * max(map(count_parameters, blocks)) if rank.overlap else 0
     hooks = []

@@ -17,7 +17,8 @@ from dsdistill.config import load
 from dsdistill.config.load import make_config
 from dsdistill.planner import rehearsal, zero_memory
 from dsdistill.planner.ledger import Ledger
-from dsdistill.planner.plan import Forecast, _largest, make_plan, peak
+from dsdistill.planner.listing import refusal
+from dsdistill.planner.plan import Forecast, Plan, _largest, make_plan, peak
 from tests.conftest import WORDS
 from tests.engine.launch import launch
 
@@ -323,6 +324,7 @@ class TestCommand:
         caplog.set_level("INFO", "dsdistill")
         out = tmp_path / "plan.json"
         options = ["train.micro_batch_size=2", "--world-size", 2, "--gpu-memory", "6GiB", "--json", out]
+        options += ["--host-memory", "64GiB", "--peak-flops", "1e12", "--utilisation", "0.5"]
         code, printed = self.run(monkeypatch, capsys, config, *options)
         assert code == 0, printed.err
         assert "largest micro-batch that fits:" in printed.out and "does not" not in printed.out
@@ -330,6 +332,13 @@ class TestCommand:
         found = json.loads(out.read_text())
         assert found["peak"] == max(sum(phase.values()) for phase in found["phases"].values())
         assert f"peak: {found['peak'] / 2**30:.2f} GiB" in printed.out
+        assert f"host memory: {found['host'] / 2**30:.2f} GiB a node" in printed.out
+        assert (
+            "of 64.00 GiB" in printed.out
+            and f"{found['disk']['at most'] / 2**30:.2f} GiB at most" in printed.out
+        )
+        assert found["time"]["tokens"] == pytest.approx(1e12 / sum(found["time"]["operations"].values()))
+        assert f"{found['time']['step']:.1f} s a step" in printed.out
         owners = {owner for phase in found["phases"].values() for owner, size in phase.items() if size}
         assert owners >= OWNERS
         # 2 × 128 tokens, float32: maps of 4 layers of 6 heads and of 4 layers of 8.
@@ -359,6 +368,9 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--gpu-memory", "80"], "--gpu-memory: got '80', expected a size such as 80GiB"),
+            (["--host-memory", "much"], "--host-memory: got 'much', expected a size such as"),
+            (["--ranks-per-node", 2], "--ranks-per-node: got 2, expected 1 to 1"),
+            (["--utilisation", 2], "--utilisation: got 2.0, expected a share above 0, at most 1"),
             (["--world-size", 0], "--world-size: got 0, expected 1 or more"),
             (["--world-size", 3], "train.batch_size: got 4, expected a multiple"),
             (["terms.attention.heads=match"], "terms.attention.heads: got match for 6 student and 8"),
@@ -367,6 +379,19 @@ class TestCommand:
     def test_refused(self, config, monkeypatch, capsys, arguments, message):
         code, printed = self.run(monkeypatch, capsys, config, *arguments)
         assert code == 2 and message in printed.err and not printed.out
+
+
+def test_a_host_without_room():
+    """A rank's memory comes first; where that does, the node's host is named with what takes the most of it."""
+    node = {"training": Counter(a=3 * 2**30), "saving": Counter(a=3 * 2**30, b=5 * 2**30)}
+    plan = Plan("all", {"step": Counter(x=2**30)}, {}, 0, 1, 2**30, node, {}, None)
+    assert refusal(plan, 2**30) is None and refusal(plan, 2**30, 8 * 2**30) is None
+    line = refusal(plan, 2**30, 6 * 2**30)
+    assert line == (
+        "does not fit into the host memory of a node (saving): 8.00 GiB are needed, 2.00 more than there are; "
+        "the most goes to b (5.00 GiB)"
+    )
+    assert "host" not in refusal(plan, 2**29, 6 * 2**30)
 
 
 SHIPPED = [

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import mean_over_heads
+from dsdistill.ops.common import blocks
 
 # Elements of one score block of one model: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
@@ -66,9 +67,9 @@ def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, hea
     total = q_s.new_zeros(())
     d_query = torch.zeros_like(q_s) if needs[0] else None
     d_key = torch.zeros_like(k_s) if needs[1] else None
-    for first in range(0, batch, group):
+    for first in blocks(range(0, batch, group)):
         sequences = slice(first, min(first + group, batch))
-        for start in range(0, tokens, rows):
+        for start in blocks(range(0, tokens, rows)):
             stop = min(start + rows, tokens)
             queries, keys = slice(start, stop), slice(*pairs.keys(start, stop))
             exists = pairs.block(queries, keys, sequences, q_s.device)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.common import unit_vectors, unit_vectors_backward
+from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward
 
 # Elements of one block of the projected student: 4 MiB in float32.
 BLOCK_ELEMENTS = 1 << 20
@@ -42,7 +42,7 @@ def hidden_total(
     d_projection = torch.zeros_like(matrix) if matrix is not None and needs[1] else None
     d_bias = torch.zeros_like(offset) if offset is not None and needs[2] else None
     step = max(MIN_TOKENS, BLOCK_ELEMENTS // max(1, target.shape[1]))
-    for start in range(0, x.shape[0], step):
+    for start in blocks(range(0, x.shape[0], step)):
         rows = slice(start, start + step)
         hidden, wanted = x[rows].to(dtype), target[rows].to(dtype)
         if masked is not None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.common import unit_vectors, unit_vectors_backward, zero_masked
+from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward, zero_masked
 
 # Elements of one block of one relation matrix: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
@@ -78,8 +78,8 @@ def _blocks(batch: int, tokens: int):
     """(sequences, rows) slices whose relation blocks hold about BLOCK_ELEMENTS."""
     rows = min(tokens, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // max(1, tokens))))
     group = max(1, BLOCK_ELEMENTS // max(1, rows * tokens))
-    for first in range(0, batch, group):
-        for start in range(0, tokens, rows):
+    for first in blocks(range(0, batch, group)):
+        for start in blocks(range(0, tokens, rows)):
             yield slice(first, min(first + group, batch)), slice(start, min(start + rows, tokens))
 
 

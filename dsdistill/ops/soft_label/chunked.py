@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsdistill.ops.common import blocks
 from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
 from dsdistill.ops.soft_label.head import Head, block_tokens, slice_tokens
 
@@ -179,10 +180,10 @@ def vocabulary_totals(
 
 
 def _blocks(count: int, index: Tensor | None, size: int) -> Iterator[Places]:
-    if index is None:  # ranges are read where they lie
-        yield from (slice(start, min(start + size, count)) for start in range(0, count, size))
-    else:
-        yield from (places for places in index.split(size) if places.numel())
+    count = count if index is None else len(index)
+    for start in blocks(range(0, count, size)):
+        places = slice(start, min(start + size, count))
+        yield places if index is None else index[places]  # ranges are read where they lie
 
 
 def _over_blocks(
@@ -238,7 +239,7 @@ def _block(
     z = head.logits(rows)
     given = [loss.block(places) for loss in losses]
     size = slice_tokens(head.on_gpu, z.shape[1])
-    for start in range(0, len(z), size):
+    for start in blocks(range(0, len(z), size)):
         part = slice(start, start + size)
         whole: Tensor | None = None
         for place, loss in enumerate(losses):

@@ -1,0 +1,177 @@
+"""What a run takes of a node's host memory and of the disk, and of a rank's memory while models are read.
+
+With T values of the teacher in t bytes each, S of the student, on W ranks:
+
+  a whole teacher     1.1 · t · T and its largest tensor while it is read; then t · T on the device
+  a sharded teacher   1.25 · t · T / W and its largest tensor while it is read; then t · T / W on the device
+  a cut student       1.3 · S in the type of the teacher's files, on the first rank alone; no teacher is built for it
+  a student           4 · S at most (float32, the optimizer's first values; half where its files have train.dtype);
+                      under ZeRO-3 4 · S / W, sharded as it is read
+  offload             of the optimizer 16 · S / W: values, two moments and gradients in float32; of parameters
+                      t · T / W, e · S / W; what is pinned is rounded up to a power of two, as torch's allocator does
+  an unfinished save  one copy of what the rank writes (run.save_async), else of its largest part
+
+The factors were measured on CPUs, of a teacher of 600 M values in bf16; for GPUs they are taken over.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from dsdistill.config import Config
+from dsdistill.config.bounded import GIB
+from dsdistill.config.schema import LANGUAGE
+from dsdistill.distributed import deepspeed
+from dsdistill.engine.teacher import teacher_dtype
+from dsdistill.planner.sizes import Size
+from dsdistill.planner.zero_memory import STATES, Settings
+
+TEACHER, CUT = "teacher, weights", "student, being cut"
+PROCESSES, UNROUNDED = "processes", "student, in float32"
+OFFLOADED, GRADIENTS, SAVING = "optimizer, offloaded", "gradients, offloaded", "a save"
+OFFLOADED_WEIGHTS = "student, offloaded weights"
+TRAINING, READING_TEACHER, READING_STUDENT = "training", "reading the teacher", "making the student"
+
+# Of a process: Python and its libraries, 0.6 GiB as measured; what CUDA adds is a guess.
+PROCESS = {False: int(0.6 * GIB), True: 3 * GIB}
+WHOLE_PEAK, SHARDED_PEAK, CUT_PEAK = 1.1, 1.25, 1.3
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is read and trained: values of the models, and of those that train."""
+
+    teacher: Size | None
+    student: Size
+    trained: int
+
+
+def offload(section) -> tuple[bool, bool]:
+    """Return of a section of DeepSpeed's whether something waits in host memory, and whether that is pinned."""
+    there = section is not None and section.device == "cpu"
+    return there, there and bool(section.pin_memory)
+
+
+def loading(config: Config, parts: Parts, world_size: int, *, gpu: bool) -> Counter[str]:
+    """Return bytes of a rank by owner while the teacher is read, on its device; of a CPU rank that is its host."""
+    if parts.teacher is None:
+        return Counter()
+    width, whole = deepspeed.DTYPES[teacher_dtype(config)].itemsize, config.teacher.zero_stage == 0
+    kept = width * parts.teacher.total / (1 if whole else world_size)
+    if gpu and whole:
+        return Counter({TEACHER: int(kept)})
+    factor = WHOLE_PEAK if whole else SHARDED_PEAK
+    return Counter({TEACHER: int(factor * kept) + width * parts.teacher.largest})
+
+
+def node_memory(
+    config: Config,
+    parts: Parts,
+    zero: Settings,
+    peak: int,
+    ranks: int,
+    *,
+    gpu: bool,
+) -> dict[str, Counter[str]]:
+    """Return bytes of a node's host memory by owner, by moment of the run.
+
+    zero: of the student's engine. peak: bytes of a rank in a step, which on CPUs is host memory. ranks: of the node.
+    Data that is read, and files that the system keeps in memory because nothing else needs it, are not counted.
+    """
+    world, width = zero.world_size, zero.width
+    base = Counter({PROCESSES: ranks * PROCESS[gpu]})
+    steady: Counter[str] = Counter()
+    if config.teacher is not None:
+        settings = deepspeed.zero_section({"zero_optimization": _zero(config.teacher.deepspeed)})
+        there, pinned = offload(settings.offload_param)
+        t = deepspeed.DTYPES[teacher_dtype(config)].itemsize
+        share = t * parts.teacher.total / (world if config.teacher.zero_stage == 3 else 1)
+        if there or not gpu:
+            steady[TEACHER] = ranks * _rounded(share, pinned)
+    moments = {}
+    if parts.teacher is not None:
+        held = loading(config, parts, world, gpu=False)
+        if gpu and not steady and config.teacher.zero_stage == 3:  # shards lie on the devices
+            held = Counter({TEACHER: int(held[TEACHER] - share)})
+        moments[READING_TEACHER] = base + Counter({name: ranks * size for name, size in held.items()})
+    sharded = zero.stage == 3
+    made = Counter({UNROUNDED: int(ranks * 4 * parts.student.total / (world if sharded else 1))})
+    if config.student.from_teacher is not None:
+        made = max(
+            made, Counter({CUT: int(CUT_PEAK * _stored(config) * parts.student.total)}), key=Counter.total
+        )
+    moments[READING_STUDENT] = base + steady + made
+    training = base + steady
+    if gpu:
+        training += _offloaded(config, parts, zero, ranks)
+    else:
+        training = base + Counter({"a step": ranks * peak})
+    moments[TRAINING] = training
+    moments["saving"] = training + Counter({SAVING: int(_saving(config, parts, zero, ranks, width))})
+    return moments
+
+
+def _zero(settings: dict) -> dict:
+    return settings.get("zero_optimization") or {}
+
+
+def _offloaded(config: Config, parts: Parts, zero: Settings, ranks: int) -> Counter[str]:
+    section = deepspeed.zero_section(
+        {"zero_optimization": {"stage": zero.stage, **_zero(config.student.deepspeed)}}
+    )
+    held: Counter[str] = Counter()
+    share = parts.trained / zero.world_size
+    there, pinned = offload(section.offload_optimizer)
+    if there:
+        held[OFFLOADED] = ranks * sum(_rounded(4 * share, pinned) for _ in range(1 + STATES[zero.optimizer]))
+        held[GRADIENTS] = ranks * _rounded(4 * share, pinned)
+    there, pinned = offload(section.offload_param)
+    if there:
+        held[OFFLOADED_WEIGHTS] = ranks * _rounded(zero.width * share, pinned)
+    return held
+
+
+def _rounded(size: float, pinned: bool) -> int:
+    return 1 << max(0, math.ceil(size) - 1).bit_length() if pinned else int(size)
+
+
+def _saving(config: Config, parts: Parts, zero: Settings, ranks: int, width: int) -> float:
+    """Return bytes of a node that a save holds: a copy of all that its ranks write, or the part being written."""
+    share = parts.trained / zero.world_size
+    if not getattr(config.run, "save_async", False):
+        return ranks * 4 * share
+    weights = width * parts.student.total
+    weights = (
+        ranks * weights / zero.world_size if zero.stage == 3 else weights
+    )  # else the first rank writes them
+    return ranks * 4 * (1 + STATES[zero.optimizer]) * share + weights
+
+
+def _stored(config: Config) -> int:
+    """Return bytes of a value in the teacher's files: published ones are in half precision, a recipe's in float32."""
+    return 2 if config.teacher.path is not None and config.task in LANGUAGE else 4
+
+
+def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
+    """Return bytes of the run's folder: by what is written, and `at most`, with one checkpoint more than are kept.
+
+    A checkpoint has the weights in train.dtype (under ZeRO-3 they follow from the optimizer's), values and moments of
+    the optimizer in float32; what `export` writes is in float32.
+    """
+    weights = 0 if zero.stage == 3 else zero.width * (parts.trained + _fixed(parts))
+    one = weights + 4 * (1 + STATES[zero.optimizer]) * parts.trained
+    first = 0
+    if config.student.from_teacher is not None:
+        first = _stored(config) * parts.student.total
+    exported = 4 * parts.student.total
+    return {
+        "a checkpoint": one,
+        "first weights": first,
+        "an export": exported,
+        "at most": (config.run.keep + 1) * one + first + exported,
+    }
+
+
+def _fixed(parts: Parts) -> int:
+    """Return the student's values that do not train."""
+    return max(0, parts.student.total - parts.trained)

@@ -1,0 +1,98 @@
+"""Count a model's parameters, and what of them is multiplied for each token, from its architecture alone."""
+
+import functools
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.terms import Shape
+from dsdistill.config.schema import LANGUAGE, Stage
+from dsdistill.engine.module import frozen
+from dsdistill.models.build import skeleton
+from dsdistill.models.capture import layer_list
+from dsdistill.models.probe import Keyed, keyed
+from dsdistill.models.settings import setting, text_config
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Size counts values of a model, without a context of training.
+
+    named: parameters by name. multiplied: in matrices that a token passes below a language model's head; of a mixture
+    of experts, those that a token is sent to. head: of a language model's head.
+    """
+
+    named: tuple[tuple[str, int], ...]
+    multiplied: float
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.named)
+
+    @property
+    def largest(self) -> int:
+        return max(size for _, size in self.named)
+
+
+def size_of(config: PretrainedConfig, task: str) -> Size:
+    """Return the size of a model for a task; it is counted once in a process."""
+    return _size_of(keyed(config), task)
+
+
+@functools.lru_cache(maxsize=64)
+def _size_of(keyed: Keyed, task: str) -> Size:
+    model = skeleton(keyed.config, task, "model")
+    text = text_config(keyed.config)
+    head = model.get_output_embeddings() if task in LANGUAGE else None
+    apart = {id(head.weight)} if head is not None else set()
+    share, multiplied = _experts_share(text), 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            apart |= {id(parameter) for parameter in module.parameters()}
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and id(parameter) not in apart:
+            multiplied += parameter.numel() * (share if parameter.dim() == 3 else 1)
+    if layer_list(model) is None:  # one layer that runs again and again
+        multiplied *= text.num_hidden_layers
+    named = tuple((name, parameter.numel()) for name, parameter in model.named_parameters())
+    return Size(named, multiplied, head.weight.numel() if head is not None else 0)
+
+
+def _experts_share(text: PretrainedConfig) -> float:
+    """Return the share of a mixture's experts that a token is sent to; their weights have three axes."""
+    chosen = setting(text, "num_experts_per_tok")
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if chosen and (count := setting(text, name)):
+            return min(1.0, chosen / count)
+    return 1.0
+
+
+def trained(size: Size, stage: Stage, objective: Objective) -> int:
+    """Return how many values a stage trains: the student's that it does not freeze, and the terms' own."""
+    own = sum(count for name, count in size.named if not frozen(name, stage.freeze))
+    return own + terms_own(objective)
+
+
+def terms_own(objective: Objective) -> int:
+    """Return how many values the terms train: those of projectors."""
+    return sum(parameter.numel() for parameter in objective.parameters())
+
+
+def attention_operations(config: PretrainedConfig, task: str, tokens: int) -> list[float]:
+    """Return for each layer what its attention takes forward for a token of a sequence: 4 · H · d a key that it sees.
+
+    Of causal attention a token sees half the keys on average, in a sliding layer no more than the window.
+    """
+    text, shape = text_config(config), Shape.of(config)
+    kinds = setting(text, "layer_types") or [None] * shape.depth
+    window = setting(text, "sliding_window") or tokens
+    found = []
+    for place, kind in enumerate(kinds, start=1):
+        seen = tokens / 2 if task == "causal_lm" else tokens
+        if kind is not None and "sliding" in str(kind):
+            seen = min(seen, window)
+        found.append(4.0 * shape.heads * shape.head_width * seen if place in shape.attending else 0.0)
+    return found

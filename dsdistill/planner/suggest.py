@@ -1,0 +1,150 @@
+"""Propose settings that fit, as overrides that can be typed: `dsdistill plan CONFIG --suggest`."""
+
+import itertools
+import logging
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from dsdistill.config import Config, UserError
+from dsdistill.config.bounded import GIB
+from dsdistill.planner import zero_memory
+from dsdistill.planner.plan import RESERVE, Forecast, peak
+
+log = logging.getLogger("dsdistill")
+
+OFFLOAD = "student.deepspeed.zero_optimization.offload_optimizer={device: cpu, pin_memory: true}"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A Proposal is a set of overrides, and the bytes that it needs of a rank, reserve included, and of a host.
+
+    host: None where the rank's bytes are but those that lie there whatever a step does, and are too many already.
+    """
+
+    overrides: tuple[str, ...]
+    needs: int
+    host: int | None
+    fits: bool
+
+
+def suggest(
+    make: Callable[[Sequence[str]], Config],
+    world_size: int,
+    memory: int,
+    *,
+    gpu: bool,
+    ranks: int,
+    host_memory: int | None = None,
+) -> list[Proposal]:
+    """Return what was tried, in order; the last one fits, where anything does.
+
+    make: the config under some overrides. memory: bytes of a rank; ranks: of a node; host_memory: bytes of a node.
+
+    Tried in this order: the optimizer on the device before it waits in host memory, layers kept before they run again
+    in backward, a teacher whole on each rank before a sharded one, and the student's stages from 1 to 3, as less is
+    sent then. The first that fits gets the largest micro-batch that fits and that shares out the batch evenly.
+    Settings that could not fit, whatever a step takes, are not rehearsed.
+    """
+    reserve = RESERVE if gpu else 0
+    room = memory - reserve
+    tried = []
+    for overrides in _settings(make(()), world_size):
+        try:
+            forecast = Forecast(make((*overrides, "train.micro_batch_size=1")), world_size, gpu=gpu)
+        except UserError as error:  # such as an optimizer that cannot be offloaded
+            log.info("not proposed: %s", error)
+            continue
+        least, node = _least(forecast), peak(forecast.node(ranks, 0))
+        if least > room:
+            tried.append(Proposal(overrides, least + reserve, None, False))
+            continue
+        if host_memory is not None and node > host_memory:
+            tried.append(Proposal(overrides, least + reserve, node, False))
+            continue
+        need, node = _need(forecast, 1, ranks)
+        fits = need <= room and (host_memory is None or node <= host_memory)
+        if not fits:
+            tried.append(Proposal(overrides, need + reserve, node, False))
+            continue
+        size, need, node = _largest(forecast, room, ranks, host_memory, need, node)
+        tried.append(Proposal((f"train.micro_batch_size={size}", *overrides), need + reserve, node, True))
+        break
+    return tried
+
+
+def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
+    whole = config.teacher is not None and not config.teacher.deepspeed and config.teacher.residency == "auto"
+    teachers = (None,) if config.teacher is None else ("0", "3") if whole else ("3",)
+    stages = (1, 2, 3)
+    if world_size == 1:  # there is nobody to share with
+        teachers, stages = teachers[:1], stages[:1]
+    for offload, again, teacher, stage in itertools.product((False, True), (False, True), teachers, stages):
+        found = [f"student.zero_stage={stage}", f"student.gradient_checkpointing={str(again).lower()}"]
+        if teacher is not None:
+            found.insert(0, f"teacher.zero_stage={teacher}")
+        if offload:
+            found.append(OFFLOAD)
+        yield tuple(found)
+
+
+def _least(forecast: Forecast) -> int:
+    """Return the bytes that lie on a rank whatever a step does."""
+    zero, parts, config = forecast.rank.zero, forecast.parts, forecast.config
+    held = zero.width * parts.student.total / (zero.world_size if zero.stage == 3 else 1)
+    if not zero.offloaded:
+        held += 4 * (1 + zero_memory.STATES[zero.optimizer]) * parts.trained / zero.world_size
+    if parts.teacher is not None and not forecast.rank.teacher_offloaded:
+        of = 1 if config.teacher.zero_stage == 0 else zero.world_size
+        held += forecast.rank.teacher_dtype.itemsize * parts.teacher.total / of
+    return int(held)
+
+
+def _need(forecast: Forecast, size: int, ranks: int) -> tuple[int, int]:
+    """Return the bytes of a rank and of a node's host with micro-batches of `size`."""
+    need = max(map(peak, forecast.stages(size).values()))
+    return need, peak(forecast.node(ranks, need))
+
+
+def _largest(
+    forecast: Forecast, room: int, ranks: int, host_memory: int | None, need: int, node: int
+) -> tuple[int, int, int]:
+    """Return the largest micro-batch that fits, and what it needs; need, node: of one example."""
+    batch = forecast.config.train.batch_size // forecast.world_size
+    sizes = [size for size in range(2, batch + 1) if batch % size == 0]
+    best = 1, need, node
+    if not sizes:
+        return best
+    second = _need(forecast, sizes[0], ranks)
+    rise = max(1.0, (second[0] - need) / (sizes[0] - 1))
+    for size in reversed(sizes):
+        if size > sizes[0] and need + rise * (size - 1) > 1.05 * room:
+            continue  # grows nearly as a straight line
+        found = second if size == sizes[0] else _need(forecast, size, ranks)
+        if found[0] <= room and (host_memory is None or found[1] <= host_memory):
+            return size, *found
+    return best
+
+
+def proposals(tried: Sequence[Proposal], memory: int) -> str:
+    """Return the proposal for people: overrides to type after the config, and what those tried before would need."""
+    if tried and tried[-1].fits:
+        lines = [f"proposed: {_words(tried[-1])}", f"  {_needs(tried[-1], memory)}"]
+    else:
+        lines = [
+            "proposed: nothing, as none of these fits; more ranks, shorter sequences or smaller models would"
+        ]
+    others = [one for one in tried if not one.fits]
+    lines += [f"  not {_words(one)}: {_needs(one, memory)}" for one in others]
+    return "\n".join(["", *lines]) + "\n"
+
+
+def _words(one: Proposal) -> str:
+    return " ".join(shlex.quote(word) for word in one.overrides)
+
+
+def _needs(one: Proposal, memory: int) -> str:
+    if one.host is None:
+        return f"more than {one.needs / GIB:.2f} GiB a rank of {memory / GIB:.2f}"
+    return f"{one.needs / GIB:.2f} GiB a rank of {memory / GIB:.2f}, {one.host / GIB:.2f} GiB of host memory a node"
