@@ -221,12 +221,19 @@ def compare(
 def export(
     run: RunPath,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of the weights: bf16, fp16 or fp32; default: the run's train.dtype."),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights.")
+    ] = "5GB",
 ):
     """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
     _quiet_libraries()
     from dsdistill.engine.export import export as write
 
-    write(run, out)
+    write(run, out, dtype=dtype, max_shard_size=shard)
     typer.echo(f"student of {run} written to {out}")
 
 
