@@ -17,14 +17,15 @@ from transformers import PretrainedConfig
 from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.bounded import GIB, MIB, parse_size
+from dsdistill.config.checks import check_ranks
+from dsdistill.config.load import recipe_of
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.distributed import deepspeed
 from dsdistill.engine.prepare import (
     make_pair,
     objective_layers,
 )
-from dsdistill.engine.refusals import check_ranks
-from dsdistill.engine.resolve import recipe_of, student_architecture
+from dsdistill.engine.resolve import student_architecture
 from dsdistill.models.build import architecture, build_model, for_task, override
 from dsdistill.models.settings import setting, text_config
 from dsdistill.models.tracer import count_parameters
