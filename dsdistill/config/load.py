@@ -75,6 +75,7 @@ def load(sources: Sequence[str]) -> Config:
 
 def recipe_of(config: Config) -> Config:
     """Return the config that trains the teacher; its data is read from where this run's is."""
+    assert config.teacher is not None and config.teacher.recipe is not None
     recipe = load([config.teacher.recipe])
     if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
         return recipe
