@@ -50,18 +50,42 @@ def root(
 def train(
     settings: ConfigFiles,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the config by itself, print it resolved, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the config, the batches and the beginning of the data files, print what differs from the "
+            "defaults, and stop.",
+        ),
     ] = False,
+    full: Annotated[bool, typer.Option("--full", help="With --dry-run: print every setting.")] = False,
+    world_size: Annotated[
+        int | None,
+        typer.Option(
+            "--world-size", help="With --dry-run: ranks that share a batch; default: the launcher's, or 1."
+        ),
+    ] = None,
 ):
     """Distil (or, without a teacher, fine-tune) as CONFIG says.
 
     One process: dsdistill train CONFIG. Several: deepspeed --num_gpus 8 --module dsdistill train CONFIG.
     """
+    for name, given in (("--full", full or None), ("--world-size", world_size)):
+        if given is not None and not dry_run:
+            raise UserError(name, "a run", "--dry-run beside it")
     config = load(settings)
     if dry_run:
+        _quiet_libraries()
         from dsdistill.config import dump
+        from dsdistill.engine.dry_run import check
 
-        typer.echo(dump(config), nl=False)
+        try:
+            passed = check(config, world_size)
+        except UserError as error:
+            raise error.within(settings[0]) from None
+        if _first():
+            typer.echo(dump(config, full=full), nl=False)
+            for name in passed:
+                typer.echo(f"# not looked at, as it is on the hub: {name}")
         return
     from dsdistill.distributed import stopping
 
@@ -265,12 +289,19 @@ def compare(
 def export(
     run: RunPath,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of the weights: bf16, fp16 or fp32; default: the run's train.dtype."),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights.")
+    ] = "5GB",
 ):
     """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
     _quiet_libraries()
     from dsdistill.engine.export import export as write
 
-    write(run, out)
+    write(run, out, dtype=dtype, max_shard_size=shard)
     typer.echo(f"student of {run} written to {out}")
 
 

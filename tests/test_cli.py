@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import dsdistill
+from dsdistill import cli
 from dsdistill.config import UserError, load
 from dsdistill.engine import run_folder
 from dsdistill.engine.run_folder import KEPT, MARKER, RunFolder
@@ -248,11 +249,20 @@ class TestProcess:
     def test_dry_run_prints_the_resolved_config_and_stops(self, config, tmp_path):
         path = config()
         before = snapshot(tmp_path)
-        done = command("train", path, "train.steps=5", "--dry-run")
+        done = command("train", path, "train.steps=5", "--dry-run", "--full")
         assert done.returncode == 0 and done.stderr == ""
         printed = yaml.safe_load(done.stdout)
         assert printed["train"]["steps"] == 5 and printed["train"]["scheduler"] == "linear"
         assert snapshot(tmp_path) == before
+
+    def test_dry_run_prints_what_differs_from_the_defaults(self, config, tmp_path, monkeypatch, capsys):
+        before = config()
+        monkeypatch.setattr(sys, "argv", ["dsdistill", "train", before, "train.steps=5", "--dry-run"])
+        assert cli.run() == 0
+        printed = capsys.readouterr().out
+        assert "scheduler" not in printed and yaml.safe_load(printed)["train"]["steps"] == 5
+        (tmp_path / "again.yaml").write_text(printed)
+        assert load([str(tmp_path / "again.yaml")]) == load([before, "train.steps=5"])
 
     @pytest.mark.parametrize("mistake", ["unknown key", "attention that hides"])
     def test_mistakes(self, config, mistake):

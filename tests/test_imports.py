@@ -1,6 +1,7 @@
 """The shape of the package: who imports whom, what importing costs, how long files are; and that configs load."""
 
 import ast
+import gzip
 import json
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 
 from dsdistill import cli
 from dsdistill.config import load
+from dsdistill.config.load import recipe_of
+from dsdistill.data.sources import dev_sets, names, parts
 from dsdistill.engine.compare import read_methods
 
 ROOT = Path(__file__).parents[1]
@@ -176,19 +179,48 @@ AFTER = {
 }
 
 
+def _made_data(sources: list[str], folder: Path) -> list[str]:
+    """Write a row into each data file that a config and its teacher's recipe name; return what points there."""
+    config, files = load(sources), {}
+    while config is not None:
+        data = config.data
+        read = [(part, name) for *_, part in parts(data) for name in names(part.train)]
+        read += [(data, name) for name in dev_sets(data).values()]
+        read += [(data, name) for name in (*(data.domain or ()), *(data.general or ()))]
+        for part, name in read:
+            if part.source == "files":
+                columns = [*part.text, part.messages or "text", part.label or "text"]
+                files.setdefault(name, {"text": "1"}).update(dict.fromkeys(columns, "1"))
+        teacher = config.teacher
+        config = recipe_of(config) if teacher is not None and teacher.recipe and not teacher.path else None
+    for name, row in files.items():
+        path = folder / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt") as file:
+            file.write(json.dumps(row))
+    return [f"data.root={folder}/data"] if files else []
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys):
+def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys, tmp_path):
+    """Its data files, as it names them, are made up: the dry run looks for them and their columns."""
     sources = [path]
     place = f"{path.parent.name}/{path.name}"
     base = next((base for start, base in AFTER.items() if place.startswith(start)), None)
     if base is not None:
         sources.insert(0, ROOT / base)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["dsdistill", "train", *map(str, sources), "--dry-run"])
-    code = cli.run()
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    resolved = yaml.safe_load(printed.out)
+    sources = [*map(str, sources), *_made_data(list(map(str, sources)), tmp_path)]
+    printed = {}
+    for full in ([], ["--full"]):
+        monkeypatch.setattr(sys, "argv", ["dsdistill", "train", *sources, "--dry-run", *full])
+        code = cli.run()
+        printed[bool(full)] = capsys.readouterr()
+        assert code == 0, printed[bool(full)].err
+    short = tmp_path / "short.yaml"
+    short.write_text(printed[False].out, encoding="utf-8")
+    assert load([str(short)]) == load(sources)
+    resolved = yaml.safe_load(printed[True].out)
     given = OmegaConf.to_container(OmegaConf.load(path))
     assert given, "an empty config"
     for section, settings in given.items():

@@ -1,4 +1,4 @@
-"""Rules between fields. Pure: what needs a file, a model or the world size is checked where that is at hand."""
+"""Rules between fields. Pure: what needs a file or a model is checked where that is at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
 
 if TYPE_CHECKING:  # the schema calls check
-    from dsdistill.config.schema import Config, Teacher
+    from collections.abc import Sequence
+
+    from dsdistill.config.schema import Config, Stage, Teacher, Train
+
+GROUP = 4  # examples that data.sampler hard_negative keeps together: one and its neighbours
 
 # Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
 DEEPSPEED_KEYS = frozenset(
@@ -264,3 +268,27 @@ def _check_deepspeed(settings: dict, model: str) -> None:
         raise UserError(f"{place}.zero_optimization", type(zero).__name__, "a mapping")
     if "stage" in zero:
         raise UserError(f"{place}.zero_optimization.stage", zero["stage"], f"{model}.zero_stage in its place")
+
+
+def check_ranks(train: Train, stages: Sequence[Stage], sampler: str, world_size: int) -> None:
+    """Refuse sizes of batches that so many ranks cannot share, or that leave terms nothing to relate."""
+    at_once = train.micro_batch_size * world_size
+    if train.batch_size % at_once:
+        raise UserError(
+            "train.batch_size",
+            train.batch_size,
+            f"a multiple of train.micro_batch_size × ranks = {train.micro_batch_size} × {world_size}",
+        )
+    for name, term in (item for stage in stages for item in stage.terms.named().items()):
+        if term.relates and at_once == 1:
+            raise UserError(
+                f"terms.{name}",
+                "one example at once (train.micro_batch_size 1 on 1 rank)",
+                "at least 2: the term relates examples that meet in a micro-batch",
+            )
+    if sampler == "hard_negative" and at_once % GROUP:
+        raise UserError(
+            "train.micro_batch_size",
+            f"{at_once} examples at once on {world_size} rank(s)",
+            f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
+        )

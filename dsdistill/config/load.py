@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dsdistill.config.bounded import check_yaml, read_yaml
+from dsdistill.config.changes import changed
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import explain
 from dsdistill.config.formats import FORMAT, complete, take_format
@@ -70,6 +71,15 @@ def load(sources: Sequence[str]) -> Config:
         raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
     complete(settings, take_format(settings, origin))
     return make_config(settings, origin)
+
+
+def recipe_of(config: Config) -> Config:
+    """Return the config that trains the teacher; its data is read from where this run's is."""
+    assert config.teacher is not None and config.teacher.recipe is not None
+    recipe = load([config.teacher.recipe])
+    if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
 
 
 def as_begun(config: Config, saved: str) -> Config:
@@ -132,12 +142,12 @@ def holds_secrets(path: str) -> bool:
     return repr(redacted(settings)) != repr(settings)
 
 
-def dump(config: Config) -> str:
+def dump(config: Config, *, full: bool = True) -> str:
     """Return the resolved config as YAML, its format first and its secrets redacted.
 
-    Without secrets, `load` reads it back to an equal config.
+    Without secrets, `load` reads it back to an equal config. full: with what is as the defaults have it.
     """
-    settings = {"format": FORMAT} | redacted(config.model_dump(mode="json"))
+    settings = {"format": FORMAT} | redacted(config.model_dump(mode="json") if full else changed(config))
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

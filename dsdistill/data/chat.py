@@ -218,3 +218,21 @@ def _common(text: str, other: str) -> int:
     """Return how many characters two texts begin with alike."""
     pairs = zip(text, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
+
+
+def turn_end(tokenizer: Any, options: Mapping[str, Any] | None = None) -> int | None:
+    """Return the special token that ends a turn of the assistant and has a label; None where there is none.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        options: as `data.template_options`.
+    """
+    asked = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+    try:
+        ids, spans = Chat(tokenizer, options=options).encode(asked)[-1]
+    except UserError as error:  # such as a template that asks for tools
+        log.warning("the token that ends a turn is not known: %s", error)
+        return None
+    last = ids[spans[-1][1] - 1]
+    known = tokenizer.added_tokens_decoder.get(last)
+    return last if known is not None and known.special else None

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsdistill.config.checks import GROUP
 from dsdistill.data.examples import Examples
 
-NEIGHBOURS = 3  # of an anchor, that come with it
-GROUP = NEIGHBOURS + 1
+NEIGHBOURS = GROUP - 1  # of an anchor, that come with it
 BLOCK = 1024  # anchors that are compared with all others at once
 
 

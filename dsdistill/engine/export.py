@@ -1,25 +1,33 @@
 """From a run to a plain model folder, with nothing of the distillation left in it."""
 
 import logging
+import math
 import os
+import re
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsdistill import config as configs
 from dsdistill import disk
 from dsdistill.config import Config, UserError
+from dsdistill.config.bounded import parse_size
 from dsdistill.config.schema import LANGUAGE
+from dsdistill.data.chat import turn_end
+from dsdistill.data.sources import parts
 from dsdistill.disk import check_writable
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
 from dsdistill.models.build import architecture, build_model, load_tokenizer
 from dsdistill.models.domain_fusion import FUSION, STUDENT
-from dsdistill.models.settings import carry_generation, text_config
+from dsdistill.models.settings import carry_generation, stop_generation, text_config
 
 log = logging.getLogger("dsdistill")
+
+LEAST_SHARD = 10**6  # bytes; smaller ones would be mistakes, and a file a tensor
 
 
 def read_config(path: str) -> Config:
@@ -71,31 +79,93 @@ def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str
                 raise
 
 
-def export(run: str, out: str) -> None:
-    """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer included.
+def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int | str = "5GB") -> None:
+    """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer and chat template included.
 
     A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
     and dsdistill.models.domain_fusion.load_exported puts them together.
 
-    A folder that is not there appears whole or not at all. Raises UserError where `out` holds something already.
+    A folder that is not there appears whole or not at all.
+
+    Args:
+        run: folder of a run.
+        out: folder to be made.
+        dtype: of the weights that are written: fp32, bf16 or fp16; None: the run's `train.dtype`. Weights that the
+            library keeps in float32 in models of that type stay so.
+        max_shard_size: most bytes of a file of weights, or a size such as 5GB; 1MB at least. A tensor that is larger
+            has a file of its own.
+
+    Raises:
+        UserError: a type or size that is none, a folder that holds something already, a run without a student, or
+            a weight that fp16 cannot hold.
     """
+    if dtype is not None and dtype not in deepspeed.DTYPES:
+        raise UserError("--dtype", repr(dtype), " or ".join(deepspeed.DTYPES))
+    size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    if size is None or size < LEAST_SHARD:
+        raise UserError("--max-shard-size", repr(max_shard_size), "a size such as 5GB or 500MiB, 1MB or more")
     check_writable(out, "--out")
     there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
     if os.path.exists(out) and (not there or os.listdir(out)):
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
-    model, fusion = _newest_student(run, read_config(run))
+    config = read_config(run)
+    kind = deepspeed.DTYPES[dtype or config.train.dtype]
+    model, fusion = _newest_student(run, config)
+    _round(model, kind)
     tokenizer = load_tokenizer(os.path.join(run, INIT), INIT)
     with disk.replacing(os.path.realpath(out)) as made:
         plain = os.path.join(made, STUDENT) if fusion else made
-        model.save_pretrained(plain)
+        model.save_pretrained(plain, max_shard_size=size)
         if model.can_generate():
             carry_generation(os.path.join(run, INIT), plain, text_config(model.config).vocab_size)
+            stop_generation(plain, _ends(config, tokenizer))
         tokenizer.save_pretrained(made)
         if fusion:  # the maps are of the teacher's states: they have done their work
             weights = {
-                name: value.contiguous() for name, value in fusion.items() if not name.startswith("maps.")
+                name: value.to(kind).contiguous()
+                for name, value in fusion.items()
+                if not name.startswith("maps.")
             }
             save_file(weights, os.path.join(made, FUSION))
             log.info(
                 "with its domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both", out
             )
+
+
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a float32 model's weights and buffers another type, but for those that the library keeps in float32."""
+    if dtype == torch.float32:
+        return
+    most = torch.finfo(dtype).max
+    patterns = [re.compile(name.replace("*", ".*")) for name in model._get_dtype_plan(dtype)]
+    kept = {}
+    for name, value in model.state_dict(keep_vars=True).items():  # without buffers that are not saved
+        if any(pattern.search(name) for pattern in patterns):
+            kept[name] = value.data
+            continue
+        largest = float(value.detach().abs().max()) if value.is_floating_point() and value.numel() else 0.0
+        if most < largest < math.inf:
+            got = f"{dtype}, whose largest number is {most:,.0f}, for {name} with a weight of {largest:,.0f}"
+            raise UserError("--dtype", got, "bf16 or fp32")
+    model.to(dtype)
+    for name, value in kept.items():
+        module, _, leaf = name.rpartition(".")
+        getattr(model.get_submodule(module), leaf).data = value
+
+
+def _ends(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer, as the student learned to write them; none where it learned plain text."""
+    if config.task != "causal_lm":
+        return []
+    sections = [part for *_, part in parts(config.data)]
+    layouts = {
+        part.layout or ("template" if tokenizer.chat_template else "separator")
+        if part.messages is None
+        else "template"
+        for part in sections
+        if part.messages is not None or len(part.text) == 2
+    }
+    found = [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id]
+    if "template" in layouts:
+        found.append(turn_end(tokenizer, config.data.template_options))
+    return [end for end in dict.fromkeys(found) if end is not None] if layouts else []

@@ -15,6 +15,7 @@ from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.probing import check_pair
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, schema
+from dsdistill.config.checks import check_ranks
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel, Task, Terms
 from dsdistill.data import Set, Splits, Streamed, load_texts
@@ -95,7 +96,7 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
     not fit.
     """
     task, train, data = config.task, config.train, config.data
-    refusals.check_ranks(train, config.run_stages, data.sampler, world_size)
+    check_ranks(train, config.run_stages, data.sampler, world_size)
     refusals.check_precision(train)
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:

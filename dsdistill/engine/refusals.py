@@ -10,7 +10,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dsdistill.alignment.objective import Objective, available_backends
 from dsdistill.config import UserError
 from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, Train
-from dsdistill.data.samplers import GROUP
 from dsdistill.engine.module import frozen
 from dsdistill.models.build import check_missing, skeleton
 from dsdistill.models.positions import check_length, check_padding
@@ -28,30 +27,6 @@ def check_backend(train: Train, device: torch.device) -> None:
     here = ["auto", *(name for name in available_backends() if name != "cpp" or device.type == "cpu")]
     if train.backend not in here:
         raise UserError("train.backend", f"{train.backend}, which cannot run here", ", ".join(here))
-
-
-def check_ranks(train: Train, stages: Sequence[Stage], sampler: str, world_size: int) -> None:
-    """Refuse sizes of batches that so many ranks cannot share, or that leave terms nothing to relate."""
-    at_once = train.micro_batch_size * world_size
-    if train.batch_size % at_once:
-        raise UserError(
-            "train.batch_size",
-            train.batch_size,
-            f"a multiple of train.micro_batch_size × ranks = {train.micro_batch_size} × {world_size}",
-        )
-    for name, term in (item for stage in stages for item in stage.terms.named().items()):
-        if term.relates and at_once == 1:
-            raise UserError(
-                f"terms.{name}",
-                "one example at once (train.micro_batch_size 1 on 1 rank)",
-                "at least 2: the term relates examples that meet in a micro-batch",
-            )
-    if sampler == "hard_negative" and at_once % GROUP:
-        raise UserError(
-            "train.micro_batch_size",
-            f"{at_once} examples at once on {world_size} rank(s)",
-            f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
-        )
 
 
 def check_sizes(

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dsdistill import config as configs
 from dsdistill.config import Config, UserError, schema
+from dsdistill.config.load import recipe_of
 from dsdistill.data import Set, Splits, Words, load_data
 from dsdistill.data.bytes_bpe import train_bytes_tokenizer
 from dsdistill.data.chat_template import read_template
@@ -78,14 +78,6 @@ def read_sets(
 def words_of(tokenizer: PreTrainedTokenizerBase) -> Words:
     """Return a tokenizer and what tells it from others."""
     return Words(tokenizer, entries(tokenizer), fingerprint(tokenizer))
-
-
-def recipe_of(config: Config) -> Config:
-    """Return the config that trains the teacher; its data is read from where this run's is."""
-    recipe = configs.load([config.teacher.recipe])
-    if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
-        return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": config.data.root})})
 
 
 def teacher_architecture(teacher: schema.Teacher | None, recipe: Made | None) -> PretrainedConfig | None:

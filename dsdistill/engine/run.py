@@ -142,7 +142,7 @@ def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
         gc.collect()  # its engine, before the next ones are made
         with ranks.first_alone():
             if ranks.first:
-                export(home, model)
+                export(home, model, dtype="fp32")  # a student learns from the weights as they are
                 folder.release()  # for a job that waits for it
     prepared.config = with_fields(
         prepared.config, teacher=with_fields(prepared.config.teacher, path=model, recipe=None)

@@ -1,6 +1,7 @@
 """A run from its config to its summary."""
 
 import contextlib
+import copy
 import logging
 import resource
 import sys
@@ -230,6 +231,8 @@ class Trainer:
             raise
 
     def _bar(self) -> tqdm:
+        """Return the progress bar: how far, the time left, and what `_log` last told."""
+        self._shown = copy.copy(self.progress)
         return tqdm(
             total=self.total,
             initial=self.progress.step,
@@ -237,8 +240,19 @@ class Trainer:
             unit="step",
             disable=not self.ranks.first,
             mininterval=1.0,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
             file=_Forgiving(sys.stderr),
         )
+
+    def _told(self, loss: float, memory: int) -> str:
+        """Return what the bar says beside its time: the loss, pace since the last logged step, and peak memory in MiB.
+
+        The clock was read where the step waited for the device already, so that nothing waits here.
+        """
+        now, before = self.progress, self._shown
+        seconds, self._shown = max(now.seconds - before.seconds, 1e-9), copy.copy(now)
+        pace = seconds / max(1, now.step - before.step)
+        return f"loss={loss:.4g}, {pace:.3g} s/step, {(now.tokens - before.tokens) / seconds:,.0f} tokens/s, {memory:,} MiB"
 
     def _run(self, folder: RunFolder, bar: tqdm) -> None:
         points = stability.points(self.config.evaluation.rcs, self.total)
@@ -427,7 +441,7 @@ class Trainer:
             "tokens_per_second": round(self.progress.tokens / self.progress.seconds, 1),
             "peak_memory_mib": peak_memory_mib(self.ranks),
         }
-        bar.set_postfix(loss=f"{loss:.4g}")
+        bar.set_postfix_str(self._told(loss, record["peak_memory_mib"]))
         if self.ranks.first:
             folder.log(record)
         self._monitor(

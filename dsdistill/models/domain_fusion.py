@@ -169,6 +169,7 @@ def load_exported(folder: str) -> PreTrainedModel:
     width, student_width = weights["predictor.2.weight"].shape
     fusion = DomainFusion(width, student_width, student_width, ())
     fusion.load_state_dict(weights)
+    fusion.to(model.dtype)
     fusion.attach(model)
     model.domain = fusion  # so that .to() and .eval() reach it
     return model.eval()

@@ -5,6 +5,7 @@ read, and sizes that nothing ends for.
 """
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -137,6 +138,20 @@ def carry_generation(source: str, folder: str, entries: int) -> None:
         return
     with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def stop_generation(folder: str, ends: list[int]) -> None:
+    """Let the model of a folder stop at these tokens too, beside those that its generation settings name already."""
+    path = os.path.join(folder, GENERATION)
+    settings = read_json(path, CONFIG_BYTES) if os.path.exists(path) else {}
+    named = settings.get("eos_token_id")
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    if not set(ends) - set(known):
+        return
+    both = list(dict.fromkeys([*known, *ends]))
+    settings["eos_token_id"] = both if len(both) > 1 else both[0]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _inside(value: Any, entries: int) -> bool:

@@ -16,14 +16,15 @@ from transformers import PretrainedConfig
 
 from dsdistill.config import Config, UserError
 from dsdistill.config.bounded import GIB, parse_size
+from dsdistill.config.checks import check_ranks
+from dsdistill.config.load import recipe_of
 from dsdistill.config.schema import LANGUAGE, Stage
 from dsdistill.distributed import deepspeed
 from dsdistill.engine.prepare import (
     make_pair,
     objective_layers,
 )
-from dsdistill.engine.refusals import check_ranks
-from dsdistill.engine.resolve import recipe_of, student_architecture
+from dsdistill.engine.resolve import student_architecture
 from dsdistill.engine.teacher import teacher_dtype
 from dsdistill.models.build import architecture, for_task, override
 from dsdistill.models.settings import setting, text_config

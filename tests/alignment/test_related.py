@@ -8,8 +8,8 @@ import torch
 from dsdistill.alignment import relations
 from dsdistill.alignment.units import mean_pool
 from dsdistill.config import UserError
+from dsdistill.config.checks import check_ranks
 from dsdistill.config.load import make_config
-from dsdistill.engine.refusals import check_ranks
 from tests.alignment.rig import Rig, make_batch, padded, with_filler
 from tests.alignment.two_ranks import NAMES, TERMS, average_over_two_ranks, whole
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from dsdistill.config.checks import GROUP
 from dsdistill.data import Examples, Loader
 from dsdistill.data.ngrams import ADDED, BIGRAM, Bigrams, Contrast
-from dsdistill.data.samplers import GROUP, HardNegative, Weighted, nearest_others
+from dsdistill.data.samplers import HardNegative, Weighted, nearest_others
 from tests.data.rig import made
 
 

@@ -9,11 +9,10 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config import UserError, load
-from dsdistill.config.load import make_config
+from dsdistill.config.checks import check_ranks
+from dsdistill.config.load import make_config, recipe_of
 from dsdistill.engine import checkpoint
 from dsdistill.engine.prepare import Prepared, prepare, tell_other_data
-from dsdistill.engine.refusals import check_ranks
-from dsdistill.engine.resolve import recipe_of
 from tests.conftest import merge
 from tests.engine.test_resume import make_checkpoint
 

@@ -54,7 +54,7 @@ def test_weights_are_not_rounded(still, models_dir, tmp_path):
     paths += [in_stage(still, tmp_path, "resumed", 3) + "@2"]
     run_configs(paths)
     for name in ("one-3", "two-1", "two-2", "two-3", "resumed"):
-        export(str(tmp_path / name), str(tmp_path / f"{name}-exported"))
+        export(str(tmp_path / name), str(tmp_path / f"{name}-exported"), dtype="fp32")
         check_same(tmp_path / f"{name}-exported", models_dir / "student")
         handed = load_file(tmp_path / name / "stages" / "lower.safetensors")
         body = {key.removeprefix("body."): value for key, value in handed.items() if key.startswith("body.")}
@@ -68,7 +68,7 @@ def test_a_tied_frozen_head(causal, tokenizer_dir, tmp_path):  # noqa: F811
     change = {"student": {"path": str(folder), "freeze": ["*embed_tokens*"]}}
     change |= {"train.dtype": "bf16", "train.learning_rate": 1e-30}
     run_configs([write(tmp_path, merge(causal, change), "run")], ranks=1)
-    export(str(tmp_path / "run"), str(tmp_path / "exported"))
+    export(str(tmp_path / "run"), str(tmp_path / "exported"), dtype="fp32")
     check_same(tmp_path / "exported", folder)
     name = "model.embed_tokens.weight"
     expected, got = (load_file(path / "model.safetensors")[name] for path in (folder, tmp_path / "exported"))

@@ -1,6 +1,7 @@
 """Whole runs: a teacher from a recipe, a baseline, language models, export and evaluate."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,8 @@ def test_recipe_baseline_evaluate_export(settings, home):
     }
     log = run_configs([write(home / "config.yaml", settings)])
     assert "training the teacher of teacher.yaml" in log
+    bar = r"10/10 \[\d+:\d+<00:00, loss=\d\S*, \d\S* s/step, [\d,]*\d tokens/s, [\d,]*\d MiB\]"
+    assert re.search(bar, log)
 
     run = Path(settings["run"]["dir"])
     summary = json.loads((run / "summary.json").read_text())

@@ -1,0 +1,52 @@
+"""What a config says beyond the defaults."""
+
+from typing import Any
+
+from dsdistill.config.schema import Config
+from dsdistill.config.section import Section
+from dsdistill.config.terms import Terms
+
+
+def changed(config: Config) -> dict[str, Any]:
+    """Return the settings that differ from their defaults, as plain Python; `load` makes an equal config of them.
+
+    A section that is there, though by default it is not, is kept when all its settings are defaults: `task: {}`.
+    """
+    kept = _changed(config)
+    base = config.terms if "terms" in kept else Terms()  # what a stage's terms are added to
+    if config.stages:
+        kept["stages"] = [
+            _changed(stage) | ({"terms": terms} if (terms := _terms(stage.terms, base)) else {})
+            for stage in config.stages
+        ]
+    return kept
+
+
+def _changed(section: Section, base: Section | None = None) -> dict[str, Any]:
+    """Return what differs from `base`; without one, from the defaults of the section's class."""
+    plain, kept = section.model_dump(mode="json"), {}
+    for name, field in type(section).model_fields.items():
+        own = getattr(section, name)
+        usual = field.get_default(call_default_factory=True) if base is None else getattr(base, name)
+        if own != usual:
+            kept[name] = _plain(own, plain[name])
+    return kept
+
+
+def _plain(value: Any, dumped: Any) -> Any:
+    if isinstance(value, Section):
+        return _changed(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], Section):
+        return [_changed(part) for part in value]
+    return dumped
+
+
+def _terms(terms: Terms, base: Terms) -> dict[str, Any]:
+    """Return what a stage changes of the run's terms: settings of a term, a term more, or null for one less."""
+    kept: dict[str, Any] = {}
+    for name in type(terms).model_fields:
+        own, usual = getattr(terms, name), getattr(base, name)
+        if own != usual:
+            both = isinstance(own, Section) and isinstance(usual, Section)
+            kept[name] = None if own is None else _changed(own, usual if both else None)
+    return kept
