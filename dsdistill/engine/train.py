@@ -252,7 +252,8 @@ class Trainer:
         now, before = self.progress, self._shown
         seconds, self._shown = max(now.seconds - before.seconds, 1e-9), copy.copy(now)
         pace = seconds / max(1, now.step - before.step)
-        return f"loss={loss:.4g}, {pace:.3g} s/step, {(now.tokens - before.tokens) / seconds:,.0f} tokens/s, {memory:,} MiB"
+        rate = (now.tokens - before.tokens) / seconds
+        return f"loss={loss:.4g}, {pace:.3g} s/step, {rate:,.0f} tokens/s, {memory:,} MiB"
 
     def _run(self, folder: RunFolder, bar: tqdm) -> None:
         points = stability.points(self.config.evaluation.rcs, self.total)
