@@ -102,7 +102,7 @@ class TestHost:
 
 
 def test_the_disk_by_hand():
-    """In bf16 under Adam: 12 bytes a trained value and, but under ZeRO-3, 2 of every weight; an export has 2 a weight."""
+    """In bf16 under Adam: 12 bytes a trained value and, but under ZeRO-3, 2 a weight, as in an export."""
     config = make_config(settings())  # keeps two checkpoints
     one = 2 * 400 + 12 * 360
     assert host.disk_space(config, PARTS, zero(2)) == {
