@@ -156,14 +156,14 @@ def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
     """Return bytes of the run's folder: by what is written, and `at most`, with one checkpoint more than are kept.
 
     A checkpoint has the weights in train.dtype (under ZeRO-3 they follow from the optimizer's), values and moments of
-    the optimizer in float32; what `export` writes is in float32.
+    the optimizer in float32; what `export` writes is in train.dtype too.
     """
     weights = 0 if zero.stage == 3 else zero.width * (parts.trained + _fixed(parts))
     one = weights + 4 * (1 + STATES[zero.optimizer]) * parts.trained
     first = 0
     if config.student.from_teacher is not None:
         first = _stored(config) * parts.student.total
-    exported = 4 * parts.student.total
+    exported = zero.width * parts.student.total
     return {
         "a checkpoint": one,
         "first weights": first,

@@ -101,6 +101,16 @@ class TestHost:
         assert held["saving"][host.SAVING] == 2 * 3 * 360 + 2 * 400
 
 
+def test_the_disk_by_hand():
+    """In bf16 under Adam: 12 bytes a trained value and, but under ZeRO-3, 2 a weight, as in an export."""
+    config = make_config(settings())  # keeps two checkpoints
+    one = 2 * 400 + 12 * 360
+    assert host.disk_space(config, PARTS, zero(2)) == {
+        "a checkpoint": one, "first weights": 0, "an export": 800, "at most": 3 * one + 800,
+    }  # fmt: skip
+    assert host.disk_space(config, PARTS, zero(3))["a checkpoint"] == 12 * 360
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_on_disk(stage, tokenizer_dir, tmp_path):
