@@ -1,6 +1,6 @@
 """Compute the loss: a weighted sum of terms, each divided by counts over the whole step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -113,7 +113,7 @@ class Objective(nn.Module):
                 _release(teacher.attention, "teacher_attention", term, terms[index + 1 :])
             raw.append(values.detach())
             if weighted is None:
-                layers = values.new_tensor(term.weighting.values)
+                layers = filled(term.weighting.values, values)
                 weighted = self.weights[name] * term.factor * (values * layers).sum()
             total = total + weighted
         assert isinstance(total, Tensor)  # a config has one term at least
@@ -137,7 +137,7 @@ class Objective(nn.Module):
         parts = raw.split([term.parts for term in self.terms.values()])
         made = {}
         for (name, term), values in zip(self.terms.items(), parts, strict=True):
-            value = term.factor * (values * values.new_tensor(term.weighting.values)).sum()
+            value = term.factor * (values * filled(term.weighting.values, values)).sum()
             made[name] = value, self.weights[name] * value, values
         return made
 
@@ -210,6 +210,16 @@ class Objective(nn.Module):
             for term in (first, second)
         ]
         return second.sums_with(first, student, teacher, batch, (scales[0], scales[1]))
+
+
+def filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return (n,) of numbers, of the type and on the device of `like`.
+
+    They are filled in on the device: a copy from the host would wait until a GPU has done all that came before.
+    """
+    if len(set(values)) == 1:
+        return like.new_full((len(values),), values[0])
+    return torch.stack([like.new_full((), value) for value in values])
 
 
 def _release(layers: dict, kind: str, done: AlignmentTerm, later: list[AlignmentTerm]) -> None:

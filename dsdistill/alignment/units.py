@@ -55,7 +55,7 @@ def gather_rows(own: Tensor) -> Tensor:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return own
-    count = torch.tensor([len(own)], device=own.device)
+    count = torch.full((1,), len(own), device=own.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
     lengths = [int(count) for count in counts]

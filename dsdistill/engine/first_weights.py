@@ -60,7 +60,8 @@ def read_student(
     """Return the module that `make` makes, given the type to read its weights in; sharded where ZeRO-3 is to shard it.
 
     Weights have the type of the run where it is the files' own too, else float32, so that no value is rounded before
-    the optimizer has it. What has no files is drawn whole, and so is what DeepSpeed keeps on disks (NVMe).
+    the optimizer has it. What is random, all of it or a head, is drawn whole, and so is what DeepSpeed keeps on disks
+    (NVMe).
 
     anew: other values take the place of these, which may be float32.
     """
@@ -78,6 +79,8 @@ def read_student(
             module = make(stored)
             engines.partition(module.model, settings, dtype, ranks.device)
             return module
+        if _lacks(init, architecture, config.task):
+            return make(dtype)
         with engines.constructing(settings):
             return make(dtype)
 
@@ -120,8 +123,13 @@ def _is_drawn_for_parts(prepared: Prepared) -> bool:
     section = prepared.config.student
     if section.zero_stage != 3 or section.domain is not None:
         return False
-    folder = at_hand(section.path, "student") if section.path is not None else None
-    return folder is None or bool(check_weights(folder, prepared.student, prepared.config.task, "student"))
+    return section.path is None or _lacks(section.path, prepared.student, prepared.config.task)
+
+
+def _lacks(path: str, student: PretrainedConfig, task: str) -> bool:
+    """Return whether files lack some of the student's weights, or are not at hand to tell."""
+    folder = at_hand(path, "student")
+    return folder is None or bool(check_weights(folder, student, task, "student"))
 
 
 def _draw(prepared: Prepared, target: str) -> None:

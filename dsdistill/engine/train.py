@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import get_scheduler
 
 from dsdistill.alignment.by_source import SourceLosses
-from dsdistill.alignment.objective import BackendError, Loss
+from dsdistill.alignment.objective import BackendError, Loss, filled
 from dsdistill.config import UserError
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
 from dsdistill.distributed import deepspeed, engines, stopping
@@ -319,7 +319,7 @@ class Trainer:
         due = self.ranks.first and 0 < self.config.run.save_minutes * 60 <= time.monotonic() - self._saved
         tokens = sum(int(b.mask.sum()) for b in batches)  # on the host, where the loader has left them
         documents = sum(int(b.documents.sum()) for b in batches)
-        told = raw.new_tensor([tokens, documents, due, *stopping.votes()])
+        told = filled([tokens, documents, due, *stopping.votes()], raw)
         values = Later(self.ranks.sum(torch.cat([raw, told])))
         self.progress.step += 1
         self.progress.seconds += time.perf_counter() - started

@@ -205,7 +205,7 @@ def _count(pairs: Pairs, batch: int, heads: int, divergence: str, how: str, devi
     if divergence != "kl":
         count = pairs.count(batch, device)
     elif pairs.mask is None:
-        count = torch.tensor(batch * pairs.tokens, device=device)
+        count = torch.full((), batch * pairs.tokens, device=device)
     else:
         count = pairs.mask.sum()
     return count if how == "mean" else count * heads

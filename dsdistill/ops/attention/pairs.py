@@ -61,7 +61,7 @@ class Pairs:
             width = n if self.window is None else min(self.window, n)
             # The queries see 1, 2, …, width keys to their left (themselves included), then width each.
             left = width * (width + 1) // 2 + (n - width) * width
-            return torch.tensor(batch * (left if self.causal else 2 * left - n), device=device)
+            return torch.full((), batch * (left if self.causal else 2 * left - n), device=device)
         if self.mask is not None and self.window is None and self.segments is None:
             valid = self.mask.sum(1)
             return (valid * (valid + 1) // 2 if self.causal else valid * valid).sum()

@@ -81,7 +81,7 @@ def pairwise_alignment(
             token_weights = token_weights / token_weights.sum(1, keepdim=True).clamp(min=1)
         count = None
         if reduction == "mean":
-            count = torch.tensor(batch, device=student.device) if mask is None else mask.any(1).sum()
+            count = torch.full((), batch, device=student.device) if mask is None else mask.any(1).sum()
         if chosen == "triton":
             coefficient = torch.ones((), device=student.device)
             if count is not None:

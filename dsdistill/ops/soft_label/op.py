@@ -217,7 +217,7 @@ def logit_alignment(
         rows = reference.logit_rows(student_logits.to(dtype), teacher_logits.to(dtype), mask, **formula)
         if reduction == "sum":
             return rows.sum()
-        count = torch.tensor(rows.numel(), device=rows.device) if mask is None else mask.sum()
+        count = torch.full((), rows.numel(), device=rows.device) if mask is None else mask.sum()
         return safe_divide(rows.sum(), count)
 
 
