@@ -97,7 +97,10 @@ class Objective(nn.Module):
             if name in self._joined:
                 later = self._joined[name]
                 losses = self._together(name, student, teacher, batch, divisors)
-                sums, known[later], weighted = losses.task[None], losses.soft[None], losses.total
+                # Detached, so that the teacher's states are held by the total's graph alone.
+                sums, known[later] = losses.task.detach()[None], losses.soft.detach()[None]
+                weighted = losses.total
+                del losses
             elif name in known:
                 sums, weighted = known[name], 0.0  # it is in the total already
             else:

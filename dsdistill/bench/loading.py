@@ -1,4 +1,4 @@
-"""Benchmark of loading: how much memory a rank takes while models are read, over what it keeps of them.
+"""Measure how much memory a rank takes while models are read, over what it keeps of them.
 
 Two ranks are looked at from outside. What counts is anonymous memory, over what each held before: pages of files that
 are mapped are shared by all ranks, and the system takes them back where it needs room.

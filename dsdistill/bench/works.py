@@ -1,4 +1,4 @@
-"""The measured calls of the microbenchmark, one of each operator, with the arithmetic and bytes of its definition."""
+"""Make the measured calls of the microbenchmark, one an operator, with the arithmetic and bytes of its definition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsdistill.bench.cases import FUNCTIONS
 
 
 def device() -> str:
-    """The GPU if there is one: everything here is measured on it then, and on the CPU otherwise."""
+    """Return the GPU if there is one: everything here is measured on it then, and on the CPU otherwise."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -22,7 +22,10 @@ def randn(*shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """One measured call. flops and bytes: of the definition, forward and backward, each tensor touched once."""
+    """A Work is one measured call.
+
+    flops and bytes: of the definition, forward and backward, each tensor touched once.
+    """
 
     operator: str
     label: str

@@ -1,4 +1,4 @@
-"""What a config says beyond the defaults."""
+"""Find what a config says beyond the defaults."""
 
 from typing import Any
 

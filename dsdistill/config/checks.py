@@ -1,4 +1,4 @@
-"""Rules between fields. Pure: what needs a file or a model is checked where that is at hand."""
+"""Check the rules between fields. This is pure: what needs a file or a model is checked where that is at hand."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def student_engine(
 
 
 class StepGradient(NamedTuple):
-    """The gradient of a step, as far as it tells whether the step counts; the same on every rank."""
+    """A StepGradient says of a step's gradient whether the step counts; it is the same on every rank."""
 
     norm: float | Tensor
     skipped: bool  # DeepSpeed has left the weights as they were
@@ -173,7 +173,7 @@ def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Opti
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Return whether a rank holds but its part of the parameter."""
+    """Return whether a rank holds only its part of the parameter."""
     return hasattr(parameter, "ds_id")
 
 

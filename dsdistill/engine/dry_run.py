@@ -1,4 +1,4 @@
-"""What a run would trip over that its config alone does not tell: `dsdistill train CONFIG --dry-run`.
+"""Find what a run would trip over that its config alone does not tell: `dsdistill train CONFIG --dry-run`.
 
 Sizes of batches are checked against the number of ranks, and data files and their columns by the files' beginnings.
 Models, tokenizers and hub data are not looked at.

@@ -9,7 +9,7 @@ from dsdistill.config import Config
 from dsdistill.config.schema import Evaluation
 from dsdistill.data import files
 from dsdistill.data.sources import with_dev_files
-from dsdistill.distributed import deepspeed
+from dsdistill.distributed import allocator, deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.export import find_checkpoint, load_student, read_config
@@ -125,7 +125,8 @@ def _others(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, 
 def _student(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> StudentModule:
     """Return the student of a checkpoint in evaluation mode, in float32."""
     config = prepared.config
-    model, weights = load_student(path, config, tag)
+    with allocator.loading(ranks.device):
+        model, weights = load_student(path, config, tag)
     fusion = make_fusion(config, prepared.pair, fused_layers(prepared.objectives))
     if fusion is not None:
         fusion.load_state_dict(weights)

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -14,11 +15,18 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule, brings_head
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import INIT, RunFolder
-from dsdistill.models.build import build_and_tell, build_model, locate
-from dsdistill.models.cut import check_rest, copy_layers
+from dsdistill.models.build import build_and_tell, build_model, check_missing, locate, skeleton
+from dsdistill.models.cut import check_cut, check_rest, copy_layers
 from dsdistill.models.settings import carry_generation, text_config
 from dsdistill.models.slices import cut_files
-from dsdistill.models.weights import at_hand, check_weights, holds_weights, mapped_dtype, stored_dtype
+from dsdistill.models.weights import (
+    at_hand,
+    check_ties,
+    check_weights,
+    holds_weights,
+    mapped_dtype,
+    stored_dtype,
+)
 
 log = logging.getLogger("dsdistill")
 
@@ -45,7 +53,8 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
                 if source is not None and config.task == "causal_lm":
                     entries = text_config(prepared.student).vocab_size
                     carry_generation(locate(source, "student.path"), name, entries)
-    return target if holds_weights(target) else config.student.path
+    # What rank 0 sees: a network's file system may show it to others a little later.
+    return target if ranks.gather(holds_weights(target))[0] else config.student.path
 
 
 def read_student(
@@ -60,29 +69,38 @@ def read_student(
     """Return the module that `make` makes, given the type to read its weights in; sharded where ZeRO-3 is to shard it.
 
     Weights have the type of the run where it is the files' own too, else float32, so that no value is rounded before
-    the optimizer has it. What is random, all of it or a head, is drawn whole, and so is what DeepSpeed keeps on disks
-    (NVMe).
+    the optimizer has it. What is random, all of it or a head, is drawn whole in float32. Whole is also what DeepSpeed
+    keeps on disks (NVMe), quantized or twice (ZeRO++).
 
     anew: other values take the place of these, which may be float32.
     """
-    section, settings = config.student, deepspeed.student_settings(config, ranks.world_size)
-    computes = config.train.dtype
-    if anew or init is None or stored_dtype(init, "student") != deepspeed.DTYPES[computes]:
-        computes = "fp32"
+    settings = deepspeed.student_settings(config, ranks.world_size)
+    complete = init is not None and not _lacks(init, architecture, config.task)
+    stored = stored_dtype(init, "student") if init is not None else None
+    mapped = mapped_dtype(init, architecture, config.task, "student")
+    # What rank 0 finds, since all ranks must go one way.
+    complete, stored, mapped = ranks.gather((complete, stored, mapped))[0]
+    same = complete and not anew and stored == deepspeed.DTYPES[config.train.dtype]
+    computes = config.train.dtype if same else "fp32"
     dtype = deepspeed.DTYPES[computes]
-    offload = deepspeed.zero_section(settings).offload_param
     with allocator.loading(ranks.device):
-        if section.zero_stage != 3 or init is None or (offload is not None and offload.device == "nvme"):
+        if config.student.zero_stage != 3 or not complete or _kept_otherwise(settings):
             return make(dtype)
         settings |= deepspeed.precision(computes)
-        if (stored := mapped_dtype(init, architecture, config.task, "student")) is not None:
-            module = make(stored)
+        if mapped is not None:
+            module = make(mapped)
             engines.partition(module.model, settings, dtype, ranks.device)
             return module
-        if _lacks(init, architecture, config.task):
-            return make(dtype)
         with engines.constructing(settings):
             return make(dtype)
+
+
+def _kept_otherwise(settings: dict[str, Any]) -> bool:
+    """Return whether DeepSpeed keeps parts of weights in another way than as they are, once, in memory."""
+    zero = deepspeed.zero_section(settings)
+    quantized = zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights
+    on_disk = zero.offload_param is not None and zero.offload_param.device == "nvme"
+    return on_disk or quantized or zero.zero_hpz_partition_size > 1
 
 
 def _cut(prepared: Prepared, target: str) -> None:
@@ -96,8 +114,13 @@ def _cut(prepared: Prepared, target: str) -> None:
         log.info("the student is cut in the text part of a %s", prepared.teacher.model_type)
     folder = at_hand(path, "teacher") if path is not None else None
     if folder is not None:
-        added = {}
-        if missing := check_weights(folder, prepared.teacher, config.task, "teacher"):
+        # A hub's files are here only now; what `prepare` checks of local ones holds for them as well.
+        missing, added = check_weights(folder, prepared.teacher, config.task, "teacher"), {}
+        whole = skeleton(prepared.teacher, config.task, "teacher")
+        check_missing(whole, missing, path, config.task, "teacher", needs_head=False)
+        ties = check_cut(prepared.student, prepared.teacher, layers, config.task, "student", missing)
+        check_ties(folder, ties, "teacher")
+        if missing:
             added = {name: value for name, value in _random(prepared).state_dict().items() if name in missing}
         if cut_files(folder, target, prepared.student, prepared.teacher, layers, config.task, added):
             return

@@ -18,7 +18,7 @@ from dsdistill.models.weights import mapped_dtype
 
 
 class LazyTeacher:
-    """The teacher of a run, loaded once: when the first that needs it asks, who may come before training.
+    """A LazyTeacher is the teacher of a run, which is loaded once: when it is first needed, perhaps before training.
 
     It draws no random number that is left to others (dropout is off).
     """
@@ -44,6 +44,7 @@ class LazyTeacher:
         with allocator.loading(device):
             if section.zero_stage == 3:
                 stored = mapped_dtype(section.path, self.architecture, task, "teacher")
+                stored = self.ranks.gather(stored)[0]  # all ranks must go one way
                 # Where the library makes the parts, the engine's settings say their type.
                 return _sharded(
                     functools.partial(self._load, stored or torch.float32),

@@ -46,7 +46,7 @@ class Progress:
 
 
 class Later:
-    """Values on their way from the device to the host; reading them waits until they are there."""
+    """Later holds values that are on their way from the device to the host; reading them waits until they are there."""
 
     def __init__(self, values: Tensor):
         self.host, self._there = values, None
@@ -66,7 +66,7 @@ class Later:
 
 @dataclass
 class Made:
-    """What a step came to."""
+    """Made holds what a step came to."""
 
     step: int
     rate: float  # of learning
@@ -267,7 +267,9 @@ class Trainer:
     def _steps(
         self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm
     ) -> None:
-        behind: Made | None = None  # the step before, where nobody has read yet what came of it
+        # The step before, where nobody has read yet what came of it. A stop that it brings word of finds one step more
+        # made, and saves nothing where that one is not finite.
+        behind: Made | None = None
         while self.progress.step < self.end:
             made = self._timed_step(ahead.step(self.progress.step))
             due = ending = False

@@ -18,7 +18,7 @@ Gather = Callable[[Any], list]
 
 
 class _Clock:
-    """The time of one model's forward passes, on a GPU by events that are read once, at the end."""
+    """A _Clock takes the time of one model's forward passes, on a GPU by events that are read once, at the end."""
 
     def __init__(self):
         self.passes: list[tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event]] = []

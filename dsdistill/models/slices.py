@@ -92,8 +92,8 @@ def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Ten
 def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None:
     """Return what precedes the number of a layer in the names of files, such as `model.layers`; None where none fits.
 
-    Of several lists of that length (a vision tower has layers too) it is the one whose layers hold the most of what the
-    model's have, and then the one whose name ends as the model's does.
+    Where several lists have that length (a vision tower has layers too) it is the one whose layers hold the most of
+    what the model's have, and then the one whose name ends as the model's does.
     """
     layers = layer_list(model)
     assert layers is not None
@@ -121,7 +121,7 @@ def _untied(
 ) -> dict[str, list[str]]:
     """Return by name in files the further names of a weight that the teacher ties and the student does not.
 
-    Of tied weights files hold but one.
+    Files hold one of the weights that are tied.
     """
     held, found = {own: name for name, own in names.items()}, {}
     wanted = student.state_dict().keys() - {name for group in ties(student) for name in group}

@@ -98,6 +98,8 @@ def at_hand(path: str, place: str) -> str | None:
 
 def in_text_part(name: str) -> str | None:
     """Return the name that a weight of a composite has in its text part; None for one of another part."""
+    if name.startswith("lm_head."):  # as it is called there, too
+        return name
     for pattern, own in TEXT_PART.items():
         if re.match(pattern, name):
             return re.sub(pattern, own, name)
@@ -173,16 +175,19 @@ def _silent() -> Iterator[None]:
 def check_ties(path: str, ties: list[list[str]], place: str) -> None:
     """Raise UserError where weights differ in a local folder that the student ties; it would be given but one of them.
 
-    ties: names of one weight each. Names that the files do not have as they are, and hub ids, are left to copy_layers.
-    place: the model that the folder is.
+    ties: names of one weight each, which files may have without their prefix, or as a composite's. place: the model
+    that the folder is. A hub id is checked once its files are there.
     """
     if not os.path.isdir(folder := locate(path, f"{place}.path")):
         return
     found: dict[str, torch.Tensor] = {}
-    wanted = {name for names in ties for name in names}
+    names = {name for group in ties for name in group}
+    wanted = {name.partition(".")[2]: name for name in names} | {name: name for name in names}
     for name in weight_files(folder, f"{place}.path"):
         with safe_open(os.path.join(folder, name), framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in wanted.intersection(file.keys())}
+            for key in file.keys():  # noqa: SIM118
+                if (own := wanted.get(key) or wanted.get(in_text_part(key) or "")) is not None:
+                    found[own] = file.get_tensor(key)
     for first, *others in ([name for name in names if name in found] or [""] for names in ties):
         for other in others:
             if not torch.equal(found[first], found[other]):

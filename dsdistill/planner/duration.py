@@ -1,4 +1,4 @@
-"""How long a run would take, from the operations of a token and a share of the device's peak.
+"""Tell how long a run would take, from the operations of a token and a share of the device's peak.
 
 Operations of a token, a product and a sum counted as two:
 

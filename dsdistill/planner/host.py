@@ -1,4 +1,4 @@
-"""What a run takes of a node's host memory and of the disk, and of a rank's memory while models are read.
+"""Tell what a run takes of a node's host memory and of the disk, and of a rank's memory while models are read.
 
 With T values of the teacher in t bytes each, S of the student, on W ranks:
 
@@ -9,7 +9,7 @@ With T values of the teacher in t bytes each, S of the student, on W ranks:
                       under ZeRO-3 4 · S / W, sharded as it is read
   offload             of the optimizer 16 · S / W: values, two moments and gradients in float32; of parameters
                       t · T / W, e · S / W; what is pinned is rounded up to a power of two, as torch's allocator does
-  an unfinished save  one copy of what the rank writes (run.save_async), else of its largest part
+  an unfinished save  the largest part of what a rank writes
 
 The factors were measured on CPUs, of a teacher of 600 M values in bf16; for GPUs they are taken over.
 """
@@ -39,7 +39,7 @@ WHOLE_PEAK, SHARDED_PEAK, CUT_PEAK = 1.1, 1.25, 1.3
 
 @dataclass(frozen=True)
 class Parts:
-    """What is read and trained: values of the models, and of those that train."""
+    """Parts hold how many values the models have, and how many of them train."""
 
     teacher: Size | None
     student: Size
@@ -78,7 +78,7 @@ def node_memory(
     zero: of the student's engine. peak: bytes of a rank in a step, which on CPUs is host memory. ranks: of the node.
     Data that is read, and files that the system keeps in memory because nothing else needs it, are not counted.
     """
-    world, width = zero.world_size, zero.width
+    world = zero.world_size
     base = Counter({PROCESSES: ranks * PROCESS[gpu]})
     steady: Counter[str] = Counter()
     if config.teacher is not None:
@@ -100,6 +100,8 @@ def node_memory(
         made = max(
             made, Counter({CUT: int(CUT_PEAK * _stored(config) * parts.student.total)}), key=Counter.total
         )
+    elif _drawn(config):
+        made = max(made, Counter({UNROUNDED: 4 * parts.student.total}), key=Counter.total)
     moments[READING_STUDENT] = base + steady + made
     training = base + steady
     if gpu:
@@ -107,7 +109,7 @@ def node_memory(
     else:
         training = base + Counter({"a step": ranks * peak})
     moments[TRAINING] = training
-    moments["saving"] = training + Counter({SAVING: int(_saving(config, parts, zero, ranks, width))})
+    moments["saving"] = training + Counter({SAVING: int(_saving(parts, zero, ranks))})
     return moments
 
 
@@ -127,7 +129,7 @@ def _offloaded(config: Config, parts: Parts, zero: Settings, ranks: int) -> Coun
         held[GRADIENTS] = ranks * _rounded(4 * share, pinned)
     there, pinned = offload(section.offload_param)
     if there:
-        held[OFFLOADED_WEIGHTS] = ranks * _rounded(zero.width * share, pinned)
+        held[OFFLOADED_WEIGHTS] = ranks * _rounded(zero.width * parts.student.total / zero.world_size, pinned)
     return held
 
 
@@ -135,16 +137,9 @@ def _rounded(size: float, pinned: bool) -> int:
     return 1 << max(0, math.ceil(size) - 1).bit_length() if pinned else int(size)
 
 
-def _saving(config: Config, parts: Parts, zero: Settings, ranks: int, width: int) -> float:
-    """Return bytes of a node that a save holds: a copy of all that its ranks write, or the part being written."""
-    share = parts.trained / zero.world_size
-    if not getattr(config.run, "save_async", False):
-        return ranks * 4 * share
-    weights = width * parts.student.total
-    weights = (
-        ranks * weights / zero.world_size if zero.stage == 3 else weights
-    )  # else the first rank writes them
-    return ranks * 4 * (1 + STATES[zero.optimizer]) * share + weights
+def _saving(parts: Parts, zero: Settings, ranks: int) -> float:
+    """Return bytes of a node that a save holds: a copy of the part that each of its ranks is writing."""
+    return ranks * 4 * parts.trained / zero.world_size
 
 
 def _stored(config: Config) -> int:
@@ -158,11 +153,13 @@ def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
     A checkpoint has the weights in train.dtype (under ZeRO-3 they follow from the optimizer's), values and moments of
     the optimizer in float32; what `export` writes is in train.dtype too.
     """
-    weights = 0 if zero.stage == 3 else zero.width * (parts.trained + _fixed(parts))
+    weights = zero.width * (_fixed(parts) + (0 if zero.stage == 3 else parts.trained))
     one = weights + 4 * (1 + STATES[zero.optimizer]) * parts.trained
     first = 0
     if config.student.from_teacher is not None:
         first = _stored(config) * parts.student.total
+    elif _drawn(config):
+        first = 4 * parts.student.total
     exported = zero.width * parts.student.total
     return {
         "a checkpoint": one,
@@ -170,6 +167,12 @@ def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
         "an export": exported,
         "at most": (config.run.keep + 1) * one + first + exported,
     }
+
+
+def _drawn(config: Config) -> bool:
+    """Return whether rank 0 draws the student whole and writes it, for ZeRO-3 to shard."""
+    section = config.student
+    return section.zero_stage == 3 and section.path is None and section.domain is None
 
 
 def _fixed(parts: Parts) -> int:

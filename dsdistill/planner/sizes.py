@@ -84,7 +84,7 @@ def terms_own(objective: Objective) -> int:
 def attention_operations(config: PretrainedConfig, task: str, tokens: int) -> list[float]:
     """Return for each layer what its attention takes forward for a token of a sequence: 4 · H · d a key that it sees.
 
-    Of causal attention a token sees half the keys on average, in a sliding layer no more than the window.
+    In causal attention a token sees half the keys on average, in a sliding layer no more than the window.
     """
     text, shape = text_config(config), Shape.of(config)
     kinds = setting(text, "layer_types") or [None] * shape.depth

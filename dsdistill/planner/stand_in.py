@@ -91,7 +91,7 @@ class _Kind:
 
 @contextlib.contextmanager
 def few_layers(ledger: Ledger, model: PreTrainedModel, capture: Capture) -> Iterator[None]:
-    """Inside, most layers of the model, which is under `capture`, are not run."""
+    """Run only a few layers of the model inside; `capture` is what notes its states."""
     layers = layer_list(model)
     if layers is None or len(layers) <= WHOLE:
         yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from dsdistill.config import Config, UserError
 from dsdistill.config.bounded import GIB
+from dsdistill.config.checks import check_ranks
 from dsdistill.planner import zero_memory
 from dsdistill.planner.plan import RESERVE, Forecast, peak
 
@@ -20,7 +21,7 @@ OFFLOAD = "student.deepspeed.zero_optimization.offload_optimizer={device: cpu, p
 class Proposal:
     """A Proposal is a set of overrides, and the bytes that it needs of a rank, reserve included, and of a host.
 
-    host: None where the rank's bytes are but those that lie there whatever a step does, and are too many already.
+    host: None where what lies on a rank in any step is too much already; `needs` is that alone then.
     """
 
     overrides: tuple[str, ...]
@@ -47,14 +48,17 @@ def suggest(
     sent then. The first that fits gets the largest micro-batch that fits and that shares out the batch evenly.
     Settings that could not fit, whatever a step takes, are not rehearsed.
     """
-    reserve = RESERVE if gpu else 0
+    reserve, refused = RESERVE if gpu else 0, None
     room = memory - reserve
     tried = []
     for overrides in _settings(make(()), world_size):
         try:
-            forecast = Forecast(make((*overrides, "train.micro_batch_size=1")), world_size, gpu=gpu)
+            config = make((*overrides, "train.micro_batch_size=1"))
+            sizes = _sizes(config, world_size)
+            forecast = Forecast(make((*overrides, f"train.micro_batch_size={sizes[0]}")), world_size, gpu=gpu)
         except UserError as error:  # such as an optimizer that cannot be offloaded
             log.info("not proposed: %s", error)
+            refused = error
             continue
         least, node = _least(forecast), peak(forecast.node(ranks, 0))
         if least > room:
@@ -63,15 +67,36 @@ def suggest(
         if host_memory is not None and node > host_memory:
             tried.append(Proposal(overrides, least + reserve, node, False))
             continue
-        need, node = _need(forecast, 1, ranks)
+        need, node = _need(forecast, sizes[0], ranks)
         fits = need <= room and (host_memory is None or node <= host_memory)
         if not fits:
             tried.append(Proposal(overrides, need + reserve, node, False))
             continue
-        size, need, node = _largest(forecast, room, ranks, host_memory, need, node)
+        size, need, node = _largest(forecast, sizes, room, ranks, host_memory, need, node)
         tried.append(Proposal((f"train.micro_batch_size={size}", *overrides), need + reserve, node, True))
         break
+    if not tried and refused is not None:
+        raise refused
     return tried
+
+
+def _sizes(config: Config, world_size: int) -> list[int]:
+    """Return the sizes of micro-batches that share out the batch evenly and that the terms and the sampler take.
+
+    Raises UserError where there is none.
+    """
+    found, refused = [], None
+    for size in range(1, config.train.batch_size // world_size + 1):
+        train = config.train.model_copy(update={"micro_batch_size": size})
+        try:
+            check_ranks(train, config.run_stages, config.data.sampler, world_size)
+        except UserError as error:
+            refused = refused or error
+        else:
+            found.append(size)
+    if not found:
+        raise refused or UserError("train.batch_size", config.train.batch_size, f"at least {world_size}")
+    return found
 
 
 def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
@@ -93,6 +118,8 @@ def _least(forecast: Forecast) -> int:
     """Return the bytes that lie on a rank whatever a step does."""
     zero, parts, config = forecast.rank.zero, forecast.parts, forecast.config
     held = zero.width * parts.student.total / (zero.world_size if zero.stage == 3 else 1)
+    if config.student.deepspeed.get("zero_optimization", {}).get("offload_param"):
+        held = 0.0
     if not zero.offloaded:
         held += 4 * (1 + zero_memory.STATES[zero.optimizer]) * parts.trained / zero.world_size
     if parts.teacher is not None and not forecast.rank.teacher_offloaded:
@@ -108,20 +135,25 @@ def _need(forecast: Forecast, size: int, ranks: int) -> tuple[int, int]:
 
 
 def _largest(
-    forecast: Forecast, room: int, ranks: int, host_memory: int | None, need: int, node: int
+    forecast: Forecast,
+    sizes: Sequence[int],
+    room: int,
+    ranks: int,
+    host_memory: int | None,
+    need: int,
+    node: int,
 ) -> tuple[int, int, int]:
-    """Return the largest micro-batch that fits, and what it needs; need, node: of one example."""
-    batch = forecast.config.train.batch_size // forecast.world_size
-    sizes = [size for size in range(2, batch + 1) if batch % size == 0]
-    best = 1, need, node
-    if not sizes:
+    """Return the largest micro-batch of `sizes` that fits, and what it needs; need, node: of the smallest."""
+    least, *larger = sizes
+    best = least, need, node
+    if not larger:
         return best
-    second = _need(forecast, sizes[0], ranks)
-    rise = max(1.0, (second[0] - need) / (sizes[0] - 1))
-    for size in reversed(sizes):
-        if size > sizes[0] and need + rise * (size - 1) > 1.05 * room:
+    second = _need(forecast, larger[0], ranks)
+    rise = max(1.0, (second[0] - need) / (larger[0] - least))
+    for size in reversed(larger):
+        if size > larger[0] and need + rise * (size - least) > 1.05 * room:
             continue  # grows nearly as a straight line
-        found = second if size == sizes[0] else _need(forecast, size, ranks)
+        found = second if size == larger[0] else _need(forecast, size, ranks)
         if found[0] <= room and (host_memory is None or found[1] <= host_memory):
             return size, *found
     return best

@@ -9,9 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from dsdistill.config import UserError
 from dsdistill.models.build import architecture, auto_class, build_model, for_task
 from dsdistill.models.cut import copy_layers, cut_architecture
-from dsdistill.models.slices import cut_files, stored_dtype
+from dsdistill.models.slices import cut_files
+from dsdistill.models.weights import check_ties, stored_dtype
 from tests.models import tiny
 from tests.models.families import peaked
 
@@ -77,8 +79,9 @@ def test_values_and_types_are_those_of_the_files(tmp_path):
     [
         ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
         ((torch.float16, torch.float16), torch.float16),
-        ((torch.bfloat16, torch.float32), torch.float32),
-        ((torch.float64, torch.float64), torch.float32),
+        ((torch.float32, torch.float32), torch.float32),
+        ((torch.bfloat16, torch.float32), None),
+        ((torch.float64, torch.float64), None),
     ],
 )
 def test_stored_dtype(types, expected, tmp_path):
@@ -144,3 +147,29 @@ def test_names_that_do_not_tell_the_layers(tmp_path):
     student = cut_architecture(teacher, (1, 2), None, "student")
     assert not cut_files(str(tmp_path), str(tmp_path / "cut"), student, teacher, (1, 2), "causal_lm", {})
     assert not (tmp_path / "cut").exists()
+
+
+def test_a_composites_head_by_its_own_name(tmp_path):
+    teacher = saved(tmp_path, "mistral3", "causal_lm", shard="1GB", tie_word_embeddings=False)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    (head,) = (name for name in weights if "lm_head" in name)
+    weights["lm_head.weight"] = weights.pop(head)
+    save_file(weights, path, metadata={"format": "pt"})
+    assert_equal(*both(tmp_path, teacher, (2, 4), "causal_lm"))
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_weights_that_differ_are_not_tied(prefix, tmp_path):
+    """Files may lack the prefix; either way one of the two would be lost."""
+    saved(tmp_path, "llama", "causal_lm", shard="1GB")
+    path = tmp_path / "model.safetensors"
+    named = {prefix + name.removeprefix("model."): value for name, value in load_file(path).items()}
+    named["lm_head.weight"] = named.pop(f"{prefix}lm_head.weight")
+    save_file(named, path, metadata={"format": "pt"})
+    ties = [["lm_head.weight", "model.embed_tokens.weight"]]
+    with pytest.raises(UserError, match="weights that are tied, where the teacher's"):
+        check_ties(str(tmp_path), ties, "teacher")
+    named["lm_head.weight"] = named[f"{prefix}embed_tokens.weight"].clone()
+    save_file(named, path, metadata={"format": "pt"})
+    check_ties(str(tmp_path), ties, "teacher")

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary in plain PyTorch, a block of tokens at a time: the logits of a block, never of the batch.
+"""Compute losses over a vocabulary in plain PyTorch from the logits of a block of tokens, never of the batch.
 
 With g = ∂L/∂z of a block's student logits (before a soft cap): dh = g W, dW += gᵀ h, db += Σ g, all in the forward
 pass. Several losses of the same tokens share the student's logits and these products: their g are added up, each times
@@ -23,7 +23,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at student hid
 
 
 class Loss(Protocol):
-    """One loss over the vocabulary."""
+    """A Loss is one loss over the vocabulary."""
 
     entries: int  # of further heads, whose logits lie beside the student's
 
@@ -38,7 +38,7 @@ class Loss(Protocol):
 
 
 class SoftLabels:
-    """The divergence between both models' predictions over the first entries that the teacher's head has."""
+    """SoftLabels are the divergence between both models' predictions over the entries of the teacher's head."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class SoftLabels:
 
 
 class Labels:
-    """Cross-entropy against labels, with ε of label smoothing."""
+    """Labels are cross-entropy against labels, with ε of label smoothing."""
 
     entries = 0
 
@@ -160,7 +160,7 @@ def vocabulary_totals(
 ) -> tuple[Tensor, Gradients]:
     """Return (2,) sums, of cross-entropy and of soft labels, and the gradients of weights · sums.
 
-    weights: (2,), in `dtype`. Of the teacher's head only as many entries are given as both models have.
+    weights: (2,), in `dtype`. The teacher's head has as many entries as both models have.
     """
     student = Head(student_head, student_bias, dtype, student_softcap)
     teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)

@@ -1,4 +1,4 @@
-"""The output layer of a model, multiplied a block of tokens at a time, and how large a block is."""
+"""Multiply the output layer of a model a block of tokens at a time, and say how large a block is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PANEL_ELEMENTS = 1 << 18
 
 
 class Head:
-    """(V, D) matrix, (V,) bias and soft cap of an output layer, ready to multiply blocks in the accumulating dtype."""
+    """A Head holds the (V, D) matrix, (V,) bias and soft cap of an output layer, in the type that it multiplies in."""
 
     def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float | None = None):
         self.on_gpu = matrix.is_cuda
@@ -103,9 +103,9 @@ def _adds_half(device: torch.device, dtype: torch.dtype) -> bool:
 
     On CUDA `addmm` takes `out_dtype`; its first versions want the matrix that is added to in half precision, too.
     """
-    total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, dtype=dtype, device=device)
+    total, half = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:
         torch.addmm(total, half, half, out_dtype=total.dtype, out=total)
     except (RuntimeError, TypeError):
         return False
-    return True
+    return bool((total == 17).all())

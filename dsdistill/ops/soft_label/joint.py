@@ -1,4 +1,4 @@
-"""Public losses over a vocabulary, task and soft labels together: checks, normalisation, weights and gradients."""
+"""Compute task and soft labels over a vocabulary together: checks, normalisation, weights and gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Weight = float | Tensor
 
 
 class VocabularyLosses(NamedTuple):
-    """Task and soft labels of the same tokens, each a scalar in float32 (float64 if any input is)."""
+    """VocabularyLosses are task and soft labels of the same tokens, scalars in float32 (float64 if any input is)."""
 
     total: Tensor  # their weighted sum
     task: Tensor  # cross-entropy
@@ -63,7 +63,7 @@ def vocabulary_losses(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> VocabularyLosses:
-    """Cross-entropy of the next token and divergence from the teacher's predictions, from one product with each head.
+    """Return cross-entropy of the next token and divergence from the teacher, from one product with each head.
 
     The losses are those of `token_cross_entropy` and `soft_label_alignment` over the same tokens. The student's logits
     and the products of the backward pass are shared, so that both take little more than soft labels alone.
@@ -142,7 +142,7 @@ def vocabulary_losses(
 
 
 class _GradientsLater(torch.autograd.Function):
-    """Two losses whose gradients are computed when backward asks for them, since only then their weights are known."""
+    """Pass on two losses whose gradients are computed when backward asks for them, as their weights are known then."""
 
     @staticmethod
     def forward(ctx, compute: Callable, losses: Tensor, *inputs):
