@@ -27,7 +27,7 @@ def leak(config: PretrainedConfig, place: str, implementation: str = "auto") -> 
     """Return why a causal language model may not read packed rows, None where it keeps their documents apart.
 
     Tried on a small random copy: two rows of two documents. Whatever the first is, the states of the second must be
-    the same to the last bit; and each must be what it is alone, but for rounding. The reason follows "model type X, ".
+    the same but for rounding; and each must be what it is alone, but for rounding. The reason follows "model type X, ".
 
     config: architecture of the model; place: the config key that errors name; implementation: of attention, as
     `attn_implementation` in a config. Flash attention is tried where it runs, else eager attention in its place.
@@ -69,7 +69,8 @@ def _tried(model: PreTrainedModel, tolerance: float, place: str) -> str | None:
     batch, other = (_batch(change).to(model.device) for change in (0, 1))
     packed, changed = _documents(tracer, batch), _documents(tracer, other)
     alone = _documents(tracer, batch.unpacked)
-    if not torch.equal(packed[1::2], changed[1::2]):
+    # Experts get other numbers of tokens when a document changes, and some processors then round otherwise.
+    if not (packed - changed)[1::2].abs().max() <= min(tolerance, 1e-5) * alone.abs().max().clamp_min(0.1):
         return "in which a document sees those before it in its row"
     if not (packed - alone).abs().max() <= tolerance * alone.abs().max().clamp_min(0.1):
         return "which computes something else of a document in a packed row than of it alone"
