@@ -16,6 +16,13 @@ def check_instruction_set() -> None:
         raise UserError("DSDISTILL_ISA", repr(wanted), f"one of {', '.join(native.instruction_sets())}")
 
 
+def check_unused(case: str, dtype: str, backends: Sequence[str] | None, plot: object) -> None:
+    """Raise UserError for options of the operators beside a case that measures something else."""
+    for name, given in (("dtype", dtype != "float32"), ("backends", backends), ("plot", plot)):
+        if given:
+            raise UserError(f"bench --{name}", f"a value for {case}", "none: it does not matter here")
+
+
 def check_common(
     dtype: str, dtypes: Iterable[str], backends: Sequence[str] | None, contenders: Sequence[str]
 ) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from dsdistill import disk
 from dsdistill.bench import operators
+from dsdistill.bench.arguments import check_unused
 from dsdistill.bench.data_jobs import BLOCK, memory, stretch
 from dsdistill.config import UserError
 from dsdistill.config.bounded import parse_size
@@ -55,9 +56,7 @@ def run_data(
         UserError: an option that does not exist or cannot be used here.
     """
     chosen = _checked(options or {})
-    for name, given in (("dtype", dtype != "float32"), ("backends", backends), ("plot", plot_path)):
-        if given:
-            raise UserError(f"bench --{name}", "a value for data", "none: it does not matter here")
+    check_unused("data", dtype, backends, plot_path)
     with tempfile.TemporaryDirectory() as folder:
         report = _measured(Path(folder), chosen)
     _print(report)

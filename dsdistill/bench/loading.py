@@ -21,6 +21,7 @@ from typing import Any
 
 from dsdistill import disk
 from dsdistill.bench import operators
+from dsdistill.bench.arguments import check_unused
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB
 
@@ -56,9 +57,7 @@ def run_load(
     chosen = OPTIONS | (options or {})
     if chosen["width"] % 64:
         raise UserError("bench width", chosen["width"], "a multiple of 64")
-    for name, given in (("dtype", dtype != "float32"), ("backends", backends), ("plot", plot_path)):
-        if given:
-            raise UserError(f"bench --{name}", "a value for load", "none: it does not matter here")
+    check_unused("load", dtype, backends, plot_path)
     with tempfile.TemporaryDirectory() as folder:
         report = _measured(Path(folder), chosen)
     _print(report)

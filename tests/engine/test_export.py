@@ -1,4 +1,4 @@
-"""What is exported is what plain transformers writes of such a model, in the type and the files that were asked for."""
+"""An export is what plain transformers writes of such a model, in the type and the files that were asked for."""
 
 import json
 import sys

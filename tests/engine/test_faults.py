@@ -118,7 +118,7 @@ def test_one_bad_step_is_passed_over(settings, folder):
 
 
 def test_values_may_be_read_a_step_late(settings, folder):
-    """As on a GPU: the log says the same, and no step with a bad one before it that nobody has seen is saved."""
+    """Runs on GPUs read them so: the log says the same, and no checkpoint follows a bad step that nobody has seen."""
     seldom = settings | {"run": settings["run"] | {"log_every": 5}}
     written = {}
     for fault in ("late nothing", "nothing"):

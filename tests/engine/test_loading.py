@@ -1,4 +1,4 @@
-"""What ranks read in parts is what plain transformers reads whole, in whatever type it is stored and trained."""
+"""Ranks read in parts what plain transformers reads whole, in whatever type it is stored and trained."""
 
 import json
 from pathlib import Path

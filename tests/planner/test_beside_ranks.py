@@ -1,4 +1,4 @@
-"""What a plan tells beside a rank's memory: the host's, the disk's, and time."""
+"""A plan tells more than a rank's memory: the host's, the disk's, and time."""
 
 import subprocess
 import sys

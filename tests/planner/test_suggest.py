@@ -1,4 +1,4 @@
-"""What `plan --suggest` proposes, against rehearsals of what it proposes."""
+"""Proposals of `plan --suggest` are held against rehearsals of the same settings."""
 
 import re
 
@@ -70,7 +70,7 @@ def test_words_that_can_be_typed():
 
 
 def test_nothing_fits():
-    """What lies there whatever a step does is too much already: nothing is rehearsed."""
+    """Nothing is rehearsed where the weights alone are too much already."""
     tried = suggest(config_of, 8, 16 * MIB, gpu=False, ranks=8)
     assert len(tried) == 24 and not any(one.fits for one in tried)
     text = proposals(tried, 16 * MIB)

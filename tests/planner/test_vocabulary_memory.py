@@ -1,4 +1,4 @@
-"""What the losses over a vocabulary hold on a GPU, where the student is as wide as one of 7 billion parameters."""
+"""Losses over a vocabulary hold so much on a GPU beside a student as wide as one of 7 billion parameters."""
 
 from unittest import mock
 

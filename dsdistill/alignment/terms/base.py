@@ -151,8 +151,11 @@ class AlignmentTerm(nn.Module, ABC):
         batch: Batch,
         weights: tuple[Weight, Weight] = (1.0, 1.0),
     ) -> VocabularyLosses:
-        """Return the sums of `other`, the term that this one joins, and of this one; weights are theirs in `total`."""
-        raise NotImplementedError  # a term that joins none
+        """Return the sums of `other`, the term that this one joins, and of this one; weights are theirs in `total`.
+
+        A term that has `joins` must say how; nobody asks the others.
+        """
+        raise TypeError(f"term {self.name}: got joins = {self.joins!r} alone, expected sums_with beside it")
 
     def _map_layers(
         self, config: Layered, pairs: tuple[tuple[int, int], ...], depths: Sequence[int] | None = None
