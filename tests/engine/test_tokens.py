@@ -114,7 +114,7 @@ def test_texts_are_written_with_every_id(holes, monkeypatch, settings, data_dir,
     settings |= {"task": "causal_lm", "data": files, "student": {"path": str(folder)}, "terms": {"task": {}}}
     settings |= {"evaluation": {"generate": 2}, "teacher": None}
     prepared = prepare(make_config({k: v for k, v in settings.items() if v is not None}), world_size=1)
-    generation(model, prepared, str(tmp_path), Ranks(0, 1, torch.device("cpu")))
+    generation(model, None, prepared, str(tmp_path), Ranks(0, 1, torch.device("cpu")))
     written = [
         json.loads(line)["student"] for line in (tmp_path / "generated.jsonl").read_text().splitlines()
     ]

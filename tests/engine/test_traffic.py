@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dsdistill.distributed import stopping
 from tests.engine.launch import launch
 
 WORKER = Path(__file__).with_name("traffic_worker.py")
@@ -27,7 +28,8 @@ def expected(stage: int, gathers: int, sizes: dict[str, int], parts: int) -> dic
     teacher, student = sizes["teacher"] * BYTES, sizes["student"] * BYTES
     found = {
         "teacher all_gather_into_tensor": MICRO_BATCHES * (teacher + sizes["head"] * BYTES),
-        "ours all_reduce": 2 * parts * 8,  # counts before the step, values after it
+        # Counts before the step; after it values, and what the ranks tell each other.
+        "ours all_reduce": (2 * parts + len(("tokens", "documents", "due")) + len(stopping.votes())) * 8,
     }
     if stage == 3:
         found["student all_gather_into_tensor"] = MICRO_BATCHES * gathers * student

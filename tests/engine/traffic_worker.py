@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,7 @@ def measure(path: str, ranks: Ranks) -> dict:
     teacher = loaded.tracer(prepared.objectives)
     trainer = Trainer(prepared, 0, config.student.path, None, teacher, None, ranks)
     trainer.engine.train()
+    trainer._saved = time.monotonic()  # or a checkpoint would be due
     gathers, beside = teacher.frozen, []
 
     @contextlib.contextmanager
@@ -93,7 +95,7 @@ def measure(path: str, ranks: Ranks) -> dict:
     teacher.frozen = trace
     for step in range(2):  # ZeRO-3 learns the order of the layers in the first
         sent.clear()
-        trainer.train_step(trainer.loader.step(0, step))
+        trainer._timed_step(trainer.loader.step(0, step))
     sizes = {
         "teacher": count_parameters(teacher.model),
         "student": count_parameters(trainer.module),
