@@ -57,7 +57,8 @@ class BuildNative(build_ext):
                 f"no native operators: {error}. Install with --no-build-isolation beside torch to build them."
             )
             return
-        torch_flags = [*(f"-I{path}" for path in (*include_paths(), pybind11.get_include()))]
+        # pybind11's own headers before those that torch bundles: torch 2.11.0's refuse the stable ABI.
+        torch_flags = [f"-I{path}" for path in (pybind11.get_include(), *include_paths())]
         torch_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Wno-attributes"]
         jobs = [(source, "torch", torch_flags) for source in SOURCES]
         for name, (width, flags) in INSTRUCTION_SETS.items():
@@ -120,12 +121,12 @@ class BuildNative(build_ext):
 
 
 def cuda_libraries(nvcc):
-    """Where nvcc itself would look for the CUDA runtime."""
+    """Where nvcc itself would look for the CUDA runtime, and beside it, where the packages of an index put it."""
     said = subprocess.run(
         [nvcc, "--dryrun", "-o", os.devnull, *CUDA_KERNELS], capture_output=True, text=True
     ).stderr
     line = next((line for line in said.splitlines() if "LIBRARIES=" in line), "")
-    return re.findall(r'-L"?([^" ]+)', line)
+    return [*re.findall(r'-L"?([^" ]+)', line), str(Path(nvcc).parents[1] / "lib")]
 
 
 native = Extension(

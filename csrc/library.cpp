@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
   // The memory-bound part alone, of rows that are projected already: what GPUs run.
   m.def(
       "hidden_rows(Tensor y, Tensor target, Tensor? bias, Tensor weights, Tensor factor, int divergence, "
-      "Tensor(a!)? gradient) -> Tensor");
+      "Tensor(a!)? gradient, int stream) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dsdistill, CPU, m) {

@@ -6,9 +6,6 @@
 #include "cpu.h"
 #include "rows.h"
 
-// Absent from a torch without CUDA, which then loads this library all the same.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-
 namespace dsd {
 namespace {
 
@@ -97,7 +94,7 @@ void run_row(const HiddenRows& rows, int64_t token) {
 }  // namespace
 
 Tensor hidden_rows_cpu(Tensor y, Tensor target, std::optional<Tensor> bias, Tensor weights, Tensor factor,
-                       int64_t divergence, std::optional<Tensor> gradient) {
+                       int64_t divergence, std::optional<Tensor> gradient, int64_t) {
   HiddenRows rows;
   Tensor values = arguments_of(rows, y, target, bias, weights, factor, divergence, gradient);
   for (int64_t token = 0; token < rows.tokens; ++token) run_row(rows, token);
@@ -106,13 +103,10 @@ Tensor hidden_rows_cpu(Tensor y, Tensor target, std::optional<Tensor> bias, Tens
 
 #ifdef DSD_CUDA
 Tensor hidden_rows_cuda(Tensor y, Tensor target, std::optional<Tensor> bias, Tensor weights, Tensor factor,
-                        int64_t divergence, std::optional<Tensor> gradient) {
+                        int64_t divergence, std::optional<Tensor> gradient, int64_t stream) {
   HiddenRows rows;
   Tensor values = arguments_of(rows, y, target, bias, weights, factor, divergence, gradient);
-  void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(y.get_device_index(), &stream) == 0,
-        "hidden_rows: this torch gives no CUDA stream");
-  const int error = launch_hidden_rows(rows, stream);
+  const int error = launch_hidden_rows(rows, reinterpret_cast<void*>(stream));
   check(error == 0, "hidden_rows: the launch failed with CUDA error " + std::to_string(error));
   return values;
 }

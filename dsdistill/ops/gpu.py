@@ -85,9 +85,13 @@ def recording(for_architecture: str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
+    """Run `kernel` where its tensors lie, which need not be the current device."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, arguments, tile))
-    else:
+        return
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    # Triton launches on the current device, where pointers of another one mean nothing.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 

@@ -151,6 +151,16 @@ def test_head_widths_are_padded(width):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_tensors_of_another_device_than_the_current_one(backend):
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 40, 24, generator=generator) for _ in range(2)]
+    losses = [hidden_alignment(*(x.cuda(i) for x in states), backend=backend).cpu() for i in range(2)]
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(*losses)
+
+
 def operator_calls():
     """(operator, arguments) of each custom operator, gradients asked for."""
     mask = (torch.arange(20)[None] < torch.tensor([[20], [11]])).to(DEVICE)

@@ -5,7 +5,6 @@ y = W h + b is made for CHUNK_ELEMENTS at a time. With g = ∂L/∂y: dh = g W, 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -80,10 +79,12 @@ def cuda_rows(y, target, bias, weights, factor, divergence, gradient_dtype):
     gradient = None if gradient_dtype is None else torch.empty(y.shape, dtype=gradient_dtype, device=y.device)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
-    # CPU tensors reach the same arithmetic in plain C++: tests use that, `backend="cuda"` does not.
-    with torch.cuda.device(y.device) if y.is_cuda else contextlib.nullcontext():
-        values = torch.ops.dsdistill.hidden_rows(y, target, bias, weights, factor, divergence, gradient)
-    return values, gradient
+    arguments = (y, target, bias, weights, factor, divergence, gradient)
+    if not y.is_cuda:  # the same arithmetic in plain C++: tests use that, `backend="cuda"` does not
+        return torch.ops.dsdistill.hidden_rows(*arguments, 0), gradient
+    with torch.cuda.device(y.device):
+        stream = torch.cuda.current_stream(y.device).cuda_stream
+        return torch.ops.dsdistill.hidden_rows(*arguments, stream), gradient
 
 
 ROWS = {"triton": triton_rows, "cuda": cuda_rows}
