@@ -52,8 +52,8 @@ def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
         if case.operator == operator and verify.runnable(case, backend, dtype):
             try:
                 verify.check_parity(case, backend, dtype)
-            except verify.Mismatch as error:
-                return f"{case.name}: {error}"
+            except Exception as error:  # a compiler's or a driver's, as much as a mismatch
+                return f"{case.name}: {first_line(error)}"
     return None
 
 
@@ -129,7 +129,10 @@ def contender(work: Work, name: str) -> Callable[[], Tensor]:
     if name == "eager-half":
         return lambda: HALF[work.operator](work)
     if name == "compile":
-        return torch.compile(lambda: work.loss("reference"))
+        # What was compiled for earlier work counts towards the limit of recompilations, after which calls run eagerly.
+        torch._dynamo.reset()
+        # One graph of fixed sizes: a call that would leave it, or go beyond that limit, raises.
+        return torch.compile(lambda: work.loss("reference"), fullgraph=True, dynamic=False)
     if name == "liger":
         return liger(work)
     if name == "apart":
@@ -147,6 +150,12 @@ def with_plan(work: Work, plan: str) -> Tensor:
         triton_schedule.default_plan = before
 
 
+def first_line(error: Exception) -> str:
+    """Return an exception's type and the first line of what it says."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0][:200]}"
+
+
 def step(work: Work, loss: Callable[[], Tensor]) -> None:
     torch.autograd.grad(loss(), work.student)
 
@@ -160,9 +169,7 @@ def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Te
             step(work, call)
             calls[name] = call
         except Exception as error:  # of code that is not ours, too
-            failures[name] = (
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
-            )
+            failures[name] = first_line(error)
             if device() == "cuda":
                 torch.cuda.empty_cache()
     return calls, failures

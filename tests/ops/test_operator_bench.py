@@ -1,8 +1,11 @@
+import functools
 import json
 
 import pytest
+import torch
 
 from dsdistill.bench import operators
+from dsdistill.bench.works import WORKS, Work
 
 SMALL = {
     "attention": {"batch": 1, "heads": 2, "tokens": 24, "width": 8, "causal": True},
@@ -43,3 +46,17 @@ def test_unknown_names_are_named():
         operators.run_bench("pairwise", dtype="int8")
     with pytest.raises(ValueError, match="option: got 'batch', expected one of 'tokens', 'width'"):
         operators.run_bench("hidden", options={"tokens": 8, "batch": 1})
+
+
+def test_compile_means_one_compiled_graph(monkeypatch):
+    """Each contender is compiled afresh, and one that would leave its graph is no contender."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the quickest
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for tokens in (24, 25, 26):
+        work = WORKS["hidden"](tokens=tokens, width=8, teacher_width=12)
+        calls, stopped = operators.warm_up(work, ["compile"])
+        assert list(calls) == ["compile"] and not stopped
+    before = Work.loss
+    monkeypatch.setattr(Work, "loss", lambda *given: (torch._dynamo.graph_break(), before(*given))[1])
+    calls, stopped = operators.warm_up(work, ["compile", "eager"])
+    assert list(calls) == ["eager"] and "Unsupported" in stopped["compile"]
