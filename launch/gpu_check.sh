@@ -3,46 +3,69 @@
 #
 # For a machine with a GPU, nvcc and a torch of 2.11 or newer with CUDA; no network. Builds in place, then runs the
 # parts of dsdistill/bench/gpu_check.py (verify, bench, lengths, job, tests, aot, sanitizer), each within its budget.
+# --dry-run does all of that on a CPU in tiny form: the build without optimisation and apart, WHEELS as they are.
 #
-# PYTHON   interpreter that has torch (default python3)
-# WHEELS   folder of wheels; packages that are missing are installed from there, into a folder of their own
+#   ./launch/gpu_check.sh --wheels DIR
+#
+# Before that, on a machine with a package index: prints what the GPU's machine needs and fills DIR with it.
+#
+# PYTHON          interpreter that has torch (default python3)
+# WHEELS          folder of wheels, made by --wheels; those of packages that are missing are installed from there, into
+#                 a folder of their own
+# HAVE            with --wheels: file with the output of `pip freeze` on the GPU's machine; what it names is left out
+# PYTHON_VERSION  with --wheels: Python of the GPU's machine, such as 3.12 (default: that of PYTHON)
 set -euo pipefail
-[ $# -ge 1 ] || { echo "dsdistill: launch/gpu_check.sh: got nothing, expected OUT_DIR" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "dsdistill: launch/gpu_check.sh: got nothing, expected OUT_DIR or --wheels DIR" >&2; exit 2; }
+python=${PYTHON:-python3}
+root=$(cd "$(dirname "$0")/.." && pwd)
+if [ "$1" = --wheels ]; then
+  [ $# -eq 2 ] || { echo "dsdistill: --wheels: got $(($# - 1)) values, expected one folder" >&2; exit 2; }
+  PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m dsdistill.bench.wheels "$2"
+fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+wheels=${WHEELS:+$(cd "$WHEELS" && pwd)}
+cd "$root"
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PATH="$site/bin:$PATH"
 
+if [ -n "$wheels" ]; then
+  # One by one and without dependencies: torch stays what it is, and a wheel that does not fit costs its own part alone.
+  "$python" - "$wheels"/*.whl <<'PY' > "$site/missing"
+import importlib.metadata, pathlib, sys
+for wheel in sys.argv[1:]:
+    try:
+        importlib.metadata.version(pathlib.Path(wheel).name.split("-")[0])
+    except importlib.metadata.PackageNotFoundError:
+        print(wheel)
+PY
+  while read -r wheel; do
+    "$python" -m pip install -q --no-index --no-deps --target "$site" "$wheel" 2>> "$out/log.txt" \
+      && echo "== installed $(basename "$wheel")" || echo "== $(basename "$wheel") could not be installed (log.txt)"
+  done < "$site/missing"
+fi
 missing=$("$python" - <<'PY'
 import importlib.util
-names = {"pybind11": "pybind11", "setuptools": "setuptools", "ninja": "ninja", "deepspeed": "deepspeed"}
-names |= {"omegaconf": "omegaconf", "pydantic": "pydantic", "typer": "typer", "yaml": "pyyaml"}
-names |= {"transformers": "transformers", "pytest": "pytest", "matplotlib": "matplotlib", "hypothesis": "hypothesis"}
-names |= {"scipy": "scipy", "accelerate": "accelerate"}
-print(*(package for module, package in names.items() if importlib.util.find_spec(module) is None))
+names = "pybind11 setuptools ninja deepspeed omegaconf pydantic typer yaml transformers accelerate pytest matplotlib"
+names += " hypothesis scipy tqdm"
+print(*(name for name in names.split() if importlib.util.find_spec(name) is None))
 PY
 )
-if [ -n "$missing" ]; then
-  echo "== missing: $missing"
-  if [ -n "${WHEELS:-}" ]; then
-    # One by one, so that a missing wheel costs its own part alone; torch and triton stay what they are.
-    "$python" -m pip freeze 2>/dev/null | grep -iE '^(torch|triton|numpy)==' > "$site/pins" || true
-    for package in $missing; do
-      "$python" -m pip install -q --no-index --find-links "$WHEELS" --target "$site" -c "$site/pins" "$package" \
-        || echo "== $package could not be installed from $WHEELS"
-    done
-    # --target cannot see what is there already; a second torch must not hide the first.
-    rm -rf "$site"/torch "$site"/torch-* "$site"/triton "$site"/triton-* "$site"/nvidia* "$site"/numpy "$site"/numpy-* "$site"/numpy.libs
-  fi
-fi
+[ -z "$missing" ] || echo "== missing: $missing (WHEELS may name a folder, filled by --wheels)"
 
-case " $* " in
-  *" --dry-run "*) ;;
-  *) MAX_JOBS=$(nproc) timeout 75 "$python" setup.py build_ext --inplace >> "$out/log.txt" 2>&1 \
-       || echo "== the build failed (log.txt); without its CUDA kernels the rest goes on" ;;
+build=(setup.py build_ext --inplace)
+case " $* " in *" --dry-run "*)
+  export DSDISTILL_CFLAGS="-O0 -g0"
+  build=(setup.py build_ext --build-lib "$site/build" --build-temp "$site/build") ;;
 esac
+start=$SECONDS
+# setup.py takes a build that fails for an installation without native operators, and only warns.
+if MAX_JOBS=$(nproc) timeout 75 "$python" "${build[@]}" 2>&1 | tee "$site/build.log" >> "$out/log.txt" \
+  && ! grep -q 'building extension "dsdistill._C" failed' "$site/build.log"; then
+  echo "== build: passed ($((SECONDS - start)) s)"
+else
+  echo "== build: failed (log.txt); the rest goes on with what is there"
+fi
 "$python" -m dsdistill.bench.gpu_check "$out" "$@"

@@ -1,21 +1,25 @@
 """launch/gpu_check.sh, as far as that goes without a GPU: its parts in tiny form, and what it does when one fails."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from dsdistill.bench import gpu_check
+from dsdistill.bench import gpu_check, wheels
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
+def run(*arguments: object, **variables: object) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["DSDISTILL_NATIVE"] = "0"  # the build's own time is spent by the installation
+    environment |= {key: str(value) for key, value in variables.items()}
     command = ["bash", str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
@@ -24,8 +28,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 def test_a_part_in_tiny_form(part, tmp_path):
     done = run(tmp_path, "--dry-run", "--only", part)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
-    names = sorted(path.suffix for path in tmp_path.iterdir())
-    assert names == [".json", ".md", ".txt"]
+    names = sorted(path.suffix or path.name for path in tmp_path.iterdir())
+    assert names == [".json", ".md", ".txt", "parts"]
+    assert "== build: passed" in done.stdout and (tmp_path / "parts" / f"{part}.json").exists()
     found = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert list(found["parts"]) == [part] and found["parts"][part]["status"] == "passed"
     rows = found["parts"][part]["found"]
@@ -73,5 +78,61 @@ def test_rows_that_auto_reads():
 
 
 def test_misuse_is_one_line(tmp_path):
-    done = run()
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "expected OUT_DIR" in done.stderr
+    for arguments, variables, said in (
+        ((), {}, "expected OUT_DIR"),
+        (("--wheels",), {}, "got 0 values, expected one folder"),
+        (("--wheels", tmp_path), {"PYTHON_VERSION": "12"}, "got '12', expected a version such as 3.12"),
+        (("--wheels", tmp_path), {"HAVE": tmp_path}, "expected a file made by `pip freeze`"),
+    ):
+        done = run(*arguments, **variables)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+def test_a_row_that_raises_is_its_own_result(tmp_path, monkeypatch):
+    rows = [
+        ("hidden", {"tokens": 8, "width": 8, "teacher_width": 0}, "float32", "mse projected"),
+        *gpu_check.TINY_BENCHES,
+    ]
+    monkeypatch.setattr(gpu_check, "TINY_BENCHES", rows)
+    with pytest.raises(SystemExit, match="True"):
+        gpu_check.bench(tmp_path / "bench.json", True)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert ["error" in row for row in found] == [True, False, False]
+    assert gpu_check.record_rows(found) == []
+    part = {"status": "failed", "seconds": 1, "found": found}
+    record = gpu_check.machine() | {"parts": {"bench": part}}
+    assert "teacher_width: got 0" in gpu_check.markdown(record)
+
+
+def wheel(folder: Path, name: str, version: str, needs: str) -> None:
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        info = f"{name}-{version}.dist-info"
+        archive.writestr(f"{name}.py", f"version = {version!r}\n")
+        archive.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_wheels_of_what_is_missing_are_installed_without_dependencies(tmp_path):
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    wheel(folder, "dsdistill_is_missing", "1.0", "Requires-Dist: nowhere-to-be-found\n")
+    wheel(folder, "torch", "1.0", "")
+    (folder / "dsdistill_is_broken-1.0-py3-none-any.whl").write_text("")
+    done = run(tmp_path / "out", "--dry-run", "--only", "sanitizer", WHEELS=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if ".whl" in line]
+    assert said == [
+        "== dsdistill_is_broken-1.0-py3-none-any.whl could not be installed (log.txt)",
+        "== installed dsdistill_is_missing-1.0-py3-none-any.whl",
+    ]
+
+
+def test_the_wheels_that_are_needed():
+    found = wheels.needed("3.12")
+    assert {"deepspeed", "hjson", "pydantic-core", "transformers", "pytest"} <= set(found)
+    assert not {"torch", "triton", "numpy", "sympy", "dsdistill"} & set(found)
+    assert "hjson" not in wheels.needed("3.12", ["HJSON"])
+    assert found["deepspeed"] == importlib.metadata.version("deepspeed")

@@ -2,7 +2,7 @@
 
 Parts run one after the other in processes of their own, the most telling first, each within its budget; one that
 fails is reported and the rest goes on. Results: OUT_DIR/<gpu>-<date>.json (also the record that `auto` reads), .md,
-two plots and log.txt.
+two plots, log.txt, and parts/, where each part writes its results as they come.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+
+from dsdistill import disk
 
 # Seconds of each part. With BUILD they make less than nine minutes.
 BUDGETS = {
@@ -105,13 +108,14 @@ def check_one(task: tuple) -> tuple[str | None, float]:
 
 
 def bench(out: Path, dry: bool) -> None:
-    """Rows are written as they come: what the budget cuts off is lost alone."""
-    from dsdistill.bench.operators import run_bench
+    """Rows are written as they come: what the budget cuts off is lost alone, and so is a row that raises."""
+    from dsdistill.bench.operators import first_line, run_bench
 
     rows = []
     for operator, options, dtype, variant in TINY_BENCHES if dry else BENCHES:
         path = out.with_suffix(".one")
         backends = ["eager", "chunked"] if dry else None
+        row = {"operator": operator, "options": options, "dtype": dtype, "variant": variant}
         try:
             run_bench(
                 operator,
@@ -123,10 +127,13 @@ def bench(out: Path, dry: bool) -> None:
                 memory=not dry,
                 json_path=path,
             )
-            rows.append(json.loads(path.read_text()) | {"options": options, "variant": variant})
-            save(out, rows)
-        except RuntimeError as error:
-            print(f"{operator} {options}: {error}")
+            row |= json.loads(path.read_text())
+        except Exception as error:  # of a compiler or a driver, too
+            traceback.print_exc(file=sys.stdout)
+            row["error"] = first_line(error)
+        rows.append(row)
+        save(out, rows)
+    sys.exit(any("error" in row for row in rows))
 
 
 def lengths(out: Path, dry: bool) -> None:
@@ -141,20 +148,22 @@ def lengths(out: Path, dry: bool) -> None:
         for name in backends:
             if name != "triton" and tokens > 16384:
                 continue
-            work = attention_work(**options, dtype=torch.bfloat16)
-            calls, stopped = operators.warm_up(work, [name])
-            row = {"tokens": options["tokens"], "backend": name, "stopped": stopped.get(name)}
-            if calls:
-                times = operators.measure(work, calls, 3, 5.0)[name]
-                memory = None if dry else operators.peak_memory("attention", options, "bfloat16", name)
-                row |= {"forward": times["forward"], "both": times["both"], "memory_mib": memory}
+            row = {"tokens": options["tokens"], "backend": name}
+            try:
+                work = attention_work(**options, dtype=torch.bfloat16)
+                calls, stopped = operators.warm_up(work, [name])
+                row["stopped"] = stopped.get(name)
+                if calls:
+                    times = operators.measure(work, calls, 3, 5.0)[name]
+                    memory = None if dry else operators.peak_memory("attention", options, "bfloat16", name)
+                    row |= {"forward": times["forward"], "both": times["both"], "memory_mib": memory}
+            except Exception as error:
+                row["stopped"] = operators.first_line(error)
             rows.append(row)
             save(out, rows)
 
 
 def job(out: Path, dry: bool) -> None:
-    folder = out.parent / "job"
-    folder.mkdir(exist_ok=True)
     port = 20000 + os.getpid() % 20000
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [
@@ -164,11 +173,9 @@ def job(out: Path, dry: bool) -> None:
         "--master_port",
         str(port),
     ]
-    command += [str(ROOT / "dsdistill/bench/job.py"), str(folder), *(["--tiny"] if dry else [])]
-    code = subprocess.run(command, check=False).returncode
-    if (folder / "job.json").exists():
-        shutil.copy(folder / "job.json", out)
-    sys.exit(code)
+    with tempfile.TemporaryDirectory() as folder:
+        command += [str(ROOT / "dsdistill/bench/job.py"), folder, str(out), *(["--tiny"] if dry else [])]
+        sys.exit(subprocess.run(command, check=False).returncode)
 
 
 def tests(out: Path, dry: bool) -> None:
@@ -220,7 +227,9 @@ PARTS["sanitizer"] = sanitizer
 
 
 def save(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1))
+    """Write at once: a part may be ended at any time."""
+    with disk.writing(path) as file:
+        json.dump(content, file, indent=1)
 
 
 def run_part(name: str, work: Path, log, dry: bool, command: list[str] | None = None) -> dict:
@@ -245,10 +254,7 @@ def run_part(name: str, work: Path, log, dry: bool, command: list[str] | None = 
         process.wait()
         status = f"stopped after its {BUDGETS[name]} s"
     seconds = round(time.monotonic() - start, 1)
-    try:
-        result = json.loads(out.read_text()) if out.exists() else None
-    except ValueError:  # cut off while it was written
-        result = None
+    result = json.loads(out.read_text()) if out.exists() else None
     print(f"== {name}: {status} ({seconds} s)", flush=True)
     return {"status": status, "seconds": seconds, "found": result}
 
@@ -257,6 +263,8 @@ def record_rows(benches: list[dict] | None) -> list[dict]:
     """What `auto` reads: each backend of ours against `chunked`."""
     rows = []
     for measured in benches or ():
+        if "error" in measured:
+            continue
         times = {row["backend"]: row["both"] for row in measured["rows"]}
         for backend in ("triton", "cuda"):
             if backend in times and "chunked" in times and measured["operator"] in PUBLIC:
@@ -313,6 +321,10 @@ def markdown(record: dict) -> str:
         ]
         lines.append("|---" * 9 + "|")
         for one in results["bench"]:
+            if "error" in one:
+                sizes = " ".join(f"{name}={value}" for name, value in one["options"].items())
+                lines.append(f"| {one['operator']} {sizes} | {one['dtype']} | {one['error']} |")
+                continue
             for row in one["rows"]:
                 ratios = ["–" if row.get(k) is None else f"{row[k]:.2f}×" for k in ("vs_eager", "vs_compile")]
                 memory = "–" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
@@ -376,9 +388,10 @@ def main() -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     record = machine() | {"dry_run": given.dry_run, "rows": [], "parts": {}}
     name = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower()) + "-" + record["date"]
-    with tempfile.TemporaryDirectory() as scratch, (given.out / "log.txt").open("a") as log:
-        work = Path(scratch)
-        (work / "records").mkdir()
+    work = given.out.absolute() / "parts"
+    disk.remove(str(work), ["*"])  # what an earlier run left
+    (work / "records").mkdir(parents=True)
+    with (given.out / "log.txt").open("a") as log:
         for part in [given.only] if given.only else PARTS:
             record["parts"][part] = run_part(part, work, log, given.dry_run)
             if part == "bench":

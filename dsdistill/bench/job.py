@@ -1,8 +1,9 @@
 """A whole distillation on random weights, for tokens a second and memory: 24 layers of 1024 into 6 of 768.
 
-deepspeed --num_gpus 1 dsdistill/bench/job.py FOLDER [--tiny]
+deepspeed --num_gpus 1 dsdistill/bench/job.py FOLDER OUT.json [--tiny]
 
-Logits alone, then + hidden, + attention, + pairwise, at 512 and 4096 tokens; rows go to FOLDER/job.json as they come.
+Logits alone, then + hidden, + attention, + pairwise, at 512 and 4096 tokens; runs lie in FOLDER, rows go to OUT.json as
+they come.
 Data are made-up words, so that neither network nor `datasets` is needed.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from dsdistill import disk
 from dsdistill.config import load
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
@@ -105,7 +107,7 @@ def write_configs(folder: Path, tiny: bool) -> list[tuple[Path, dict]]:
     return jobs
 
 
-def main(folder: Path, tiny: bool) -> None:
+def main(folder: Path, out: Path, tiny: bool) -> None:
     rows = []
     ranks = deepspeed.start()
     try:
@@ -121,12 +123,13 @@ def main(folder: Path, tiny: bool) -> None:
                     "backends": summary["backends"],
                 }
             )
-            (folder / "job.json").write_text(json.dumps(rows, indent=1))
+            with disk.writing(out) as file:
+                json.dump(rows, file, indent=1)
     finally:
         deepspeed.stop()
 
 
 if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    main(Path(given[0]), "--tiny" in given)
+    main(Path(given[0]), Path(given[1]), "--tiny" in given)
     leave()
