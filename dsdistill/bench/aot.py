@@ -11,20 +11,22 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from dsdistill import disk
 from dsdistill.config import UserError
-from dsdistill.ops.gpu import Launch, recording
+from dsdistill.ops.gpu import SHARED_LIMIT, Launch, recording
 
-ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448}  # bytes a block may have
+ARCHITECTURES = ("sm_80", "sm_90")  # those that setup.py compiles for
+T = TypeVar("T")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -95,8 +97,8 @@ def variant_of(launch: Launch, label: str, architecture: str) -> Variant:
     )
 
 
-def compile_variant(variant: Variant) -> Result:
-    """Compile and judge. For a process of its own or of a pool."""
+def compiled(variant: Variant):
+    """Return what Triton makes of a variant; raises whatever its compiler raises."""
     import importlib
 
     import triton
@@ -110,17 +112,30 @@ def compile_variant(variant: Variant) -> Result:
         constexprs=dict(variant.constants),
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible},
     )
-    target = GPUTarget("cuda", ARCHITECTURES[variant.architecture], 32)
+    target = GPUTarget("cuda", int(variant.architecture.removeprefix("sm_")), 32)
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def compile_variant(variant: Variant) -> Result:
+    """Compile and judge. For a process of its own or of a pool."""
     try:
-        compiled = triton.compile(source, target=target, options=options)
+        kernel = compiled(variant)
     except Exception as error:  # the compiler's own failure is what is being looked for
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        return Result(variant.label, variant.architecture, variant.warps, 0, 0, 0, False, (said[-1][:200],))
-    registers, stack = resources(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
-    ptx = compiled.asm["ptx"]
-    wgmma = "wgmma.mma_async" in ptx
+        return Result(variant.label, variant.architecture, variant.warps, 0, 0, 0, False, (last_line(error),))
+    return result_of(variant, kernel)
+
+
+def last_line(error: Exception) -> str:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return said[-1][:200]
+
+
+def result_of(variant: Variant, kernel) -> Result:
+    """Judge what `compiled` returned."""
+    registers, stack = resources(kernel.asm["cubin"])
+    shared = kernel.metadata.shared
+    wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
     failures = judge(variant.architecture, stack, shared)
     if variant.architecture == "sm_90" and needs_wgmma(variant) and not wgmma:
         failures.append("no wgmma")
@@ -146,53 +161,69 @@ def needs_wgmma(variant: Variant) -> bool:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers of a thread, bytes of its stack) as cuobjdump reports them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = dump(cubin, "--dump-resource-usage")
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def compile_all(variants: list[Variant]) -> list[Result]:
+def tool(name: str) -> str:
+    """Path of one of the CUDA programs that Triton brings."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def dump(cubin: bytes, option: str) -> str:
+    """What cuobjdump prints of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool("cuobjdump"), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(
+    variants: list[Variant], compile_one: Callable[[Variant], T] = compile_variant
+) -> Iterator[T]:
+    """Yield what `compile_one` makes of each variant, in order, as it comes; processes share the work."""
     import multiprocessing
 
     workers = min(len(variants), os.cpu_count() or 1)
     if workers <= 1:
-        return [compile_variant(variant) for variant in variants]
+        yield from map(compile_one, variants)
+        return
     # Fresh processes: forking a process with threads of its own may hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return list(tqdm(pool.map(compile_variant, variants), total=len(variants), unit="kernel"))
+        yield from tqdm(pool.map(compile_one, variants), total=len(variants), unit="kernel", disable=None)
 
 
-def variants_of(calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Variant]:
+def variants_of(
+    calls: Iterator[tuple[str, Callable[[], object]]], architectures: Sequence[str] = ARCHITECTURES
+) -> list[Variant]:
     """Every distinct variant that the calls (label, function to run on meta tensors) launch."""
     variants = {}
     for label, call in calls:
-        for architecture in ARCHITECTURES:
+        for architecture in architectures:
             with recording(architecture) as launches:
                 call()
             for launch in launches:
                 variant = variant_of(launch, "", architecture)
                 key = (variant,)
                 name = variant.kernel.removesuffix("_kernel")
+                stage = dict(variant.constants).get("STAGE")
+                name = name if stage is None else f"{name} stage {stage}"
                 variants.setdefault(key, variant_of(launch, f"{name} {label}", architecture))
     return list(variants.values())
 
 
-def compile_cuda(source: Path) -> list[Result]:
+def compile_cuda(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Result]:
     """The kernels of a .cu file by nvcc: for each architecture the worst figures over all of them."""
     results = []
-    for architecture in ARCHITECTURES:
-        number = ARCHITECTURES[architecture]
+    for architecture in architectures:
         command = [
             "nvcc",
             "-std=c++17",
             "-O3",
-            f"-arch=sm_{number}",
+            f"-arch={architecture}",
             "-Xptxas",
             "-v",
             "-cubin",
@@ -236,7 +267,12 @@ def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
             os.environ.get("TRITON_INTERPRET"),
             "it unset, since nothing is compiled in the interpreter",
         )
-    results = compile_all([v for v in variants_of(all_calls()) if match in v.label])
+    results, written = [], time.monotonic()
+    for result in compile_all([v for v in variants_of(all_calls()) if match in v.label]):
+        results.append(result)
+        if json_path is not None and time.monotonic() - written > 5:  # what a cut leaves
+            disk.save_json(json_path, [asdict(r) for r in results])
+            written = time.monotonic()
     if shutil.which("nvcc"):
         results += [r for source in cuda_sources() for r in compile_cuda(source) if match in r.label]
     else:

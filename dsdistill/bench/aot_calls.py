@@ -7,7 +7,7 @@ bfloat16 also without any. Attention in float32 is left out: `auto` never takes 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ from dsdistill.ops.pairwise import triton_panels as pairwise
 from dsdistill.ops.pairwise.native import RELATION_CODES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTHS = (64, 128, 256)
+WIDTHS = (16, 64, 128, 256)  # of heads
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -67,10 +67,10 @@ def attention_call(
         torch.use_deterministic_algorithms(deterministic)
 
 
-def attention_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], None]]]:
     for name in ("bf16", "fp16"):
         dtype = DTYPES[name]
-        for width in WIDTHS:
+        for width in widths:
             for divergence in ("kl", "mse", "score_mse"):
                 for conditions in (True, False) if name == "bf16" else (True,):
                     label = f"{name} D{width} {divergence}{' all conditions' if conditions else ''}"
@@ -113,6 +113,6 @@ def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield label, functools.partial(hidden.triton_rows, *arguments)
 
 
-def all_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    yield from attention_calls()
+def all_calls(widths: Sequence[int] = WIDTHS) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield from attention_calls(widths)
     yield from other_calls()

@@ -95,13 +95,25 @@ def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
         kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def architecture(device: torch.device) -> str:
-    """Row of the tables of tiles: "sm_80", "sm_90", or "interpreter" on a CPU."""
+# Bytes of shared memory that a block may have; those between 8.0 and 9.0 for consumers and inference have the fewest.
+SHARED_LIMIT = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
+
+
+def shared_limit(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have on a GPU."""
     if _recorded is not None:
-        return _recorded_architecture
-    if device.type != "cuda":
+        return SHARED_LIMIT[_recorded_architecture]
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def architecture(device: torch.device) -> str:
+    """Return the row of the tables of tiles: "sm_80", "sm_90", or "interpreter" on a CPU.
+
+    GPUs of 12.0 have the instructions and the shared memory of 8.9, so their row is sm_80, too.
+    """
+    if _recorded is None and device.type != "cuda":
         return "interpreter"
-    return "sm_90" if torch.cuda.get_device_capability(device) >= (9, 0) else "sm_80"
+    return "sm_90" if shared_limit(device) >= SHARED_LIMIT["sm_90"] else "sm_80"
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
