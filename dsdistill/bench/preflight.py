@@ -17,6 +17,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -415,7 +416,17 @@ def main() -> int:
         )
     path = table_path()
     committed = read_table(path)
-    rows = list(aot.compile_all(variants(given.match), measure))
+    kept = committed if given.match else {}
+
+    def write() -> None:
+        write_table(path, kept | {(r.kernel, r.architecture): r for r in rows})
+
+    rows, written = [], time.monotonic()
+    for row in aot.compile_all(variants(given.match), measure):
+        rows.append(row)
+        if given.write and time.monotonic() - written > 30:  # what a cut leaves
+            write()
+            written = time.monotonic()
     if not given.match:
         rows += cuda_rows()
     worse = show(rows, committed)
@@ -423,8 +434,7 @@ def main() -> int:
     against = f"{worse} worse than {path.name}" if committed else f"no {path.name} to compare with"
     print(f"Triton {triton.__version__}: {len(rows)} compiled, {failed} failed, {against}")
     if given.write:
-        kept = committed if given.match else {}
-        write_table(path, kept | {(r.kernel, r.architecture): r for r in rows})
+        write()
         return int(failed > 0)
     return int(failed > 0 or worse > 0 or not rows)
 
