@@ -26,7 +26,7 @@ from dsdistill.config import UserError
 from dsdistill.ops.gpu import SHARED_LIMIT, Launch, recording
 
 ARCHITECTURES = ("sm_80", "sm_90")  # those that setup.py compiles for
-# Bytes of a thread's stack that a kernel may spill: up to eight values, which cost less than a smaller tile. More fails.
+# Bytes of a thread's stack that a kernel may spill: up to eight values, which cost less than a smaller tile.
 TOLERATED_STACK = 32
 T = TypeVar("T")
 POINTERS = {
