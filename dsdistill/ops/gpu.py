@@ -104,7 +104,8 @@ def shared_limit(device: torch.device) -> int:
     """Return the bytes of shared memory that a block may have on a GPU."""
     if _recorded is not None:
         return SHARED_LIMIT[_recorded_architecture]
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the name
+    return properties.shared_memory_per_block_optin
 
 
 def architecture(device: torch.device) -> str:

@@ -1,9 +1,9 @@
 """Tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
 
-They are chosen for holding their loops in registers: no spill for sm_80 and sm_90 in half precision under Triton 3.7.1
-(`dsdistill verify --aot` compiles them all). Under 3.6.0 a part was compiled, to width 64, and was clean. float32 may
-spill: its products unroll on plain cores, and `auto` leaves it to `chunked`. Which tile is the fastest is not known
-yet: nothing here has run on a GPU. Where several are clean the larger product was taken.
+They are chosen for holding their loops in registers, in half precision: under Triton 3.7.1 `dsdistill verify --aot`
+compiles them, under 3.6.0 the preflight (bench/results/preflight has what each takes; some spill, 32 bytes at most).
+float32 may spill: its products unroll on plain cores, and `auto` leaves it to `chunked`. Which tile is the fastest is
+not known yet: nothing here has run on a GPU. Where several are clean the larger product was taken.
 (queries, keys, warps, stages):
 
 - Eight warps share one tile of 64 × 128 or 128 × 64: with four, both models' scores and the gradient spill.
