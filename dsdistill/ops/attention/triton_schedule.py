@@ -100,7 +100,7 @@ def run(
         coefficient: float32 scalar.
         plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
     """
-    tensors = [rows_contiguous(x) for x in (student_query, student_key, teacher_query, teacher_key)]
+    tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
     call = _Call(
         tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
     )
@@ -117,6 +117,12 @@ def run(
         loss * coefficient,
         *(g.to(e.dtype) if need else e for g, e, need in zip(gradients, empty, needs, strict=True)),
     )
+
+
+def _near_rows(x: Tensor) -> Tensor:
+    """Return `x`, or a copy whose rows lie so near each other that offsets inside a tile are numbers of 32 bits."""
+    x = rows_contiguous(x)
+    return x if x.stride(2) < 2**23 else x.contiguous()
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -235,7 +241,16 @@ class _Call:
         tile = self.tile("statistics")
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
-        self.run(statistics_kernel, "statistics", programs, tile, partial=partial, H=self.heads, **given, **self.reached)
+        self.run(
+            statistics_kernel,
+            "statistics",
+            programs,
+            tile,
+            partial=partial,
+            H=self.heads,
+            **given,
+            **self.reached,
+        )
         return partial.sum(), given
 
     def statistics_buffers(self) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ INTERPRETER = Tile(32, 64, 4, 1)
 TILES = {
     "statistics": {
         "bfloat16": {
-            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
             "sm_90": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         },
         "float32": {
