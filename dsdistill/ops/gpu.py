@@ -113,7 +113,7 @@ def block_width(width: int) -> int:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, (M, K) @ (K, N) or batches of them; half-precision operands meet on tensor cores."""
     half = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
-    if half and a.device.type == "cuda":
+    if half and a.is_cuda:
         return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
