@@ -61,7 +61,7 @@ def fused_block(
         weights = torch.ones(2, device=z.device)
     gradient = z if out is None else out
     if out is None and with_gradient and head.gradient_dtype != z.dtype:
-        gradient = aligned_rows(*z.shape, head.gradient_dtype, z.device)
+        gradient = aligned_rows(len(z), z.shape[1], head.gradient_dtype, z.device)
     values = run(head, z, given, task, soft, weights, gradient if with_gradient else None)
     totals += values.sum(0)[0 if task else 1 : 2 if soft else 1]
     return gradient if with_gradient else None
