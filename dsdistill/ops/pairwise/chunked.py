@@ -41,9 +41,8 @@ def pairwise_total(
     """The same sum as `reference.pairwise_total`, and its gradient at the student if needed."""
     identity = use_identity(student.shape[1], student.shape[2], teacher.shape[2])
     if relation != "distance" and not identity and gpu.half_operands(student) and gpu.half_operands(teacher):
-        return _by_rows_in_half(
-            needs[0], *(zero_masked(x.detach(), mask) for x in (student, teacher)), weights, relation
-        )
+        halves = zero_masked(student.detach(), mask), zero_masked(teacher.detach(), mask)
+        return _by_rows_in_half(needs[0], *halves, weights, relation)
     x_s = zero_masked(student.detach().to(dtype), mask)
     x_t = zero_masked(teacher.detach().to(dtype), mask)
     if relation == "distance":

@@ -86,7 +86,7 @@ class _Call:
         self.teacher = rows_contiguous(zero_masked(teacher, mask))
         compared = self.student, self.teacher
         if relation == RELATION_CODES["distance"]:
-            compared = tuple(centred(x.float(), mask) for x in compared)
+            compared = centred(self.student.float(), mask), centred(self.teacher.float(), mask)
             if (
                 student.dtype == torch.float32
             ):  # half precision holds what the model gave, not what is left of it
