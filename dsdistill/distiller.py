@@ -109,9 +109,14 @@ class Distillation(nn.Module):
         """Return the student's trace; `teacher` is for students whose forward pass reads the teacher."""
         return self.student(batch)
 
-    def traces(self, batch: Batch) -> AbstractContextManager[tuple[Trace | None, Trace | None]]:
-        """Return a context with the traces of the teacher and of the student of the stage before."""
-        return _traces(self.teacher, self.previous, batch)
+    def traces(
+        self, batch: Batch, teacher: Trace | None = None
+    ) -> AbstractContextManager[tuple[Trace | None, Trace | None]]:
+        """Return a context with the traces of the teacher and of the student of the stage before.
+
+        teacher: its trace, where it is there already.
+        """
+        return _traces(self.teacher, self.previous, batch, teacher)
 
     def loss(
         self, batch: Batch, teacher: Trace | None, counts: Tensor, previous: Trace | None = None
@@ -140,12 +145,12 @@ class Distillation(nn.Module):
 
 @contextlib.contextmanager
 def _traces(
-    teacher: Tracer | None, previous: Tracer | None, batch: Batch
+    teacher: Tracer | None, previous: Tracer | None, batch: Batch, made: Trace | None
 ) -> Iterator[tuple[Trace | None, Trace | None]]:
     with contextlib.ExitStack() as stack:
         before, guide = (
-            stack.enter_context(tracer.frozen(batch)) if tracer is not None else None
-            for tracer in (previous, teacher)
+            stack.enter_context(tracer.frozen(batch, trace)) if tracer is not None else None
+            for tracer, trace in ((previous, None), (teacher, made))
         )
         yield guide, before
 

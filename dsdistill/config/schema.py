@@ -40,6 +40,10 @@ class Run(Section):
         default=30.0,
         description="minutes after the last checkpoint at which another is saved as well; 0: never by the clock",
     )
+    save_async: bool = Field(
+        default=False,
+        description="checkpoints before the last are copied to host memory and written while training goes on",
+    )
     keep: Positive = Field(default=2, description="newest checkpoints kept")
     timeout: Annotated[float, Field(gt=0)] = Field(
         default=10.0,
@@ -89,6 +93,11 @@ class Teacher(Model):
         default="auto",
         description="of a sharded teacher, what a rank holds beside its shard: tight, one layer; overlap, two, so "
         "that gathering hides behind compute; auto: tight on CPU, overlap on GPU",
+    )
+    overlap: bool = Field(
+        default=False,
+        description="on a GPU the teacher runs on the next micro-batch while the student learns from this one; takes "
+        "the memory of a second trace",
     )
 
 

@@ -122,6 +122,11 @@ class Batch:
         """Return the batch on a device."""
         return self._each(lambda values: values.to(device, non_blocking=True))
 
+    def tensors(self) -> list[Tensor]:
+        """Return all of the batch's tensors."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if isinstance(value, Tensor)]
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {

@@ -31,6 +31,7 @@ from dsdistill.distributed.deepspeed import (
 )
 from dsdistill.distributed.groups import parameter_groups
 from dsdistill.distributed.ranks import Ranks
+from dsdistill.distributed.writer import Writer
 
 
 @contextlib.contextmanager
@@ -135,6 +136,10 @@ def student_engine(
             safe_set_local_fp32_param(parameter, parts.pop(name))
     # At the least scale step_gradient tells, and the run ends by name.
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    engine.checkpoint_engine = Writer()
+    # DeepSpeed would copy its scripts for converting beside the checkpoints: `export` needs none, and a copy that
+    # failed would leave the other ranks waiting.
+    engine._copy_recovery_script = lambda save_path: None
     return engine
 
 

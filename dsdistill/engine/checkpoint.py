@@ -1,15 +1,14 @@
 """Checkpoints that survive a kill at any moment.
 
 RUN/checkpoints/step-N/ holds what DeepSpeed saved, each rank's random state and a manifest of every file's size
-and hash; what a file would run when it is loaded is looked up before. RUN/checkpoints/newest names the folder to
-resume from. DeepSpeed's own `latest` is not used: it can point at a checkpoint that was still being written. Here
-the manifest is written after all ranks are done, and the pointer moves only then, atomically; where what it names
-does not verify, resuming falls back to the newest checkpoint that does.
+and hash, taken while each rank writes its own; what a file would run when it is loaded is looked up before.
+RUN/checkpoints/newest names the folder to resume from. DeepSpeed's own `latest` is not used: it can point at a
+checkpoint that was still being written. Here the manifest is written after all ranks are done, and the pointer moves
+only then, atomically; where what it names does not verify, resuming falls back to the newest checkpoint that does.
 """
 
 import contextlib
 import glob
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -24,9 +23,9 @@ import torch
 
 from dsdistill import __version__, disk
 from dsdistill.config import Config, SharedError, UserError
-from dsdistill.config.secrets import redacted
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
+from dsdistill.distributed.writer import fingerprint
 from dsdistill.engine.run_folder import CHECKPOINTS as FOLDER
 
 log = logging.getLogger("dsdistill")
@@ -35,7 +34,8 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _POINTER = "newest"
 _STEP = re.compile(r"step-(\d+)")
-# What a checkpoint's folder may hold of ours, by patterns; the last is DeepSpeed's copy of NVMe offload.
+_OFFLOADED = "offloaded_tensors/rank{:02d}"  # DeepSpeed's own copy of what a rank has offloaded to NVMe
+# What a checkpoint's folder may hold of ours, by patterns.
 MADE = (
     "*_optim_states.pt", "*_model_states.pt", "random-*.pt", deepspeed.FROZEN, _STATE, _MANIFEST,
     ".partial-*", "*.partial", "offloaded_tensors/*",
@@ -48,87 +48,105 @@ class Unsaved(SharedError):
     """A checkpoint could not be saved; those of before are whole."""
 
 
-def save(
+class Saving:
+    """A Saving is a checkpoint that is on its way; until finish() the one before counts."""
+
+    def __init__(self, engine, run_dir: str, step: int, state: dict, ranks: Ranks):
+        """Take a checkpoint of an engine whose checkpoint_engine is a Writer; arguments are those of begin()."""
+        self.engine, self.writer, self.ranks, self.step = engine, engine.checkpoint_engine, ranks, step
+        self.folder, self.tag = os.path.join(run_dir, FOLDER), tag_of(step)
+        self.target = os.path.join(self.folder, self.tag)
+        everything = state | {"step": step, "world_size": ranks.world_size, "versions": versions()}
+        self.state = json.dumps(everything)  # as it is now
+
+    def begin(self, later: bool, frozen: dict[str, torch.Tensor]) -> None:
+        """Hand all that a resume needs to the Writer."""
+        self.writer.begin(later)
+        with _together(self.target, self.ranks):
+            if self.ranks.first:
+                _remove(self.target)  # what a killed run left half-written
+                os.makedirs(self.target)
+        with _together(self.target, self.ranks):
+            self.engine.save_checkpoint(
+                self.folder, tag=self.tag, save_latest=False, exclude_frozen_parameters=False
+            )
+            self.writer.save(random_state(), os.path.join(self.target, f"random-{self.ranks.rank}.pt"))
+            if frozen:
+                self.writer.save(frozen, os.path.join(self.target, deepspeed.FROZEN))
+            for path in glob.glob(
+                os.path.join(glob.escape(self.target), _OFFLOADED.format(self.ranks.rank), "**"),
+                recursive=True,
+            ):
+                if os.path.isfile(path):
+                    self.writer.add(path)
+
+    @property
+    def written(self) -> bool:
+        """Return whether this rank's files are; finish() then waits for other ranks at most."""
+        return self.writer.written
+
+    def finish(self, keep: int) -> None:
+        """Wait for all files of all ranks, then make this the checkpoint to go on from, and remove those beyond `keep`.
+
+        Raises Unsaved, on every rank, where a file of any rank could not be written: the checkpoints of before are
+        whole.
+        """
+        with _together(self.target, self.ranks):
+            self.writer.commit()
+        manifest = {}
+        for prints in self.ranks.gather(self.writer.prints(self.target)):
+            manifest |= prints
+        with _together(self.target, self.ranks):
+            if self.ranks.first:
+                _write_whole(self.folder, self.tag, self.state, manifest)
+        if self.ranks.first:
+            there = _tags(self.folder)
+            kept = sorted(name for name in there if name <= self.tag)[-keep:]  # later ones were passed over
+            for old in sorted(set(there) - set(kept)):
+                try:
+                    _remove(os.path.join(self.folder, old))
+                except OSError as error:  # NFS keeps what another process has open; the next save tries again
+                    log.warning("checkpoint %s stays: %s", old, error)
+        self.ranks.barrier()
+
+
+def begin(
     engine,
     run_dir: str,
     step: int,
     state: dict,
     ranks: Ranks,
-    keep: int,
+    *,
+    later: bool = False,
     frozen: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
+) -> Saving:
+    """Begin to save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
 
     state: among it zero_stage, the student's, and at_once, the examples of all ranks that meet in a micro-batch.
+    later: what is saved is copied to the host, and written by a thread while training goes on; only one at a time.
     frozen: weights that do not train and that the engine has rounded, by name, as they were before; of rank 0.
 
-    Raises Unsaved, on every rank, where a file of any rank could not be written: the checkpoints of before are whole.
+    Raises Unsaved, on every rank, where the folder cannot be made or written: the checkpoints of before are whole.
     """
-    folder = os.path.join(run_dir, FOLDER)
-    tag = tag_of(step)
-    target = os.path.join(folder, tag)
-    with _together(target, ranks):
-        if ranks.first:
-            _remove(target)  # what a killed run left half-written
-            os.makedirs(target)
-    with _together(target, ranks):
-        with _noting_failures(engine):
-            engine.save_checkpoint(folder, tag=tag, save_latest=False, exclude_frozen_parameters=False)
-        torch.save(random_state(), os.path.join(target, f"random-{ranks.rank}.pt"))
-        if frozen:
-            torch.save(frozen, os.path.join(target, deepspeed.FROZEN))
-    with _together(target, ranks):
-        if ranks.first:
-            _write_whole(folder, tag, state | {"step": step, "world_size": ranks.world_size})
-    if ranks.first:
-        kept = sorted(name for name in _tags(folder) if name <= tag)[-keep:]  # later ones were passed over
-        for old in sorted(set(_tags(folder)) - set(kept)):
-            try:
-                _remove(os.path.join(folder, old))
-            except OSError as error:  # NFS keeps what another process has open; the next save tries again
-                log.warning("checkpoint %s stays: %s", old, error)
-    ranks.barrier()
+    saving = Saving(engine, run_dir, step, state, ranks)
+    saving.begin(later, frozen or {})
+    return saving
 
 
-def _write_whole(folder: str, tag: str, state: dict) -> None:
-    """Write what makes a saved checkpoint one to go on from: its state, its manifest, the pointer to it."""
+def _write_whole(folder: str, tag: str, state: str, manifest: dict[str, dict]) -> None:
+    """Write what makes a saved checkpoint one to go on from: its state, its manifest, the pointer to it.
+
+    manifest: of what its ranks have written through to the disk. A power cut after the pointer has moved must find
+    all of it whole.
+    """
     target = os.path.join(folder, tag)
-    _write(os.path.join(target, _STATE), json.dumps(state | {"versions": versions()}))
-    manifest = {}
-    for name in sorted(_files(target)):  # a power cut after the pointer has moved must find them whole
+    _write(os.path.join(target, _STATE), state)
+    for name in sorted(set(_files(target)) - set(manifest)):
         disk.sync(os.path.join(target, name))
-        manifest[name] = _fingerprint(os.path.join(target, name))
+        manifest[name] = fingerprint(os.path.join(target, name))
     disk.sync(target)
-    _write(os.path.join(target, _MANIFEST), json.dumps(manifest))
+    _write(os.path.join(target, _MANIFEST), json.dumps(manifest, sort_keys=True))
     _write(os.path.join(folder, _POINTER), tag)
-
-
-@contextlib.contextmanager
-def _noting_failures(engine) -> Iterator[None]:
-    """Have DeepSpeed write no secret, and come through its collectives even where a file cannot be written.
-
-    The first failure is raised at the end. DeepSpeed's scripts for converting are not copied beside the checkpoints:
-    `export` needs none, and a copy that failed would leave the other ranks waiting.
-    """
-    writer, failures = engine.checkpoint_engine, []
-    write = writer.save
-
-    def save(state_dict: dict, path: str) -> None:
-        if "ds_config" in state_dict:
-            state_dict = state_dict | {"ds_config": redacted(state_dict["ds_config"])}
-        try:
-            write(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            failures.append(error)
-
-    writer.save = save
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        yield
-    finally:
-        del writer.save, engine._copy_recovery_script
-    if failures:
-        raise failures[0]
 
 
 @contextlib.contextmanager
@@ -199,7 +217,7 @@ def damage(folder: str) -> str | None:
             there = os.lstat(path)
             if not stat.S_ISREG(there.st_mode):
                 return f"{name} is no plain file"
-            if there.st_size != size or _fingerprint(path) != expected:
+            if there.st_size != size or fingerprint(path) != expected:
                 return f"{name} has changed"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -376,11 +394,6 @@ def _files(folder: str) -> Iterator[str]:
     for base, _, names in os.walk(folder):
         for name in sorted(names):
             yield os.path.relpath(os.path.join(base, name), folder)
-
-
-def _fingerprint(path: str) -> dict:
-    with open(path, "rb") as file:
-        return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _write(path: str, text: str) -> None:

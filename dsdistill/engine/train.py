@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import BackendError, Loss, filled
-from dsdistill.config import UserError
+from dsdistill.config import SharedError, UserError
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
 from dsdistill.distributed import deepspeed, engines, stopping
 from dsdistill.distributed.ranks import Ranks
@@ -25,10 +25,12 @@ from dsdistill.engine import checkpoint, stages
 from dsdistill.engine.first_weights import read_student
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule, fused_layers, make_student
+from dsdistill.engine.outcome import Later, Made
 from dsdistill.engine.passes import stability
 from dsdistill.engine.passes.dev_scores import represent, score
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import RunFolder
+from dsdistill.engine.teacher_ahead import TeacherAhead
 from dsdistill.models.tracer import Tracer, count_parameters
 
 log = logging.getLogger("dsdistill")
@@ -43,38 +45,6 @@ class Progress:
     tokens: int = 0  # valid tokens trained on, all ranks
     losses: float = 0.0  # summed over the steps since the last evaluation
     counted: int = 0  # those steps
-
-
-class Later:
-    """Later holds values that are on their way from the device to the host; reading them waits until they are there."""
-
-    def __init__(self, values: Tensor):
-        self.host, self._there = values, None
-        if values.is_cuda:  # into memory that it copies to by itself
-            self.host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(
-                values, non_blocking=True
-            )
-            self._there = torch.cuda.Event()
-            self._there.record()
-
-    def read(self) -> Tensor:
-        """Return the values, on the host."""
-        if self._there is not None:
-            self._there.synchronize()
-        return self.host
-
-
-@dataclass
-class Made:
-    """Made holds what a step came to."""
-
-    step: int
-    rate: float  # of learning
-    batches: list[Batch]  # of this rank
-    values: Later  # raw values of the terms, then what the ranks told each other; of all ranks
-    parts: int  # raw values
-    gradient: engines.StepGradient
-    report: dict[str, dict] = field(default_factory=dict)  # of the terms, once it is read
 
 
 class _Forgiving:
@@ -182,6 +152,9 @@ class Trainer:
         # Dropout differs between ranks, and between stages.
         torch.manual_seed(config.run.seed + ranks.rank + index * ranks.world_size)
         self.progress = Progress(self.start)
+        self._saving: checkpoint.Saving | None = None  # that is written while training goes on
+        overlaps = self.module.teacher is not None and config.teacher.overlap
+        self._teacher_ahead = TeacherAhead(self.module.teacher, ranks.device) if overlaps else None
         self.step_size: dict[str, int] = {}  # documents and tokens of the latest step, all ranks
 
     def _schedule(self, optimizer):
@@ -194,15 +167,20 @@ class Trainer:
             num_training_steps=steps,
         )
 
-    def train_step(self, batches: list[Batch]) -> Tensor:
-        """Make one optimizer step of this rank's micro-batches; return (parts,) float64, their raw values."""
+    def train_step(self, batches: list[Batch], following: Batch | None = None) -> Tensor:
+        """Make one optimizer step of this rank's micro-batches; return (parts,) float64, their raw values.
+
+        following: the first micro-batch of the next step, for a teacher that runs ahead.
+        """
         batches = [batch.to(self.ranks.device) for batch in batches]
         counts = self.module.counts(batches)
         if self.module.domain is not None:  # from the step alone, so that a resume goes on exactly
             done = (self.progress.step - self.start) / (self.end - self.start)
             self.module.domain.share = 1 - done
         raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
-        for batch in batches:
+        for batch, then in zip(batches, [*batches[1:], following], strict=True):
+            if self._teacher_ahead is not None:
+                self._teacher_ahead.go(batch, then)
             loss, parts = self._loss(batch, counts)
             # Undoes DeepSpeed's mean over ranks and micro-batches: counts already are those of the whole step.
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
@@ -212,7 +190,8 @@ class Trainer:
 
     def _loss(self, batch: Batch, counts: Tensor) -> Loss:
         # Outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
-        with self.module.traces(batch) as traces:
+        made = self._teacher_ahead.trace if self._teacher_ahead is not None else None
+        with self.module.traces(batch, made) as traces:
             return self.engine(batch, counts, *traces)
 
     def run(self, folder: RunFolder, tag: str | None = None) -> None:
@@ -262,7 +241,11 @@ class Trainer:
         self._saved = time.monotonic()
         ahead = Ahead(self.loader, self.end, pinned=self.ranks.device.type == "cuda")
         with contextlib.closing(ahead):
-            self._steps(ahead, guard, points, folder, bar)
+            try:
+                self._steps(ahead, guard, points, folder, bar)
+            except SharedError:  # on every rank: what was saved before is kept
+                self._finish_saving()
+                raise
 
     def _steps(
         self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm
@@ -270,8 +253,15 @@ class Trainer:
         # The step before, where nobody has read yet what came of it. A stop that it brings word of finds one step more
         # made, and saves nothing where that one is not finite.
         behind: Made | None = None
+        batches: list[Batch] | None = None
         while self.progress.step < self.end:
-            made = self._timed_step(ahead.step(self.progress.step))
+            if batches is None:
+                batches = ahead.step(self.progress.step)
+            following = None
+            if self._teacher_ahead is not None and self.progress.step + 1 < self.end:
+                following = ahead.step(self.progress.step + 1)
+            made = self._timed_step(batches, following[0] if following else None)
+            batches = following
             due = ending = False
             if behind is not None:
                 _, due, ending = self._settle(behind, guard)
@@ -311,24 +301,25 @@ class Trainer:
     def _last(self) -> bool:
         return self.progress.step == self.end
 
-    def _timed_step(self, batches: list[Batch]) -> "Made":
+    def _timed_step(self, batches: list[Batch], following: Batch | None = None) -> Made:
         """Make a step; return what it came to, which waits for nobody."""
         started = time.perf_counter()
         self.module.watch = self._watch()
         rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps
-        raw = self.train_step(batches)
+        raw = self.train_step(batches, following)
         # By rank 0's clock.
         due = self.ranks.first and 0 < self.config.run.save_minutes * 60 <= time.monotonic() - self._saved
         tokens = sum(int(b.mask.sum()) for b in batches)  # on the host, where the loader has left them
         documents = sum(int(b.documents.sum()) for b in batches)
-        told = filled([tokens, documents, due, *stopping.votes()], raw)
+        written = self._saving is not None and self._saving.written
+        told = filled([tokens, documents, due, written, *stopping.votes()], raw)
         values = Later(self.ranks.sum(torch.cat([raw, told])))
         self.progress.step += 1
         self.progress.seconds += time.perf_counter() - started
         gradient = engines.step_gradient(self.engine, skipped)
         return Made(self.progress.step, rate, batches, values, len(raw), gradient)
 
-    def _settle(self, made: "Made", guard: Guard) -> tuple[bool, bool, bool]:
+    def _settle(self, made: Made, guard: Guard) -> tuple[bool, bool, bool]:
         """Read what a step came to, and count it; layer weights follow where it is finite.
 
         Returns whether loss and gradient are finite, whether a checkpoint is due by the clock, and whether the ranks
@@ -336,7 +327,7 @@ class Trainer:
         """
         started = time.perf_counter()
         raw, told = made.values.read().split([made.parts, len(made.values.host) - made.parts])
-        tokens, documents, due, *votes = map(int, told.tolist())
+        tokens, documents, due, written, *votes = map(int, told.tolist())
         self.step_size = {"documents": documents, "tokens": tokens}
         self.progress.tokens += tokens
         made.report = self.module.objective.report(raw)
@@ -347,6 +338,9 @@ class Trainer:
             self.progress.losses += sum(term["weighted"] for term in made.report.values())
             self.progress.counted += 1
         self.progress.seconds += time.perf_counter() - started
+        # A step of before the save can have told of the one before that alone.
+        if self._saving is not None and made.step > self._saving.step and written == self.ranks.world_size:
+            self._finish_saving()
         return finite, bool(due), stopping.agreed(votes)
 
     def _evaluate(self, folder: RunFolder) -> None:
@@ -376,11 +370,17 @@ class Trainer:
             "at_once": self.config.train.micro_batch_size * self.ranks.world_size,
             **vars(self.progress),
         }
+        self._finish_saving()  # one at a time
         try:
             with stopping.saving():
-                checkpoint.save(
-                    self.engine, folder.path, step, state, self.ranks, self.config.run.keep, self.frozen
+                later = self.config.run.save_async and not (self._last or ending)
+                saving = checkpoint.begin(
+                    self.engine, folder.path, step, state, self.ranks, later=later, frozen=self.frozen
                 )
+                if later:
+                    self._saving = saving
+                else:
+                    saving.finish(self.config.run.keep)
         except checkpoint.Unsaved as error:
             if self._last or ending:
                 raise checkpoint.Unsaved(f"step {step}: {error}") from None
@@ -388,6 +388,17 @@ class Trainer:
         self._saved = time.monotonic()
         if ending:
             raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
+
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is on its way, where there is one, and go on from it from now on."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            with stopping.saving():
+                saving.finish(self.config.run.keep)
+        except checkpoint.Unsaved as error:
+            log.warning("step %d: %s; training goes on", saving.step, error)
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:
@@ -425,7 +436,7 @@ class Trainer:
             }
         }
 
-    def _log(self, folder: RunFolder, made: "Made", bar: tqdm) -> None:
+    def _log(self, folder: RunFolder, made: Made, bar: tqdm) -> None:
         """Write a line of metrics.jsonl, where the step is one of those."""
         if not self._logged(self.progress.step):
             return

@@ -1,6 +1,6 @@
 """Define what one forward pass leaves for the alignment terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -63,6 +63,14 @@ class Trace:
     )
     domain: DomainTrace | None = None  # of a student with domain fusion
     previous: "Trace | None" = None  # of a student: what it computed as the stage before left it
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield what the forward pass left: states, attention's inputs and outputs, no weights."""
+        yield from self.hidden.values()
+        for layer in self.attention.values():
+            kept = (layer.query, layer.key, layer.value, layer.unrotated_query, layer.unrotated_key)
+            yield from (x for x in kept if x is not None)
+        yield from (x for x in (self.last, self.logits, self.output) if x is not None)
 
     def state(self, layer: int, *, after: bool) -> Tensor:
         """Return (B, N, D), the states of a layer; after: those of the last one come after the final norm."""

@@ -123,10 +123,14 @@ class Tracer:
         return made
 
     @contextlib.contextmanager
-    def frozen(self, batch: Batch) -> Iterator[Trace]:
-        """Yield a trace without gradients; inside the context alone a language model's head is whole on this rank."""
-        with torch.no_grad():
-            made = self(batch)
+    def frozen(self, batch: Batch, made: Trace | None = None) -> Iterator[Trace]:
+        """Yield a trace without gradients; inside the context alone a language model's head is whole on this rank.
+
+        made: that trace, where it is there already.
+        """
+        if made is None:
+            with torch.no_grad():
+                made = self(batch)
         with self.callee.whole(self.head):
             yield made
 

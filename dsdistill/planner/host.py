@@ -9,7 +9,8 @@ With T values of the teacher in t bytes each, S of the student, on W ranks:
                       under ZeRO-3 4 · S / W, sharded as it is read
   offload             of the optimizer 16 · S / W: values, two moments and gradients in float32; of parameters
                       t · T / W, e · S / W; what is pinned is rounded up to a power of two, as torch's allocator does
-  an unfinished save  the largest part of what a rank writes
+  an unfinished save  the largest part of what a rank writes; with run.save_async a copy of all that a node's ranks do,
+                      while training goes on
 
 The factors were measured on CPUs, of a teacher of 600 M values in bf16; for GPUs they are taken over.
 """
@@ -109,7 +110,8 @@ def node_memory(
     else:
         training = base + Counter({"a step": ranks * peak})
     moments[TRAINING] = training
-    moments["saving"] = training + Counter({SAVING: int(_saving(parts, zero, ranks))})
+    held = _copied(parts, zero, ranks) if config.run.save_async else _saving(parts, zero, ranks)
+    moments["saving"] = training + Counter({SAVING: int(held)})
     return moments
 
 
@@ -140,6 +142,12 @@ def _rounded(size: float, pinned: bool) -> int:
 def _saving(parts: Parts, zero: Settings, ranks: int) -> float:
     """Return bytes of a node that a save holds: a copy of the part that each of its ranks is writing."""
     return ranks * 4 * parts.trained / zero.world_size
+
+
+def _copied(parts: Parts, zero: Settings, ranks: int) -> float:
+    """Return bytes of a node's copy of a checkpoint: its ranks' parts, and the weights, which rank 0 writes."""
+    shared = 4 * (1 + STATES[zero.optimizer]) * parts.trained / zero.world_size
+    return ranks * shared + zero.width * (_fixed(parts) + (0 if zero.stage == 3 else parts.trained))
 
 
 def _stored(config: Config) -> int:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -164,16 +164,18 @@ def rehearse(
             for tracer in (module.student, teacher, previous):
                 if tracer is not None:
                     stack.enter_context(few_layers(ledger, tracer.model, tracer.capture))
-        held, teacher_trace, before = 0, None, None
+        held, teacher_trace, before, following = 0, None, None, None
         ledger.enter("teacher", TEACHER_ACTIVATIONS)
         if teacher is not None:
             with _gathering(ledger, teacher, config, rank) as held, teacher.frozen(batch) as teacher_trace:
                 pass
-            ledger.give(_tensors(teacher_trace), TEACHER_CAPTURED)
+            ledger.give(teacher_trace.tensors(), TEACHER_CAPTURED)
+            if config.teacher.overlap:
+                following = _ahead(ledger, teacher, batch, rank)
         if previous is not None:
             with previous.frozen(batch) as before:
                 pass
-            ledger.give(_tensors(before), BEFORE)
+            ledger.give(before.tensors(), BEFORE)
         student.gather()
         ledger.add(RESIDENT, held)
         ledger.enter("forward", ACTIVATIONS)
@@ -188,14 +190,26 @@ def rehearse(
         student.reduce(trainable)
         ledger.enter("step", BACKWARD)
         student.step()
+        del following
     return ledger
+
+
+def _ahead(ledger: Ledger, teacher: Tracer, batch: Batch, rank: Rank) -> Trace:
+    """Return the teacher's trace of the micro-batch after; on a GPU it is computed while the student learns."""
+    highest = ledger.peaks["teacher"]
+    with torch.no_grad():
+        made = teacher(batch)
+    ledger.give(made.tensors(), TEACHER_CAPTURED)
+    for owner in (TEACHER_ACTIVATIONS, RESIDENT) if rank.gpu else ():
+        ledger.add(owner, highest[owner])
+    return made
 
 
 def _forward(ledger, module, batch, teacher_trace, before, counts) -> Tensor:
     """The loss; the terms are a phase of their own, which begins when the module calls its objective."""
 
     def begins(_, inputs):
-        ledger.give(_tensors(inputs[0]), CAPTURED)
+        ledger.give(inputs[0].tensors(), CAPTURED)
         ledger.enter("terms", OPERATORS)
 
     hook = module.objective.register_forward_pre_hook(begins)
@@ -269,15 +283,6 @@ def _gathering(ledger: Ledger, teacher: Tracer, config: Config, rank: Rank) -> I
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _tensors(trace: Trace | None) -> Iterable[Tensor]:
-    if trace is None:
-        return
-    yield from trace.hidden.values()
-    for layer in trace.attention.values():
-        yield from (x for x in (layer.query, layer.key, layer.value) if x is not None)
-    yield from (x for x in (trace.last, trace.logits, trace.output) if x is not None)
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -51,7 +51,7 @@ def forge(folder: Path, content: bytes) -> None:
     target = folder / "random-0.pt"
     target.write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest[target.name] = checkpoint._fingerprint(str(target))
+    manifest[target.name] = checkpoint.fingerprint(str(target))
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

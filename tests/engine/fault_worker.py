@@ -17,8 +17,11 @@ import time
 import torch
 
 from dsdistill import cli
+from dsdistill.distributed.writer import Writer
 from dsdistill.engine import checkpoint
 from dsdistill.engine.train import Trainer
+
+step_of_fault = 0
 
 
 def hang() -> None:
@@ -31,9 +34,14 @@ def fail() -> None:
 
 
 def full_disk() -> None:
-    """No file can grow any more."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    """From the next checkpoint on no file can grow."""
+
+    def begin(writer: Writer, later: bool) -> None:
+        whole(writer, later)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    whole, Writer.begin = Writer.begin, begin
 
 
 def not_a_number() -> None:
@@ -77,21 +85,29 @@ def die(*_, **__) -> None:
 
 
 def die_in_file() -> None:
-    """Killed with half of its shard written."""
+    """Killed with half of a file written."""
 
-    def half(state, path, *_, **__):
+    def half(state, file):
+        if tag not in file.file.name:  # one of before, that is written while training goes on
+            return write(state, file)
         whole = io.BytesIO()
         write(state, whole)
-        with open(path, "wb") as file:
-            file.write(whole.getvalue()[: whole.tell() // 2])
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
         die()
 
+    tag = checkpoint.tag_of(step_of_fault)
     write, torch.save = torch.save, half
 
 
 def die_between_files() -> None:
     """Killed with every shard written and no manifest."""
-    checkpoint._fingerprint = die
+
+    def finish(saving: checkpoint.Saving, keep: int) -> None:
+        saving.writer.commit()
+        (die if saving.step == step_of_fault else whole)(saving, keep)
+
+    whole, checkpoint.Saving.finish = checkpoint.Saving.finish, finish
 
 
 def die_between_own_files() -> None:
@@ -103,8 +119,9 @@ def die_before_pointer() -> None:
     """Killed with the manifest written and the pointer still at the checkpoint before."""
 
     def write(path: str, text: str) -> None:
-        (die if path.endswith(checkpoint._POINTER) else whole)(path, text)
+        (die if path.endswith(checkpoint._POINTER) and text == tag else whole)(path, text)
 
+    tag = checkpoint.tag_of(step_of_fault)
     whole, checkpoint._write = checkpoint._write, write
 
 
@@ -140,10 +157,10 @@ def want_the_interpreter_at_the_end() -> None:
 def inject(fault: str, step: int) -> None:
     train_step = Trainer.train_step
 
-    def faulty(trainer, batches):
+    def faulty(trainer, batches, following):
         if trainer.progress.step + 1 == step:
             FAULTS[fault]()
-        return train_step(trainer, batches)
+        return train_step(trainer, batches, following)
 
     Trainer.train_step = faulty
 
@@ -155,7 +172,8 @@ if __name__ == "__main__":
     if fault.startswith(LATE):
         Trainer._waits, fault = property(lambda _: True), fault.removeprefix(LATE)
     if os.environ["RANK"] == rank:
-        inject(fault, int(step))
+        step_of_fault = int(step)
+        inject(fault, step_of_fault)
     want_the_interpreter_at_the_end()
     sys.argv = ["dsdistill", "train", config]
     cli.main()

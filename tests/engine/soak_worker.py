@@ -27,8 +27,8 @@ if __name__ == "__main__":
     seen: list[int] = []
     step = Trainer.train_step
 
-    def watched(self, batches):
-        found = step(self, batches)
+    def watched(self, batches, following):
+        found = step(self, batches, following)
         seen.append(resident())
         return found
 

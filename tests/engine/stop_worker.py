@@ -63,10 +63,10 @@ def before(module: object, name: str, act) -> None:
 def in_step(act) -> None:
     train_step = Trainer.train_step
 
-    def told(trainer, batches):
+    def told(trainer, batches, following):
         if trainer.progress.step + 1 == STEP:
             act()
-        return train_step(trainer, batches)
+        return train_step(trainer, batches, following)
 
     Trainer.train_step = told
 

@@ -26,6 +26,7 @@ FULL = (
     r"step 6: no checkpoint could be saved in .*: the disk is full; training goes on"
     r"[\s\S]*^dsdistill: step 10: no checkpoint could be saved in .*: the disk is full$"
 )
+ASYNC = "async "  # begins the faults of runs whose checkpoints are written while they train
 # Rank, step, reason.
 FAULTS = {
     "hang": (1, 6, VAIN),
@@ -37,6 +38,11 @@ FAULTS = {
     "kill between files": (0, 6, KILLED),
     "kill between own files": (1, 6, KILLED),
     "kill before the pointer": (0, 6, KILLED),
+    "async kill in a file": (1, 6, KILLED),
+    "async kill between files": (1, 6, KILLED),
+    "async kill before the pointer": (0, 6, KILLED),
+    "async full disk": (1, 6, FULL),
+    "async nan": (1, 5, BAD),
     "raise of rank 0": (
         0,
         6,
@@ -70,8 +76,10 @@ def ended(settings, folder) -> dict[str, subprocess.CompletedProcess]:
     found = {}
     for fault, (rank, step, _) in FAULTS.items():
         limit = {"bad_steps": 2} if fault == "nan gradient" else {}
-        path = write(settings | {"train": settings["train"] | limit}, folder, fault)
-        found[fault] = launch(WORKER, path, fault.partition(" of ")[0], rank, step)
+        asynchronous = {"save_async": fault.startswith(ASYNC)}
+        changes = {"train": settings["train"] | limit, "run": settings["run"] | asynchronous}
+        path = write(settings | changes, folder, fault)
+        found[fault] = launch(WORKER, path, fault.removeprefix(ASYNC).partition(" of ")[0], rank, step)
         wait_for_end(path, seconds=20)
     return found
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from dsdistill import disk
 from dsdistill.config import UserError
 from dsdistill.config.load import make_config
 from dsdistill.distributed.ranks import Ranks
+from dsdistill.distributed.writer import Writer
 from dsdistill.engine import checkpoint, export
 from dsdistill.engine.export import find_checkpoint
 from tests.engine.launch import WORKER, launch, launch_command, run_configs
@@ -100,10 +100,10 @@ def test_resume_is_exact(with_dropout, tmp_path):
 
 
 def make_checkpoint(run: Path, step: int, **state: object) -> Path:
-    """A finished checkpoint in the layout of checkpoint.save, with one small file."""
+    """A finished checkpoint in the layout of checkpoint.Saving, with one small file."""
 
     class Engine:
-        checkpoint_engine = types.SimpleNamespace(save=None)
+        checkpoint_engine = Writer()
 
         def save_checkpoint(self, folder, tag, **options):
             (Path(folder) / tag / "weights.bin").write_bytes(bytes(range(256)) * step)
@@ -111,7 +111,7 @@ def make_checkpoint(run: Path, step: int, **state: object) -> Path:
     whole = {"stage": 0, "objective": {}, "zero_stage": 2, "at_once": 8}
     whole |= {"seconds": 1.0, "tokens": 8, "losses": 0.0, "counted": 0}
     ranks = Ranks(0, 1, torch.device("cpu"))
-    checkpoint.save(Engine(), str(run), step, whole | state, ranks, keep=2)
+    checkpoint.begin(Engine(), str(run), step, whole | state, ranks).finish(keep=2)
     return run / checkpoint.FOLDER / f"step-{step:08d}"
 
 

@@ -150,7 +150,7 @@ def rewrite(found: Path, change) -> None:
     state = json.loads(path.read_text())
     path.write_text(json.dumps(change(state)))
     manifest = json.loads((found / "manifest.json").read_text())
-    manifest["state.json"] = checkpoint._fingerprint(str(path))
+    manifest["state.json"] = checkpoint.fingerprint(str(path))
     (found / "manifest.json").write_text(json.dumps(manifest))
 
 

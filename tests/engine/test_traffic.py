@@ -29,7 +29,10 @@ def expected(stage: int, gathers: int, sizes: dict[str, int], parts: int) -> dic
     found = {
         "teacher all_gather_into_tensor": MICRO_BATCHES * (teacher + sizes["head"] * BYTES),
         # Counts before the step; after it values, and what the ranks tell each other.
-        "ours all_reduce": (2 * parts + len(("tokens", "documents", "due")) + len(stopping.votes())) * 8,
+        "ours all_reduce": (
+            2 * parts + len(("tokens", "documents", "due", "written")) + len(stopping.votes())
+        )
+        * 8,
     }
     if stage == 3:
         found["student all_gather_into_tensor"] = MICRO_BATCHES * gathers * student

@@ -83,7 +83,7 @@ def measure(path: str, ranks: Ranks) -> dict:
     gathers, beside = teacher.frozen, []
 
     @contextlib.contextmanager
-    def trace(batch):
+    def trace(batch, made=None):
         if config.student.zero_stage == 3:  # what is gathered, or on its way
             parameters = trainer.module.parameters()
             beside.append(sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE))

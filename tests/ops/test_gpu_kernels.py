@@ -20,6 +20,18 @@ from dsdistill.ops.backends import extension
 from dsdistill.ops.gpu import interpreting
 from dsdistill.ops.hidden import rows
 
+if "triton" in available_backends():
+    import triton
+    import triton.language as tl
+
+    from dsdistill.ops.triton_common import rounded_to_tf32
+
+    @triton.jit
+    def tf32_kernel(x, out, SIZE: tl.constexpr):
+        at = tl.arange(0, SIZE)
+        tl.store(out + at, rounded_to_tf32(tl.load(x + at)))
+
+
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="Triton cannot run here")
 DEVICE = verify.device_of("triton")
 
@@ -216,6 +228,19 @@ def test_half_gradients_wait_and_scale():
     torch.testing.assert_close(
         tensors["student_query"].grad.double(), truth, rtol=1e-2, atol=2e-3 * truth.abs().max().item()
     )
+
+
+def test_what_goes_through_tf32_is_rounded_to_nearest():
+    """A matrix instruction cuts off what TF32 has no bits for, which would make every gradient of float16 smaller."""
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 1024)
+    x[:4] = torch.tensor(
+        [1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11 - 2**-20, 0.0]
+    )  # ties to even; beyond a tie
+    out = torch.zeros_like(x, device=DEVICE)
+    tf32_kernel[(1,)](x.to(DEVICE), out, SIZE=1024)
+    mantissa, exponent = torch.frexp(x.double())
+    expected = torch.ldexp((mantissa * 2**11).round(), exponent - 11)  # rounds ties to even
+    assert torch.equal(out.cpu().double(), expected)
 
 
 @pytest.mark.skipif(extension() is None, reason="the native operators are not built")

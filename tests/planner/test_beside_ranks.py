@@ -13,7 +13,7 @@ from dsdistill.config import UserError
 from dsdistill.config.load import make_config
 from dsdistill.engine.prepare import objective_layers
 from dsdistill.models.build import architecture, build_model
-from dsdistill.planner import host, zero_memory
+from dsdistill.planner import host, rehearsal, zero_memory
 from dsdistill.planner.duration import check_rate, duration, operations
 from dsdistill.planner.plan import Forecast
 from dsdistill.planner.sizes import Size, attention_operations, size_of
@@ -31,6 +31,7 @@ def settings(**changes) -> dict:
     found = {
         "task": "causal_lm",
         "data": {"source": "files", "train": "x", "dev": "x", "text": ["x"], "label": None, "tokenizer": "x"},
+        "run": {},
         "teacher": {"config": LLAMA | {"num_hidden_layers": 3}, "zero_stage": 3},
         "student": {"config": LLAMA | {"num_hidden_layers": 2}, "zero_stage": 2},
         "train": {"steps": 10, "batch_size": 8, "micro_batch_size": 1, "dtype": "bf16"},
@@ -94,6 +95,28 @@ class TestHost:
         config = make_config(settings())
         held = host.node_memory(config, PARTS, zero(), 0, 2, gpu=True)
         assert held["saving"][host.SAVING] == 2 * 360
+
+    def test_a_save_while_training_goes_on(self):
+        """Two ranks' quarters of 4 · 3 · 360 bytes, and weights in bf16, which rank 0 writes; not under ZeRO-3."""
+        held = self.memory(settings(run__save_async=True))
+        assert held["saving"][host.SAVING] == 2 * 3 * 360 + 2 * 400
+        held = self.memory(settings(run__save_async=True), stage=3)
+        assert held["saving"][host.SAVING] == 2 * 3 * 360 + 2 * 40
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_teacher_that_runs_ahead(gpu):
+    """There are two traces; on a GPU the teacher's activations too lie beside the student's."""
+    phases = []
+    for overlap in (False, True):
+        config = make_config(settings(teacher__overlap=overlap) | {"terms": {"soft_label": {}, "hidden": {}}})
+        ((_, found),) = Forecast(config, 2, gpu=gpu).stages(1).items()
+        phases.append(found["backward"])
+    waits, ahead = phases
+    captured = rehearsal.TEACHER_CAPTURED
+    states = 2 * 256 * 64 * 2  # of one layer, and what the head reads, of another micro-batch
+    assert ahead[captured] - waits[captured] == states
+    assert (ahead[rehearsal.TEACHER_ACTIVATIONS] > waits[rehearsal.TEACHER_ACTIVATIONS]) == gpu
 
 
 def test_the_disk_by_hand():

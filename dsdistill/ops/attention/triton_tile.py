@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention import native
-from dsdistill.ops.triton_common import narrow
+from dsdistill.ops.triton_common import narrow, rounded_to_tf32
 
 KL = tl.constexpr(native.KL)
 MSE = tl.constexpr(native.MSE)
@@ -127,11 +127,11 @@ def exists(
 def gradient_product(d_scores, x, TYPE: tl.constexpr, UPCAST: tl.constexpr, accumulator):
     """accumulator + d_scores @ x, float32. TYPE: element type of `x` in memory.
 
-    bfloat16: d_scores rounded to it. float16 cannot hold small products of probabilities: TF32 does, and holds
-    every float16 exactly. float32: full precision.
+    bfloat16: d_scores rounded to it. float16 cannot hold small products of probabilities: TF32 does, to which they are
+    rounded, and it holds every float16 exactly. float32: full precision.
     """
     if tl.float16 == TYPE:
-        return tl.dot(d_scores, x.to(tl.float32), accumulator, input_precision="tf32")
+        return tl.dot(rounded_to_tf32(d_scores), x.to(tl.float32), accumulator, input_precision="tf32")
     return tl.dot(narrow(d_scores, TYPE, UPCAST), x, accumulator, input_precision="ieee")
 
 
