@@ -26,6 +26,8 @@ from dsdistill.config import UserError
 from dsdistill.ops.gpu import SHARED_LIMIT, Launch, recording
 
 ARCHITECTURES = ("sm_80", "sm_90")  # those that setup.py compiles for
+# Bytes of a thread's stack that a kernel may spill: up to eight values, which cost less than a smaller tile. More fails.
+TOLERATED_STACK = 32
 T = TypeVar("T")
 POINTERS = {
     torch.float32: "*fp32",
@@ -145,7 +147,7 @@ def result_of(variant: Variant, kernel) -> Result:
 
 
 def judge(architecture: str, stack: int, shared: int) -> list[str]:
-    failures = [f"spills: {stack} bytes of stack"] if stack else []
+    failures = [f"spills: {stack} bytes of stack"] if stack > TOLERATED_STACK else []
     if shared > SHARED_LIMIT[architecture]:
         failures.append(f"{shared} bytes of shared memory, limit {SHARED_LIMIT[architecture]}")
     return failures

@@ -17,6 +17,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -377,20 +378,25 @@ def show(rows: list[Row], committed: dict[tuple[str, str], Row]) -> int:
     return worse
 
 
-def variants(match: str, tile: str | None) -> list[Variant]:
-    from dsdistill.bench.aot_calls import all_calls
+def try_tile(text: str) -> None:
+    """Have attention's kernels take this tile, ROWS,COLUMNS,WARPS,STAGES, instead of the table's."""
     from dsdistill.ops.attention import triton_schedule
-    from dsdistill.ops.gpu import Tile
+    from dsdistill.ops.gpu import Tile, block_width
 
-    if tile is not None:
-        try:
-            rows, columns, warps, stages = map(int, tile.split(","))
-        except ValueError:
-            raise UserError("--tile", repr(tile), "ROWS,COLUMNS,WARPS,STAGES") from None
-        triton_schedule.tile_of = lambda kernel, tensors: Tile(rows, columns, warps, stages)
-    return [
-        v for v in aot.variants_of(all_calls(WIDTHS), ARCHITECTURES) if match in f"{v.label} {v.architecture}"
-    ]
+    try:
+        tile = Tile(*map(int, text.split(",")))
+    except (TypeError, ValueError):
+        raise UserError("--tile", repr(text), "ROWS,COLUMNS,WARPS,STAGES") from None
+    triton_schedule.tile_of = lambda kernel, tensors: tile
+    # A full row has as many columns as keys.
+    triton_schedule.row_tile = lambda tensors: tile._replace(columns=block_width(tensors[0].shape[2]))
+
+
+def variants(match: str) -> list[Variant]:
+    from dsdistill.bench.aot_calls import all_calls
+
+    found = aot.variants_of(all_calls(WIDTHS), ARCHITECTURES)
+    return [v for v in found if match in f"{v.label} {v.architecture}"]
 
 
 def main() -> int:
@@ -413,13 +419,25 @@ def main() -> int:
         raise UserError(
             "--write", "it beside --tile", "one of them: the table holds the tiles that are shipped"
         )
+    if given.tile:
+        try_tile(given.tile)
     if triton.knobs.runtime.interpret:
         raise UserError(
             "TRITON_INTERPRET", "a value", "it unset, since nothing is compiled in the interpreter"
         )
     path = table_path()
     committed = read_table(path)
-    rows = list(aot.compile_all(variants(given.match, given.tile), measure))
+    kept = committed if given.match else {}
+
+    def write() -> None:
+        write_table(path, kept | {(r.kernel, r.architecture): r for r in rows})
+
+    rows, written = [], time.monotonic()
+    for row in aot.compile_all(variants(given.match), measure):
+        rows.append(row)
+        if given.write and time.monotonic() - written > 30:  # what a cut leaves
+            write()
+            written = time.monotonic()
     if not given.match:
         rows += cuda_rows()
     worse = show(rows, committed)
@@ -427,8 +445,7 @@ def main() -> int:
     against = f"{worse} worse than {path.name}" if committed else f"no {path.name} to compare with"
     print(f"Triton {triton.__version__}: {len(rows)} compiled, {failed} failed, {against}")
     if given.write:
-        kept = committed if given.match else {}
-        write_table(path, kept | {(r.kernel, r.architecture): r for r in rows})
+        write()
         return int(failed > 0)
     return int(failed > 0 or worse > 0 or not rows)
 

@@ -65,6 +65,7 @@ class Launch:
     """One kernel launch: `arguments` by name, tensors, numbers and compile-time constants alike."""
 
     kernel: Any  # of triton.jit, which mypy takes for a function
+    programs: int
     arguments: dict
     tile: Tile
 
@@ -87,7 +88,7 @@ def recording(for_architecture: str) -> Iterator[list[Launch]]:
 def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
     """Run `kernel` where its tensors lie, which need not be the current device."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, tile))
+        _recorded.append(Launch(kernel, programs, arguments, tile))
         return
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     # Triton launches on the current device, where pointers of another one mean nothing.

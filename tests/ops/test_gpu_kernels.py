@@ -301,7 +301,9 @@ def test_a_sample_compiles_ahead_of_time(tmp_path):
 
 def test_what_ahead_of_time_compilation_refuses(monkeypatch):
     assert aot.judge("sm_80", 0, 166_912) == []
-    assert "spills: 8 bytes" in aot.judge("sm_90", 8, 0)[0]
+    assert aot.judge("sm_90", 32, 0) == []
+    assert "spills: 40 bytes" in aot.judge("sm_90", 40, 0)[0]
+    assert "limit 101376" in aot.judge("sm_86", 0, 101_377)[0]
     assert "limit 166912" in aot.judge("sm_80", 0, 170_000)[0]
     assert aot.judge("sm_90", 0, 170_000) == []
     signature = (("query_s", "*bf16"),)

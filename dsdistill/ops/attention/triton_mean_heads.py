@@ -212,7 +212,8 @@ def mean_heads_kernel(
         # Of kl in logarithms, so that no ratio is lost where probabilities are too small for float32.
         mean_s = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
         mean_t = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
-        for h in range(0, heads_s):
+        for head in range(0, heads_s):
+            h = tl.cast(head, tl.int64)  # heads · tokens · width may pass 2³¹
             log_p, q, k = log_probabilities(
                 query_s + h * qs_h,
                 key_s + h // group_s * ks_h,
@@ -231,7 +232,8 @@ def mean_heads_kernel(
                 UPCAST,
             )
             mean_s = log_add(mean_s, log_p) if DIVERGENCE == KL else mean_s + tl.exp2(log_p)
-        for h in range(0, heads_t):
+        for head in range(0, heads_t):
+            h = tl.cast(head, tl.int64)
             log_p, q, k = log_probabilities(
                 query_t + h * qt_h,
                 key_t + h // group_t * kt_h,
@@ -262,7 +264,8 @@ def mean_heads_kernel(
             value = (mean_s - mean_t) * (mean_s - mean_t)
         if STAGE == 0:
             loss += tl.sum(value, 1)
-        for h in range(0, heads_s):
+        for head in range(0, heads_s):
+            h = tl.cast(head, tl.int64)  # heads · tokens · width may pass 2³¹
             log_p, q, k = log_probabilities(
                 query_s + h * qs_h,
                 key_s + h // group_s * ks_h,

@@ -327,6 +327,9 @@ class _Call:
             gradient_scale=self.gradient_scale,
             WITH_QUERY=bool(needs[0]),
             MERGED=merged,
+            # The product with dS divides its features among the warps. Of 16 there are too few: all scores would be
+            # computed once by each warp, and spill.
+            **{name: max(32, self.models[name]) for name in ("BDS", "BDT")},
         )
         loss = partial.sum()
         if needs[1] and not merged:

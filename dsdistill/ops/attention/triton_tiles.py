@@ -13,7 +13,7 @@ yet: nothing here has run on a GPU. Where several are clean the larger product w
   the registers that 64 would need.
 - float16 multiplies dS in TF32 (triton_tile.gradient_product): operands of twice the size, half the walking side.
 - float32 at full precision has no matrix instructions; its products unroll in registers, so tiles are small.
-- Widths of 256 are bound by shared memory: 227 KiB on sm_90, 163 on sm_80.
+- Widths of 256 are bound by shared memory: 227 KiB on sm_90, 163 on sm_80, 99 on GPUs of 8.6, 8.9 and 12.0 (SMALL).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dsdistill.ops.gpu import Tile, architecture, block_width
+from dsdistill.ops.gpu import SHARED_LIMIT, Tile, architecture, block_width, shared_limit
 
 ROW_TOKENS = 512
 INTERPRETER = Tile(32, 64, 4, 1)
@@ -99,6 +99,10 @@ TILES = {
     },
 }
 
+# Instead of those of width 256 in half precision that need more shared memory than a block has below an A100's limit.
+# One stage of statistics lets two programs share a multiprocessor.
+SMALL = {"statistics": Tile(32, 64, 4, 1), "rows": Tile(32, 32, 4, 2)}
+
 # Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps. On sm_90 both models' scores
 # and the gradient of 512 keys at width 64, or 256 at 128, spill in some variants with 8 warps and with 16.
 ROWS: dict[str, dict[int, tuple[int | None, ...]]] = {
@@ -128,8 +132,11 @@ def tile_of(kernel: str, tensors: Sequence[Tensor]) -> Tile:
     arch = architecture(tensors[0].device)
     if arch == "interpreter":
         return INTERPRETER
-    types = TILES[kernel]
-    return types.get(_type(tensors), types["bfloat16"])[arch][(64, 128, 256).index(_width(tensors))]
+    types, kind, width = TILES[kernel], _type(tensors), _width(tensors)
+    narrow = width == 256 and kind != "float32" and shared_limit(tensors[0].device) < SHARED_LIMIT["sm_80"]
+    if narrow and kernel in SMALL:
+        return SMALL[kernel]
+    return types.get(kind, types["bfloat16"])[arch][(64, 128, 256).index(width)]
 
 
 def row_merges(tensors: Sequence[Tensor]) -> bool:
