@@ -182,15 +182,6 @@ def floor_seconds(gpu: Gpu, call: Call) -> float:
     return max(clocks / gpu.sms / gpu.clock, call.bytes / gpu.bandwidth)
 
 
-# Kernels whose loop over tiles in which all pairs exist is apart from those with conditions.
-EDGED = ("statistics", "rows", "columns")
-
-
-def kernel_of(variant: Variant) -> str:
-    name = variant.kernel.removesuffix("_kernel")
-    return "hidden rows" if name == "rows" and "BT" in dict(variant.constants) else name
-
-
 def measure(variant: Variant) -> Row:
     """Compile one kernel and count. For a process of its own or of a pool."""
     given = dict(variant.constants)
@@ -211,8 +202,7 @@ def measure(variant: Variant) -> Row:
     outside, loops = sass.count(aot.dump(kernel.asm["cubin"], "-sass"))
     blocks = blocks_of(variant.architecture, result.registers, result.shared, variant.warps)
     call = call_of(variant)
-    if kernel_of(variant) in EDGED and loops:  # the tiles at the edges of a walk have loops of their own
-        loops = [min(loops, key=lambda loop: loop.all)]
+    loops = aot.main_loops(variant, loops)
     main = loops or [outside]
     covered = [passes(loop, call, variant.warps) if call and loops else 1 for loop in main]
 

@@ -1,16 +1,15 @@
 """Tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
 
-They are chosen for holding their loops in registers: no spill for sm_80 and sm_90 in half precision under Triton 3.7.1
-(`dsdistill verify --aot` compiles them all). Under 3.6.0 a part was compiled, to width 64, and was clean. float32 may
-spill: its products unroll on plain cores, and `auto` leaves it to `chunked`. Which tile is the fastest is not known
-yet: nothing here has run on a GPU. Where several are clean the larger product was taken.
-(queries, keys, warps, stages):
+They are chosen by what the compiler makes of them: no loop over whole tiles reaches the stack, and of those that do not
+the one with the least predicted time (`python -m dsdistill.bench.preflight --match "columns bf16 D64"`). `dsdistill
+verify --aot` compiles them all. float32 may spill: its products unroll on plain cores, and `auto` leaves it to
+`chunked`. Which tile is the fastest is not known yet: nothing here has run on a GPU. (queries, keys, warps, stages):
 
-- Eight warps share one tile of 64 × 128 or 128 × 64: with four, both models' scores and the gradient spill.
 - The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
   loaded once, and the left operand of sm_90's matrix instructions wants 64 rows for each four warps.
-- columns and merged walk 32 queries at a time: the loop over grouped heads and, in merged, dS in a second layout take
-  the registers that 64 would need.
+- columns and merged in bfloat16 on sm_90 walk 64 queries at a time, so that dQ too is a product of 64 rows by sm_90's
+  matrix instructions; on an A100 32 queries with four warps, of which three programs share a multiprocessor.
+- Loops over tiles with conditions take more registers than those over whole tiles: they load one tile at a time.
 - float16 multiplies dS in TF32 (triton_tile.gradient_product): operands of twice the size, half the walking side.
 - float32 at full precision has no matrix instructions; its products unroll in registers, so tiles are small.
 - Widths of 256 are bound by shared memory: 227 KiB on sm_90, 163 on sm_80, 99 on GPUs of 8.6, 8.9 and 12.0 (SMALL).
