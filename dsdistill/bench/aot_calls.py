@@ -101,23 +101,6 @@ def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], N
                 )
 
 
-def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    for name, dtype in DTYPES.items():
-        states, mask = _empty(2, 1024, 768, dtype=dtype), _empty(2, 1024, dtype=torch.bool)
-        for relation, code in RELATION_CODES.items():
-            for gradient in (False, True):
-                arguments = (states, states, mask, _empty(2, 1024), _empty(), code, gradient)
-                label = f"{name} {relation}{' gradient' if gradient else ''}"
-                yield label, functools.partial(pairwise.run, *arguments)
-        for divergence, code in hidden_native.DIVERGENCE_CODES.items():
-            for width in (768, 8192):
-                y = _empty(1024, width, dtype=torch.float32 if width == 768 else dtype)
-                target, weights = _empty(1024, width, dtype=dtype), _empty(1024)
-                arguments = (y, target, _empty(width), weights, _empty(), code, dtype)
-                label = f"{name} hidden {divergence} D{width}"
-                yield label, functools.partial(hidden.triton_rows, *arguments)
-
-
 def vocabulary_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield one kernel a divergence and type of the gradient, with all options, and some with fewer."""
     for name, gradient in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("loss", None)):
@@ -151,7 +134,24 @@ def vocabulary_call(
     fused.run(head, z, given, task, soft, _empty(2), out)
 
 
+def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, dtype in DTYPES.items():
+        states, mask = _empty(2, 1024, 768, dtype=dtype), _empty(2, 1024, dtype=torch.bool)
+        for relation, code in RELATION_CODES.items():
+            for gradient in (False, True):
+                arguments = (states, states, mask, _empty(2, 1024), _empty(), code, gradient)
+                label = f"{name} {relation}{' gradient' if gradient else ''}"
+                yield label, functools.partial(pairwise.run, *arguments)
+        for divergence, code in hidden_native.DIVERGENCE_CODES.items():
+            for width in (768, 8192):
+                y = _empty(1024, width, dtype=torch.float32 if width == 768 else dtype)
+                target, weights = _empty(1024, width, dtype=dtype), _empty(1024)
+                arguments = (y, target, _empty(width), weights, _empty(), code, dtype)
+                label = f"{name} hidden {divergence} D{width}"
+                yield label, functools.partial(hidden.triton_rows, *arguments)
+    yield from vocabulary_calls()
+
+
 def all_calls(widths: Sequence[int] = WIDTHS) -> Iterator[tuple[str, Callable[[], None]]]:
     yield from attention_calls(widths)
     yield from other_calls()
-    yield from vocabulary_calls()

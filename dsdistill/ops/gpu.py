@@ -127,14 +127,15 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-# Elements of all matrices that a step of a `chunked` form holds at once on a GPU, 512 MiB in float32: a block of each
-# is then large enough for every multiprocessor, and launches take less time than what they start.
-GPU_ELEMENTS = 1 << 27
+# Elements of a block of one matrix in the `chunked` forms on a GPU. About eight such matrices live at a time, 2²⁷
+# elements or 512 MiB in float32: a block is then large enough for every multiprocessor, and launches take less time
+# than what they start.
+BLOCK_ELEMENTS = 1 << 24
 
 
-def block_elements(like: Tensor, on_cpu: int, held: int) -> int:
-    """Return how many elements a block of one matrix has where `held` of them live at a time."""
-    return GPU_ELEMENTS // held if like.is_cuda else on_cpu
+def block_elements(like: Tensor, on_cpu: int) -> int:
+    """Return how many elements a block of one matrix has, where `like` lies."""
+    return BLOCK_ELEMENTS if like.is_cuda else on_cpu
 
 
 def half_operands(*tensors: Tensor) -> bool:

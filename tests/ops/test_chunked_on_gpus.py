@@ -82,14 +82,14 @@ def test_distances_in_float32(case, on_a_gpu):
 def test_blocks_are_large(on_a_gpu, monkeypatch):
     """A block of each of the matrices that live at a time; as many as that in one call where they fit."""
     x = torch.zeros(1)
-    assert gpu.block_elements(x, 5, 8) * 8 == 2**27
+    assert gpu.block_elements(x, 5) * 8 == 2**27
     calls = []
     original = attention._scores
     monkeypatch.setattr(attention, "_scores", lambda q, *rest: (calls.append(q.shape), original(q, *rest))[1])
     shape = (8, 2, 300, 4)
     attention_alignment(*(torch.randn(shape) for _ in range(4)), backend="chunked")
     assert calls == [shape] * 2  # of both models, once
-    monkeypatch.setattr(gpu, "GPU_ELEMENTS", 8 * 2 * 300 * 100)
+    monkeypatch.setattr(gpu, "BLOCK_ELEMENTS", 2 * 300 * 100)
     calls.clear()
     attention_alignment(*(torch.randn(shape) for _ in range(4)), backend="chunked")
     assert calls == [(1, 2, 100, 4)] * 2 * 3 * 8

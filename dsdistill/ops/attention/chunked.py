@@ -20,9 +20,8 @@ from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import mean_over_heads
 from dsdistill.ops.common import accumulate_dtype, blocks
 
-# Elements of one score block of one model on a CPU: 8 MiB in float32. On a GPU eight such blocks live at a time.
+# Elements of one score block of one model on a CPU: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
-HELD = 8
 MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 64, 16, 512
 
 
@@ -69,7 +68,7 @@ def attention_total(
 def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, heads):
     batch, head_count, tokens, _ = q_s.shape
     widest = max(head_count, q_t.shape[1])
-    elements, most = gpu.block_elements(q_s, BLOCK_ELEMENTS, HELD), GPU_MAX_ROWS if q_s.is_cuda else MAX_ROWS
+    elements, most = gpu.block_elements(q_s, BLOCK_ELEMENTS), GPU_MAX_ROWS if q_s.is_cuda else MAX_ROWS
     rows = min(tokens, max(MIN_ROWS, min(most, elements // max(1, widest * tokens))))
     group = max(1, elements // max(1, widest * rows * tokens))
     dtype = accumulate_dtype(q_s, q_t)

@@ -68,7 +68,7 @@ class Pairs:
             valid = self.mask.sum(1)
             return (valid * (valid + 1) // 2 if self.causal else valid * valid).sum()
         total = torch.zeros((), dtype=torch.int64, device=device)
-        elements = block_elements(total, 1 << 22, 1)
+        elements = block_elements(total, 1 << 22)
         step = max(1, elements // max(1, batch * self.tokens))
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)

@@ -13,9 +13,8 @@ from torch import Tensor
 from dsdistill.ops import gpu
 from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward
 
-# Elements of one block of the projected student on a CPU: 4 MiB in float32. On a GPU four such matrices live at a time.
+# Elements of one block of the projected student on a CPU: 4 MiB in float32.
 BLOCK_ELEMENTS = 1 << 20
-HELD = 4
 MIN_TOKENS = 64
 
 
@@ -48,7 +47,7 @@ def hidden_total(
         torch.zeros(matrix.shape, dtype=dtype, device=x.device) if matrix is not None and needs[1] else None
     )
     d_bias = torch.zeros_like(offset) if offset is not None and needs[2] else None
-    step = max(MIN_TOKENS, gpu.block_elements(x, BLOCK_ELEMENTS, HELD) // max(1, target.shape[1]))
+    step = max(MIN_TOKENS, gpu.block_elements(x, BLOCK_ELEMENTS) // max(1, target.shape[1]))
     for start in blocks(range(0, x.shape[0], step)):
         rows = slice(start, start + step)
         hidden, wanted = x[rows] if half else x[rows].to(dtype), target[rows].to(dtype)

@@ -14,9 +14,8 @@ from torch import Tensor
 from dsdistill.ops import gpu
 from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward, zero_masked
 
-# Elements of one block of one relation matrix on a CPU: 8 MiB in float32. On a GPU eight such blocks live at a time.
+# Elements of one block of one relation matrix on a CPU: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
-HELD = 8
 MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 256, 16, 2048
 
 # Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
@@ -46,6 +45,7 @@ def pairwise_total(
     x_s = zero_masked(student.detach().to(dtype), mask)
     x_t = zero_masked(teacher.detach().to(dtype), mask)
     if relation == "distance":
+        x_s, x_t = centred(x_s, mask), centred(x_t, mask)
         return _distance(needs[0], x_s, x_t, weights, mask)
 
     rows_s, rows_t = x_s, x_t
@@ -83,7 +83,7 @@ def _by_identity(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: T
 def _blocks(x: Tensor):
     """(sequences, rows) slices of (B, N, …) whose relation blocks hold about BLOCK_ELEMENTS."""
     batch, tokens = x.shape[:2]
-    elements, most = gpu.block_elements(x, BLOCK_ELEMENTS, HELD), GPU_MAX_ROWS if x.is_cuda else MAX_ROWS
+    elements, most = gpu.block_elements(x, BLOCK_ELEMENTS), GPU_MAX_ROWS if x.is_cuda else MAX_ROWS
     rows = min(tokens, max(MIN_ROWS, min(most, elements // max(1, tokens))))
     group = max(1, elements // max(1, rows * tokens))
     for first in blocks(range(0, batch, group)):
@@ -136,10 +136,9 @@ def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Ten
 
 
 def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, mask: Tensor | None):
-    """RKD-D. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
+    """RKD-D of centred vectors. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
     A = Σ w_i w_j ℓ' d:  ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
     """
-    x_s, x_t = centred(x_s, mask), centred(x_t, mask)
     squares_s, squares_t = (_squares(x) for x in (x_s, x_t))
     mean_s, positive = _mean_positive(x_s, squares_s, mask)
     mean_t, _ = _mean_positive(x_t, squares_t, mask)
@@ -181,7 +180,9 @@ def centred(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _squares(x: Tensor) -> Tensor:
     """(B, N) squared norms in the type in which `_distances` subtracts."""
-    return (x.double() if x.is_cuda else x).square().sum(-1)
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
+    return x.square().sum(-1)
 
 
 def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
