@@ -13,11 +13,11 @@ import torch
 
 from dsdistill.bench import aot, verify
 from dsdistill.bench.cases import attention_tensors, hidden_cases
-from dsdistill.ops import attention_alignment, available_backends, hidden_alignment, pairwise_alignment
-from dsdistill.ops.attention import triton_schedule
+from dsdistill.ops import attention_alignment, available_backends, gpu, hidden_alignment, pairwise_alignment
+from dsdistill.ops.attention import triton_schedule, triton_tiles
 from dsdistill.ops.attention.native import DIVERGENCE_CODES
 from dsdistill.ops.backends import extension
-from dsdistill.ops.gpu import interpreting
+from dsdistill.ops.gpu import interpreting, recording
 from dsdistill.ops.hidden import rows
 
 if "triton" in available_backends():
@@ -189,6 +189,19 @@ def operator_calls():
         yield ops.pairwise_alignment_triton, (student, teacher, mask, weights, one, relation, True)
     hidden = (student, teacher, projection, bias, mask, weights, one, 0, "triton", True, True, True)
     yield ops.hidden_alignment_rows, hidden
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
+def test_tiles_are_chosen_by_the_shared_memory_of_the_device(architecture):
+    """The preflight compiles them; a block of the GPUs between has 99 KiB."""
+    tensors = [torch.empty(1, 1, 1024, 256, dtype=torch.bfloat16, device="meta")] * 4
+    with recording(architecture):
+        tile = triton_tiles.tile_of("statistics", tensors)
+        row = gpu.architecture(tensors[0].device)
+    assert row == ("sm_90" if architecture == "sm_90" else "sm_80")
+    assert (tile == triton_tiles.SMALL["statistics"]) == (architecture in ("sm_86", "sm_89"))
+    # What the keys of both models take in all stages of the loop, in bytes.
+    assert 2 * tile.columns * tile.stages * 256 * 2 < gpu.SHARED_LIMIT[architecture]
 
 
 @pytest.mark.parametrize("index", range(4))
