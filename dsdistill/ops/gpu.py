@@ -104,7 +104,7 @@ def shared_limit(device: torch.device) -> int:
     """Return the bytes of shared memory that a block may have on a GPU."""
     if _recorded is not None:
         return SHARED_LIMIT[_recorded_architecture]
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stubs lack it
 
 
 def architecture(device: torch.device) -> str:
