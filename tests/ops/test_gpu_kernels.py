@@ -295,7 +295,7 @@ from dsdistill.bench import aot
 if __name__ == "__main__":
     from dsdistill.bench.aot_calls import all_calls
     variants = aot.variants_of(all_calls())
-    wanted = ("kl all conditions merged", "cosine gradient")
+    wanted = ("kl all conditions merged", "cosine gradient", "bf16 forward_kl all options")
     aot.variants_of = lambda calls: [v for v in variants if "bf16" in v.label and any(w in v.label for w in wanted)
                                      and not any(d in v.label for d in ("D128", "D256", "score_mse"))]
     sys.exit(aot.run_aot(sys.argv[1]))

@@ -230,7 +230,7 @@ def test_small_probabilities_reach_the_head(backend, dtype, monkeypatch):
 
 @needs_triton
 def test_the_kernel_with_a_head_tied_to_the_embeddings():
-    """The matrix is embedding and head at once, so that it has two gradients."""
+    """The matrix is embedding and head at once, so that it has two gradients; losses weighed afterwards add theirs."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(61, 12, generator=generator, requires_grad=True)
     teacher, teacher_head = (
@@ -242,7 +242,7 @@ def test_the_kernel_with_a_head_tied_to_the_embeddings():
     for backend in ("triton", "reference"):
         hidden = torch.nn.functional.embedding(labels, matrix).cumsum(1)
         losses = vocabulary_losses(hidden, matrix, teacher, teacher_head, labels=labels, backend=backend)
-        gradients += torch.autograd.grad(losses.total, matrix)
+        gradients += torch.autograd.grad(losses.total + losses.soft - 3 * losses.task, matrix)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 

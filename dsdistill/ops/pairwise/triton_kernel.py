@@ -49,6 +49,7 @@ def gram(
 def distances(
     x,  # centred, float32
     squares,
+    first,  # of the rows
     rows,
     columns,
     exists,
@@ -72,20 +73,20 @@ def distances(
     pending = tl.max(close.to(tl.int32), 1)
     features = tl.arange(0, BK)
     right = x + columns.to(tl.int64)[:, None] * stride + features[None, :]
-    while tl.max(pending) > 0:
-        # The last row that is pending, by its place in the sequence.
-        row = tl.max(tl.where(pending > 0, rows, 0))
-        left = x + row.to(tl.int64) * stride + features
-        exact = tl.zeros([BC], tl.float32)
-        for start in range(0, D, BK):
-            inside = features < D - start
-            a = tl.load(left + start, mask=inside, other=0.0)
-            b = tl.load(right + start, mask=(columns < N)[:, None] & inside[None, :], other=0.0)
-            difference = a[None, :] - b
-            exact += tl.sum(difference * difference, 1)
-        own = (rows == row)[:, None]
-        square = tl.where(own & close, exact[None, :], square)
-        pending = tl.where(rows == row, 0, pending)
+    if tl.max(pending) > 0:
+        for place in range(0, BR):
+            row = first + place
+            own = rows == row
+            if tl.max(tl.where(own, pending, 0)) > 0:
+                left = x + row.to(tl.int64) * stride + features
+                exact = tl.zeros([BC], tl.float32)
+                for start in range(0, D, BK):
+                    inside = features < D - start
+                    a = tl.load(left + start, mask=inside, other=0.0)
+                    b = tl.load(right + start, mask=(columns < N)[:, None] & inside[None, :], other=0.0)
+                    difference = a[None, :] - b
+                    exact += tl.sum(difference * difference, 1)
+                square = tl.where(own[:, None] & close, exact[None, :], square)
     return tl.where(exists, tl.sqrt(tl.maximum(square, 0.0)), 0.0)
 
 
@@ -123,6 +124,7 @@ def relation_kernel(
     row_block = program // column_blocks % row_blocks
     b = (program // (column_blocks * row_blocks)).to(tl.int64)
     local = row_block * BR + tl.arange(0, BR)
+    first = first_row + row_block * BR
     rows = first_row + local
     rows_inside = (local < panel_rows) & (rows < N)
     columns = column_block * BC + tl.arange(0, BC)
@@ -144,8 +146,8 @@ def relation_kernel(
     partial += (b * row_blocks * column_blocks + row_block * column_blocks + column_block) * 4
 
     if RELATION == 2:
-        d_t = distances(teacher, sizes_t, rows, columns, exists, t_n, N, DT, BR, BC, BK, UPCAST)
-        d_s = distances(student, sizes_s, rows, columns, exists, s_n, N, DS, BR, BC, BK, UPCAST)
+        d_t = distances(teacher, sizes_t, first, rows, columns, exists, t_n, N, DT, BR, BC, BK, UPCAST)
+        d_s = distances(student, sizes_s, first, rows, columns, exists, s_n, N, DS, BR, BC, BK, UPCAST)
         if STAGE == 0:
             tl.store(partial, tl.sum(d_s))
             tl.store(partial + 1, tl.sum(d_t))
