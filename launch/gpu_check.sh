@@ -56,13 +56,15 @@ PY
 [ -z "$missing" ] || echo "== missing: $missing (WHEELS may name a folder, filled by --wheels)"
 
 build=(setup.py build_ext --inplace)
+limit=75
 case " $* " in *" --dry-run "*)
   export DSDISTILL_CFLAGS="-O0 -g0"
+  limit=750
   build=(setup.py build_ext --build-lib "$site/build" --build-temp "$site/build") ;;
 esac
 start=$SECONDS
 # setup.py takes a build that fails for an installation without native operators, and only warns.
-if MAX_JOBS=$(nproc) timeout 75 "$python" "${build[@]}" 2>&1 | tee "$site/build.log" >> "$out/log.txt" \
+if MAX_JOBS=$(nproc) timeout $limit "$python" "${build[@]}" 2>&1 | tee "$site/build.log" >> "$out/log.txt" \
   && ! grep -q 'building extension "dsdistill._C" failed' "$site/build.log"; then
   echo "== build: passed ($((SECONDS - start)) s)"
 else

@@ -64,7 +64,7 @@ def test_a_failed_part_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, c
 def test_budgets_leave_nine_minutes():
     assert set(gpu_check.BUDGETS) == set(gpu_check.PARTS)
     assert gpu_check.BUILD + sum(gpu_check.BUDGETS.values()) < 540
-    assert f"timeout {gpu_check.BUILD} " in SCRIPT.read_text()
+    assert f"\nlimit={gpu_check.BUILD}\n" in SCRIPT.read_text()
 
 
 def test_rows_that_auto_reads():
