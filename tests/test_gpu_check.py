@@ -73,7 +73,9 @@ def test_rows_that_auto_reads():
     found |= {"rows": rows, "failures": {}}
     (row,) = gpu_check.record_rows([found])
     assert row["vs_chunked"] == 2.0 and row["checked"] and row["operator"] == "attention_alignment"
-    assert gpu_check.record_rows([found | {"operator": "soft-label"}]) == []
+    (row,) = gpu_check.record_rows([found | {"operator": "vocabulary"}])
+    assert row["operator"] == "vocabulary_losses"
+    assert gpu_check.record_rows([found | {"operator": "step"}]) == []
     assert gpu_check.record_rows(None) == []
 
 

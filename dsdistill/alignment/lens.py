@@ -66,7 +66,7 @@ def change_alignment(
                 sums = slope.sum(-1, keepdim=True)
                 at_logits = lower.exp_().mul_(sums).sub_(slope), slope.sub_(upper.exp_().mul_(sums))
                 for own, gradient, z in zip(gradients, at_logits, logits, strict=True):
-                    own[tokens] = heads[0].product(heads[0].below_cap(gradient, z), heads[0].matrix)
+                    own[tokens] = heads[0].at_hidden(heads[0].below_cap(gradient, z))
         stored = (
             [None] * 2
             if gradients is None

@@ -1,7 +1,8 @@
 """The calls whose kernels are compiled ahead of time: every operator, type, width and plan, on meta tensors.
 
 Kernels are compiled with all conditions on pairs (labels, causal order, window), which cost the most registers; in
-bfloat16 also without any. Attention in float32 is left out: `auto` never takes it.
+bfloat16 also without any. Attention in float32 is left out: `auto` never takes it. Losses over a vocabulary read
+logits in float32, whatever the models' type.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from dsdistill.ops.hidden import native as hidden_native
 from dsdistill.ops.hidden import rows as hidden
 from dsdistill.ops.pairwise import triton_panels as pairwise
 from dsdistill.ops.pairwise.native import RELATION_CODES
+from dsdistill.ops.soft_label import fused
+from dsdistill.ops.soft_label.divergence import DIVERGENCES
+from dsdistill.ops.soft_label.head import Head
+from dsdistill.ops.soft_label.losses import Labels, SoftLabels
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (16, 64, 128, 256)  # of heads
@@ -96,6 +101,39 @@ def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], N
                 )
 
 
+def vocabulary_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield one kernel a divergence and type of the gradient, with all options, and some with fewer."""
+    for name, gradient in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("loss", None)):
+        for divergence in DIVERGENCES:
+            for options in (True, False) if divergence in ("forward_kl", "jsd") else (True,):
+                call = functools.partial(vocabulary_call, gradient, divergence, options, True)
+                yield f"vocabulary {name} {divergence}{' all options' if options else ''}", call
+        for options in (True, False):
+            call = functools.partial(vocabulary_call, gradient, None, options, True)
+            yield f"vocabulary {name} task{' all options' if options else ''}", call
+        call = functools.partial(vocabulary_call, gradient, "forward_kl", False, False)
+        yield f"vocabulary {name} forward_kl without task", call
+
+
+def vocabulary_call(
+    gradient: torch.dtype | None, divergence: str | None, options: bool, with_task: bool
+) -> None:
+    """Launch the kernel with soft labels, with the task, or both; options: biases, soft caps and label smoothing."""
+    tokens, entries = 256, 151936
+    z = _empty(tokens, entries)
+    bias, cap = (_empty(entries), 30.0) if options else (None, None)
+    head = Head(_empty(entries, 64), bias, torch.float32, cap, fused=True)
+    labels = _empty(1, tokens, dtype=torch.int64)
+    task = Labels(labels, 0.1 if options else 0.0) if with_task else None
+    soft = None
+    if divergence:
+        formula = {"temperature": 2.0, "divergence": divergence, "beta": 0.5, "alpha": 0.1}
+        soft = SoftLabels(_empty(1, tokens, 64), head, **formula)
+    given = {"labels": labels.flatten() if with_task else z, "teacher": z}
+    out = None if gradient is None else _empty(tokens, entries, dtype=gradient)
+    fused.run(head, z, given, task, soft, _empty(2), out)
+
+
 def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, dtype in DTYPES.items():
         states, mask = _empty(2, 1024, 768, dtype=dtype), _empty(2, 1024, dtype=torch.bool)
@@ -111,6 +149,7 @@ def other_calls() -> Iterator[tuple[str, Callable[[], None]]]:
                 arguments = (y, target, _empty(width), weights, _empty(), code, dtype)
                 label = f"{name} hidden {divergence} D{width}"
                 yield label, functools.partial(hidden.triton_rows, *arguments)
+    yield from vocabulary_calls()
 
 
 def all_calls(widths: Sequence[int] = WIDTHS) -> Iterator[tuple[str, Callable[[], None]]]:

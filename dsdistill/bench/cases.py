@@ -172,6 +172,9 @@ def pairwise_cases() -> Iterator[Case]:
         repeated[:, 10:] = repeated[:, :10]
         twins = {"student": repeated, "teacher": _normal(2, 20, 8, seed=1)}
         yield Case("pairwise", f"{relation}-twins", twins, options, cancels)
+    # Vectors that all point the same way, as those of some layers do: far closer to each other than they are long.
+    shifted = {"student": _normal(2, 40, 24, seed=0) + 30, "teacher": _normal(2, 40, 16, seed=1) + 30}
+    yield Case("pairwise", "distance-shifted", shifted, {"relation": "distance"})
 
 
 def hidden_cases() -> Iterator[Case]:

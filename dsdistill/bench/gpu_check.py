@@ -52,6 +52,7 @@ BENCHES = [
     ("pairwise", {"batch": 8, "tokens": 512}, "bfloat16", "cosine"),
     ("pairwise", {"batch": 8, "tokens": 512, "relation": "distance"}, "bfloat16", "distance"),
     ("soft-label", {"tokens": 4096, "divergence": "jsd"}, "bfloat16", "jsd"),
+    ("vocabulary", {"tokens": 4096, "vocabulary": 151936, "width": 2048}, "bfloat16", "forward_kl"),
     ("attention", {"batch": 8, "heads": 16, "tokens": 4096, "causal": True}, "bfloat16", "kl"),
     ("attention", {"batch": 8, "heads": 16, "tokens": 1024, "divergence": "kl"}, "float32", "kl"),
     (
@@ -66,7 +67,13 @@ TINY_BENCHES = [
     ("hidden", {"tokens": 8, "width": 8, "teacher_width": 8}, "float32", "mse projected"),
 ]
 LENGTHS = [512 << i for i in range(9)]  # to 131072
-PUBLIC = {"attention": "attention_alignment", "pairwise": "pairwise_alignment", "hidden": "hidden_alignment"}
+PUBLIC = {
+    "attention": "attention_alignment",
+    "pairwise": "pairwise_alignment",
+    "hidden": "hidden_alignment",
+    "soft-label": "soft_label_alignment",
+    "vocabulary": "vocabulary_losses",
+}
 
 
 def verify(out: Path, dry: bool) -> None:

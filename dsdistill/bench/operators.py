@@ -321,7 +321,7 @@ def run_bench(
     if dtype != "float32" and operator in HALF:
         present.add("eager-half")
     if operator in HEADS:
-        present -= {"cpp", "triton"}
+        present.discard("cpp")
     if operator == "vocabulary":
         present.add("apart")
     fused = operator == "soft-label" and options.get("divergence", "forward_kl") in LIGER_BETA

@@ -202,6 +202,7 @@ def measure(variant: Variant) -> Row:
     outside, loops = sass.count(aot.dump(kernel.asm["cubin"], "-sass"))
     blocks = blocks_of(variant.architecture, result.registers, result.shared, variant.warps)
     call = call_of(variant)
+    loops = aot.main_loops(variant, loops)
     main = loops or [outside]
     covered = [passes(loop, call, variant.warps) if call and loops else 1 for loop in main]
 

@@ -15,7 +15,8 @@ GROUP = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 
 @dataclass
 class Count:
-    """Instructions of one warp: all, those of the special functions (exp2, log2, 1/x, …), exp2 alone, loads.
+    """Instructions of one warp: all, those of the special functions (exp2, log2, 1/x, …), exp2 alone, loads, those
+    that reach the stack.
 
     products: multiply-adds on tensor cores times 2, by (instruction, operand type), such as ("HGMMA", "TF32").
     """
@@ -24,6 +25,7 @@ class Count:
     special: int = 0
     exp2: int = 0
     loads: int = 0
+    stack: int = 0
     tensor: int = 0
     products: dict[tuple[str, str], float] = field(default_factory=dict)
 
@@ -32,6 +34,7 @@ class Count:
         self.special += name.startswith("MUFU")
         self.exp2 += name.startswith("MUFU.EX2")
         self.loads += name.startswith(("LDG", "UTMALDG", "UBLKCP"))
+        self.stack += name.startswith(("LDL", "STL"))
         work = flops(name)
         if work:
             key = (name.split(".")[0], "TF32" if "TF32" in name else "half")

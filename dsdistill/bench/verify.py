@@ -45,6 +45,10 @@ INTERPRETED = {
     "distance-odd-ragged",
     "mse-bias",
     "cosine-weighted",
+    "forward_kl-warm",
+    "jsd-capped",
+    "smoothed",
+    "padded-capped",
 }
 
 
@@ -57,7 +61,7 @@ def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity"
         return case.native
     if backend not in ("triton", "cuda"):
         return True
-    if dtype == torch.float64 or case.operator not in ("attention", "pairwise", "hidden"):
+    if dtype == torch.float64:
         return False
     if case.options.get("heads") == "group":
         return False

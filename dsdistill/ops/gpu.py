@@ -128,12 +128,31 @@ def block_width(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+# Elements of a block of one matrix in the `chunked` forms on a GPU. About eight such matrices live at a time, 2²⁷
+# elements or 512 MiB in float32: a block is then large enough for every multiprocessor, and launches take less time
+# than what they start.
+BLOCK_ELEMENTS = 1 << 24
+
+
+def block_elements(like: Tensor, on_cpu: int) -> int:
+    """Return how many elements a block of one matrix has, where `like` lies."""
+    return BLOCK_ELEMENTS if like.is_cuda else on_cpu
+
+
+def half_operands(*tensors: Tensor) -> bool:
+    """Return whether products of these run on tensor cores as they are: half precision of one type, on a GPU."""
+    dtypes = {x.dtype for x in tensors}
+    return len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} and tensors[0].is_cuda
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, (M, K) @ (K, N) or batches of them; half-precision operands meet on tensor cores."""
-    half = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
-    if half and a.device.type == "cuda":
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if not half_operands(a, b):
+        return a.float() @ b.float()
+    if a.dim() == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    found = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return found.view(*a.shape[:-1], b.shape[-1])
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:

@@ -13,3 +13,10 @@ def narrow(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
             x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         return x
     return x.to(TYPE)
+
+
+@triton.jit
+def rounded_to_tf32(x):
+    """float32 `x` rounded to the 10 bits of TF32, to nearest and ties to even: matrix instructions cut the rest off."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)

@@ -20,6 +20,18 @@ from dsdistill.ops.backends import extension
 from dsdistill.ops.gpu import interpreting, recording
 from dsdistill.ops.hidden import rows
 
+if "triton" in available_backends():
+    import triton
+    import triton.language as tl
+
+    from dsdistill.ops.triton_common import rounded_to_tf32
+
+    @triton.jit
+    def tf32_kernel(x, out, SIZE: tl.constexpr):
+        at = tl.arange(0, SIZE)
+        tl.store(out + at, rounded_to_tf32(tl.load(x + at)))
+
+
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="Triton cannot run here")
 DEVICE = verify.device_of("triton")
 
@@ -231,6 +243,19 @@ def test_half_gradients_wait_and_scale():
     )
 
 
+def test_what_goes_through_tf32_is_rounded_to_nearest():
+    """A matrix instruction cuts off what TF32 has no bits for, which would make every gradient of float16 smaller."""
+    x = torch.randn(1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 1024)
+    x[:4] = torch.tensor(
+        [1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11 - 2**-20, 0.0]
+    )  # ties to even; beyond a tie
+    out = torch.zeros_like(x, device=DEVICE)
+    tf32_kernel[(1,)](x.to(DEVICE), out, SIZE=1024)
+    mantissa, exponent = torch.frexp(x.double())
+    expected = torch.ldexp((mantissa * 2**11).round(), exponent - 11)  # rounds ties to even
+    assert torch.equal(out.cpu().double(), expected)
+
+
 @pytest.mark.skipif(extension() is None, reason="the native operators are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -270,7 +295,7 @@ from dsdistill.bench import aot
 if __name__ == "__main__":
     from dsdistill.bench.aot_calls import all_calls
     variants = aot.variants_of(all_calls())
-    wanted = ("kl all conditions merged", "cosine gradient")
+    wanted = ("kl all conditions merged", "cosine gradient", "bf16 forward_kl all options")
     aot.variants_of = lambda calls: [v for v in variants if "bf16" in v.label and any(w in v.label for w in wanted)
                                      and not any(d in v.label for d in ("D128", "D256", "score_mse"))]
     sys.exit(aot.run_aot(sys.argv[1]))
@@ -283,7 +308,7 @@ def test_a_sample_compiles_ahead_of_time(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "aot.json").read_text())
     assert {"sm_80", "sm_90"} == {row["architecture"] for row in found}
-    assert all(row["stack"] == 0 and row["registers"] > 0 for row in found)
+    assert all(row["failures"] == [] and row["registers"] > 0 for row in found)
     assert all(row["wgmma"] for row in found if row["architecture"] == "sm_90" and "columns" in row["label"])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dsdistill.ops import attention_alignment, hidden_alignment, pairwise_alignment, records
+from dsdistill.ops.soft_label import joint, op
 
 WANTED = {"operator": "attention_alignment", "variant": "kl", "dtype": "bfloat16"}
 
@@ -69,8 +70,11 @@ def test_the_nearest_length_decides():
         (attention_alignment, "mse mean", dict.fromkeys(("student_query", "student_key"), (1, 2, 9, 4))),
         (pairwise_alignment, "distance", {"student": (1, 9, 4), "teacher": (1, 9, 5)}),
         (hidden_alignment, "cosine projected", {"student": (1, 9, 4), "teacher": (1, 9, 4)}),
+        (op.soft_label_alignment, "jsd", op.SMALL_CALL),
+        (joint._total, "tvd", op.SMALL_CALL),
+        (op._task_of_logits, "task", {k: v for k, v in op.SMALL_CALL.items() if k.startswith("student")}),
     ],
-    ids=["attention", "pairwise", "hidden"],
+    ids=["attention", "pairwise", "hidden", "soft labels", "vocabulary", "cross-entropy"],
 )
 def test_the_small_call_compares_with_chunked(function, variant, shapes, caplog):
     if function is attention_alignment:

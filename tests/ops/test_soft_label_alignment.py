@@ -302,7 +302,7 @@ def test_mask_and_places_exclude_each_other():
         ({"student_bias": torch.randn(10)}, "V=11"),
         ({"student_softcap": 0.0}, "student_softcap: got 0.0, expected a number above 0, or None"),
         ({"teacher_softcap": -3.0}, "teacher_softcap: got -3.0, expected"),
-        ({"backend": "cpp"}, "only 'reference' and 'chunked'"),
+        ({"backend": "cpp"}, "have only 'chunked', 'reference', 'triton'"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):

@@ -4,14 +4,18 @@ from collections import Counter
 
 import pytest
 import torch
-from operator_checks import every_check, gradient_cases, run_check, run_gradcheck
+from operator_checks import BACKENDS, every_check, gradient_cases, run_check, run_gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsdistill.bench import verify
 from dsdistill.ops import common, soft_label_alignment, token_cross_entropy, vocabulary_losses
+from dsdistill.ops.gpu import Tile
+from dsdistill.ops.soft_label import chunked, fused
 from dsdistill.ops.soft_label import head as head_module
 from dsdistill.ops.soft_label.divergence import DIVERGENCES
 
 PLAIN = ("reference", "chunked")
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not chosen")
 BATCH, TOKENS, VOCABULARY, OTHER, COMMON = 3, 40, 211, 205, 203
 COUNTED = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.7
 
@@ -134,6 +138,114 @@ def test_blocks_slices_and_panels(index, monkeypatch):
         torch.testing.assert_close(mine, true)
 
 
+def against_float64(student, teacher, labels, backend, **options):
+    """Return (error, error that is allowed) of the losses and gradients, largest over all; truth is float64.
+
+    Allowed is what `verify.require` allows: twice the error of plain PyTorch in the same type, and a few units.
+    """
+    results = []
+    for kind, dtype in ((backend, None), ("reference", None), ("reference", torch.float64)):
+        own = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in student.items()}
+        other = {name: x.to(dtype or x.dtype) for name, x in teacher.items()}
+        found = vocabulary_losses(**own, **other, labels=labels, backend=kind, **options)
+        results.append([*found, *torch.autograd.grad(found.total, list(own.values()))])
+    for place, (mine, same, truth) in enumerate(zip(*results, strict=True)):
+        size = max(verify.rms(truth), truth.abs().max().item() / 8)
+        verify.require(f"result {place}", mine.detach(), truth.detach(), same.detach(), size)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_kernel_by_blocks_and_panels(dtype, aligned, monkeypatch):
+    """Blocks of 8 tokens, for bfloat16 panels of two; the last program has one token, the last tile few entries."""
+    student, teacher, labels = draws(dtype)
+    labels = labels.clamp(min=0).flatten()[:57][None]
+    cut = {
+        name: x.detach().flatten(0, 1)[None, :57]
+        for name, x in (student | teacher).items()
+        if "hidden" in name
+    }
+    student, teacher = ({k: cut.get(k, x) for k, x in each.items()} for each in (student, teacher))
+    if aligned:  # as most vocabularies are padded
+        for each in (student, teacher):
+            each.update({k: x.detach()[:192] for k, x in each.items() if "hidden" not in k})
+        labels = labels.clamp(max=191)
+    monkeypatch.setattr(head_module, "MIN_TOKENS", 8)
+    monkeypatch.setattr(head_module, "GPU_BYTES", 0)
+    monkeypatch.setattr(head_module, "PANEL_BYTES", 16 * 2 * VOCABULARY)
+    monkeypatch.setitem(fused.TILES, "interpreter", Tile(4, 128, 4, 1))
+    products, launches = [], []
+    for owner, name, seen in ((fused, "launch", launches), (head_module, "product", products)):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, o=original, s=seen: (s.append(a), o(*a))[1])
+    against_float64(student, teacher, labels, "triton", common=190, temperature=2.0, label_smoothing=0.1)
+    assert len(launches) == 8  # blocks
+    if dtype == torch.bfloat16:
+        strides = {
+            left.stride()
+            for left, _ in products
+            if left.dtype == dtype and left.shape[-1] == student["student_head"].shape[0]
+        }
+        assert strides == {(192 if aligned else 216, 1)}, "rows of the gradient do not begin at 16 bytes"
+
+
+@needs_triton
+def test_the_kernel_at_a_vocabulary_of_262144(monkeypatch):
+    monkeypatch.setitem(fused.TILES, "interpreter", Tile(4, 1 << 15, 4, 1))
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        {
+            f"{name}_hidden": torch.randn(1, 3, 4, generator=generator).bfloat16(),
+            f"{name}_head": (torch.randn(size, 4, generator=generator) * 2).bfloat16(),
+        }
+        for name, size in (("student", 262208), ("teacher", 262144))
+    )
+    labels = torch.tensor([[262207, -100, 5]])
+    against_float64(student, teacher, labels, "triton", common=262144, divergence="jsd")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["chunked", pytest.param("triton", marks=needs_triton)])
+def test_small_probabilities_reach_the_head(backend, dtype, monkeypatch):
+    """As a GPU multiplies: with 151,936 entries the gradient at the logits is below what float16 holds to three digits.
+
+    Were it in float16, the head's gradient would be off by 1.2e-3 of its RMS here, and is by 2e-4.
+    """
+    monkeypatch.setitem(fused.TILES, "interpreter", Tile(8, 1 << 14, 4, 1))
+    monkeypatch.setattr(chunked, "Head", lambda *given: head_module.Head(*given[:4], fused=True))
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = (torch.randn(1, 8, 8, generator=generator).to(dtype) for _ in range(2))
+    head, other_head = (torch.randn(151936, 8, generator=generator).mul(0.3).to(dtype) for _ in range(2))
+    found = []
+    for kind, wide in ((backend, dtype), ("reference", torch.float64)):
+        own, rest = head.to(wide).requires_grad_(), (other.to(wide), other_head.to(wide))
+        loss = soft_label_alignment(hidden.to(wide), own, *rest, reduction="sum", backend=kind)
+        # Times 2^10, as a loss scale has it: the gradient itself leaves no digits in float16.
+        found.append(torch.autograd.grad(loss * 1024, own)[0].double())
+    error = (found[0] - found[1]).square().mean().sqrt() / found[1].square().mean().sqrt()
+    print(f"{backend} {dtype}: {error:.1e} of the RMS")
+    assert error < (3e-3 if dtype == torch.bfloat16 else 4e-4)
+
+
+@needs_triton
+def test_the_kernel_with_a_head_tied_to_the_embeddings():
+    """The matrix is embedding and head at once, so that it has two gradients; losses weighed afterwards add theirs."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(61, 12, generator=generator, requires_grad=True)
+    teacher, teacher_head = (
+        torch.randn(2, 9, 20, generator=generator),
+        torch.randn(61, 20, generator=generator),
+    )
+    labels = torch.randint(61, (2, 9), generator=generator)
+    gradients = []
+    for backend in ("triton", "reference"):
+        hidden = torch.nn.functional.embedding(labels, matrix).cumsum(1)
+        losses = vocabulary_losses(hidden, matrix, teacher, teacher_head, labels=labels, backend=backend)
+        gradients += torch.autograd.grad(losses.total + losses.soft - 3 * losses.task, matrix)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", PLAIN)
 def test_gradcheck_of_losses_weighed_afterwards(backend):
     student, teacher, labels = draws()
@@ -156,7 +268,7 @@ def test_gradcheck_of_losses_weighed_afterwards(backend):
 
 @pytest.mark.parametrize("counted", [COUNTED, torch.zeros_like(COUNTED)], ids=["some", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("backend", [*PLAIN, pytest.param("triton", marks=needs_triton)])
 def test_places_give_what_the_labels_give(backend, dtype, counted):
     """Losses and gradients are equal to the last bit, whatever the labels elsewhere are."""
     student, teacher, labels = draws(dtype)
@@ -249,7 +361,7 @@ def test_a_weight_of_nothing_leaves_the_other_loss():
         ({"label_smoothing": 2.0}, "label_smoothing"),
         ({"divergence": "kl"}, "'forward_kl'"),
         ({"student_softcap": 0.0}, "student_softcap: got 0.0"),
-        ({"backend": "triton"}, "backend 'triton' cannot run vocabulary_losses"),
+        ({"backend": "cpp"}, "backend 'cpp' cannot run vocabulary_losses"),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):

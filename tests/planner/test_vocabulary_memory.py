@@ -7,8 +7,8 @@ import torch
 from torch._subclasses import FakeTensor
 
 from dsdistill.config.load import make_config
-from dsdistill.ops import vocabulary_losses
-from dsdistill.ops.soft_label import head
+from dsdistill.ops import gpu, vocabulary_losses
+from dsdistill.ops.soft_label import fused, head
 from dsdistill.planner import rehearsal
 from dsdistill.planner.ledger import Ledger
 from dsdistill.planner.plan import Forecast
@@ -33,6 +33,7 @@ TERMS = {
     "soft labels": {"soft_label": {}},
     "task": {"task": {}},
 }
+needs_triton = pytest.mark.skipif(not gpu.interpreting(), reason="Triton's interpreter is not chosen")
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -57,16 +58,24 @@ def test_operators(terms, tokenizer_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("retain", "adds"),
-    [(False, True), (True, True), (False, False)],
-    ids=["", "retain_graph", "addmm without out_dtype"],
+    ("retain", "adds", "backend"),
+    [
+        (False, True, "chunked"),
+        (True, True, "chunked"),
+        (False, False, "chunked"),
+        pytest.param(False, True, "triton", marks=needs_triton),
+    ],
+    ids=["", "retain_graph", "addmm without out_dtype", "kernel"],
 )
-def test_backward_rounds_in_the_gradients_own_memory(retain, adds, monkeypatch):
+def test_backward_rounds_in_the_gradients_own_memory(retain, adds, backend, monkeypatch):
     """Beside the gradient in float32 there is none in bfloat16; one that is to be kept is multiplied into a second.
 
-    Where addmm cannot add a product in half precision to float32 the forward pass needs no more.
+    Where addmm cannot add a product in half precision to float32 the forward pass needs no more; nor does the kernel,
+    whose launches are counted here, not run.
     """
     monkeypatch.setattr(head, "_adds_half", lambda *_: adds)
+    launches = []
+    monkeypatch.setattr(fused, "launch", lambda kernel, programs, *_: launches.append(programs))
     ledger = Ledger((1, TOKENS))
     with ledger.fake:
         hidden = torch.zeros(2, 1, TOKENS, WIDTH, dtype=torch.bfloat16).unbind()
@@ -75,9 +84,12 @@ def test_backward_rounds_in_the_gradients_own_memory(retain, adds, monkeypatch):
         labels, index = torch.zeros(1, TOKENS, dtype=torch.int64), torch.arange(TOKENS)
     with ledger.running(), mock.patch.object(FakeTensor, "is_cuda", True):
         ledger.enter("terms", "operators")
-        total = vocabulary_losses(*student, hidden[1], heads[1], labels=labels, index=index).total
+        total = vocabulary_losses(
+            *student, hidden[1], heads[1], labels=labels, index=index, backend=backend
+        ).total
         ledger.enter("backward", "in passing")
         total.backward(retain_graph=retain)
+    assert bool(launches) == (backend == "triton")
     assert HEAD < ledger.peaks["terms"]["operators"] / MIB <= HEAD + 0.6 * 1024
     assert student[1].grad.dtype == torch.bfloat16
     copies = 2 if retain else 1

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsdistill.ops import gpu
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import mean_over_heads
-from dsdistill.ops.common import blocks
+from dsdistill.ops.common import accumulate_dtype, blocks
 
-# Elements of one score block of one model: 8 MiB in float32.
+# Elements of one score block of one model on a CPU: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
-MAX_ROWS, MIN_ROWS = 64, 16
+MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 64, 16, 512
 
 
 def identity_wins(pairs: Pairs, width: int) -> bool:
@@ -46,14 +47,20 @@ def attention_total(
     """The same sum as `reference.attention_total`, and its gradients at the student's query and key if needed."""
     masked = None if pairs.mask is None else ~pairs.mask[:, None, :, None]
 
+    width = max(student_query.shape[-1], teacher_query.shape[-1])
+    by_identity = divergence == "score_mse" and pairs.unrestricted and pairs.tokens >= 2 * width
+    # Half precision meets on tensor cores as it is, but not in the identity, whose sums are multiplied once more.
+    half = not by_identity and all(
+        gpu.half_operands(*model) for model in ((student_query, student_key), (teacher_query, teacher_key))
+    )
+
     def prepared(x: Tensor) -> Tensor:
-        x = x.detach().to(dtype)
+        x = x.detach() if half else x.detach().to(dtype)
         return x if masked is None else x.masked_fill(masked, 0)
 
     student = prepared(student_query), prepared(student_key)
     teacher = prepared(teacher_query), prepared(teacher_key)
-    width = max(student_query.shape[-1], teacher_query.shape[-1])
-    if divergence == "score_mse" and pairs.unrestricted and pairs.tokens >= 2 * width:
+    if by_identity:
         return _score_mse_by_identity(needs, *student, *teacher, student_scale, teacher_scale)
     return _by_rows(needs, *student, *teacher, pairs, divergence, student_scale, teacher_scale, heads)
 
@@ -61,12 +68,15 @@ def attention_total(
 def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, heads):
     batch, head_count, tokens, _ = q_s.shape
     widest = max(head_count, q_t.shape[1])
-    rows = min(tokens, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // max(1, widest * tokens))))
-    group = max(1, BLOCK_ELEMENTS // max(1, widest * rows * tokens))
+    elements, most = gpu.block_elements(q_s, BLOCK_ELEMENTS), GPU_MAX_ROWS if q_s.is_cuda else MAX_ROWS
+    rows = min(tokens, max(MIN_ROWS, min(most, elements // max(1, widest * tokens))))
+    group = max(1, elements // max(1, widest * rows * tokens))
+    dtype = accumulate_dtype(q_s, q_t)
+    rounded = gpu.product_dtype(k_s, q_s) if q_s.dtype != dtype else dtype  # of dS in its products
 
-    total = q_s.new_zeros(())
-    d_query = torch.zeros_like(q_s) if needs[0] else None
-    d_key = torch.zeros_like(k_s) if needs[1] else None
+    total = torch.zeros((), dtype=dtype, device=q_s.device)
+    d_query = torch.zeros(q_s.shape, dtype=dtype, device=q_s.device) if needs[0] else None
+    d_key = torch.zeros(k_s.shape, dtype=dtype, device=q_s.device) if needs[1] else None
     for first in blocks(range(0, batch, group)):
         sequences = slice(first, min(first + group, batch))
         for start in blocks(range(0, tokens, rows)):
@@ -79,14 +89,13 @@ def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, hea
             total += value
             if d_scores is None:
                 continue
-            d_scores = _grouped(d_scores.mul_(scale_s), k_s.shape[1])
+            d_scores = _grouped(d_scores.mul_(scale_s).to(rounded), k_s.shape[1])
             if d_query is not None:
-                d_block = d_scores @ k_s[sequences, :, keys]
+                d_block = _product(d_scores, k_s[sequences, :, keys])
                 d_query[sequences, :, queries] = d_block.view(d_query[sequences, :, queries].shape)
             if d_key is not None:
-                d_key[sequences, :, keys] += d_scores.transpose(-1, -2) @ _grouped(
-                    q_s[sequences, :, queries], k_s.shape[1]
-                )
+                own = _grouped(q_s[sequences, :, queries], k_s.shape[1])
+                d_key[sequences, :, keys] += _product(d_scores.transpose(-1, -2), own)
     return total, (d_query, d_key)
 
 
@@ -98,7 +107,12 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """(b, H, R, K) raw scores of one block."""
     shape = (*query.shape[:3], key.shape[2])
-    return (_grouped(query, key.shape[1]) @ key.transpose(-1, -2)).view(shape).mul_(scale)
+    return _product(_grouped(query, key.shape[1]), key.transpose(-1, -2)).view(shape).mul_(scale)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product in the accumulating dtype."""
+    return left @ right if left.dtype == right.dtype == torch.float64 else gpu.product(left, right)
 
 
 def _log_softmax(raw: Tensor, exists: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsdistill.ops.gpu import block_elements
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -66,7 +68,8 @@ class Pairs:
             valid = self.mask.sum(1)
             return (valid * (valid + 1) // 2 if self.causal else valid * valid).sum()
         total = torch.zeros((), dtype=torch.int64, device=device)
-        step = max(1, (1 << 22) // max(1, batch * self.tokens))
+        elements = block_elements(total, 1 << 22)
+        step = max(1, elements // max(1, batch * self.tokens))
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)
             block = self.block(slice(start, stop), slice(*self.keys(start, stop)), slice(None), device)

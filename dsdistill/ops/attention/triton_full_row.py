@@ -132,11 +132,14 @@ def full_row_kernel(
             slope = 2.0 * p_s * (slope - r[:, None])
         if not MERGED:
             out = head * N + rows
+            if DIVERGENCE == KL:
+                m_s += row_log_s
+                m_t += row_log_t
             tl.store(max_s + out, tl.where(some, m_s, 0.0), mask=rows < N)
             tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
-            tl.store(log_s + out, row_log_s, mask=rows < N)
-            tl.store(log_t + out, row_log_t, mask=rows < N)
             if DIVERGENCE == MSE:
+                tl.store(log_s + out, row_log_s, mask=rows < N)
+                tl.store(log_t + out, row_log_t, mask=rows < N)
                 tl.store(slope_mean + out, r, mask=rows < N)
     tl.store(partial + head * blocks + block, tl.sum(loss, 0))
 

@@ -9,6 +9,7 @@ has them): merged is then one sweep of 4 products, the fewest possible; mse need
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,13 +25,14 @@ from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous
 
 PLANS = ("auto", "row", "merged", "sweeps")
 LOG2E = math.log2(math.e)
+# Of each row, as triton_sweeps describes them.
 STATISTICS = (
     "max_s",
     "max_t",
     "log_s",
     "log_t",
     "slope_mean",
-)  # of each row, as triton_sweeps describes them
+)
 
 # What public calls run; tests and the benchmark set it to see each plan.
 default_plan = "auto"
@@ -98,7 +100,7 @@ def run(
         coefficient: float32 scalar.
         plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
     """
-    tensors = [rows_contiguous(x) for x in (student_query, student_key, teacher_query, teacher_key)]
+    tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
     call = _Call(
         tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
     )
@@ -115,6 +117,12 @@ def run(
         loss * coefficient,
         *(g.to(e.dtype) if need else e for g, e, need in zip(gradients, empty, needs, strict=True)),
     )
+
+
+def _near_rows(x: Tensor) -> Tensor:
+    """Return `x`, or a copy whose rows lie so near each other that offsets inside a tile are numbers of 32 bits."""
+    x = rows_contiguous(x)
+    return x if x.stride(2) < 2**23 else x.contiguous()
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -162,6 +170,7 @@ class _Call:
         labels, masked = labels_of(mask, segments, self.batch, self.tokens, query.device)
         factor = 1.0 if divergence == SCORE_MSE else LOG2E
         self.scales = {"scale_s": scales[0] * factor, "scale_t": scales[1] * factor}
+        self.labels, self.masked = labels, masked
         self.shared = {
             "labels": coefficient if labels is None else labels,  # some pointer; never read without labels
             "N": self.tokens,
@@ -198,6 +207,13 @@ class _Call:
         wanted = {argument: common[argument] for argument in kernel.arg_names}
         launch(kernel, programs, wanted, tile)
 
+    @functools.cached_property
+    def reached(self) -> dict[str, Tensor]:
+        """Return what `reach` finds; some pointers, which are never read, where there are no labels."""
+        if self.labels is None:
+            return {"starts": self.coefficient, "ends": self.coefficient}
+        return dict(zip(("starts", "ends"), reach(self.labels, self.masked), strict=True))
+
     def match_heads(self, needs: Sequence[bool], plan: str, lse: tuple[Tensor, Tensor] | None):
         deterministic = torch.are_deterministic_algorithms_enabled()
         if plan == "auto":
@@ -214,31 +230,42 @@ class _Call:
         """(loss, statistics of the rows); the loss is None where a later sweep finds it."""
         from dsdistill.ops.attention.triton_sweeps import statistics_kernel
 
-        shape = (self.batch, self.heads, self.tokens)
         if self.divergence == SCORE_MSE:
-            nothing = self.coefficient
-            return None, dict.fromkeys(STATISTICS, nothing)
+            return None, self.statistics_buffers()
         if lse is not None and self.divergence == KL:
             given = dict.fromkeys(STATISTICS, self.coefficient)
             for name, x in zip(("max_s", "max_t"), lse, strict=True):
                 given[name] = (x.float() * LOG2E).contiguous()
-            given["log_s"] = given["log_t"] = self.buffer(*shape, zeroed=True)
             return None, given
-        given = {name: self.buffer(*shape) for name in STATISTICS[:4]} | {"slope_mean": self.coefficient}
-        if self.divergence == MSE:
-            given["slope_mean"] = self.buffer(*shape)
+        given = self.statistics_buffers()
         tile = self.tile("statistics")
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
-        self.run(statistics_kernel, "statistics", programs, tile, partial=partial, H=self.heads, **given)
+        self.run(
+            statistics_kernel,
+            "statistics",
+            programs,
+            tile,
+            partial=partial,
+            H=self.heads,
+            **given,
+            **self.reached,
+        )
         return partial.sum(), given
+
+    def statistics_buffers(self) -> dict[str, Tensor]:
+        """Return memory for the statistics that a divergence needs; of kl the LSEs alone, in place of the maxima."""
+        wanted = {SCORE_MSE: (), KL: STATISTICS[:2], MSE: STATISTICS}[self.divergence]
+        shape = (self.batch, self.heads, self.tokens)
+        return {name: self.buffer(*shape) if name in wanted else self.coefficient for name in STATISTICS}
 
     def sweeps(self, needs, merged: bool, loss: Tensor | None, given: dict):
         from dsdistill.ops.attention.triton_sweeps import columns_kernel, rows_kernel
 
         query, key = self.tensors[:2]
         nothing = self.coefficient
-        given = given | {
+        given = given | self.reached
+        given |= {
             "coefficient": nothing,
             "gradient_scale": self.gradient_scale,
             "H": self.heads,
@@ -278,11 +305,8 @@ class _Call:
         from dsdistill.ops.attention.triton_full_row import full_row_kernel
 
         query, key = self.tensors[:2]
-        shape = (self.batch, self.heads, self.tokens)
         nothing = self.coefficient
-        given = dict.fromkeys(STATISTICS, nothing)
-        if not merged and self.divergence != SCORE_MSE:
-            given = {name: self.buffer(*shape) for name in given}
+        given = dict.fromkeys(STATISTICS, nothing) if merged else self.statistics_buffers()
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
         d_query = (
@@ -350,6 +374,32 @@ class _Call:
                     mean_heads_kernel, "mean_heads", self.batch * blocks, tile, **given, out=out, STAGE=stage
                 )
         return given["partial"].sum(), gradients
+
+
+def reach(labels: Tensor, masked: int) -> tuple[Tensor, Tensor]:
+    """Return between which tokens each token finds all of its own label: where those start, and where they end.
+
+    Args:
+        labels: (B, N) integers; `masked` is that of tokens that do not count.
+
+    Returns:
+        Two (B, N) int32: the position of the first token of the same label, and that after the last. Where tokens of
+        another label lie in between the first is −1 − position. Masked tokens have N and 0. Nothing waits for it.
+    """
+    batch, tokens = labels.shape
+    places = torch.arange(tokens, device=labels.device).expand(batch, tokens)
+    ordered, order = labels.sort(dim=1, stable=True)
+    changes = (ordered[:, 1:] != ordered[:, :-1]).to(torch.int64)
+    run = torch.nn.functional.pad(changes.cumsum(1), (1, 0))  # number of the label, in order
+    first = places.new_full((batch, tokens), tokens).scatter_reduce(1, run, order, "amin")
+    end = places.new_zeros((batch, tokens)).scatter_reduce(1, run, order + 1, "amax")
+    count = places.new_zeros((batch, tokens)).scatter_add(1, run, torch.ones_like(run))
+    solid = end - first == count
+    starts = torch.where(solid, first, -1 - first).gather(1, run)
+    starts = torch.empty_like(places).scatter(1, order, starts)
+    ends = torch.empty_like(places).scatter(1, order, end.gather(1, run))
+    valid = labels != masked
+    return torch.where(valid, starts, tokens).to(torch.int32), torch.where(valid, ends, 0).to(torch.int32)
 
 
 def labels_of(mask, segments, batch: int, tokens: int, device) -> tuple[Tensor | None, int]:

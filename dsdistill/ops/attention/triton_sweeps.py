@@ -15,16 +15,16 @@ from dsdistill.ops.attention.triton_tile import (
     KL,
     LN2,
     LOWEST,
-    MSE,
     SCORE_MSE,
     add_tile,
+    edges,
     exists,
     gradient_product,
-    keys_of,
+    load_block,
     load_labels,
     load_tile,
     loss_and_slope,
-    queries_of,
+    spans,
     store_tile,
 )
 
@@ -36,6 +36,8 @@ def statistics_kernel(
     query_t,
     key_t,
     labels,
+    starts,
+    ends,
     max_s,  # (B, H, N) float32 as the next four: largest score of each row, in units of log 2
     max_t,
     log_s,  # log₂ Σ exp2(score − max)
@@ -82,6 +84,8 @@ def statistics_kernel(
     b, h = head // H, head % H
     rows = block * BR + tl.arange(0, BR)
     labels += b * N
+    starts += b * N
+    ends += b * N
     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
     q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows < N, qs_n, DS, BDS, UPCAST)
     q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
@@ -96,55 +100,70 @@ def statistics_kernel(
     a = tl.zeros([BR], tl.float32)
     st = tl.zeros([BR], tl.float32)
     tt = tl.zeros([BR], tl.float32)
-    first, last = keys_of(block * BR, block * BR + BR, N, window, CAUSAL, WINDOWED, BC)
-    for start in range(first, last, BC):
-        columns = start + tl.arange(0, BC)
-        column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
-        # NaN in padding stays in scores that do not exist: no need to wait for the labels.
-        k_s = load_tile(key_s, columns, columns < N, ks_n, DS, BDS, UPCAST)
-        k_t = load_tile(key_t, columns, columns < N, kt_n, DT, BDT, UPCAST)
-        present = exists(
-            rows[:, None],
-            columns[None, :],
-            row_labels[:, None],
-            column_labels[None, :],
-            rows_inside[:, None],
-            columns_inside[None, :],
-            window,
-            CAUSAL,
-            WINDOWED,
-            LABELLED,
-        )
-        s = tl.where(present, tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s, float("-inf"))
-        t = tl.where(present, tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t, float("-inf"))
-        new_m_s = tl.maximum(m_s, tl.max(s, 1))
-        new_m_t = tl.maximum(m_t, tl.max(t, 1))
-        s -= new_m_s[:, None]
-        t -= new_m_t[:, None]
-        e_s, e_t = tl.exp2(s), tl.exp2(t)
-        shrink_s, shrink_t = tl.exp2(m_s - new_m_s), tl.exp2(m_t - new_m_t)
-        if DIVERGENCE == KL:
-            moved = (m_t - new_m_t) - (m_s - new_m_s)
-            a = shrink_t * (a + l_t * moved) + tl.sum(tl.where(present, e_t * (t - s), 0.0), 1)
-        else:
-            a = a * shrink_s * shrink_s + tl.sum(e_s * e_s, 1)
-            st = st * shrink_s * shrink_t + tl.sum(e_s * e_t, 1)
-            tt = tt * shrink_t * shrink_t + tl.sum(e_t * e_t, 1)
-        l_s = l_s * shrink_s + tl.sum(e_s, 1)
-        l_t = l_t * shrink_t + tl.sum(e_t, 1)
-        m_s, m_t = new_m_s, new_m_t
+    first, inner, outer, last = spans(
+        starts, ends, block * BR, N, window, BR, BC, True, CAUSAL, WINDOWED, LABELLED
+    )
+    for part in tl.static_range(3):
+        begin, end = edges(part, first, inner, outer, last)
+        for start in tl.range(begin, end, BC, num_stages=None if part == 1 else 1):
+            columns = start + tl.arange(0, BC)
+            inside, present = columns < N, columns < N
+            if part != 1:
+                column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
+                present = exists(
+                    rows[:, None],
+                    columns[None, :],
+                    row_labels[:, None],
+                    column_labels[None, :],
+                    rows_inside[:, None],
+                    columns_inside[None, :],
+                    window,
+                    CAUSAL,
+                    WINDOWED,
+                    LABELLED,
+                )
+            # NaN in padding stays in scores that do not exist: no need to wait for the labels.
+            k_s = load_block(key_s, start, inside, ks_n, BC, DS, BDS, UPCAST, part == 1)
+            k_t = load_block(key_t, start, inside, kt_n, BC, DT, BDT, UPCAST, part == 1)
+            s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
+            t = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t
+            if part != 1:
+                s = tl.where(present, s, float("-inf"))
+                t = tl.where(present, t, float("-inf"))
+            new_m_s = tl.maximum(m_s, tl.max(s, 1))
+            new_m_t = tl.maximum(m_t, tl.max(t, 1))
+            s -= new_m_s[:, None]
+            t -= new_m_t[:, None]
+            e_s, e_t = tl.exp2(s), tl.exp2(t)
+            shrink_s, shrink_t = tl.exp2(m_s - new_m_s), tl.exp2(m_t - new_m_t)
+            if DIVERGENCE == KL:
+                moved = (m_t - new_m_t) - (m_s - new_m_s)
+                entry = e_t * (t - s)
+                if part != 1:
+                    entry = tl.where(present, entry, 0.0)
+                a = shrink_t * (a + l_t * moved) + tl.sum(entry, 1)
+            else:
+                a = a * shrink_s * shrink_s + tl.sum(e_s * e_s, 1)
+                st = st * shrink_s * shrink_t + tl.sum(e_s * e_t, 1)
+                tt = tt * shrink_t * shrink_t + tl.sum(e_t * e_t, 1)
+            l_s = l_s * shrink_s + tl.sum(e_s, 1)
+            l_t = l_t * shrink_t + tl.sum(e_t, 1)
+            m_s, m_t = new_m_s, new_m_t
 
     some = l_s > 0  # a row without keys: everything 0
     l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
     row_log_s, row_log_t = tl.log2(l_s), tl.log2(l_t)
     out = head * N + rows
+    if DIVERGENCE == KL:
+        m_s += row_log_s
+        m_t += row_log_t
     tl.store(max_s + out, tl.where(some, m_s, 0.0), mask=rows < N)
     tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
-    tl.store(log_s + out, row_log_s, mask=rows < N)
-    tl.store(log_t + out, row_log_t, mask=rows < N)
     if DIVERGENCE == KL:
         loss = (a / l_t - row_log_t + row_log_s) * LN2
     else:
+        tl.store(log_s + out, row_log_s, mask=rows < N)
+        tl.store(log_t + out, row_log_t, mask=rows < N)
         own, cross = a / (l_s * l_s), st / (l_s * l_t)
         loss = (own - cross) + (tt / (l_t * l_t) - cross)
         tl.store(slope_mean + out, own - cross, mask=rows < N)
@@ -152,19 +171,37 @@ def statistics_kernel(
 
 
 @triton.jit
+def load_row(ptr, at, inside, WHOLE: tl.constexpr):
+    """One value of each row; WHOLE: all are inside."""
+    if WHOLE:
+        return tl.load(ptr + at)
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def load_statistics(
-    max_s, max_t, log_s, log_t, slope_mean, at, inside, DIVERGENCE: tl.constexpr, BR: tl.constexpr
+    max_s,
+    max_t,
+    log_s,
+    log_t,
+    slope_mean,
+    at,
+    inside,
+    DIVERGENCE: tl.constexpr,
+    BR: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     m_s = tl.zeros([BR], tl.float32)
     if DIVERGENCE == SCORE_MSE:
         return m_s, m_s, m_s, m_s, m_s
-    m_s = tl.load(max_s + at, mask=inside, other=0.0)
-    m_t = tl.load(max_t + at, mask=inside, other=0.0)
-    row_log_s = tl.load(log_s + at, mask=inside, other=0.0)
-    row_log_t = tl.load(log_t + at, mask=inside, other=0.0)
-    r = tl.zeros([BR], tl.float32)
-    if DIVERGENCE == MSE:
-        r = tl.load(slope_mean + at, mask=inside, other=0.0)
+    r = m_s
+    m_s = load_row(max_s, at, inside, WHOLE)
+    m_t = load_row(max_t, at, inside, WHOLE)
+    if DIVERGENCE == KL:
+        return m_s, m_t, r, r, r
+    row_log_s = load_row(log_s, at, inside, WHOLE)
+    row_log_t = load_row(log_t, at, inside, WHOLE)
+    r = load_row(slope_mean, at, inside, WHOLE)
     return m_s, m_t, row_log_s, row_log_t, r
 
 
@@ -175,6 +212,8 @@ def rows_kernel(
     query_t,
     key_t,
     labels,
+    starts,
+    ends,
     max_s,
     max_t,
     log_s,
@@ -225,53 +264,62 @@ def rows_kernel(
     b, h = head // H, head % H
     rows = block * BR + tl.arange(0, BR)
     labels += b * N
+    starts += b * N
+    ends += b * N
     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
     q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows < N, qs_n, DS, BDS, UPCAST)
     q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
     key_s += b * ks_b + h // group_s * ks_h
     key_t += b * kt_b + h // group_t * kt_h
     m_s, m_t, row_log_s, row_log_t, r = load_statistics(
-        max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR
+        max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR, False
     )
 
     gradient = tl.zeros([BR, BDS], tl.float32)
     loss = tl.zeros([BR], tl.float32)
-    first, last = keys_of(block * BR, block * BR + BR, N, window, CAUSAL, WINDOWED, BC)
-    for start in range(first, last, BC):
-        columns = start + tl.arange(0, BC)
-        column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
-        # Masked keys are 0, since 0 · NaN would reach dQ.
-        k_s = load_tile(key_s, columns, columns_inside, ks_n, DS, BDS, UPCAST)
-        k_t = load_tile(key_t, columns, columns < N, kt_n, DT, BDT, UPCAST)
-        present = exists(
-            rows[:, None],
-            columns[None, :],
-            row_labels[:, None],
-            column_labels[None, :],
-            rows_inside[:, None],
-            columns_inside[None, :],
-            window,
-            CAUSAL,
-            WINDOWED,
-            LABELLED,
-        )
-        s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
-        t = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t
-        value, slope = loss_and_slope(
-            s,
-            t,
-            m_s[:, None],
-            m_t[:, None],
-            row_log_s[:, None],
-            row_log_t[:, None],
-            r[:, None],
-            present,
-            DIVERGENCE,
-        )
-        if WITH_LOSS:
-            loss += tl.sum(value, 1)
-        if WITH_GRADIENT:
-            gradient = gradient_product(slope, k_s, key_s.dtype.element_ty, UPCAST, gradient)
+    first, inner, outer, last = spans(
+        starts, ends, block * BR, N, window, BR, BC, True, CAUSAL, WINDOWED, LABELLED
+    )
+    for part in tl.static_range(3):
+        begin, end = edges(part, first, inner, outer, last)
+        for start in tl.range(begin, end, BC, num_stages=None if part == 1 else 1):
+            columns = start + tl.arange(0, BC)
+            columns_inside, present = columns < N, columns < N
+            if part != 1:
+                column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
+                present = exists(
+                    rows[:, None],
+                    columns[None, :],
+                    row_labels[:, None],
+                    column_labels[None, :],
+                    rows_inside[:, None],
+                    columns_inside[None, :],
+                    window,
+                    CAUSAL,
+                    WINDOWED,
+                    LABELLED,
+                )
+            # Masked keys are 0, since 0 · NaN would reach dQ.
+            k_s = load_block(key_s, start, columns_inside, ks_n, BC, DS, BDS, UPCAST, part == 1)
+            k_t = load_block(key_t, start, columns < N, kt_n, BC, DT, BDT, UPCAST, part == 1)
+            s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
+            t = tl.dot(q_t, tl.trans(k_t), input_precision="ieee") * scale_t
+            value, slope = loss_and_slope(
+                s,
+                t,
+                m_s[:, None],
+                m_t[:, None],
+                row_log_s[:, None],
+                row_log_t[:, None],
+                r[:, None],
+                present,
+                DIVERGENCE,
+                part == 1,
+            )
+            if WITH_LOSS:
+                loss += tl.sum(value, 1)
+            if WITH_GRADIENT:
+                gradient = gradient_product(slope, k_s, key_s.dtype.element_ty, UPCAST, gradient)
     if WITH_LOSS:
         tl.store(partial + head * blocks + block, tl.sum(loss, 0))
     if WITH_GRADIENT:
@@ -286,6 +334,8 @@ def columns_kernel(
     query_t,
     key_t,
     labels,
+    starts,
+    ends,
     max_s,
     max_t,
     log_s,
@@ -340,59 +390,77 @@ def columns_kernel(
     b, kv = kv_head // kv_heads, kv_head % kv_heads
     columns = block * BC + tl.arange(0, BC)
     labels += b * N
+    starts += b * N
+    ends += b * N
     column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
     k_s = load_tile(key_s + b * ks_b + kv * ks_h, columns, columns_inside, ks_n, DS, BDS, UPCAST)
     factor = gradient_scale * tl.load(coefficient)
     gradient = tl.zeros([BC, BDS], tl.float32)
     loss = tl.zeros([BC], tl.float32)
-    first, last = queries_of(block * BC, block * BC + BC, N, window, CAUSAL, WINDOWED, BR)
+    first, inner, outer, last = spans(
+        starts, ends, block * BC, N, window, BC, BR, False, CAUSAL, WINDOWED, LABELLED
+    )
     for member in range(0, group_s):
         h = kv * group_s + member
         head = b * H + h
         k_t = load_tile(key_t + b * kt_b + h // group_t * kt_h, columns, columns < N, kt_n, DT, BDT, UPCAST)
         head_query_s = query_s + b * qs_b + h * qs_h
         head_query_t = query_t + b * qt_b + h * qt_h
-        for start in range(first, last, BR):
-            rows = start + tl.arange(0, BR)
-            row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
-            q_s = load_tile(head_query_s, rows, rows_inside, qs_n, DS, BDS, UPCAST)
-            q_t = load_tile(head_query_t, rows, rows < N, qt_n, DT, BDT, UPCAST)
-            m_s, m_t, row_log_s, row_log_t, r = load_statistics(
-                max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR
-            )
-            present = exists(
-                rows[None, :],
-                columns[:, None],
-                row_labels[None, :],
-                column_labels[:, None],
-                rows_inside[None, :],
-                columns_inside[:, None],
-                window,
-                CAUSAL,
-                WINDOWED,
-                LABELLED,
-            )
-            s = tl.dot(k_s, tl.trans(q_s), input_precision="ieee") * scale_s
-            t = tl.dot(k_t, tl.trans(q_t), input_precision="ieee") * scale_t
-            value, slope = loss_and_slope(
-                s,
-                t,
-                m_s[None, :],
-                m_t[None, :],
-                row_log_s[None, :],
-                row_log_t[None, :],
-                r[None, :],
-                present,
-                DIVERGENCE,
-            )
-            if WITH_LOSS:
-                loss += tl.sum(value, 1)
-            if WITH_KEY:
-                gradient = gradient_product(slope, q_s, query_s.dtype.element_ty, UPCAST, gradient)
-            if MERGED:
-                zero = tl.zeros([BR, BDS], tl.float32)
-                part = gradient_product(tl.trans(slope), k_s, key_s.dtype.element_ty, UPCAST, zero)
-                add_tile(d_query + head * N * DS, rows, rows < N, DS, part * factor, DS, BDS)
+        for part in tl.static_range(3):
+            begin, end = edges(part, first, inner, outer, last)
+            for start in tl.range(begin, end, BR, num_stages=None if part == 1 else 1):
+                rows = start + tl.arange(0, BR)
+                rows_inside, present = rows < N, rows < N
+                if part != 1:
+                    row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
+                    present = exists(
+                        rows[None, :],
+                        columns[:, None],
+                        row_labels[None, :],
+                        column_labels[:, None],
+                        rows_inside[None, :],
+                        columns_inside[:, None],
+                        window,
+                        CAUSAL,
+                        WINDOWED,
+                        LABELLED,
+                    )
+                q_s = load_block(head_query_s, start, rows_inside, qs_n, BR, DS, BDS, UPCAST, part == 1)
+                q_t = load_block(head_query_t, start, rows < N, qt_n, BR, DT, BDT, UPCAST, part == 1)
+                m_s, m_t, row_log_s, row_log_t, r = load_statistics(
+                    max_s,
+                    max_t,
+                    log_s,
+                    log_t,
+                    slope_mean,
+                    head * N + rows,
+                    rows < N,
+                    DIVERGENCE,
+                    BR,
+                    part == 1,
+                )
+                s = tl.dot(k_s, tl.trans(q_s), input_precision="ieee") * scale_s
+                t = tl.dot(k_t, tl.trans(q_t), input_precision="ieee") * scale_t
+                value, slope = loss_and_slope(
+                    s,
+                    t,
+                    m_s[None, :],
+                    m_t[None, :],
+                    row_log_s[None, :],
+                    row_log_t[None, :],
+                    r[None, :],
+                    present,
+                    DIVERGENCE,
+                    part == 1,
+                )
+                if WITH_LOSS:
+                    loss += tl.sum(value, 1)
+                if WITH_KEY:
+                    gradient = gradient_product(slope, q_s, query_s.dtype.element_ty, UPCAST, gradient)
+                if MERGED:
+                    zero = tl.zeros([BR, BDS], tl.float32)
+                    part_q = gradient_product(tl.trans(slope), k_s, key_s.dtype.element_ty, UPCAST, zero)
+                    add_tile(d_query + head * N * DS, rows, rows < N, DS, part_q * factor, DS, BDS)
     if WITH_LOSS:
         tl.store(partial + kv_head * blocks + block, tl.sum(loss, 0))
     if WITH_KEY:

@@ -1,5 +1,7 @@
 """What the Triton kernels of attention alignment share: tiles of queries and keys, scores, which pairs exist.
 
+A tile in which every pair exists is WHOLE: it needs no conditions, and loads nothing that only they ask for.
+
 Scores of kl and mse are in units of log 2 (scale · log₂e is folded into the factor), so that a probability is one
 exp2. R: rows (queries) of a tile, C: columns (keys). Addresses are int64 before any stride is multiplied.
 """
@@ -8,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dsdistill.ops.attention import native
-from dsdistill.ops.triton_common import narrow
+from dsdistill.ops.triton_common import narrow, rounded_to_tf32
 
 KL = tl.constexpr(native.KL)
 MSE = tl.constexpr(native.MSE)
@@ -29,6 +31,38 @@ def load_tile(ptr, rows, inside, stride, D: tl.constexpr, BD: tl.constexpr, UPCA
     if D != BD:
         wanted = wanted & (columns < D)[None, :]
     x = tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=wanted, other=0.0)
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_block(
+    ptr,
+    start,
+    inside,
+    stride,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """(R, BD) rows of a matrix from `start` on; 0 where not `inside` and beyond D. WHOLE: all are inside.
+
+    The start moves the pointer, so that a loop adds to addresses and does not compute them; R · stride < 2³¹.
+    """
+    columns = tl.arange(0, BD)
+    address = ptr + tl.cast(start, tl.int64) * stride
+    address += tl.arange(0, R)[:, None] * stride + columns[None, :]
+    if WHOLE and D == BD:
+        x = tl.load(address)
+    elif WHOLE:
+        x = tl.load(address, mask=(columns < D)[None, :], other=0.0)
+    elif D == BD:
+        x = tl.load(address, mask=inside[:, None], other=0.0)
+    else:
+        x = tl.load(address, mask=inside[:, None] & (columns < D)[None, :], other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -93,11 +127,11 @@ def exists(
 def gradient_product(d_scores, x, TYPE: tl.constexpr, UPCAST: tl.constexpr, accumulator):
     """accumulator + d_scores @ x, float32. TYPE: element type of `x` in memory.
 
-    bfloat16: d_scores rounded to it. float16 cannot hold small products of probabilities: TF32 does, and holds
-    every float16 exactly. float32: full precision.
+    bfloat16: d_scores rounded to it. float16 cannot hold small products of probabilities: TF32 does, to which they are
+    rounded, and it holds every float16 exactly. float32: full precision.
     """
     if tl.float16 == TYPE:
-        return tl.dot(d_scores, x.to(tl.float32), accumulator, input_precision="tf32")
+        return tl.dot(rounded_to_tf32(d_scores), x.to(tl.float32), accumulator, input_precision="tf32")
     return tl.dot(narrow(d_scores, TYPE, UPCAST), x, accumulator, input_precision="ieee")
 
 
@@ -126,22 +160,97 @@ def queries_of(start, stop, N, window, CAUSAL: tl.constexpr, WINDOWED: tl.conste
 
 
 @triton.jit
-def loss_and_slope(s, t, m_s, m_t, log_s, log_t, r, present, DIVERGENCE: tl.constexpr):
+def spans(
+    starts,
+    ends,
+    start,
+    N,
+    window,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    LABELLED: tl.constexpr,
+):
+    """What a program that owns the positions start … start + R − 1 walks, in tiles of B: first, inner, outer, last.
+
+    From first (a multiple of B) to last lie all positions that an owned one can meet; from inner to outer (multiples
+    of B) those that every owned one meets, whose tiles need no conditions. starts, ends: of the sequence, (N,), see
+    triton_schedule.reach. QUERIES: the program owns queries and walks keys, else the other way round.
+    """
+    stop = start + R
+    inner, outer = 0, N // B * B
+    if QUERIES:
+        first, last = keys_of(start, stop, N, window, CAUSAL, WINDOWED, B)
+    else:
+        first, last = queries_of(start, stop, N, window, CAUSAL, WINDOWED, B)
+    if WINDOWED:
+        inner = tl.cdiv(tl.maximum(stop - window, 0), B) * B
+        outer = tl.minimum(outer, (start + window) // B * B)
+    if CAUSAL and QUERIES:
+        outer = tl.minimum(outer, (start + 1) // B * B)
+    if CAUSAL and not QUERIES:
+        inner = tl.maximum(inner, tl.cdiv(stop - 1, B) * B)
+    whole = stop <= N
+    if LABELLED:
+        owned = start + tl.arange(0, R)
+        begins = tl.load(starts + owned, mask=owned < N, other=N)  # of masked tokens: N, and they end at 0
+        finishes = tl.load(ends + owned, mask=owned < N, other=0)
+        broken = begins < 0
+        begins = tl.where(broken, -1 - begins, begins)
+        lowest, highest = tl.min(begins, 0), tl.max(finishes, 0)
+        first = tl.maximum(first, lowest // B * B)
+        last = tl.minimum(last, highest)
+        # All owned ones belong to one run of tokens, which nothing interrupts.
+        whole = whole & (lowest == tl.max(begins, 0)) & (highest == tl.min(finishes, 0))
+        whole = whole & (tl.max(broken.to(tl.int32), 0) == 0)
+        inner = tl.maximum(inner, tl.cdiv(lowest, B) * B)
+        outer = tl.minimum(outer, highest // B * B)
+    some = whole & (inner < outer)
+    inner = tl.where(some, inner, first)
+    outer = tl.where(some, outer, first)
+    return first, inner, outer, last
+
+
+@triton.jit
+def edges(part: tl.constexpr, first, inner, outer, last):
+    """The tiles of a part of a walk: 0 those before the whole ones, 1 the whole ones, 2 those after."""
+    if part == 0:
+        return first, inner
+    if part == 1:
+        return inner, outer
+    return outer, last
+
+
+@triton.jit
+def loss_and_slope(
+    s, t, m_s, m_t, log_s, log_t, r, present, DIVERGENCE: tl.constexpr, WHOLE: tl.constexpr = False
+):
     """Loss and gradient of each entry at the student's scores S, for kl and mse in nats:
 
     kl         P_T (log P_T − log P_S),  P_S − P_T
     mse        (P_S − P_T)²,             2 P_S (P_S − P_T − r), r = Σ_j P_S (P_S − P_T)
     score_mse  (S_S − S_T)²,             2 (S_S − S_T)
-    m: the row's largest score, log: log₂ Σ exp2(score − m); r as above; all broadcast along the rows. (m + log would
-    be the LSE, whose rounding mse feels where attention is peaked.) Entries that do not exist give 0.
+    m: the row's largest score, log: log₂ Σ exp2(score − m), whose sum is the LSE; its rounding shows in mse where
+    attention is peaked, and kl gets it as m alone; r as above; all broadcast along the rows. Entries that do not exist
+    give 0; WHOLE: all exist.
     """
     if DIVERGENCE == SCORE_MSE:
-        difference = tl.where(present, s - t, 0.0)
+        difference = s - t
+        if not WHOLE:
+            difference = tl.where(present, difference, 0.0)
         return difference * difference, 2.0 * difference
-    log_s, log_t = (s - m_s) - log_s, (t - m_t) - log_t
-    p_s = tl.where(present, tl.exp2(log_s), 0.0)
-    p_t = tl.where(present, tl.exp2(log_t), 0.0)
-    if DIVERGENCE == KL:
-        return tl.where(present, p_t * (log_t - log_s) * LN2, 0.0), p_s - p_t
+    s, t = s - m_s, t - m_t
+    if DIVERGENCE == MSE:
+        s, t = s - log_s, t - log_t
+    p_s, p_t = tl.exp2(s), tl.exp2(t)
+    if not WHOLE:
+        p_s, p_t = tl.where(present, p_s, 0.0), tl.where(present, p_t, 0.0)
     difference = p_s - p_t
-    return difference * difference, 2.0 * p_s * (difference - r)
+    if DIVERGENCE == MSE:
+        return difference * difference, 2.0 * p_s * (difference - r)
+    loss = p_t * (t - s)
+    if not WHOLE:
+        loss = tl.where(present, loss, 0.0)
+    return loss * LN2, difference

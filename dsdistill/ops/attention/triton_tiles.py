@@ -1,16 +1,15 @@
 """Tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
 
-They are chosen for holding their loops in registers, in half precision: under Triton 3.7.1 `dsdistill verify --aot`
-compiles them, under 3.6.0 the preflight (bench/results/preflight has what each takes; some spill, 32 bytes at most).
-float32 may spill: its products unroll on plain cores, and `auto` leaves it to `chunked`. Which tile is the fastest is
-not known yet: nothing here has run on a GPU. Where several are clean the larger product was taken.
-(queries, keys, warps, stages):
+They are chosen by what the compiler makes of them: no loop over whole tiles reaches the stack, and of those that do not
+the one with the least predicted time (`python -m dsdistill.bench.preflight --match "columns bf16 D64"`). `dsdistill
+verify --aot` compiles them all. float32 may spill: its products unroll on plain cores, and `auto` leaves it to
+`chunked`. Which tile is the fastest is not known yet: nothing here has run on a GPU. (queries, keys, warps, stages):
 
-- Eight warps share one tile of 64 × 128 or 128 × 64: with four, both models' scores and the gradient spill.
 - The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
   loaded once, and the left operand of sm_90's matrix instructions wants 64 rows for each four warps.
-- columns and merged walk 32 queries at a time: the loop over grouped heads and, in merged, dS in a second layout take
-  the registers that 64 would need.
+- columns and merged in bfloat16 on sm_90 walk 64 queries at a time, so that dQ too is a product of 64 rows by sm_90's
+  matrix instructions; on an A100 32 queries with four warps, of which three programs share a multiprocessor.
+- Loops over tiles with conditions take more registers than those over whole tiles: they load one tile at a time.
 - float16 multiplies dS in TF32 (triton_tile.gradient_product): operands of twice the size, half the walking side.
 - float32 at full precision has no matrix instructions; its products unroll in registers, so tiles are small.
 - Widths of 256 are bound by shared memory: 227 KiB on sm_90, 163 on sm_80, 99 on GPUs of 8.6, 8.9 and 12.0 (SMALL).
@@ -32,8 +31,8 @@ INTERPRETER = Tile(32, 64, 4, 1)
 TILES = {
     "statistics": {
         "bfloat16": {
-            "sm_80": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-            "sm_90": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+            "sm_90": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         },
         "float32": {
             "sm_80": (Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
@@ -43,7 +42,7 @@ TILES = {
     "rows": {
         "bfloat16": {
             "sm_80": (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
-            "sm_90": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+            "sm_90": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
         },
         "float16": {
             "sm_80": (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
@@ -56,8 +55,8 @@ TILES = {
     },
     "columns": {
         "bfloat16": {
-            "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_80": (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
@@ -70,8 +69,8 @@ TILES = {
     },
     "merged": {
         "bfloat16": {
-            "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_80": (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 2)),

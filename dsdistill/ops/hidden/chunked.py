@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsdistill.ops import gpu
 from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward
 
-# Elements of one block of the projected student: 4 MiB in float32.
+# Elements of one block of the projected student on a CPU: 4 MiB in float32.
 BLOCK_ELEMENTS = 1 << 20
 MIN_TOKENS = 64
 
@@ -34,29 +35,49 @@ def hidden_total(
     target = teacher.detach().flatten(0, 1)
     weights = weights.flatten()
     masked = None if mask is None else ~mask.flatten()[:, None]
-    matrix = None if projection is None else projection.detach().to(dtype)
+    matrix = None if projection is None else projection.detach()
+    half = matrix is not None and gpu.half_operands(x, matrix)
+    if matrix is not None and not half:
+        matrix = matrix.to(dtype)
     offset = None if bias is None else bias.detach().to(dtype)
 
     total = weights.new_zeros(())
     d_student = torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None
-    d_projection = torch.zeros_like(matrix) if matrix is not None and needs[1] else None
+    d_projection = (
+        torch.zeros(matrix.shape, dtype=dtype, device=x.device) if matrix is not None and needs[1] else None
+    )
     d_bias = torch.zeros_like(offset) if offset is not None and needs[2] else None
-    step = max(MIN_TOKENS, BLOCK_ELEMENTS // max(1, target.shape[1]))
+    step = max(MIN_TOKENS, gpu.block_elements(x, BLOCK_ELEMENTS) // max(1, target.shape[1]))
     for start in blocks(range(0, x.shape[0], step)):
         rows = slice(start, start + step)
-        hidden, wanted = x[rows].to(dtype), target[rows].to(dtype)
+        hidden, wanted = x[rows] if half else x[rows].to(dtype), target[rows].to(dtype)
         if masked is not None:
             hidden, wanted = hidden.masked_fill(masked[rows], 0), wanted.masked_fill(masked[rows], 0)
-        projected = hidden if matrix is None else torch.nn.functional.linear(hidden, matrix, offset)
+        projected = hidden if matrix is None else _projected(hidden, matrix, offset, half)
         value, gradient = _divergence(projected, wanted, weights[rows, None], divergence, any(needs))
         total += value
-        if d_student is not None:
-            d_student[rows] = gradient if matrix is None else gradient @ matrix
-        if d_projection is not None:
-            d_projection.addmm_(gradient.t(), hidden)
         if d_bias is not None:
             d_bias += gradient.sum(0)
+        if matrix is not None and gradient is not None:
+            gradient = gradient.to(gpu.product_dtype(matrix) if half else dtype)
+        if d_student is not None:
+            d_student[rows] = gradient if matrix is None else _product(gradient, matrix, half)
+        if d_projection is not None and half:
+            d_projection += gpu.product(gradient.t(), hidden)
+        elif d_projection is not None:
+            d_projection.addmm_(gradient.t(), hidden)
     return total, (None if d_student is None else d_student.view(student.shape), d_projection, d_bias)
+
+
+def _projected(hidden: Tensor, matrix: Tensor, offset: Tensor | None, half: bool) -> Tensor:
+    if not half:
+        return torch.nn.functional.linear(hidden, matrix, offset)
+    y = gpu.product(hidden, matrix.t())
+    return y if offset is None else y.add_(offset)
+
+
+def _product(left: Tensor, right: Tensor, half: bool) -> Tensor:
+    return gpu.product(left, right) if half else left @ right
 
 
 def _divergence(projected: Tensor, wanted: Tensor, weights: Tensor, divergence: str, with_gradient: bool):

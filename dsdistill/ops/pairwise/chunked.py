@@ -11,14 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsdistill.ops import gpu
 from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward, zero_masked
 
-# Elements of one block of one relation matrix: 8 MiB in float32.
+# Elements of one block of one relation matrix on a CPU: 8 MiB in float32.
 BLOCK_ELEMENTS = 1 << 21
-MAX_ROWS, MIN_ROWS = 256, 16
+MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 256, 16, 2048
 
 # Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
 CLOSE = 1 / 64
+# In float64 a squared distance of this share of ‖x‖² + ‖y‖² or less is 0: equal vectors leave D · 2⁻⁵³ at most.
+NOTHING = 2.0**-40
 
 # The identity costs 2·N·D² a product against N²·D of the rows: from about N = 2.5 D it is cheaper.
 IDENTITY_TOKENS_PER_FEATURE = 2.5
@@ -35,9 +38,14 @@ def pairwise_total(
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None]]:
     """The same sum as `reference.pairwise_total`, and its gradient at the student if needed."""
+    identity = use_identity(student.shape[1], student.shape[2], teacher.shape[2])
+    if relation != "distance" and not identity and gpu.half_operands(student) and gpu.half_operands(teacher):
+        halves = zero_masked(student.detach(), mask), zero_masked(teacher.detach(), mask)
+        return _by_rows_in_half(needs[0], *halves, weights, relation)
     x_s = zero_masked(student.detach().to(dtype), mask)
     x_t = zero_masked(teacher.detach().to(dtype), mask)
     if relation == "distance":
+        x_s, x_t = centred(x_s, mask), centred(x_t, mask)
         return _distance(needs[0], x_s, x_t, weights, mask)
 
     rows_s, rows_t = x_s, x_t
@@ -45,10 +53,8 @@ def pairwise_total(
     if relation == "cosine":
         rows_s, inverse = unit_vectors(x_s)
         rows_t, _ = unit_vectors(x_t)
-    if use_identity(student.shape[1], student.shape[2], teacher.shape[2]):
-        total, gradient = _by_identity(needs[0], rows_s, rows_t, weights)
-    else:
-        total, gradient = _by_rows(needs[0], rows_s, rows_t, weights)
+    by = _by_identity if identity else _by_rows
+    total, gradient = by(needs[0], rows_s, rows_t, weights)
     if gradient is not None and inverse is not None:
         gradient = unit_vectors_backward(gradient, rows_s, inverse)
     return total, (gradient,)
@@ -74,10 +80,12 @@ def _by_identity(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: T
     return total, (u_s @ gram_ss).sub_(u_t @ gram_ts).mul_(4 * root)
 
 
-def _blocks(batch: int, tokens: int):
-    """(sequences, rows) slices whose relation blocks hold about BLOCK_ELEMENTS."""
-    rows = min(tokens, max(MIN_ROWS, min(MAX_ROWS, BLOCK_ELEMENTS // max(1, tokens))))
-    group = max(1, BLOCK_ELEMENTS // max(1, rows * tokens))
+def _blocks(x: Tensor):
+    """(sequences, rows) slices of (B, N, …) whose relation blocks hold about BLOCK_ELEMENTS."""
+    batch, tokens = x.shape[:2]
+    elements, most = gpu.block_elements(x, BLOCK_ELEMENTS), GPU_MAX_ROWS if x.is_cuda else MAX_ROWS
+    rows = min(tokens, max(MIN_ROWS, min(most, elements // max(1, tokens))))
+    group = max(1, elements // max(1, rows * tokens))
     for first in blocks(range(0, batch, group)):
         for start in blocks(range(0, tokens, rows)):
             yield slice(first, min(first + group, batch)), slice(start, min(start + rows, tokens))
@@ -86,7 +94,7 @@ def _blocks(batch: int, tokens: int):
 def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tensor):
     total = rows_s.new_zeros(())
     gradient = torch.empty_like(rows_s) if with_gradient else None
-    for batch, rows in _blocks(*weights.shape):
+    for batch, rows in _blocks(weights):
         difference = rows_s[batch, rows] @ rows_s[batch].transpose(-1, -2)
         difference.sub_(rows_t[batch, rows] @ rows_t[batch].transpose(-1, -2))
         pair_weights = weights[batch, rows, None] * weights[batch, None, :]
@@ -97,19 +105,48 @@ def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tenso
     return total, gradient
 
 
+def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, relation: str):
+    """As `_by_rows`, and the gradient at x_s itself: products of what the models gave, lengths taken off afterwards.
+
+    Unit vectors in half precision would carry its rounding into every cosine.
+    """
+    scales: list[Tensor] = []
+    if relation == "cosine":
+        norms = [torch.linalg.vector_norm(x, dim=-1, dtype=weights.dtype) for x in (x_s, x_t)]
+        scales = [unit_vectors(norm[..., None])[1] for norm in norms]
+    total = weights.new_zeros(())
+    gradient = torch.empty(x_s.shape, dtype=weights.dtype, device=x_s.device) if with_gradient else None
+    for batch, rows in _blocks(weights):
+        grams = [gpu.product(x[batch, rows], x[batch].transpose(-1, -2)) for x in (x_s, x_t)]
+        for gram, scale in zip(grams, scales, strict=False):  # none for dot
+            gram.mul_(scale[batch, rows]).mul_(scale[batch].transpose(-1, -2))
+        difference = grams[0].sub_(grams[1])
+        weighted = weights[batch, rows, None] * weights[batch, None, :]
+        weighted.mul_(difference)
+        total += torch.dot(weighted.flatten(), difference.flatten())
+        if gradient is None:
+            continue
+        if scales:
+            weighted.mul_(scales[0][batch].transpose(-1, -2))
+        weighted = weighted.to(gpu.product_dtype(x_s))
+        gradient[batch, rows] = gpu.product(weighted, x_s[batch]).mul_(4)
+    if gradient is not None and scales:
+        gradient = unit_vectors_backward(gradient, x_s * scales[0], scales[0])
+    return total, (gradient,)
+
+
 def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, mask: Tensor | None):
-    """RKD-D. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
+    """RKD-D of centred vectors. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
     A = Σ w_i w_j ℓ' d:  ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
     """
-    x_s, x_t = _centred(x_s, mask), _centred(x_t, mask)
-    squares_s, squares_t = x_s.square().sum(-1), x_t.square().sum(-1)
+    squares_s, squares_t = (_squares(x) for x in (x_s, x_t))
     mean_s, positive = _mean_positive(x_s, squares_s, mask)
     mean_t, _ = _mean_positive(x_t, squares_t, mask)
     total = x_s.new_zeros(())
     slope_term = torch.empty_like(x_s) if with_gradient else None
     direction_term = torch.empty_like(x_s) if with_gradient else None
     slope_sum = torch.zeros_like(mean_s)
-    for batch, rows in _blocks(*weights.shape):
+    for batch, rows in _blocks(weights):
         distance = _distances(x_s, squares_s, mask, batch, rows)
         difference = (distance / mean_s[batch]).sub_(
             _distances(x_t, squares_t, mask, batch, rows).div_(mean_t[batch])
@@ -133,7 +170,7 @@ def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, ma
     return total, (gradient,)
 
 
-def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
+def centred(x: Tensor, mask: Tensor | None) -> Tensor:
     """`x` less the mean of its valid tokens, masked ones still 0: distances stay, and less cancels."""
     if mask is None:
         return x - x.mean(1, keepdim=True)
@@ -141,20 +178,37 @@ def _centred(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x - x.sum(1, keepdim=True) / count).masked_fill(~mask[..., None], 0)
 
 
+def _squares(x: Tensor) -> Tensor:
+    """(B, N) squared norms in the type in which `_distances` subtracts."""
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
+    return x.square().sum(-1)
+
+
 def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
     """(b, R, N) distances of a block; x centred, squares its squared norms (B, N).
 
-    ‖x‖² + ‖y‖² − 2xy, and the differences themselves for pairs where that cancels (the diagonal, twins).
+    ‖x‖² + ‖y‖² − 2xy, and the differences themselves for pairs where that cancels (twins). Which those are only the
+    host could say; on a GPU, where that would be a wait, float64 leaves enough: A100 and H100 multiply it as fast as
+    float32.
     """
     left, right = x[batch, rows], x[batch]
     size = squares[batch, rows, None] + squares[batch, None, :]
-    distance = torch.baddbmm(size, left, right.transpose(-1, -2), alpha=-2)
-    where, i, j = (distance < CLOSE * size).nonzero(as_tuple=True)
-    if where.numel() * x.shape[2] > BLOCK_ELEMENTS:
-        distance = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+    if x.is_cuda:
+        distance = torch.baddbmm(size.double(), left.double(), right.double().transpose(-1, -2), alpha=-2)
+        distance = torch.where(distance > NOTHING * size, distance, 0).sqrt_().to(x.dtype)
+        distance.diagonal(rows.start, 1, 2).zero_()
     else:
-        distance[where, i, j] = (left[where, i] - right[where, j]).square().sum(-1)
-        distance.sqrt_()
+        distance = torch.baddbmm(size, left, right.transpose(-1, -2), alpha=-2)
+        close = distance < CLOSE * size
+        close.diagonal(rows.start, 1, 2).fill_(False)
+        where, i, j = close.nonzero(as_tuple=True)
+        if where.numel() * x.shape[2] > BLOCK_ELEMENTS:
+            distance = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+        else:
+            distance[where, i, j] = (left[where, i] - right[where, j]).square().sum(-1)
+            distance.diagonal(rows.start, 1, 2).zero_()
+            distance.sqrt_()
     if mask is not None:
         distance.masked_fill_(~(mask[batch, rows, None] & mask[batch, None, :]), 0)
     return distance
@@ -164,7 +218,7 @@ def _mean_positive(x: Tensor, squares: Tensor, mask: Tensor | None) -> tuple[Ten
     """Mean positive distance of each sequence (1 without any) and how many there are (at least 1), (B, 1, 1)."""
     total = x.new_zeros(x.shape[0], 1, 1)
     positive = torch.zeros_like(total)
-    for batch, rows in _blocks(x.shape[0], x.shape[1]):
+    for batch, rows in _blocks(x):
         distance = _distances(x, squares, mask, batch, rows)
         total[batch] += distance.sum((1, 2), keepdim=True)
         positive[batch] += (distance > 0).sum((1, 2), keepdim=True)

@@ -28,6 +28,7 @@ def gram(
     BC: tl.constexpr,
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """(BR, BC) products of rows and columns of one sequence."""
     total = tl.zeros([BR, BC], tl.float32)
@@ -40,14 +41,15 @@ def gram(
         b = tl.load(right + start, mask=(columns < N)[:, None] & inside, other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def distances(
-    x,
+    x,  # centred, float32
     squares,
+    first,  # of the rows
     rows,
     columns,
     exists,
@@ -59,27 +61,38 @@ def distances(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """(BR, BC) distances, 0 where no pair exists: ‖x‖² + ‖y‖² − 2xy, and differences where that cancels."""
+    """(BR, BC) distances, 0 where no pair exists: ‖x‖² + ‖y‖² − 2xy, and differences where that cancels.
+
+    The products are of TF32 in three parts, which is nearly float32. Differences run on plain cores, so they are
+    computed for those rows alone in which a pair is close: between two texts that share no token, for none.
+    """
     size = tl.load(squares + rows, mask=rows < N, other=0.0)[:, None]
     size += tl.load(squares + columns, mask=columns < N, other=0.0)[None, :]
-    square = size - 2.0 * gram(x, rows, columns, stride, N, D, BR, BC, BK, UPCAST)
+    square = size - 2.0 * gram(x, rows, columns, stride, N, D, BR, BC, BK, UPCAST, "tf32x3")
     close = (square < size * CLOSE) & exists
-    if tl.max(close.to(tl.int32)) > 0:
-        left = x + rows.to(tl.int64) * stride
-        right = x + columns.to(tl.int64) * stride
-        exact = tl.zeros([BR, BC], tl.float32)
-        for feature in range(0, D):
-            a = tl.load(left + feature, mask=rows < N, other=0.0).to(tl.float32)
-            b = tl.load(right + feature, mask=columns < N, other=0.0).to(tl.float32)
-            difference = a[:, None] - b[None, :]
-            exact += difference * difference
-        square = tl.where(close, exact, square)
+    pending = tl.max(close.to(tl.int32), 1)
+    features = tl.arange(0, BK)
+    right = x + columns.to(tl.int64)[:, None] * stride + features[None, :]
+    if tl.max(pending) > 0:
+        for place in range(0, BR):
+            row = first + place
+            own = rows == row
+            if tl.max(tl.where(own, pending, 0)) > 0:
+                left = x + row.to(tl.int64) * stride + features
+                exact = tl.zeros([BC], tl.float32)
+                for start in range(0, D, BK):
+                    inside = features < D - start
+                    a = tl.load(left + start, mask=inside, other=0.0)
+                    b = tl.load(right + start, mask=(columns < N)[:, None] & inside[None, :], other=0.0)
+                    difference = a[None, :] - b
+                    exact += tl.sum(difference * difference, 1)
+                square = tl.where(own[:, None] & close, exact[None, :], square)
     return tl.where(exists, tl.sqrt(tl.maximum(square, 0.0)), 0.0)
 
 
 @triton.jit
 def relation_kernel(
-    student,  # (B, N, D_S), (B, N, D_T); masked tokens are 0
+    student,  # (B, N, D_S), (B, N, D_T); masked tokens are 0. For distance centred, in float32
     teacher,
     valid,  # (B, N) int8, only with MASKED
     weights,  # (B, N) float32, 0 where masked
@@ -111,6 +124,7 @@ def relation_kernel(
     row_block = program // column_blocks % row_blocks
     b = (program // (column_blocks * row_blocks)).to(tl.int64)
     local = row_block * BR + tl.arange(0, BR)
+    first = first_row + row_block * BR
     rows = first_row + local
     rows_inside = (local < panel_rows) & (rows < N)
     columns = column_block * BC + tl.arange(0, BC)
@@ -121,6 +135,8 @@ def relation_kernel(
     sizes_t += b * N
     weights += b * N
     exists = rows_inside[:, None] & columns_inside[None, :]
+    if RELATION == 2:  # a token's distance to itself is 0, and none of its own
+        exists = exists & (rows[:, None] != columns[None, :])
     if MASKED:
         row_valid = tl.load(valid + b * N + rows, mask=rows_inside, other=0)
         column_valid = tl.load(valid + b * N + columns, mask=columns_inside, other=0)
@@ -130,8 +146,8 @@ def relation_kernel(
     partial += (b * row_blocks * column_blocks + row_block * column_blocks + column_block) * 4
 
     if RELATION == 2:
-        d_t = distances(teacher, sizes_t, rows, columns, exists, t_n, N, DT, BR, BC, BK, UPCAST)
-        d_s = distances(student, sizes_s, rows, columns, exists, s_n, N, DS, BR, BC, BK, UPCAST)
+        d_t = distances(teacher, sizes_t, first, rows, columns, exists, t_n, N, DT, BR, BC, BK, UPCAST)
+        d_s = distances(student, sizes_s, first, rows, columns, exists, s_n, N, DS, BR, BC, BK, UPCAST)
         if STAGE == 0:
             tl.store(partial, tl.sum(d_s))
             tl.store(partial + 1, tl.sum(d_t))
@@ -149,8 +165,8 @@ def relation_kernel(
                 pull = pair_weights * slope * inverse_s - tl.load(means + b * 3 + 2)
                 coefficient = tl.where(d_s > 0, pull / tl.where(d_s > 0, d_s, 1.0), 0.0)
     else:
-        difference = gram(student, rows, columns, s_n, N, DS, BR, BC, BK, UPCAST)
-        other = gram(teacher, rows, columns, t_n, N, DT, BR, BC, BK, UPCAST)
+        difference = gram(student, rows, columns, s_n, N, DS, BR, BC, BK, UPCAST, "ieee")
+        other = gram(teacher, rows, columns, t_n, N, DT, BR, BC, BK, UPCAST, "ieee")
         scale = tl.full([BC], 1.0, tl.float32)
         if RELATION == 0:
             scale = tl.load(sizes_s + columns, mask=columns_inside, other=0.0)

@@ -20,6 +20,7 @@ from dsdistill.ops.gpu import (
     product_dtype,
     rows_contiguous,
 )
+from dsdistill.ops.pairwise.chunked import centred
 from dsdistill.ops.pairwise.native import RELATION_CODES
 
 PANEL_ELEMENTS = 1 << 22
@@ -27,7 +28,7 @@ MEANS, LOSS, COEFFICIENTS, BOTH = range(4)  # stages of the kernel
 
 # Features of one step of a product, and the tile, by architecture and whether the inputs are half precision.
 TILES = {
-    # float32 products run on plain cores: operands and results both wait in registers.
+    # float32 products run on plain cores, or in TF32 in three parts: operands and results both wait in registers.
     ("sm_80", False): (32, Tile(64, 32, 8, 2)),
     ("sm_90", False): (32, Tile(64, 32, 8, 2)),
     # Two accumulators of 128 × 64 over 8 warps leave registers for the epilogue; three loads in flight.
@@ -36,9 +37,6 @@ TILES = {
     ("interpreter", False): (32, Tile(32, 64, 4, 1)),
     ("interpreter", True): (32, Tile(32, 64, 4, 1)),
 }
-
-# Distances in half precision keep more of each pair: half the queries, or registers spill.
-DISTANCE_TILE = Tile(64, 64, 8, 3)
 
 
 def run(student, teacher, mask, weights, coefficient, relation, gradient):
@@ -86,34 +84,37 @@ class _Call:
     def __init__(self, student, teacher, mask, weights, relation):
         self.student = rows_contiguous(zero_masked(student, mask))
         self.teacher = rows_contiguous(zero_masked(teacher, mask))
+        compared = self.student, self.teacher
+        if relation == RELATION_CODES["distance"]:
+            compared = centred(self.student.float(), mask), centred(self.teacher.float(), mask)
+            if (
+                student.dtype == torch.float32
+            ):  # half precision holds what the model gave, not what is left of it
+                self.student = compared[0]
         self.batch, self.tokens, self.width = student.shape
         self.relation = relation
-        sizes = [
-            torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in (self.student, self.teacher)
-        ]
+        sizes = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in compared]
         if relation == RELATION_CODES["cosine"]:
             sizes = [unit_vectors(size[..., None])[1][..., 0] for size in sizes]
         elif relation == RELATION_CODES["distance"]:
             sizes = [size.square() for size in sizes]
-        half = student.dtype != torch.float32 and teacher.dtype != torch.float32
+        half = all(x.dtype != torch.float32 for x in compared)
         arch = architecture(student.device)
         depth, self.tile = TILES[arch, half]
-        if arch != "interpreter" and half and relation == RELATION_CODES["distance"]:
-            self.tile = DISTANCE_TILE
         weights = weights.to(torch.float32).contiguous()
         self.given = {
-            "student": self.student,
-            "teacher": self.teacher,
+            "student": compared[0],
+            "teacher": compared[1],
             "valid": weights if mask is None else mask.to(torch.int8).contiguous(),
             "weights": weights,
             "sizes_s": sizes[0],
             "sizes_t": sizes[1],
             "means": weights,
             "coefficients": weights,
-            "s_b": self.student.stride(0),
-            "s_n": self.student.stride(1),
-            "t_b": self.teacher.stride(0),
-            "t_n": self.teacher.stride(1),
+            "s_b": compared[0].stride(0),
+            "s_n": compared[0].stride(1),
+            "t_b": compared[1].stride(0),
+            "t_n": compared[1].stride(1),
             "N": self.tokens,
             "DS": self.width,
             "DT": teacher.shape[2],

@@ -9,87 +9,16 @@ for the device, unless the caller says where they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsdistill.ops.common import blocks
-from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
-from dsdistill.ops.soft_label.head import Head, block_tokens, slice_tokens
+from dsdistill.ops.soft_label.fused import aligned_rows, fused_block
+from dsdistill.ops.soft_label.head import Head, block_tokens, panel_tokens, slice_tokens
+from dsdistill.ops.soft_label.losses import Labels, Loss, Places, SoftLabels
 
-Places = Tensor | slice  # of a block's tokens among all: (K,) int64, or a range
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at student hidden, head and bias
-
-
-class Loss(Protocol):
-    """A Loss is one loss over the vocabulary."""
-
-    entries: int  # of further heads, whose logits lie beside the student's
-
-    def block(self, places: Places) -> Tensor:
-        """Return what the loss needs of a block's tokens, its first axis the tokens."""
-
-    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the sum over some tokens of a block, and the gradient at the first of their logits z (tokens, V).
-
-        given: the same tokens of what `block` returned; may be overwritten, z may not.
-        """
-
-
-class SoftLabels:
-    """SoftLabels are the divergence between both models' predictions over the entries of the teacher's head."""
-
-    def __init__(
-        self,
-        teacher_hidden: Tensor,
-        teacher: Head,
-        *,
-        temperature: float,
-        divergence: str,
-        beta: float,
-        alpha: float,
-    ):
-        self.entries = teacher.matrix.shape[0]
-        self._hidden, self._teacher = teacher_hidden.detach().flatten(0, 1), teacher
-        self._temperature, self._formula = temperature, (divergence, beta, alpha)
-
-    def block(self, places: Places) -> Tensor:
-        return self._teacher.logits(self._hidden[places])
-
-    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        log_q = (z[:, : self.entries] / self._temperature).log_softmax(-1)
-        log_p = given.div_(self._temperature).log_softmax(-1)
-        p = torch.exp(log_p, out=given)
-        value = divergence_rows(log_p, log_q, p, *self._formula).sum()
-        if not with_gradient:
-            return value, None
-        return value, logit_gradient(log_p, log_q, p, *self._formula).div_(self._temperature)
-
-
-class Labels:
-    """Labels are cross-entropy against labels, with ε of label smoothing."""
-
-    entries = 0
-
-    def __init__(self, labels: Tensor, label_smoothing: float):
-        self._labels, self._smoothing = labels.flatten(), label_smoothing
-
-    def block(self, places: Places) -> Tensor:
-        return self._labels[places][:, None]
-
-    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        log_q = z.log_softmax(-1)
-        own, spread = 1 - self._smoothing, self._smoothing / z.shape[1]  # t: of the label, and of every entry
-        value = -own * log_q.gather(1, given).sum()
-        if self._smoothing:
-            value -= self._smoothing * log_q.mean(-1).sum()
-        if not with_gradient:
-            return value, None
-        gradient = log_q.exp_()  # of a softmax: softmax − t
-        if self._smoothing:
-            gradient.sub_(spread)
-        return value, gradient.scatter_add_(1, given, gradient.new_full(given.shape, -own))
 
 
 def soft_label_total(
@@ -106,15 +35,16 @@ def soft_label_total(
     dtype: torch.dtype,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    fused: bool = False,
     **formula,
 ) -> tuple[Tensor, Gradients]:
     """Return the same sum as `reference.soft_label_total`, and gradients at student hidden, head and bias if needed."""
-    student = Head(student_head, student_bias, dtype, student_softcap)
-    teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)
+    student = Head(student_head, student_bias, dtype, student_softcap, fused)
+    teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap, fused)
     if index is None and mask is not None:
         index = mask.flatten().nonzero()[:, 0]
     loss = SoftLabels(teacher_hidden, teacher, **formula)
-    totals, gradients = _over_blocks(needs, student_hidden, student, index, [loss], None)
+    totals, gradients = _over_blocks(needs, student_hidden, student, index, [loss], None, fused)
     return totals[0], gradients
 
 
@@ -130,12 +60,14 @@ def cross_entropy_total(
     dtype: torch.dtype,
     softcap: float | None,
     label_smoothing: float,
+    fused: bool = False,
 ) -> tuple[Tensor, Gradients]:
     """Return the same sum as `reference.cross_entropy_total`, and gradients at hidden, head and bias if needed."""
     if index is None:
         index = (labels != ignore_index).flatten().nonzero()[:, 0]
     loss = Labels(labels, label_smoothing)
-    totals, gradients = _over_blocks(needs, hidden, Head(head, bias, dtype, softcap), index, [loss], None)
+    own = Head(head, bias, dtype, softcap, fused)
+    totals, gradients = _over_blocks(needs, hidden, own, index, [loss], None, fused)
     return totals[0], gradients
 
 
@@ -156,27 +88,19 @@ def vocabulary_totals(
     student_softcap: float | None,
     teacher_softcap: float | None,
     label_smoothing: float,
+    fused: bool = False,
     **formula,
 ) -> tuple[Tensor, Gradients]:
     """Return (2,) sums, of cross-entropy and of soft labels, and the gradients of weights · sums.
 
     weights: (2,), in `dtype`. The teacher's head has as many entries as both models have.
     """
-    student = Head(student_head, student_bias, dtype, student_softcap)
-    teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap)
+    student = Head(student_head, student_bias, dtype, student_softcap, fused)
+    teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap, fused)
     if index is None:
         index = (labels != ignore_index).flatten().nonzero()[:, 0]
     losses: list[Loss] = [Labels(labels, label_smoothing), SoftLabels(teacher_hidden, teacher, **formula)]
-    if not student.native:
-        return _over_blocks(needs, student_hidden, student, index, losses, weights)
-    # g goes through half precision there, whose float16 would not hold a weight of 1 / count.
-    largest = weights.abs().max()
-    relative = weights / torch.where(largest > 0, largest, 1)
-    totals, gradients = _over_blocks(needs, student_hidden, student, index, losses, relative)
-    for gradient in gradients:
-        if gradient is not None:
-            gradient.mul_(largest)
-    return totals, gradients
+    return _over_blocks(needs, student_hidden, student, index, losses, weights, fused)
 
 
 def _blocks(count: int, index: Tensor | None, size: int) -> Iterator[Places]:
@@ -186,6 +110,12 @@ def _blocks(count: int, index: Tensor | None, size: int) -> Iterator[Places]:
         yield places if index is None else index[places]  # ranges are read where they lie
 
 
+def _within(places: Places, part: slice) -> Places:
+    if isinstance(places, slice):
+        return slice(places.start + part.start, min(places.start + part.stop, places.stop))
+    return places[part]
+
+
 def _over_blocks(
     needs: Sequence[bool],
     hidden: Tensor,
@@ -193,31 +123,42 @@ def _over_blocks(
     index: Tensor | None,
     losses: Sequence[Loss],
     weights: Tensor | None,
+    fused: bool,
 ) -> tuple[Tensor, Gradients]:
     """Return (losses,) sums over the tokens that count, and the gradients of their sum, each times its weight.
 
-    index: (K,) flat places of the tokens that count; None: all. weights: (losses,); None: 1.
+    index: (K,) flat places of the tokens that count; None: all. weights: (losses,); None: 1. fused: by the GPU kernel.
     """
     flat, vocabulary = hidden.detach().flatten(0, 1), head.matrix.shape[0]
     totals = torch.zeros(len(losses), dtype=head.dtype, device=flat.device)
     d_hidden = torch.zeros(flat.shape, dtype=head.dtype, device=flat.device) if needs[0] else None
     d_matrix: Tensor | None = None  # made by the first block: zeros would be one more pass over (V, D)
     d_bias = torch.zeros_like(head.bias) if head.bias is not None and needs[2] else None
-    size = block_tokens(head.on_gpu, vocabulary, sum(loss.entries for loss in losses))
-    for places in _blocks(len(flat), index, size):
+    given = losses, weights, totals, any(needs)
+    size = panel = block_tokens(head.on_gpu, vocabulary, sum(loss.entries for loss in losses))
+    if fused and any(needs) and head.gradient_dtype != head.dtype:
+        panel = panel_tokens(size, vocabulary)
+    for places in _blocks(len(flat), index, panel):
         rows = head.operand(flat[places])
-        gradient = _block(head, rows, places, losses, weights, totals, any(needs))
+        gradient: Tensor | None = None  # that of the panel before is given back first
+        if panel > size:
+            gradient = aligned_rows(len(rows), vocabulary, head.gradient_dtype, flat.device)
+            for start in blocks(range(0, len(rows), size)):
+                part = slice(start, min(start + size, len(rows)))
+                fused_block(head, rows[part], _within(places, part), *given, gradient[part])
+        elif fused:
+            gradient = fused_block(head, rows, places, *given, None)
+        else:
+            gradient = _block(head, rows, places, *given)
         if gradient is None:
             continue
+        gradient = gradient.to(head.gradient_dtype)
         if d_bias is not None:
-            d_bias += gradient.sum(0)
-        gradient = head.operand(gradient)
+            d_bias += gradient.sum(0, dtype=head.dtype)
         if d_hidden is not None:
-            d_hidden[places] = head.product(gradient, head.matrix)
-        if needs[1] and d_matrix is None:
-            d_matrix = head.product(gradient.t(), rows)
-        elif d_matrix is not None:
-            head.add_product(d_matrix, gradient.t(), rows)
+            d_hidden[places] = head.at_hidden(gradient)
+        if needs[1]:
+            d_matrix = head.add_at_matrix(d_matrix, gradient, rows)
     if needs[1] and d_matrix is None:
         d_matrix = torch.zeros(head.matrix.shape, dtype=head.dtype, device=flat.device)
     return totals, (None if d_hidden is None else d_hidden.view(hidden.shape), d_matrix, d_bias)

@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from dsdistill.ops.gpu import product, product_dtype
+
 # Elements of one block of logits: 32 MiB in float32, so that the products with the heads are worth their calls.
 BLOCK_ELEMENTS = 1 << 23
 MAX_TOKENS, MIN_TOKENS = 256, 64
@@ -14,6 +16,9 @@ MAX_TOKENS, MIN_TOKENS = 256, 64
 # keeps a student 3584 wide with 152,000 entries below V·D·4 bytes + 0.6 GiB (tests/planner/test_vocabulary_memory.py).
 GPU_BYTES = 320 << 20
 GPU_MAX_TOKENS = 2048
+# Bytes of the gradients at the logits, in bfloat16, that wait for their products where the fused kernel, which needs no
+# slices, leaves room for those of several blocks. A head's gradient in float32 is read and written once a panel.
+PANEL_BYTES = 224 << 20
 # Elements of a slice of a block, in which everything between the products is done: on a CPU 1 MiB in float32, so that
 # its passes stay in cache; on a GPU 16 MiB, so that a block needs few calls and little memory beside its logits.
 SLICE_ELEMENTS, GPU_SLICE_ELEMENTS = 1 << 18, 1 << 22
@@ -23,10 +28,22 @@ PANEL_ELEMENTS = 1 << 18
 
 
 class Head:
-    """A Head holds the (V, D) matrix, (V,) bias and soft cap of an output layer, in the type that it multiplies in."""
+    """A Head holds the (V, D) matrix, (V,) bias and soft cap of an output layer, in the type that it multiplies in.
 
-    def __init__(self, matrix: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float | None = None):
-        self.on_gpu = matrix.is_cuda
+    gradient_dtype: type in which a gradient at the logits is multiplied. bfloat16 for a head in bfloat16. float16 would
+    lose the small ones: with 152,000 entries most probabilities lie below its normal numbers.
+    """
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        softcap: float | None = None,
+        fused: bool = False,
+    ):
+        # The kernels' interpreter gets on a CPU what they get on a GPU.
+        self.on_gpu = matrix.is_cuda or fused
         # Half precision on a GPU multiplies as it is, summing in float32; elsewhere the matrix is widened once.
         self.native = (
             self.on_gpu and matrix.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
@@ -34,39 +51,25 @@ class Head:
         self.matrix = matrix.detach() if self.native else matrix.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.dtype = dtype
+        self.gradient_dtype = product_dtype(self.matrix) if self.native else dtype
         self.softcap = softcap
 
     def operand(self, x: Tensor) -> Tensor:
         """Return x in the type in which the head multiplies."""
         return x.to(self.matrix.dtype)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the matrix product in the accumulating dtype."""
-        left, right = self.operand(left), self.operand(right)
-        return torch.mm(left, right, out_dtype=self.dtype) if self.native else left @ right
-
-    def add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add the matrix product to `total`, (rows, columns) in the accumulating dtype, in place."""
-        left, right = self.operand(left), self.operand(right)
-        if not self.native:
-            total.addmm_(left, right)
-        elif _adds_half(total.device, left.dtype):
-            torch.addmm(total, left, right, out_dtype=self.dtype, out=total)
-        else:  # in panels, so that no second matrix of this size is made
-            size = max(1, GPU_SLICE_ELEMENTS // total.shape[1])
-            for rows, part in zip(left.split(size), total.split(size), strict=True):
-                part.add_(torch.mm(rows, right, out_dtype=self.dtype))
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (tokens, V), soft-capped, of (tokens, D)."""
-        z = self._product_with_rows(hidden)
+        z = self.products(hidden)
         z = z if self.bias is None else z.add_(self.bias)
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def _product_with_rows(self, hidden: Tensor) -> Tensor:
+    def products(self, hidden: Tensor) -> Tensor:
+        """Return (tokens, V) products of (tokens, D) with the rows of the matrix, before bias and soft cap."""
+        hidden = self.operand(hidden)
         if self.on_gpu:
-            return self.product(hidden, self.matrix.t())
-        hidden, (vocabulary, width) = self.operand(hidden), self.matrix.shape
+            return self._product(hidden, self.matrix.t())
+        vocabulary, width = self.matrix.shape
         z = hidden.new_empty(len(hidden), vocabulary)
         size = max(64, PANEL_ELEMENTS // max(1, width))
         for panel, part in zip(self.matrix.split(size), z.split(size, 1), strict=True):
@@ -80,6 +83,40 @@ class Head:
         """
         return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap).square_())
 
+    def at_hidden(self, gradient: Tensor) -> Tensor:
+        """Return the gradient at hidden states, (tokens, D), given that at their products, (tokens, V)."""
+        gradient = gradient.to(self.gradient_dtype)
+        if self.gradient_dtype == self.matrix.dtype:
+            return self._product(gradient, self.matrix)
+        total = gradient.new_zeros(len(gradient), self.matrix.shape[1])
+        size = self._rows_of_a_panel()  # of a matrix in float16, which is not widened whole
+        for part, panel in zip(gradient.split(size, 1), self.matrix.split(size), strict=True):
+            total.addmm_(part, panel.to(self.gradient_dtype))
+        return total
+
+    def add_at_matrix(self, total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
+        """Return (V, D) in the accumulating dtype, `total` (None: 0) with Σ over tokens of gradient · hidden added.
+
+        gradient: (tokens, V). hidden: (tokens, D). `total` is added to in place.
+        """
+        left, right = gradient.to(self.gradient_dtype).t(), hidden.to(self.gradient_dtype)
+        if total is None:
+            return self._product(left, right)
+        if self.gradient_dtype == self.dtype:
+            return total.addmm_(left, right)
+        if _adds_half(total.device, left.dtype):
+            return torch.addmm(total, left, right, out_dtype=self.dtype, out=total)
+        size = self._rows_of_a_panel()  # so that no second matrix of this size is made
+        for rows, part in zip(left.split(size), total.split(size), strict=True):
+            part.add_(product(rows, right))
+        return total
+
+    def _rows_of_a_panel(self) -> int:
+        return max(1, GPU_SLICE_ELEMENTS // self.matrix.shape[1])
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        return product(left, right) if self.native else left @ right
+
 
 def block_tokens(on_gpu: bool, vocabulary: int, others: int = 0) -> int:
     """Return how many tokens a block has.
@@ -92,6 +129,11 @@ def block_tokens(on_gpu: bool, vocabulary: int, others: int = 0) -> int:
     return size - size % MIN_TOKENS
 
 
+def panel_tokens(size: int, vocabulary: int) -> int:
+    """Return how many tokens a panel of gradients in bfloat16 has: those of whole blocks, at least of one."""
+    return max(1, PANEL_BYTES // (2 * max(1, vocabulary)) // size) * size
+
+
 def slice_tokens(on_gpu: bool, vocabulary: int) -> int:
     """Return how many tokens a slice of a block has."""
     return max(1, (GPU_SLICE_ELEMENTS if on_gpu else SLICE_ELEMENTS) // vocabulary)
@@ -101,7 +143,8 @@ def slice_tokens(on_gpu: bool, vocabulary: int) -> int:
 def _adds_half(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch adds a product of half-precision matrices to one in float32 here.
 
-    On CUDA `addmm` takes `out_dtype`; its first versions want the matrix that is added to in half precision, too.
+    On CUDA `addmm` takes `out_dtype`; its first versions want the matrix that is added to in half precision, too. The
+    answer waits for the device, once in a process.
     """
     total, half = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:

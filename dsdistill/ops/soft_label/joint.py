@@ -21,6 +21,7 @@ from dsdistill.ops.common import (
 )
 from dsdistill.ops.soft_label import chunked, reference
 from dsdistill.ops.soft_label.op import (
+    SMALL_CALL,
     WIDE,
     check_formula,
     check_labels,
@@ -82,7 +83,7 @@ def vocabulary_losses(
             sees the student's soft cap, too, but no temperature.
         label_smoothing: as `token_cross_entropy`.
         reduction: "mean" over the tokens that count, or "sum".
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         total = weights[0] · task + weights[1] · soft, with gradients to the student's hidden states, head and bias
@@ -109,7 +110,9 @@ def vocabulary_losses(
     dtype = accumulate_dtype(*inputs, *teacher)
     setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
     setting |= {"label_smoothing": float(label_smoothing), **formula, **caps}
-    chosen = choose("vocabulary_losses", backend, student_hidden)
+    given = (*inputs, *teacher)
+    chosen = choose("vocabulary_losses", backend, given, divergence, _total, SMALL_CALL)
+    setting["fused"] = chosen == "triton"
     with without_autocast(student_hidden.device):
         scale = torch.stack([_scalar(weight, student_hidden.device, dtype) for weight in weights])
         share = torch.ones((), dtype=dtype, device=student_hidden.device)  # of the mean that a sum has
@@ -117,6 +120,7 @@ def vocabulary_losses(
             count = (labels != ignore_index).sum() if index is None else share * index.numel()
             share = safe_divide(share, count)
         if chosen == "reference":
+            del setting["fused"]
             sums = reference.vocabulary_totals(*inputs, *teacher, labels, **setting) * share
             return VocabularyLosses((scale * sums).sum(), *sums.unbind())
         found = []
@@ -160,6 +164,15 @@ class _GradientsLater(torch.autograd.Function):
             None,
             *(None if g is None else g.to(x.dtype) for g, x in zip(gradients, given, strict=True)),
         )
+
+
+def _total(
+    student_hidden, student_head, teacher_hidden, teacher_head, divergence: str, backend: str
+) -> Tensor:
+    """Return the total of a small call, whose labels do not matter."""
+    labels = torch.ones(student_hidden.shape[:2], dtype=torch.int64, device=student_hidden.device)
+    tensors = (student_hidden, student_head, teacher_hidden, teacher_head)
+    return vocabulary_losses(*tensors, labels=labels, divergence=divergence, backend=backend).total
 
 
 def _scalar(weight: Weight, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,20 @@ from dsdistill.ops.common import (
     with_stored_gradients,
     without_autocast,
 )
+from dsdistill.ops.gpu import triton_lack
+from dsdistill.ops.records import gpu_choice
 from dsdistill.ops.soft_label import chunked, reference
 from dsdistill.ops.soft_label.divergence import DIVERGENCES
 
-# The backends of all operators over a vocabulary that read heads, the fastest first.
-HEAD_BACKENDS = ("chunked", "reference")
+# The backends of all operators over a vocabulary that read heads.
+HEAD_BACKENDS = ("chunked", "reference", "triton")
+# On these shapes a backend is compared with `chunked` where a GPU's architecture has no record.
+SMALL_CALL = {
+    "student_hidden": (1, 65, 40),
+    "student_head": (301, 40),
+    "teacher_hidden": (1, 65, 48),
+    "teacher_head": (301, 48),
+}
 WIDE = (False, True, False)  # of the gradients at hidden states, head and bias: the head's is large
 
 
@@ -66,7 +76,7 @@ def soft_label_alignment(
         divergence: "forward_kl", "reverse_kl", "jsd", "skew_kl" (all in nats) or "tvd".
         beta: teacher's share in jsd's mixture. alpha: teacher's share in skew_kl's. Both in [0, 1].
         reduction: "mean" over valid tokens, or "sum".
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to the student's hidden states, head and bias
@@ -94,7 +104,7 @@ def soft_label_alignment(
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
     dtype = accumulate_dtype(*tensors)
     setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": dtype, **formula, **caps}
-    chosen = choose("soft_label_alignment", backend, student_hidden)
+    chosen = choose("soft_label_alignment", backend, tensors, divergence, soft_label_alignment, SMALL_CALL)
     with without_autocast(student_hidden.device):
         count = None
         if reduction == "mean" and mask is not None:
@@ -106,7 +116,7 @@ def soft_label_alignment(
             total = reference.soft_label_total(*tensors, **setting)
             return total if count is None else safe_divide(total, count)
         return with_stored_gradients(
-            lambda needs: chunked.soft_label_total(needs, *tensors, **setting),
+            lambda needs: chunked.soft_label_total(needs, *tensors, **setting, fused=chosen == "triton"),
             (student_hidden, student_head, student_bias),
             count,
             WIDE,
@@ -139,7 +149,7 @@ def token_cross_entropy(
         label_smoothing: ε in [0, 1]: the target is (1 − ε) of the label and ε/V of every entry (Szegedy et al. 2016,
             section 7), as torch's cross_entropy has it.
         reduction: "mean" over the tokens that count, or "sum".
-        backend: "auto", "reference" or "chunked".
+        backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to hidden, head and bias (each only if it
@@ -158,7 +168,8 @@ def token_cross_entropy(
     check_range("label_smoothing", label_smoothing, 0, 1)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(hidden, head, bias)
-    chosen = choose("token_cross_entropy", backend, hidden)
+    small = {name: shape for name, shape in SMALL_CALL.items() if name.startswith("student")}
+    chosen = choose("token_cross_entropy", backend, (hidden, head, bias), "task", _task_of_logits, small)
     with without_autocast(hidden.device):
         count = None
         if reduction == "mean" and index is not None:
@@ -171,7 +182,9 @@ def token_cross_entropy(
             total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
             return total if count is None else safe_divide(total, count)
         return with_stored_gradients(
-            lambda needs: chunked.cross_entropy_total(needs, hidden, head, labels, bias, **setting),
+            lambda needs: chunked.cross_entropy_total(
+                needs, hidden, head, labels, bias, **setting, fused=chosen == "triton"
+            ),
             (hidden, head, bias),
             count,
             WIDE,
@@ -273,12 +286,36 @@ def check_softcaps(**caps: float | None) -> None:
             raise ValueError(f"{name}: got {cap}, expected a number above 0, or None")
 
 
-def choose(operator: str, backend: str, like: Tensor) -> str:
-    return choose_backend(
-        operator,
-        backend,
-        preference=HEAD_BACKENDS,
-        missing={
-            name: "soft labels have only 'reference' and 'chunked'" for name in ("cpp", "triton", "cuda")
-        },
-    )
+def choose(
+    operator: str,
+    backend: str,
+    tensors: Sequence[Tensor | None],
+    variant: str,
+    function: Callable[..., Tensor],
+    small: dict[str, tuple[int, ...]],
+) -> str:
+    """Return the backend of an operator over a vocabulary. tensors: the student's hidden states come first.
+
+    variant, function, small: as `gpu_choice`.
+    """
+    preference, missing = ["chunked", "reference"], {}
+    for name in ("cpp", "cuda"):
+        missing[name] = f"losses over a vocabulary have only {', '.join(map(repr, HEAD_BACKENDS))}"
+    like = tensors[0]
+    assert like is not None  # the student is always given
+    lack = triton_lack(*tensors)
+    if lack:
+        missing["triton"] = lack
+    else:
+        preference.append("triton")
+    tokens = like.shape[0] * like.shape[1]
+    fast = gpu_choice(operator, variant, like, tokens, {"triton": lack}, function, small)
+    if fast and backend == "auto":
+        preference = [fast, *preference]
+    return choose_backend(operator, backend, preference=preference, missing=missing)
+
+
+def _task_of_logits(student_hidden: Tensor, student_head: Tensor, divergence: str, backend: str) -> Tensor:
+    """Return the cross-entropy of a small call, whose labels do not matter. divergence: the variant, not read."""
+    labels = torch.ones(student_hidden.shape[:2], dtype=torch.int64, device=student_hidden.device)
+    return token_cross_entropy(student_hidden, student_head, labels, backend=backend)

@@ -1,0 +1,128 @@
+"""Losses over a vocabulary on a GPU: products with the heads by cuBLAS, everything at the logits by one Triton kernel.
+
+It takes the place of the passes in PyTorch of `losses.py`: 2 or 3 reads of a block's logits and one write of the
+gradient, where they take about 15. What is around it, blocks, products and sums, stands in `chunked.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.gpu import Tile, architecture, interpreting, launch
+from dsdistill.ops.soft_label.divergence import DIVERGENCES
+from dsdistill.ops.soft_label.head import Head
+from dsdistill.ops.soft_label.losses import Labels, Loss, Places, SoftLabels
+
+# Tokens and entries of a program's block, by architecture. One token a program: the kernel is bound by reading logits,
+# and a block of 256 tokens then has programs for every multiprocessor of a GPU. 4 entries a thread of each model are
+# one 16-byte load; with 8 entries a thread a part of the variants spills 8 or 16 bytes (Triton 3.7.1).
+TILES = {
+    "sm_80": Tile(1, 1024, 8, 1),
+    "sm_90": Tile(1, 1024, 8, 1),
+    "interpreter": Tile(64, 32, 4, 1),
+}
+
+
+# Elements whose multiples begin the rows of a gradient, so that products load 16 bytes at once.
+ALIGNED = 8
+
+
+def aligned_rows(tokens: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory for (tokens, entries)."""
+    return torch.empty(tokens, -(-entries // ALIGNED) * ALIGNED, dtype=dtype, device=device)[:, :entries]
+
+
+def fused_block(
+    head: Head,
+    rows: Tensor,
+    places: Places,
+    losses: Sequence[Loss],
+    weights: Tensor | None,
+    totals: Tensor,
+    with_gradient: bool,
+    out: Tensor | None,
+) -> Tensor | None:
+    """Add the losses of a block to `totals`; return the gradient at its logits, if asked for.
+
+    losses: Labels, SoftLabels or both in this order. The gradient, at the products before bias and soft cap, (tokens,
+    V), is written to `out`; None: to the place of the logits where it has their type, else to a new matrix.
+    """
+    task = next((loss for loss in losses if isinstance(loss, Labels)), None)
+    soft = next((loss for loss in losses if isinstance(loss, SoftLabels)), None)
+    z = head.products(rows)
+    given = {"labels": z if task is None else task.labels[places], "teacher": z}
+    if soft is not None:
+        given["teacher"] = soft.teacher.products(soft.hidden[places])
+    if weights is None:
+        weights = torch.ones(2, device=z.device)
+    gradient = z if out is None else out
+    if out is None and with_gradient and head.gradient_dtype != z.dtype:
+        gradient = aligned_rows(len(z), z.shape[1], head.gradient_dtype, z.device)
+    values = run(head, z, given, task, soft, weights, gradient if with_gradient else None)
+    totals += values.sum(0)[0 if task else 1 : 2 if soft else 1]
+    return gradient if with_gradient else None
+
+
+def run(
+    head: Head,
+    z: Tensor,
+    given: dict[str, Tensor],
+    task: Labels | None,
+    soft: SoftLabels | None,
+    weights: Tensor,
+    gradient: Tensor | None,
+) -> Tensor:
+    """Return (tokens, 2) values of task and soft labels, and write the gradient of weights · values.
+
+    z: (tokens, V) products of the student's hidden states with its head. given: the tokens' `labels`, and products of
+    the `teacher`.
+    """
+    from dsdistill.ops.soft_label.triton_vocabulary import vocabulary_kernel
+
+    tile = TILES[architecture(z.device)]
+    values = torch.empty(len(z), 2, device=z.device)
+    teacher = head if soft is None else soft.teacher
+    divergence, beta, alpha = ("forward_kl", 0.5, 0.5) if soft is None else soft.formula
+    share = beta if divergence == "jsd" else alpha
+    arguments = {
+        **given,
+        "student": z,
+        "student_bias": z if head.bias is None else head.bias,
+        "teacher_bias": z if teacher.bias is None else teacher.bias,
+        "weights": weights,
+        "values": values,
+        "gradient": z if gradient is None else gradient,
+        "s_n": z.stride(0),
+        "t_n": given["teacher"].stride(0),
+        "g_n": z.stride(0) if gradient is None else gradient.stride(0),
+        "T": len(z),
+        "V": z.shape[1],
+        "C": given["teacher"].shape[1],
+        "inverse_temperature": 1.0 if soft is None else 1 / soft.temperature,
+        "student_cap": head.softcap or 1.0,
+        "teacher_cap": teacher.softcap or 1.0,
+        "smoothing": 0.0 if task is None else task.smoothing,
+        "share": share,
+        "log_share": math.log(share) if share > 0 else -math.inf,
+        "log_rest": math.log1p(-share) if share < 1 else -math.inf,
+        "BT": tile.rows,
+        "BV": tile.columns,
+        "DIVERGENCE": DIVERGENCES.index(divergence),
+        "TASK": task is not None,
+        "SOFT": soft is not None,
+        "SMOOTHED": task is not None and task.smoothing > 0,
+        "BIASED_S": head.bias is not None,
+        "BIASED_T": soft is not None and teacher.bias is not None,
+        "CAPPED_S": head.softcap is not None,
+        "CAPPED_T": soft is not None and teacher.softcap is not None,
+        "WITH_GRADIENT": gradient is not None,
+        "UPCAST": interpreting() and z.device.type == "cpu",
+    }
+    if len(z):
+        wanted = {name: arguments[name] for name in vocabulary_kernel.arg_names}
+        launch(vocabulary_kernel, -(-len(z) // tile.rows), wanted, tile)
+    return values

@@ -1,0 +1,83 @@
+"""Losses over a vocabulary, computed from the logits of some tokens by passes in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
+from dsdistill.ops.soft_label.head import Head
+
+Places = Tensor | slice  # of a block's tokens among all: (K,) int64, or a range
+
+
+class Loss(Protocol):
+    """A Loss is one loss over the vocabulary."""
+
+    entries: int  # of further heads, whose logits lie beside the student's
+
+    def block(self, places: Places) -> Tensor:
+        """Return what the loss needs of a block's tokens, its first axis the tokens."""
+
+    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sum over some tokens of a block, and the gradient at the first of their logits z (tokens, V).
+
+        given: the same tokens of what `block` returned; may be overwritten, z may not.
+        """
+
+
+class SoftLabels:
+    """SoftLabels are the divergence between both models' predictions over the entries of the teacher's head."""
+
+    def __init__(
+        self,
+        teacher_hidden: Tensor,
+        teacher: Head,
+        *,
+        temperature: float,
+        divergence: str,
+        beta: float,
+        alpha: float,
+    ):
+        self.entries = teacher.matrix.shape[0]
+        self.hidden, self.teacher = teacher_hidden.detach().flatten(0, 1), teacher
+        self.temperature, self.formula = temperature, (divergence, beta, alpha)
+
+    def block(self, places: Places) -> Tensor:
+        return self.teacher.logits(self.hidden[places])
+
+    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_q = (z[:, : self.entries] / self.temperature).log_softmax(-1)
+        log_p = given.div_(self.temperature).log_softmax(-1)
+        p = torch.exp(log_p, out=given)
+        value = divergence_rows(log_p, log_q, p, *self.formula).sum()
+        if not with_gradient:
+            return value, None
+        return value, logit_gradient(log_p, log_q, p, *self.formula).div_(self.temperature)
+
+
+class Labels:
+    """Labels are cross-entropy against labels, with ε of label smoothing."""
+
+    entries = 0
+
+    def __init__(self, labels: Tensor, label_smoothing: float):
+        self.labels, self.smoothing = labels.flatten(), label_smoothing
+
+    def block(self, places: Places) -> Tensor:
+        return self.labels[places][:, None]
+
+    def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        log_q = z.log_softmax(-1)
+        own, spread = 1 - self.smoothing, self.smoothing / z.shape[1]  # t: of the label, and of every entry
+        value = -own * log_q.gather(1, given).sum()
+        if self.smoothing:
+            value -= self.smoothing * log_q.mean(-1).sum()
+        if not with_gradient:
+            return value, None
+        gradient = log_q.exp_()  # of a softmax: softmax − t
+        if self.smoothing:
+            gradient.sub_(spread)
+        return value, gradient.scatter_add_(1, given, gradient.new_full(given.shape, -own))
