@@ -101,7 +101,9 @@ def call_of(variant: Variant) -> Call | None:
     rows, columns = given["BR"], given["BC"]
     heads, tokens = 8 * 16, columns if kernel == "full_row" else 4096
     owned, walked = (columns, rows) if kernel == "columns" else (rows, columns)
-    exps = 0 if given.get("DIVERGENCE") == 2 else 1 if kernel == "lse" else 2
+    # The loss of kl alone needs the teacher's probabilities only.
+    one = kernel == "lse" or (given.get("DIVERGENCE") == 0 and given.get("WITH_GRADIENT") is False)
+    exps = 0 if given.get("DIVERGENCE") == 2 else 1 if one else 2
     products = PRODUCTS[kernel] + sum(given.get(name) is True for name in ADDED)
     width = given.get("DS", given.get("D"))
     return Call(
