@@ -394,7 +394,10 @@ def try_tile(text: str) -> None:
 def variants(match: str) -> list[Variant]:
     from dsdistill.bench.aot_calls import all_calls
 
-    found = aot.variants_of(all_calls(WIDTHS), ARCHITECTURES)
+    named = [
+        architecture for architecture in ARCHITECTURES if architecture in match
+    ]  # the others need no recording
+    found = aot.variants_of(all_calls(WIDTHS), named or ARCHITECTURES)
     return [v for v in found if match in f"{v.label} {v.architecture}"]
 
 
