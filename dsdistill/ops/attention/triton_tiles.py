@@ -7,8 +7,10 @@ verify --aot` compiles them all. float32 may spill: its products unroll on plain
 
 - The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
   loaded once, and the left operand of sm_90's matrix instructions wants 64 rows for each four warps.
-- columns and merged in bfloat16 on sm_90 walk 64 queries at a time, so that dQ too is a product of 64 rows by sm_90's
-  matrix instructions; on an A100 32 queries with four warps, of which three programs share a multiprocessor.
+- columns and merged in bfloat16 on sm_90 walk 64 queries at a time to width 64, so that dQ too is a product of 64 rows
+  by sm_90's matrix instructions; wider heads leave registers for 32 (64 spill in the main loop, up to 512 bytes under
+  Triton 3.6.0 and 272 under 3.7.1). On an A100 32 queries with four warps, of which three programs share a
+  multiprocessor.
 - Loops over tiles with conditions take more registers than those over whole tiles: they load one tile at a time.
 - float16 multiplies dS in TF32 (triton_tile.gradient_product): operands of twice the size, half the walking side.
 - float32 at full precision has no matrix instructions; its products unroll in registers, so tiles are small.
@@ -56,7 +58,7 @@ TILES = {
     "columns": {
         "bfloat16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
-            "sm_90": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
@@ -70,7 +72,7 @@ TILES = {
     "merged": {
         "bfloat16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
-            "sm_90": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 2)),
