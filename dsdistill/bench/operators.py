@@ -29,7 +29,7 @@ from dsdistill.bench.arguments import check_common
 from dsdistill.bench.cases import WEIGHTS
 from dsdistill.bench.works import WORKS, Work, device, randn
 from dsdistill.config import UserError
-from dsdistill.ops import available_backends, soft_label_alignment, token_cross_entropy
+from dsdistill.ops import available_backends, clock, soft_label_alignment, token_cross_entropy
 from dsdistill.ops.attention import triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import attention_total
@@ -71,18 +71,8 @@ def roofline() -> tuple[float, float]:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Of one call; on a GPU by its own clock."""
-    if device() == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    """Return the seconds of one call; on a GPU by its own clock."""
+    return clock.seconds_of(call, device())
 
 
 def attention_in_half(work: Work) -> Tensor:

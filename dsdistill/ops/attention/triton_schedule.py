@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsdistill.ops.attention import tuning
 from dsdistill.ops.attention.native import DIVERGENCE_CODES, KL, MSE, SCORE_MSE
 from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
 from dsdistill.ops.backends import register_gradients
@@ -101,10 +102,14 @@ def run(
         plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
     """
     tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
+    needs = (query_gradient, key_gradient)
+    if tuning.due(tensors, (divergence, mean_heads, plan, needs)):
+        given = (mask, segments, student_lse, teacher_lse, coefficient, divergence, student_scale)
+        given = (*tensors, *given, teacher_scale, causal, window, mean_heads, plan, *needs)
+        tuning.tune(functools.partial(run, *given), tensors)
     call = _Call(
         tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
     )
-    needs = (query_gradient, key_gradient)
     if student_query.numel() == 0:
         loss, gradients = coefficient.new_zeros(()), (_zeros(student_query), _zeros(student_key))
     elif mean_heads:
