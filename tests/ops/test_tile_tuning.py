@@ -81,7 +81,7 @@ def test_a_tile_with_other_results_is_none(folder, monkeypatch):
         triton_schedule.tile_of("rows", [q])
         return [next(results)]
 
-    assert list(tuning.try_tiles(wrong, [q])) == []
+    assert list(tuning.try_tiles([wrong], [q])) == []
 
 
 def test_records_of_other_gpus_and_kinds_do_not_count(folder):

@@ -1,6 +1,7 @@
 """Which tile is the fastest here: with DSDISTILL_TUNE=1 the kernels of a call are timed with every candidate.
 
-The winner of each kernel goes into a record in the folder that DSDISTILL_RECORDS names, from where
+A tile is a candidate only if it also runs with all conditions on pairs and without any: the record does not tell calls
+with conditions from others. The winner of each kernel goes into a record in the folder that DSDISTILL_RECORDS names, from where
 `triton_tiles.tile_of` takes it, in this process and in later ones. Each process that is told to tries anew, one length
 between two powers of two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run this yet.
 """
@@ -80,20 +81,24 @@ def candidates(kernel: str, tensors: Sequence[Tensor]) -> list[Tile]:
     return list(dict.fromkeys((table_tile(kernel, tensors), *more)))
 
 
-def try_tiles(call: Callable[[], Sequence[Tensor]], tensors: Sequence[Tensor]) -> Iterator[dict]:
+def try_tiles(
+    calls: Sequence[Callable[[], Sequence[Tensor]]], tensors: Sequence[Tensor], skip: Sequence[str] = ()
+) -> Iterator[dict]:
     """Time each kernel of a call with each candidate; yield a row a kernel, as records hold them.
 
     Args:
-        call: runs the kernels and returns loss and gradients.
-        tensors: the call's queries and keys, (B, H, N, D).
+        calls: each runs the kernels and returns loss and gradients. The first is timed; a tile that one of the others
+            cannot run, or with which it finds something else, is none.
+        tensors: the queries and keys of the first, (B, H, N, D).
+        skip: kernels to leave as they are.
     """
     with trying({}) as asked:
-        expected = [x.detach().clone() for x in call()]
-    for kernel in dict.fromkeys(asked):
+        expected = [[x.detach().clone() for x in call()] for call in calls]
+    for kernel in dict.fromkeys(name for name in asked if name not in skip):
         seconds, failures = {}, {}
         for tile in candidates(kernel, tensors):
             try:
-                seconds[tile] = _time(kernel, tile, call, expected)
+                seconds[tile] = _time(kernel, tile, calls, expected)
             except Exception as error:  # of a compiler or a driver: this tile is none
                 failures["x".join(map(str, tile))] = f"{type(error).__name__}: {str(error)[:200]}"
         if not seconds:
@@ -113,25 +118,32 @@ def try_tiles(call: Callable[[], Sequence[Tensor]], tensors: Sequence[Tensor]) -
         }
 
 
-def _time(kernel: str, tile: Tile, call: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> float:
-    """Return the median seconds of a kernel with a tile. Raises AssertionError where results differ."""
+def _time(
+    kernel: str,
+    tile: Tile,
+    calls: Sequence[Callable[[], Sequence[Tensor]]],
+    expected: Sequence[Sequence[Tensor]],
+) -> float:
+    """Return the median seconds of a kernel with a tile in the first call. Raises AssertionError for other results."""
     names = LAUNCHED.get(kernel, (kernel,))
     times = []
     with trying({kernel: tile}):
-        for got, wanted in zip(call(), expected, strict=True):  # compiles
-            off = (got.float() - wanted.float()).abs().max() if wanted.numel() else 0.0
-            allowed = TOLERANCE * wanted.float().abs().max() if wanted.numel() else 0.0
-            assert off <= allowed, f"off by {float(off):.2e}, allowed {float(allowed):.2e}"
+        for call, found in zip(calls, expected, strict=True):
+            for got, wanted in zip(call(), found, strict=True):  # compiles
+                if wanted.numel():
+                    off = float((got.float() - wanted.float()).abs().max())
+                    allowed = TOLERANCE * float(wanted.float().abs().max())
+                    assert off <= allowed, f"off by {off:.2e}, allowed {allowed:.2e}"
         for _ in range(REPEATS):
-            with kernel_laps(expected[0].device) as laps:
-                call()
+            with kernel_laps(expected[0][0].device) as laps:
+                calls[0]()
             times.append(sum(seconds for name, _, seconds in laps() if name in names))
     return statistics.median(times)
 
 
-def tune(call: Callable[[], Sequence[Tensor]], tensors: Sequence[Tensor]) -> None:
-    """Try the tiles of a call, and write those that won into a record of this process."""
-    rows = list(try_tiles(call, tensors))
+def tune(calls: Sequence[Callable[[], Sequence[Tensor]]], tensors: Sequence[Tensor]) -> None:
+    """Try the tiles of a call, and write those that won into a record of this process. Arguments as `try_tiles`."""
+    rows = list(try_tiles(calls, tensors))
     for row in rows:
         said = "tile of %s, %d tokens: %s, %s ms; the table's: %s ms"
         logger.info(said, *(row[key] for key in ("kernel", "tokens", "tile", "ms", "table_ms")))
