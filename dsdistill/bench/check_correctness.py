@@ -18,6 +18,8 @@ from dsdistill.bench.cases import Case
 from dsdistill.bench.check_operators import RECORDED, recordable
 from dsdistill.bench.check_report import save
 from dsdistill.bench.operators import first_line
+from dsdistill.bench.works import device
+from dsdistill.ops import clock
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("gpu_kernels", "records", "tile_tuning", "attention_tiles", "vocabulary_losses")
@@ -166,6 +168,10 @@ def check_one(task: Task) -> tuple[str | None, float]:
     """Return what is wrong, None if nothing is, and the worst error as a share of what is allowed."""
     index, backend, dtype, name = task
     case = checks.all_cases()[index]
+    try:
+        clock.synchronize(device())
+    except Exception:  # what an earlier kernel did to this process
+        return f"{name} {case} {backend} {dtype}: not run, the GPU had failed this process before", 0.0
     try:
         return None, checks.CHECKS[name](case, backend, dtype)
     except Exception as error:  # a compiler's or a driver's, as much as a mismatch

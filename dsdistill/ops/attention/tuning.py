@@ -1,9 +1,10 @@
 """Which tile is the fastest here: with DSDISTILL_TUNE=1 the kernels of a call are timed with every candidate.
 
 A tile is a candidate only if it also runs with all conditions on pairs and without any: the record does not tell calls
-with conditions from others. The winner of each kernel goes into a record in the folder that DSDISTILL_RECORDS names, from where
-`triton_tiles.tile_of` takes it, in this process and in later ones. Each process that is told to tries anew, one length
-between two powers of two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run this yet.
+with conditions from others. The winner of each kernel goes into a record in the folder that DSDISTILL_RECORDS names,
+from where `triton_tiles.tile_of` takes it, in this process and in later ones. Each process that is told to tries anew,
+one length between two powers of two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run
+this yet.
 """
 
 from __future__ import annotations
