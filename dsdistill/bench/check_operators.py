@@ -270,7 +270,7 @@ def compile_ahead(shapes: Sequence[tuple[dict, str]], workers: int) -> None:
 
 def ahead(shapes: Sequence[tuple[dict, str]]) -> Iterator[tuple[dict, str, str, Tile]]:
     for options, plan in shapes:
-        short = options | {"batch": 1, "tokens": 256}
+        short = options | {"batch": 1, "tokens": min(256, options["tokens"])}
         calls, tensors = tile_calls(short, plan)
         with trying({}) as asked:
             calls[0]()

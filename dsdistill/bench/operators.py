@@ -49,6 +49,7 @@ def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
 def roofline() -> tuple[float, float]:
     """This process's matrix products, FLOP/s in float32 (bfloat16 on a GPU), and copies, byte/s."""
     size = 8192 if device() == "cuda" else 1024
