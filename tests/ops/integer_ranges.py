@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 Range = tuple[int, int]
-RESULT = re.compile(r"^\s*%(\w+)(?:, %\w+)* = ([a-z_]+\.\w+)\b(.*?)(?: loc\(.*)?$")
+RESULT = re.compile(r"^\s*%(\w+)(?:, %\w+)* = \"?([a-z_]+\.\w+)\b\"?(.*?)(?: loc\(.*)?$")
 LOOP = re.compile(r"scf\.for %(\w+) = %(\w+) to %(\w+) step %(\w+)")
 NAMES = re.compile(r"%(\w+)")
 # Each takes the ranges of its operands and returns that of its result.
@@ -76,8 +76,12 @@ def overflows(code: str, arguments: Mapping[str, object], programs: int) -> list
         elif operation == "tt.make_range":
             end, start = re.search(r"end = (\d+)", rest), re.search(r"start = (\d+)", rest)
             bounds = (int(start[1]), int(end[1]) - 1)
-        elif operation in SAME:
-            bounds = operands[0]
+        elif operation in SAME or operation == "tt.reduce":
+            bounds = operands[0]  # a least or largest one, as integers are reduced in no other way here
+        elif operation == "tt.load" and "ptr<i32>" in line:
+            bounds = (-1 - arguments["N"], arguments["N"])  # what triton_schedule.reach gives, or a label
+        elif operation == "arith.extui" and "i1" in line:
+            bounds = (0, 1)
         elif operation == "arith.select" and operands[1] and operands[2]:
             bounds = min(operands[1][0], operands[2][0]), max(operands[1][1], operands[2][1])
         elif operation in ARITHMETIC and bits(line) > 1:

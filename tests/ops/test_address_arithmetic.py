@@ -18,6 +18,7 @@ COMPILED = f"""
 import json, sys
 import torch
 from dsdistill.bench import aot
+from dsdistill.bench.aot_calls import vocabulary_call
 from dsdistill.ops.attention import triton_schedule as attention
 from dsdistill.ops.gpu import recording
 from dsdistill.ops.hidden import rows as hidden
@@ -50,6 +51,7 @@ CALLS = [
     lambda: states(64, {TOKENS}, 0),
     lambda: states(64, {TOKENS}, 2),
     lambda: rows(1 << 24, 512),
+    lambda: vocabulary_call(torch.bfloat16, "jsd", True, True),
 ]
 found, seen = [], set()
 for call in CALLS:
@@ -81,7 +83,16 @@ def kernels():
 
 def test_no_integer_overflows(kernels):
     names = {name.removesuffix("_kernel") for name, *_ in kernels}
-    assert names == {"statistics", "rows", "columns", "full_row", "lse", "mean_heads", "relation"}
+    assert names == {
+        "statistics",
+        "rows",
+        "columns",
+        "full_row",
+        "lse",
+        "mean_heads",
+        "relation",
+        "vocabulary",
+    }
     for name, code, arguments, programs in kernels:
         assert 0 < programs < 2**31, (name, programs)
         assert overflows(code, arguments, programs) == [], name
