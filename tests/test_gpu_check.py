@@ -121,7 +121,7 @@ def test_a_step_in_tiny_form(tmp_path, monkeypatch):
     monkeypatch.setattr(check_step, "CASES", ["hidden-mse-bias"])
     assert check_step.sanitizer(tmp_path / "sanitizer.json", True) == 0
     if "triton" in available_backends():
-        assert read(tmp_path / "sanitizer.json")["last"][-1].startswith("hidden-mse-bias triton")
+        assert read(tmp_path / "sanitizer.json")["said"][-1].startswith("hidden-mse-bias triton")
 
 
 def test_the_sanitizer_has_cases():

@@ -22,7 +22,7 @@ from dsdistill.bench.works import device
 from dsdistill.ops import clock
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("gpu_kernels", "records", "tile_tuning", "attention_tiles", "vocabulary_losses")
+TESTS = ("gpu_kernels", "records", "tile_tuning", "attention_tiles")
 
 # In a process of its own: this one has loaded the library of the source folder already, if there is one.
 SYMBOLS = """

@@ -128,11 +128,15 @@ def sanitizer(out: Path, dry: bool) -> int:
     command = [tool, "--error-exitcode", "9"] if tool and not dry else []
     command += [sys.executable, "-c", SANITIZED, *CASES]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout[-4000:], done.stderr[-2000:])
-    lines = done.stdout.strip().splitlines()
-    save(out, {"compute_sanitizer": tool or "not found", "returncode": done.returncode, "last": lines[-8:]})
-    return done.returncode
+    found: dict = {"compute_sanitizer": tool or "not found", "said": []}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None  # asked for
+        for line in process.stdout:
+            print(line, end="")
+            found["said"] = [*found["said"], line.rstrip()][-40:]
+            save(out, found)
+    save(out, found | {"returncode": process.returncode})
+    return process.returncode
 
 
 STEPS = {"levels": levels, "profile": profile, "sanitizer": sanitizer, "run": run}

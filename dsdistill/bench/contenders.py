@@ -52,8 +52,6 @@ def unasked(found: set[str]) -> set[str]:
 def contender(work: Work, name: str) -> Callable[[], Tensor]:
     """Return a function that computes a contender's loss."""
     if name == "compile":
-        # What was compiled for earlier work counts towards the limit of recompilations, after which calls run eagerly.
-        torch._dynamo.reset()
         # One graph of fixed sizes: a call that would leave it, or go beyond that limit, raises.
         return torch.compile(lambda: work.loss("reference"), fullgraph=True, dynamic=False)
     if name in MADE:
@@ -129,7 +127,6 @@ def flex(work: Work) -> Callable[[], Tensor]:
         blocks = create_block_mask(exists, batch, None, tokens, tokens, device=query.device)
     function = flex_attention
     if device() == "cuda":
-        torch._dynamo.reset()
         function = torch.compile(flex_attention, fullgraph=True, dynamic=False)
     gqa = heads != key.shape[1]
     return lambda: function(query, key, value, block_mask=blocks, enable_gqa=gqa).sum()

@@ -104,33 +104,19 @@ def run(
     tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
     needs = (query_gradient, key_gradient)
     if tuning.due(tensors, (divergence, mean_heads, plan, needs)):
-        lse, scales = (student_lse, teacher_lse), (student_scale, teacher_scale)
         everywhere = torch.ones(
-            tensors[0].shape[0], tensors[0].shape[2], dtype=torch.bool, device=tensors[0].device
+            (tensors[0].shape[0], tensors[0].shape[2]), dtype=torch.bool, device=tensors[0].device
         )
-        tuning.tune(
-            [
-                functools.partial(
-                    run,
-                    *tensors,
-                    *where,
-                    *lse,
-                    coefficient,
-                    divergence,
-                    *scales,
-                    *order,
-                    mean_heads,
-                    plan,
-                    *needs,
-                )
-                for where, order in (
-                    ((mask, segments), (causal, window)),
-                    ((None, None), (False, -1)),
-                    ((everywhere, None), (True, everywhere.shape[1] // 2 + 1)),
-                )
-            ],
-            tensors,
-        )
+        calls = []
+        for where, order in (
+            ((mask, segments), (causal, window)),
+            ((None, None), (False, -1)),
+            ((everywhere, None), (True, everywhere.shape[1] // 2 + 1)),
+        ):
+            given: list[Any] = [*tensors, *where, student_lse, teacher_lse, coefficient, divergence]
+            given += [student_scale, teacher_scale, *order, mean_heads, plan, *needs]
+            calls.append(functools.partial(run, *given))
+        tuning.tune(calls, tensors)
     call = _Call(
         tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
     )
