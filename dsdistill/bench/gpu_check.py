@@ -9,6 +9,7 @@ parts/, where each step writes its results as they come. Parts that run into one
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -17,10 +18,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from dsdistill.bench import check_correctness, check_operators, check_step
 from dsdistill.bench.check_report import found, markdown, plots, save, what_to_change
 from dsdistill.ops.records import this_machine
 
@@ -28,11 +29,16 @@ BUILD = 75  # seconds of launch/gpu_check.sh, before the steps of each part
 # Seconds of each step. With BUILD those of a part make less than nine minutes.
 BUDGETS = {
     "correctness": {"symbols": 20, "verify": 280, "tests": 150},
-    "operators": {"tiles": 90, "kernels": 40, "attention": 190, "vocabulary": 80, "others": 60},
+    "operators": {"tiles": 90, "kernels": 40, "attention": 175, "vocabulary": 110, "others": 45},
     "step": {"levels": 120, "profile": 60, "sanitizer": 100, "run": 170},
 }
-STEPS = check_correctness.STEPS | check_operators.STEPS | check_step.STEPS
+PARTS = {step: part for part, steps in BUDGETS.items() for step in steps}
 ROOT = Path(__file__).parents[2]
+
+
+def module_of(part: str) -> ModuleType:
+    """Import what runs a part, which may load libraries that the others do without."""
+    return importlib.import_module(f"dsdistill.bench.check_{part}")
 
 
 def run_step(part: str, name: str, work: Path, log, dry: bool, command: list[str] | None = None) -> dict:
@@ -83,6 +89,7 @@ def run_parts(parts: list[str], out: Path, dry: bool) -> dict:
             for step in BUDGETS[part]:
                 record["steps"][step] = run_step(part, step, work, log, dry)
                 if part == "operators":
+                    check_operators = module_of(part)
                     benches = [row for kind in check_operators.BENCHES for row in found(record, kind) or ()]
                     record["rows"] = check_operators.record_rows(benches)
                     record["tiles"] = found(record, "tiles") or []
@@ -93,7 +100,8 @@ def run_parts(parts: list[str], out: Path, dry: bool) -> dict:
         plots(record, out)
     except ImportError as error:
         print(f"== no plots: {error}")
-    print(f"== {path.with_suffix('.md')} has it all. What to change first:")
+    said = " (a dry run: these figures mean nothing)" if dry else ""
+    print(f"== {path.with_suffix('.md')} has it all{said}. What to change first:")
     for number, line in enumerate(what_to_change(record), 1):
         print(f"{number}. {line}")
     return record
@@ -104,10 +112,10 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--part", choices=BUDGETS, help="run this part alone; default: all three")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU: the script's own logic")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.step:
-        return STEPS[given.step](given.out, given.dry_run)
+        return module_of(PARTS[given.step]).STEPS[given.step](given.out, given.dry_run)
     if not given.dry_run and not torch.cuda.is_available():
         said = "got no GPU, expected one that torch sees (or --dry-run)"
         print(f"dsdistill: gpu_check: {said}", file=sys.stderr)
