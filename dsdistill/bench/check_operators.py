@@ -43,23 +43,23 @@ class Bench:
 
 
 OURS = ("chunked", "triton")
-TEN = {"batch": 8, "heads": 16, "tokens": 4096}  # a billion pairs and two
+LONG = {"batch": 8, "heads": 16, "tokens": 4096}  # two billion pairs of a query and a key
 SHORT = {"batch": 8, "heads": 16, "tokens": 128}
 WIDE = {"batch": 8, "heads": 8, "tokens": 4096, "width": 128}
 EAGER = ("eager", "eager-half")
 ATTENTION = [
-    Bench("attention", "kl", TEN, (*EAGER, "compile", "sdpa", "flex", *OURS, *PLANS), ("floor", "compile")),
+    Bench("attention", "kl", LONG, (*EAGER, "compile", "sdpa", "flex", *OURS, *PLANS), ("floor", "compile")),
     Bench("attention", "kl", SHORT, (*EAGER, "sdpa", *OURS, *PLANS), ("short",)),
-    Bench("attention", "kl", TEN | {"tokens": 512}, (*EAGER, "sdpa", *OURS, *PLANS)),
+    Bench("attention", "kl", LONG | {"tokens": 512}, (*EAGER, "sdpa", *OURS, *PLANS)),
     # Where whole matrices of eight sequences do not fit.
-    Bench("attention", "kl", TEN | {"batch": 2}, ("eager", "compile", *OURS), ("compile",)),
+    Bench("attention", "kl", LONG | {"batch": 2}, ("eager", "compile", *OURS), ("compile",)),
     Bench("attention", "kl", WIDE, ("eager-half", "sdpa", *OURS, *PLANS[1:])),
-    Bench("attention", "kl", TEN | {"causal": True}, ("sdpa", *OURS)),
-    Bench("attention", "kl", TEN | {"masked": True}, ("sdpa", *OURS)),
-    Bench("attention", "kl", TEN | {"packed": True, "causal": True}, ("sdpa", "flex", *OURS)),
-    Bench("attention", "kl", TEN | {"group": 4}, ("sdpa", *OURS)),
-    Bench("attention", "mse", TEN | {"divergence": "mse"}, OURS),
-    Bench("attention", "score_mse", TEN | {"divergence": "score_mse"}, OURS),
+    Bench("attention", "kl", LONG | {"causal": True}, ("sdpa", *OURS)),
+    Bench("attention", "kl", LONG | {"masked": True}, ("sdpa", *OURS)),
+    Bench("attention", "kl", LONG | {"packed": True, "causal": True}, ("sdpa", "flex", *OURS)),
+    Bench("attention", "kl", LONG | {"group": 4}, ("sdpa", *OURS)),
+    Bench("attention", "mse", LONG | {"divergence": "mse"}, OURS),
+    Bench("attention", "score_mse", LONG | {"divergence": "score_mse"}, OURS),
 ]
 LENGTHS = [512 << i for i in range(9)]  # to 131,072
 ATTENTION += [
@@ -129,12 +129,12 @@ PUBLIC = {
 RECORDED = ("triton", "cuda")  # backends that `auto` takes on a record alone
 # Kernels by themselves: (contender, options of the work).
 KERNELS = [
-    ("attention", "triton-merged", TEN),
-    ("attention", "triton-sweeps", TEN),
-    ("attention", "triton-merged", TEN | {"divergence": "mse"}),
-    ("attention", "triton-merged", TEN | {"packed": True, "causal": True}),
+    ("attention", "triton-merged", LONG),
+    ("attention", "triton-sweeps", LONG),
+    ("attention", "triton-merged", LONG | {"divergence": "mse"}),
+    ("attention", "triton-merged", LONG | {"packed": True, "causal": True}),
     ("attention", "triton-merged", WIDE),
-    ("attention", "triton-row", TEN | {"tokens": 512}),
+    ("attention", "triton-row", LONG | {"tokens": 512}),
     ("attention", "triton-row", SHORT),
     ("attention", "chunked", SHORT),
     ("hidden", "cuda", {"tokens": 262144, "projected": False}),
@@ -146,7 +146,7 @@ KERNELS = [
     ("vocabulary", "triton", {"tokens": 128, "vocabulary": 32000, "width": 2048}),
 ]
 PLAN_KERNELS = {"merged": ("statistics", "merged"), "sweeps": ("statistics", "rows", "columns")}
-TILE_SHAPES = [(TEN, "merged"), (TEN, "sweeps"), (WIDE, "merged"), (WIDE, "sweeps")]
+TILE_SHAPES = [(LONG, "merged"), (LONG, "sweeps"), (WIDE, "merged"), (WIDE, "sweeps")]
 SMALL = {"batch": 1, "heads": 2, "tokens": 32, "width": 16, "teacher_width": 16, "vocabulary": 64}
 
 
@@ -260,7 +260,7 @@ def tiles(out: Path, dry: bool) -> int:
     if "triton" not in present("attention", {}, "bfloat16"):
         save(out, [])
         return 0
-    shapes = [(small(TEN, "attention"), "merged")] if dry else TILE_SHAPES
+    shapes = [(small(LONG, "attention"), "merged")] if dry else TILE_SHAPES
     compile_ahead(shapes, 0 if dry else min(12, os.cpu_count() or 1))
     rows: list[dict] = []
     for options, plan in shapes:

@@ -45,7 +45,7 @@ def rows_for(record: dict, goal: str) -> list[dict]:
 
 
 def best(bench: dict) -> dict | None:
-    """Return the row of the fastest backend of ours, without one a backend that PyTorch's own code stands for."""
+    """Return the row of the fastest backend of ours; None where none was timed."""
     ours = [row for row in bench["rows"] if row["backend"].partition("-")[0] in ("chunked", "triton", "cuda")]
     return min(ours, key=lambda row: row["both"], default=None)
 
@@ -166,7 +166,7 @@ def step_goals(record: dict) -> Iterator[Goal]:
 
 
 def goals(record: dict) -> list[Goal]:
-    """Return all goals of issue and README, those missed by most first, those that nobody measured last."""
+    """Return all goals: those missed by most first, those that nobody measured last."""
     every = [*attention_goals(record), *other_goals(record), *step_goals(record)]
     return sorted(every, key=lambda goal: -goal.off if goal.off < MISSING else MISSING)
 

@@ -61,7 +61,7 @@ def due(tensors: Sequence[Tensor], options: tuple) -> bool:
 
     Raises ValueError where DSDISTILL_TUNE is set without a folder for what is found.
     """
-    if os.environ.get("DSDISTILL_TUNE") != "1" or not tensors[0].numel():
+    if os.environ.get("DSDISTILL_TUNE") != "1" or tensors[0].is_meta or not tensors[0].numel():
         return False
     if not os.environ.get("DSDISTILL_RECORDS"):
         raise ValueError(
