@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
-# All that a GPU can tell, in under nine minutes: ./launch/gpu_check.sh OUT_DIR [--only PART] [--dry-run]
+# All that a GPU can tell: ./launch/gpu_check.sh OUT_DIR [--part correctness|operators|step] [--dry-run]
 #
-# For a machine with a GPU, nvcc and a torch of 2.11 or newer with CUDA; no network. Builds in place, then runs the
-# parts of dsdistill/bench/gpu_check.py (verify, bench, lengths, job, tests, aot, sanitizer), each within its budget.
-# --dry-run does all of that on a CPU in tiny form: the build without optimisation and apart, WHEELS as they are.
+# For a machine with a GPU, nvcc and a torch of 2.11 or newer with CUDA; no network. Builds in place, then runs one part
+# of dsdistill/bench/gpu_check.py, or all three; each takes less than nine minutes with the build and is useful alone:
+#
+#   correctness  symbols of what was built; kernels that `auto` could take, against float64; tests on the GPU
+#   operators    tiles of attention's kernels, kernels one by one, every operator beside its rivals: makes the record
+#   step         24 layers of 1024 into 6 of 768 with more and more losses; largest kernels, sanitizer, a run
+#
+# Parts that run into one OUT_DIR make one record, and `step` then takes what `operators` found the fastest. Results are
+# written as they come. At the end stands what to change first. --dry-run does all of that on a CPU in tiny form: the
+# build without optimisation and apart, WHEELS as they are.
 #
 #   ./launch/gpu_check.sh --wheels DIR
 #
@@ -67,6 +74,8 @@ start=$SECONDS
 if MAX_JOBS=$(nproc) timeout $limit "$python" "${build[@]}" 2>&1 | tee "$site/build.log" >> "$out/log.txt" \
   && ! grep -q 'building extension "dsdistill._C" failed' "$site/build.log"; then
   echo "== build: passed ($((SECONDS - start)) s)"
+  # What a dry run built lies apart, and its symbols are looked at there.
+  for library in "$site"/build/dsdistill/_C*.so; do [ ! -e "$library" ] || export DSDISTILL_BUILT=$library; done
 else
   echo "== build: failed (log.txt); the rest goes on with what is there"
 fi

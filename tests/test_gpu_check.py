@@ -1,4 +1,4 @@
-"""launch/gpu_check.sh, as far as that goes without a GPU: its parts in tiny form, and what it does when one fails."""
+"""launch/gpu_check.sh, as far as that goes without a GPU: its parts in tiny form, and what a failure does."""
 
 import importlib.metadata
 import json
@@ -9,11 +9,23 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from dsdistill.bench import gpu_check, wheels
+from dsdistill.bench import (
+    check_correctness,
+    check_operators,
+    check_report,
+    check_step,
+    gpu_check,
+    verify,
+    wheels,
+)
+from dsdistill.bench.check_operators import Bench
+from dsdistill.ops import available_backends
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
+triton = pytest.mark.skipif("triton" not in available_backends(), reason="Triton cannot run here")
 
 
 def run(*arguments: object, **variables: object) -> subprocess.CompletedProcess:
@@ -24,59 +36,270 @@ def run(*arguments: object, **variables: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
-@pytest.mark.parametrize("part", ["bench", "job"])
-def test_a_part_in_tiny_form(part, tmp_path):
-    done = run(tmp_path, "--dry-run", "--only", part)
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_part_in_tiny_form(tmp_path):
+    done = run(tmp_path, "--dry-run", "--part", "correctness")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
-    names = sorted(path.suffix or path.name for path in tmp_path.iterdir())
-    assert names == [".json", ".md", ".txt", "parts"]
-    assert "== build: passed" in done.stdout and (tmp_path / "parts" / f"{part}.json").exists()
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert list(found["parts"]) == [part] and found["parts"][part]["status"] == "passed"
-    rows = found["parts"][part]["found"]
-    if part == "job":
-        assert [row["terms"].count("+") for row in rows] == [0, 1, 2, 3]
-        assert all(row["tokens_per_second"] > 0 and row["steps"] == 2 for row in rows)
-        assert "datasets" not in (tmp_path / "log.txt").read_text()
-    else:
-        assert {row["backend"] for one in rows for row in one["rows"]} == {"eager", "chunked"}
-    assert found["parts"][part]["status"] in next(tmp_path.glob("*.md")).read_text()
+    assert "== build: passed" in done.stdout
+    record = read(next(tmp_path.glob("*.json")))
+    assert {name: step["status"] for name, step in record["steps"].items()} == dict.fromkeys(
+        ("symbols", "verify", "tests"), "passed"
+    )
+    checks = record["steps"]["verify"]["found"]
+    assert checks["done"] == checks["checks"] >= 6 and 0 < checks["worst"] <= 1
+    said = done.stdout.split("What to change first:")[1]
+    assert "unknown: attention kl B8 H16 D64 N4096 bf16" in said and "not measured (--part operators)" in said
+    assert said.strip().splitlines()[0] in next(tmp_path.glob("*.md")).read_text()
 
 
-def test_a_failed_part_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
-    codes = {"verify": "raise SystemExit(3)", "bench": "import time; time.sleep(60)", "job": "pass"}
-    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(codes))
-    monkeypatch.setitem(gpu_check.BUDGETS, "bench", 1)
-    original = gpu_check.run_part
+@triton
+def test_operators_in_tiny_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", torch.compile)  # a dry run puts another in its place
+    monkeypatch.setattr(
+        check_operators.operators, "checked", lambda *given: None
+    )  # tests/ops has these checks
+    monkeypatch.setattr(check_operators.tuning, "REPEATS", 1)
+    assert check_operators.tiles(tmp_path / "tiles.json", True) == 0
+    assert (
+        tuple(row["kernel"] for row in read(tmp_path / "tiles.json"))
+        == check_operators.PLAN_KERNELS["merged"]
+    )
+    monkeypatch.setattr(check_operators, "KERNELS", [check_operators.KERNELS[i] for i in (1, 9)])
+    assert check_operators.kernels(tmp_path / "kernels.json", True) == 0
+    rows = read(tmp_path / "kernels.json")
+    # The sweeps' kernels are those whose tiles are compiled ahead, by the names that they are launched under.
+    assert [tuple(row["kernels"]) for row in rows] == [check_operators.PLAN_KERNELS["sweeps"], ("rows",)]
+    for row in rows:
+        inside = sum(kernel["seconds"] for kernel in row["kernels"].values())
+        assert 0 < inside < 5 * row["seconds"] and row["host_seconds"] > 0
+    few = [check_operators.ATTENTION[3], check_operators.OTHERS[0], check_operators.VOCABULARY[0]]
+    few.append(Bench("hidden", "mse projected", {"batch": 2}))
+    check_operators.measure_benches(tmp_path / "benches.json", few, True)
+    rows = read(tmp_path / "benches.json")
+    attention, hidden, vocabulary, broken = rows
+    measured = {row["backend"] for row in attention["rows"]}
+    assert measured == {"eager", "compile", "chunked", "triton"}
+    assert {"apart", "chunked"} <= {row["backend"] for row in vocabulary["rows"]} and hidden["rows"]
+    assert broken["operator"] == "hidden" and "got 'batch'" in broken["error"]
+    recorded = check_operators.record_rows(rows)
+    assert [row["operator"] for row in recorded] == [
+        "attention_alignment",
+        "hidden_alignment",
+        "vocabulary_losses",
+    ]
+
+
+def test_every_bench_can_be_made():
+    """In small, so that a name that is wrong shows here and not on a GPU."""
+    for benches in check_operators.BENCHES.values():
+        small = check_operators.in_small(benches)
+        assert 3 <= len(small) <= len(benches)
+        for bench in small:
+            loss = check_operators.WORKS[bench.operator](**bench.options, dtype=torch.bfloat16).loss(
+                "reference"
+            )
+            assert torch.isfinite(loss)
+            assert set(bench.backends) <= set(check_operators.operators.CONTENDERS)
+        for bench in benches:
+            assert "triton" in bench.backends
+            assert "chunked" in bench.backends or bench.options["tokens"] > 8192  # whose rows make no record
+            known = bench.options.get("relation") or bench.options.get("divergence")
+            assert known is None or known in bench.variant
+    judged = {
+        goal for benches in check_operators.BENCHES.values() for bench in benches for goal in bench.goals
+    }
+    assert judged == {"floor", "compile", "short", "copy", "liger speed", "liger memory"}
+
+
+def test_a_step_in_tiny_form(tmp_path, monkeypatch):
+    assert check_step.levels(tmp_path / "levels.json", True) == 0
+    rows = read(tmp_path / "levels.json")
+    assert [(row["arm"], row["tokens"]) for row in rows] == [
+        (arm, tokens) for tokens in (16, 32) for arm in check_step.LEVELS
+    ]
+    assert rows[0]["vs_logits"] == 1 and all(row["seconds"] > 0 for row in rows)
+    assert check_step.profile(tmp_path / "profile.json", True) == 0
+    rows = read(tmp_path / "profile.json")
+    assert len(rows) == 10 and rows[0]["seconds"] >= rows[-1]["seconds"]
+    monkeypatch.setattr(check_step, "CASES", ["hidden-mse-bias"])
+    assert check_step.sanitizer(tmp_path / "sanitizer.json", True) == 0
+    if "triton" in available_backends():
+        assert read(tmp_path / "sanitizer.json")["said"][-1].startswith("hidden-mse-bias triton")
+
+
+def test_the_sanitizer_has_cases():
+    assert set(check_step.CASES) <= set(map(str, verify.all_cases()))
+
+
+def test_a_run_in_tiny_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert check_step.run(tmp_path / "run.json", True) == 0
+    (row,) = read(tmp_path / "run.json")
+    assert row["tokens_per_second"] > 0 and row["steps"] == 2 and row["terms"].count("+") == 3
+
+
+def test_a_failed_step_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    codes = {
+        "symbols": "raise SystemExit(3)",
+        "verify": "import time; time.sleep(60)",
+        "tests": "import json, sys; json.dump([1], open(sys.argv[1], 'w'))",
+    }
+    monkeypatch.setitem(gpu_check.BUDGETS["correctness"], "verify", 1)
+    original = gpu_check.run_step
     monkeypatch.setattr(
         gpu_check,
-        "run_part",
-        lambda name, work, log, dry: original(name, work, log, False, [sys.executable, "-c", codes[name]]),
+        "run_step",
+        lambda part, name, work, log, dry: original(
+            part, name, work, log, False, [sys.executable, "-c", codes[name], str(work / f"{name}.json")]
+        ),
     )
-    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path), "--dry-run"])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path), "--part", "correctness", "--dry-run"])
     assert gpu_check.main() == 1
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    statuses = [part["status"] for part in found["parts"].values()]
+    record = read(next(tmp_path.glob("*.json")))
+    statuses = [step["status"] for step in record["steps"].values()]
     assert statuses == ["failed with exit code 3", "stopped after its 1 s", "passed"]
-    assert "stopped after its 1 s" in capsys.readouterr().out
+    assert record["steps"]["tests"]["found"] == [1]
+    said = capsys.readouterr().out
+    assert "1. broken: symbols: failed with exit code 3" in said and "2. broken: verify: stopped" in said
 
 
-def test_budgets_leave_nine_minutes():
-    assert set(gpu_check.BUDGETS) == set(gpu_check.PARTS)
-    assert gpu_check.BUILD + sum(gpu_check.BUDGETS.values()) < 540
+def test_budgets_leave_nine_minutes_for_each_part():
+    parts = {"correctness": check_correctness, "operators": check_operators, "step": check_step}
+    for part, module in parts.items():
+        assert gpu_check.BUDGETS[part].keys() == module.STEPS.keys()
+        assert gpu_check.BUILD + sum(gpu_check.BUDGETS[part].values()) < 540
     assert f"\nlimit={gpu_check.BUILD}\n" in SCRIPT.read_text()
 
 
+def test_only_what_a_record_can_name_is_verified(monkeypatch):
+    """With every backend at hand, as on a GPU."""
+    monkeypatch.setattr(verify, "interpreting", lambda: False)
+    monkeypatch.setattr(verify, "available_backends", lambda: ["reference", "chunked", "triton", "cuda"])
+    tasks, cases = check_correctness.tasks(False), verify.all_cases()
+    assert len(tasks) == len(set(tasks))
+    kernels = [task for task in tasks if task[1] != "chunked"]
+    assert {dtype for _, _, dtype, _ in kernels} == {torch.bfloat16}
+    assert {(cases[i].operator, backend) for i, backend, _, _ in kernels} == {
+        *(
+            (operator, "triton")
+            for operator in ("attention", "pairwise", "hidden", "soft-label", "vocabulary")
+        ),
+        ("hidden", "cuda"),
+    }
+    assert not any("mean-heads" in cases[i].name for i, *_ in kernels)
+    parity = [name == "parity" for *_, name in tasks]
+    assert all(parity[: sum(parity)]) and not all(parity)
+
+
+def bench(goals: list[str], times: dict[str, float], memory: float | None = None, **options) -> dict:
+    """A row as the operators' steps write it. times: seconds by backend."""
+    rows = [
+        {"backend": name, "both": both, "forward": both / 3, "memory_mib": memory, "roofline": 0.5}
+        | {
+            f"vs_{rival}": times[rival] / both if rival in times else None
+            for rival in ("eager", "compile", "liger")
+        }
+        for name, both in times.items()
+    ]
+    sizes = {"batch": 8, "heads": 16, "tokens": 4096} | options
+    return {
+        "operator": "attention",
+        "variant": "kl",
+        "dtype": "bfloat16",
+        "options": sizes,
+        "goals": goals,
+        "work": f"N{sizes['tokens']}",
+        "flops": 1e12,
+        "measured_flops": 5e14,
+        "rows": rows,
+        "failures": {},
+        "stopped": {},
+    }
+
+
+def record_of(**steps) -> dict:
+    found = {name: {"status": "passed", "seconds": 1.0, "found": rows} for name, rows in steps.items()}
+    machine = {
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "date": "2026-01-01",
+        "torch": "2",
+        "triton": "3",
+        "python": "3",
+    }
+    return machine | {"dry_run": False, "steps": found}
+
+
+def test_goals_are_judged_and_the_farthest_comes_first():
+    attention = [
+        bench(["floor", "compile"], {"triton": 6e-3, "compile": 18e-3, "chunked": 9e-3}),
+        bench(["short"], {"triton": 1e-3, "eager": 2e-3}, tokens=128),
+    ]
+    vocabulary = [bench(["liger speed", "liger memory"], {"liger": 4e-3, "triton": 3e-3}, memory=100.0)]
+    kernel = {
+        "operator": "attention",
+        "backend": "triton-merged",
+        "options": attention[0]["options"],
+        "work": "N4096",
+    }
+    kernel |= {"seconds": 6e-3, "host_seconds": 1e-4}
+    kernel["kernels"] = {"columns": {"tile": "64x128x8x2", "launches": 1, "seconds": 4e-3}}
+    levels = [
+        {
+            "arm": arm,
+            "tokens": 512,
+            "short": True,
+            "seconds": seconds,
+            "vs_logits": 1,
+            "memory_mib": 1,
+            "backends": "",
+        }
+        for arm, seconds in (("logits", 1.0), ("hidden", 1.05), ("attention", 1.1), ("pairwise", 1.2))
+    ]
+    record = record_of(attention=attention, vocabulary=vocabulary, kernels=[kernel], levels=levels)
+    lines = check_report.what_to_change(record)
+    kinds = [line.split(":")[0] for line in lines]
+    assert kinds == ["missed"] * 3 + ["unknown"] + ["met"] * 2
+    assert "torch.compile: got 3.00 ×" in lines[0] and "wanted at least 6 ×" in lines[0]
+    # Two sweeps of 2 exponentials a pair, 16 a clock, on 132 multiprocessors of 1.83 GHz.
+    floor = 2 * 2 * 8 * 16 * 4096**2 / 16 / 132 / 1.83e9
+    assert (
+        f"{6e-3 / floor:.2f} × the floor" in lines[1]
+        and "columns takes most, 4.000 ms, tile 64x128x8x2" in lines[1]
+    )
+    assert "all levels" in lines[2] and "got +20%, wanted at most 15%" in lines[2]
+    assert "hidden states" in lines[3]
+    text = check_report.markdown(record)
+    assert all(line in text for line in lines) and "| attention N4096 | triton | 2.000 | 6.000 |" in text
+    record["gpu"] = "another"
+    assert "measured rate" in "".join(check_report.what_to_change(record))
+
+
+def test_liger_is_beaten_in_speed_and_memory_or_the_goal_is_missed():
+    row = bench(["liger speed", "liger memory"], {"liger": 4e-3, "triton": 3e-3}, memory=100.0)
+    row["rows"][1]["memory_mib"] = 130.0
+    (line,) = [x for x in check_report.what_to_change(record_of(vocabulary=[row])) if "vocabulary" in x]
+    assert line.startswith("missed") and "130 MiB of its 100" in line
+
+
+def test_what_is_wrong_comes_before_everything():
+    checks = {"checks": 2, "done": 2, "worst": 3.0, "failures": ["parity attention-kl triton: off"]}
+    record = record_of(verify=checks, attention=[bench([], {"triton": 1.0}) | {"error": "OutOfMemoryError"}])
+    assert check_report.what_to_change(record)[0] == "wrong: parity attention-kl triton: off"
+    assert "OutOfMemoryError" in check_report.markdown(record)
+
+
 def test_rows_that_auto_reads():
-    rows = [{"backend": name, "both": seconds} for name, seconds in (("chunked", 3.0), ("triton", 1.5))]
-    found = {"operator": "attention", "variant": "kl", "dtype": "bfloat16", "options": {"tokens": 512}}
-    found |= {"rows": rows, "failures": {}}
-    (row,) = gpu_check.record_rows([found])
+    found = bench([], {"chunked": 3.0, "triton": 1.5}, tokens=512)
+    (row,) = check_operators.record_rows([found])
     assert row["vs_chunked"] == 2.0 and row["checked"] and row["operator"] == "attention_alignment"
-    (row,) = gpu_check.record_rows([found | {"operator": "vocabulary"}])
-    assert row["operator"] == "vocabulary_losses"
-    assert gpu_check.record_rows([found | {"operator": "step"}]) == []
-    assert gpu_check.record_rows(None) == []
+    assert row["tokens"] == 512
+    (row,) = check_operators.record_rows([found | {"operator": "vocabulary", "failures": {"triton": "off"}}])
+    assert row["operator"] == "vocabulary_losses" and not row["checked"]
+    assert check_operators.record_rows([found | {"operator": "step"}, found | {"error": "x"}]) == []
+    assert check_operators.record_rows(None) == []
 
 
 def test_misuse_is_one_line(tmp_path):
@@ -88,22 +311,6 @@ def test_misuse_is_one_line(tmp_path):
     ):
         done = run(*arguments, **variables)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
-
-
-def test_a_row_that_raises_is_its_own_result(tmp_path, monkeypatch):
-    rows = [
-        ("hidden", {"tokens": 8, "width": 8, "teacher_width": 0}, "float32", "mse projected"),
-        *gpu_check.TINY_BENCHES,
-    ]
-    monkeypatch.setattr(gpu_check, "TINY_BENCHES", rows)
-    with pytest.raises(SystemExit, match="True"):
-        gpu_check.bench(tmp_path / "bench.json", True)
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert ["error" in row for row in found] == [True, False, False]
-    assert gpu_check.record_rows(found) == []
-    part = {"status": "failed", "seconds": 1, "found": found}
-    record = gpu_check.machine() | {"parts": {"bench": part}}
-    assert "teacher_width: got 0" in gpu_check.markdown(record)
 
 
 def wheel(folder: Path, name: str, version: str, needs: str) -> None:
@@ -123,13 +330,26 @@ def test_wheels_of_what_is_missing_are_installed_without_dependencies(tmp_path):
     wheel(folder, "dsdistill_is_missing", "1.0", "Requires-Dist: nowhere-to-be-found\n")
     wheel(folder, "torch", "1.0", "")
     (folder / "dsdistill_is_broken-1.0-py3-none-any.whl").write_text("")
-    done = run(tmp_path / "out", "--dry-run", "--only", "sanitizer", WHEELS=folder)
+    python = tmp_path / "python"  # which leaves the steps out, after it has shown what they could import
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in "-m dsdistill.bench.gpu_check "*)
+  exec {sys.executable} -c 'import dsdistill_is_missing as m, sys; print(m.version, *sys.argv[2:])' "$@" ;;
+esac
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    done = run(tmp_path / "out", "--dry-run", "--part", "step", WHEELS=folder, PYTHON=python)
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stdout.splitlines() if ".whl" in line]
     assert said == [
         "== dsdistill_is_broken-1.0-py3-none-any.whl could not be installed (log.txt)",
         "== installed dsdistill_is_missing-1.0-py3-none-any.whl",
     ]
+    assert (
+        done.stdout.splitlines()[-1] == f"1.0 dsdistill.bench.gpu_check {tmp_path}/out --dry-run --part step"
+    )
 
 
 def test_the_wheels_that_are_needed():
@@ -137,4 +357,5 @@ def test_the_wheels_that_are_needed():
     assert {"deepspeed", "hjson", "pydantic-core", "transformers", "pytest"} <= set(found)
     assert not {"torch", "triton", "numpy", "sympy", "dsdistill"} & set(found)
     assert "hjson" not in wheels.needed("3.12", ["HJSON"])
+    assert "liger-kernel" in found and "liger-kernel" not in wheels.needed("3.12", ["liger_kernel"])
     assert found["deepspeed"] == importlib.metadata.version("deepspeed")

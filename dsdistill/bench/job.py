@@ -1,10 +1,9 @@
-"""A whole distillation on random weights, for tokens a second and memory: 24 layers of 1024 into 6 of 768.
+"""A whole distillation on random weights, as DeepSpeed starts it: 24 layers of 1024 into 6 of 768, all levels on.
 
 deepspeed --num_gpus 1 dsdistill/bench/job.py FOLDER OUT.json [--tiny]
 
-Logits alone, then + hidden, + attention, + pairwise, at 512 and 4096 tokens; runs lie in FOLDER, rows go to OUT.json as
-they come.
-Data are made-up words, so that neither network nor `datasets` is needed.
+It shows that a run works on this machine, from its first step to its checkpoint; bench/check_step.py compares levels.
+The run lies in FOLDER. Data are made-up words, so that neither network nor `datasets` is needed.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from dsdistill.distributed import deepspeed
 from dsdistill.distributed.leave import leave
 from dsdistill.engine.run import run
 
-LEVELS = {
-    "logits": {"soft_label": {}},
-    "hidden": {"hidden": {"layers": "uniform"}},
-    "attention": {"attention": {"layers": "uniform", "divergence": "kl"}},
-    "pairwise": {"pairwise": {"layers": "last"}},
+TERMS = {
+    "soft_label": {},
+    "hidden": {"layers": "uniform"},
+    "attention": {"layers": "uniform", "divergence": "kl"},
+    "pairwise": {"layers": "last"},
 }
-# (teacher, student, vocabulary, sequence lengths with their micro-batches, steps). Sixteen heads on both sides.
-REAL = ((24, 1024, 16), (6, 768, 16), 30522, {512: 8, 4096: 1}, 30)
-TINY = ((4, 32, 4), (2, 16, 4), 64, {16: 2}, 2)
+# (teacher, student, vocabulary, sequence length, micro-batch, steps). Sixteen heads on both sides.
+REAL = ((24, 1024, 16), (6, 768, 16), 30522, 512, 8, 30)
+TINY = ((4, 32, 4), (2, 16, 4), 64, 16, 2, 2)
 
 
 def tokenizer_folder(folder: Path, words: list[str]) -> Path:
@@ -58,73 +57,60 @@ def model(layers: int, width: int, heads: int, vocabulary: int, longest: int) ->
     }
 
 
-def write_configs(folder: Path, tiny: bool) -> list[tuple[Path, dict]]:
-    """(config, what it is) for each length and each set of terms."""
-    teacher, student, vocabulary, lengths, steps = TINY if tiny else REAL
+def write_config(folder: Path, tiny: bool) -> tuple[Path, dict]:
+    """Return the config of the run, and what it is."""
+    teacher, student, vocabulary, length, batch, steps = TINY if tiny else REAL
     words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(vocabulary - 3))]
     tokenizer = tokenizer_folder(folder, words)
     rng = random.Random(0)
-    most = max(length * (batch * steps + 2) for length, batch in lengths.items())
-    lines = [" ".join(rng.choice(words[3:]) for _ in range(256)) for _ in range(most // 256 + 1)]
+    lines = [
+        " ".join(rng.choice(words[3:]) for _ in range(256))
+        for _ in range(length * (batch * steps + 2) // 256 + 1)
+    ]
     text = folder / "text.txt"
     text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    jobs = []
-    for length, batch in lengths.items():
-        terms = {}
-        for level, added in LEVELS.items():
-            terms |= added
-            name = f"{level}-{length}"
-            config = {
-                "task": "causal_lm",
-                "run": {"name": name, "dir": str(folder / name), "log_every": 1000},
-                "data": {
-                    "source": "files",
-                    "train": str(text),
-                    "dev": str(text),
-                    "max_dev": 1,
-                    "max_train": batch * steps,
-                    "max_length": length,
-                    "label": None,
-                    "tokenizer": str(tokenizer),
-                    "cache": str(folder / "cache"),
-                },
-                "teacher": {"config": model(*teacher, vocabulary, length), "zero_stage": 0},
-                "student": {"config": model(*student, vocabulary, length), "zero_stage": 1},
-                "terms": dict(terms),
-                "train": {
-                    "steps": steps,
-                    "batch_size": batch,
-                    "micro_batch_size": batch,
-                    "learning_rate": 1e-4,
-                    "dtype": "bf16" if torch.cuda.is_available() else "fp32",
-                },
-            }
-            path = folder / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-            jobs.append(
-                (path, {"terms": " + ".join(terms), "tokens": length, "batch": batch, "steps": steps})
-            )
-    return jobs
+    config = {
+        "task": "causal_lm",
+        "run": {"name": "job", "dir": str(folder / "job"), "log_every": 1000},
+        "data": {
+            "source": "files",
+            "train": str(text),
+            "dev": str(text),
+            "max_dev": 1,
+            "max_train": batch * steps,
+            "max_length": length,
+            "label": None,
+            "tokenizer": str(tokenizer),
+            "cache": str(folder / "cache"),
+        },
+        "teacher": {"config": model(*teacher, vocabulary, length), "zero_stage": 0},
+        "student": {"config": model(*student, vocabulary, length), "zero_stage": 1},
+        "terms": TERMS,
+        "train": {
+            "steps": steps,
+            "batch_size": batch,
+            "micro_batch_size": batch,
+            "learning_rate": 1e-4,
+            "dtype": "bf16" if torch.cuda.is_available() else "fp32",
+        },
+    }
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path, {"terms": " + ".join(TERMS), "tokens": length, "batch": batch, "steps": steps}
 
 
 def main(folder: Path, out: Path, tiny: bool) -> None:
-    rows = []
     ranks = deepspeed.start()
     try:
-        for path, row in write_configs(folder, tiny):
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            summary = run(load([str(path)]), ranks)
-            rows.append(
-                row
-                | {
-                    "tokens_per_second": summary["models"]["student"]["training_tokens_per_second"],
-                    "peak_gb": summary["peak_memory_mib"] / 953.674,
-                    "backends": summary["backends"],
-                }
-            )
-            with disk.writing(out) as file:
-                json.dump(rows, file, indent=1)
+        path, row = write_config(folder, tiny)
+        summary = run(load([str(path)]), ranks)
+        row |= {
+            "tokens_per_second": summary["models"]["student"]["training_tokens_per_second"],
+            "peak_gb": summary["peak_memory_mib"] / 953.674,
+            "backends": summary["backends"],
+        }
+        with disk.writing(out) as file:
+            json.dump([row], file, indent=1)
     finally:
         deepspeed.stop()
 

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,20 +25,13 @@ from torch import Tensor
 from dsdistill import disk
 from dsdistill.bench import verify
 from dsdistill.bench.arguments import check_common
-from dsdistill.bench.cases import WEIGHTS
+from dsdistill.bench.contenders import CONTENDERS, HEADS, RIVALS, contender, present, unasked
 from dsdistill.bench.works import WORKS, Work, device, randn
 from dsdistill.config import UserError
-from dsdistill.ops import available_backends, soft_label_alignment, token_cross_entropy
-from dsdistill.ops.attention import triton_schedule
-from dsdistill.ops.attention.pairs import Pairs
-from dsdistill.ops.attention.reference import attention_total
+from dsdistill.ops import clock
 from dsdistill.ops.backends import extension
 
-# Contenders that the others are compared with.
-RIVALS = ("eager", "eager-half", "compile", "apart")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PLANS = ("triton-row", "triton-merged", "triton-sweeps")  # of attention, one by one
-CONTENDERS = ("eager", "eager-half", "compile", "apart", "chunked", "liger", "cpp", "cuda", "triton", *PLANS)
 
 
 @functools.cache
@@ -57,6 +49,7 @@ def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
 def roofline() -> tuple[float, float]:
     """This process's matrix products, FLOP/s in float32 (bfloat16 on a GPU), and copies, byte/s."""
     size = 8192 if device() == "cuda" else 1024
@@ -71,83 +64,8 @@ def roofline() -> tuple[float, float]:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Of one call; on a GPU by its own clock."""
-    if device() == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def attention_in_half(work: Work) -> Tensor:
-    """What a model in half precision computes by itself: products, softmax and loss in the inputs' type."""
-    batch, heads, tokens, width = work.student[0].shape
-    options = work.options
-    total = attention_total(
-        *work.student,
-        *work.fixed,
-        pairs=Pairs(tokens, None, options["causal"], None, None),
-        divergence=options["divergence"],
-        student_scale=width**-0.5,
-        teacher_scale=width**-0.5,
-        heads="match",
-        dtype=work.student[0].dtype,
-    )
-    return total / (batch * heads * tokens)
-
-
-def liger(work: Work) -> Callable[[], Tensor]:
-    """liger-kernel's fused linear divergence, where it has this one."""
-    from liger_kernel.transformers import LigerFusedLinearJSD
-
-    hidden, head, teacher_hidden, teacher_head = (x.flatten(0, -2) for x in (*work.student, *work.fixed))
-    loss = LigerFusedLinearJSD(jsd_beta=LIGER_BETA[work.options["divergence"]])
-    return lambda: loss(hidden, head, teacher_hidden, teacher_head)
-
-
-def apart(work: Work) -> Tensor:
-    """Task and soft labels by the operators of their own, in blocks, as they are weighed in `vocabulary_losses`."""
-    hidden, head, teacher_hidden, teacher_head, labels = work.tensors.values()
-    task = token_cross_entropy(hidden, head, labels, backend="chunked")
-    soft = soft_label_alignment(hidden, head, teacher_hidden, teacher_head, **work.options, backend="chunked")
-    return WEIGHTS[0] * task + WEIGHTS[1] * soft
-
-
-LIGER_BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
-
-HEADS = ("soft-label", "vocabulary")  # operators that read heads
-HALF = {"attention": attention_in_half}
-
-
-def contender(work: Work, name: str) -> Callable[[], Tensor]:
-    if name == "eager-half":
-        return lambda: HALF[work.operator](work)
-    if name == "compile":
-        # What was compiled for earlier work counts towards the limit of recompilations, after which calls run eagerly.
-        torch._dynamo.reset()
-        # One graph of fixed sizes: a call that would leave it, or go beyond that limit, raises.
-        return torch.compile(lambda: work.loss("reference"), fullgraph=True, dynamic=False)
-    if name == "liger":
-        return liger(work)
-    if name == "apart":
-        return lambda: apart(work)
-    if name in PLANS:
-        return lambda: with_plan(work, name.removeprefix("triton-"))
-    return lambda: work.loss("reference" if name == "eager" else name)
-
-
-def with_plan(work: Work, plan: str) -> Tensor:
-    before, triton_schedule.default_plan = triton_schedule.default_plan, plan
-    try:
-        return work.loss("triton")
-    finally:
-        triton_schedule.default_plan = before
+    """Return the seconds of one call; on a GPU by its own clock."""
+    return clock.seconds_of(call, device())
 
 
 def first_line(error: Exception) -> str:
@@ -162,6 +80,8 @@ def step(work: Work, loss: Callable[[], Tensor]) -> None:
 
 def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """The contenders after one step each, and why others cannot run: out of memory, say."""
+    # What was compiled for earlier work counts towards the limit of recompilations, after which calls run eagerly.
+    torch._dynamo.reset()
     calls, failures = {}, {}
     for name in names:
         try:
@@ -237,11 +157,13 @@ def peak_on_gpu(operator: str, options: dict, dtype: str, name: str) -> float:
 
 
 def peak_memory(operator: str, options: dict, dtype: str, name: str) -> float | None:
-    """`peak_of` in a fresh process, where no earlier peak hides it; None for compile, which is mostly compiler,
-    and where /proc is missing. On a GPU the allocator counts, in this process."""
+    """`peak_of` in a fresh process, where no earlier peak hides it; None for what would be compiled once more, and
+    where /proc is missing. On a GPU the allocator counts, in this process."""
+    if name in ("compile", "flex"):
+        return None
     if device() == "cuda":
         return peak_on_gpu(operator, options, dtype, name)
-    if name == "compile" or not Path("/proc/self/clear_refs").exists():
+    if not Path("/proc/self/clear_refs").exists():
         return None
     argument = json.dumps([operator, options, dtype, name])
     run = subprocess.run(
@@ -289,14 +211,15 @@ def run_bench(
     Args:
         operator: "attention", "pairwise", "hidden", "soft-label" or "vocabulary".
         options: sizes and choices of the measured call, all optional; `--shapes NAME=VALUE,...` on the command line:
-            attention   batch, heads, tokens, width, divergence (kl, mse, score_mse), causal
+            attention   batch, heads, tokens, width, divergence (kl, mse, score_mse), causal, masked, packed,
+                        group (query heads that share a key head)
             pairwise    batch, tokens, width, relation (cosine, dot, distance)
             hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
             soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
             vocabulary  the same: task and soft labels together
         backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
-            inputs' half precision; "liger" liger-kernel's fused soft labels, where it is installed; "apart" task and
-            soft labels by the operators of their own.
+            inputs' half precision; "liger" liger-kernel's fused losses, where it is installed; "apart" task and soft
+            labels by the operators of their own; "sdpa" and "flex" one model's attention of that shape.
         seconds: time after which no further repeat begins.
 
     Raises:
@@ -317,29 +240,13 @@ def run_bench(
             raise UserError(f"bench {name}", repr(options[name]), f"a value like {known[name]}")
         if type(options[name]) is int and options[name] < 1:
             raise UserError(f"bench {name}", options[name], "1 or more")
-    present = {"eager", "compile", *available_backends()}
-    if dtype != "float32" and operator in HALF:
-        present.add("eager-half")
-    if operator in HEADS:
-        present.discard("cpp")
-    if operator == "vocabulary":
-        present.add("apart")
-    fused = operator == "soft-label" and options.get("divergence", "forward_kl") in LIGER_BETA
-    if fused and find_spec("liger_kernel"):
-        present.add("liger")
-    if operator != "hidden":
-        present.discard("cuda")
-    if operator == "attention" and "triton" in present:
-        present |= set(PLANS)
-    if device() == "cuda":
-        present.discard("cpp")
-    elif not backends:
-        present -= {"triton", *PLANS}  # the interpreter's times mean nothing
-    names = [name for name in backends or CONTENDERS if name in present]
+    able = present(operator, options, dtype)
+    able = able if backends else unasked(able)
+    names = [name for name in backends or CONTENDERS if name in able]
     failures = {}
     for name in names:
         backend = name.partition("-")[0]
-        own = backend not in ("eager", "compile", "liger", "apart")
+        own = backend not in RIVALS
         if own and (failure := checked(operator, backend, DTYPES[dtype])):
             failures[name] = failure
     work = WORKS[operator](**options, dtype=DTYPES[dtype])

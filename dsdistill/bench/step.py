@@ -106,11 +106,12 @@ def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
             loss(small.batch(SHORTEST, device)).backward()
         batch = sizes.batch(tokens, device)
         one_step(loss, batch)
-        peaks.append(_peak(functools.partial(one_step, loss, batch), device))
+        peaks.append(peak(functools.partial(one_step, loss, batch), device))
     return peaks
 
 
-def _peak(call: Callable[[], None], device: torch.device) -> float:
+def peak(call: Callable[[], None], device: torch.device) -> float:
+    """Return the MiB that a call takes at its peak, over what is held before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

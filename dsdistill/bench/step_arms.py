@@ -5,10 +5,12 @@ Each makes a teacher and a student from random weights (the same in all) and giv
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,11 @@ class Sizes:
     vocabulary: int = 30522
     tokens: int = 512  # the longest sequence
     step: int = 2048  # tokens of a step
+    task: ClassVar[str] = "classification"
+
+    def models(self) -> tuple[PretrainedConfig, PretrainedConfig]:
+        """Return the student's architecture and the teacher's."""
+        return self.architecture(self.student), self.architecture(self.teacher)
 
     def architecture(self, depth: int) -> PretrainedConfig:
         """Without dropout: attention dropout would switch SDPA's fused kernels off."""
@@ -76,6 +83,43 @@ class Sizes:
         return Batch(ids, mask, labels).to(device)
 
 
+@dataclass(frozen=True)
+class Decoders(Sizes):
+    """A pair of causal language models, of which the student is narrower."""
+
+    teacher: int = 24
+    student: int = 6
+    width: int = 1024  # the teacher's
+    student_width: int = 768
+    heads: int = 16
+    tokens: int = 4096
+    step: int = 4096
+    task: ClassVar[str] = "causal_lm"
+
+    def models(self) -> tuple[PretrainedConfig, PretrainedConfig]:
+        student, teacher = (
+            AutoConfig.for_model(
+                "llama",
+                num_hidden_layers=depth,
+                hidden_size=width,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                intermediate_size=4 * width,
+                vocab_size=self.vocabulary,
+                max_position_embeddings=self.tokens,
+            )
+            for depth, width in ((self.student, self.student_width), (self.teacher, self.width))
+        )
+        return student, teacher
+
+    def batch(self, tokens: int, device: torch.device) -> Batch:
+        """As many whole sequences as make a step; every token but the first of each is to be predicted."""
+        plain = super().batch(tokens, torch.device("cpu"))
+        places = torch.arange(plain.input_ids.numel())
+        counted = places[places % tokens > 0]
+        return dataclasses.replace(plain, labels=plain.input_ids, counted=counted).to(device)
+
+
 def terms(level: str, pairs: tuple[tuple[int, int], ...]) -> dict[str, dict]:
     layers = [list(pair) for pair in pairs]
     all_terms = {
@@ -95,6 +139,7 @@ def engine_step(
     precision = PRECISIONS[dtype]
     config = Config.model_validate(
         {
+            "task": sizes.task,
             "run": {"seed": TEACHER_SEED},
             "teacher": {"config": {"model_type": "bert"}, "zero_stage": 0},
             "student": {"config": {"model_type": "bert"}},
@@ -102,13 +147,13 @@ def engine_step(
             "train": {"dtype": precision},
         }
     )
-    student, teacher = sizes.architecture(sizes.student), sizes.architecture(sizes.teacher)
+    student, teacher = sizes.models()
     pair = make_pair(config, student, teacher, sizes.vocabulary)
     (objective,) = make_objectives(config, pair)
     geometry = check_pair(config.task, student, teacher, (objective,))
     guide = LazyTeacher(config, teacher, (objective,), Ranks(0, 1, device)).tracer((objective,))
     torch.manual_seed(STUDENT_SEED)
-    model = build_model(student, None, "classification", "student", needs_head=False)
+    model = build_model(student, None, sizes.task, "student", needs_head=False)
     module = StudentModule(
         model, objective, Objective(Terms(task={}), pair), teacher=guide, geometry=geometry
     )

@@ -1,7 +1,7 @@
 """Collect the wheels that a machine with a GPU and no package index lacks: run by launch/gpu_check.sh --wheels DIR.
 
 What is needed is what this environment has installed for dsdistill and its tests, at the same versions, apart from
-torch, Triton and NumPy, which a machine with a GPU has already.
+torch, Triton and NumPy, which a machine with a GPU has already; and liger-kernel, which is measured beside our losses.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from dsdistill.config import UserError
 
 PRESENT = {"torch", "triton", "numpy"}
+# What our operators are measured against, here or not: name and version.
+RIVALS = {"liger-kernel": "0.8.5"}
 ROOTS = ("dsdistill", "pytest", "hypothesis", "setuptools", "wheel")
 # A wheel's tag names the oldest C library it runs with; pip takes only the tags that it is given.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)] + ["manylinux2014_x86_64"]
@@ -48,6 +50,7 @@ def needed(python: str, have: Iterable[str] = ()) -> dict[str, str]:
             if requirement.marker is None or requirement.marker.evaluate(environment):
                 waiting.append(requirement.name)
     del found["dsdistill"]
+    found |= {name: version for name, version in RIVALS.items() if name not in skipped}
     return dict(sorted(found.items()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,19 +48,40 @@ class Work:
 
 
 def attention_work(
-    batch=4, heads=12, tokens=1024, width=64, divergence="kl", causal=False, dtype=torch.float32
+    batch=4,
+    heads=12,
+    tokens=1024,
+    width=64,
+    divergence="kl",
+    causal=False,
+    masked=False,
+    packed=False,
+    group=1,
+    dtype=torch.float32,
 ):
-    tensors = [randn(batch, heads, tokens, width).to(dtype) for _ in range(4)]
-    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    """masked: sequences from whole to half as long. packed: three documents a sequence. group: heads of a key head."""
+    query, teacher_query = (randn(batch, heads, tokens, width).to(dtype) for _ in range(2))
+    key, teacher_key = (randn(batch, heads // group, tokens, width).to(dtype) for _ in range(2))
+    lengths = [tokens - i * tokens // (2 * batch) if masked else tokens for i in range(batch)]
+    cuts = [0, tokens // 8, tokens // 2, tokens] if packed else [0, tokens]
+    parts = [max(0, min(b, n) - a) for n in lengths for a, b in itertools.pairwise(cuts)]
+    conditions = {}
+    places = torch.arange(tokens, device=device()).expand(batch, tokens)
+    if masked:
+        conditions["mask"] = places < torch.tensor(lengths, device=device())[:, None]
+    if packed:
+        conditions["segments"] = (places >= cuts[1]).int() + (places >= cuts[2]).int()
+    flags = {"causal": causal, "masked": masked, "packed": packed, f"group {group}": group > 1}
+    label = f"{divergence} B{batch} H{heads} N{tokens} D{width}"
     return Work(
         "attention",
-        f"{divergence} B{batch} H{heads} N{tokens} D{width}{' causal' if causal else ''}",
-        tuple(x.requires_grad_() for x in tensors[:2]),
-        tuple(tensors[2:]),
-        ("student_query", "student_key", "teacher_query", "teacher_key"),
+        " ".join([label, *(name for name, chosen in flags.items() if chosen)]),
+        (query.requires_grad_(), key.requires_grad_()),
+        (teacher_query, teacher_key, *conditions.values()),
+        ("student_query", "student_key", "teacher_query", "teacher_key", *conditions),
         {"divergence": divergence, "causal": causal},
-        8 * batch * heads * pairs * width,
-        6 * tensors[0].numel() * tensors[0].element_size(),
+        8 * heads * width * sum(n * (n + 1) / 2 if causal else n**2 for n in parts),
+        3 * (query.numel() + key.numel()) * query.element_size(),
     )
 
 

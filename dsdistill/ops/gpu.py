@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,8 +92,26 @@ def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
         return
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     # Triton launches on the current device, where pointers of another one mean nothing.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with contextlib.ExitStack() as around:
+        if device.type == "cuda":
+            around.enter_context(torch.cuda.device(device))
+        if _watch is not None:
+            around.enter_context(_watch(kernel, tile))
         kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+
+
+_watch: Callable[[Any, Tile], contextlib.AbstractContextManager] | None = None
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[[Any, Tile], contextlib.AbstractContextManager]) -> Iterator[None]:
+    """Launch each kernel inside what `watch`, given the kernel and its tile, returns."""
+    global _watch
+    before, _watch = _watch, watch
+    try:
+        yield
+    finally:
+        _watch = before
 
 
 # Bytes of shared memory that a block may have; those between 8.0 and 9.0 for consumers and inference have the fewest.

@@ -5,6 +5,7 @@ Where they lie and how they come to be: dsdistill/bench/results/README.md. With 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import logging
@@ -29,6 +30,52 @@ def records() -> tuple[dict, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)
 
 
+def this_machine() -> dict:
+    """Return what a record names: GPU and capability ("no GPU", [0, 0] on a CPU), date, versions."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = None
+    gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else "no GPU",
+        "capability": list(capability_of(torch.device("cuda" if gpu else "cpu"))),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton,
+    }
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Return a GPU's compute capability; (0, 0) for a CPU, where the interpreter runs the kernels."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def recorded_tile(
+    kernel: str, dtype: str, width: int, tokens: int, capability: tuple[int, int]
+) -> tuple[int, ...] | None:
+    """Return (rows, columns, warps, stages) of the tile that was the fastest on GPUs of this capability, or None.
+
+    Of several token counts the nearest counts. width: 64, 128 or 256, as the table of tiles has it.
+    """
+    rows = [
+        row
+        for record in records()
+        if tuple(record["capability"]) == capability
+        for row in record.get("tiles", ())
+        if (row["kernel"], row["dtype"], row["width"]) == (kernel, dtype, width)
+    ]
+    nearest = min(rows, key=lambda row: abs(math.log(row["tokens"] / max(tokens, 1))), default=None)
+    return None if nearest is None else tuple(nearest["tile"])
+
+
+def read_again() -> None:
+    """Forget what was read, after a record was written."""
+    records.cache_clear()
+    recorded_tile.cache_clear()
+
+
 def fastest(
     known: Sequence[dict],
     capability: tuple[int, int],
@@ -46,7 +93,8 @@ def fastest(
         same, the one with the nearest token count alone. Records of this GPU's capability come before others.
     check: called with a backend that only other architectures have a record of; False refuses it.
     """
-    own = [record for record in known if tuple(record["capability"]) == tuple(capability)]
+    # A record may hold tiles alone.
+    own = [record for record in known if record["rows"] and tuple(record["capability"]) == tuple(capability)]
     ratios = {}
     for backend in candidates:
         rows = [

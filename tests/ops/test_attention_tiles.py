@@ -5,12 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
+from dsdistill.bench import verify
 from dsdistill.bench.cases import attention_tensors
 from dsdistill.ops import attention_alignment, available_backends
 from dsdistill.ops.attention import triton_schedule, triton_sweeps
 from dsdistill.ops.gpu import Tile, interpreting
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="Triton cannot run here")
+DEVICE = verify.device_of("triton")
 TOKENS, SIDE = 150, 16  # ten tiles a side, the last one cut off
 DOCUMENTS = torch.tensor([0] * 40 + [1] * 60 + [2] * 50)
 CONDITIONS = {
@@ -41,7 +43,7 @@ def given(name: str) -> dict:
     found = dict(CONDITIONS[name])
     for key in ("mask", "segments"):
         if key in found:
-            found[key] = found[key].expand(1, TOKENS)
+            found[key] = found[key].expand(1, TOKENS).to(DEVICE)
     return found
 
 
@@ -63,7 +65,7 @@ def test_losses_and_gradients(divergence, plan, sides, name, monkeypatch):
     tensors = attention_tensors(batch=1, heads=2, kv=1, tokens=TOKENS, width=16)
     found = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        inputs = {key: value.to(dtype) for key, value in tensors.items()}
+        inputs = {key: value.to(DEVICE, dtype) for key, value in tensors.items()}
         mine = [inputs[key].requires_grad_() for key in ("student_query", "student_key")]
         loss = attention_alignment(**inputs, **given(name), divergence=divergence, backend=backend)
         found.append([loss, *torch.autograd.grad(loss, mine)])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dsdistill.bench import operators
+from dsdistill.bench.contenders import contender, pairs_of
 from dsdistill.bench.works import WORKS, Work
 
 SMALL = {
@@ -51,12 +52,54 @@ def test_unknown_names_are_named():
 def test_compile_means_one_compiled_graph(monkeypatch):
     """Each contender is compiled afresh, and one that would leave its graph is no contender."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the quickest
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    for tokens in (24, 25, 26):
-        work = WORKS["hidden"](tokens=tokens, width=8, teacher_width=12)
-        calls, stopped = operators.warm_up(work, ["compile"])
-        assert list(calls) == ["compile"] and not stopped
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for tokens in (24, 25, 26):
+            work = WORKS["hidden"](tokens=tokens, width=8, teacher_width=12)
+            calls, stopped = operators.warm_up(work, ["compile"])
+            assert list(calls) == ["compile"] and not stopped
     before = Work.loss
     monkeypatch.setattr(Work, "loss", lambda *given: (torch._dynamo.graph_break(), before(*given))[1])
     calls, stopped = operators.warm_up(work, ["compile", "eager"])
     assert list(calls) == ["eager"] and "Unsupported" in stopped["compile"]
+
+
+CONDITIONS = [
+    {},
+    {"causal": True},
+    {"masked": True, "group": 2},
+    {"packed": True, "causal": True, "masked": True},
+]
+
+
+@pytest.mark.parametrize("conditions", CONDITIONS, ids=str)
+def test_attention_under_conditions(conditions):
+    """Its arithmetic counts the pairs that exist, and what it is measured beside looks at the same pairs."""
+    work = WORKS["attention"](batch=3, heads=4, tokens=40, width=8, **conditions)
+    assert work.flops == 8 * 4 * 8 * pairs_of(work).count(3, torch.device("cpu")).item()
+    label = f"kl B3 H4 N40 D8{' ' * bool(conditions)}"
+    assert work.label.startswith(label) and all(name in work.label for name in conditions)
+    assert torch.isfinite(work.loss("chunked"))
+    with torch.no_grad():  # flex_attention has no backward on a CPU
+        for x in work.student:
+            x.requires_grad_(False)
+        found = []
+        for name in ("sdpa", "flex"):
+            torch.manual_seed(0)  # of the values
+            found.append(contender(work, name)())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_eager_half_computes_the_same_loss():
+    work = WORKS["attention"](batch=2, heads=2, tokens=24, width=8, group=2, causal=True)
+    torch.testing.assert_close(contender(work, "eager-half")(), work.loss("reference"))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_liger_computes_the_same_loss(divergence):
+    pytest.importorskip("liger_kernel")
+    work = WORKS["vocabulary"](tokens=24, vocabulary=40, width=8, divergence=divergence)
+    ours, theirs = work.loss("reference"), contender(work, "liger")()
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss, work.student) for loss in (ours, theirs)]
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsdistill.ops.attention import tuning
 from dsdistill.ops.attention.native import DIVERGENCE_CODES, KL, MSE, SCORE_MSE
 from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
 from dsdistill.ops.backends import register_gradients
@@ -101,10 +102,24 @@ def run(
         plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
     """
     tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
+    needs = (query_gradient, key_gradient)
+    if tuning.due(tensors, (divergence, mean_heads, plan, needs)):
+        everywhere = torch.ones(
+            (tensors[0].shape[0], tensors[0].shape[2]), dtype=torch.bool, device=tensors[0].device
+        )
+        calls = []
+        for where, order in (
+            ((mask, segments), (causal, window)),
+            ((None, None), (False, -1)),
+            ((everywhere, None), (True, everywhere.shape[1] // 2 + 1)),
+        ):
+            given: list[Any] = [*tensors, *where, student_lse, teacher_lse, coefficient, divergence]
+            given += [student_scale, teacher_scale, *order, mean_heads, plan, *needs]
+            calls.append(functools.partial(run, *given))
+        tuning.tune(calls, tensors)
     call = _Call(
         tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
     )
-    needs = (query_gradient, key_gradient)
     if student_query.numel() == 0:
         loss, gradients = coefficient.new_zeros(()), (_zeros(student_query), _zeros(student_key))
     elif mean_heads:

@@ -3,7 +3,8 @@
 They are chosen by what the compiler makes of them: no loop over whole tiles reaches the stack, and of those that do not
 the one with the least predicted time (`python -m dsdistill.bench.preflight --match "columns bf16 D64"`). `dsdistill
 verify --aot` compiles them all. float32 may spill: its products unroll on plain cores, and `auto` leaves it to
-`chunked`. Which tile is the fastest is not known yet: nothing here has run on a GPU. (queries, keys, warps, stages):
+`chunked`. Which tile is the fastest is not known yet: nothing here has run on a GPU; where a record of the GPU names a
+tile (tuning.py makes one), it is taken instead of the table's. (queries, keys, warps, stages):
 
 - The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
   loaded once, and the left operand of sm_90's matrix instructions wants 64 rows for each four warps.
@@ -19,12 +20,14 @@ verify --aot` compiles them all. float32 may spill: its products unroll on plain
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dsdistill.ops.gpu import SHARED_LIMIT, Tile, architecture, block_width, shared_limit
+from dsdistill.ops.records import capability_of, recorded_tile, records
 
 ROW_TOKENS = 512
 INTERPRETER = Tile(32, 64, 4, 1)
@@ -114,26 +117,57 @@ ROWS: dict[str, dict[int, tuple[int | None, ...]]] = {
 ROW_MERGES = ("sm_90", "interpreter")
 
 
-def _type(tensors: Sequence[Tensor]) -> str:
+def type_of(tensors: Sequence[Tensor]) -> str:
     """The widest need of all tensors: float32 if any is."""
     types = {x.dtype for x in tensors}
     return "float32" if torch.float32 in types else "float16" if torch.float16 in types else "bfloat16"
 
 
-def _width(tensors: Sequence[Tensor]) -> int:
+def width_of(tensors: Sequence[Tensor]) -> int:
+    """The column of the table: 64, 128 or 256; above that, wider than the table goes."""
     return max(64, *(block_width(x.shape[3]) for x in tensors))
 
 
 def fits(tensors: Sequence[Tensor]) -> bool:
     """Whether the table has tiles for these head widths."""
-    return _width(tensors) <= 256
+    return width_of(tensors) <= 256
+
+
+_trials: dict[str, Tile] | None = None
+_asked: list[str] = []
+
+
+@contextlib.contextmanager
+def trying(trials: dict[str, Tile]) -> Iterator[list[str]]:
+    """Have kernels take these tiles, by their names. The value lists the kernels that were asked for within."""
+    global _trials, _asked
+    before = _trials, _asked
+    _trials, _asked = trials, []
+    try:
+        yield _asked
+    finally:
+        _trials, _asked = before
 
 
 def tile_of(kernel: str, tensors: Sequence[Tensor]) -> Tile:
+    """Return the tile of a kernel: the one that is tried, else the one of this GPU's record, else the table's."""
+    if _trials is not None:
+        _asked.append(kernel)
+        if kernel in _trials:
+            return _trials[kernel]
+    if records() and not tensors[0].is_meta:
+        place = tensors[0].shape[2], capability_of(tensors[0].device)
+        found = recorded_tile(kernel, type_of(tensors), width_of(tensors), *place)
+        if found is not None:
+            return Tile(*found)
+    return table_tile(kernel, tensors)
+
+
+def table_tile(kernel: str, tensors: Sequence[Tensor]) -> Tile:
     arch = architecture(tensors[0].device)
     if arch == "interpreter":
         return INTERPRETER
-    types, kind, width = TILES[kernel], _type(tensors), _width(tensors)
+    types, kind, width = TILES[kernel], type_of(tensors), width_of(tensors)
     narrow = width == 256 and kind != "float32" and shared_limit(tensors[0].device) < SHARED_LIMIT["sm_80"]
     if narrow and kernel in SMALL:
         return SMALL[kernel]
@@ -152,7 +186,7 @@ def row_tile(tensors: Sequence[Tensor]) -> Tile | None:
     keys = block_width(tokens)
     if arch == "interpreter":
         return Tile(32, keys, 4, 1)
-    if _type(tensors) == "float32":
+    if type_of(tensors) == "float32":
         return None
-    warps = ROWS[arch][_width(tensors)][max(0, keys.bit_length() - 8)]
+    warps = ROWS[arch][width_of(tensors)][max(0, keys.bit_length() - 8)]
     return None if warps is None else Tile(16, keys, warps, 1)
