@@ -196,10 +196,10 @@ def test_tiles_are_chosen_by_the_shared_memory_of_the_device(architecture):
     """The preflight compiles them; a block of the GPUs between has 99 KiB."""
     tensors = [torch.empty(1, 1, 1024, 256, dtype=torch.bfloat16, device="meta")] * 4
     with recording(architecture):
-        tile = triton_tiles.tile_of("statistics", tensors)
+        tile = triton_tiles.tile_of("rows", tensors)
         row = gpu.architecture(tensors[0].device)
     assert row == ("sm_90" if architecture == "sm_90" else "sm_80")
-    assert (tile == triton_tiles.SMALL["statistics"]) == (architecture in ("sm_86", "sm_89"))
+    assert (tile == triton_tiles.SMALL["rows"]) == (architecture in ("sm_86", "sm_89"))
     # What the keys of both models take in all stages of the loop, in bytes.
     assert 2 * tile.columns * tile.stages * 256 * 2 < gpu.SHARED_LIMIT[architecture]
 

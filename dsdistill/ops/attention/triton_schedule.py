@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dsdistill.ops.attention import tuning
 from dsdistill.ops.attention.native import DIVERGENCE_CODES, KL, MSE, SCORE_MSE
-from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, row_merges, row_tile, tile_of
+from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, loss_tile, row_merges, row_tile, tile_of
 from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype
 from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous, triton_lack
@@ -295,7 +295,7 @@ class _Call:
         # The loss comes from the first sweep that runs, unless the statistics brought it.
         by_rows = not merged and (needs[0] or (loss is None and not needs[1]))
         if by_rows:
-            tile = self.tile("rows")
+            tile = self.tile("rows") if needs[0] else loss_tile(self.tensors)
             programs = self.batch * self.heads * -(-self.tokens // tile.rows)
             extra: dict[str, Any] = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
             if needs[0]:

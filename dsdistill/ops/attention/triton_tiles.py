@@ -36,7 +36,7 @@ INTERPRETER = Tile(32, 64, 4, 1)
 TILES = {
     "statistics": {
         "bfloat16": {
-            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+            "sm_80": (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 1)),
             "sm_90": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         },
         "float32": {
@@ -46,12 +46,12 @@ TILES = {
     },
     "rows": {
         "bfloat16": {
-            "sm_80": (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 64, 4, 2)),
-            "sm_90": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+            "sm_80": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float16": {
-            "sm_80": (Tile(64, 32, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
-            "sm_90": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 4, 2)),
+            "sm_80": (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float32": {
             "sm_80": (Tile(16, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
@@ -61,11 +61,11 @@ TILES = {
     "columns": {
         "bfloat16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
-            "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(16, 64, 8, 2)),
-            "sm_90": (Tile(32, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 2)),
+            "sm_90": (Tile(32, 128, 8, 2), Tile(16, 64, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float32": {
             "sm_80": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 32, 8, 2)),
@@ -75,7 +75,7 @@ TILES = {
     "merged": {
         "bfloat16": {
             "sm_80": (Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
-            "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+            "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 2)),
         },
         "float16": {
             "sm_80": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(16, 32, 4, 2)),
@@ -104,8 +104,9 @@ TILES = {
 }
 
 # Instead of those of width 256 in half precision that need more shared memory than a block has below an A100's limit.
-# One stage of statistics lets two programs share a multiprocessor.
-SMALL = {"statistics": Tile(32, 64, 4, 1), "rows": Tile(32, 32, 4, 2)}
+SMALL = {"rows": Tile(32, 32, 4, 2)}
+# Of rows at width 256 in half precision that find a loss and no gradient: with those of the table they spill.
+WIDE_LOSS = Tile(32, 64, 4, 1)
 
 # Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps. On sm_90 both models' scores
 # and the gradient of 512 keys at width 64, or 256 at 128, spill in some variants with 8 warps and with 16.
@@ -172,6 +173,13 @@ def table_tile(kernel: str, tensors: Sequence[Tensor]) -> Tile:
     if narrow and kernel in SMALL:
         return SMALL[kernel]
     return types.get(kind, types["bfloat16"])[arch][(64, 128, 256).index(width)]
+
+
+def loss_tile(tensors: Sequence[Tensor]) -> Tile:
+    """Return the tile of a sweep by rows that finds no gradient."""
+    wide = width_of(tensors) == 256 and type_of(tensors) != "float32"
+    on_chip = architecture(tensors[0].device) != "interpreter"
+    return WIDE_LOSS if wide and on_chip else tile_of("rows", tensors)
 
 
 def row_merges(tensors: Sequence[Tensor]) -> bool:
