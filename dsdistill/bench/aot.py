@@ -196,7 +196,7 @@ def tool(name: str) -> str:
 
 
 def dump(cubin: bytes, option: str) -> str:
-    """What cuobjdump prints of a kernel."""
+    """Return what cuobjdump prints of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,4 +1,4 @@
-"""What launch/gpu_check.sh reports: tables, plots, goals with what was reached, and what to change first."""
+"""Report what launch/gpu_check.sh found: tables, plots, goals with what was reached, and what to change first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator is measured against: plain PyTorch, torch.compile, other libraries, and our own plans one by one."""
+"""Hold what an operator is measured against: plain PyTorch, torch.compile, other libraries, our own plans."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def pairs_of(work: Work) -> Pairs:
 
 
 def attention_in_half(work: Work) -> Callable[[], Tensor]:
-    """What a model in half precision computes by itself: products, softmax and loss in the inputs' type."""
+    """Return what a model in half precision computes by itself: products, softmax and loss in the inputs' type."""
     given = work.tensors
     tensors = [given[name] for name in ("student_query", "student_key", "teacher_query", "teacher_key")]
     batch, heads, tokens, width = tensors[0].shape

@@ -113,7 +113,7 @@ class Decoders(Sizes):
         return student, teacher
 
     def batch(self, tokens: int, device: torch.device) -> Batch:
-        """As many whole sequences as make a step; every token but the first of each is to be predicted."""
+        """Return as many whole sequences as make a step; every token but the first of each is to be predicted."""
         plain = super().batch(tokens, torch.device("cpu"))
         places = torch.arange(plain.input_ids.numel())
         counted = places[places % tokens > 0]

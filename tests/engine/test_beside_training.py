@@ -1,4 +1,4 @@
-"""What goes on while a run trains, a save and the teacher's next batch, changes nothing of what it computes."""
+"""A save and the teacher's next batch go on while a run trains, and change nothing of what it computes."""
 
 import os
 from pathlib import Path

@@ -173,7 +173,7 @@ def spans(
     WINDOWED: tl.constexpr,
     LABELLED: tl.constexpr,
 ):
-    """What a program that owns the positions start … start + R − 1 walks, in tiles of B: first, inner, outer, last.
+    """Return what the owner of positions start … start + R − 1 walks, in tiles of B: first, inner, outer, last.
 
     From first (a multiple of B) to last lie all positions that an owned one can meet; from inner to outer (multiples
     of B) those that every owned one meets, whose tiles need no conditions. starts, ends: of the sequence, (N,), see

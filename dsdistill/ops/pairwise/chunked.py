@@ -106,7 +106,7 @@ def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tenso
 
 
 def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, relation: str):
-    """As `_by_rows`, and the gradient at x_s itself: products of what the models gave, lengths taken off afterwards.
+    """Return what `_by_rows` does, with the gradient at x_s itself; lengths are taken off products of the inputs.
 
     Unit vectors in half precision would carry its rounding into every cosine.
     """
