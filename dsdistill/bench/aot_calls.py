@@ -42,7 +42,8 @@ def attention_call(
     lse: bool = False,
     gradient: bool = True,
 ) -> None:
-    query, key = _empty(2, 4, tokens, width, dtype=dtype), _empty(2, 2, tokens, width, dtype=dtype)
+    query = _empty(2, 4, tokens, width, dtype=dtype)
+    key = _empty(2, 4 if plan == "row, own keys" else 2, tokens, width, dtype=dtype)
     mask = _empty(2, tokens, dtype=torch.bool) if conditions else None
     rows = _empty(2, 4, tokens) if lse else None
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -82,8 +83,9 @@ def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], N
                     given = functools.partial(attention_call, dtype, width, divergence, conditions=conditions)
                     for plan in ("merged", "sweeps"):
                         yield f"{label} {plan}", functools.partial(given, plan=plan, tokens=1024)
-                    for tokens in (128, 256, 512) if conditions else ():
-                        for plan in ("row", "row, deterministic"):
+                    for tokens in (64, 128, 256, 512) if conditions else ():
+                        plans = ("row", "row, deterministic") if tokens > 64 else ()
+                        for plan in plans + (("row, own keys",) if tokens <= 128 else ()):
                             yield (
                                 f"{label} N{tokens} {plan}",
                                 functools.partial(given, plan=plan, tokens=tokens),

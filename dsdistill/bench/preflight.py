@@ -117,7 +117,7 @@ def call_of(variant: Variant) -> Call | None:
 
 
 PRODUCTS = {"statistics": 2, "rows": 2, "columns": 2, "full_row": 2, "lse": 1}
-ADDED = ("WITH_GRADIENT", "WITH_KEY", "WITH_QUERY", "MERGED")  # each brings one more
+ADDED = ("WITH_GRADIENT", "WITH_KEY", "WITH_QUERY", "MERGED", "ALONE")  # each brings one more
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def blocks_of(architecture: str, registers: int, shared: int, warps: int) -> int
     return max(1, min(by))
 
 
-def seconds(gpu: Gpu, call: Call, warps: int, blocks: int, outside: sass.Count, loops: list[sass.Count]):
+def seconds(gpu: Gpu, call: Call, warps: int, outside: sass.Count, loops: list[sass.Count]):
     """Return the least seconds that the instructions take on a GPU whose every slot is used."""
 
     def cycles(count: sass.Count, times: float) -> tuple[float, float, float]:
@@ -168,9 +168,9 @@ def seconds(gpu: Gpu, call: Call, warps: int, blocks: int, outside: sass.Count, 
 
     parts = [cycles(outside, 1)] + [cycles(loop, call.tiles / passes(loop, call, warps)) for loop in loops]
     program = max(sum(part[i] for part in parts) for i in range(3))
-    wave = gpu.sms * blocks
-    waves = math.ceil(call.programs / wave) * wave / call.programs
-    return max(call.programs * program * waves / gpu.sms / gpu.clock, call.bytes / gpu.bandwidth)
+    # The multiprocessor with the most programs ends last.
+    most = math.ceil(call.programs / gpu.sms)
+    return max(most * program / gpu.clock, call.bytes / gpu.bandwidth)
 
 
 def passes(loop: sass.Count, call: Call, warps: int) -> int:
@@ -225,7 +225,7 @@ def measure(variant: Variant) -> Row:
         numbers["cycles"] = round(a_tile("all") * variant.warps / 4 * 4096 / pairs)
     for prefix, name in zip(("", "h200_"), RUNS.get(variant.architecture, ()), strict=False):
         if call:
-            found = seconds(GPUS[name], call, variant.warps, blocks, outside, loops)
+            found = seconds(GPUS[name], call, variant.warps, outside, loops)
             numbers[f"{prefix}ms"] = round(found * 1e3, 4)
             numbers[f"{prefix}floor"] = round(floor_seconds(GPUS[name], call) * 1e3, 4)
     return Row(
@@ -389,6 +389,14 @@ def try_tile(text: str) -> None:
     triton_schedule.tile_of = lambda kernel, tensors: tile
     # A full row has as many columns as keys.
     triton_schedule.row_tile = lambda tensors: tile._replace(columns=block_width(tensors[0].shape[2]))
+    chosen = triton_schedule.alone_tile
+
+    def alone_tile(tensors):
+        return (
+            tile._replace(columns=tile.rows) if chosen(tensors) and tile.rows >= tensors[0].shape[2] else None
+        )
+
+    triton_schedule.alone_tile = alone_tile
 
 
 def variants(match: str) -> list[Variant]:

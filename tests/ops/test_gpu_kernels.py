@@ -64,9 +64,50 @@ def test_plans_in_bfloat16(plan, monkeypatch):
     verify.check_parity(cases("mse-scattered-causal")[0], "triton", torch.bfloat16)
 
 
+@pytest.fixture
+def shared_by_programs(monkeypatch):
+    """Have no head be one program's own."""
+    monkeypatch.setattr(triton_schedule, "alone_tile", lambda tensors: None)
+
+
 @pytest.mark.parametrize("case", cases("kl-ragged", "mse-packed"), ids=str)
-def test_the_deterministic_row_plan_is_right(case, deterministic):
+def test_the_deterministic_row_plan_is_right(case, deterministic, shared_by_programs):
     verify.check_parity(case, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("case", cases("kl-ragged", "mse-packed", "score_mse-scattered-causal"), ids=str)
+def test_the_row_plan_with_atomics_is_right(case, shared_by_programs, monkeypatch):
+    seen = kernels_that_run(monkeypatch)
+    verify.check_parity(case, "triton", torch.float32)
+    assert any(launch["MERGED"] for launch in seen) and not any(launch["ALONE"] for launch in seen)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 100, 128, 129])
+@pytest.mark.parametrize(("kv", "divergence"), [(2, "kl"), (2, "mse"), (2, "score_mse"), (1, "kl")])
+def test_a_short_head_with_keys_of_its_own_is_one_program(tokens, kv, divergence, monkeypatch):
+    seen = kernels_that_run(monkeypatch)
+    alone = tokens <= 128 and kv == 2
+    mask = torch.arange(tokens, device=DEVICE)[None] < torch.tensor([[tokens], [tokens // 2]], device=DEVICE)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        tensors = inputs(dtype, batch=2, heads=2, kv=kv, tokens=tokens)
+        options = {"mask": mask, "causal": True, "window": 50, "divergence": divergence, "backend": backend}
+        loss = attention_alignment(**tensors, **options)
+        loss.backward()
+        found.append((loss, tensors["student_query"].grad, tensors["student_key"].grad))
+    assert [(launch["ALONE"], launch["MERGED"]) for launch in seen] == [(alone, not alone)]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_one_program_has_the_same_gradient_each_time(deterministic, monkeypatch):
+    seen = kernels_that_run(monkeypatch)
+    gradients = []
+    for _ in range(2):
+        tensors = inputs(batch=1, heads=2, tokens=90)
+        attention_alignment(**tensors, backend="triton").backward()
+        gradients.append(tensors["student_key"].grad)
+    assert torch.equal(*gradients) and [launch["ALONE"] for launch in seen] == [True, True]
 
 
 def kernels_that_run(monkeypatch) -> list[dict]:

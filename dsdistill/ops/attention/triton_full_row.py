@@ -1,8 +1,10 @@
 """Attention alignment for short sequences: whole rows of scores on chip, so each score is computed once.
 
-Formulas of `triton_tile.loss_and_slope`. A program owns a few queries and sees all their keys (N ≤ 512) as one tile:
-softmax, loss and dQ need no second sweep. dK is added atomically (MERGED), 4 products and 2 exps a tile in all, or
-left to `triton_sweeps.columns_kernel`, for which the statistics are stored.
+Formulas of `triton_tile.loss_and_slope`. A program owns queries and sees all their keys (N ≤ 512) as one tile: softmax,
+loss and dQ need no second sweep. Three ways to dK:
+  ALONE   a program owns all queries of a head (N ≤ 128) and writes its dK; the head has keys of its own
+  MERGED  a program owns a few queries and adds dK atomically; 4 products and 2 exps a tile in all, as ALONE
+  else    `triton_sweeps.columns_kernel` finds dK, for which the statistics are stored
 """
 
 import triton
@@ -30,7 +32,7 @@ def full_row_kernel(
     query_t,
     key_t,
     labels,
-    max_s,  # (B, H, N) float32 as the next four, of `triton_sweeps`; not written when MERGED
+    max_s,  # (B, H, N) float32 as the next four, of `triton_sweeps`; written only for a sweep that finds dK
     max_t,
     log_s,
     log_t,
@@ -38,7 +40,7 @@ def full_row_kernel(
     partial,  # (B · H · row blocks)
     coefficient,
     d_query,  # (B, H, N, D) contiguous
-    d_key,  # (B, H_kv, N, D) contiguous float32 zeros, only with MERGED
+    d_key,  # (B, H_kv, N, D) contiguous; float32 zeros with MERGED, anything with ALONE
     qs_b,
     qs_h,
     qs_n,
@@ -73,6 +75,7 @@ def full_row_kernel(
     UPCAST: tl.constexpr,
     WITH_QUERY: tl.constexpr,
     MERGED: tl.constexpr,
+    ALONE: tl.constexpr,  # BR is at least N
 ):
     blocks = tl.cdiv(N, BR)
     program = tl.program_id(0)
@@ -110,27 +113,31 @@ def full_row_kernel(
         loss = tl.sum(difference * difference, 1)
         slope = 2.0 * difference
     else:
-        m_s = tl.maximum(tl.max(tl.where(present, s, LOWEST), 1), LOWEST)
-        m_t = tl.maximum(tl.max(tl.where(present, t, LOWEST), 1), LOWEST)
+        # Scores that do not exist are so low that their probability is 0; a row without any is uniform in both models,
+        # so that its loss and slope are 0.
+        s = tl.where(present, s, LOWEST)
+        t = tl.where(present, t, LOWEST)
+        m_s, m_t = tl.max(s, 1), tl.max(t, 1)
+        some = m_s > LOWEST
         s -= m_s[:, None]
         t -= m_t[:, None]
-        p_s = tl.where(present, tl.exp2(s), 0.0)
-        p_t = tl.where(present, tl.exp2(t), 0.0)
+        p_t = tl.exp2(t)
+        if DIVERGENCE == KL:
+            # Before the probabilities are divided: then only two tiles of scores live at a time.
+            entries = tl.sum(p_t * (t - s), 1)
+        p_s = tl.exp2(s)
         l_s, l_t = tl.sum(p_s, 1), tl.sum(p_t, 1)
-        some = l_s > 0  # a row without keys: everything 0
-        l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
         row_log_s, row_log_t = tl.log2(l_s), tl.log2(l_t)
         p_s *= (1.0 / l_s)[:, None]
         p_t *= (1.0 / l_t)[:, None]
         slope = p_s - p_t
         if DIVERGENCE == KL:
-            entries = tl.where(present, p_t * ((t - row_log_t[:, None]) - (s - row_log_s[:, None])), 0.0)
-            loss = tl.sum(entries, 1) * LN2
+            loss = (entries / l_t - row_log_t + row_log_s) * LN2
         else:
             loss = tl.sum(slope * slope, 1)
             r = tl.sum(p_s * slope, 1)
             slope = 2.0 * p_s * (slope - r[:, None])
-        if not MERGED:
+        if not MERGED and not ALONE:
             out = head * N + rows
             if DIVERGENCE == KL:
                 m_s += row_log_s
@@ -148,8 +155,11 @@ def full_row_kernel(
     if WITH_QUERY:
         gradient = gradient_product(slope, k_s, TYPE, UPCAST, tl.zeros([BR, BDS], tl.float32))
         store_tile(d_query + head * N * DS, rows, rows < N, DS, gradient * factor, DS, BDS, UPCAST)
-    if MERGED:
+    if MERGED or ALONE:
         kv_head = b * (H // group_s) + kv
         QTYPE: tl.constexpr = query_s.dtype.element_ty
         part = gradient_product(tl.trans(slope), q_s, QTYPE, UPCAST, tl.zeros([BC, BDS], tl.float32))
-        add_tile(d_key + kv_head * N * DS, columns, columns < N, DS, part * factor, DS, BDS)
+        if ALONE:
+            store_tile(d_key + kv_head * N * DS, columns, columns < N, DS, part * factor, DS, BDS, UPCAST)
+        else:
+            add_tile(d_key + kv_head * N * DS, columns, columns < N, DS, part * factor, DS, BDS)

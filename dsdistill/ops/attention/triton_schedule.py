@@ -1,6 +1,7 @@
 """Attention alignment by Triton kernels: which of them run, in which order, with which tiles.
 
-  row     N ≤ 512: whole rows on chip; dK atomically, or by a column sweep where the result must be deterministic
+  row     N ≤ 512: whole rows on chip; dK atomically, or by a column sweep where the result must be deterministic;
+          N ≤ 128 and a key head for each query head: a head is one program, without atomics or a sweep
   merged  statistics sweep, then one sweep for dQ (atomic) and dK
   sweeps  statistics sweep, row sweep for dQ, column sweep for dK: no atomics
 Raw scores need no statistics, nor does kl when the caller hands over both models' LSEs (their own flash attention
@@ -19,7 +20,15 @@ from torch import Tensor
 
 from dsdistill.ops.attention import tuning
 from dsdistill.ops.attention.native import DIVERGENCE_CODES, KL, MSE, SCORE_MSE
-from dsdistill.ops.attention.triton_tiles import ROW_TOKENS, fits, loss_tile, row_merges, row_tile, tile_of
+from dsdistill.ops.attention.triton_tiles import (
+    ROW_TOKENS,
+    alone_tile,
+    fits,
+    loss_tile,
+    row_merges,
+    row_tile,
+    tile_of,
+)
 from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import storage_dtype
 from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous, triton_lack
@@ -234,6 +243,9 @@ class _Call:
         if plan == "auto":
             plan = "row" if self.tokens <= ROW_TOKENS else "sweeps" if deterministic else "merged"
         if plan == "row" and any(needs) and lse is None:
+            tile = alone_tile(self.tensors) if needs[1] else None
+            if tile is not None:
+                return self.full_row(needs, tile, merged=False, alone=True)
             tile = row_tile(self.tensors)
             if tile is not None:
                 merged = needs[1] and not deterministic and row_merges(self.tensors)
@@ -316,18 +328,20 @@ class _Call:
             loss = extra["partial"].sum() if loss is None else loss
         return loss, gradients
 
-    def full_row(self, needs, tile, merged: bool):
+    def full_row(self, needs, tile, merged: bool, alone: bool = False):
         from dsdistill.ops.attention.triton_full_row import full_row_kernel
 
         query, key = self.tensors[:2]
         nothing = self.coefficient
-        given = dict.fromkeys(STATISTICS, nothing) if merged else self.statistics_buffers()
+        given = dict.fromkeys(STATISTICS, nothing) if merged or alone else self.statistics_buffers()
         programs = self.batch * self.heads * -(-self.tokens // tile.rows)
         partial = self.buffer(programs)
-        d_query = (
-            torch.empty(query.shape, dtype=storage_dtype(query), device=query.device) if needs[0] else None
+        d_query, d_key = (
+            torch.empty(x.shape, dtype=storage_dtype(x), device=x.device) if need else None
+            for x, need in ((query, needs[0]), (key, alone))
         )
-        d_key = self.buffer(*key.shape, zeroed=True) if merged else None
+        if merged:
+            d_key = self.buffer(*key.shape, zeroed=True)
         self.run(
             full_row_kernel,
             "row",
@@ -342,12 +356,13 @@ class _Call:
             gradient_scale=self.gradient_scale,
             WITH_QUERY=bool(needs[0]),
             MERGED=merged,
+            ALONE=alone,
             # The product with dS divides its features among the warps. Of 16 there are too few: all scores would be
             # computed once by each warp, and spill.
             **{name: max(32, self.models[name]) for name in ("BDS", "BDT")},
         )
         loss = partial.sum()
-        if needs[1] and not merged:
+        if needs[1] and not merged and not alone:
             _, (_, d_key) = self.sweeps((False, True), False, loss, given)
         return loss, (d_query, d_key)
 

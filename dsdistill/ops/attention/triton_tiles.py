@@ -114,6 +114,20 @@ ROWS: dict[str, dict[int, tuple[int | None, ...]]] = {
     "sm_80": {64: (8, 8, 8), 128: (8, 8, None), 256: (None, None, None)},
     "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
 }
+# Warps of a program that owns a head of up to 64 and up to 128 tokens, by width; None: the tiles of ROWS, or sweeps.
+# With twice the warps each has half the registers, and the scores spill. On sm_80 128 tokens put away up to 136 bytes
+# of a thread, once a program, and are still predicted at two thirds of what the row kernel takes without dK; wider
+# heads and float16 would put away 700 to 1,200.
+ALONE: dict[str, dict[str, dict[int, tuple[int | None, int | None]]]] = {
+    "bfloat16": {
+        "sm_80": {64: (4, 8), 128: (4, None), 256: (8, None)},
+        "sm_90": {64: (4, 8), 128: (4, 8), 256: (8, None)},
+    },
+    "float16": {
+        "sm_80": {64: (4, None), 128: (4, None), 256: (8, None)},
+        "sm_90": {64: (4, 8), 128: (4, 8), 256: (8, None)},
+    },
+}
 # dSᵀ as a left operand of 128 rows or more spills on sm_80: there dK is left to a sweep over the keys.
 ROW_MERGES = ("sm_90", "interpreter")
 
@@ -184,6 +198,19 @@ def loss_tile(tensors: Sequence[Tensor]) -> Tile:
 
 def row_merges(tensors: Sequence[Tensor]) -> bool:
     return architecture(tensors[0].device) in ROW_MERGES
+
+
+def alone_tile(tensors: Sequence[Tensor]) -> Tile | None:
+    """Tile of the full-row kernel that owns a head; None where heads share keys or a head does not fit."""
+    (query, key, *_), arch = tensors, architecture(tensors[0].device)
+    tokens = max(64, block_width(query.shape[2]))
+    if tokens > 128 or key.shape[1] != query.shape[1]:
+        return None
+    if arch == "interpreter":
+        return Tile(tokens, tokens, 4, 1)
+    kind = type_of(tensors)
+    warps = None if kind == "float32" else ALONE[kind][arch][width_of(tensors)][tokens // 128]
+    return None if warps is None else Tile(tokens, tokens, warps, 1)
 
 
 def row_tile(tensors: Sequence[Tensor]) -> Tile | None:
