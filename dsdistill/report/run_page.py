@@ -1,0 +1,343 @@
+"""Say what a run is and what came of it: its models, terms and data, its scores, its curves, its troubles."""
+
+import heapq
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from dsdistill.report.curves import Chart, Log
+from dsdistill.report.figures import charts_section
+from dsdistill.report.markup import Html, grid, section, tag
+from dsdistill.report.run_files import (
+    BAD,
+    BASELINE,
+    METRICS,
+    PREDICTIONS,
+    SPIKES,
+    SUMMARY,
+    RunFiles,
+    mapping,
+    number,
+    part,
+    scores_of,
+)
+from dsdistill.report.summary import MODELS, facts, in_order, metric, notes, shown, title
+
+EXAMPLES, LONGEST = 200, 600  # dev examples that are shown, and characters of a text or a name
+MARKS, LISTED, NAMED = 500, 50, 5  # troubled steps that are drawn, that are listed, and examples of each
+
+
+def content(path: str) -> tuple[str, list[Html]]:
+    """Return the title and the parts of a run's page; what the folder lacks is said, and what it has is shown."""
+    files = RunFiles(path)
+    summary, settings = files.object(SUMMARY), files.settings()
+    scores = scores_of(summary)
+    name = str(
+        summary.get("name") or part(settings, "run", "name") or os.path.basename(os.path.abspath(path))
+    )
+    log = Log(files)
+    troubles = _troubles(files)
+    made = [
+        _models(scores, summary),
+        _ingredients(settings, summary, scores),
+        *_curves(files, log, scores, troubles),
+        _stages(log),
+        _trouble_table(troubles),
+        _examples(files, str(summary.get("task") or settings.get("task") or "")),
+        _settings(files, settings),
+        _versions(files, summary),
+    ]
+    problems = [tag("p", problem, class_="warning") for problem in files.problems]
+    return name, [_head(name, summary, settings, log), *problems, *(of for of in made if of is not None)]
+
+
+def _head(name: str, summary: dict[str, Any], settings: dict[str, Any], log: Log) -> Html:
+    known = {key: value for key, value in summary.items() if key in ("task", "steps", "world_size")}
+    known |= {key: number(summary[key]) for key in ("seconds", "peak_memory_mib") if number(summary.get(key))}
+    sized = all(type(known.get(key, 1)) is int for key in ("steps", "world_size"))
+    told = facts({"name": None, **known}) if sized else []
+    if not told and settings.get("task"):
+        told = [settings["task"]]
+    if not summary.get("finished"):
+        last = max((curve.x[-1] for curve in log.loss.curves.values()), default=None)
+        told.append(
+            "not finished: no step is logged"
+            if last is None
+            else f"not finished: the log ends at step {last:,.0f}"
+        )
+    return tag("header", tag("h1", name), tag("p", " · ".join(map(str, told)), class_="facts"))
+
+
+def _models(scores: dict[str, dict[str, float]], summary: dict[str, Any]) -> Html | None:
+    models = [name for name in MODELS if name in scores]
+    if not models:
+        return None
+    rows = [
+        [title(score), *(shown(score, _whole(score, scores[model].get(score))) for model in models)]
+        for score in in_order(score for model in models for score in scores[model])
+    ]
+    measured = {metric(score) for model in models for score in scores[model]}
+    told = [tag("p", note, class_="note") for note in notes(summary, measured)]
+    return section("Models", grid(["", *models], rows, "scores"), *told, name="models")
+
+
+def _whole(score: str, value: float | None) -> float | None:
+    return int(value) if value is not None and metric(score) == "parameters" else value
+
+
+def _ingredients(
+    settings: dict[str, Any], summary: dict[str, Any], scores: dict[str, dict[str, float]]
+) -> Html | None:
+    """Return what the run is made of, as far as config.yaml and summary.json say."""
+    if not settings:
+        return None
+    rows = []
+    for model in ("teacher", "student"):
+        if part(settings, model) is None:
+            rows.append([model, "none", "", "", "", "", "", ""])
+            continue
+        shape = mapping(part(summary, "shapes", model))
+        sizes = [_count(shape.get(key)) for key in ("depth", "width", "heads", "vocabulary")]
+        parameters = shown("parameters", _whole("parameters", scores.get(model, {}).get("parameters")))
+        stage = part(settings, model, "zero_stage")
+        rows.append(
+            [model, _origin(settings, model), shape.get("model_type", "-"), *sizes, parameters, stage]
+        )
+    head = ["", "from", "type", "layers", "width", "heads", "vocabulary", "parameters", "ZeRO stage"]
+    return section(
+        "What it is made of",
+        grid(head, rows),
+        tag("h3", "Terms"),
+        *_terms(settings),
+        *_data(settings, summary),
+        name="made-of",
+    )
+
+
+def _count(value: object) -> str:
+    found = number(value)
+    return "-" if found is None else f"{found:,.0f}"
+
+
+def _origin(settings: dict[str, Any], model: str) -> str:
+    layers = part(settings, model, "from_teacher")
+    if isinstance(layers, list):
+        return f"layers {', '.join(map(str, layers))} of the teacher"
+    for key, told in (("path", "{}"), ("recipe", "recipe {}")):
+        if found := part(settings, model, key):
+            return told.format(found)
+    return "random weights" if model == "student" else "-"
+
+
+def _terms(settings: dict[str, Any]) -> Iterator[Html]:
+    """Yield a table of terms for the run, or for each of its stages."""
+    stages = settings.get("stages")
+    if not isinstance(stages, list) or not stages:
+        yield _term_table(mapping(settings.get("terms")))
+        return
+    for stage in stages:
+        share = part(stage, "share")
+        yield tag("p", f"Stage {part(stage, 'name')}", f" (share {share})" if share is not None else "")
+        yield _term_table(mapping(part(stage, "terms")))
+
+
+def _term_table(terms: dict[str, Any]) -> Html:
+    rows = []
+    for name, term in terms.items():
+        if not isinstance(term, dict):
+            continue
+        others = {
+            key: value for key, value in term.items() if key not in ("weight", "layers") and value is not None
+        }
+        told = ", ".join(f"{key}: {_plain(value)}" for key, value in others.items())
+        rows.append([name, _plain(term.get("weight", "-")), _plain(term.get("layers", "-")), told])
+    return grid(["term", "weight", "layers", "settings"], rows)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _data(settings: dict[str, Any], summary: dict[str, Any]) -> list[Html]:
+    of = mapping(settings.get("data"))
+    counts = {name: _count(count) for name, count in mapping(summary.get("examples")).items()}
+    rows = [
+        [key, _plain(of[key])]
+        for key in ("source", "subset", "train", "dev", "text", "messages", "label", "max_length")
+        if of.get(key) is not None
+    ]
+    rows += [[f"examples: {name}", count] for name, count in counts.items()]
+    return [tag("h3", "Data"), grid(["", ""], rows)] if rows else []
+
+
+def _troubles(files: RunFiles) -> list[dict[str, Any]]:
+    """Return the steps that were not finite or whose loss jumped, each once, in order."""
+    found: dict[tuple[float, str], dict[str, Any]] = {}
+    for name, kind in ((BAD, "bad"), (SPIKES, "spike")):
+        for record in files.lines(name):
+            step = number(record.get("step"))
+            if step is None:
+                continue
+            if kind == "bad":
+                broken = record.get("in") if isinstance(record.get("in"), list) else []
+                text = f"not finite, in {', '.join(map(str, broken)) or 'an unknown term'}"
+            else:
+                loss, mean = number(record.get("loss")), number(record.get("average"))
+                text = (
+                    "loss jumped" if loss is None or mean is None else f"loss {loss:.4g}, average {mean:.4g}"
+                )
+            examples = record.get("examples") if isinstance(record.get("examples"), list) else []
+            found[step, kind] = {"x": step, "kind": kind, "text": text[:LONGEST], "examples": examples}
+    return [found[key] for key in sorted(found)]
+
+
+def _curves(
+    files: RunFiles, log: Log, scores: dict[str, dict[str, float]], troubles: list[dict[str, Any]]
+) -> list[Html]:
+    if files.has(os.path.join(BASELINE, METRICS)):
+        for measured, chart in Log(files, os.path.join(BASELINE, METRICS)).scores.items():
+            for name, curve in chart.curves.items():
+                kept = log.scores.setdefault(
+                    measured, Chart(f"baseline-{chart.name}", chart.title, sparse=True)
+                )
+                kept.curves["baseline" if name == "student" else f"{name} (baseline)"] = curve
+    _teachers_level(log, scores.get("teacher", {}))
+    marks = [
+        {key: mark[key] for key in ("x", "kind")} | {"text": f"step {mark['x']:,.0f}: {mark['text']}"}
+        for mark in troubles[:MARKS]
+    ]
+    marks += [
+        {"x": stage.first, "kind": "stage", "text": f"stage {name}"}
+        for name, stage in list(log.stages.items())[1:]
+    ]
+    counts = {kind: sum(mark["kind"] == kind for mark in troubles) for kind in ("bad", "spike")}
+    told = []
+    if troubles:
+        told = [
+            tag("span", f"{counts['bad']:,} steps not finite", class_="bad"), " · ",
+            tag("span", f"{counts['spike']:,} jumps of the loss", class_="spike"),
+        ]  # fmt: skip
+    if len(log.stages) > 1:
+        told += [" · " if told else "", "dotted lines: where a stage begins"]
+    note = tag("p", *told, class_="note") if told else None
+    return charts_section("Curves", log.charts(), marks, note)
+
+
+def _teachers_level(log: Log, scores: dict[str, float]) -> None:
+    """Draw the teacher's score, which does not change, over all the steps of each chart that has it."""
+    for measured, chart in log.scores.items():
+        steps = [x for curve in chart.curves.values() for x in curve.x]
+        for name in in_order(scores):
+            if metric(name) == measured:
+                called = " ".join(("teacher", name.rpartition("/")[0])).strip()
+                for step in sorted({min(steps), max(steps)}):
+                    chart.add(called, step, scores[name])
+
+
+def _stages(log: Log) -> Html | None:
+    if not log.stages:
+        return None
+    columns = in_order(score for stage in log.stages.values() for score in stage.scores)
+    columns = [score for score in columns if not metric(score).endswith("per_second")]
+    rows = []
+    for name, stage in log.stages.items():
+        loss = "-" if stage.loss is None else f"{stage.loss:.4g}"
+        row = [name, f"{stage.first:,.0f} to {stage.last:,.0f}", loss]
+        rows.append([*row, *(shown(score, stage.scores.get(score)) for score in columns)])
+    note = None
+    if not columns:
+        note = tag(
+            "p",
+            "No dev scores by stage: the run was not evaluated on the way (run.evaluate_every).",
+            class_="note",
+        )
+    table = grid(["stage", "logged steps", "last loss", *map(title, columns)], rows, "scores")
+    return section("Scores by stage", table, note, name="stages")
+
+
+def _trouble_table(troubles: list[dict[str, Any]]) -> Html | None:
+    if not troubles:
+        return None
+    rows = []
+    for mark in troubles[:LISTED]:
+        names = [str(name)[:LONGEST] for name in mark["examples"][:NAMED]]
+        more = len(mark["examples"]) - len(names)
+        kind = tag("span", {"bad": "skipped", "spike": "jump"}[mark["kind"]], class_=mark["kind"])
+        rows.append(
+            [
+                f"{mark['x']:,.0f}",
+                kind,
+                mark["text"],
+                ", ".join(names) + (f" and {more} more" if more else ""),
+            ]
+        )
+    left = len(troubles) - len(rows)
+    note = tag("p", f"{left:,} more are in {BAD} and {SPIKES}.", class_="note") if left else None
+    return section(
+        "Bad steps and jumps", grid(["step", "", "what", "examples"], rows, "texts"), note, name="troubles"
+    )
+
+
+def _examples(files: RunFiles, task: str) -> Html | None:
+    """Return the dev examples that the student gets wrong and the teacher right, the surest mistakes first."""
+    if not files.has(PREDICTIONS):
+        return None
+    total = wrong = taught = 0
+    judged, kept = False, []
+    for place, record in enumerate(files.lines(PREDICTIONS)):
+        label, student, teacher = (record.get(key) for key in ("label", "student", "teacher"))
+        total += 1
+        wrong += student != label
+        judged |= teacher is not None
+        if student != label and teacher == label:
+            taught += 1
+            sure = number(part(record, "probability", "student")) or 0.0
+            heapq.heappush(kept, (sure, -place, record))
+            if len(kept) > EXAMPLES:
+                heapq.heappop(kept)
+    if not judged:
+        told = f"The student is wrong on {wrong:,} of {total:,} dev examples; no teacher was there to compare with."
+        return section("Mistakes", tag("p", told), name="examples")
+    told = f"Of {total:,} dev examples the student gets {wrong:,} wrong; on {taught:,} of these the teacher is right."
+    if taught > len(kept):
+        told += f" The {len(kept)} of which the student is surest:"
+    rows = [_example(record) for *_, record in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
+    head = ["id", "text", "label", "student", "teacher"]
+    return section(
+        "Where the teacher is right and the student wrong",
+        tag("p", told),
+        grid(head, rows, "texts") if rows else None,
+        name="examples",
+    )
+
+
+def _example(record: dict[str, Any]) -> list[object]:
+    texts = record.get("texts")
+    body = [tag("div", _cut(text)) for text in (texts if isinstance(texts, list) else [])[:2]]
+    named = " ".join(_cut(record[key]) for key in ("set", "id") if record.get(key) is not None)
+    guesses = []
+    for model in ("student", "teacher"):
+        sure = number(part(record, "probability", model))
+        guesses.append(_cut(record.get(model)) + (f" ({sure:.2f})" if sure is not None else ""))
+    return [named, tag("div", *body), _cut(record.get("label")), *guesses]
+
+
+def _cut(text: object) -> str:
+    text = str(text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def _settings(files: RunFiles, settings: dict[str, Any]) -> Html | None:
+    text, differing = files.changed(settings)
+    if not text:
+        return None
+    what = "Settings that differ from the defaults" if differing else "Settings"
+    return section(what, tag("pre", text), name="settings")
+
+
+def _versions(files: RunFiles, summary: dict[str, Any]) -> Html | None:
+    found = mapping(files.checkpoint().get("versions")) | mapping(summary.get("versions"))
+    if not found:
+        return None
+    return section("Versions", grid(["package", "version"], found.items()), name="versions")
