@@ -70,6 +70,7 @@ class Chart:
     sparse: bool = False  # each point is drawn
     logarithmic: bool | None = None  # at first; None: where the values ask for it
     x_logarithmic: bool = False
+    first_colour: int = 0  # so that a term has its colour in every chart
     spreads: dict[str, list[float]] = field(
         default_factory=dict
     )  # of a curve: each point's standard deviation
@@ -95,14 +96,16 @@ class Chart:
         logarithmic = self.logarithmic
         if logarithmic is None:
             logarithmic = wide(y for curve in self.drawn.values() for y in curve.y)
-        facts = {
+        return {
             "title": self.title,
-            "unit": self.unit,
             "x": self.x,
             "log": logarithmic,
             "xlog": self.x_logarithmic,
+            "marked": self.marked,
+            "sparse": self.sparse,
+            "colour": self.first_colour,
+            "curves": curves,
         }
-        return facts | {"curves": curves, "marked": self.marked, "sparse": self.sparse}
 
 
 def wide(values: Iterable[float]) -> bool:
@@ -142,7 +145,7 @@ class Log:
     def __init__(self, files: RunFiles, name: str = "metrics.jsonl"):
         self.steps = 0
         self.loss = Chart("loss", "Loss and weighted terms", marked=True)
-        self.raw = Chart("terms", "Terms before their weights", marked=True)
+        self.raw = Chart("terms", "Terms before their weights", marked=True, first_colour=1)
         self.rate = Chart("rate", "Learning rate")
         self.norm = Chart("norm", "Gradient norm", marked=True)
         self.pace = Chart("pace", "Throughput", unit="tokens/s", logarithmic=False)

@@ -1,7 +1,7 @@
 "use strict";
 // Draws the charts whose points the page holds as JSON. Every text becomes a text node: no data is ever markup.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const HEIGHT = 260, LEFT = 58, RIGHT = 14, TOP = 10, BOTTOM = 34, COLOURS = 8, SHOWN = 14, DOTS = 40;
+const HEIGHT = 260, LEFT = 58, RIGHT = 14, TOP = 10, BOTTOM = 34, COLOURS = 8, SHOWN = 14, DOTS = 12;
 
 function node(name, parent, attributes = {}, text = "") {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -151,8 +151,9 @@ function start(name, chart) {
   const figure = document.getElementById(name), plot = figure.querySelector(".plot"), hidden = new Set();
   const box = figure.querySelector("input"), legend = figure.querySelector(".legend");
   chart.curves.forEach((curve, i) => {
-    curve.kind = `c${i % COLOURS}`;
-    curve.dash = `d${Math.floor(i / COLOURS) % 3}`;
+    const place = chart.colour + i;
+    curve.kind = `c${place % COLOURS}`;
+    curve.dash = `d${Math.floor(place / COLOURS) % 3}`;
   });
   const again = () => draw(chart, plot, hidden, box.checked);
   if (chart.curves.length > 1 || chart.marked)

@@ -92,23 +92,25 @@ def _ingredients(
     """Return what the run is made of, as far as config.yaml and summary.json say."""
     if not settings:
         return None
-    rows = []
-    for model in ("teacher", "student"):
-        if part(settings, model) is None:
-            rows.append([model, "none", "", "", "", "", "", ""])
-            continue
-        shape = mapping(part(summary, "shapes", model))
-        sizes = [_count(shape.get(key)) for key in ("depth", "width", "heads", "vocabulary")]
-        parameters = shown("parameters", _whole("parameters", scores.get(model, {}).get("parameters")))
-        stage = part(settings, model, "zero_stage")
-        rows.append(
-            [model, _origin(settings, model), shape.get("model_type", "-"), *sizes, parameters, stage]
-        )
-    head = ["", "from", "type", "layers", "width", "heads", "vocabulary", "parameters", "ZeRO stage"]
+    models = [model for model in ("teacher", "student") if part(settings, model) is not None]
+    shapes = [mapping(part(summary, "shapes", model)) for model in models]
+    parameters = [_whole("parameters", scores.get(model, {}).get("parameters")) for model in models]
+    rows = [
+        ["from", *(_origin(settings, model) for model in models)],
+        ["type", *(str(shape.get("model_type", "-")) for shape in shapes)],
+        ["layers", *(_count(shape.get("depth")) for shape in shapes)],
+        ["width", *(_count(shape.get("width")) for shape in shapes)],
+        ["heads", *(_count(shape.get("heads")) for shape in shapes)],
+        ["vocabulary", *(_count(shape.get("vocabulary")) for shape in shapes)],
+        ["parameters", *(shown("parameters", count) for count in parameters)],
+        ["ZeRO stage", *(_plain(part(settings, model, "zero_stage")) for model in models)],
+    ]
+    told = [row for row in rows if set(row[1:]) != {"-"}]
+    alone = tag("p", "No teacher: the student learns from the labels or texts alone.", class_="note")
     return section(
         "What it is made of",
-        grid(head, rows),
-        tag("h3", "Terms"),
+        grid(["", *models], told),
+        None if "teacher" in models else alone,
         *_terms(settings),
         *_data(settings, summary),
         name="made-of",
@@ -134,11 +136,14 @@ def _terms(settings: dict[str, Any]) -> Iterator[Html]:
     """Yield a table of terms for the run, or for each of its stages."""
     stages = settings.get("stages")
     if not isinstance(stages, list) or not stages:
+        yield tag("h3", "Terms")
         yield _term_table(mapping(settings.get("terms")))
         return
     for stage in stages:
         share = part(stage, "share")
-        yield tag("p", f"Stage {part(stage, 'name')}", f" (share {share})" if share is not None else "")
+        yield tag(
+            "h3", f"Terms of stage {part(stage, 'name')}", f", share {share}" if share is not None else ""
+        )
         yield _term_table(mapping(part(stage, "terms")))
 
 
@@ -152,7 +157,7 @@ def _term_table(terms: dict[str, Any]) -> Html:
         }
         told = ", ".join(f"{key}: {_plain(value)}" for key, value in others.items())
         rows.append([name, _plain(term.get("weight", "-")), _plain(term.get("layers", "-")), told])
-    return grid(["term", "weight", "layers", "settings"], rows)
+    return grid(["term", "weight", "layers", "settings"], rows, "terms")
 
 
 def _plain(value: object) -> str:

@@ -59,13 +59,21 @@ class Browser:
             self.troubles.append(json.dumps(told["exceptionDetails"])[:500])
         elif method == "Log.entryAdded" or method == "Runtime.consoleAPICalled":
             self.troubles.append(json.dumps(told)[:500])
-        elif method == "Network.requestWillBeSent" and not told["request"]["url"].startswith(("file:", "about:")):
+        elif method == "Network.requestWillBeSent" and not told["request"]["url"].startswith(
+            ("file:", "about:")
+        ):
             self.troubles.append(f"asked for {told['request']['url']}")
 
-    def open(self, page: Path, width: int = 1200, height: int = 900, dark: bool = False, phone: bool = False) -> None:
+    def open(
+        self, page: Path, width: int = 1200, height: int = 900, dark: bool = False, phone: bool = False
+    ) -> None:
         """Show a file in a window of this size."""
         self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
@@ -106,7 +114,11 @@ def browser(home: Path) -> Iterator[Browser]:
         "--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run", f"--user-data-dir={home}",
     ]  # fmt: skip
     process = subprocess.Popen(
-        [CHROMIUM, *flags], preexec_fn=arrange, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [CHROMIUM, *flags],
+        preexec_fn=arrange,
+        close_fds=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(commands[0])
     os.close(answers[1])
