@@ -38,9 +38,16 @@ def section(title: str, *children: object, name: str) -> Html:
 
 
 def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> Html:
-    """Return a table that scrolls by itself where it is wider than the page; each row's first cell is its name."""
+    """Return a table that scrolls by itself where it is wider than the page; each row's first cell is its name.
+
+    kind: scores (numbers), parts (a column for each model) or texts, which a narrow screen shows below each other.
+    """
     made = [
-        tag("tr", *(tag("td" if i else "th", cell, scope=None if i else "row") for i, cell in enumerate(row)))
+        tag(
+            "tr",
+            tag("th", row[0], scope="row"),
+            *(tag("td", cell, data_head=of) for of, cell in zip(head[1:], row[1:], strict=True)),
+        )
         for row in rows
     ]
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))

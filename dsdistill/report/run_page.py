@@ -53,12 +53,11 @@ def content(path: str) -> tuple[str, list[Html]]:
 
 
 def _head(name: str, summary: dict[str, Any], settings: dict[str, Any], log: Log) -> Html:
-    known = {key: value for key, value in summary.items() if key in ("task", "steps", "world_size")}
-    known |= {key: number(summary[key]) for key in ("seconds", "peak_memory_mib") if number(summary.get(key))}
-    sized = all(type(known.get(key, 1)) is int for key in ("steps", "world_size"))
-    told = facts({"name": None, **known}) if sized else []
-    if not told and settings.get("task"):
-        told = [settings["task"]]
+    counts = {key: number(summary.get(key)) for key in ("steps", "world_size", "seconds", "peak_memory_mib")}
+    known = {
+        key: value if key == "seconds" else int(value) for key, value in counts.items() if value is not None
+    }
+    told = facts({"name": None, "task": summary.get("task") or settings.get("task"), **known})
     if not summary.get("finished"):
         last = max((curve.x[-1] for curve in log.loss.curves.values()), default=None)
         told.append(
@@ -109,7 +108,7 @@ def _ingredients(
     alone = tag("p", "No teacher: the student learns from the labels or texts alone.", class_="note")
     return section(
         "What it is made of",
-        grid(["", *models], told),
+        grid(["", *models], told, "parts"),
         None if "teacher" in models else alone,
         *_terms(settings),
         *_data(settings, summary),
@@ -157,7 +156,7 @@ def _term_table(terms: dict[str, Any]) -> Html:
         }
         told = ", ".join(f"{key}: {_plain(value)}" for key, value in others.items())
         rows.append([name, _plain(term.get("weight", "-")), _plain(term.get("layers", "-")), told])
-    return grid(["term", "weight", "layers", "settings"], rows, "terms")
+    return grid(["term", "weight", "layers", "settings"], rows, "texts")
 
 
 def _plain(value: object) -> str:
