@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from dsdistill.report.run_files import RunFiles, mapping, number
 from dsdistill.report.summary import in_order, metric, title
 
 MOST = 1000  # points of a curve
-BUDGET = 60_000  # points of a page
+CHART, BUDGET = 16_000, 60_000  # points of a chart, and of a page
 FEWEST = 20  # points of a curve where there are very many
 SIDE_BY_SIDE = 64  # curves of a chart
 DECADES = 100  # largest value over smallest from which a logarithmic scale shows more
@@ -42,7 +42,8 @@ class Curve:
         n = len(self.x)
         kept: Iterable[int] = range(n)
         if n > most:
-            runs, chosen = max(1, (most - 2) // 3), {0, n - 1}
+            of_a_run = 3 if any(map(math.isnan, self.y)) else 2
+            runs, chosen = max(1, (most - 2) // of_a_run), {0, n - 1}
             for run in range(runs):
                 inside = range(1 + run * (n - 2) // runs, 1 + (run + 1) * (n - 2) // runs)
                 there = [i for i in inside if not math.isnan(self.y[i])]
@@ -117,10 +118,12 @@ def wide(values: Iterable[float]) -> bool:
     return most > 0 and most / least >= DECADES
 
 
-def points_each(charts: Iterable[Chart]) -> int:
-    """Return how many points a curve of a page may have, so that the page stays small."""
-    curves = sum(len(chart.drawn) for chart in charts)
-    return max(FEWEST, min(MOST, BUDGET // max(1, curves)))
+def points_each(charts: Sequence[Chart]) -> list[int]:
+    """Return how many points a curve of each chart may have, so that the page stays small."""
+    counts = [len(chart.drawn) for chart in charts]
+    most = [min(MOST, CHART // max(1, count)) for count in counts]
+    total = sum(count * each for count, each in zip(counts, most, strict=True))
+    return [max(FEWEST, int(each * min(1.0, BUDGET / max(1, total)))) for each in most]
 
 
 def _short(value: float | None) -> float | int | None:

@@ -16,9 +16,9 @@ def charts_section(
     """
     if not charts:
         return []
-    most = points_each(charts)
     figures = tag("div", *map(_figure, charts), class_="charts")
-    plain = {"charts": {chart.name: chart.plain(most) for chart in charts}, "marks": list(marks)}
+    sized = zip(charts, points_each(charts), strict=True)
+    plain = {"charts": {chart.name: chart.plain(most) for chart, most in sized}, "marks": list(marks)}
     return [section(title, *notes, figures, name="curves"), data("data", plain)]
 
 
