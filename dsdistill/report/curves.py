@@ -12,6 +12,10 @@ from dsdistill.report.summary import in_order, metric, title
 MOST = 1000  # points of a curve
 CHART, BUDGET = 16_000, 60_000  # points of a chart, and of a page
 FEWEST = 20  # points of a curve where there are very many
+SMOOTHED, RUNS = (
+    400,
+    120,
+)  # points from which a curve is drawn by means over its faint values, and how many of these
 SIDE_BY_SIDE = 64  # curves of a chart
 DECADES = 100  # largest value over smallest from which a logarithmic scale shows more
 
@@ -57,6 +61,16 @@ class Curve:
             kept = sorted(chosen)
         return [(self.x[i], None if math.isnan(self.y[i]) else self.y[i]) for i in kept]
 
+    def smoothed(self, runs: int) -> list[tuple[float, float | None]]:
+        """Return the mean of each of `runs` equal runs of points, at the middle of its x; gaps count for none."""
+        n, made = len(self.x), []
+        for run in range(runs):
+            first, end = run * n // runs, (run + 1) * n // runs
+            there = [y for y in self.y[first:end] if not math.isnan(y)]
+            mean = math.fsum(there) / len(there) if there else None
+            made.append(((self.x[first] + self.x[end - 1]) / 2, mean))
+        return made
+
 
 @dataclass
 class Chart:
@@ -78,7 +92,9 @@ class Chart:
 
     def add(self, curve: str, x: float, y: float | None) -> None:
         """Add a point to a curve of the chart, a new one where it has none of this name."""
-        self.curves.setdefault(curve, Curve()).add(x, y)
+        if curve not in self.curves:  # a log has millions of points
+            self.curves[curve] = Curve()
+        self.curves[curve].add(x, y)
 
     @property
     def drawn(self) -> dict[str, Curve]:
@@ -90,10 +106,12 @@ class Chart:
         """Return the chart as the script reads it, with at most `most` points a curve."""
         curves = []
         for name, curve in self.drawn.items():
-            points = [value for x, y in curve.thinned(most) for value in (_short(x), _short(y))]
-            curves.append(
-                {"name": name, "xy": points} | ({"sd": self.spreads[name]} if name in self.spreads else {})
-            )
+            plain: dict[str, Any] = {"name": name, "xy": _flat(curve.thinned(most))}
+            if len(curve) >= SMOOTHED:
+                plain["mean"] = _flat(curve.smoothed(RUNS))
+            if name in self.spreads:
+                plain["sd"] = self.spreads[name]
+            curves.append(plain)
         logarithmic = self.logarithmic
         if logarithmic is None:
             logarithmic = wide(y for curve in self.drawn.values() for y in curve.y)
@@ -124,6 +142,11 @@ def points_each(charts: Sequence[Chart]) -> list[int]:
     most = [min(MOST, CHART // max(1, count)) for count in counts]
     total = sum(count * each for count, each in zip(counts, most, strict=True))
     return [max(FEWEST, int(each * min(1.0, BUDGET / max(1, total)))) for each in most]
+
+
+def _flat(points: list[tuple[float, float | None]]) -> list[float | int | None]:
+    """Return x and y by turns, in as few digits as a picture needs."""
+    return [_short(value) for point in points for value in point]
 
 
 def _short(value: float | None) -> float | int | None:
@@ -195,8 +218,9 @@ class Log:
             self.loss.add(name, step, number(term.get("weighted")))
             self.raw.add(name, step, number(term.get("raw")))
             weights = term.get("layer_weights")
-            for place, weight in enumerate(weights if isinstance(weights, list) else (), 1):
-                self._weights(name).add(f"part {place}", step, number(weight))
+            chart = self._weights(name) if isinstance(weights, list) else None
+            for place, weight in enumerate(weights, 1) if chart is not None else ():
+                chart.add(f"part {place}", step, number(weight))
         for name, source in mapping(record.get("sources")).items():
             self.sources.add(name, step, number(mapping(source).get("loss")))
         for chart, curve, key in (

@@ -63,8 +63,10 @@ function axes(svg, chart, x, y, width) {
     node("line", svg, { class: "gridline", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) });
     node("text", svg, { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, told(value));
   }
-  for (const value of ticks(x.low, x.high, x.log, width < 420 ? 4 : 8))
-    node("text", svg, { x: x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, told(value));
+  for (const value of ticks(x.low, x.high, x.log, width < 420 ? 4 : 8)) {
+    const anchor = x(value) > width - 30 ? "end" : "middle"; // a number at the edge stays whole
+    node("text", svg, { x: x(value), y: HEIGHT - BOTTOM + 16, "text-anchor": anchor }, told(value));
+  }
   node("text", svg, { x: width - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, chart.x);
 }
 
@@ -86,24 +88,17 @@ function draw(chart, plot, hidden, log) {
   }
   for (const curve of curves) {
     const group = node("g", svg, { class: curve.kind });
-    let path = "", open = false, alone = null, count = 0;
-    const dots = chart.sparse || curve.xy.length <= 2 * DOTS;
-    const dot = (at, value) => node("circle", group, { class: "dot", cx: x(at), cy: y(value), r: 2.5 });
-    for (const [at, value, sd] of [...points(curve, log), [0, null, 0]]) {
-      if (value === null) {
-        if (count === 1 && !dots) dot(...alone); // a line of one point would not be seen
-        [open, count] = [false, 0];
-        continue;
-      }
-      path += `${open ? "L" : "M"}${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
-      [open, alone, count] = [true, [at, value], count + 1];
-      if (dots) dot(at, value);
-      if (sd) {
-        const low = log && value <= sd ? y.low : value - sd;
-        node("line", group, { class: "deviation", x1: x(at), x2: x(at), y1: y(low), y2: y(value + sd) });
-      }
-    }
-    node("path", group, { class: `curve ${curve.dash}`, d: path });
+    const dots = chart.sparse || curve.xy.length <= 2 * DOTS, kept = [...points(curve, log)];
+    kept.forEach(([at, value, sd], i) => {
+      if (value === null) return;
+      const alone = (kept[i - 1]?.[1] ?? null) === null && (kept[i + 1]?.[1] ?? null) === null;
+      if (dots || alone) node("circle", group, { class: "dot", cx: x(at), cy: y(value), r: 2.5 });
+      const low = log && value <= sd ? y.low : value - sd;
+      if (sd) node("line", group, { class: "deviation", x1: x(at), x2: x(at), y1: y(low), y2: y(value + sd) });
+    });
+    const raw = curve.mean ? " raw" : "", d = line(curve.xy, x, y);
+    node("path", group, { class: `curve ${curve.dash}${raw}`, d });
+    if (curve.mean) node("path", group, { class: `curve ${curve.dash}`, d: line(curve.mean, x, y) });
   }
   const cursor = node("line", svg, { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM });
   const values = element("div", plot, "values");
@@ -115,6 +110,16 @@ function draw(chart, plot, hidden, log) {
     cursor.style.visibility = "hidden";
   });
   plot.replaceChildren(svg, values);
+}
+
+function line(xy, x, y) {
+  let path = "", open = false;
+  for (let i = 0; i < xy.length; i += 2) {
+    const value = xy[i + 1], there = value !== null && (!y.log || value > 0);
+    if (there) path += `${open ? "L" : "M"}${x(xy[i]).toFixed(1)} ${y(value).toFixed(1)}`;
+    open = there;
+  }
+  return path;
 }
 
 function nearest(curve, at, f) {

@@ -160,6 +160,8 @@ def _term_table(terms: dict[str, Any]) -> Html:
 
 
 def _plain(value: object) -> str:
+    if value is None:
+        return "-"
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
