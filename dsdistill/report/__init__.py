@@ -29,6 +29,8 @@ def show(run: str, summary: dict[str, Any]) -> None:
 
 def show_others(summary: dict[str, Any], files: Sequence[str]) -> None:
     """Print a table of a run's scores on each of these files."""
-    facts = {key: summary[key] for key in ("name", "task", "positive_class") if key in summary}
+    facts: dict[str, Any] = {
+        key: summary[key] for key in ("name", "task", "positive_class") if key in summary
+    }
     for name in files:
         print(f"\n{table({**facts, 'data': name, 'models': summary['others'][name]})}")

@@ -10,13 +10,14 @@ from dsdistill.report.run_files import RunFiles, mapping, number
 from dsdistill.report.summary import in_order, metric, title
 
 MOST = 1000  # points of a curve
-CHART, BUDGET = 16_000, 60_000  # points of a chart, and of a page
+CHART, BUDGET = 16_000, 45_000  # points of a chart, and of a page
 FEWEST = 20  # points of a curve where there are very many
 SMOOTHED, RUNS = (
     400,
     120,
 )  # points from which a curve is drawn by means over its faint values, and how many of these
 SIDE_BY_SIDE = 64  # curves of a chart
+LONGEST = 100  # characters of a curve's name
 DECADES = 100  # largest value over smallest from which a logarithmic scale shows more
 
 
@@ -106,7 +107,7 @@ class Chart:
         """Return the chart as the script reads it, with at most `most` points a curve."""
         curves = []
         for name, curve in self.drawn.items():
-            plain: dict[str, Any] = {"name": name, "xy": _flat(curve.thinned(most))}
+            plain: dict[str, Any] = {"name": name[:LONGEST], "xy": _flat(curve.thinned(most))}
             if len(curve) >= SMOOTHED:
                 plain["mean"] = _flat(curve.smoothed(RUNS))
             if name in self.spreads:
@@ -152,7 +153,7 @@ def _flat(points: list[tuple[float, float | None]]) -> list[float | int | None]:
 def _short(value: float | None) -> float | int | None:
     if value is None:
         return None
-    return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.6g}")
+    return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.5g}")
 
 
 @dataclass
@@ -217,10 +218,10 @@ class Log:
             term = mapping(terms.get(name))
             self.loss.add(name, step, number(term.get("weighted")))
             self.raw.add(name, step, number(term.get("raw")))
-            weights = term.get("layer_weights")
-            chart = self._weights(name) if isinstance(weights, list) else None
-            for place, weight in enumerate(weights, 1) if chart is not None else ():
-                chart.add(f"part {place}", step, number(weight))
+            if isinstance(weights := term.get("layer_weights"), list):
+                moving = self._weights(name)
+                for place, weight in enumerate(weights, 1):
+                    moving.add(f"part {place}", step, number(weight))
         for name, source in mapping(record.get("sources")).items():
             self.sources.add(name, step, number(mapping(source).get("loss")))
         for chart, curve, key in (

@@ -4,6 +4,8 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 
+LONGEST = 500  # characters of a text
+
 
 class Html(str):
     """Html is text that is markup already; any other text is escaped before it joins a page."""
@@ -32,6 +34,13 @@ def joined(children: Iterable[object]) -> Html:
     )
 
 
+def cut(text: object) -> object:
+    """Return a text's first LONGEST characters, and markup as it is."""
+    if isinstance(text, Html) or len(told := str(text)) <= LONGEST:
+        return text
+    return f"{told[:LONGEST]}…"
+
+
 def section(title: str, *children: object, name: str) -> Html:
     """Return a part of the page with its heading; `name` is its id."""
     return tag("section", tag("h2", title), *children, id=name)
@@ -45,12 +54,12 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
     made = [
         tag(
             "tr",
-            tag("th", row[0], scope="row"),
-            *(tag("td", cell, data_head=of) for of, cell in zip(head[1:], row[1:], strict=True)),
+            tag("th", cut(row[0]), scope="row"),
+            *(tag("td", cut(cell), data_head=cut(of)) for of, cell in zip(head[1:], row[1:], strict=True)),
         )
         for row in rows
     ]
-    top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
+    top = tag("thead", tag("tr", *(tag("th", cut(cell), scope="col") for cell in head)))
     return tag("div", tag("table", top, tag("tbody", *made), class_=kind or None), class_="wide")
 
 

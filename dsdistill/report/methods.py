@@ -153,7 +153,7 @@ def _swept(key: str, swept: dict[float, str], runs: dict[str, list[Run]], before
     scores = {
         value: [run.summary["models"].get("student", {}) for run in runs[m]] for value, m in swept.items()
     }
-    charts = []
+    charts: list[Chart] = []
     for score in compared(run for of in scores.values() for run in of):
         if metric(score) == "parameters":
             continue

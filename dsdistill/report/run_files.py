@@ -127,6 +127,11 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def listed(value: object) -> list[Any]:
+    """Return a list as it is, and anything else as an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def scores_of(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the scores of each model in a summary, those that are numbers."""
     found = {}

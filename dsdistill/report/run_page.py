@@ -1,6 +1,5 @@
 """Say what a run is and what came of it: its models, terms and data, its scores, its curves, its troubles."""
 
-import heapq
 import json
 import os
 from collections.abc import Iterator
@@ -8,13 +7,12 @@ from typing import Any
 
 from dsdistill.report.curves import Chart, Log
 from dsdistill.report.figures import charts_section
-from dsdistill.report.markup import Html, grid, section, tag
+from dsdistill.report.markup import Html, cut, grid, section, tag
+from dsdistill.report.mistakes import mistakes
 from dsdistill.report.run_files import (
-    BAD,
     BASELINE,
+    CONFIG,
     METRICS,
-    PREDICTIONS,
-    SPIKES,
     SUMMARY,
     RunFiles,
     mapping,
@@ -23,9 +21,10 @@ from dsdistill.report.run_files import (
     scores_of,
 )
 from dsdistill.report.summary import MODELS, facts, in_order, metric, notes, shown, title
+from dsdistill.report.troubles import trouble_table, troubles_of
 
-EXAMPLES, LONGEST = 200, 600  # dev examples that are shown, and characters of a text or a name
-MARKS, LISTED, NAMED = 500, 50, 5  # troubled steps that are drawn, that are listed, and examples of each
+MARKS, NOTE = 300, 100  # troubled steps that are drawn, and characters of what is said of each
+SETTINGS = 30_000  # characters of settings that are shown
 
 
 def content(path: str) -> tuple[str, list[Html]]:
@@ -37,19 +36,23 @@ def content(path: str) -> tuple[str, list[Html]]:
         summary.get("name") or part(settings, "run", "name") or os.path.basename(os.path.abspath(path))
     )
     log = Log(files)
-    troubles = _troubles(files)
+    troubles = troubles_of(files)
     made = [
         _models(scores, summary),
         _ingredients(settings, summary, scores),
         *_curves(files, log, scores, troubles),
         _stages(log),
-        _trouble_table(troubles),
-        _examples(files, str(summary.get("task") or settings.get("task") or "")),
+        trouble_table(troubles),
+        mistakes(files),
         _settings(files, settings),
         _versions(files, summary),
     ]
     problems = [tag("p", problem, class_="warning") for problem in files.problems]
-    return name, [_head(name, summary, settings, log), *problems, *(of for of in made if of is not None)]
+    return name[:NOTE], [
+        _head(name, summary, settings, log),
+        *problems,
+        *(of for of in made if of is not None),
+    ]
 
 
 def _head(name: str, summary: dict[str, Any], settings: dict[str, Any], log: Log) -> Html:
@@ -65,7 +68,7 @@ def _head(name: str, summary: dict[str, Any], settings: dict[str, Any], log: Log
             if last is None
             else f"not finished: the log ends at step {last:,.0f}"
         )
-    return tag("header", tag("h1", name), tag("p", " · ".join(map(str, told)), class_="facts"))
+    return tag("header", tag("h1", cut(name)), tag("p", cut(" · ".join(map(str, told))), class_="facts"))
 
 
 def _models(scores: dict[str, dict[str, float]], summary: dict[str, Any]) -> Html | None:
@@ -177,27 +180,6 @@ def _data(settings: dict[str, Any], summary: dict[str, Any]) -> list[Html]:
     return [tag("h3", "Data"), grid(["", ""], rows)] if rows else []
 
 
-def _troubles(files: RunFiles) -> list[dict[str, Any]]:
-    """Return the steps that were not finite or whose loss jumped, each once, in order."""
-    found: dict[tuple[float, str], dict[str, Any]] = {}
-    for name, kind in ((BAD, "bad"), (SPIKES, "spike")):
-        for record in files.lines(name):
-            step = number(record.get("step"))
-            if step is None:
-                continue
-            if kind == "bad":
-                broken = record.get("in") if isinstance(record.get("in"), list) else []
-                text = f"not finite, in {', '.join(map(str, broken)) or 'an unknown term'}"
-            else:
-                loss, mean = number(record.get("loss")), number(record.get("average"))
-                text = (
-                    "loss jumped" if loss is None or mean is None else f"loss {loss:.4g}, average {mean:.4g}"
-                )
-            examples = record.get("examples") if isinstance(record.get("examples"), list) else []
-            found[step, kind] = {"x": step, "kind": kind, "text": text[:LONGEST], "examples": examples}
-    return [found[key] for key in sorted(found)]
-
-
 def _curves(
     files: RunFiles, log: Log, scores: dict[str, dict[str, float]], troubles: list[dict[str, Any]]
 ) -> list[Html]:
@@ -210,12 +192,12 @@ def _curves(
                 kept.curves["baseline" if name == "student" else f"{name} (baseline)"] = curve
     _teachers_level(log, scores.get("teacher", {}))
     marks = [
-        {key: mark[key] for key in ("x", "kind")} | {"text": f"step {mark['x']:,.0f}: {mark['text']}"}
+        {key: mark[key] for key in ("x", "kind")} | {"text": f"step {mark['x']:,.0f}: {mark['text'][:NOTE]}"}
         for mark in troubles[:MARKS]
     ]
     marks += [
-        {"x": stage.first, "kind": "stage", "text": f"stage {name}"}
-        for name, stage in list(log.stages.items())[1:]
+        {"x": stage.first, "kind": "stage", "text": f"stage {name[:NOTE]}"}
+        for name, stage in list(log.stages.items())[1:MARKS]
     ]
     counts = {kind: sum(mark["kind"] == kind for mark in troubles) for kind in ("bad", "spike")}
     told = []
@@ -262,84 +244,13 @@ def _stages(log: Log) -> Html | None:
     return section("Scores by stage", table, note, name="stages")
 
 
-def _trouble_table(troubles: list[dict[str, Any]]) -> Html | None:
-    if not troubles:
-        return None
-    rows = []
-    for mark in troubles[:LISTED]:
-        names = [str(name)[:LONGEST] for name in mark["examples"][:NAMED]]
-        more = len(mark["examples"]) - len(names)
-        kind = tag("span", {"bad": "skipped", "spike": "jump"}[mark["kind"]], class_=mark["kind"])
-        rows.append(
-            [
-                f"{mark['x']:,.0f}",
-                kind,
-                mark["text"],
-                ", ".join(names) + (f" and {more} more" if more else ""),
-            ]
-        )
-    left = len(troubles) - len(rows)
-    note = tag("p", f"{left:,} more are in {BAD} and {SPIKES}.", class_="note") if left else None
-    return section(
-        "Bad steps and jumps", grid(["step", "", "what", "examples"], rows, "texts"), note, name="troubles"
-    )
-
-
-def _examples(files: RunFiles, task: str) -> Html | None:
-    """Return the dev examples that the student gets wrong and the teacher right, the surest mistakes first."""
-    if not files.has(PREDICTIONS):
-        return None
-    total = wrong = taught = 0
-    judged, kept = False, []
-    for place, record in enumerate(files.lines(PREDICTIONS)):
-        label, student, teacher = (record.get(key) for key in ("label", "student", "teacher"))
-        total += 1
-        wrong += student != label
-        judged |= teacher is not None
-        if student != label and teacher == label:
-            taught += 1
-            sure = number(part(record, "probability", "student")) or 0.0
-            heapq.heappush(kept, (sure, -place, record))
-            if len(kept) > EXAMPLES:
-                heapq.heappop(kept)
-    if not judged:
-        told = f"The student is wrong on {wrong:,} of {total:,} dev examples; no teacher was there to compare with."
-        return section("Mistakes", tag("p", told), name="examples")
-    told = f"Of {total:,} dev examples the student gets {wrong:,} wrong; on {taught:,} of these the teacher is right."
-    if taught > len(kept):
-        told += f" The {len(kept)} of which the student is surest:"
-    rows = [_example(record) for *_, record in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
-    head = ["id", "text", "label", "student", "teacher"]
-    return section(
-        "Where the teacher is right and the student wrong",
-        tag("p", told),
-        grid(head, rows, "texts") if rows else None,
-        name="examples",
-    )
-
-
-def _example(record: dict[str, Any]) -> list[object]:
-    texts = record.get("texts")
-    body = [tag("div", _cut(text)) for text in (texts if isinstance(texts, list) else [])[:2]]
-    named = " ".join(_cut(record[key]) for key in ("set", "id") if record.get(key) is not None)
-    guesses = []
-    for model in ("student", "teacher"):
-        sure = number(part(record, "probability", model))
-        guesses.append(_cut(record.get(model)) + (f" ({sure:.2f})" if sure is not None else ""))
-    return [named, tag("div", *body), _cut(record.get("label")), *guesses]
-
-
-def _cut(text: object) -> str:
-    text = str(text)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-
-
 def _settings(files: RunFiles, settings: dict[str, Any]) -> Html | None:
     text, differing = files.changed(settings)
     if not text:
         return None
     what = "Settings that differ from the defaults" if differing else "Settings"
-    return section(what, tag("pre", text), name="settings")
+    more = tag("p", f"{len(text) - SETTINGS:,} more characters are in {CONFIG}.", class_="note")
+    return section(what, tag("pre", text[:SETTINGS]), more if len(text) > SETTINGS else None, name="settings")
 
 
 def _versions(files: RunFiles, summary: dict[str, Any]) -> Html | None:

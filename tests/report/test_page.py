@@ -350,7 +350,7 @@ def test_a_line_of_a_resume_replaces_those_after_it(tmp_path):
 
 
 def test_a_large_run_stays_below_two_megabytes(tmp_path):
-    """Fifteen terms, one of 144 layer pairs, long texts of characters that are escaped."""
+    """Fifteen terms, one of 144 layer pairs, long texts of characters that are escaped, of every kind."""
     rng = random.Random(0)
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for number in range(1, 4001):
@@ -358,6 +358,9 @@ def test_a_large_run_stays_below_two_megabytes(tmp_path):
             record["terms"]["a_term_0"]["layer_weights"] = [rng.random() for _ in range(144)]
             file.write(json.dumps(record) + "\n")
     text = '"&<' * 1000
+    bad = {"in": [text], "examples": [text] * 9}
+    lines(tmp_path / "bad_steps.jsonl", [{"step": i, **bad} for i in range(600)])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"plugins": ["x"], "data": {"train": text * 1000}}))
     lines(tmp_path / "predictions.jsonl", [prediction(i, "a", "b", "a", text) for i in range(300)])
     page = page_of(tmp_path)
     assert len(page.encode()) < 2_000_000

@@ -109,7 +109,7 @@ def test_page_shows_the_run(run):
     curves = {curve["name"]: curve["xy"] for curve in drawn["Loss and weighted terms"]["curves"]}
     assert set(curves) == {"total", "task", "soft_label", "hidden", "attention", "pairwise"}
     assert curves["total"][::2] == [record["step"] for record in steps] == list(range(1, 13))
-    assert curves["total"][1::2] == pytest.approx([record["loss"] for record in steps], rel=1e-5)
+    assert curves["total"][1::2] == pytest.approx([record["loss"] for record in steps], rel=1e-4)
     assert curves["task"][0] == 5  # the first stage is without it
     weights = drawn["Layer weights of hidden"]["curves"]
     assert len(weights) == len(steps[0]["terms"]["hidden"]["layer_weights"])
