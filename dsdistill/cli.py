@@ -286,6 +286,24 @@ def compare(
 
 
 @app.command()
+def report(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|DIR", help="Folder of a run, or of a comparison (compare --out).", show_default=False
+        ),
+    ],
+):
+    """Write report.html into the folder: one page with tables, curves and examples, to be opened from disk.
+
+    train writes it too, at its end; this command also shows a run that is not finished.
+    """
+    from dsdistill.report import write_page
+
+    typer.echo(write_page(path))
+
+
+@app.command()
 def export(
     run: RunPath,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
@@ -379,30 +397,18 @@ def bench(
     check_file(json, "--json")
     check_file(plot, "--plot")
     _quiet_libraries()
-    import yaml
-
+    from dsdistill.bench.arguments import parse_shapes
     from dsdistill.bench.data_speed import run_data
     from dsdistill.bench.loading import run_load
     from dsdistill.bench.operators import run_bench
     from dsdistill.bench.step import run_step
 
-    options = {}
-    for part in shapes.split(",") if shapes else ():
-        name, found, value = part.partition("=")
-        if not found:
-            raise UserError("--shapes", part, "NAME=VALUE")
-        try:
-            options[name.strip()] = found = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # the second: a date that is none
-            found = None
-        if not isinstance(found, str | int | float):
-            raise UserError("--shapes", part, "NAME=VALUE, a number or a word")
     measure = {"step": run_step, "data": run_data, "load": run_load}.get(
         operator, functools.partial(run_bench, operator)
     )
     raise typer.Exit(
         measure(
-            options=options,
+            options=parse_shapes(shapes),
             dtype=dtype,
             backends=backends.split(",") if backends else None,
             json_path=json,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
+import yaml
+
 from dsdistill.config import UserError
 from dsdistill.ops.backends import extension
 
@@ -14,6 +16,22 @@ def check_instruction_set() -> None:
     native, wanted = extension(), os.environ.get("DSDISTILL_ISA")
     if native is not None and wanted is not None and wanted not in native.instruction_sets():
         raise UserError("DSDISTILL_ISA", repr(wanted), f"one of {', '.join(native.instruction_sets())}")
+
+
+def parse_shapes(text: str | None) -> dict[str, str | int | float]:
+    """Return the sizes and options of NAME=VALUE,...; raise UserError for a part that is neither number nor word."""
+    options = {}
+    for part in text.split(",") if text else ():
+        name, found, value = part.partition("=")
+        if not found:
+            raise UserError("--shapes", part, "NAME=VALUE")
+        try:
+            options[name.strip()] = found = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):  # the second: a date that is none
+            found = None
+        if not isinstance(found, str | int | float):
+            raise UserError("--shapes", part, "NAME=VALUE, a number or a word")
+    return options
 
 
 def check_unused(case: str, dtype: str, backends: Sequence[str] | None, plot: object) -> None:

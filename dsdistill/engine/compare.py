@@ -2,11 +2,9 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,11 +16,7 @@ from dsdistill import disk
 from dsdistill.config import Stopped, UserError, as_begun, load
 from dsdistill.config.bounded import read_yaml
 from dsdistill.config.resume import check_same
-from dsdistill.report.summary import in_order, metric, title
-
-_HEAD = "| method | runs |"  # of the table
-# What differs between machines or says nothing about a method.
-_LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
+from dsdistill.report.methods import HEAD, table
 
 
 def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
@@ -98,7 +92,7 @@ def _is_table(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline(100).startswith(_HEAD)
+        return file.readline(100).startswith(HEAD)
 
 
 def _folder(name: str) -> str:
@@ -160,35 +154,3 @@ def _run(run: str, sources: list[str], call: Callable[[list[str]], int]) -> None
     for command in (*commands, ["evaluate", run]):
         if code := call([sys.executable, "-m", "dsdistill", *command]):
             raise SystemExit(code)  # its own line stands on standard error
-
-
-def table(rows: dict[str, list[dict]]) -> str:
-    """Return a Markdown table: the teacher's scores, then each method's, mean ± standard deviation over its runs.
-
-    rows: summaries by method; the scores are those of its student.
-    """
-    by_name: dict[str, list[dict]] = {}
-    for summaries in rows.values():
-        for summary in summaries:
-            if "teacher" in summary["models"]:
-                by_name["teacher"] = [summary["models"]["teacher"]]
-    by_name |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
-    seen = in_order(score for runs in by_name.values() for scores in runs for score in scores)
-    columns = [score for score in seen if metric(score) not in _LEFT_OUT]
-    lines = [
-        _HEAD + " " + " | ".join(map(title, columns)) + " |",
-        "|---|---:|" + "---:|" * len(columns),
-    ]
-    for name, runs in by_name.items():
-        values = (_cell([scores[c] for scores in runs if c in scores]) for c in columns)
-        lines.append(f"| {name} | {len(runs)} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 4
-    text = f"{mean:,.{min(digits, 4)}f}"
-    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{min(digits, 4)}f}"

@@ -17,6 +17,7 @@ from dsdistill.engine.module import StudentModule, fused_layers, make_fusion
 from dsdistill.engine.passes import representation_space
 from dsdistill.engine.passes.dev_scores import latency, score, score_on
 from dsdistill.engine.passes.generation import generation
+from dsdistill.engine.passes.predictions import Predictions
 from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.prepare import Prepared, prepare
 from dsdistill.engine.run import running, use_recipe, with_fields
@@ -102,7 +103,9 @@ def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict)
         for name, values in written.items():
             whole.setdefault(name, {}).update(values)
     teacher = _as_trained(module, loaded, prepared)
-    scores = score(module, teacher if prepared.judged else None, prepared, ranks)
+    predictions = Predictions()
+    scores = score(module, teacher if prepared.judged else None, prepared, ranks, predictions)
+    predictions.write(path, prepared, ranks)
     if asked.structure:
         scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
     scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])

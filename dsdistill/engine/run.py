@@ -9,12 +9,12 @@ import os
 import time
 from collections.abc import Iterator
 
-import torch
 import torch.distributed as dist
 
 from dsdistill.config import Config, RunError
 from dsdistill.config.formats import teacher_identity
 from dsdistill.config.terms import Task, Terms
+from dsdistill.data import Streamed
 from dsdistill.distributed import deepspeed, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, stages
@@ -23,6 +23,7 @@ from dsdistill.engine.first_weights import student_init
 from dsdistill.engine.origins import check_origins, content, origins, write_origins
 from dsdistill.engine.passes.domain_maps import fit_maps
 from dsdistill.engine.passes.layer_similarity import resolve_layers
+from dsdistill.engine.passes.predictions import Predictions
 from dsdistill.engine.passes.stability import stability
 from dsdistill.engine.passes.teacher_scores import make_sampler
 from dsdistill.engine.prepare import Prepared, make_objectives, prepare
@@ -161,7 +162,9 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     teacher = loaded.tracer(prepared.objectives) if loaded is not None else None
     judge = teacher if prepared.judged else None
     student = _through_stages(prepared, init, teacher, judge, folder, ranks)
-    scores = student.evaluate()
+    predictions = Predictions()
+    scores = student.evaluate(predictions)
+    predictions.write(folder.path, prepared, ranks)
     scores["student"] |= stability(scores["student"], folder.path, student.total)
     models = {}
     if judge is not None:
@@ -184,11 +187,13 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
         "terms": list(dict.fromkeys(name for objective in prepared.objectives for name in objective.terms)),
         "backends": prepared.objectives[0].backends,
         "models": models,
+        "shapes": _shapes(prepared),
+        "examples": _examples(prepared),
         **prepared.scored,
         "peak_memory_mib": peak,
         "seconds": round(time.time() - started, 1),
         "finished": True,
-        "versions": {"torch": torch.__version__, "dsdistill": _version()},
+        "versions": checkpoint.versions(),
     }
     with ranks.first_alone():
         if ranks.first:
@@ -257,6 +262,26 @@ def _row(scores: dict, trainer: Trainer) -> dict:
     }
 
 
+def _shapes(prepared: Prepared) -> dict[str, dict]:
+    """Return what each model is called by transformers, its layers, width, heads and vocabulary."""
+    found = {}
+    for name, model, shape in (
+        ("teacher", prepared.teacher, prepared.pair.teacher),
+        ("student", prepared.student, prepared.pair.student),
+    ):
+        if model is not None and shape is not None:
+            sizes = {key: getattr(shape, key) for key in ("depth", "width", "heads", "vocabulary")}
+            found[name] = {"model_type": model.model_type, **sizes}
+    return found
+
+
+def _examples(prepared: Prepared) -> dict[str, int]:
+    """Return how many examples each set has, as far as that is known."""
+    data = prepared.data
+    counts = {} if isinstance(data.train, Streamed) else {"train": len(data.train)}
+    return counts | {f"dev {name}".strip(): len(dev) for name, dev in data.devs.items()}
+
+
 def _fingerprint(prepared: Prepared) -> str:
     """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
     digest = hashlib.sha256(teacher_identity(prepared.config).encode())
@@ -268,9 +293,3 @@ def _fingerprint(prepared: Prepared) -> str:
 def with_fields(section, **changes):
     """A frozen config section with some fields changed."""
     return section.model_copy(update=changes)
-
-
-def _version() -> str:
-    from dsdistill import __version__
-
-    return __version__

@@ -34,8 +34,9 @@ REPRESENTATIONS = "representations"  # of the dev set, on the way
 BASELINE = "baseline"  # a run of its own
 MODEL = "model"  # what a recipe's run exports
 BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"  # of the guard
-GENERATED, PLOT = "generated.jsonl", "loss.png"
-NOTES = (BAD, SPIKES, GENERATED, PLOT)
+GENERATED, PREDICTIONS = "generated.jsonl", "predictions.jsonl"
+PLOT, PAGE = "loss.png", "report.html"
+NOTES = (BAD, SPIKES, GENERATED, PREDICTIONS, PLOT, PAGE)
 # All that a resumed run does not make again, and the files that are written there (`disk.remove`).
 KEPT = {
     INIT: (

@@ -28,6 +28,7 @@ from dsdistill.engine.module import StudentModule, fused_layers, make_student
 from dsdistill.engine.outcome import Later, Made
 from dsdistill.engine.passes import stability
 from dsdistill.engine.passes.dev_scores import represent, score
+from dsdistill.engine.passes.predictions import Predictions
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.engine.teacher_ahead import TeacherAhead
@@ -223,16 +224,14 @@ class Trainer:
             file=_Forgiving(sys.stderr),
         )
 
-    def _told(self, loss: float, memory: int) -> str:
-        """Return what the bar says beside its time: the loss, pace since the last logged step, and peak memory in MiB.
+    def _pace(self) -> tuple[float, float]:
+        """Return seconds a step and tokens a second since the last logged step.
 
         The clock was read where the step waited for the device already, so that nothing waits here.
         """
         now, before = self.progress, self._shown
         seconds, self._shown = max(now.seconds - before.seconds, 1e-9), copy.copy(now)
-        pace = seconds / max(1, now.step - before.step)
-        rate = (now.tokens - before.tokens) / seconds
-        return f"loss={loss:.4g}, {pace:.3g} s/step, {rate:,.0f} tokens/s, {memory:,} MiB"
+        return seconds / max(1, now.step - before.step), (now.tokens - before.tokens) / seconds
 
     def _run(self, folder: RunFolder, bar: tqdm) -> None:
         points = stability.points(self.config.evaluation.rcs, self.total)
@@ -442,7 +441,8 @@ class Trainer:
             return
         terms = made.report
         loss = sum(term["weighted"] for term in terms.values())
-        norm = self.engine.get_global_grad_norm()
+        norm, memory = self.engine.get_global_grad_norm(), peak_memory_mib(self.ranks)
+        pace, rate = self._pace()
         record = {
             "step": self.progress.step,
             **({"stage": self.stage.name} if self.config.stages else {}),
@@ -453,9 +453,10 @@ class Trainer:
             **self.step_size,
             **self._sources(),
             "tokens_per_second": round(self.progress.tokens / self.progress.seconds, 1),
-            "peak_memory_mib": peak_memory_mib(self.ranks),
+            "recent_tokens_per_second": round(rate, 1),  # since the line before
+            "peak_memory_mib": memory,
         }
-        bar.set_postfix_str(self._told(loss, record["peak_memory_mib"]))
+        bar.set_postfix_str(f"loss={loss:.4g}, {pace:.3g} s/step, {rate:,.0f} tokens/s, {memory:,} MiB")
         if self.ranks.first:
             folder.log(record)
         self._monitor(
@@ -468,9 +469,9 @@ class Trainer:
             step = self.progress.step * self.config.train.batch_size  # DeepSpeed's axis: examples
             self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Return the scores of student and teacher on the dev set."""
-        return self._judging(score, self.engine, self.judge, self.prepared, self.ranks)
+    def evaluate(self, predictions: Predictions | None = None) -> dict[str, dict[str, float]]:
+        """Return the scores of student and teacher on the dev set; predictions: is told what they are made of."""
+        return self._judging(score, self.engine, self.judge, self.prepared, self.ranks, predictions)
 
     def _judging(self, function: Callable, *arguments):
         """Call with the student in evaluation mode."""

@@ -15,6 +15,7 @@ from dsdistill.evaluation import metrics
 from dsdistill.models.trace import Trace
 
 Gather = Callable[[Any], list]
+Seen = Callable[[dict[str, Tensor], Tensor], None]
 
 
 class _Clock:
@@ -58,6 +59,7 @@ def evaluate(
     task: str,
     gather: Gather,
     positive: int | None = None,
+    seen: Seen | None = None,
 ) -> dict[str, dict[str, float]]:
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
@@ -70,6 +72,7 @@ def evaluate(
         task: that of the config.
         gather: one object of each rank → all of them, on every rank.
         positive: of two classes the one that f1 is of; None: the second.
+        seen: of classes: is told each model's (n, C) logits and the (n,) labels, in the order of the set.
 
     Returns:
         {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
@@ -100,14 +103,16 @@ def evaluate(
     tokens = sum(int(part.pop("tokens")) for part in parts)
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
-    scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive)
+    scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
     all_tokens = sum(count for _, _, count in everyone)
     for name, values in scores.items():
         values["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
     return scores
 
 
-def _labelled(parts: list[dict], task: str, positive: int | None) -> dict[str, dict[str, float]]:
+def _labelled(
+    parts: list[dict], task: str, positive: int | None, seen: Seen | None
+) -> dict[str, dict[str, float]]:
     index = torch.cat([part["index"] for part in parts])
     labels = restore(torch.cat([part["labels"] for part in parts]), index)
     outputs = {
@@ -115,6 +120,8 @@ def _labelled(parts: list[dict], task: str, positive: int | None) -> dict[str, d
         for name in ("student", "teacher")
         if name in parts[0]
     }
+    if seen is not None and task == "classification":
+        seen(outputs, labels)
     scores = {}
     for name, output in outputs.items():
         teacher = outputs.get("teacher")

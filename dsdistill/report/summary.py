@@ -46,7 +46,7 @@ def table(summary: dict[str, Any]) -> str:
     models = {name: summary["models"][name] for name in MODELS if name in summary["models"]}
     scores = in_order(score for of in models.values() for score in of)
     rows = [["", *map(title, scores)]]
-    rows += [[name, *(_value(score, has.get(score)) for score in scores)] for name, has in models.items()]
+    rows += [[name, *(shown(score, has.get(score)) for score in scores)] for name, has in models.items()]
     if sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) > 102:
         rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -55,7 +55,8 @@ def table(summary: dict[str, Any]) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([_title(summary), "", *lines, *_notes(summary, set(map(metric, scores)))])
+    told = notes(summary, set(map(metric, scores)))
+    return "\n".join([" | ".join(facts(summary)), "", *lines, *(["", *told] if told else [])])
 
 
 def metric(score: str) -> str:
@@ -73,8 +74,8 @@ def title(score: str) -> str:
 def in_order(scores: Iterable[str]) -> list[str]:
     """Return the scores that tables show, each once, as TITLES lists them; others come last."""
     places = {score: place for place, score in enumerate(TITLES)}
-    shown = {score for score in scores if not detail(score)}
-    return sorted(shown, key=lambda score: (places.get(metric(score), len(places)), metric(score), score))
+    kept = {score for score in scores if not detail(score)}
+    return sorted(kept, key=lambda score: (places.get(metric(score), len(places)), metric(score), score))
 
 
 def detail(score: str) -> bool:
@@ -83,42 +84,45 @@ def detail(score: str) -> bool:
     return score.endswith(("_low", "_high")) or score.startswith("rho_") or score in _PARTS
 
 
-def _title(summary: dict[str, Any]) -> str:
-    facts = [summary.get("name", "run"), summary.get("task"), summary.get("data")]
+def facts(summary: dict[str, Any]) -> list[str]:
+    """Return name, task, steps, ranks, duration and memory of a run, as far as its summary has them."""
+    found = [summary.get("name", "run"), summary.get("task"), summary.get("data")]
     if "steps" in summary:
         ranks = summary.get("world_size", 1)
-        facts.append(f"{summary['steps']} steps on {ranks} process{'es' * (ranks > 1)}")
+        found.append(f"{summary['steps']} steps on {ranks} process{'es' * (ranks > 1)}")
     if "seconds" in summary:
-        facts.append(_duration(summary["seconds"]))
+        found.append(_duration(summary["seconds"]))
     if "peak_memory_mib" in summary:
-        facts.append(f"{summary['peak_memory_mib']:,} MiB at most a process")
-    return " | ".join(fact for fact in facts if fact)
+        found.append(f"{summary['peak_memory_mib']:,} MiB at most a process")
+    return [fact for fact in found if fact]
 
 
-def _notes(summary: dict[str, Any], found: set[str]) -> list[str]:
-    notes = []
+def notes(summary: dict[str, Any], found: set[str]) -> list[str]:
+    """Return what the scores in a table mean, a line each; found: what they measure (`metric`)."""
+    told = []
     if "f1" in found and "positive_class" in summary:
-        notes.append(f"F1: of the class {summary['positive_class']}")
+        told.append(f"F1: of the class {summary['positive_class']}")
     if "kl" in found:
         unit = "token" if summary.get("task") in ("causal_lm", "masked_lm") else "example"
-        notes.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
+        told.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
     if "rcs" in found:
-        notes.append(
+        told.append(
             "RCS: how far the representations turned on the way, 0 to 1; 0 too for a model that never moved"
         )
     if "bleu" in found:
-        notes.append(
+        told.append(
             "BLEU (0 to 100), ROUGE (F1) and CER (edits a character): of what is written after prompts"
         )
-        notes.append(f"BLEU: {summary.get('bleu_signature', 'by sacreBLEU')}")
+        told.append(f"BLEU: {summary.get('bleu_signature', 'by sacreBLEU')}")
     if "latency_ms" in found:
-        notes.append("latency: median time of one example by itself, one process")
+        told.append("latency: median time of one example by itself, one process")
     if "tokens_per_second" in found:
-        notes.append("tokens/s: forward passes on the dev set, all processes together")
-    return ["", *notes] if notes else []
+        told.append("tokens/s: forward passes on the dev set, all processes together")
+    return told
 
 
-def _value(score: str, value: float | None) -> str:
+def shown(score: str, value: float | None) -> str:
+    """Return a score as tables show it."""
     if value is None:
         return "-"
     score = metric(score)

@@ -16,6 +16,7 @@ from dsdistill.config.load import make_config
 from dsdistill.data import Splits
 from dsdistill.engine.run import _fingerprint
 from dsdistill.engine.run_folder import RunFolder
+from dsdistill.report import write_page
 from tests.data.rig import made
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
@@ -75,6 +76,10 @@ def test_recipe_baseline_evaluate_export(settings, home):
     for scores in summary["models"].values():
         assert {"accuracy", "macro_f1", "kl", "parameters", "tokens_per_second"} <= set(scores)
     assert summary["models"]["teacher"]["kl"] == 0
+    told = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for name in ("teacher", "student"):  # of both ranks
+        right = sum(line[name] == line["label"] for line in told) / 11
+        assert len(told) == 11 and summary["models"][name]["accuracy"] == pytest.approx(right)
     assert summary["models"]["student"]["parameters"] < summary["models"]["teacher"]["parameters"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
@@ -189,6 +194,9 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
     summary = json.loads((home / paths[2][-1].stem / "summary.json").read_text())
     for scores in summary["models"].values():
         assert 1 < scores["perplexity"] < 100
+    assert not (home / paths[2][-1].stem / "predictions.jsonl").exists()  # of classes alone
+    page = Path(write_page(str(home / paths[2][-1].stem))).read_text(encoding="utf-8")
+    assert "perplexity" in page and 'id="curves"' in page and 'id="examples"' not in page
 
 
 def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):

@@ -1,5 +1,6 @@
 """Measure what student and teacher score on the dev sets, and how long a text takes."""
 
+import functools
 import itertools
 import statistics
 import time
@@ -13,32 +14,43 @@ from transformers import PreTrainedModel
 from dsdistill.data import Set, evaluation_batches
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.passes import in_order, over
+from dsdistill.engine.passes.predictions import Predictions
 from dsdistill.engine.prepare import Prepared
-from dsdistill.evaluation.scores import evaluate
+from dsdistill.evaluation.scores import Seen, evaluate
 from dsdistill.models.tracer import Tracer, model_inputs
 
 WARM, TIMED = 10, 100  # examples
 
 
 def score(
-    student: Callable, teacher: Tracer | None, prepared: Prepared, ranks: Ranks
+    student: Callable,
+    teacher: Tracer | None,
+    prepared: Prepared,
+    ranks: Ranks,
+    predictions: Predictions | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the scores of student and teacher on each dev set; those of a set that has a name are NAME/SCORE.
 
-    student: a StudentModule in eval mode, or the engine around one.
+    student: a StudentModule in eval mode, or the engine around one. predictions: is told what they are made of.
     """
     found: dict[str, dict[str, float]] = {}
     for name, examples in prepared.data.devs.items():
-        for model, scores in score_on(examples, student, teacher, prepared, ranks).items():
+        seen = functools.partial(predictions.take, name) if predictions is not None else None
+        for model, scores in score_on(examples, student, teacher, prepared, ranks, seen).items():
             named = {f"{name}/{key}" if name else key: value for key, value in scores.items()}
             found.setdefault(model, {}).update(named)
     return found
 
 
 def score_on(
-    examples: Set, student: Callable, teacher: Tracer | None, prepared: Prepared, ranks: Ranks
+    examples: Set,
+    student: Callable,
+    teacher: Tracer | None,
+    prepared: Prepared,
+    ranks: Ranks,
+    seen: Seen | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of student and teacher on one set."""
+    """Return the scores of student and teacher on one set; seen: as of `evaluate`."""
     batches = evaluation_batches(
         examples,
         prepared.config.train.micro_batch_size,
@@ -55,6 +67,7 @@ def score_on(
             task=prepared.config.task,
             gather=ranks.gather,
             positive=prepared.positive,
+            seen=seen,
         )
 
 

@@ -1,0 +1,37 @@
+"""Show methods side by side: the table of means and deviations, how far the runs are, and a plot of each sweep."""
+
+import os
+from urllib.parse import quote
+
+from dsdistill.report.figures import charts_section
+from dsdistill.report.markup import Html, grid, section, tag
+from dsdistill.report.methods import Run, cells, scored, sweeps
+from dsdistill.report.summary import title
+
+
+def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
+    """Return the title and the parts of a comparison's page.
+
+    runs: of `runs_of`, at least one; those that are not finished are listed, and count in no mean.
+    """
+    name = os.path.basename(os.path.abspath(path))
+    every = [run for of in runs.values() for run in of]
+    done = sum(bool(run.summary.get("finished")) for run in every)
+    told = f"comparison · {len(runs)} methods · {done} of {len(every)} runs finished"
+    parts = [tag("header", tag("h1", name), tag("p", told, class_="facts"))]
+    rows = scored(runs)
+    if rows:
+        columns, lines = cells(rows)
+        note = tag("p", "Mean ± standard deviation over the finished runs of a method.", class_="note")
+        table = grid(["method", "runs", *map(title, columns)], lines, "scores")
+        parts.append(section("Methods", table, note, name="methods"))
+        parts += charts_section("Sweeps", sweeps(runs), [])
+    listed = [[_link(path, run), run.state] for run in every]
+    return name, [*parts, section("Runs", grid(["run", "state"], listed), name="runs")]
+
+
+def _link(path: str, run: Run) -> Html | str:
+    """Return a run's name, as a link to its page where it has one."""
+    if not os.path.isfile(os.path.join(path, run.name, "report.html")):
+        return run.name
+    return tag("a", run.name, href=quote(f"./{run.name}/report.html", errors="replace"))

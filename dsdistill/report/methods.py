@@ -1,0 +1,180 @@
+"""Set methods side by side: means and deviations over the runs of each, and how a score follows a setting."""
+
+import math
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsdistill.report.curves import Chart, wide
+from dsdistill.report.run_files import CONFIG, METRICS, SUMMARY, RunFiles, number, scores_of
+from dsdistill.report.summary import in_order, metric, title
+
+HEAD = "| method | runs |"  # of the table
+SEED = "seed-"  # begins the name of a run's folder
+# What differs between machines or says nothing about a method.
+_LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
+# Settings that differ between the runs of one method, or say nothing about it.
+_PLACES = ("run.dir", "run.name", "run.seed", "data.cache")
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Return a Markdown table: the teacher's scores, then each method's, mean ± standard deviation over its runs.
+
+    rows: summaries by method; the scores are those of its student.
+    """
+    columns, lines = cells(rows)
+    head = [HEAD + " " + " | ".join(map(title, columns)) + " |", "|---|---:|" + "---:|" * len(columns)]
+    return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+
+
+def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Return the scores that a table of methods shows, and its lines: name, runs and those scores."""
+    by_name: dict[str, list[dict[str, float]]] = {}
+    for summaries in rows.values():
+        for summary in summaries:
+            if "teacher" in summary["models"]:
+                by_name["teacher"] = [summary["models"]["teacher"]]
+    by_name |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
+    columns = compared(scores for runs in by_name.values() for scores in runs)
+    return columns, [
+        [name, str(len(runs)), *(_cell([scores[c] for scores in runs if c in scores]) for c in columns)]
+        for name, runs in by_name.items()
+    ]
+
+
+def compared(runs: Iterable[dict[str, float]]) -> list[str]:
+    """Return the scores that tell methods apart, in the order of tables."""
+    return [score for score in in_order(s for run in runs for s in run) if metric(score) not in _LEFT_OUT]
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    digits = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 4
+    text = f"{mean:,.{min(digits, 4)}f}"
+    return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.{min(digits, 4)}f}"
+
+
+@dataclass
+class Run:
+    """A Run is one folder of a comparison."""
+
+    name: str  # METHOD/seed-N
+    steps: int  # that the last line of its log tells
+    summary: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """Return how far the run has come."""
+        if not self.summary.get("finished"):
+            return f"at step {self.steps:,}" if self.steps else "begun"
+        return "evaluated" if "evaluated" in self.summary else "finished, not evaluated"
+
+
+def is_run(folder: str) -> bool:
+    """Return whether a folder has anything that a run writes."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, METRICS, SUMMARY))
+
+
+def runs_of(folder: str) -> dict[str, list[Run]]:
+    """Return the runs METHOD/seed-N below a folder by method, as far as they have come."""
+    found: dict[str, list[Run]] = {}
+    for method in _folders(folder):
+        home = os.path.join(folder, method)
+        for seed in sorted(filter(_seeded, _folders(home)), key=lambda name: (len(name), name)):
+            if is_run(path := os.path.join(home, seed)):
+                files = RunFiles(path)
+                summary = files.object(SUMMARY)
+                summary["models"] = scores_of(summary)
+                steps = 0 if summary.get("finished") else _steps(files)
+                run = Run(os.path.join(method, seed), steps, summary, files.settings())
+                found.setdefault(method, []).append(run)
+    return found
+
+
+def _seeded(name: str) -> bool:
+    return name.startswith(SEED)
+
+
+def _folders(folder: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name)))
+    except OSError:
+        return []
+
+
+def _steps(files: RunFiles) -> int:
+    last = 0.0
+    for record in files.lines(METRICS):
+        last = number(record.get("step")) or last
+    return int(last)
+
+
+def scored(runs: dict[str, list[Run]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the summaries that a table can show: those of finished runs with a student's scores."""
+    kept = {
+        name: [
+            run.summary for run in of if run.summary.get("finished") and "student" in run.summary["models"]
+        ]
+        for name, of in runs.items()
+    }
+    return {name: summaries for name, summaries in kept.items() if summaries}
+
+
+def sweeps(runs: dict[str, list[Run]]) -> list[Chart]:
+    """Return a chart for each setting that methods sweep, and each score: means and deviations over the runs.
+
+    A sweep is two methods or more whose settings differ in one number alone.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for method, of in runs.items():
+        if any(run.summary["models"].get("student") and run.settings for run in of):
+            settings[method] = _flat(next(run.settings for run in of if run.settings))
+    numbers = {key for flat in settings.values() for key, value in flat.items() if number(value) is not None}
+    charts: list[Chart] = []
+    for key in sorted(numbers):
+        groups: dict[str, dict[float, str]] = {}
+        for method, flat in settings.items():
+            if (value := number(flat.get(key))) is not None:
+                rest = repr(sorted((k, repr(v)) for k, v in flat.items() if k != key))
+                groups.setdefault(rest, {})[value] = method
+        for swept in groups.values():
+            if len(swept) > 1:
+                charts += _swept(key, swept, runs, len(charts))
+    return charts
+
+
+def _swept(key: str, swept: dict[float, str], runs: dict[str, list[Run]], before: int) -> list[Chart]:
+    """Return a chart for each score over the values of one setting."""
+    scores = {
+        value: [run.summary["models"].get("student", {}) for run in runs[m]] for value, m in swept.items()
+    }
+    charts: list[Chart] = []
+    for score in compared(run for of in scores.values() for run in of):
+        if metric(score) == "parameters":
+            continue
+        chart = Chart(f"sweep-{before + len(charts)}", f"{title(score)} by {key}", x=key, sparse=True)
+        chart.x_logarithmic, chart.logarithmic = min(swept) > 0 and wide(swept), False
+        for value in sorted(scores):
+            found = [run[score] for run in scores[value] if score in run]
+            if found:
+                chart.add("mean", value, statistics.fmean(found))
+                chart.spreads.setdefault("mean", []).append(
+                    statistics.stdev(found) if len(found) > 1 else 0.0
+                )
+        charts.append(chart)
+    return charts
+
+
+def _flat(settings: object, prefix: str = "") -> dict[str, Any]:
+    """Return settings by dotted key, without those that differ between the runs of one method."""
+    if isinstance(settings, dict) and settings:
+        return {k: v for name, of in settings.items() for k, v in _flat(of, f"{prefix}{name}.").items()}
+    if isinstance(settings, list) and settings:
+        return {k: v for i, of in enumerate(settings) for k, v in _flat(of, f"{prefix}{i}.").items()}
+    key = prefix.removesuffix(".")
+    return {} if key in _PLACES else {key: settings}
