@@ -5,7 +5,7 @@ from itertools import islice
 from typing import Any
 
 from dsdistill.config import Config, UserError
-from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate
+from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate, texts_of
 from dsdistill.engine.resolve import read_sets, resolve
 
 SHOWN_BAD = 20  # rows that cannot be used, named one by one
@@ -45,7 +45,7 @@ def preview(config: Config, count: int) -> Preview:
     """
     bad = Bad()
     found = resolve(config, lambda _: None)  # tokenising tells of the same rows
-    data = read_sets(config, found.tokenizer, found.student, found.teacher, bad)
+    data = read_sets(found.config, found.tokenizer, found.student, found.teacher, bad)
     pad = found.tokenizer.pad_token_id or 0
     rows = range(min(count, len(data.train)))
     batches = [collate(data.train, [row], pad, 0) for row in rows]
@@ -72,7 +72,7 @@ def numbers(examples: Set, length: int) -> dict[str, Any]:
             key: sum(part[key] for part in parts.values()) for key in ("examples", "truncated", "dropped")
         }
         return whole | {"tokens": tokens, "sources": parts}
-    own = examples.parts.take(examples.order) if isinstance(examples, Packed) else examples
+    own = examples.parts.take(examples.order) if isinstance(examples, Packed) else texts_of(examples)
     tokens = int(own.lengths.sum())
     found: dict[str, Any] = {"examples": len(examples)}
     if isinstance(examples, Packed):
