@@ -70,8 +70,8 @@ class Data(Section):
     text: Texts = Field(
         default=("text",),
         description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
-        "and text_b; of embedding two are a query and its document (or what `label` tells the similarity of), each read "
-        "by itself; of causal_lm two are a prompt, which has no loss, and its response, a row an example, as "
+        "and text_b; of embedding two are a query and its document, or two texts whose similarity `label` tells, each "
+        "read by itself; of causal_lm two are a prompt, which has no loss, and its response, a row an example, as "
         "`layout` says; where tokens are predicted, blank rows of single texts are left out",
     )
     messages: str | None = Field(

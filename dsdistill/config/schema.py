@@ -297,6 +297,11 @@ class Config(Section):
         )
 
     @property
+    def rows(self) -> int:
+        """Return how many rows of a batch an example of the train set takes: two where its two texts are read apart."""
+        return len(self.data.text) if self.task == EMBEDDING else 1
+
+    @property
     def needs_spans(self) -> bool:
         """Whether some stage, or evaluation, reads words and phrases."""
         return self.evaluation.structure or any(

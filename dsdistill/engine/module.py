@@ -82,8 +82,8 @@ class StudentModule(Distillation):
     ):
         """Return the loss of a micro-batch with `counts` and `traces`; without counts what `ask` names.
 
-        scores: (B, C) logits of classifiers and regressors; (B, D) normalised vectors of texts; (terms,) sums of the evaluation objective for language
-            models, with the teacher's trace its terms too.
+        scores: (B, C) logits of classifiers and regressors; (B, D) normalised vectors of texts; (terms,) sums of the
+            evaluation objective for language models, with the teacher's trace its terms too.
         mean: (B, D), packed (S, D), mean of the last layer's states over an example's tokens.
         states: (B, N, D), the states themselves.
         """

@@ -62,8 +62,9 @@ def evaluate(
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
     Args:
-        student: of a batch and the teacher's trace: (B, C) logits, (B, D) vectors of texts, or where tokens are predicted the sums of the
-            evaluation objective (loss of those tokens; with a teacher also its KL to the student).
+        student: of a batch and the teacher's trace: (B, C) logits, (B, D) vectors of texts, or where tokens are
+            predicted the sums of the evaluation objective (loss of those tokens; with a teacher also its KL to the
+            student).
         teacher: makes the teacher's trace of a batch.
         teacher_values: where tokens are predicted: the teacher's own loss, (1,); of texts its vectors, (B, D).
         batches: this rank's share; every rank has equally many.

@@ -116,7 +116,7 @@ def rehearse(
     Every sequence is taken to be data.max_length long. whole: all layers of deep models run, and all blocks of
     operators; else a few stand for the others (planner/stand_in.py, ops/common.py).
     """
-    ledger = Ledger((batch_size, config.data.max_length))
+    ledger = Ledger((batch_size * config.rows, config.data.max_length))
     with ledger.fake:
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
         batch = _batch(config, batch_size)
@@ -232,7 +232,7 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
 
 def _batch(config: Config, size: int) -> Batch:
     tokens, pair = config.data.max_length, None
-    if config.task == EMBEDDING and len(config.data.text) == 2:
+    if config.rows == 2:
         pair, size = torch.arange(2 * size) // 2, 2 * size
     ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:

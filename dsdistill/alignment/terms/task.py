@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdistill.alignment.relations import info_nce
+from dsdistill.alignment.relations import contrast
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.units import gather_rows, pair_vectors, shared_sum, text_vectors
 from dsdistill.config.schema import EMBEDDING, LANGUAGE
@@ -142,5 +142,6 @@ class TaskTerm(AlignmentTerm):
         units = gather_rows(own)
         if not len(units):
             return own.sum() + 0.0 * vectors.sum()  # 0
-        loss = info_nce(*units.chunk(2, dim=1), self.config.temperature)
+        queries, documents = units.chunk(2, dim=1)
+        loss = contrast(queries, documents, self.config.temperature)
         return shared_sum(loss, len(own), len(units))
