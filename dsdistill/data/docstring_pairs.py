@@ -85,6 +85,6 @@ def _collect() -> list[dict[str, str]]:
                     continue
                 seen |= letters
                 taken += 1
-                cut = document[:MOST]
+                cut = document[:MOST].rstrip()
                 rows.append({"split": split, "id": f"{module}:{name}", "query": query, "document": cut})
     return sorted(rows, key=lambda row: digest(row["query"]))

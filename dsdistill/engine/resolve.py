@@ -55,11 +55,11 @@ def resolve(config: Config, bad: Bad | None = None) -> Resolved:
     tokenizer = tokenizer_of(config, recipe, bad)
     if config.data.chat_template is not None:  # what the student learns, its export says
         tokenizer.chat_template = read_template(config.data.chat_template)
-    config = with_sentences(config, recipe)
+    config = with_sentences(config, tokenizer, recipe)
     return Resolved(config, tokenizer, student, teacher, recipe)
 
 
-def with_sentences(config: Config, recipe: Made | None = None) -> Config:
+def with_sentences(config: Config, tokenizer: PreTrainedTokenizerBase, recipe: Made | None = None) -> Config:
     """Return a config of task embedding with poolings and prompts as its models' folders have them; others as they are.
 
     recipe: of the teacher. Raises UserError for a folder of another kind of sentence encoder.
@@ -72,6 +72,10 @@ def with_sentences(config: Config, recipe: Made | None = None) -> Config:
         for place, section in sections.items()
         if section is not None and section.path is not None
     }
+    for place, sentence in found.items():
+        if sentence is not None and sentence.lower and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+            got = f"{sections[place].path} with do_lower_case, where the tokenizer keeps capitals"
+            raise UserError(f"{place}.path", got, "a tokenizer that lowers case itself")
     if recipe is not None:
         prompts = recipe.config.data.prompts or ()
         found["teacher"] = Sentence(recipe.config.student.pooling or "mean", *named_prompts(prompts))

@@ -38,6 +38,7 @@ class Sentence:
     pooling: str = "mean"  # mean, cls or last
     prompts: Mapping[str, str] = field(default_factory=dict)  # by name, what is put before a text
     default_prompt: str | None = None  # name of the one that texts get of which nothing is said
+    lower: bool = False  # the library puts texts into lower case before its tokenizer does what it does
 
     def prompts_of(self, texts: int) -> tuple[str, ...]:
         """Return what is put before each of an example's texts: of two those of query and document."""
@@ -68,7 +69,6 @@ def read_sentence(source: str, place: str) -> Sentence | None:
         raise UserError(place, got, "a Transformer at the folder's top, Pooling and perhaps Normalize")
     if not _FOLDER.fullmatch(kinds[1][1]):
         raise UserError(place, f"{source} with pooling in {kinds[1][1]!r}", "a folder's name")
-    _check_case(source, place)
     pooled = _settings(source, f"{kinds[1][1]}/config.json")
     options = _settings(source, OPTIONS)
     prompts = options.get("prompts") or {}
@@ -82,7 +82,8 @@ def read_sentence(source: str, place: str) -> Sentence | None:
         raise UserError(
             place, f"{source} with the default prompt {default!r}", "the name of one of its prompts"
         )
-    return Sentence(_way(source, pooled, place), prompts, default)
+    lower = _settings(source, LENGTH).get("do_lower_case") is True
+    return Sentence(_way(source, pooled, place), prompts, default, lower)
 
 
 def write_sentence(folder: str, sentence: Sentence, width: int, length: int) -> None:
@@ -134,11 +135,6 @@ def _way(source: str, pooled: dict[str, Any], place: str) -> str:
     if len(ways) != 1 or ways[0] not in _WAYS:
         raise UserError(place, f"{source}, which pools by {ways}", "mean, cls or lasttoken alone")
     return _WAYS[ways[0]]
-
-
-def _check_case(source: str, place: str) -> None:
-    if _settings(source, LENGTH).get("do_lower_case") is True:
-        raise UserError(place, f"{source} with do_lower_case", "a tokenizer that lowers case itself")
 
 
 def _settings(source: str, name: str) -> dict[str, Any]:
