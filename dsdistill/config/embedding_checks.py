@@ -31,6 +31,9 @@ def check_embedding(config: Config) -> None:
         raise UserError(
             "data.label", f"{data.label} with single texts", "two columns in data.text, or no label"
         )
+    if data.label is not None and data.source == "docstrings":
+        got = f"{data.label} with data.source docstrings, which nobody has judged"
+        raise UserError("data.label", got, "no label, or another source")
     if data.drop_unlabelled and data.label is None:
         raise UserError("data.drop_unlabelled", "true without data.label", "false")
     if data.labels is not None:

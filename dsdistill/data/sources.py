@@ -219,8 +219,10 @@ def _labelled(section: Section, split: str, task: str, bad: Bad | None) -> Table
 
 def _table(section: Section, split: str, task: str, bad: Bad | None) -> Table:
     if section.source == "docstrings":
-        if task in ("regression", EMBEDDING):
-            raise UserError("data.source", f"docstrings for task {task}", "a source whose labels are numbers")
+        if task == "regression":
+            raise UserError(
+                "data.source", "docstrings for task regression", "a source whose labels are numbers"
+            )
         return docstrings.table(split, section.cache)
     return _stream(section, split, task).table(bad)
 

@@ -98,3 +98,10 @@ def test_what_is_not_made_here_is_refused(folder, case):
     with pytest.raises(UserError, match=message) as found:
         read_sentence(str(folder), "teacher.path")
     assert str(found.value).startswith("teacher.path: got ")
+
+
+def test_lower_case_is_told(folder):
+    """Whether the tokenizer does it too is checked where there is one."""
+    assert not read_sentence(str(folder), "teacher.path").lower
+    change(folder, "sentence_bert_config.json", do_lower_case=True)
+    assert read_sentence(str(folder), "teacher.path").lower
