@@ -16,7 +16,7 @@ from dsdistill.data.table import Table
 
 SPLITS = ("train", "dev", "unseen")
 UNSEEN = ("networkx", "scipy")  # of these the second is a package of `unseen` alone
-PER_PACKAGE, PER_MODULE = 1500, 60  # most pairs of one package, and of one module
+PER_PACKAGE, PER_MODULE = 1000, 60  # most pairs of one package, and of one module
 DEV_PERCENT = 12  # modules in the dev split
 QUERY = range(20, 201)  # characters
 DOCUMENT = 80  # fewest characters
