@@ -16,7 +16,7 @@ from dsdistill.alignment.objective import BackendError, Loss, Objective
 from dsdistill.alignment.probing import check_pair
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, make_config
-from dsdistill.config.schema import LANGUAGE, AttentionName
+from dsdistill.config.schema import EMBEDDING, LANGUAGE, AttentionName, Pooling
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.data.inputs import as_batch
@@ -26,7 +26,7 @@ from dsdistill.models.trace import Geometry, Trace
 from dsdistill.models.tracer import Callee, Tracer, callee, check_checkpointing
 
 ORIGIN = "Distiller"  # begins every message about an argument
-TASKS = ("classification", "regression", "causal_lm", "masked_lm")
+TASKS = ("classification", "regression", "causal_lm", "masked_lm", EMBEDDING)
 
 
 class TermValue(NamedTuple):
@@ -194,6 +194,7 @@ class Distiller(Distillation):
         task: str | None = None,
         distill_weight: float | None = None,
         backend: str = "auto",
+        pooling: tuple[Pooling, Pooling] = ("mean", "mean"),
     ):
         """Check that the models and terms fit together, and put the student under capture.
 
@@ -203,9 +204,11 @@ class Distiller(Distillation):
             student: a transformers model of the same task, on its device, before it is wrapped (DDP, DeepSpeed, FSDP
                 of the whole); layers may be sharded already.
             terms: by name, settings as in a config: dicts, or objects of dsdistill.terms.
-            task: classification, regression, causal_lm or masked_lm; by default what the models' classes say.
+            task: classification, regression, causal_lm, masked_lm or embedding; by default what the models' classes
+                say, of which those without a head say nothing.
             distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w.
             backend: of the operators, as train.backend.
+            pooling: of student and teacher, for task embedding: mean, cls or last, as student.pooling of a config.
 
         Raises:
             UserError: one line for the first thing that does not fit; nothing has been changed then.
@@ -218,7 +221,8 @@ class Distiller(Distillation):
         config = _config(task, terms, guide is not None, distill_weight, backend)
         theirs = guide.config if guide is not None else None
         try:
-            objective = Objective(config.terms, _pair(config, given.config, theirs), distill_weight)
+            pair = replace(_pair(config, given.config, theirs), pooling=_pooling(pooling))
+            objective = Objective(config.terms, pair, distill_weight)
             _check_heads(objective, given, guide)
             models = {"student": given} | ({"teacher": guide} if guide is not None else {})
             implementations = {place: _attention(model) for place, model in models.items()}
@@ -320,6 +324,8 @@ class Distiller(Distillation):
         made = as_batch(batch, self.objective.task).to(self.model.device)
         if made.labels is None and (name := self.objective.needs("labels")):
             raise UserError("batch", "no labels", f"labels, which terms.{name} reads")
+        if made.pair is None and self.objective.task == EMBEDDING and "task" in self.objective.terms:
+            raise UserError("batch", "no pair", "pair (B,), the number of each row's example, for terms.task")
         if made.spans is None and (name := self.objective.needs("spans")):
             raise UserError("batch", "no spans", f"spans (S, 4), which terms.{name} reads")
         return made
@@ -412,7 +418,9 @@ def _config(
         raise UserError(f"{ORIGIN}: terms", type(terms).__name__, "a dict of terms by name")
     models: dict[str, Any] = {"student": {"config": {}}} | ({"teacher": {"config": {}}} if teacher else {})
     train = {"distill_weight": distill_weight, "backend": backend}
-    made = make_config({"task": task, **models, "terms": dict(given), "train": train}, ORIGIN)
+    # Whether texts are in pairs each batch tells.
+    data = {"data": {"text": ["query", "document"]}} if task == EMBEDDING else {}
+    made = make_config({"task": task, **models, **data, "terms": dict(given), "train": train}, ORIGIN)
     for name, term in made.terms.named().items():
         if getattr(term, "layers", None) == "cka_offline":
             raise UserError(
@@ -421,6 +429,13 @@ def _config(
                 "[student, teacher] pairs, uniform, skip or last",
             )
     return made
+
+
+def _pooling(pooling: Any) -> tuple[str, str]:
+    known = get_args(Pooling)
+    if not isinstance(pooling, tuple) or len(pooling) != 2 or not all(way in known for way in pooling):
+        raise UserError("pooling", pooling, f"two of {', '.join(known)}, of student and teacher")
+    return pooling
 
 
 def _pair(config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None) -> Pair:

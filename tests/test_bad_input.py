@@ -13,10 +13,12 @@ from transformers import AutoConfig
 from dsdistill.config import UserError, load
 from dsdistill.disk import check_file, check_writable
 from dsdistill.engine.run_folder import RunFolder
+from dsdistill.models.sentence import Sentence, write_sentence
 from dsdistill.ops.backends import extension
 from tests.data.rig import read
 from tests.engine.test_resume import make_checkpoint
 from tests.mistakes import CONFIG, DATA, HEADER
+from tests.mistakes_embedding import EMBEDDING, PAIRS, SINGLE
 
 # What is typed after `dsdistill`; CONFIG stands for a config that works.
 ARGUMENTS = {
@@ -240,6 +242,57 @@ def _holds(line, parts):
 def test_config(config, refused, case):
     changes, parts = CONFIG[case]
     _holds(refused("train", config(changes)), parts)
+
+
+@_all(EMBEDDING)
+def test_config_of_sentence_encoders(config, refused, case):
+    changes, parts = EMBEDDING[case]
+    _holds(refused("train", config(changes)), parts)
+
+
+@pytest.mark.parametrize("changes", [SINGLE, PAIRS])
+def test_sentence_encoders_without_mistakes_are_not_refused(config, changes):
+    from dsdistill.engine.prepare import prepare
+
+    prepared = prepare(load([config(changes)]), world_size=1)
+    assert set(prepared.objectives[0].terms) == {"embedding", "hidden"}
+
+
+def _largest_values(folder):
+    write_sentence(str(folder), Sentence("mean"), 48, 32)
+    _edit("1_Pooling/config.json", '"pooling_mode_mean_tokens": true', '"pooling_mode": "max"')(folder)
+
+
+def _dense(folder):
+    write_sentence(str(folder), Sentence("mean"), 48, 32)
+    _edit("modules.json", "models.Normalize", "models.Dense")(folder)
+
+
+def _with_capitals(folder):
+    write_sentence(str(folder), Sentence("mean"), 48, 32)
+    _edit("sentence_bert_config.json", "false", "true")(folder)
+    _edit("tokenizer.json", '"tensor"', '"A"')(folder)
+
+
+ENCODERS = {
+    "the largest values": (
+        _largest_values,
+        ["which pools by ['max'], expected mean, cls or lasttoken alone"],
+    ),
+    "a dense layer": (_dense, ["whose modules are Transformer, Pooling, Dense"]),
+    "capitals that the library lowers": (_with_capitals, ["with do_lower_case"]),
+}
+
+
+@_all(ENCODERS)
+def test_folders_of_sentence_encoders(config, refused, models_dir, tmp_path, case):
+    change, parts = ENCODERS[case]
+    path = shutil.copytree(models_dir / "teacher", tmp_path / "teacher")
+    change(path)
+    _holds(
+        refused("train", config({**SINGLE, "teacher.path": str(path), "student": {"from_teacher": [1]}})),
+        parts,
+    )
 
 
 def test_the_config_without_mistakes_is_not_refused(config):

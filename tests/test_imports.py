@@ -197,7 +197,8 @@ def _made_data(sources: list[str], folder: Path) -> list[str]:
         path = folder / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(path, "wt") as file:
-            file.write(json.dumps(row))
+            table = "\t".join(row) + "\n" + "\t".join(row.values()) + "\n"
+            file.write(table if ".tsv" in name else json.dumps(row))
     return [f"data.root={folder}/data"] if files else []
 
 

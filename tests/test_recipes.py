@@ -101,3 +101,12 @@ def test_an_arm_named_in_a_comment_can_be_typed(recipe, arm):
     ]
     assert arm in "\n".join(comments)
     assert after(recipe, *shlex.split(arm)) != after(recipe)
+
+
+@pytest.mark.parametrize("size", ["", "_small"])
+def test_a_sentence_encoder_learns_without_labels(size):
+    """The large one has pairs and their contrast; the small one scores against people, whose pairs are no contrast."""
+    config = after(f"embedding{size}")
+    assert config.task == "embedding" and config.rows == 2
+    assert {"embedding", "hidden", "attention", "pkt"} <= config.terms.named().keys()
+    assert ("task" in config.terms.named()) == (config.data.label is None) == (not size)

@@ -34,7 +34,7 @@ class Objective(nn.Module):
 
     def __init__(self, terms: Terms, pair: Pair, distill_weight: float | None = None):
         super().__init__()
-        self.task = pair.task
+        self.task, self.pooling = pair.task, pair.pooling
         self.distill_weight = distill_weight
         modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
         # A ModuleDict is read like a mapping, but does not say of what.

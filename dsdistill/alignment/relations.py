@@ -20,7 +20,11 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     The negatives are the teacher's vectors of the other units.
     """
-    student, teacher = _rows(student, teacher)
+    return contrast(*_rows(student, teacher), temperature)
+
+
+def contrast(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return what info_nce does, with gradients to both: of task embedding both are the student's."""
     cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(student), device=student.device))
 

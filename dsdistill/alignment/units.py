@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsdistill.data.batch import Batch
@@ -43,6 +44,32 @@ def pooled(states: Tensor, batch: Batch) -> Tensor:
     flat, count = wide(states).flatten(0, 1), len(batch.places)
     total = flat.new_zeros(count + 1, flat.shape[1]).index_add(0, batch.owners, flat)[:count]
     return total / (batch.places >= 0).sum(1, keepdim=True).clamp(min=1)
+
+
+def text_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
+    """Return (B, D), a vector of each text before it is normalised; float32, or float64 of such; finite at filler.
+
+    states: (B, N, D), the model's last. pooling: mean, of a text's tokens; cls, its first token's; last, its last's.
+    """
+    if pooling == "mean":
+        return mean_pool(states, batch.mask)
+    if pooling == "cls":
+        return wide(states[:, 0])
+    last = (batch.mask.sum(1) - 1).clamp(min=0)
+    return wide(states.gather(1, last[:, None, None].expand(-1, 1, states.shape[-1]))[:, 0])
+
+
+def unit_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
+    """Return what text_vectors makes, each of length 1."""
+    return F.normalize(text_vectors(states, batch, pooling), dim=-1)
+
+
+def pair_vectors(vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (n, D) of the first and (n, D) of the second texts of a batch's n pairs, from vectors (B, D)."""
+    assert batch.pair is not None  # data without pairs is refused where somebody wants them
+    real = ((batch.pair >= 0) & batch.rows).nonzero()[:, 0]
+    rows = real[batch.pair[real].argsort(stable=True)]
+    return vectors[rows[::2]], vectors[rows[1::2]]
 
 
 def gather_rows(own: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dsdistill.config.schema import Config
+from dsdistill.config.schema import EMBEDDING, Config
 from dsdistill.config.section import Section
 from dsdistill.config.terms import Terms
 
@@ -13,6 +13,10 @@ def changed(config: Config) -> dict[str, Any]:
     A section that is there, though by default it is not, is kept when all its settings are defaults: `task: {}`.
     """
     kept = _changed(config)
+    if config.task == EMBEDDING:  # its default is another: texts have no label
+        data = {name: value for name, value in kept.get("data", {}).items() if name != "label"}
+        data |= {} if config.data.label is None else {"label": config.data.label}
+        kept["data"] = data
     base = config.terms if "terms" in kept else Terms()  # what a stage's terms are added to
     if config.stages:
         kept["stages"] = [

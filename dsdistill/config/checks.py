@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsdistill.config.data_checks import check_data, check_streaming
+from dsdistill.config.embedding_checks import check_embedding, contrasts_pairs
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
@@ -54,6 +55,7 @@ OWNED = {
 
 def check(config: Config) -> None:
     """Raise UserError for settings that contradict each other."""
+    check_embedding(config)
     for index, stage in enumerate(config.stages):
         _check_terms(config, stage.terms, f"stages.{index}.terms", first=index == 0)
     if not config.stages:
@@ -202,8 +204,8 @@ def _check_sampler(config: Config) -> None:
         raise UserError(place, "domain_aware without data.domain", "data.domain and data.general")
     if data.sampler in ("entropy", "hard_negative") and config.teacher is None:
         raise UserError(place, f"{data.sampler} without a teacher", "a teacher section")
-    if data.sampler == "entropy" and config.task == "regression":
-        raise UserError(place, "entropy with task regression", "a task of classes or tokens")
+    if data.sampler == "entropy" and config.task in ("regression", "embedding"):
+        raise UserError(place, f"entropy with task {config.task}", "a task of classes or tokens")
     if data.sampler == "hard_negative":
         if not all(
             any(term.contrasts for term in stage.terms.named().values()) for stage in config.run_stages
@@ -216,12 +218,12 @@ def _check_sampler(config: Config) -> None:
 def _check_labels(config: Config) -> None:
     """Refuse settings about labels that would have no effect: labels act through the task's loss alone."""
     data, train = config.data, config.train
-    if data.label_noise and config.task in ("causal_lm", "masked_lm"):
+    if data.label_noise and config.task in ("causal_lm", "masked_lm", "embedding"):
         raise UserError(
             "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
         )
-    if train.label_smoothing and config.task == "regression":
-        raise UserError("train.label_smoothing", "task regression", "a task of classes or tokens")
+    if train.label_smoothing and config.task in ("regression", "embedding"):
+        raise UserError("train.label_smoothing", f"task {config.task}", "a task of classes or tokens")
     settings = {
         "data.label_noise": data.label_noise,
         "train.label_smoothing": train.label_smoothing,
@@ -270,7 +272,9 @@ def _check_deepspeed(settings: dict, model: str) -> None:
         raise UserError(f"{place}.zero_optimization.stage", zero["stage"], f"{model}.zero_stage in its place")
 
 
-def check_ranks(train: Train, stages: Sequence[Stage], sampler: str, world_size: int) -> None:
+def check_ranks(
+    train: Train, stages: Sequence[Stage], sampler: str, world_size: int, task: str = "classification"
+) -> None:
     """Refuse sizes of batches that so many ranks cannot share, or that leave terms nothing to relate."""
     at_once = train.micro_batch_size * world_size
     if train.batch_size % at_once:
@@ -280,7 +284,7 @@ def check_ranks(train: Train, stages: Sequence[Stage], sampler: str, world_size:
             f"a multiple of train.micro_batch_size × ranks = {train.micro_batch_size} × {world_size}",
         )
     for name, term in (item for stage in stages for item in stage.terms.named().items()):
-        if term.relates and at_once == 1:
+        if at_once == 1 and (term.relates or contrasts_pairs(term, task)):
             raise UserError(
                 f"terms.{name}",
                 "one example at once (train.micro_batch_size 1 on 1 rank)",

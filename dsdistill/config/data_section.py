@@ -70,13 +70,19 @@ class Data(Section):
     text: Texts = Field(
         default=("text",),
         description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
-        "and text_b; of causal_lm two are a prompt, which has no loss, and its response, a row an example, as "
+        "and text_b; of embedding two are a query and its document, or two texts whose similarity `label` tells, each "
+        "read by itself; of causal_lm two are a prompt, which has no loss, and its response, a row an example, as "
         "`layout` says; where tokens are predicted, blank rows of single texts are left out",
     )
     messages: str | None = Field(
         default=None,
         description="causal_lm: column of conversations, lists of {role, content} (or ShareGPT's {from, value}), "
         "which the tokenizer's chat template renders; read in place of `text`",
+    )
+    prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] | None = Field(
+        default=None,
+        description="embedding: what is put before each text, one for each column of `text`; default: what the folder "
+        "of the teacher (without one, the student's) says under query and document, of single texts by its default",
     )
     chat_template: str | None = Field(
         default=None, description="file of a chat template (Jinja) in place of the tokenizer's own"
@@ -120,7 +126,9 @@ class Data(Section):
         default=False, description="leave out rows whose label is missing, empty or -, or of classes -1"
     )
     label: str | None = Field(
-        default="label", description="column of the label; texts that predict tokens have none"
+        default="label",
+        description="column of the label; texts that predict tokens have none; embedding: column of the dev sets with "
+        "the similarity of two texts as people judge it, a number of any scale; by default there is none",
     )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None,

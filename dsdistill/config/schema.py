@@ -12,9 +12,12 @@ from dsdistill.config.terms import Task, Terms
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Tasks whose models predict tokens: they have no logits whole, and no labels beside their texts.
 LANGUAGE = ("causal_lm", "masked_lm")
+# The task whose models have no head: a text's vector is made of the last layer's states.
+EMBEDDING = "embedding"
 SAVED = object()  # context of a validation without the rules between fields
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+Pooling = Literal["mean", "cls", "last"]
 AttentionName = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"]
 
 
@@ -69,6 +72,12 @@ class Model(Section):
     attn_implementation: AttentionName = Field(
         default="auto",
         description="of attention, by its transformers name; auto: sdpa where the class supports it, else eager",
+    )
+    pooling: Pooling | None = Field(
+        default=None,
+        description="task embedding: how the last layer's states become a text's vector, which is always normalised: "
+        "their mean, the first token's or the last's; default: what 1_Pooling in the model's folder says, else of a "
+        "student as the teacher, else mean",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
@@ -235,8 +244,10 @@ class Stage(Section):
 class Config(Section):
     """One run."""
 
-    task: Literal["classification", "regression", "causal_lm", "masked_lm"] = Field(
-        default="classification", description="what the models are to do: it decides their heads and metrics"
+    task: Literal["classification", "regression", "causal_lm", "masked_lm", "embedding"] = Field(
+        default="classification",
+        description="what the models are to do: it decides their heads and metrics; embedding: none has a head, and "
+        "texts need no labels",
     )
     run: Run = Run()
     data: Data = Data()
@@ -264,13 +275,31 @@ class Config(Section):
             }
         return settings
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_label(cls, settings: Any) -> Any:
+        """Texts of task embedding have no label unless the config names its column."""
+        if not isinstance(settings, dict) or settings.get("task") != EMBEDDING:
+            return settings
+        data = settings.get("data", {})
+        return settings | {"data": {"label": None} | data} if isinstance(data, dict) else settings
+
     @property
     def run_stages(self) -> tuple[Stage, ...]:
-        """The stages, each with what the whole run freezes; of a run without any, the one that it is."""
+        """The stages, each with what the whole run freezes; of a run without any, the one that it is.
+
+        Without a head nobody reads what some encoders put upon their first token (BERT's pooler).
+        """
+        unread = ("pooler.*",) if self.task == EMBEDDING else ()
         return tuple(
-            stage.model_copy(update={"freeze": (*self.student.freeze, *stage.freeze)})
+            stage.model_copy(update={"freeze": (*self.student.freeze, *stage.freeze, *unread)})
             for stage in self.stages or (Stage(name="all", terms=self.terms),)
         )
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows of a batch an example of the train set takes: two where its two texts are read apart."""
+        return len(self.data.text) if self.task == EMBEDDING else 1
 
     @property
     def needs_spans(self) -> bool:

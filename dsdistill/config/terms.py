@@ -81,7 +81,15 @@ class Term(ConstructedSection):
 
 
 class Task(Term):
-    """Cross-entropy against the labels (squared error for regression)."""
+    """Cross-entropy against the labels (squared error for regression; embedding: contrast in the batch).
+
+    Of task embedding it needs pairs without scores: each query must find its document among those of all pairs that
+    meet in a micro-batch, on all ranks together (van den Oord et al. 2018, InfoNCE).
+    """
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=0.05, description="embedding: τ, divides the cosines of queries and documents"
+    )
 
     @property
     def needs_teacher(self) -> bool:
@@ -90,6 +98,24 @@ class Task(Term):
     @property
     def reads_labels(self) -> bool:
         return True
+
+
+class Embedding(Term):
+    """Vectors of texts, projected to the teacher's width where the widths differ (task embedding alone)."""
+
+    divergence: Literal["cosine", "mse"] = Field(
+        default="cosine",
+        description="cosine: 1 − cosine of the two vectors; mse: a value of the pooled vectors before they are "
+        "normalised (of unit vectors it would be the cosine again)",
+    )
+    dims: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None,
+        description="Matryoshka: so many first values of the student's vector are compared as vectors of their own, "
+        "such as [384, 256, 128], and the mean is taken; default: all values alone",
+    )
+    projector: Literal["auto", "linear"] = Field(
+        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
+    )
 
 
 class SoftLabel(Term):
@@ -347,6 +373,7 @@ class Terms(ConstructedSection):
 
     task: Task | None = None
     soft_label: SoftLabel | None = None
+    embedding: Embedding | None = None
     hidden: Hidden | None = None
     feature: Feature | None = None
     attention: Attention | None = None

@@ -2,7 +2,7 @@
 
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.collate import Set, collate
-from dsdistill.data.examples import Examples, Packed, Rows, Splits
+from dsdistill.data.examples import Examples, Packed, Rows, Splits, TextPairs, texts_of
 from dsdistill.data.loader import Ahead, Loader, evaluation_batches, restore
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.sets import Words, load_data, load_texts
@@ -22,10 +22,12 @@ __all__ = [
     "Splits",
     "Streamed",
     "StreamedLoader",
+    "TextPairs",
     "Words",
     "collate",
     "evaluation_batches",
     "load_data",
     "load_texts",
     "restore",
+    "texts_of",
 ]

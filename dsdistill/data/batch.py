@@ -26,10 +26,12 @@ class Batch:
 
     input_ids: Tensor  # (B, N) int64
     mask: Tensor  # (B, N) bool, True = valid
-    labels: Tensor | None  # (B,) int64 class | (B,) float32 score | (B, N) int64 tokens; see below
+    # (B,) int64 class | (B,) float32 score, NaN where a text has none | (B, N) int64 tokens; see below
+    labels: Tensor | None
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
     ids: tuple[str, ...] = ()  # of the examples (packed: of the S documents); filler rows have ""
-    # (B,), packed (S,), int64: place in the data set, so that order can be restored; filler -1.
+    # (B,), packed (S,), int64: place in the data set, of the two texts of example i 2i and 2i + 1, so that order can be
+    # restored; filler -1.
     index: Tensor | None = None
 
     # (S, 4) int64, by row: row, first token, one past the last, WORD or PHRASE; None where no term reads them.
@@ -53,9 +55,8 @@ class Batch:
     places: Tensor | None = None
     # (B,), packed (S,), int64: which source of a mixture an example is from; None: there is one alone.
     source: Tensor | None = None
-    # Declared for what comes next: nothing fills or reads it yet.
-    # (B,) int64, rows of the same number belong together (the two texts of one example); None: none do. A loader of
-    # examples with two texts that are read apart is to fill them.
+    # (B,) int64, rows of the same number are the two texts of one example, which are read apart: the first of them is
+    # the query, the second its document; filler -1. None: each example is one row.
     pair: Tensor | None = None
 
     # Labels of causal language models are the input ids themselves, not shifted; NO_LABEL where nothing is to

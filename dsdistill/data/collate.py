@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.data.examples import Examples, Packed
+from dsdistill.data.examples import Examples, Packed, TextPairs, texts_of
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.packing import Document, packed_batch
 
-Set = Examples | Packed | Mixture
+Set = Examples | Packed | TextPairs | Mixture
 
 
-def located(examples: Set, row: int) -> tuple[Examples | Packed, int, int]:
-    """Return the source that holds an example, its place there, and the number of examples of the sources before."""
+def located(examples: Set, row: int) -> tuple[Examples | Packed | TextPairs, int, int]:
+    """Return the source that holds an example, its place there, and the number of texts of the sources before."""
     if not isinstance(examples, Mixture):
         return examples, row, 0
     source = examples.source(row)
@@ -24,17 +24,19 @@ def located(examples: Set, row: int) -> tuple[Examples | Packed, int, int]:
     return (
         examples.parts[source],
         row - int(examples.bounds[source]),
-        sum(len(part.parts) if isinstance(part, Packed) else len(part) for part in before),
+        sum(len(texts_of(part)) for part in before),
     )
 
 
-def one_source(examples: Set) -> Examples | Packed:
+def one_source(examples: Set) -> Examples | Packed | TextPairs:
     """Return the first source of examples, which is of the same form as all others."""
     return examples.parts[0] if isinstance(examples, Mixture) else examples
 
 
 def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None = None) -> Batch:
     """Return the named rows as one batch, padded on the right to the longest of them; no rows: one filler row.
+
+    The two texts of a pair are rows one after the other, see `Batch.pair`.
 
     epoch: which of its draws an example with a masking shows; None: that of evaluation.
     """
@@ -45,8 +47,13 @@ def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None =
         blocks = [_block(*place) for place in found]
         batch = packed_batch(blocks, pad_id, spans=spans)
         return _with_sources(batch, examples, np.repeat(rows, [len(block) for block in blocks]))
+    pair = None
+    if isinstance(form, TextPairs):
+        found = [(part.texts, 2 * row + side, before) for part, row, before in found for side in (0, 1)]
+        form, rows = form.texts, np.repeat(rows, 2)
+        pair = torch.arange(len(found)) // 2 if found else torch.tensor([-1])
     if not found:
-        return _with_sources(_filler(form, pad_id), examples, rows)
+        return _with_sources(replace(_filler(form, pad_id), pair=pair), examples, rows)
     held = [_Row(part, row, epoch) for part, row, _ in found]
     width = max(len(row.seen) for row in held)
     input_ids = torch.full((len(held), width), pad_id, dtype=torch.int64)
@@ -74,6 +81,7 @@ def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None =
         torch.tensor([before + row for _, row, before in found]),
         None if form.documents.spans is None else torch.from_numpy(np.concatenate(tables)),
         counted=_counted(form, labels, mask),
+        pair=pair,
     )
     return _with_sources(batch, examples, rows)
 

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsdistill.config.errors import UserError
@@ -63,7 +63,7 @@ def table(split: str, cache: str) -> Table:
     """
     if split not in ("train", "dev"):
         raise UserError("data.train and data.dev", f"{split!r} with source docstrings", "train and dev")
-    kept = cache_rows(Path(cache, f"docstrings-{_key()}.jsonl").expanduser(), collect)
+    kept = cache_rows(Path(cache, f"docstrings-{key(PACKAGES)}.jsonl").expanduser(), collect)
     rows = [row for row in kept if row["split"] == split]
     columns = {name: [row[name] for row in rows] for name in ("id", "text", "label")}
     return Table(f"docstrings {split}", columns, range(1, len(rows) + 1), "row")
@@ -84,20 +84,20 @@ def _collect() -> list[dict[str, str]]:
     rows, seen = [], set()
     for package in PACKAGES:
         taken = 0
-        for module, path in _modules(package):
+        for module, path in modules_of(package):
             if taken >= PER_PACKAGE:
                 break
             # Another hash than that of the order, in which the first modules would all be of one split.
-            split = "dev" if int(_hash(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
+            split = "dev" if int(digest(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
             most = min(taken + PER_MODULE, PER_PACKAGE)
-            for name, docstring in _docstrings(path):
+            for name, docstring in docstrings_in(path):
                 text = clean(docstring)
                 letters = re.sub("[^a-z]+", "", text.lower())  # near copies would cross the splits
                 if len(text) in LENGTH and letters not in seen and taken < most:
                     seen.add(letters)
                     taken += 1
                     rows.append({"split": split, "id": f"{module}:{name}", "text": text, "label": package})
-    return sorted(rows, key=lambda row: _hash(row["text"]))
+    return sorted(rows, key=lambda row: digest(row["text"]))
 
 
 def clean(docstring: str) -> str:
@@ -106,11 +106,12 @@ def clean(docstring: str) -> str:
     return " ".join(NAMES.sub(MASK, MARKUP.sub("", paragraph)).split())
 
 
-def _hash(text: str) -> str:
+def digest(text: str) -> str:
+    """Return a number of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
-def _modules(package: str) -> list[tuple[str, Path]]:
+def modules_of(package: str) -> list[tuple[str, Path]]:
     """Names and files of a package's modules, by the hash of their names."""
     root = _folder(package)
     modules = []
@@ -121,7 +122,7 @@ def _modules(package: str) -> list[tuple[str, Path]]:
                 path = Path(folder, file)
                 parts = [package, *path.relative_to(root).with_suffix("").parts]
                 modules.append((".".join(parts).removesuffix(".__init__"), path))
-    return sorted(modules, key=lambda module: _hash(module[0]))
+    return sorted(modules, key=lambda module: digest(module[0]))
 
 
 def _folder(package: str) -> Path:
@@ -130,7 +131,7 @@ def _folder(package: str) -> Path:
     return Path(importlib.util.find_spec(package).submodule_search_locations[0])
 
 
-def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
+def docstrings_in(path: Path) -> Iterator[tuple[str, str]]:
     """Name and docstring of the module, its classes, functions and methods."""
     try:
         stack = [("", ast.parse(path.read_bytes()))]
@@ -149,10 +150,11 @@ def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
             ]
 
 
-def _key() -> str:
-    """Changes with every version and with this file."""
-    versions = [_version(package) for package in PACKAGES]
-    return _hash(" ".join([*versions, Path(__file__).read_text(encoding="utf-8")]))[:16]
+def key(packages: Sequence[str], *files: str) -> str:
+    """Return what changes with every version of the packages, and with these files of code and this one."""
+    versions = [_version(package) for package in packages]
+    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, *files)]
+    return digest(" ".join([*versions, *code]))[:16]
 
 
 def _version(package: str) -> str:

@@ -209,8 +209,12 @@ class SpecialReader:
         max_length: int,
         chunk: Chunker | None = None,
         labelled: bool = False,
+        prompt: str = "",
     ):
-        """Take what the reader depends on; labelled: rows have labels, so that no blank one is left out."""
+        """Take what the reader depends on; labelled: rows have labels, so that no blank one is left out.
+
+        prompt: what is put before a single text.
+        """
         special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
         if max_length <= special + len(columns) - 1:
             least = special + len(columns) - 1
@@ -218,10 +222,12 @@ class SpecialReader:
                 "data.max_length", max_length, f"above {least} (of these the tokenizer adds {special})"
             )
         self._tokenizer, self._most, self._chunk = tokenizer, max_length, chunk
-        self._labelled = labelled
+        self._labelled, self._prompt = labelled, prompt
         self.columns = (*columns, "text_a", "text_b")[: 2 * len(columns)]
         self._wanted = columns
         self.settings = {"layout": "special", "columns": columns, "max_length": max_length}
+        if prompt:  # stores of before have no such key
+            self.settings["prompt"] = prompt
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
         """Yield the texts of each row, of text files those of each line; blank single texts are left out."""
@@ -234,7 +240,7 @@ class SpecialReader:
             if stream.plain:
                 text = text.removesuffix("\n")
             if text.strip() or self._labelled:
-                yield Item((text,), number, line)
+                yield Item((self._prompt + text,), number, line)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
         """Return what the tokenizer makes of each row."""
@@ -270,6 +276,37 @@ class SpecialReader:
         return np.concatenate(
             [token_spans(np.where(owners[:, None] == i, offsets, 0), of) for i, of in enumerate(chunks)]
         )
+
+
+class PairReader(SpecialReader):
+    """Read the two texts of a row apart, as SpecialReader reads single texts: the document of one, then the other's."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        columns: tuple[str, ...],
+        max_length: int,
+        chunk: Chunker | None = None,
+        prompts: tuple[str, ...] = ("", ""),
+    ):
+        """Take what the reader depends on; prompts: what is put before the first text of a row and the second."""
+        super().__init__(tokenizer, columns[:1], max_length, chunk)
+        self.columns, self._prompts = (*columns, "text_a", "text_b"), prompts
+        self.settings = {
+            "layout": "pair",
+            "columns": columns,
+            "max_length": max_length,
+            "prompts": list(prompts),
+        }
+
+    def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
+        """Yield both texts of each row, neither of which may be empty."""
+        for item in _pairs(stream, rows, self.columns):
+            for piece, (text, prompt) in enumerate(zip(item.texts, self._prompts, strict=True)):
+                if not text.strip():
+                    side = ("first", "second")[piece]
+                    raise UserError(stream.at(item.line), f"an empty {side} text of a pair", "some text")
+                yield Item((prompt + text,), item.row, item.line, piece)
 
 
 def batches(items: Iterator[Item], characters: int, most: int) -> Iterator[list[Item]]:

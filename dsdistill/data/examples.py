@@ -46,7 +46,8 @@ class Examples:
     documents: Documents
     starts: Tensor  # (n,) int64, where in the tokens of all documents each begins
     lengths: Tensor  # (n,) int64
-    labels: Tensor | None = None  # (n,) int64 class | (n,) float32 score | None: tokens are labels
+    # (n,) int64 class | (n,) float32 score, NaN where a text has none | None: tokens are labels
+    labels: Tensor | None = None
     given_ids: Sequence[str] | None = None  # names; None: where each lies in its source
     masking: Masking | None = None  # what is hidden from the models, where something is
     lost: Dropped = field(default_factory=Dropped)
@@ -267,6 +268,51 @@ class Packed:
         chosen = [self.order[self.bounds[b] : self.bounds[b + 1]] for b in blocks]
         order = np.concatenate(chosen) if chosen else self.order[:0]
         return replace(self, order=order, bounds=np.cumsum([0, *map(len, chosen)]), sizes=None)
+
+
+@dataclass(frozen=True)
+class TextPairs:
+    """TextPairs are examples of two texts that are read apart: those of example i are texts 2i and 2i + 1."""
+
+    texts: Examples
+
+    def __len__(self) -> int:
+        return len(self.texts) // 2
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Return (n,) float32, the scores of the examples, NaN where there is none."""
+        return None if self.texts.labels is None else self.texts.labels[::2]
+
+    @property
+    def masking(self) -> Masking | None:
+        """Return what is hidden of the texts."""
+        return self.texts.masking
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(n,) int64: tokens of the longer text of each example."""
+        return self.texts.lengths.view(-1, 2).amax(1)
+
+    def name(self, row: int) -> str:
+        """Return what an example is called in messages and files."""
+        return self.texts.name(2 * row)
+
+    def unmasked(self) -> "TextPairs":
+        """Return the examples with nothing hidden from the models."""
+        return replace(self, texts=self.texts.unmasked())
+
+    def take(self, rows: Sequence[int]) -> "TextPairs":
+        """Return some of the examples, in the order given."""
+        first = 2 * torch.as_tensor(rows, dtype=torch.int64)
+        return TextPairs(self.texts.take(torch.stack([first, first + 1], dim=1).flatten().tolist()))
+
+
+def texts_of(examples: "Examples | Packed | TextPairs") -> Examples:
+    """Return the single runs of tokens that examples of any form are made of."""
+    if isinstance(examples, Packed):
+        return examples.parts
+    return examples.texts if isinstance(examples, TextPairs) else examples
 
 
 @dataclass(frozen=True)

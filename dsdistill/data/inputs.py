@@ -30,7 +30,8 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
             token_type_ids (B, N);
             labels: (B, N) where tokens are predicted, not shifted, NO_LABEL (-100) where nothing is; a causal model's
                 are by default its input_ids; (B,) or (B, 1) classes (-100: none) or scores else;
-            spans (S, 4), as Batch.spans, of rows that are not packed.
+            spans (S, 4), as Batch.spans, of rows that are not packed;
+            pair (B,), as Batch.pair, of rows that are not packed.
             Other keys are left alone.
         task: that of a config.
 
@@ -64,12 +65,14 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
         columns["labels"] = labels
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     documents = _documents(mask, positions, valid)
-    spans = _spans(inputs, shape)
+    spans, pair = _spans(inputs, shape), _pair(inputs, shape)
     if documents is not None:
         if labels is not None and labels.dim() == 1:
             raise UserError("batch", "several documents in a row", f"one a row with task {task}")
         if spans is not None:
             raise UserError("batch", "spans of packed rows", "spans of rows of one document each")
+        if pair is not None:
+            raise UserError("batch", "pairs of packed rows", "pairs of rows of one text each")
         columns, valid = _unpacked(columns, documents, valid)
     elif mask is not None:
         columns, valid, before = _moved(columns, valid)
@@ -78,7 +81,7 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
             spans = torch.stack([spans[:, 0], spans[:, 1] - shift, spans[:, 2] - shift, spans[:, 3]], dim=1)
     if "labels" in columns:
         labels = columns["labels"].masked_fill(~valid, NO_LABEL)
-    return Batch(columns["ids"], valid, labels, columns.get("types"), spans=spans)
+    return Batch(columns["ids"], valid, labels, columns.get("types"), spans=spans, pair=pair)
 
 
 def _tensor(
@@ -134,6 +137,19 @@ def _spans(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
             "batch: spans", "some outside of the batch", f"rows and tokens of {shape[0]} × {shape[1]}"
         )
     return spans.long()
+
+
+def _pair(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    pair = _tensor(inputs, "pair", dimensions=1)
+    if pair is None:
+        return None
+    own = pair[pair >= 0]
+    counts = own.unique(return_counts=True)[1]
+    if len(pair) != shape[0] or bool((counts != 2).any()):
+        raise UserError(
+            "batch: pair", f"{pair.tolist()[:12]}", f"{shape[0]} integers, each twice, or -1 at filler"
+        )
+    return pair.long()
 
 
 def _labels(inputs: Mapping[str, Any], ids: Tensor, task: str) -> Tensor | None:

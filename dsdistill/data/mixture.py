@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsdistill.data.examples import Examples, Packed
+from dsdistill.data.examples import Examples, Packed, TextPairs
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -16,7 +16,7 @@ GOLDEN = (5**0.5 - 1) / 2
 class Mixture:
     """A Mixture joins sources; its example r is the one that many after the examples of the sources before."""
 
-    parts: tuple[Examples | Packed, ...]
+    parts: tuple[Examples | Packed | TextPairs, ...]
     names: tuple[str, ...]
     weights: tuple[float, ...]
 

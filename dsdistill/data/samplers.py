@@ -69,7 +69,7 @@ def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
 
 def _answers(examples: Examples) -> np.ndarray:
     """(n,) numbers, equal where the answers are."""
-    if examples.labels is not None:
+    if examples.labels is not None and not examples.labels.isnan().all():
         return np.unique(examples.labels.numpy(), return_inverse=True)[1]
     rows = range(len(examples))
     if examples.prompted:

@@ -14,21 +14,28 @@ import torch
 
 from dsdistill.config.data_section import Data as Section
 from dsdistill.config.errors import UserError
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.config.schema import EMBEDDING, LANGUAGE
 from dsdistill.data import chunkers, store
 from dsdistill.data.blocks import packed as packed_in_blocks
 from dsdistill.data.chat import Chat
 from dsdistill.data.chat_template import read_template
-from dsdistill.data.documents import PlainReader, Reader, RenderedReader, SeparatedReader, SpecialReader
+from dsdistill.data.documents import (
+    PairReader,
+    PlainReader,
+    Reader,
+    RenderedReader,
+    SeparatedReader,
+    SpecialReader,
+)
 from dsdistill.data.encode import edges
-from dsdistill.data.examples import Examples, Packed, Rows, Splits, cut, end_to_end, whole
+from dsdistill.data.examples import Examples, Packed, Rows, Splits, TextPairs, cut, end_to_end, whole
 from dsdistill.data.hub import revision
 from dsdistill.data.layout import Raw, default_layout, render_template
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.rendered import Rendered
 from dsdistill.data.sample import chosen, with_noise
-from dsdistill.data.sources import dev_sets, of_rows, parts, read, remote, streams
+from dsdistill.data.sources import dev_sets, of_rows, parts, read, read_scored, remote, streams
 from dsdistill.data.store import Documents
 from dsdistill.data.store_writer import Limit, stored
 from dsdistill.data.streamed import Streamed, pinned
@@ -38,7 +45,7 @@ log = logging.getLogger("dsdistill")
 
 LOOKED = 1000  # rows of a streamed set that `dsdistill preview` reads
 
-Set = Examples | Packed | Mixture | Streamed
+Set = Examples | Packed | TextPairs | Mixture | Streamed
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,14 @@ def load_data(
             ]
         devs = {
             name: loading.language(section, split, section.max_dev, False)
+            for name, split in dev_sets(section).items()
+        }
+    elif task == EMBEDDING:
+        trains = [loading.texts(part, part.train, part.max_train) for *_, part in parts(section)]
+        devs = {
+            name: loading.texts(section, split, section.max_dev)
+            if section.label is None
+            else loading.scored(read_scored(section, split, bad), section)
             for name, split in dev_sets(section).items()
         }
     else:
@@ -181,6 +196,38 @@ class _Loading:
         kind = torch.int64 if self.task == "classification" else torch.float32
         return replace(found, labels=torch.tensor(rows.labels, dtype=kind), given_ids=rows.ids)
 
+    def texts(
+        self, section: Section, split: str | tuple[str, ...], limit: int | None
+    ) -> Examples | TextPairs:
+        """Return texts without labels, single or in pairs, `limit` examples at most."""
+        section = section.model_copy(update={"label": None})
+        found, left, each = [], limit, len(section.text)
+        for stream in streams(section, split, self.task):
+            most = Limit(None if left is None else each * left)
+            found.append(self._stored(stream, self._texts_reader(section, section.text), most))
+            left = None if limit is None else limit - sum(map(len, found)) // each
+            if left == 0:
+                break
+        made = whole(store.joined(found))
+        made = replace(made, labels=torch.full((len(made),), torch.nan))
+        return TextPairs(made) if each == 2 else made
+
+    def scored(self, rows: Rows, section: Section) -> TextPairs:
+        """Return pairs whose similarity people have judged."""
+        made = whole(self._stored(of_rows(rows), self._texts_reader(section, ("a", "b")), Limit()))
+        labels = torch.tensor(rows.labels, dtype=torch.float32).repeat_interleave(2)
+        return TextPairs(
+            replace(made, labels=labels, given_ids=[name for name in rows.ids for _ in range(2)])
+        )
+
+    def _texts_reader(self, section: Section, columns: tuple[str, ...]) -> Reader:
+        """Return what reads texts that become vectors, with what is put before them."""
+        prompts = section.prompts or ("",) * len(columns)
+        tokenizer, chunk = self.words.tokenizer, self._chunk()
+        if len(columns) == 2:
+            return PairReader(tokenizer, columns, section.max_length, chunk, prompts)
+        return SpecialReader(tokenizer, columns, section.max_length, chunk, prompt=prompts[0])
+
     def language(
         self, section: Section, split: str | tuple[str, ...], limit: int | None, packed: bool
     ) -> Examples:
@@ -228,6 +275,8 @@ class _Loading:
         if not (predicted or hidden):
             return train
         hide = masking(self.words.tokenizer, PREDICTED * predicted, HIDDEN * hidden, seed)
+        if isinstance(train, TextPairs):
+            return TextPairs(replace(train.texts, masking=hide))
         return replace(train, masking=hide)
 
     def _reader(self, section: Section) -> tuple[Reader, str]:

@@ -10,8 +10,8 @@ from typing import Any
 from dsdistill.config.data_section import Data as Section
 from dsdistill.config.data_section import Part
 from dsdistill.config.errors import UserError
-from dsdistill.config.schema import LANGUAGE
-from dsdistill.data import docstrings, files, hub
+from dsdistill.config.schema import EMBEDDING, LANGUAGE
+from dsdistill.data import docstring_pairs, docstrings, files, hub
 from dsdistill.data.examples import Rows
 from dsdistill.data.labels import NO_CLASS, Classes, class_indices, classes_of, labelled, scores, spelled
 from dsdistill.data.table import Bad, Row, Stream, Table
@@ -117,6 +117,17 @@ def read(
     )
 
 
+def read_scored(section: Section, split: str, bad: Bad | None = None) -> Rows:
+    """Return pairs of texts with the similarity of each as people judge it; section.label names its column.
+
+    Raises UserError as `read` does.
+    """
+    table = _labelled(section, split, EMBEDDING, bad)
+    if bad is not None:
+        table = _usable(table, lambda row: _rows([row], section, None, None), bad)
+    return _rows([table], section, None, section.max_dev)
+
+
 def streams(section: Section, split: str | tuple[str, ...], task: str) -> list[Stream]:
     """Return the files or splits of a set, to be read row by row."""
     return [_stream(section, name, task) for name in names(split)]
@@ -145,7 +156,7 @@ def _text_rows(section: Section, task: str, bad: Bad | None) -> Iterator[list[st
             own = columns if stream.plain or columns[0] in row else ("text_a", "text_b")[: len(columns)]
             values = [row["text"].removesuffix("\n")] if stream.plain else [row.get(name) for name in own]
             found = list(_spoken(values))
-            if len(columns) == 2 or task not in LANGUAGE or any(map(str.strip, found)):
+            if len(columns) == 2 or task not in (*LANGUAGE, EMBEDDING) or any(map(str.strip, found)):
                 yield found
 
 
@@ -218,7 +229,8 @@ def _table(section: Section, split: str, task: str, bad: Bad | None) -> Table:
 
 def _stream(section: Section, split: str, task: str) -> Stream:
     if section.source == "docstrings":
-        return of_table(docstrings.table(split, section.cache))
+        pairs = task == EMBEDDING and len(section.text) == 2
+        return of_table((docstring_pairs.table if pairs else docstrings.table)(split, section.cache))
     if section.streaming:
         return remote(section, split, hub.revision(section.source)).stream()
     wanted = _wanted(section, task)
@@ -240,7 +252,7 @@ def _wanted(section: Section, task: str) -> dict[str, None]:
     wanted = dict.fromkeys([*section.text, "text_a", "text_b", "id"])
     if section.messages is not None:
         wanted = dict.fromkeys([section.messages, "tools"])
-    if task not in LANGUAGE:
+    if task not in LANGUAGE and section.label is not None:
         wanted[section.label] = None
     return wanted
 

@@ -12,7 +12,7 @@ from dsdistill.config import Config, UserError
 from dsdistill.config.checks import check_ranks
 from dsdistill.config.data_section import Data
 from dsdistill.config.load import recipe_of
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.config.schema import EMBEDDING, LANGUAGE
 from dsdistill.data import files
 from dsdistill.data.chat_template import read_template
 from dsdistill.data.sources import dev_sets, names, parts, streams
@@ -33,7 +33,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
             read, or one without a column that the config names.
     """
     world_size = _ranks(world_size)
-    check_ranks(config.train, config.run_stages, config.data.sampler, world_size)
+    check_ranks(config.train, config.run_stages, config.data.sampler, world_size, config.task)
     passed = dict.fromkeys(_check_data(config.data, config.task))
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
         recipe = recipe_of(config)
@@ -60,6 +60,8 @@ def _check_data(data: Data, task: str) -> Iterator[str]:
     if data.chat_template is not None:
         read_template(data.chat_template)
     read = [(part, name) for *_, part in parts(data) for name in names(part.train)]
+    if task == EMBEDDING:  # the texts that it learns from need no labels
+        read = [(part.model_copy(update={"label": None}), name) for part, name in read]
     for section, split in read + [(data, split) for split in dev_sets(data).values()]:
         if section.source == "files" or (section.root is not None and section.source != "docstrings"):
             (stream,) = streams(section, split, task)
@@ -82,13 +84,13 @@ def _check_columns(stream: Stream, section: Data, task: str) -> None:
     there = _beginning(stream)
     wanted = [section.messages] if section.messages is not None else list(section.text)
     if stream.plain:
-        if section.messages is not None or (len(wanted) == 2 and task in LANGUAGE):
+        if section.messages is not None or (len(wanted) == 2 and task in (*LANGUAGE, EMBEDDING)):
             columns = " and ".join(wanted)
             raise UserError(stream.place, "plain text", f"a file with the column {columns}")
         wanted = ["text"]  # the text of a txt file has no name of its own
     elif section.messages is None and wanted[0] not in there and "text_a" in there:
         wanted = ["text_a", "text_b"][: len(wanted)]  # the names that local copies of hub sets have
-    if task not in LANGUAGE:
+    if task not in LANGUAGE and (task != EMBEDDING or section.label is not None):
         if section.label is None:
             raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
         wanted.append(section.label)

@@ -23,6 +23,7 @@ from dsdistill.engine import checkpoint
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
 from dsdistill.models.build import architecture, build_model, load_tokenizer
 from dsdistill.models.domain_fusion import FUSION, STUDENT
+from dsdistill.models.sentence import read_sentence, write_sentence
 from dsdistill.models.settings import carry_generation, stop_generation, text_config
 
 log = logging.getLogger("dsdistill")
@@ -82,6 +83,8 @@ def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str
 def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int | str = "5GB") -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer and chat template included.
 
+    That of task embedding is a folder that SentenceTransformer loads, too, with the same vectors.
+
     A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
     and dsdistill.models.domain_fusion.load_exported puts them together.
 
@@ -120,6 +123,8 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
             carry_generation(os.path.join(run, INIT), plain, text_config(model.config).vocab_size)
             stop_generation(plain, _ends(config, tokenizer))
         tokenizer.save_pretrained(made)
+        if (sentence := read_sentence(os.path.join(run, INIT), INIT)) is not None:
+            write_sentence(made, sentence, text_config(model.config).hidden_size, config.data.max_length)
         if fusion:  # the maps are of the teacher's states: they have done their work
             weights = {
                 name: value.to(kind).contiguous()

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill import disk
 from dsdistill.config import Config
+from dsdistill.config.schema import EMBEDDING
 from dsdistill.distributed import allocator, deepspeed, engines
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule, brings_head
@@ -17,6 +18,7 @@ from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import INIT, RunFolder
 from dsdistill.models.build import build_and_tell, build_model, check_missing, locate, skeleton
 from dsdistill.models.cut import check_cut, check_rest, copy_layers
+from dsdistill.models.sentence import Sentence, named_prompts, write_sentence
 from dsdistill.models.settings import carry_generation, text_config
 from dsdistill.models.slices import cut_files
 from dsdistill.models.weights import (
@@ -49,12 +51,21 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
                 else:
                     prepared.student.save_pretrained(name)
                 prepared.tokenizer.save_pretrained(name)
+                if config.task == EMBEDDING:
+                    _write_sentence(prepared, name)
                 source = config.teacher.path if cut else config.student.path
                 if source is not None and config.task == "causal_lm":
                     entries = text_config(prepared.student).vocab_size
                     carry_generation(locate(source, "student.path"), name, entries)
     # What rank 0 sees: a network's file system may show it to others a little later.
     return target if ranks.gather(holds_weights(target))[0] else config.student.path
+
+
+def _write_sentence(prepared: Prepared, target: str) -> None:
+    """Write how the student makes a vector of a text, so that whoever exports it needs no other folder."""
+    data, pooling = prepared.config.data, prepared.pair.pooling[0]
+    sentence = Sentence(pooling, *named_prompts(data.prompts or ()))
+    write_sentence(target, sentence, prepared.pair.student.width, data.max_length)
 
 
 def read_student(

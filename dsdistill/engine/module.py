@@ -10,9 +10,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
-from dsdistill.alignment.units import pooled
+from dsdistill.alignment.units import pooled, unit_vectors
 from dsdistill.config import Config
-from dsdistill.config.schema import LANGUAGE, Stage
+from dsdistill.config.schema import EMBEDDING, LANGUAGE, Stage
 from dsdistill.data.batch import Batch
 from dsdistill.distiller import Distillation
 from dsdistill.models.build import build_model
@@ -82,8 +82,8 @@ class StudentModule(Distillation):
     ):
         """Return the loss of a micro-batch with `counts` and `traces`; without counts what `ask` names.
 
-        scores: (B, C) logits of classifiers and regressors; (terms,) sums of the evaluation objective for language
-            models, with the teacher's trace its terms too.
+        scores: (B, C) logits of classifiers and regressors; (B, D) normalised vectors of texts; (terms,) sums of the
+            evaluation objective for language models, with the teacher's trace its terms too.
         mean: (B, D), packed (S, D), mean of the last layer's states over an example's tokens.
         states: (B, N, D), the states themselves.
         """
@@ -94,6 +94,9 @@ class StudentModule(Distillation):
             return student.hidden[self._last]
         if ask == "mean":
             return pooled(student.hidden[self._last], batch)
+        if self.objective.task == EMBEDDING:
+            assert student.output is not None  # a model without a head has it
+            return unit_vectors(student.output, batch, self.objective.pooling[0])
         return student.logits if student.logits is not None else self.evaluation.sums(student, teacher, batch)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dsdistill import disk
 from dsdistill.config import UserError
 from dsdistill.config.bounded import read_json
-from dsdistill.data import Examples, Mixture, Packed, Set, Splits, Streamed
+from dsdistill.data import Examples, Mixture, Set, Splits, Streamed, texts_of
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SOURCES, RunFolder
 from dsdistill.models import tokenizer, weights
@@ -55,7 +55,7 @@ def content(examples: Set, classes: Sequence[str] = ()) -> str:
     digest = hashlib.sha256(json.dumps(classes).encode())
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
     for part in parts:
-        own = part.parts if isinstance(part, Packed) else part
+        own = texts_of(part)
         digest.update(own.documents.digest.encode())
         for tensor in (own.starts, own.lengths, own.labels):
             if tensor is not None:

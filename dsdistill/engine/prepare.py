@@ -95,13 +95,15 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
     found: tokenizer and architectures, where they are resolved already. Raises UserError for the first thing that does
     not fit.
     """
-    task, train, data = config.task, config.train, config.data
-    check_ranks(train, config.run_stages, data.sampler, world_size)
+    task, train = config.task, config.train
+    check_ranks(train, config.run_stages, config.data.sampler, world_size, task)
     refusals.check_precision(train)
     deepspeed.check_settings(config, world_size)
     if config.evaluation.generate:
         check_packages()
     found = found or resolve(config)
+    config = found.config
+    data = config.data
     student, teacher, tokenizer = found.student, found.teacher, found.tokenizer
     objectives = objective_layers(config, student, teacher)
     for place, model in (("student", student), ("teacher", teacher)):
@@ -223,6 +225,10 @@ def make_pair(
         domain.width if domain is not None else 0,
         config.train.label_smoothing,
         class_weights(config.train.class_weights, classes) if classes else (),
+        pooling=(
+            config.student.pooling or "mean",
+            (config.teacher.pooling if config.teacher is not None else None) or "mean",
+        ),
     )
 
 

@@ -5,7 +5,8 @@ from itertools import islice
 from typing import Any
 
 from dsdistill.config import Config, UserError
-from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate
+from dsdistill.config.schema import EMBEDDING
+from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate, texts_of
 from dsdistill.engine.resolve import read_sets, resolve
 
 SHOWN_BAD = 20  # rows that cannot be used, named one by one
@@ -45,7 +46,7 @@ def preview(config: Config, count: int) -> Preview:
     """
     bad = Bad()
     found = resolve(config, lambda _: None)  # tokenising tells of the same rows
-    data = read_sets(config, found.tokenizer, found.student, found.teacher, bad)
+    data = read_sets(found.config, found.tokenizer, found.student, found.teacher, bad)
     pad = found.tokenizer.pad_token_id or 0
     rows = range(min(count, len(data.train)))
     batches = [collate(data.train, [row], pad, 0) for row in rows]
@@ -53,7 +54,11 @@ def preview(config: Config, count: int) -> Preview:
     for name, dev in data.devs.items():
         sets[f"dev {name}".strip()] = numbers(dev, config.data.max_length)
     classes = data.labels if config.task == "classification" else None
-    shown = [_example(batch, found.tokenizer, config.task, classes) for batch in batches]
+    shown = [
+        _example(batch, text, found.tokenizer, config.task, classes)
+        for batch in batches
+        for text in range(1 if batch.pair is None else 2)
+    ]
     return Preview(shown, sets, bad, found.tokenizer)
 
 
@@ -72,7 +77,7 @@ def numbers(examples: Set, length: int) -> dict[str, Any]:
             key: sum(part[key] for part in parts.values()) for key in ("examples", "truncated", "dropped")
         }
         return whole | {"tokens": tokens, "sources": parts}
-    own = examples.parts.take(examples.order) if isinstance(examples, Packed) else examples
+    own = examples.parts.take(examples.order) if isinstance(examples, Packed) else texts_of(examples)
     tokens = int(own.lengths.sum())
     found: dict[str, Any] = {"examples": len(examples)}
     if isinstance(examples, Packed):
@@ -89,11 +94,13 @@ def _labelled(examples: Examples, tokens: int) -> float | None:
     return round(examples.count_labelled() / tokens, 4)
 
 
-def _example(batch: Batch, tokenizer: Any, task: str, classes: tuple[str, ...] | None) -> dict[str, Any]:
-    """Return an example as JSON: what the models read, and the text of it."""
-    ids, mask = batch.input_ids[0].tolist(), batch.mask[0].tolist()
+def _example(
+    batch: Batch, text: int, tokenizer: Any, task: str, classes: tuple[str, ...] | None
+) -> dict[str, Any]:
+    """Return an example, or of a pair one of its texts, as JSON: what the models read, and the text of it."""
+    ids, mask = batch.input_ids[text].tolist(), batch.mask[text].tolist()
     assert batch.labels is not None
-    labels = batch.labels[0].tolist()
+    labels = None if task == EMBEDDING else batch.labels[0].tolist()
     if task == "causal_lm" and batch.position_ids is not None:
         # What comes first in a document follows nothing that it could be predicted from.
         labels = [NO_LABEL if at == 0 else label for at, label in zip(_positions(batch), labels, strict=True)]

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsdistill.alignment.objective import Objective, available_backends
 from dsdistill.config import UserError
-from dsdistill.config.schema import Data, Evaluation, Stage, Student, Teacher, Train
+from dsdistill.config.schema import EMBEDDING, Data, Evaluation, Stage, Student, Teacher, Train
 from dsdistill.engine.module import frozen
 from dsdistill.models.build import check_missing, skeleton
 from dsdistill.models.positions import check_length, check_padding
@@ -42,7 +42,7 @@ def check_sizes(
 
     trained: it has weights, whose positions must not move.
     """
-    pairs = len(data.text) == 2 and task != "causal_lm"
+    pairs = len(data.text) == 2 and task not in ("causal_lm", EMBEDDING)
     check_vocabulary(tokenizer, model, place, pairs)
     padding = tokenizer.pad_token_id if task != "causal_lm" else None  # see for_task()
     check_length(model, task, data.max_length, padding, place)
@@ -118,8 +118,8 @@ def has_head(
 
     missing: weights that its files lack.
     """
-    if any(objective.needs("head") for objective in objectives):
-        return True  # the weights must bring it
+    if task == EMBEDDING or any(objective.needs("head") for objective in objectives):
+        return True  # there is none, or the weights must bring it
     if missing:
         return False
     if task == "causal_lm":

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dsdistill.config import Config, UserError, schema
 from dsdistill.config.load import recipe_of
+from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Set, Splits, Words, load_data
 from dsdistill.data.bytes_bpe import train_bytes_tokenizer
 from dsdistill.data.chat_template import read_template
@@ -16,14 +17,16 @@ from dsdistill.data.table import Bad
 from dsdistill.data.wordpiece import train_tokenizer
 from dsdistill.engine import refusals
 from dsdistill.engine.row_sharing import packs
-from dsdistill.models.build import architecture, load_tokenizer, override
+from dsdistill.models.build import architecture, load_tokenizer, locate, override
 from dsdistill.models.cut import cut_architecture
+from dsdistill.models.sentence import Sentence, named_prompts, read_sentence
 from dsdistill.models.tokenizer import entries, fingerprint
 
 
 class Made(Protocol):
     """Made is what a recipe makes: its student is the teacher."""
 
+    config: Config
     tokenizer: PreTrainedTokenizerBase
     student: PretrainedConfig
 
@@ -32,7 +35,7 @@ class Made(Protocol):
 class Resolved:
     """Resolved holds the tokenizer and the architectures of a config."""
 
-    config: Config
+    config: Config  # with the pooling and the prompts that folders of sentence encoders bring
     tokenizer: PreTrainedTokenizerBase
     student: PretrainedConfig
     teacher: PretrainedConfig | None
@@ -52,7 +55,42 @@ def resolve(config: Config, bad: Bad | None = None) -> Resolved:
     tokenizer = tokenizer_of(config, recipe, bad)
     if config.data.chat_template is not None:  # what the student learns, its export says
         tokenizer.chat_template = read_template(config.data.chat_template)
+    config = with_sentences(config, tokenizer, recipe)
     return Resolved(config, tokenizer, student, teacher, recipe)
+
+
+def with_sentences(config: Config, tokenizer: PreTrainedTokenizerBase, recipe: Made | None = None) -> Config:
+    """Return a config of task embedding with poolings and prompts as its models' folders have them; others as they are.
+
+    recipe: of the teacher. Raises UserError for a folder of another kind of sentence encoder.
+    """
+    if config.task != EMBEDDING:
+        return config
+    sections = {"teacher": config.teacher, "student": config.student}
+    found = {
+        place: read_sentence(locate(section.path, f"{place}.path"), f"{place}.path")
+        for place, section in sections.items()
+        if section is not None and section.path is not None
+    }
+    for place, sentence in found.items():
+        if sentence is not None and sentence.lower and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
+            got = f"{sections[place].path} with do_lower_case, where the tokenizer keeps capitals"
+            raise UserError(f"{place}.path", got, "a tokenizer that lowers case itself")
+    if recipe is not None:
+        prompts = recipe.config.data.prompts or ()
+        found["teacher"] = Sentence(recipe.config.student.pooling or "mean", *named_prompts(prompts))
+    changes, pooling = {}, None
+    for place, section in sections.items():
+        if section is not None:
+            own = found.get(place)
+            pooling = section.pooling or (own.pooling if own is not None else None) or pooling or "mean"
+            changes[place] = section.model_copy(update={"pooling": pooling})
+    prompts = config.data.prompts
+    if prompts is None:
+        source = next((sentence for sentence in found.values() if sentence is not None), Sentence())
+        prompts = source.prompts_of(len(config.data.text))
+    changes["data"] = config.data.model_copy(update={"prompts": prompts})
+    return config.model_copy(update=changes)
 
 
 def read_sets(

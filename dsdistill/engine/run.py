@@ -234,12 +234,12 @@ def _baseline(
 ) -> dict:
     """The same student, steps and data on the task alone."""
     log.info("training the baseline: the same student without distillation")
-    config = prepared.config
+    config, task = prepared.config, prepared.config.terms.task
     alone = copy.copy(prepared)
     home = RunFolder(folder / BASELINE, known=True)
     alone.config = with_fields(
         config,
-        terms=Terms(task=Task()),
+        terms=Terms(task=Task() if task is None else Task(temperature=task.temperature)),
         stages=(),
         student=with_fields(config.student, domain=None),
         train=with_fields(config.train, distill_weight=None),

@@ -1,7 +1,7 @@
 """Fill the stores of a config's data, and check them, for `dsdistill tokenize`."""
 
 from dsdistill.config import Config
-from dsdistill.data import Mixture, Packed, Set, Streamed
+from dsdistill.data import Mixture, Set, Streamed, texts_of
 from dsdistill.data.store_check import verify_stores
 from dsdistill.engine.preview import numbers
 from dsdistill.engine.resolve import Resolved, read_sets, resolve
@@ -40,6 +40,4 @@ def _tokenised(found: Resolved, verify: bool) -> str:
 def _paths(examples: Set) -> list[str]:
     """Return the stores that a set lies in."""
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
-    return [
-        path for part in parts for path in (part.parts if isinstance(part, Packed) else part).documents.paths
-    ]
+    return [path for part in parts for path in texts_of(part).documents.paths]

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from dsdistill.alignment.by_source import SourceLosses
 from dsdistill.alignment.objective import BackendError, Loss, filled
 from dsdistill.config import SharedError, UserError
+from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
 from dsdistill.distributed import deepspeed, engines, stopping
 from dsdistill.distributed.ranks import Ranks
@@ -418,6 +419,9 @@ class Trainer:
     def _watch(self) -> SourceLosses | None:
         """Return what adds up the losses of each source in the step to come, where there are several."""
         train = self.prepared.data.train
+        # The task's loss of texts without labels would be asked of pairs alone, and depends on which of them meet.
+        if self.config.task == EMBEDDING:
+            return None
         if not isinstance(train, Mixture) or not self._logged(self.progress.step + 1):
             return None
         return SourceLosses(self.prepared.pair, len(train.parts))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dsdistill.alignment.terms.task import targets
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.config.schema import EMBEDDING, LANGUAGE
 from dsdistill.data import Batch, restore
-from dsdistill.evaluation import metrics
+from dsdistill.evaluation import metrics, similarity
 from dsdistill.models.trace import Trace
 
 Gather = Callable[[Any], list]
@@ -53,7 +53,7 @@ class _Clock:
 def evaluate(
     student: Callable[[Batch, Trace | None], Tensor],
     teacher: Callable[[Batch], contextlib.AbstractContextManager[Trace]] | None,
-    teacher_sums: Callable[[Trace, Batch], Tensor] | None,
+    teacher_values: Callable[[Trace, Batch], Tensor] | None,
     batches: Iterable[Batch],
     *,
     task: str,
@@ -64,10 +64,11 @@ def evaluate(
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
     Args:
-        student: of a batch and the teacher's trace: (B, C) logits, or where tokens are predicted the sums of the
-            evaluation objective (loss of those tokens; with a teacher also its KL to the student).
+        student: of a batch and the teacher's trace: (B, C) logits, (B, D) vectors of texts, or where tokens are
+            predicted the sums of the evaluation objective (loss of those tokens; with a teacher also its KL to the
+            student).
         teacher: makes the teacher's trace of a batch.
-        teacher_sums: where tokens are predicted: the teacher's own loss, (1,).
+        teacher_values: where tokens are predicted: the teacher's own loss, (1,); of texts its vectors, (B, D).
         batches: this rank's share; every rank has equally many.
         task: that of the config.
         gather: one object of each rank → all of them, on every rank.
@@ -77,13 +78,15 @@ def evaluate(
     Returns:
         {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
         f1 of the positive one, mcc, pearson and spearman of the one class's probability, which are those of the
-        other's; of scores pearson, spearman and loss (squared error); of texts
-        perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal distributions
-        of variance 1 around them, half the squared difference. tokens_per_second of the forward passes.
+        other's; of scores pearson, spearman and loss (squared error); of vectors what similarity.scores gives; of
+        texts perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal
+        distributions of variance 1 around them, half the squared difference. tokens_per_second of the forward passes.
     """
     parts: list[dict[str, Tensor]] = []
     clocks = {"student": _Clock(), "teacher": _Clock()}
+    paired = False
     for batch in batches:
+        paired = batch.pair is not None
         with contextlib.ExitStack() as stack:
             with clocks["teacher"].running():
                 trace = stack.enter_context(teacher(batch)) if teacher is not None else None
@@ -91,7 +94,8 @@ def evaluate(
                 mine = student(batch, trace)
             part = {"student": mine.detach().float(), "tokens": batch.mask.sum()}
             if trace is not None:
-                other = teacher_sums(trace, batch) if task in LANGUAGE else trace.logits
+                own = task in (*LANGUAGE, EMBEDDING)
+                other = teacher_values(trace, batch) if own else trace.logits
                 part["teacher"] = other.detach().float()
             if task in LANGUAGE:
                 part["count"] = (targets(batch, task) >= 0).sum()
@@ -103,11 +107,28 @@ def evaluate(
     tokens = sum(int(part.pop("tokens")) for part in parts)
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
-    scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
+    if task == EMBEDDING:
+        scores = _vectors(parts, paired)
+    else:
+        scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
     all_tokens = sum(count for _, _, count in everyone)
     for name, values in scores.items():
         values["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
     return scores
+
+
+def _vectors(parts: list[dict], paired: bool) -> dict[str, dict[str, float]]:
+    index = torch.cat([part["index"] for part in parts])
+    labels, vectors, teacher = (
+        restore(torch.cat([part[name] for part in parts]), index) if name in parts[0] else None
+        for name in ("labels", "student", "teacher")
+    )
+    gold = labels if paired and not labels.isnan().any() else None
+    gold = None if gold is None else gold[::2]
+    found = {"student": similarity.scores(vectors, gold, paired=paired, teacher=teacher)}
+    if teacher is not None:
+        found["teacher"] = similarity.scores(teacher, gold, paired=paired)
+    return found
 
 
 def _labelled(

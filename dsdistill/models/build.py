@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -27,11 +28,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
 )
 from transformers.utils import is_flash_attn_2_available
 
 from dsdistill.config import UserError
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.config.schema import EMBEDDING, LANGUAGE
 from dsdistill.models.capture import body, layer_list
 from dsdistill.models.logits import LogitForm, logit_form
 from dsdistill.models.settings import (
@@ -111,16 +113,33 @@ def plain_model(model: Any, place: str) -> PreTrainedModel:
 
 def auto_class(
     task: str,
-) -> type[AutoModelForCausalLM] | type[AutoModelForMaskedLM] | type[AutoModelForSequenceClassification]:
-    """Return the transformers class whose models have the head of the task."""
+) -> (
+    type[AutoModelForCausalLM]
+    | type[AutoModelForMaskedLM]
+    | type[AutoModelForSequenceClassification]
+    | type[AutoModel]
+):
+    """Return the transformers class whose models have the head of the task, of embedding none."""
+    if task == EMBEDDING:
+        return AutoModel
     if task == "causal_lm":
         return AutoModelForCausalLM
     return AutoModelForMaskedLM if task == "masked_lm" else AutoModelForSequenceClassification
 
 
+def may_be_new(name: str, model: PreTrainedModel, task: str) -> bool:
+    """Return whether a weight need not be there before training: one of a head of classes, or one that nobody reads.
+
+    Vectors of texts are made without the layer that some encoders put upon their first token (BERT's pooler).
+    """
+    if task == EMBEDDING:
+        return name.startswith("pooler.")
+    return task not in LANGUAGE and not name.startswith(f"{model.base_model_prefix}.")
+
+
 def text_alone(config: PretrainedConfig, task: str) -> PretrainedConfig:
     """Return the text part of a composite whose own type has no class for the task (Mistral 3), else the config."""
-    names = _NAMES[task if task in LANGUAGE else "classification"]
+    names = MODEL_MAPPING_NAMES if task == EMBEDDING else _NAMES.get(task, _NAMES["classification"])
     text = text_config(config)
     if config.model_type in names or text.model_type not in names:
         return config
@@ -383,9 +402,8 @@ def build_and_tell(
     except Exception as error:  # whatever the library trips over
         raise UserError(f"{place}.path", f"{path} ({first_line(error)})", "loadable weights") from None
     model, info = loaded
-    prefix = "" if task in LANGUAGE else f"{model.base_model_prefix}."  # only a head of classes may differ
     for name, theirs, ours in sorted(info["mismatched_keys"]):
-        if name.startswith(prefix):
+        if not may_be_new(name, model, task):
             raise UserError(
                 f"{place}.path",
                 f"{path} with {name} of shape {list(theirs)}",
@@ -402,9 +420,12 @@ def check_missing(
     """Raise UserError where weights that `path` lacks are needed, see build_model."""
     parts = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in parts for parameter in module.parameters()}
-    needed = {
-        name for name, p in model.named_parameters(remove_duplicate=False) if needs_head or id(p) in inside
-    }
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if task == EMBEDDING:
+        needs_head = False
+        needed = {name for name in named if not may_be_new(name, model, task)}
+    else:
+        needed = {name for name, p in named.items() if needs_head or id(p) in inside}
     if not (lacking := sorted(needed & set(missing))):
         return
     wanted = f"a model trained for {task}, head included" if needs_head else f"a {model.config.model_type}"

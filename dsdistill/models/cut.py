@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dsdistill.config import UserError
-from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import configured, override, skeleton
+from dsdistill.models.build import configured, may_be_new, override, skeleton
 from dsdistill.models.capture import layer_list
 from dsdistill.models.settings import check_settings, per_layer, text_config
 from dsdistill.models.small_copy import module_settings
@@ -193,7 +192,7 @@ def check_rest(
     """
     given = teacher.state_dict()
     for own, names in outside(student, teacher, missing):
-        if names or (task not in LANGUAGE and not own[0].startswith(f"{student.base_model_prefix}.")):
+        if names or may_be_new(own[0], student, task):
             continue
         shape = list(student.state_dict()[own[0]].shape)
         there = (

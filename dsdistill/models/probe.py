@@ -211,8 +211,9 @@ def _ways() -> tuple[dict[str, Tensor], ...]:
 
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a model's last hidden states and its logits."""
-    return body(model)(**inputs)[0], model(**inputs)["logits"]
+    """Return a model's last hidden states and its logits, which are the states again where it has no head."""
+    states, outputs = body(model)(**inputs)[0], model(**inputs)
+    return states, outputs["logits"] if "logits" in outputs else outputs[0]
 
 
 def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = ROUNDING) -> bool:

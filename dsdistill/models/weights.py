@@ -15,8 +15,7 @@ from transformers.utils import logging
 
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB, read_json
-from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import TEXT_PART, locate, skeleton, text_alone
+from dsdistill.models.build import TEXT_PART, locate, may_be_new, skeleton, text_alone
 from dsdistill.models.cut import untied
 from dsdistill.models.settings import CONFIG, CONFIG_BYTES, find
 
@@ -47,9 +46,9 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     ours = skeleton(model, task, place)
     prefix = f"{ours.base_model_prefix}."
     for name, value in ours.state_dict().items():
-        if task not in LANGUAGE and not name.startswith(prefix):
+        if may_be_new(name, ours, task):
             continue  # a head of classes may be another: build_model() makes a new one
-        shape = theirs.get(name) or theirs.get(name.removeprefix(prefix))
+        shape = theirs.get(name) or theirs.get(name.removeprefix(prefix)) or theirs.get(f"{prefix}{name}")
         if shape is not None and shape != list(value.shape):
             raise UserError(
                 f"{place}.path",

@@ -74,7 +74,7 @@ def duration(config: Config, needed: dict[str, float], world_size: int, rate: fl
     """Return how long the steps take; rate: operations a second that a rank comes to."""
     one = sum(needed.values())
     tokens = world_size * rate / one
-    step = config.train.batch_size * config.data.max_length / tokens
+    step = config.train.batch_size * config.rows * config.data.max_length / tokens
     return Duration(needed, tokens, step, None if config.train.steps is None else config.train.steps * step)
 
 

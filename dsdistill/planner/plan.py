@@ -278,7 +278,7 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
         if shape is not None
     )
     if maps:
-        sizes["attention maps of the mapped layers"] = width * size * maps * tokens**2
+        sizes["attention maps of the mapped layers"] = width * size * config.rows * maps * tokens**2
     if config.task in LANGUAGE:
         entries = sum(shape.vocabulary for shape in (pair.student, pair.teacher) if shape is not None)
         sizes["logits"] = width * size * tokens * entries

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
 from dsdistill.config import Config
-from dsdistill.config.schema import LANGUAGE, Stage
+from dsdistill.config.schema import EMBEDDING, LANGUAGE, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
 from dsdistill.distributed.groups import parameter_groups
 from dsdistill.engine.module import make_student
@@ -116,7 +116,7 @@ def rehearse(
     Every sequence is taken to be data.max_length long. whole: all layers of deep models run, and all blocks of
     operators; else a few stand for the others (planner/stand_in.py, ops/common.py).
     """
-    ledger = Ledger((batch_size, config.data.max_length))
+    ledger = Ledger((batch_size * config.rows, config.data.max_length))
     with ledger.fake:
         objective = Objective(stage.terms, models.pair, config.train.distill_weight)
         batch = _batch(config, batch_size)
@@ -231,13 +231,15 @@ def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | Non
 
 
 def _batch(config: Config, size: int) -> Batch:
-    tokens = config.data.max_length
+    tokens, pair = config.data.max_length, None
+    if config.rows == 2:
+        pair, size = torch.arange(2 * size) // 2, 2 * size
     ids, counted = torch.ones(size, tokens, dtype=torch.int64), None
     if config.task in LANGUAGE:
         labels = ids
         places = torch.arange(size * tokens).view(size, tokens)
         counted = (places[:, 1:] if config.task == "causal_lm" else places).flatten()
-    elif config.task == "regression":
+    elif config.task in ("regression", EMBEDDING):
         labels = torch.zeros(size)
     else:
         labels = torch.zeros(size, dtype=torch.int64)
@@ -252,6 +254,7 @@ def _batch(config: Config, size: int) -> Batch:
         spans=spans,
         chance=torch.zeros(size),
         counted=counted,
+        pair=pair,
     )
 
 

@@ -11,6 +11,13 @@ TITLES = {
     "mcc": "MCC",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "recall_1": "recall@1",
+    "recall_10": "recall@10",
+    "mrr_10": "MRR@10",
+    "ndcg_10": "nDCG@10",
+    "teacher_pearson": "Pearson to teacher",
+    "teacher_spearman": "Spearman to teacher",
+    "distance": "distance to teacher",
     "perplexity": "perplexity",
     "bleu": "BLEU",
     "rouge_1": "ROUGE-1",
@@ -105,6 +112,12 @@ def notes(summary: dict[str, Any], found: set[str]) -> list[str]:
     if "kl" in found:
         unit = "token" if summary.get("task") in ("causal_lm", "masked_lm") else "example"
         told.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
+    if "recall_1" in found:
+        told.append("recall, MRR, nDCG: of each query's document among all documents of the dev set")
+    if "teacher_spearman" in found:
+        told.append(
+            "to teacher: of the cosines of texts with the teacher's; distance: 1 - cosine of the two vectors"
+        )
     if "rcs" in found:
         told.append(
             "RCS: how far the representations turned on the way, 0 to 1; 0 too for a model that never moved"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.alignment.rig import Rig, make_batch, rows, with_filler
 
 TERMS = {"contrastive": {}, "sp": {}, "rkd": {}, "cka": {}, "pkt": {"weight": 10.0}}
 NAMES = list(TERMS)
+PAIR_TERMS = TERMS | {"task": {}, "embedding": {"dims": [8]}, "feature": {"layers": "last"}}
 STUDENT = {"hidden_size": 24, "num_hidden_layers": 2}
 LENGTHS = (14, 9, 3, 1, 12, 7, 8, 8, 5)
 SHARES = [[[0, 1, 2, 3], [4, 5]], [[6, 7, 8], []]]  # of each micro-batch, the rows of each rank
@@ -24,7 +26,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def _rig(form: str) -> tuple[Rig, Callable[[list[int]], Batch]]:
-    """The rig, and what makes a batch of some examples: `rows`, each one's own, or `packed`, all in one."""
+    """The rig, and what makes a batch of some examples: `rows`, each one's own, `packed`, all in one, or `pairs`."""
+    if form == "pairs":
+        batch = make_batch("regression", LENGTHS + LENGTHS)
+        rig = Rig("bert", "embedding", PAIR_TERMS, STUDENT, pooling=("mean", "cls"))
+        return rig, lambda share: _paired(batch, share)
     if form == "rows":
         batch = make_batch("classification", LENGTHS)
         filler = rows(with_filler(batch, 1), [0])
@@ -34,6 +40,14 @@ def _rig(form: str) -> tuple[Rig, Callable[[list[int]], Batch]]:
     documents = [Document(ids[:length].numpy()) for ids, length in zip(batch.input_ids, LENGTHS, strict=True)]
     rig = Rig("llama", "causal_lm", TERMS, STUDENT | {"num_attention_heads": 2})
     return rig, lambda share: packed_batch([[documents[row] for row in share]], 0)
+
+
+def _paired(batch: Batch, share: list[int]) -> Batch:
+    """Return example i as the texts i and i + 9, all first texts before all second ones."""
+    if not share:
+        return replace(rows(with_filler(batch, 1), [0]), pair=torch.tensor([-1]))
+    own = rows(batch, share + [row + len(LENGTHS) for row in share])
+    return replace(own, pair=torch.arange(len(share)).repeat(2))
 
 
 def whole(form: str) -> tuple[dict, dict]:
@@ -57,7 +71,7 @@ def average_over_two_ranks(folder: Path, form: str) -> tuple[dict, dict]:
     finally:
         other.kill()
     found = [own, torch.load(folder / "1.pt")]
-    values = {name: sum(values[name] for values, _ in found) for name in NAMES}
+    values = {name: sum(values[name] for values, _ in found) for name in own[0]}
     return values, {name: sum(gradients[name] for _, gradients in found) / 2 for name in found[0][1]}
 
 

@@ -83,9 +83,9 @@ def test_sources_are_parsed_and_not_run(tmp_path):
         '"""One."""\nraise SystemExit\nclass A:\n    "Two."\n    async def b(self):\n        """Three."""\n'
         '        def c():\n            """Not this: local."""\nx = """Nor this."""\n'
     )
-    assert sorted(docstrings._docstrings(path)) == [("", "One."), ("A", "Two."), ("A.b", "Three.")]
+    assert sorted(docstrings.docstrings_in(path)) == [("", "One."), ("A", "Two."), ("A.b", "Three.")]
     path.write_text("{{ template }} def")
-    assert list(docstrings._docstrings(path)) == []
+    assert list(docstrings.docstrings_in(path)) == []
 
 
 def test_two_processes_write_the_same_cache(tmp_path):

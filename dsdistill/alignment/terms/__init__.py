@@ -6,6 +6,7 @@ from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.alignment.terms.domain import DomainTerm
 from dsdistill.alignment.terms.dynamics import FeatureDynamicsTerm
+from dsdistill.alignment.terms.embedding import EmbeddingTerm
 from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
 from dsdistill.alignment.terms.related import (
@@ -26,6 +27,7 @@ from dsdistill.config.terms import Term
 TERMS: dict[str, type[AlignmentTerm]] = {
     "task": TaskTerm,
     "soft_label": SoftLabelTerm,
+    "embedding": EmbeddingTerm,
     "hidden": HiddenTerm,
     "feature": FeatureTerm,
     "attention": AttentionTerm,

@@ -62,6 +62,7 @@ class Pair:
     domain_width: int = 0  # d' of a student with domain fusion
     smoothing: float = 0.0  # share of a label's probability that is spread over all classes, or entries
     class_weights: tuple[float, ...] = ()  # of the classes in the task's loss; (): each weighs 1
+    pooling: tuple[str, str] = ("mean", "mean")  # of student and teacher, how states become a text's vector
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:

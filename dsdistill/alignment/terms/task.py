@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdistill.alignment.terms.base import AlignmentTerm
-from dsdistill.config.schema import LANGUAGE
+from dsdistill.alignment.relations import contrast
+from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.alignment.units import gather_rows, pair_vectors, shared_sum, text_vectors
+from dsdistill.config.schema import EMBEDDING, LANGUAGE
+from dsdistill.config.terms import Task
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.ops import token_cross_entropy
 
@@ -58,11 +61,16 @@ def counted_states(batch: Batch, task: str) -> dict[str, Any]:
 
 
 class TaskTerm(AlignmentTerm):
-    """Compute cross-entropy over examples or predicted tokens; squared error for scores.
+    """Compute cross-entropy over examples or predicted tokens; squared error for scores; contrast of pairs of texts.
 
     Labels are smoothed and classes weighed as by torch's cross_entropy: with w of the classes C, ε the smoothing and
     q the student's probabilities an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the sum, and w_y to
     what the sum is divided by.
+
+    Of n pairs with queries q and documents d, those that meet in a micro-batch on all ranks, a pair i adds
+    −log softmax_j(cos(q_i, d_j) / τ) at j = i (InfoNCE, van den Oord et al. 2018). What a pair is told from depends on
+    which pairs meet, as of RelatedTerm: ranks do not change the value (two ranks of 8 equal one of 16), gradient
+    accumulation does.
     """
 
     name = "task"
@@ -70,9 +78,18 @@ class TaskTerm(AlignmentTerm):
     needs_labels = True
     needs_logits = True
     supervised = True
+    config: Task
+
+    def __init__(self, config: Task, pair: Pair):
+        super().__init__(config, pair)
+        if pair.task == EMBEDDING:
+            self.needs_labels = self.needs_logits = False
 
     def counts(self, batch, geometry):
         task = self.pair.task
+        if task == EMBEDDING:
+            assert batch.pair is not None  # see pair_vectors
+            return ((batch.pair >= 0) & batch.rows).sum().double()[None] / 2
         if task in LANGUAGE:
             return count_predicted(batch, task)[None]
         if task == "regression":
@@ -89,6 +106,8 @@ class TaskTerm(AlignmentTerm):
 
     def sums(self, student, teacher, batch):
         task = self.pair.task
+        if task == EMBEDDING:
+            return self._contrast(text_vectors(student.output, batch, self.pair.pooling[0]), batch)[None]
         if task in LANGUAGE:
             loss = token_cross_entropy(
                 predicting(student.output, task),
@@ -116,3 +135,13 @@ class TaskTerm(AlignmentTerm):
                 label_smoothing=self.pair.smoothing,
             )
         return loss[None]
+
+    def _contrast(self, vectors: Tensor, batch: Batch) -> Tensor:
+        """Return this rank's share of the sum over the pairs of all ranks; vectors: (B, D), of the student."""
+        own = torch.cat(pair_vectors(vectors, batch), dim=1)
+        units = gather_rows(own)
+        if not len(units):
+            return own.sum() + 0.0 * vectors.sum()  # 0
+        queries, documents = units.chunk(2, dim=1)
+        loss = contrast(queries, documents, self.config.temperature)
+        return shared_sum(loss, len(own), len(units))

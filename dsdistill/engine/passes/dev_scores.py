@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsdistill.data import Set, evaluation_batches
+from dsdistill.alignment.units import unit_vectors
+from dsdistill.config.schema import EMBEDDING
+from dsdistill.data import Batch, Set, evaluation_batches
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.passes.predictions import Predictions
 from dsdistill.engine.prepare import Prepared
 from dsdistill.evaluation.scores import Seen, evaluate
+from dsdistill.models.trace import Trace
 from dsdistill.models.tracer import Tracer, model_inputs
 
 WARM, TIMED = 10, 100  # examples
@@ -62,13 +65,20 @@ def score_on(
         return evaluate(
             lambda batch, trace: student(batch, teacher=trace),
             teacher.frozen if teacher is not None else None,
-            lambda trace, batch: prepared.evaluation.sums(trace, None, batch),
+            lambda trace, batch: _teacher_values(prepared, trace, batch),
             (batch.to(ranks.device) for batch in batches),
             task=prepared.config.task,
             gather=ranks.gather,
             positive=prepared.positive,
             seen=seen,
         )
+
+
+def _teacher_values(prepared: Prepared, trace: Trace, batch: Batch) -> Tensor:
+    """Return what the teacher's trace says by itself: vectors of texts, or the loss of tokens."""
+    if prepared.config.task == EMBEDDING:
+        return unit_vectors(trace.output, batch, prepared.pair.pooling[1])
+    return prepared.evaluation.sums(trace, None, batch)
 
 
 def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:

@@ -41,10 +41,11 @@ def kept(run_dir: str, until: int) -> list[np.ndarray]:
 def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, float]:
     """Return RCS and 1 − debiased CKA between the points up to `step`; nothing where fewer than two were kept.
 
-    A model that never moved has an RCS of 0: without the KL among its other scores it has none.
+    A model that never moved has an RCS of 0: without what else tells how near the teacher is (the KL, or of vectors
+    teacher_spearman) it has none.
     """
     states = kept(run_dir, step)
-    if len(states) < 2 or "kl" not in map(metric, scores):
+    if len(states) < 2 or not {"kl", "teacher_spearman"} & set(map(metric, scores)):
         return {}
     moved = change(states)
     return {"rcs": moved.rcs, "cka_distance": moved.cka_distance}

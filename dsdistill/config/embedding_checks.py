@@ -1,0 +1,99 @@
+"""Rules of task embedding: what it needs, and what has no effect beside it or beside other tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dsdistill.config.data_section import Data, Part
+from dsdistill.config.errors import UserError
+from dsdistill.config.terms import Embedding, Task, Term
+
+if TYPE_CHECKING:  # the schema calls the checks
+    from dsdistill.config.schema import Config
+
+TASK = "embedding"
+
+
+def check_embedding(config: Config) -> None:
+    """Raise UserError for settings of task embedding that contradict each other, or that stand beside another task."""
+    if config.task != TASK:
+        _check_other(config)
+        return
+    data = config.data
+    for place, term in _terms(config):
+        if term.needs_head:
+            raise UserError(place, "task embedding, whose models have no head", "terms.embedding")
+        if isinstance(term, Task):
+            _check_pairs(data, place)
+    if config.run.baseline:
+        _check_pairs(data, "run.baseline")
+    if data.label is not None and not _in_pairs(data):
+        raise UserError(
+            "data.label", f"{data.label} with single texts", "two columns in data.text, or no label"
+        )
+    if data.label is not None and data.source == "docstrings":
+        got = f"{data.label} with data.source docstrings, which nobody has judged"
+        raise UserError("data.label", got, "no label, or another source")
+    if data.drop_unlabelled and data.label is None:
+        raise UserError("data.drop_unlabelled", "true without data.label", "false")
+    if data.labels is not None:
+        raise UserError("data.labels", "classes with task embedding", "none")
+    if data.prompts is not None and len(data.prompts) != len(data.text):
+        got = f"{len(data.prompts)} for {len(data.text)} columns of data.text"
+        raise UserError("data.prompts", got, "one for each")
+    if data.sampler in ("hard_negative", "domain_aware") and _in_pairs(data):
+        raise UserError("data.sampler", f"{data.sampler} with pairs", "uniform, or single texts")
+    if config.student.domain is not None:
+        raise UserError("student.domain", "task embedding", "a task with a head")
+    if not isinstance(data.train, str):
+        for index, part in enumerate(data.train):
+            if isinstance(part, Part) and part.text is not None and len(part.text) != len(data.text):
+                got = f"{len(part.text)} column(s), where data.text has {len(data.text)}"
+                raise UserError(
+                    f"data.train.{index}.text", got, "single texts everywhere, or pairs everywhere"
+                )
+
+
+def contrasts_pairs(term: Term, task: str) -> bool:
+    """Return whether the term tells a query's document from those of the other pairs in a micro-batch."""
+    return task == TASK and isinstance(term, Task)
+
+
+def _check_other(config: Config) -> None:
+    """Refuse beside another task what would have no effect there."""
+    for place, model in (("teacher", config.teacher), ("student", config.student)):
+        if model is not None and model.pooling is not None:
+            raise UserError(f"{place}.pooling", f"{model.pooling} with task {config.task}", "task embedding")
+    if config.data.prompts is not None:
+        raise UserError("data.prompts", f"prompts with task {config.task}", "task embedding")
+    for place, term in _terms(config):
+        if isinstance(term, Embedding):
+            raise UserError(place, f"task {config.task}", "task embedding")
+        if isinstance(term, Task) and term.temperature != Task.model_fields["temperature"].default:
+            got = f"{term.temperature} with task {config.task}"
+            raise UserError(f"{place}.temperature", got, "task embedding")
+
+
+def _terms(config: Config) -> list[tuple[str, Term]]:
+    """Return the terms of all stages, each after its place in the config."""
+    if not config.stages:
+        return [(f"terms.{name}", term) for name, term in config.terms.named().items()]
+    return [
+        (f"stages.{index}.terms.{name}", term)
+        for index, stage in enumerate(config.stages)
+        for name, term in stage.terms.named().items()
+    ]
+
+
+def _check_pairs(data: Data, place: str) -> None:
+    """Refuse a contrast without pairs, or among pairs that are alike by degrees."""
+    if not _in_pairs(data):
+        wanted = "data.text: [query, document], or other terms"
+        raise UserError(place, "single texts, which have no other to be told from", wanted)
+    if data.label is not None:
+        got = f"pairs with scores (data.label: {data.label}), of which some are not alike"
+        raise UserError(place, got, "pairs without a label, or other terms")
+
+
+def _in_pairs(data: Data) -> bool:
+    return len(data.text) == 2

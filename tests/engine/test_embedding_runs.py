@@ -1,0 +1,181 @@
+"""Sentence encoders distilled without labels, from the data to the exported folder.
+
+All runs on one rank share a process, since it takes longer to start than they do.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from dsdistill.engine.export import export
+from dsdistill.models.sentence import Sentence, read_sentence, write_sentence
+from tests.conftest import BERT, sentence
+from tests.engine.launch import run_configs
+from tests.engine.test_resume import losses
+from tests.engine.test_run import command
+
+PROMPTS = {"query": "find the ", "document": "a text of "}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory, tokenizer_dir):
+    """teacher/, a sentence-transformers folder (4 layers of 48, the first token's state, prompts), and pairs."""
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    settings = BERT | {"num_hidden_layers": 4}
+    model = AutoModel.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder / "teacher")
+    AutoTokenizer.from_pretrained(tokenizer_dir).save_pretrained(folder / "teacher")
+    write_sentence(folder / "teacher", Sentence("cls", PROMPTS), 48, 32)
+    rng = random.Random(3)
+    for name, rows in (("train", 37), ("dev", 11)):
+        lines = ["query\tdocument\tscore"]
+        lines += [f"{sentence(rng, 6)}\t{sentence(rng)}\t{rng.random():.3f}" for _ in range(rows)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def settings(encoders, folder):
+    """Pairs of queries and documents, every kind of term, a student of another width."""
+    return {
+        "task": "embedding",
+        "run": {"name": "pairs", "log_every": 1},
+        "data": {
+            "source": "files",
+            "train": str(encoders / "train.tsv"),
+            "dev": str(encoders / "dev.tsv"),
+            "text": ["query", "document"],
+            "max_length": 32,
+            "cache": str(folder / "cache"),
+        },
+        "teacher": {"path": str(encoders / "teacher"), "zero_stage": 3},
+        "student": {"config": BERT | {"hidden_size": 32, "num_hidden_layers": 2}, "zero_stage": 2},
+        "terms": {
+            "task": {"temperature": 0.1},
+            "embedding": {"dims": [32, 16]},
+            "hidden": {},
+            "attention": {},
+            "pairwise": {},
+            "pkt": {},
+        },
+        "train": {"epochs": 2, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
+    }
+
+
+def write(folder, settings, name, **changes):
+    case = settings | {"run": settings["run"] | {"name": name, "dir": str(folder / name)}}
+    for section, values in changes.items():
+        case[section] = case[section] | values
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(case))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(encoders, data_dir, tmp_path_factory):
+    """A folder with the runs one, judged and single, each on one rank, and two on two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = settings(encoders, folder)
+    unlabelled = folder / "unlabelled.tsv"
+    unlabelled.write_text("query\tdocument\nthe sum\tsum of a row\n" + "a mean\tmean of a list\n" * 8)
+    no_task = {name: term for name, term in base["terms"].items() if name not in ("task", "embedding")}
+    judged = base | {"terms": no_task | {"embedding": {}}}
+    judged |= {"student": {"from_teacher": [2, 4], "pooling": "mean"}}
+    sources = [
+        {"train": str(data_dir / "train.tsv"), "weight": 2.0},
+        {"train": base["data"]["train"], "text": ["document"]},
+    ]
+    single = {"text": ["text"], "train": sources, "dev": str(data_dir / "dev.tsv")}
+    run_configs(
+        [
+            write(folder, base, "one", train={"micro_batch_size": 8}),
+            write(folder, judged, "judged", data={"label": "score", "train": str(unlabelled)}),
+            write(folder, base | {"terms": no_task | {"embedding": {}}}, "single", data=single),
+        ],
+        ranks=1,
+    )
+    run_configs([write(folder, base, "two", student={"zero_stage": 3})])
+    export(str(folder / "one"), str(folder / "exported"))
+    return folder
+
+
+def scores(run, model="student"):
+    return json.loads((run / "summary.json").read_text())["models"][model]
+
+
+def vectors(folder, texts):
+    """What plain transformers makes of a folder: the first token's state, normalised."""
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=32)
+    with torch.no_grad():
+        encoded = [tokenizer(text, truncation=True, return_tensors="pt") for text in texts]
+        states = [model(**inputs).last_hidden_state[0, 0] for inputs in encoded]
+    return normalize(torch.stack(states), dim=-1)
+
+
+def test_two_ranks_are_one_and_each_pair_is_two_documents(runs):
+    """Two ranks of 4 pairs are one of 8, the contrast included; 37 pairs leave a last step of 5."""
+    expected, found = losses(runs / "one"), losses(runs / "two")
+    assert len(expected) == len(found) == 10
+    for want, line in zip(expected, found, strict=True):
+        assert line["loss"] == pytest.approx(want["loss"], rel=1e-4)
+        for name in ("task", "embedding", "hidden", "attention", "pairwise", "pkt"):
+            assert line["terms"][name]["raw"] == pytest.approx(
+                want["terms"][name]["raw"], rel=1e-4, abs=1e-7
+            ), name
+    lines = [json.loads(line) for line in (runs / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["documents"] for line in lines[:6]] == [16, 16, 16, 16, 10, 16]
+
+
+def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
+    """Prompts included, which teacher and student share; the vectors have widths that cannot be compared."""
+    assert read_sentence(str(runs / "exported"), "out") == Sentence("cls", PROMPTS)
+    rows = [line.split("\t") for line in (encoders / "dev.tsv").read_text().splitlines()[1:]]
+    for model, folder in (("student", runs / "exported"), ("teacher", encoders / "teacher")):
+        made = [
+            vectors(folder, [prompt + row[i] for row in rows]) for i, prompt in enumerate(PROMPTS.values())
+        ]
+        ranks = 1 + (made[0] @ made[1].T).argsort(dim=1, descending=True).argsort(dim=1).diag()
+        found = scores(runs / "one", model)
+        assert found["recall_1"] == pytest.approx((ranks == 1).double().mean().item())
+        assert found["mrr_10"] == pytest.approx(((ranks <= 10) / ranks).mean().item())
+        assert {"recall_10", "ndcg_10"} <= found.keys() and "distance" not in found
+    assert {"teacher_spearman", "teacher_pearson"} <= scores(runs / "one").keys()
+
+
+def test_the_export_is_a_folder_of_the_library(runs):
+    library = pytest.importorskip("sentence_transformers")
+    model = library.SentenceTransformer(str(runs / "exported"), device="cpu")
+    texts = ["sum of a tensor", "the mean", "each row of a matrix is sorted " * 8]
+    for kind, prompt in PROMPTS.items():
+        made = torch.from_numpy(getattr(model, f"encode_{kind}")(texts))
+        assert torch.allclose(made, vectors(runs / "exported", [prompt + text for text in texts]), atol=1e-6)
+
+
+def test_judged_pairs_are_scored_again_as_they_were(runs):
+    """Scores of people are read from the dev set alone: the train set has none."""
+    wanted = {"pearson", "spearman", "teacher_pearson", "teacher_spearman", "distance"}
+    before = scores(runs / "judged")
+    assert wanted <= before.keys() and not {"recall_1", "loss", "kl"} & before.keys()
+    assert {"pearson", "spearman"} <= scores(runs / "judged", "teacher").keys()
+    done = command("evaluate", "judged", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    after = scores(runs / "judged")
+    for name in wanted:
+        assert after[name] == pytest.approx(before[name], rel=1e-5)
+
+
+def test_single_texts_from_several_sources(runs):
+    found = losses(runs / "single")
+    assert found[-1]["terms"]["embedding"]["raw"] < found[0]["terms"]["embedding"]["raw"]
+    assert "teacher_spearman" in scores(runs / "single")
+    assert not {"recall_1", "pearson", "distance"} & scores(runs / "single").keys()
