@@ -178,4 +178,6 @@ def test_single_texts_from_several_sources(runs):
     found = losses(runs / "single")
     assert found[-1]["terms"]["embedding"]["raw"] < found[0]["terms"]["embedding"]["raw"]
     assert "teacher_spearman" in scores(runs / "single")
+    # The prompts of the teacher's folder, of which single texts get none, are handed on.
+    assert read_sentence(str(runs / "single" / "init"), "init") == Sentence("cls", PROMPTS)
     assert not {"recall_1", "pearson", "distance"} & scores(runs / "single").keys()
