@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsdistill.config.data_checks import check_data, check_streaming
-from dsdistill.config.embedding_checks import check_embedding, contrasts_pairs
+from dsdistill.config.embedding_checks import check_embedding, relates
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
 from dsdistill.config.terms import Layered, SoftLabel, Term, Terms
@@ -284,7 +284,7 @@ def check_ranks(
             f"a multiple of train.micro_batch_size × ranks = {train.micro_batch_size} × {world_size}",
         )
     for name, term in (item for stage in stages for item in stage.terms.named().items()):
-        if at_once == 1 and (term.relates or contrasts_pairs(term, task)):
+        if at_once == 1 and relates(term, task):
             raise UserError(
                 f"terms.{name}",
                 "one example at once (train.micro_batch_size 1 on 1 rank)",

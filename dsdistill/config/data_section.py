@@ -46,7 +46,7 @@ DevSets = Annotated[dict[Annotated[str, Field(pattern=NAME)], str], Field(min_le
 
 
 class Data(Section):
-    """Labelled texts, or for language models plain texts, prompts with responses, or conversations."""
+    """Labelled texts, texts or pairs without labels, or for language models plain texts, prompts or conversations."""
 
     source: str = Field(
         default="docstrings",

@@ -54,9 +54,9 @@ def check_embedding(config: Config) -> None:
                 )
 
 
-def contrasts_pairs(term: Term, task: str) -> bool:
-    """Return whether the term tells a query's document from those of the other pairs in a micro-batch."""
-    return task == TASK and isinstance(term, Task)
+def relates(term: Term, task: str) -> bool:
+    """Return whether a term's value depends on which examples meet in a micro-batch; so does the contrast of pairs."""
+    return term.relates or (task == TASK and isinstance(term, Task))
 
 
 def _check_other(config: Config) -> None:

@@ -83,7 +83,7 @@ class Term(ConstructedSection):
 class Task(Term):
     """Cross-entropy against the labels (squared error for regression; embedding: contrast in the batch).
 
-    Of task embedding it needs pairs without scores: each query must find its document among those of all pairs that
+    Task embedding needs pairs without scores for it: each query must find its document among those of all pairs that
     meet in a micro-batch, on all ranks together (van den Oord et al. 2018, InfoNCE).
     """
 

@@ -15,13 +15,13 @@ from dsdistill.data.docstrings import MARKUP, MASK, NAMES, PACKAGES, digest, doc
 from dsdistill.data.table import Table
 
 SPLITS = ("train", "dev", "unseen")
-UNSEEN = ("networkx", "scipy")  # of these the second is a package of `unseen` alone
+UNSEEN = ("networkx", "scipy")  # packages of the split of that name
 PER_PACKAGE, PER_MODULE = 1000, 60  # most pairs of one package, and of one module
 DEV_PERCENT = 12  # modules in the dev split
 QUERY = range(20, 201)  # characters
 DOCUMENT = 80  # fewest characters
 MOST = 1000  # characters of a document; what follows is cut off
-_OTHER_NAMES = re.compile("scipy", re.IGNORECASE)  # beside those of the classes
+_OTHER_NAMES = re.compile("scipy", re.IGNORECASE)  # what NAMES lacks
 _RULES = re.compile(r"(^|\s)[-=~^#*.+|]{2,}(?=\s|$)")  # what underlines headings and frames tables
 
 

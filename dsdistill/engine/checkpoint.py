@@ -23,6 +23,7 @@ import torch
 
 from dsdistill import __version__, disk
 from dsdistill.config import Config, SharedError, UserError
+from dsdistill.config.embedding_checks import relates
 from dsdistill.distributed import deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.distributed.writer import fingerprint
@@ -345,9 +346,8 @@ def _check_stage(run_dir: str, tag: str, config: Config) -> None:
 
 def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) -> None:
     at_once = config.train.micro_batch_size * world_size
-    related = [
-        name for stage in config.run_stages for name, term in stage.terms.named().items() if term.relates
-    ]
+    terms = [item for stage in config.run_stages for item in stage.terms.named().items()]
+    related = [name for name, term in terms if relates(term, config.task)]
     before = read_state(run_dir, tag)["at_once"]
     if related and before != at_once:
         raise UserError(

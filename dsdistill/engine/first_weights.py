@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import INIT, RunFolder
 from dsdistill.models.build import build_and_tell, build_model, check_missing, locate, skeleton
 from dsdistill.models.cut import check_cut, check_rest, copy_layers
-from dsdistill.models.sentence import Sentence, named_prompts, write_sentence
+from dsdistill.models.sentence import Sentence, named_prompts, read_sentence, write_sentence
 from dsdistill.models.settings import carry_generation, text_config
 from dsdistill.models.slices import cut_files
 from dsdistill.models.weights import (
@@ -62,9 +63,18 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
 
 
 def _write_sentence(prepared: Prepared, target: str) -> None:
-    """Write how the student makes a vector of a text, so that whoever exports it needs no other folder."""
-    data, pooling = prepared.config.data, prepared.pair.pooling[0]
+    """Write how the student makes a vector of a text, so that whoever exports it needs no other folder.
+
+    Prompts that a folder brings are written under the names that they have there, those that nobody used here too.
+    """
+    config, data, pooling = prepared.config, prepared.config.data, prepared.pair.pooling[0]
     sentence = Sentence(pooling, *named_prompts(data.prompts or ()))
+    for place, section in (("teacher.path", config.teacher), ("student.path", config.student)):
+        if section is not None and section.path is not None:
+            own = read_sentence(locate(section.path, place), place)
+            if own is not None and own.prompts_of(len(data.text)) == data.prompts:
+                sentence = replace(own, pooling=pooling, lower=False)
+                break
     write_sentence(target, sentence, prepared.pair.student.width, data.max_length)
 
 

@@ -12,6 +12,8 @@ import yaml
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from dsdistill.config import UserError, load
+from dsdistill.engine import checkpoint
 from dsdistill.engine.export import export
 from dsdistill.models.sentence import Sentence, read_sentence, write_sentence
 from tests.conftest import BERT, sentence
@@ -178,4 +180,17 @@ def test_single_texts_from_several_sources(runs):
     found = losses(runs / "single")
     assert found[-1]["terms"]["embedding"]["raw"] < found[0]["terms"]["embedding"]["raw"]
     assert "teacher_spearman" in scores(runs / "single")
+    # The prompts of the teacher's folder, of which single texts get none, are handed on.
+    assert read_sentence(str(runs / "single" / "init"), "init") == Sentence("cls", PROMPTS)
     assert not {"recall_1", "pearson", "distance"} & scores(runs / "single").keys()
+
+
+def test_a_run_goes_on_with_as_many_pairs_at_once_as_before(runs):
+    """The contrast is another with other numbers of pairs; vectors by themselves are not."""
+    others = [f"terms.{name}=null" for name in ("pkt", "hidden", "attention", "pairwise")]
+    config = load([str(runs / "one.yaml"), *others])
+    assert checkpoint.check(str(runs / "one"), config, 1) is not None
+    with pytest.raises(UserError, match=r"got 16, expected 8, as it was saved with: terms.task relates"):
+        checkpoint.check(str(runs / "one"), config, 2)
+    alone = load([str(runs / "one.yaml"), *others, "terms.task=null"])
+    assert checkpoint.check(str(runs / "one"), alone, 2) is not None

@@ -67,10 +67,9 @@ class TaskTerm(AlignmentTerm):
     q the student's probabilities an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the sum, and w_y to
     what the sum is divided by.
 
-    Of n pairs with queries q and documents d, those that meet in a micro-batch on all ranks, a pair i adds
-    −log softmax_j(cos(q_i, d_j) / τ) at j = i (InfoNCE, van den Oord et al. 2018). What a pair is told from depends on
-    which pairs meet, as of RelatedTerm: ranks do not change the value (two ranks of 8 equal one of 16), gradient
-    accumulation does.
+    A pair of a query q_i and a document d_i adds −log softmax_j(cos(q_i, d_j) / τ) at j = i to the sum, where j runs
+    over the pairs that meet in a micro-batch on all ranks (InfoNCE, van den Oord et al. 2018). As with a RelatedTerm,
+    ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
     """
 
     name = "task"
