@@ -418,7 +418,7 @@ def _config(
         raise UserError(f"{ORIGIN}: terms", type(terms).__name__, "a dict of terms by name")
     models: dict[str, Any] = {"student": {"config": {}}} | ({"teacher": {"config": {}}} if teacher else {})
     train = {"distill_weight": distill_weight, "backend": backend}
-    # Whether texts are in pairs each batch tells.
+    # Each batch tells whether its texts are in pairs.
     data = {"data": {"text": ["query", "document"]}} if task == EMBEDDING else {}
     made = make_config({"task": task, **models, **data, "terms": dict(given), "train": train}, ORIGIN)
     for name, term in made.terms.named().items():

@@ -24,7 +24,7 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def contrast(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return what info_nce does, with gradients to both: of task embedding both are the student's."""
+    """Return what `info_nce` returns, with gradients to both arguments: in task embedding both are the student's."""
     cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(student), device=student.device))
 

@@ -30,8 +30,8 @@ class Batch:
     labels: Tensor | None
     token_types: Tensor | None = None  # (B, N) int64, for models that tell the two texts of a pair apart
     ids: tuple[str, ...] = ()  # of the examples (packed: of the S documents); filler rows have ""
-    # (B,), packed (S,), int64: place in the data set, of the two texts of example i 2i and 2i + 1, so that order can be
-    # restored; filler -1.
+    # (B,), packed (S,), int64: place in the data set, so that order can be restored; filler -1. The two texts of
+    # example i have the places 2i and 2i + 1.
     index: Tensor | None = None
 
     # (S, 4) int64, by row: row, first token, one past the last, WORD or PHRASE; None where no term reads them.

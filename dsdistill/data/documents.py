@@ -226,7 +226,7 @@ class SpecialReader:
         self.columns = (*columns, "text_a", "text_b")[: 2 * len(columns)]
         self._wanted = columns
         self.settings = {"layout": "special", "columns": columns, "max_length": max_length}
-        if prompt:  # stores of before have no such key
+        if prompt:  # earlier stores lack this key
             self.settings["prompt"] = prompt
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:

@@ -83,7 +83,7 @@ def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str
 def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int | str = "5GB") -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer and chat template included.
 
-    That of task embedding is a folder that SentenceTransformer loads, too, with the same vectors.
+    For task embedding SentenceTransformer loads the folder too, with the same vectors.
 
     A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
     and dsdistill.models.domain_fusion.load_exported puts them together.

@@ -1,4 +1,4 @@
-"""How good vectors of texts are: beside people's judgement, in search, and beside the teacher's vectors."""
+"""Score the vectors of texts: against people's judgement, in search, and against the teacher's vectors."""
 
 import math
 

@@ -119,7 +119,7 @@ def auto_class(
     | type[AutoModelForSequenceClassification]
     | type[AutoModel]
 ):
-    """Return the transformers class whose models have the head of the task, of embedding none."""
+    """Return the transformers class whose models have the head of the task; for embedding the one without a head."""
     if task == EMBEDDING:
         return AutoModel
     if task == "causal_lm":

@@ -37,7 +37,7 @@ class Sentence:
 
     pooling: str = "mean"  # mean, cls or last
     prompts: Mapping[str, str] = field(default_factory=dict)  # by name, what is put before a text
-    default_prompt: str | None = None  # name of the one that texts get of which nothing is said
+    default_prompt: str | None = None  # name of the prompt for texts that are neither query nor document
     lower: bool = False  # the library puts texts into lower case before its tokenizer does what it does
 
     def prompts_of(self, texts: int) -> tuple[str, ...]:
