@@ -17,6 +17,7 @@ FEATURES = 5  # of domain structural mapping
 CASES = {
     "task": {},
     "soft_label": {"divergence": "jsd"},
+    "embedding": {"dims": [16, 8]},
     "hidden": {},
     "feature": {},
     "attention": {"relations": ["query_key", "value_value"]},
@@ -68,7 +69,7 @@ class Synthetic:
         classes = torch.zeros(len(lengths), dtype=torch.int64)
         labels = ids.masked_fill(~mask, NO_LABEL) if self.causal else classes
         self.batch = Batch(ids, mask, labels, spans=make_spans(lengths))
-        task = "causal_lm" if self.causal else "classification"
+        task = "causal_lm" if self.causal else "embedding" if term == "embedding" else "classification"
         torch.manual_seed(0)
         self.objective = Objective(
             Terms.model_validate({term: CASES[case]}), Pair(*shapes, task, backend, vocabulary, FEATURES)
@@ -97,6 +98,7 @@ class Synthetic:
             found.output, found.head = draw(batch, tokens, shape.width), draw(shape.vocabulary, shape.width)
         else:
             found.logits = draw(batch, 3)
+            found.output = found.hidden[shape.depth]
         if leaves is not None:
             targets = {n: torch.randn(batch, tokens, FEATURES, generator=generator) for n in (2, 3)}
             found.domain = DomainTrace(targets, draw(batch, tokens, FEATURES))

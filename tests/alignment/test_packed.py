@@ -107,7 +107,8 @@ def rig(family: str, case: str) -> Rig:
 
 
 def test_every_term_has_a_case():
-    assert {case.split(",")[0] for case in CASES} == set(TERMS)
+    """Texts of task embedding are never packed, and the term `embedding` is of that task alone."""
+    assert {case.split(",")[0] for case in CASES} == set(TERMS) - {"embedding"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
