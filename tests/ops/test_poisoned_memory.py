@@ -40,6 +40,11 @@ def test_integers_and_bools_are_filled_too():
     assert torch.empty(3, dtype=torch.bool).all()
 
 
+def test_other_devices_stay_what_they_are():
+    with torch.device("meta"):
+        assert torch.empty(3).is_meta and torch.zeros(3).is_meta
+
+
 def test_the_checks_refuse_such_an_operator(monkeypatch):
     """The case that every test of an operator runs fails for one that leaves a token's gradient unwritten."""
     case = next(
