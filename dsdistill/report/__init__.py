@@ -1,4 +1,4 @@
-"""What a run came to: a table, a picture of its loss, and a page."""
+"""Show the results of a run: a table, a picture of its loss, and a page."""
 
 import os
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ def make_pairs(order=(0, 0, 1, 1, 2, 2), seed: int = 0) -> Batch:
 
 
 def plain_vectors(model, batch: Batch, pooling: str) -> list[torch.Tensor]:
-    """What plain transformers gives each text by itself, without padding, pooled by definition."""
+    """Return the vector that plain transformers gives each text by itself, without padding, pooled by definition."""
     found = []
     for ids, length in zip(batch.input_ids, batch.mask.sum(1), strict=True):
         states = model(input_ids=ids[None, :length]).last_hidden_state[0]

@@ -115,7 +115,7 @@ def scores(run, model="student"):
 
 
 def vectors(folder, texts):
-    """What plain transformers makes of a folder: the first token's state, normalised."""
+    """Return the vectors that plain transformers makes with a folder: the first token's state, normalised."""
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=32)
     with torch.no_grad():

@@ -55,6 +55,14 @@ def test_programs_of_a_multiprocessor():
     assert preflight.blocks_of("sm_86", 16, 0, 8) == 6
 
 
+@pytest.mark.parametrize(("programs", "most"), [(1, 1), (108, 1), (109, 2), (1080, 10)])
+def test_the_busiest_multiprocessor_ends_last(programs, most):
+    """One warp of 400 instructions takes 100 clocks of the four schedulers of an A100's 108 multiprocessors."""
+    gpu, call = preflight.GPUS["A100"], preflight.Call(programs, 1, 0, 0, 0)
+    found = preflight.seconds(gpu, call, 1, sass.Count(all=400), [])
+    assert found == pytest.approx(most * 100 / gpu.clock)
+
+
 ROW = preflight.Row(
     "columns bf16",
     "sm_90",
