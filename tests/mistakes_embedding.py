@@ -78,7 +78,23 @@ EMBEDDING = {
     ),
     "single texts beside pairs": (
         {**PAIRS, "data.train": [{"train": "train.tsv"}, {"train": "train.tsv", "text": ["text"]}]},
-        ["data.train.1.text: got 1 column(s), where data.text has 2"],
+        ["data.train.1.text: got 1 column(s), where the part before has 2"],
+    ),
+    "pairs beside single texts": (
+        {**SINGLE, "data.train": [{"train": "train.tsv", "text": ["text", "label"]}]},
+        ["data.train.0.text: got pairs, where data.text has single texts"],
+    ),
+    "contrast of single texts beside dev sets of pairs": (
+        {**PAIRS, "terms": {"task": {}}, "data.train": [{"train": "train.tsv", "text": ["text"]}]},
+        ["terms.task: got single texts"],
+    ),
+    "single texts without a prompt": (
+        {
+            **PAIRS,
+            "data.prompts": ["query: ", "text: "],
+            "data.train": [{"train": "train.tsv", "text": ["other"]}],
+        },
+        ["data.train.0.text: got other, to which no prompt", "expected text or label"],
     ),
     "domain fusion": ({**SINGLE, "student.domain": {"width": 8}}, ["student.domain: got task embedding"]),
     "texts to write after": (

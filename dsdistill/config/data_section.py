@@ -71,7 +71,8 @@ class Data(Section):
         default=("text",),
         description="columns of the text, or of the two texts of a pair; a file without them may have text_a "
         "and text_b; of embedding two are a query and its document, or two texts whose similarity `label` tells, each "
-        "read by itself; of causal_lm two are a prompt, which has no loss, and its response, a row an example, as "
+        "read by itself; parts of the train set may have single texts where the dev sets have pairs; of causal_lm two "
+        "are a prompt, which has no loss, and its response, a row an example, as "
         "`layout` says; where tokens are predicted, blank rows of single texts are left out",
     )
     messages: str | None = Field(
@@ -194,3 +195,9 @@ class Data(Section):
         most = self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
         assert most is not None  # _size saw to it
         return most
+
+    @property
+    def train_columns(self) -> int:
+        """Return how many columns of text a row of the train set has; parts that differ are refused elsewhere."""
+        first = self.train[0]
+        return len(self.text if isinstance(first, str) or first.text is None else first.text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsdistill.config.data_section import Data, Part
+from dsdistill.config.data_section import Data
 from dsdistill.config.errors import UserError
 from dsdistill.config.terms import Embedding, Task, Term
 
@@ -27,7 +27,7 @@ def check_embedding(config: Config) -> None:
             _check_pairs(data, place)
     if config.run.baseline:
         _check_pairs(data, "run.baseline")
-    if data.label is not None and not _in_pairs(data):
+    if data.label is not None and len(data.text) < 2:
         raise UserError(
             "data.label", f"{data.label} with single texts", "two columns in data.text, or no label"
         )
@@ -41,17 +41,22 @@ def check_embedding(config: Config) -> None:
     if data.prompts is not None and len(data.prompts) != len(data.text):
         got = f"{len(data.prompts)} for {len(data.text)} columns of data.text"
         raise UserError("data.prompts", got, "one for each")
-    if data.sampler in ("hard_negative", "domain_aware") and _in_pairs(data):
+    if data.sampler in ("hard_negative", "domain_aware") and data.train_columns == 2:
         raise UserError("data.sampler", f"{data.sampler} with pairs", "uniform, or single texts")
     if config.student.domain is not None:
         raise UserError("student.domain", "task embedding", "a task with a head")
     if not isinstance(data.train, str):
         for index, part in enumerate(data.train):
-            if isinstance(part, Part) and part.text is not None and len(part.text) != len(data.text):
-                got = f"{len(part.text)} column(s), where data.text has {len(data.text)}"
-                raise UserError(
-                    f"data.train.{index}.text", got, "single texts everywhere, or pairs everywhere"
-                )
+            columns = data.text if isinstance(part, str) or part.text is None else part.text
+            place = f"data.train.{index}.text"
+            if len(columns) > len(data.text):
+                raise UserError(place, "pairs, where data.text has single texts", "single texts")
+            if len(columns) != data.train_columns:
+                got = f"{len(columns)} column(s), where the part before has {data.train_columns}"
+                raise UserError(place, got, "pairs in all parts, or single texts in all")
+            if len(columns) < len(data.text) and any(data.prompts or ()) and columns[0] not in data.text:
+                got = f"{columns[0]}, to which no prompt of data.prompts belongs"
+                raise UserError(place, got, " or ".join(data.text))
 
 
 def relates(term: Term, task: str) -> bool:
@@ -87,13 +92,9 @@ def _terms(config: Config) -> list[tuple[str, Term]]:
 
 def _check_pairs(data: Data, place: str) -> None:
     """Refuse a contrast without pairs, or among pairs that are alike by degrees."""
-    if not _in_pairs(data):
+    if data.train_columns < 2:
         wanted = "data.text: [query, document], or other terms"
         raise UserError(place, "single texts, which have no other to be told from", wanted)
     if data.label is not None:
         got = f"pairs with scores (data.label: {data.label}), of which some are not alike"
         raise UserError(place, got, "pairs without a label, or other terms")
-
-
-def _in_pairs(data: Data) -> bool:
-    return len(data.text) == 2

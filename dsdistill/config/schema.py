@@ -299,7 +299,7 @@ class Config(Section):
     @property
     def rows(self) -> int:
         """Return how many rows of a batch an example of the train set takes: two where its two texts are read apart."""
-        return len(self.data.text) if self.task == EMBEDDING else 1
+        return self.data.train_columns if self.task == EMBEDDING else 1
 
     @property
     def needs_spans(self) -> bool:

@@ -15,6 +15,7 @@ from dsdistill.data.docstrings import MARKUP, MASK, NAMES, PACKAGES, digest, doc
 from dsdistill.data.table import Table
 
 SPLITS = ("train", "dev", "unseen")
+COLUMNS = ("query", "document")
 UNSEEN = ("networkx", "scipy")  # packages of the split of that name
 PER_PACKAGE, PER_MODULE = 1000, 60  # most pairs of one package, and of one module
 DEV_PERCENT = 12  # modules in the dev split
@@ -39,7 +40,7 @@ def table(split: str, cache: str) -> Table:
     name = f"docstring-pairs-{key([*PACKAGES, *UNSEEN], __file__)}.jsonl"
     kept = cache_rows(Path(cache, name).expanduser(), collect)
     rows = [row for row in kept if row["split"] == split]
-    columns = {name: [row[name] for row in rows] for name in ("id", "query", "document")}
+    columns = {name: [row[name] for row in rows] for name in ("id", *COLUMNS)}
     return Table(f"docstring pairs {split}", columns, range(1, len(rows) + 1), "row")
 
 

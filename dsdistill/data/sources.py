@@ -31,6 +31,8 @@ def parts(section: Section) -> list[tuple[str, float, Section]]:
         weight, name = own.pop("weight", 1.0), own.pop("name", None)
         if "text" in own and "messages" not in own:
             own["messages"] = None
+        if "text" in own and section.prompts is not None and len(own["text"]) < len(section.text):
+            own["prompts"] = _prompts(section, own["text"])
         own.setdefault("train", "train")
         changed = section.model_copy(update=own)
         name = (
@@ -41,6 +43,16 @@ def parts(section: Section) -> list[tuple[str, float, Section]]:
     if len(set(names)) < len(names):
         made = [(f"{name}-{index}", *rest) for index, (name, *rest) in enumerate(made)]
     return made
+
+
+def _prompts(section: Section, single: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what is put before the single texts of a part, where the dev sets have pairs: that of the same column."""
+    if not any(section.prompts or ()):
+        return ("",)
+    if single[0] not in section.text:
+        got = f"{single[0]} alone, to which no prompt of the pairs {', '.join(section.text)} belongs"
+        raise UserError("data.train", got, f"text: [{section.text[0]}] or data.prompts: ['', '']")
+    return (section.prompts[section.text.index(single[0])],)
 
 
 def _is_mixture(section: Section) -> bool:
@@ -229,7 +241,7 @@ def _table(section: Section, split: str, task: str, bad: Bad | None) -> Table:
 
 def _stream(section: Section, split: str, task: str) -> Stream:
     if section.source == "docstrings":
-        pairs = task == EMBEDDING and len(section.text) == 2
+        pairs = task == EMBEDDING and bool({*section.text} & {*docstring_pairs.COLUMNS})
         return of_table((docstring_pairs.table if pairs else docstrings.table)(split, section.cache))
     if section.streaming:
         return remote(section, split, hub.revision(section.source)).stream()

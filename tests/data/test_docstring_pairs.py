@@ -81,6 +81,9 @@ def test_they_are_read_as_columns(rows, monkeypatch, tmp_path):
     (stream,) = streams(section, section.train, "embedding")
     found = [row for _, row in stream.rows()]
     assert [row["query"] for row in found] == [row["query"] for row in of(rows, "unseen")]
+    alone = section.model_copy(update={"text": ("document",)})  # one column of the same rows
+    (stream,) = streams(alone, "unseen", "embedding")
+    assert [row["document"] for _, row in stream.rows()] == [row["document"] for row in of(rows, "unseen")]
     with pytest.raises(
         UserError, match=r"got 'test' with pairs of source docstrings, expected train, dev, unseen"
     ):

@@ -18,6 +18,8 @@ ROWS = [
     ("node", "a node of a graph"),
 ]
 
+COLUMNS = ("query", "document")
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir):
@@ -83,6 +85,26 @@ def test_prompts_come_before_the_texts(folder, tokenizer):
     assert texts(collate(train, [1], 0), tokenizer) == ["read row", "a node a row of a"]
     single = load(section(folder, text=("query",), prompts=("list ",)), "embedding", tokenizer).train
     assert isinstance(single, Examples) and texts(collate(single, [1], 0), tokenizer) == ["list row"]
+
+
+def test_single_texts_are_trained_on_beside_dev_sets_of_pairs(folder, tokenizer):
+    parts = [{"source": "files", "train": str(folder / "pairs.tsv"), "text": [name]} for name in COLUMNS]
+    settings = section(folder, prompts=("read ", "a node ")).model_dump() | {"train": parts}
+    found = load(Section(**settings), "embedding", tokenizer)
+    assert isinstance(found.dev, TextPairs) and not any(isinstance(p, TextPairs) for p in found.train.parts)
+    batch = collate(found.train, [0, 5], 0)
+    assert batch.pair is None and batch.index.tolist() == [0, 5]
+    assert texts(batch, tokenizer) == ["read " + ROWS[0][0], "a node the sum of a"]  # 8 tokens
+
+
+def test_a_single_text_whose_column_has_no_prompt_is_refused(folder, tokenizer):
+    """Prompts that a folder of a sentence encoder brings are not known when the config is checked."""
+    part = {"source": "files", "train": str(folder / "pairs.tsv"), "text": ["score"]}
+    settings = section(folder, prompts=("read ", "a node ")).model_dump() | {"train": [part]}
+    with pytest.raises(UserError, match=r"data\.train: got score alone"):
+        load(Section(**settings), "embedding", tokenizer)
+    plain = load(Section(**settings | {"prompts": ("", "")}), "embedding", tokenizer).train
+    assert len(plain) == len(ROWS)
 
 
 def test_judged_pairs_have_a_score_in_the_dev_set_alone(folder, tokenizer):
