@@ -1,12 +1,29 @@
 #!/usr/bin/env bash
 # The main job in small, from a fresh clone: ./launch/quickstart.sh [KEY=VALUE ...]
-# Sets .venv up, then distils on two ranks: teacher under ZeRO-3, student under ZeRO-2, all four levels aligned.
+# Sets .venv up. Then three students of the same layers learn on two ranks, the teacher under ZeRO-3 and they under
+# ZeRO-2: from the pairs alone, from the teacher alone, and from both. A table and a search with them end it.
 source "$(dirname "$0")/setup.sh"
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 ranks=2
 if [ "$gpus" = 1 ]; then ranks=1; fi # two ranks cannot share one GPU
-say "distilling on $ranks rank(s): configs/quickstart.yaml (results in runs/quickstart)"
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+runs=runs/quickstart
 trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved
-exec deepspeed --num_gpus "$ranks" --master_port "$port" --module dsdistill train configs/quickstart.yaml "$@"
+
+# The same command goes on where a run was stopped, and passes over runs that are finished.
+train() {
+  local name=$1 port
+  shift
+  say "$name on $ranks rank(s): $*"
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  deepspeed --num_gpus "$ranks" --master_port "$port" --module dsdistill train "$@" run.dir="$runs/$name"
+}
+train no-teacher configs/quickstart.yaml configs/quickstart/no_teacher.yaml "$@"
+train distilled-without-pairs configs/quickstart.yaml configs/quickstart/without_pairs.yaml "$@"
+train distilled-with-pairs configs/quickstart.yaml "$@"
+
+say "the page $runs/report.html"
+python -m dsdistill report "$runs"
+python -m dsdistill export "$runs/distilled-with-pairs" --out "$runs/encoder"
+say "three searches: launch/examples/search.py $runs/encoder [QUERY ...]"
+python launch/examples/search.py "$runs/encoder"

@@ -1,5 +1,6 @@
 """launch/examples: each runs as typed, in few steps, and is short enough to be read at once."""
 
+import importlib
 import json
 import os
 import re
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+from dsdistill.data import docstring_pairs
+from dsdistill.data.table import Table
+from dsdistill.models.build import locate
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "launch" / "examples").glob("*.py"))
@@ -61,3 +66,27 @@ def test_new_term(settings, tmp_path):
     assert "finished" in run(*command, "train", path) or (tmp_path / "run" / "summary.json").is_file()
     run(*command, "export", tmp_path / "run", "--out", tmp_path / "student")
     assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_search(tmp_path, monkeypatch, capsys):
+    """Both models find the one document that a query is about, and each line names it."""
+    monkeypatch.chdir(ROOT / "launch" / "examples")
+    monkeypatch.syspath_prepend(".")
+    search = importlib.import_module("search")
+    documents = [f"Plot the chart number {number} in another colour." for number in range(70)]
+    documents[66] = "Return the largest element of the array, or the first of several. " * 9
+    rows = {"id": [f"module:{number}" for number in range(70)], "query": documents, "document": documents}
+    monkeypatch.setattr(
+        docstring_pairs, "table", lambda split, cache: Table("pairs", rows, range(1, 71), "row")
+    )
+    encoder = tmp_path / "encoder"
+    cut = AutoModel.from_pretrained(locate("minilm", "teacher"), num_hidden_layers=5)
+    cut.save_pretrained(encoder)
+    AutoTokenizer.from_pretrained(locate("minilm", "teacher")).save_pretrained(encoder)
+    monkeypatch.setattr(sys, "argv", ["search.py", str(encoder), "maximum of a list"])
+    capsys.readouterr()
+    search.main()
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1] == "maximum of a list" and len(lines) == 5
+    assert [line.split()[0] for line in lines[2:4]] == ["teacher", "student"]
+    assert [line.split()[2] for line in lines[2:4]] == ["module:66"] * 2

@@ -173,6 +173,7 @@ CONFIGS = [path for path in ALL if path not in COMPARISONS]
 # Fragments that follow another config.
 AFTER = {
     "deepspeed/": "configs/quickstart.yaml",
+    "quickstart/": "configs/quickstart.yaml",
     "presets/domain_": "configs/recipes/domain_mapping_small.yaml",
     "presets/novels": "configs/recipes/feature_alignment_small.yaml",
     "presets/": "configs/recipes/multi_level_small.yaml",
