@@ -73,7 +73,8 @@ def evaluate(
         task: that of the config.
         gather: one object of each rank → all of them, on every rank.
         positive: of two classes the one that f1 is of; None: the second.
-        seen: of classes: is told each model's (n, C) logits and the (n,) labels, in the order of the set.
+        seen: is told in the order of the set, of classes each model's (n, C) logits and the (n,) labels; of queries
+            and documents what `similarity.search` gives of each model, (n, 2), and the places of the right documents.
 
     Returns:
         {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
@@ -108,7 +109,7 @@ def evaluate(
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
     if task == EMBEDDING:
-        scores = _vectors(parts, paired)
+        scores = _vectors(parts, paired, seen)
     else:
         scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
     all_tokens = sum(count for _, _, count in everyone)
@@ -117,18 +118,29 @@ def evaluate(
     return scores
 
 
-def _vectors(parts: list[dict], paired: bool) -> dict[str, dict[str, float]]:
+def _vectors(parts: list[dict], paired: bool, seen: Seen | None) -> dict[str, dict[str, float]]:
     index = torch.cat([part["index"] for part in parts])
-    labels, vectors, teacher = (
-        restore(torch.cat([part[name] for part in parts]), index) if name in parts[0] else None
+    labels, *vectors = (
+        restore(torch.cat([part[name] for part in parts]), index)
         for name in ("labels", "student", "teacher")
+        if name in parts[0]
     )
-    gold = labels if paired and not labels.isnan().any() else None
-    gold = None if gold is None else gold[::2]
-    found = {"student": similarity.scores(vectors, gold, paired=paired, teacher=teacher)}
-    if teacher is not None:
-        found["teacher"] = similarity.scores(teacher, gold, paired=paired)
-    return found
+    outputs = dict(zip(("student", "teacher"), vectors, strict=False))
+    gold = labels[::2] if paired and not labels.isnan().any() else None
+    found: dict[str, Tensor] = {}
+    if paired and gold is None:
+        found = {name: similarity.search(of[::2], of[1::2]) for name, of in outputs.items()}
+        if seen is not None:
+            seen(found, torch.arange(len(labels) // 2))
+    return {
+        name: similarity.scores(
+            of,
+            gold,
+            found=found.get(name),
+            teacher=outputs.get("teacher") if name == "student" else None,
+        )
+        for name, of in outputs.items()
+    }
 
 
 def _labelled(

@@ -142,11 +142,20 @@ def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
     """Prompts included, which teacher and student share; the vectors have widths that cannot be compared."""
     assert read_sentence(str(runs / "exported"), "out") == Sentence("cls", PROMPTS)
     rows = [line.split("\t") for line in (encoders / "dev.tsv").read_text().splitlines()[1:]]
+    told = [json.loads(line) for line in (runs / "one" / "predictions.jsonl").read_text().splitlines()]
+    assert len(told) == len({line["id"] for line in told}) == 11
     for model, folder in (("student", runs / "exported"), ("teacher", encoders / "teacher")):
         made = [
             vectors(folder, [prompt + row[i] for row in rows]) for i, prompt in enumerate(PROMPTS.values())
         ]
         ranks = 1 + (made[0] @ made[1].T).argsort(dim=1, descending=True).argsort(dim=1).diag()
+        cosines = made[0] @ made[1].T
+        for line, rank, best, row in zip(told, ranks.tolist(), cosines.argmax(1).tolist(), rows, strict=True):
+            assert line["rank"][model] == rank
+            for text, written in zip(row, line["texts"], strict=False):  # the score stands after them
+                assert written.replace(" ", "").endswith(text.replace(" ", ""))
+            assert line["first"].get(model) == (None if rank == 1 else told[best]["texts"][1])
+        assert ranks.max() > 1
         found = scores(runs / "one", model)
         assert found["recall_1"] == pytest.approx((ranks == 1).double().mean().item())
         assert found["mrr_10"] == pytest.approx(((ranks <= 10) / ranks).mean().item())

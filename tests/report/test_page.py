@@ -219,7 +219,31 @@ def test_examples_that_the_teacher_gets_right(tmp_path):
 def test_mistakes_without_a_teacher(tmp_path):
     lines(tmp_path / "predictions.jsonl", [prediction(0, "a", "b", None), prediction(1, "a", "a", None)])
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
-    assert "wrong on 1 of 2 dev examples; no teacher" in Markup(page_of(tmp_path)).text["examples"]
+    assert (
+        "Of 2 dev examples the student gets 1 wrong; no teacher" in Markup(page_of(tmp_path)).text["examples"]
+    )
+
+
+def searched(number: int, student: int, teacher: int | None, text: str = "a text") -> dict:
+    """Return what is written of a query: the ranks of its document, and what comes first in its place."""
+    ranks = {"student": student} | ({"teacher": teacher} if teacher else {})
+    first = {model: f"first of {model}: {text}" for model, rank in ranks.items() if rank > 1}
+    return {"id": f"dev:{number}", "texts": [f"query {number}", text], "rank": ranks, "first": first}
+
+
+def test_queries_that_the_teacher_finds(tmp_path):
+    """Those alone, the lowest ranks first, 200 at most, with what the student puts first."""
+    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
+    rows = [searched(0, 1, 1), searched(1, 2, 3), searched(2, 1, 5)]
+    rows += [searched(i, i, 1, SCRIPT) for i in range(3, 303)]
+    lines(tmp_path / "predictions.jsonl", rows)
+    page = Markup(page_of(tmp_path))
+    text = page.text["examples"]
+    assert "Of 303 queries the student does not find 301 first; 300 of these the teacher finds." in text
+    assert re.findall(r"query (\d+)", text) == [str(i) for i in range(302, 102, -1)]
+    assert f"first of student: {SCRIPT}" in text and page.tags.count("script") == 2 and "img" not in page.tags
+    lines(tmp_path / "predictions.jsonl", [searched(0, 2, None)])
+    assert "does not find 1 first; no teacher was there" in Markup(page_of(tmp_path)).text["examples"]
 
 
 def test_a_language_model_has_no_examples(tmp_path):
@@ -260,6 +284,7 @@ GARBAGE = {
     "half a character": b'{"step": 1, "name": "\\ud800", "id": "\\ud800", "label": "\\udfff", "task": "\\ud800"}\n',
     "steps that go back": b'{"step": 5, "loss": 1}\n{"step": 2, "loss": 3}\n{"step": -1, "loss": 3}\n',
     "terms of odd kinds": b'{"step": 1, "loss": 1, "stage": 5, "terms": {"a": 1, "b": {"layer_weights": {"c": 1}}}}\n',
+    "searches of odd kinds": b'{"rank": 3, "texts": {}}\n{"rank": {"student": 3, "teacher": 1}, "id": {}}\n',
     "predictions of odd kinds": b'{"label": [], "student": {}, "teacher": [], "texts": {"a": 1}, "probability": 5}\n',
     "models of odd kinds": b'{"models": {"student": {"accuracy": "high", "kl": null, "cost": true}, "teacher": 5}, '
     b'"steps": "many", "seconds": "long", "peak_memory_mib": [], "name": {"a": 1}, "shapes": 3, "finished": 1}\n',
