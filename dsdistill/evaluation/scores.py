@@ -81,7 +81,8 @@ def evaluate(
         f1 of the positive one, mcc, pearson and spearman of the one class's probability, which are those of the
         other's; of scores pearson, spearman and loss (squared error); of vectors what similarity.scores gives; of
         texts perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal
-        distributions of variance 1 around them, half the squared difference. tokens_per_second of the forward passes.
+        distributions of variance 1 around them, half the squared difference. tokens_per_second of the forward passes,
+        of vectors texts_per_second too.
     """
     parts: list[dict[str, Tensor]] = []
     clocks = {"student": _Clock(), "teacher": _Clock()}
@@ -112,9 +113,12 @@ def evaluate(
         scores = _vectors(parts, paired, seen)
     else:
         scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
-    all_tokens = sum(count for _, _, count in everyone)
+    read = {"tokens": sum(count for _, _, count in everyone)}
+    if task == EMBEDDING:
+        read["texts"] = sum(int((part["index"] >= 0).sum()) for part in parts)
     for name, values in scores.items():
-        values["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
+        slowest = max(seconds[name] for _, seconds, _ in everyone)
+        values |= {f"{unit}_per_second": round(count / slowest, 1) for unit, count in read.items()}
     return scores
 
 
