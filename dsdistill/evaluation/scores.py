@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ def evaluate(
     gather: Gather,
     positive: int | None = None,
     seen: Seen | None = None,
+    dims: Sequence[int] = (),
 ) -> dict[str, dict[str, float]]:
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
@@ -75,6 +76,7 @@ def evaluate(
         positive: of two classes the one that f1 is of; None: the second.
         seen: is told in the order of the set, of classes each model's (n, C) logits and the (n,) labels; of queries
             and documents what `similarity.search` gives of each model, (n, 2), and the places of the right documents.
+        dims: numbers of first values of the vectors that are scored by themselves too.
 
     Returns:
         {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
@@ -110,7 +112,7 @@ def evaluate(
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
     if task == EMBEDDING:
-        scores = _vectors(parts, paired, seen)
+        scores = _vectors(parts, paired, seen, dims)
     else:
         scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
     read = {"tokens": sum(count for _, _, count in everyone)}
@@ -122,7 +124,9 @@ def evaluate(
     return scores
 
 
-def _vectors(parts: list[dict], paired: bool, seen: Seen | None) -> dict[str, dict[str, float]]:
+def _vectors(
+    parts: list[dict], paired: bool, seen: Seen | None, dims: Sequence[int]
+) -> dict[str, dict[str, float]]:
     index = torch.cat([part["index"] for part in parts])
     labels, *vectors = (
         restore(torch.cat([part[name] for part in parts]), index)
@@ -131,20 +135,18 @@ def _vectors(parts: list[dict], paired: bool, seen: Seen | None) -> dict[str, di
     )
     outputs = dict(zip(("student", "teacher"), vectors, strict=False))
     gold = labels[::2] if paired and not labels.isnan().any() else None
+    searched = paired and gold is None
     found: dict[str, Tensor] = {}
-    if paired and gold is None:
+    if searched:
         found = {name: similarity.search(of[::2], of[1::2]) for name, of in outputs.items()}
         if seen is not None:
             seen(found, torch.arange(len(labels) // 2))
-    return {
-        name: similarity.scores(
-            of,
-            gold,
-            found=found.get(name),
-            teacher=outputs.get("teacher") if name == "student" else None,
-        )
-        for name, of in outputs.items()
-    }
+    scores = {}
+    for name, of in outputs.items():
+        teacher = outputs.get("teacher") if name == "student" else None
+        scores[name] = similarity.scores(of, gold, found=found.get(name), teacher=teacher)
+        scores[name] |= similarity.by_length(of, gold, dims, searched=searched, teacher=teacher)
+    return scores
 
 
 def _labelled(

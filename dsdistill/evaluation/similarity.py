@@ -1,6 +1,7 @@
 """Score the vectors of texts: against people's judgement, in search, and against the teacher's vectors."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from dsdistill.evaluation import metrics
 
 ELEMENTS = 2**24  # cosines that are whole at once
 TOP = 10
+OF = "_of_"  # before the length that a score is of
 
 
 def scores(
@@ -45,6 +47,30 @@ def scores(
         made["teacher_spearman"] = metrics.spearman(mine, theirs)
     if vectors.shape == teacher.shape:
         made["distance"] = (1 - _cosines(vectors, teacher)).mean().item()
+    return made
+
+
+def by_length(
+    vectors: Tensor,
+    gold: Tensor | None,
+    dims: Sequence[int],
+    *,
+    searched: bool,
+    teacher: Tensor | None = None,
+) -> dict[str, float]:
+    """Return one score of so many first values of the vectors, for each of `dims` that is below their width.
+
+    vectors, gold and teacher are as of `scores`; searched: the texts are queries and their documents. The scores are
+    spearman_of_N with gold, recall_10_of_N of a search, else teacher_spearman_of_N (Kusupati et al. 2022, Matryoshka).
+    """
+    name = "spearman" if gold is not None else "recall_10" if searched else "teacher_spearman"
+    made: dict[str, float] = {}
+    for width in sorted(dims, reverse=True):
+        if width < vectors.shape[1]:
+            first = torch.nn.functional.normalize(vectors[:, :width], dim=-1)
+            found = search(first[::2], first[1::2]) if searched else None
+            of = scores(first, gold, found=found, teacher=teacher)
+            made |= {f"{name}{OF}{width}": of[name]} if name in of else {}
     return made
 
 

@@ -1,5 +1,7 @@
 """What a run came to, as text."""
 
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,7 +83,8 @@ def metric(score: str) -> str:
 def title(score: str) -> str:
     """Return how tables and pictures call a score."""
     named, _, measured = score.rpartition("/")
-    found = TITLES.get(measured, measured)
+    base, width = _length(measured)
+    found = TITLES.get(base, base) + (f", {width} values" if width else "")
     return f"{found} ({named})" if named else found
 
 
@@ -89,7 +92,18 @@ def in_order(scores: Iterable[str]) -> list[str]:
     """Return the scores that tables show, each once, as TITLES lists them; others come last."""
     places = {score: place for place, score in enumerate(TITLES)}
     kept = {score for score in scores if not detail(score)}
-    return sorted(kept, key=lambda score: (places.get(metric(score), len(places)), metric(score), score))
+
+    def key(score: str) -> tuple[int, str, int, str]:
+        base, width = _length(metric(score))
+        return places.get(base, len(places)), base, -width if width else -sys.maxsize, score
+
+    return sorted(kept, key=key)
+
+
+def _length(measured: str) -> tuple[str, int]:
+    """Return the score that recall_10_of_128 is, and 128: it is of so many first values of vectors; 0: of all."""
+    found = re.fullmatch(r"(.+)_of_(\d+)", measured)
+    return (found[1], int(found[2])) if found else (measured, 0)
 
 
 def detail(score: str) -> bool:
@@ -121,6 +135,8 @@ def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) 
         told.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
     if "recall_1" in found:
         told.append("recall, MRR, nDCG: of each query's document among all documents of the dev set")
+    if any(_length(score)[1] for score in found):
+        told.append("values: of so many first ones of each vector (Matryoshka), normalised again")
     if "teacher_spearman" in found:
         told.append(
             "to teacher: of the cosines of texts with the teacher's; distance: 1 - cosine of the two vectors"

@@ -163,6 +163,10 @@ def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
             assert line["first"].get(model) == (None if rank == 1 else told[best]["texts"][1])
         assert ranks.max() > 1
         found = scores(runs / "one", model)
+        short = [normalize(of[:, :16], dim=-1) for of in made]
+        places = (short[0] @ short[1].T).argsort(dim=1, descending=True).argsort(dim=1).diag()
+        assert found["recall_10_of_16"] == pytest.approx((places < 10).double().mean().item())
+        assert ("recall_10_of_32" in found) == (model == "teacher")  # the student has no more
         assert found["recall_1"] == pytest.approx((ranks == 1).double().mean().item())
         assert found["mrr_10"] == pytest.approx(((ranks <= 10) / ranks).mean().item())
         assert {"recall_10", "ndcg_10"} <= found.keys() and "distance" not in found

@@ -93,3 +93,20 @@ def test_a_student_that_is_its_teacher():
     )
     assert found["teacher_spearman"] == found["teacher_pearson"] == pytest.approx(1)
     assert found["distance"] == pytest.approx(0, abs=1e-6) and {"recall_1", "ndcg_10"} <= found.keys()
+
+
+def test_first_values_of_vectors_are_scored_as_vectors():
+    """By the score that the set has: judged, searched, or against the teacher; those of full width are not new."""
+    vectors, teacher, gold = draw(40, 16), draw(40, 7, seed=3), torch.rand(20)
+    short = torch.nn.functional.normalize(vectors[:, :4].double(), dim=-1)
+    cosines = (short[::2] * short[1::2]).sum(1).numpy()
+    found = similarity.by_length(vectors, gold, (4, 16), searched=False, teacher=teacher)
+    assert found == {"spearman_of_4": pytest.approx(spearmanr(cosines, gold.numpy())[0])}
+    found = similarity.by_length(vectors, None, (4, 8, 16), searched=True)
+    assert list(found) == ["recall_10_of_8", "recall_10_of_4"]
+    ranks = (short[::2] @ short[1::2].T).argsort(descending=True).argsort().diag()
+    assert found["recall_10_of_4"] == pytest.approx((ranks < 10).double().mean().item())
+    found = similarity.by_length(vectors, None, (4,), searched=False, teacher=teacher)
+    mine, theirs = ((of[:-1] * of[1:]).sum(1).numpy() for of in (short, teacher))
+    assert found == {"teacher_spearman_of_4": pytest.approx(spearmanr(mine, theirs)[0])}
+    assert similarity.by_length(vectors, None, (4,), searched=False) == {}
