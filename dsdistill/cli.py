@@ -276,13 +276,16 @@ def compare(
     ] = None,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the runs.")] = "runs/compare",
 ):
-    """Train and evaluate every method of METHODS with every seed, and print a table of means and deviations.
+    """Train and evaluate every method of METHODS with every seed; print means and deviations, and write a page.
 
     Runs that are finished are kept: a stopped comparison goes on where it was, a longer list adds its runs.
     """
     from dsdistill.engine.compare import compare as run
+    from dsdistill.report import show_comparison, show_page
 
-    typer.echo(run(methods, out, settings or []), nl=False)
+    typer.echo(run(methods, out, settings or []))
+    show_comparison(out, table=False)
+    show_page(out)
 
 
 @app.command()
@@ -296,11 +299,15 @@ def report(
 ):
     """Write report.html into the folder: one page with tables, curves and examples, to be opened from disk.
 
+    Of a comparison the tables are printed too.
+
     train writes it too, at its end; this command also shows a run that is not finished.
     """
-    from dsdistill.report import write_page
+    from dsdistill.report import show_comparison, write_page
 
-    typer.echo(write_page(path))
+    page = write_page(path)
+    show_comparison(path)
+    typer.echo(page)
 
 
 @app.command()

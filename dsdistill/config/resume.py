@@ -15,6 +15,7 @@ _FREE = (
     "run.resume",
     "run.log_every",
     "run.evaluate_every",
+    "run.evaluate_start",
     "run.save_every",
     "run.save_minutes",
     "run.keep",

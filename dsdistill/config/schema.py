@@ -36,6 +36,10 @@ class Run(Section):
         default=0,
         description="optimizer steps between two evaluations on the dev sets, or epoch; 0: only at the end",
     )
+    evaluate_start: bool = Field(
+        default=False,
+        description="score the student on the dev sets before its first step too; tables show this as `start`",
+    )
     save_every: Annotated[int, Field(ge=0)] = Field(
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
     )

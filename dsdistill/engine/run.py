@@ -169,6 +169,10 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     models = {}
     if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": count_parameters(teacher.model)}
+    start = ranks.gather(folder.start_scores())[0] if config.run.evaluate_start else {}
+    if start:  # a first pass tells nothing of speed
+        kept = {name: value for name, value in start.items() if not name.endswith("_per_second")}
+        models["start"] = {**kept, "parameters": student.parameters}
     models["student"] = _row(scores["student"], student)
     steps, peak = student.total, max(ranks.gather(peak_memory_mib(ranks)))
     if config.run.baseline:
@@ -224,9 +228,20 @@ def _through_stages(
         if len(parts) > 1:
             log.info("stage %s: %s", parts[index].name, ", ".join(prepared.objectives[index].terms))
         trainer = Trainer(prepared, index, init, before, teacher, judge, ranks)
+        if index == 0 and tag is None and prepared.config.run.evaluate_start:
+            _score_start(trainer, folder, ranks)
         trainer.run(folder, tag)
         tag = None
     return trainer
+
+
+def _score_start(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> None:
+    """Score the student before its first step; metrics.jsonl begins with what it came to, which a resume keeps."""
+    scores = trainer.evaluate()["student"]
+    with ranks.first_alone():
+        if ranks.first:
+            folder.rewind(-1)  # a start that failed may have written the same
+            folder.log({"step": 0, "evaluation": scores})
 
 
 def _baseline(
@@ -243,7 +258,13 @@ def _baseline(
         stages=(),
         student=with_fields(config.student, domain=None),
         train=with_fields(config.train, distill_weight=None),
-        run=with_fields(config.run, dir=home.path, name=f"{config.run.name}-baseline", baseline=False),
+        run=with_fields(
+            config.run,
+            dir=home.path,
+            name=f"{config.run.name}-baseline",
+            baseline=False,
+            evaluate_start=False,  # it is that of the run
+        ),
     )
     alone.objectives = make_objectives(alone.config, prepared.pair)
     with ranks.first_alone():

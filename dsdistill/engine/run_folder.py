@@ -281,6 +281,15 @@ class RunFolder:
             log.warning("%s is written again", self / METRICS)
         self._waiting = []
 
+    def start_scores(self) -> dict[str, float]:
+        """Return the scores of the student before its first step, as metrics.jsonl has them; {} where it has none."""
+        try:
+            with open(self / METRICS, encoding="utf-8") as file:
+                first = json.loads(file.readline())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return first.get("evaluation", {}) if isinstance(first, dict) and first.get("step") == 0 else {}
+
     def rewind(self, step: int) -> None:
         """Drop lines of steps after `step`: a resumed run computes them again."""
         if not os.path.exists(self / METRICS):

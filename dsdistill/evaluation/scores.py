@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ def evaluate(
     gather: Gather,
     positive: int | None = None,
     seen: Seen | None = None,
+    dims: Sequence[int] = (),
 ) -> dict[str, dict[str, float]]:
     """Metrics of the student and, with one, of the teacher; the same on every rank.
 
@@ -73,14 +74,17 @@ def evaluate(
         task: that of the config.
         gather: one object of each rank → all of them, on every rank.
         positive: of two classes the one that f1 is of; None: the second.
-        seen: of classes: is told each model's (n, C) logits and the (n,) labels, in the order of the set.
+        seen: is told in the order of the set, of classes each model's (n, C) logits and the (n,) labels; of queries
+            and documents what `similarity.search` gives of each model, (n, 2), and the places of the right documents.
+        dims: numbers of first values of the vectors that are scored by themselves too.
 
     Returns:
         {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
         f1 of the positive one, mcc, pearson and spearman of the one class's probability, which are those of the
         other's; of scores pearson, spearman and loss (squared error); of vectors what similarity.scores gives; of
         texts perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal
-        distributions of variance 1 around them, half the squared difference. tokens_per_second of the forward passes.
+        distributions of variance 1 around them, half the squared difference. tokens_per_second of the forward passes,
+        of vectors texts_per_second too.
     """
     parts: list[dict[str, Tensor]] = []
     clocks = {"student": _Clock(), "teacher": _Clock()}
@@ -108,27 +112,41 @@ def evaluate(
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
     if task == EMBEDDING:
-        scores = _vectors(parts, paired)
+        scores = _vectors(parts, paired, seen, dims)
     else:
         scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
-    all_tokens = sum(count for _, _, count in everyone)
+    read = {"tokens": sum(count for _, _, count in everyone)}
+    if task == EMBEDDING:
+        read["texts"] = sum(int((part["index"] >= 0).sum()) for part in parts)
     for name, values in scores.items():
-        values["tokens_per_second"] = round(all_tokens / max(seconds[name] for _, seconds, _ in everyone), 1)
+        slowest = max(seconds[name] for _, seconds, _ in everyone)
+        values |= {f"{unit}_per_second": round(count / slowest, 1) for unit, count in read.items()}
     return scores
 
 
-def _vectors(parts: list[dict], paired: bool) -> dict[str, dict[str, float]]:
+def _vectors(
+    parts: list[dict], paired: bool, seen: Seen | None, dims: Sequence[int]
+) -> dict[str, dict[str, float]]:
     index = torch.cat([part["index"] for part in parts])
-    labels, vectors, teacher = (
-        restore(torch.cat([part[name] for part in parts]), index) if name in parts[0] else None
+    labels, *vectors = (
+        restore(torch.cat([part[name] for part in parts]), index)
         for name in ("labels", "student", "teacher")
+        if name in parts[0]
     )
-    gold = labels if paired and not labels.isnan().any() else None
-    gold = None if gold is None else gold[::2]
-    found = {"student": similarity.scores(vectors, gold, paired=paired, teacher=teacher)}
-    if teacher is not None:
-        found["teacher"] = similarity.scores(teacher, gold, paired=paired)
-    return found
+    outputs = dict(zip(("student", "teacher"), vectors, strict=False))
+    gold = labels[::2] if paired and not labels.isnan().any() else None
+    searched = paired and gold is None
+    found: dict[str, Tensor] = {}
+    if searched:
+        found = {name: similarity.search(of[::2], of[1::2]) for name, of in outputs.items()}
+        if seen is not None:
+            seen(found, torch.arange(len(labels) // 2))
+    scores = {}
+    for name, of in outputs.items():
+        teacher = outputs.get("teacher") if name == "student" else None
+        scores[name] = similarity.scores(of, gold, found=found.get(name), teacher=teacher)
+        scores[name] |= similarity.by_length(of, gold, dims, searched=searched, teacher=teacher)
+    return scores
 
 
 def _labelled(

@@ -6,11 +6,22 @@ from typing import Any
 
 from dsdistill import disk
 from dsdistill.config.errors import UserError
+from dsdistill.report import comparison_page
+from dsdistill.report.methods import is_run, runs_of
 from dsdistill.report.page import write_page
 from dsdistill.report.plot import loss_plot, read_log
 from dsdistill.report.summary import table
 
-__all__ = ["loss_plot", "read_log", "show", "show_others", "table", "write_page"]
+__all__ = [
+    "loss_plot",
+    "read_log",
+    "show",
+    "show_comparison",
+    "show_others",
+    "show_page",
+    "table",
+    "write_page",
+]
 
 
 def show(run: str, summary: dict[str, Any]) -> None:
@@ -21,10 +32,21 @@ def show(run: str, summary: dict[str, Any]) -> None:
         with disk.replacing(picture) as made:
             loss_plot(log, made)
         print(f"\nloss curves: {picture}")
+    show_page(run)
+
+
+def show_page(path: str) -> None:
+    """Write the page of a run or of a comparison that is done, and print where; else print why there is none."""
     try:
-        print(f"page: {write_page(run)}")
-    except UserError as error:  # somebody else's file has its name; the run is done all the same
+        print(f"page: {write_page(path)}")
+    except UserError as error:  # somebody else's file has its name; what is done is done all the same
         print(f"no page: {error}")
+
+
+def show_comparison(path: str, *, table: bool = True) -> None:
+    """Print what a comparison came to, where the folder is one; table: that of the methods too."""
+    if not is_run(path) and (told := comparison_page.text(path, runs_of(path), table=table)):
+        print(f"{told}\n")
 
 
 def show_others(summary: dict[str, Any], files: Sequence[str]) -> None:

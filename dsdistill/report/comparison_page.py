@@ -3,10 +3,13 @@
 import os
 from urllib.parse import quote
 
+from dsdistill.report.differences import differences
+from dsdistill.report.differences import legend as how_told
+from dsdistill.report.differences import rows as told_by_pairs
 from dsdistill.report.figures import charts_section
 from dsdistill.report.markup import Html, grid, section, tag
-from dsdistill.report.methods import Run, cells, scored, sweeps
-from dsdistill.report.summary import title
+from dsdistill.report.methods import Run, cells, legend, plain, scored, sweeps
+from dsdistill.report.summary import aligned, title
 
 
 def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
@@ -22,12 +25,26 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
     rows = scored(runs)
     if rows:
         columns, lines = cells(rows)
-        note = tag("p", "Mean ± standard deviation over the finished runs of a method.", class_="note")
+        notes = [tag("p", note, class_="note") for note in legend(rows)]
         table = grid(["method", "runs", *map(title, columns)], lines, "scores")
-        parts.append(section("Methods", table, note, name="methods"))
+        parts.append(section("Methods", table, *notes, name="methods"))
+        if found := differences(path, runs):
+            head, *pairs = told_by_pairs(found)
+            note = tag("p", how_told(), class_="note")
+            parts.append(section("Differences", grid(head, pairs, "scores"), note, name="differences"))
         parts += charts_section("Sweeps", sweeps(runs), [])
     listed = [[_link(path, run), run.state] for run in every]
     return name, [*parts, section("Runs", grid(["run", "state"], listed), name="runs")]
+
+
+def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
+    """Return the tables of a comparison for a terminal, "" where no run is finished; table: that of the methods too."""
+    rows, parts = scored(runs), []
+    if rows and table:
+        parts.append("\n".join([plain(rows), "", *legend(rows)]))
+    if found := differences(path, runs):
+        parts.append("\n".join([*aligned(told_by_pairs(found)), "", how_told()]))
+    return "\n\n".join(parts)
 
 
 def _link(path: str, run: Run) -> Html | str:

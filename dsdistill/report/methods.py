@@ -1,5 +1,6 @@
 """Set methods side by side: means and deviations over the runs of each, and how a score follows a setting."""
 
+import collections
 import math
 import os
 import statistics
@@ -9,12 +10,14 @@ from typing import Any
 
 from dsdistill.report.curves import Chart, wide
 from dsdistill.report.run_files import CONFIG, METRICS, SUMMARY, RunFiles, number, scores_of
-from dsdistill.report.summary import in_order, metric, title
+from dsdistill.report.summary import START, aligned, in_order, metric, title
 
 HEAD = "| method | runs |"  # of the table
 SEED = "seed-"  # begins the name of a run's folder
 # What differs between machines or says nothing about a method.
 _LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
+# What follows the scores that a search is told by.
+_OF_SEARCH = {"mrr_10", "ndcg_10", "teacher_pearson", "distance"}
 # Settings that differ between the runs of one method, or say nothing about it.
 _PLACES = ("run.dir", "run.name", "run.seed", "data.cache")
 
@@ -29,13 +32,29 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
+def plain(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the same for a terminal."""
+    columns, lines = cells(rows)
+    return "\n".join(aligned([["method", "runs", *map(title, columns)], *lines]))
+
+
+def legend(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return what the lines of a table of methods mean."""
+    told = ["Mean ± standard deviation over the finished runs of a method."]
+    return told + [f"{START}."] * any("start" in run["models"] for of in rows.values() for run in of)
+
+
 def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """Return the scores that a table of methods shows, and its lines: name, runs and those scores."""
+    """Return the scores that a table of methods shows, and its lines: name, runs and those scores.
+
+    The first lines are the teacher's and, where runs scored it, the student's before its first step.
+    """
     by_name: dict[str, list[dict[str, float]]] = {}
     for summaries in rows.values():
         for summary in summaries:
             if "teacher" in summary["models"]:
                 by_name["teacher"] = [summary["models"]["teacher"]]
+    by_name |= _starts(rows)
     by_name |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
     columns = compared(scores for runs in by_name.values() for scores in runs)
     return columns, [
@@ -44,9 +63,35 @@ def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[s
     ]
 
 
+def _starts(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, float]]]:
+    """Return the scores of students before their first step: one line where all methods begin alike."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, summaries in rows.items():
+        starts = [run["models"]["start"] for run in summaries if "start" in run["models"]]
+        if starts and all(_alike(starts[0], other) for other in starts):
+            starts = [dict(collections.ChainMap(*starts))]
+        for of in found.values():
+            if len(of) == len(starts) and all(map(_alike, of, starts)):
+                of[:] = [theirs | mine for theirs, mine in zip(of, starts, strict=True)]
+                break
+        else:
+            found |= {name: starts} if starts else {}
+    return {"start" if len(found) == 1 else f"{name}: start": of for name, of in found.items()}
+
+
+def _alike(first: dict[str, float], second: dict[str, float]) -> bool:
+    """Return whether two students have the same scores, as far as both have them (one may know no teacher)."""
+    return all(
+        math.isclose(first[score], second[score], rel_tol=1e-3, abs_tol=1e-4)
+        for score in first.keys() & second.keys()
+    )
+
+
 def compared(runs: Iterable[dict[str, float]]) -> list[str]:
-    """Return the scores that tell methods apart, in the order of tables."""
-    return [score for score in in_order(s for run in runs for s in run) if metric(score) not in _LEFT_OUT]
+    """Return the scores that tell methods apart, in the order of tables; of a search the most telling ones."""
+    scores = in_order(s for run in runs for s in run)
+    left_out = _LEFT_OUT | (_OF_SEARCH if any(metric(score) == "recall_1" for score in scores) else set())
+    return [score for score in scores if metric(score) not in left_out]
 
 
 def _cell(values: list[float]) -> str:
@@ -62,7 +107,7 @@ def _cell(values: list[float]) -> str:
 class Run:
     """A Run is one folder of a comparison."""
 
-    name: str  # METHOD/seed-N
+    name: str  # METHOD/seed-N, or METHOD
     steps: int  # that the last line of its log tells
     summary: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -81,17 +126,19 @@ def is_run(folder: str) -> bool:
 
 
 def runs_of(folder: str) -> dict[str, list[Run]]:
-    """Return the runs METHOD/seed-N below a folder by method, as far as they have come."""
+    """Return the runs METHOD/seed-N, or METHOD, below a folder by method, as far as they have come."""
     found: dict[str, list[Run]] = {}
     for method in _folders(folder):
-        home = os.path.join(folder, method)
-        for seed in sorted(filter(_seeded, _folders(home)), key=lambda name: (len(name), name)):
-            if is_run(path := os.path.join(home, seed)):
+        seeds = sorted(
+            filter(_seeded, _folders(os.path.join(folder, method))), key=lambda name: (len(name), name)
+        )
+        for seed in ("", *seeds):
+            if is_run(path := os.path.join(folder, method, seed)):
                 files = RunFiles(path)
                 summary = files.object(SUMMARY)
                 summary["models"] = scores_of(summary)
                 steps = 0 if summary.get("finished") else _steps(files)
-                run = Run(os.path.join(method, seed), steps, summary, files.settings())
+                run = Run(os.path.join(method, seed).rstrip("/"), steps, summary, files.settings())
                 found.setdefault(method, []).append(run)
     return found
 
@@ -155,7 +202,7 @@ def _swept(key: str, swept: dict[float, str], runs: dict[str, list[Run]], before
     }
     charts: list[Chart] = []
     for score in compared(run for of in scores.values() for run in of):
-        if metric(score) == "parameters":
+        if metric(score) in ("parameters", "texts_per_second"):
             continue
         chart = Chart(f"sweep-{before + len(charts)}", f"{title(score)} by {key}", x=key, sparse=True)
         chart.x_logarithmic, chart.logarithmic = min(swept) > 0 and wide(swept), False

@@ -80,7 +80,7 @@ def _models(scores: dict[str, dict[str, float]], summary: dict[str, Any]) -> Htm
         for score in in_order(score for model in models for score in scores[model])
     ]
     measured = {metric(score) for model in models for score in scores[model]}
-    told = [tag("p", note, class_="note") for note in notes(summary, measured)]
+    told = [tag("p", note, class_="note") for note in notes(summary, measured, models)]
     return section("Models", grid(["", *models], rows, "scores"), *told, name="models")
 
 

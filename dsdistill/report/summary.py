@@ -1,5 +1,7 @@
 """What a run came to, as text."""
 
+import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,18 +37,20 @@ TITLES = {
     "domain_capture": "domain capture",
     "latency_ms": "latency ms",
     "parameters": "parameters",
+    "texts_per_second": "sentences/s",
     "tokens_per_second": "tokens/s",
     "training_tokens_per_second": "training tokens/s",
 }
+START = "start: the student before its first step"
 _PARTS = {"erank", "participation_ratio", "C", "R"}
-MODELS = ("teacher", "student", "baseline")
+MODELS = ("teacher", "start", "student", "baseline")
 
 
 def table(summary: dict[str, Any]) -> str:
     """The models of a run side by side; one a line, or one a column where the lines would pass 100 characters.
 
     Args:
-        summary: of summary.json: `models` (teacher, student, baseline: name of a score → number; any may be absent)
+        summary: of summary.json: `models` (those of MODELS: name of a score → number; any may be absent)
             and, where known, name, task, data (what else was scored), steps, world_size, seconds, peak_memory_mib (of a
             rank), positive_class (that F1 is of) and bleu_signature.
     """
@@ -54,6 +58,13 @@ def table(summary: dict[str, Any]) -> str:
     scores = in_order(score for of in models.values() for score in of)
     rows = [["", *map(title, scores)]]
     rows += [[name, *(shown(score, has.get(score)) for score in scores)] for name, has in models.items()]
+    lines = aligned(rows)
+    told = notes(summary, set(map(metric, scores)), models)
+    return "\n".join([" | ".join(facts(summary)), "", *lines, *(["", *told] if told else [])])
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table, the first row its head; rows and columns change places where lines pass 100."""
     if sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) > 102:
         rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -61,9 +72,7 @@ def table(summary: dict[str, Any]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    lines.insert(1, "-" * len(lines[0]))
-    told = notes(summary, set(map(metric, scores)))
-    return "\n".join([" | ".join(facts(summary)), "", *lines, *(["", *told] if told else [])])
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def metric(score: str) -> str:
@@ -74,7 +83,8 @@ def metric(score: str) -> str:
 def title(score: str) -> str:
     """Return how tables and pictures call a score."""
     named, _, measured = score.rpartition("/")
-    found = TITLES.get(measured, measured)
+    base, width = _length(measured)
+    found = TITLES.get(base, base) + (f", {width} values" if width else "")
     return f"{found} ({named})" if named else found
 
 
@@ -82,7 +92,18 @@ def in_order(scores: Iterable[str]) -> list[str]:
     """Return the scores that tables show, each once, as TITLES lists them; others come last."""
     places = {score: place for place, score in enumerate(TITLES)}
     kept = {score for score in scores if not detail(score)}
-    return sorted(kept, key=lambda score: (places.get(metric(score), len(places)), metric(score), score))
+
+    def key(score: str) -> tuple[int, str, int, str]:
+        base, width = _length(metric(score))
+        return places.get(base, len(places)), base, -width if width else -sys.maxsize, score
+
+    return sorted(kept, key=key)
+
+
+def _length(measured: str) -> tuple[str, int]:
+    """Return the score that recall_10_of_128 is, and 128: it is of so many first values of vectors; 0: of all."""
+    found = re.fullmatch(r"(.+)_of_(\d+)", measured)
+    return (found[1], int(found[2])) if found else (measured, 0)
 
 
 def detail(score: str) -> bool:
@@ -104,9 +125,9 @@ def facts(summary: dict[str, Any]) -> list[str]:
     return [fact for fact in found if fact]
 
 
-def notes(summary: dict[str, Any], found: set[str]) -> list[str]:
-    """Return what the scores in a table mean, a line each; found: what they measure (`metric`)."""
-    told = []
+def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) -> list[str]:
+    """Return what the scores in a table mean, a line each; found: what they measure (`metric`), of these models."""
+    told = [START] if "start" in models else []
     if "f1" in found and "positive_class" in summary:
         told.append(f"F1: of the class {summary['positive_class']}")
     if "kl" in found:
@@ -114,6 +135,8 @@ def notes(summary: dict[str, Any], found: set[str]) -> list[str]:
         told.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
     if "recall_1" in found:
         told.append("recall, MRR, nDCG: of each query's document among all documents of the dev set")
+    if any(_length(score)[1] for score in found):
+        told.append("values: of so many first ones of each vector (Matryoshka), normalised again")
     if "teacher_spearman" in found:
         told.append(
             "to teacher: of the cosines of texts with the teacher's; distance: 1 - cosine of the two vectors"
@@ -130,7 +153,8 @@ def notes(summary: dict[str, Any], found: set[str]) -> list[str]:
     if "latency_ms" in found:
         told.append("latency: median time of one example by itself, one process")
     if "tokens_per_second" in found:
-        told.append("tokens/s: forward passes on the dev set, all processes together")
+        units = "tokens/s, sentences/s" if "texts_per_second" in found else "tokens/s"
+        told.append(f"{units}: forward passes on the dev set, all processes together")
     return told
 
 
@@ -141,7 +165,7 @@ def shown(score: str, value: float | None) -> str:
     score = metric(score)
     if score == "parameters":
         return _count(value)
-    if score.endswith("tokens_per_second"):
+    if score.endswith("_per_second"):
         return f"{value:,.0f}"
     if score == "bleu":
         return f"{value:.2f}"

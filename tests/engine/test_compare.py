@@ -69,8 +69,10 @@ def test_runs_once_and_goes_on(settings, tmp_path):
 
     done = compare()
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (tmp_path / "out" / "table.md").read_text()
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| teacher", "| all terms"]
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert done.stdout == f"{written}\npage: out/report.html\n"
+    assert [line.split(" | ")[0] for line in written.splitlines()[2:]] == ["| teacher", "| all terms"]
+    assert "all-terms" in (tmp_path / "out" / "report.html").read_text()
     summary = tmp_path / "out" / "all-terms" / "seed-0" / "summary.json"
     before = summary.stat().st_mtime_ns
     assert "evaluated" in json.loads(summary.read_text())

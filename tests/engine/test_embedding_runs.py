@@ -5,10 +5,12 @@ All runs on one rank share a process, since it takes longer to start than they d
 
 import json
 import random
+import re
 
 import pytest
 import torch
 import yaml
+from scipy.stats import pearsonr
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -87,6 +89,7 @@ def runs(encoders, data_dir, tmp_path_factory):
     """A folder with the runs one, judged and single, each on one rank, and two on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     base = settings(encoders, folder)
+    start = {"run": base["run"] | {"evaluate_start": True}}
     unlabelled = folder / "unlabelled.tsv"
     unlabelled.write_text("query\tdocument\nthe sum\tsum of a row\n" + "a mean\tmean of a list\n" * 8)
     no_task = {name: term for name, term in base["terms"].items() if name not in ("task", "embedding")}
@@ -99,8 +102,8 @@ def runs(encoders, data_dir, tmp_path_factory):
     single = {"text": ["text"], "train": sources, "dev": str(data_dir / "dev.tsv")}
     run_configs(
         [
-            write(folder, base, "one", train={"micro_batch_size": 8}),
-            write(folder, judged, "judged", data={"label": "score", "train": str(unlabelled)}),
+            write(folder, base | start, "one", train={"micro_batch_size": 8}),
+            write(folder, judged | start, "judged", data={"label": "score", "train": str(unlabelled)}),
             write(folder, base | {"terms": no_task | {"embedding": {}}}, "single", data=single),
         ],
         ranks=1,
@@ -125,7 +128,10 @@ def vectors(folder, texts):
 
 
 def test_two_ranks_are_one_and_each_pair_is_two_documents(runs):
-    """Two ranks of 4 pairs are one of 8, the contrast included; 37 pairs leave a last step of 5."""
+    """Two ranks of 4 pairs are one of 8, the contrast included; 37 pairs leave a last step of 5.
+
+    One rank scores its student before the first step, which changes nothing of what follows.
+    """
     expected, found = losses(runs / "one"), losses(runs / "two")
     assert len(expected) == len(found) == 10
     for want, line in zip(expected, found, strict=True):
@@ -142,12 +148,25 @@ def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
     """Prompts included, which teacher and student share; the vectors have widths that cannot be compared."""
     assert read_sentence(str(runs / "exported"), "out") == Sentence("cls", PROMPTS)
     rows = [line.split("\t") for line in (encoders / "dev.tsv").read_text().splitlines()[1:]]
+    told = [json.loads(line) for line in (runs / "one" / "predictions.jsonl").read_text().splitlines()]
+    assert len(told) == len({line["id"] for line in told}) == 11
     for model, folder in (("student", runs / "exported"), ("teacher", encoders / "teacher")):
         made = [
             vectors(folder, [prompt + row[i] for row in rows]) for i, prompt in enumerate(PROMPTS.values())
         ]
         ranks = 1 + (made[0] @ made[1].T).argsort(dim=1, descending=True).argsort(dim=1).diag()
+        cosines = made[0] @ made[1].T
+        for line, rank, best, row in zip(told, ranks.tolist(), cosines.argmax(1).tolist(), rows, strict=True):
+            assert line["rank"][model] == rank
+            for text, written in zip(row, line["texts"], strict=False):  # the score stands after them
+                assert written.replace(" ", "").endswith(text.replace(" ", ""))
+            assert line["first"].get(model) == (None if rank == 1 else told[best]["texts"][1])
+        assert ranks.max() > 1
         found = scores(runs / "one", model)
+        short = [normalize(of[:, :16], dim=-1) for of in made]
+        places = (short[0] @ short[1].T).argsort(dim=1, descending=True).argsort(dim=1).diag()
+        assert found["recall_10_of_16"] == pytest.approx((places < 10).double().mean().item())
+        assert ("recall_10_of_32" in found) == (model == "teacher")  # the student has no more
         assert found["recall_1"] == pytest.approx((ranks == 1).double().mean().item())
         assert found["mrr_10"] == pytest.approx(((ranks <= 10) / ranks).mean().item())
         assert {"recall_10", "ndcg_10"} <= found.keys() and "distance" not in found
@@ -174,6 +193,43 @@ def test_judged_pairs_are_scored_again_as_they_were(runs):
     after = scores(runs / "judged")
     for name in wanted:
         assert after[name] == pytest.approx(before[name], rel=1e-5)
+
+
+def test_the_start_is_the_student_as_it_was_cut(runs, encoders):
+    """Scored with plain transformers; it moved since, and its speed is not told. Evaluating the run keeps it."""
+    folder = runs / "judged" / "init"
+    model, tokenizer = (
+        AutoModel.from_pretrained(folder).double().eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    rows = [line.split("\t") for line in (encoders / "dev.tsv").read_text().splitlines()[1:]]
+    cosines = []
+    for row in rows:
+        texts = [prompt + text for prompt, text in zip(PROMPTS.values(), row, strict=False)]
+        with torch.no_grad():
+            states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0] for text in texts]
+        cosines.append(torch.cosine_similarity(states[0].mean(0), states[1].mean(0), dim=0).item())
+    found = scores(runs / "judged", "start")
+    assert found["pearson"] == pytest.approx(pearsonr(cosines, [float(row[2]) for row in rows])[0], abs=1e-5)
+    after = scores(runs / "judged")
+    assert found["pearson"] != pytest.approx(after["pearson"], abs=1e-3)
+    assert found["parameters"] == after["parameters"] and found["distance"] > after["distance"]
+    assert "texts_per_second" in after and not any(name.endswith("_per_second") for name in found)
+    first = json.loads((runs / "judged" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step"] == 0 and first["evaluation"]["pearson"] == found["pearson"]
+
+
+def test_a_report_of_several_methods(runs):
+    """Each folder is a run; the same student on one rank and on two finds the same."""
+    done = command("report", ".", cwd=runs)
+    assert done.returncode == 0, done.stderr
+    lines = [re.split("  +", line.strip()) for line in done.stdout.splitlines()]
+    assert {"recall@10", "Spearman to teacher", "parameters", "sentences/s"} <= {line[0] for line in lines}
+    methods = ["judged", "one", "single", "two"]
+    assert lines[0] == ["method", "teacher", "judged: start", "one: start", *methods]
+    assert {"recall@10", "Spearman to teacher", "parameters", "sentences/s"} <= {line[0] for line in lines}
+    assert ["one − two", "+0.0000 (+0.0000 to +0.0000)", "+0.0000 (+0.0000 to +0.0000)"] in lines
+    assert lines[-1] == ["./report.html"] and "one − teacher" in (runs / "report.html").read_text()
 
 
 def test_single_texts_from_several_sources(runs):

@@ -377,3 +377,17 @@ def test_a_finished_run_of_before_whose_checkpoints_are_gone(config, tmp_path):
     folder.release()
     os.remove(folder / "dsdistill-run.txt")
     folder.check()
+
+
+def test_scores_before_the_first_step_stay_in_the_log(tmp_path):
+    """A resume keeps them; a start anew leaves the first line to what it finds itself."""
+    folder = RunFolder(str(tmp_path))
+    folder.claim()
+    folder.log({"step": 0, "evaluation": {"recall_10": 0.5}})
+    folder.log({"step": 3, "loss": 1.0})
+    folder.rewind(2)
+    assert folder.start_scores() == {"recall_10": 0.5}
+    folder.rewind(-1)
+    assert folder.start_scores() == {}
+    folder.log({"step": 3, "evaluation": {"recall_10": 0.75}})
+    assert folder.start_scores() == {}

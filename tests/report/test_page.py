@@ -205,23 +205,6 @@ def test_bad_steps_and_jumps_are_marked(tmp_path):
     assert "not finite, in task" in text and "loss 40, average 2" in text and "dev:4 and 4 more" in text
 
 
-def test_examples_that_the_teacher_gets_right(tmp_path):
-    """Those alone, the student's surest mistakes first, 200 at most."""
-    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
-    rows = [prediction(0, "a", "a", "a"), prediction(1, "a", "b", "b"), prediction(2, "a", "a", "b")]
-    rows += [prediction(i, "a", "b", "a", f"text {i}", sure=i / 1000) for i in range(3, 303)]
-    lines(tmp_path / "predictions.jsonl", rows)
-    text = Markup(page_of(tmp_path)).text["examples"]
-    assert "Of 303 dev examples the student gets 301 wrong; on 300 of these the teacher is right." in text
-    assert re.findall(r"text (\d+)", text) == [str(i) for i in range(302, 102, -1)]
-
-
-def test_mistakes_without_a_teacher(tmp_path):
-    lines(tmp_path / "predictions.jsonl", [prediction(0, "a", "b", None), prediction(1, "a", "a", None)])
-    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
-    assert "wrong on 1 of 2 dev examples; no teacher" in Markup(page_of(tmp_path)).text["examples"]
-
-
 def test_a_language_model_has_no_examples(tmp_path):
     models = {"student": {"perplexity": 31.4}}
     (tmp_path / "summary.json").write_text(
@@ -260,6 +243,7 @@ GARBAGE = {
     "half a character": b'{"step": 1, "name": "\\ud800", "id": "\\ud800", "label": "\\udfff", "task": "\\ud800"}\n',
     "steps that go back": b'{"step": 5, "loss": 1}\n{"step": 2, "loss": 3}\n{"step": -1, "loss": 3}\n',
     "terms of odd kinds": b'{"step": 1, "loss": 1, "stage": 5, "terms": {"a": 1, "b": {"layer_weights": {"c": 1}}}}\n',
+    "searches of odd kinds": b'{"rank": 3, "texts": {}}\n{"rank": {"student": 3, "teacher": 1}, "id": {}}\n',
     "predictions of odd kinds": b'{"label": [], "student": {}, "teacher": [], "texts": {"a": 1}, "probability": 5}\n',
     "models of odd kinds": b'{"models": {"student": {"accuracy": "high", "kl": null, "cost": true}, "teacher": 5}, '
     b'"steps": "many", "seconds": "long", "peak_memory_mib": [], "name": {"a": 1}, "shapes": 3, "finished": 1}\n',

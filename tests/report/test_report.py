@@ -103,6 +103,16 @@ def test_table_of_several_dev_sets():
     assert any(line.startswith("KL(teacher || model)") for line in lines)
 
 
+def test_scores_of_first_values_follow_that_of_all():
+    names = ["recall_10_of_64", "a/recall_10_of_128", "recall_10", "mrr_10", "recall_10_of_1024"]
+    text = report.table({"models": {"student": dict.fromkeys(names, 0.5)}})
+    titles = [
+        "recall@10", "recall@10, 1024 values", "recall@10, 128 values (a)", "recall@10, 64 values", "MRR@10",
+    ]  # fmt: skip
+    assert re.split("  +", text.splitlines()[2].strip()) == titles
+    assert "values: of so many first ones" in text
+
+
 @pytest.mark.parametrize("seconds, shown", [(7.64, "7.6 s"), (59.9, "1 min 00 s"), (7260, "2 h 01 min")])
 def test_duration(seconds, shown):
     assert shown in report.table(SUMMARY | {"seconds": seconds}).split("\n")[0]

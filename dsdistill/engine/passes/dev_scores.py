@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dsdistill.alignment.units import unit_vectors
+from dsdistill.config import Config
 from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Batch, Set, evaluation_batches
 from dsdistill.distributed.ranks import Ranks
@@ -71,7 +72,14 @@ def score_on(
             gather=ranks.gather,
             positive=prepared.positive,
             seen=seen,
+            dims=_lengths(prepared.config),
         )
+
+
+def _lengths(config: Config) -> list[int]:
+    """Return how many first values of a vector the terms of some stage train to be one."""
+    terms = [stage.terms.embedding for stage in config.run_stages]
+    return sorted({width for term in terms if term is not None for width in term.dims or ()})
 
 
 def _teacher_values(prepared: Prepared, trace: Trace, batch: Batch) -> Tensor:

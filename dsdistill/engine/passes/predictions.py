@@ -1,5 +1,6 @@
-"""Write what student and teacher predict of each dev example."""
+"""Write what student and teacher predict of each dev example, or find for each query."""
 
+import functools
 import json
 from collections.abc import Iterator
 from itertools import groupby
@@ -8,10 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dsdistill import disk
+from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Examples, Set
+from dsdistill.data.examples import TextPairs
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import PREDICTIONS
+
+LONGEST = 1000  # characters of a query or document
 
 
 class Predictions:
@@ -25,24 +30,28 @@ class Predictions:
 
         Args:
             name: of the dev set, "" for one without a name.
-            outputs: (n, C) logits of each model, in the order of the set.
-            labels: (n,) int64 classes.
+            outputs: (n, C) logits of each model, in the order of the set; of queries (n, 2) as `similarity.search`
+                gives them.
+            labels: (n,) int64 classes; of queries the places of their documents.
         """
         self.sets[name] = outputs, labels
 
     def write(self, path: str, prepared: Prepared, ranks: Ranks) -> None:
-        """Write RUN/predictions.jsonl, one dev example a line; without classes there is no such file.
+        """Write RUN/predictions.jsonl, one dev example a line; without classes or queries there is no such file.
 
         A line has the example's `id`, its `set` where that has a name, `texts` (what the tokenizer gives back of the
-        tokens that the models read), `label`, and for each model its class and that class's `probability`.
+        tokens that the models read), and for each model: of classes, beside `label`, its class and that class's
+        `probability`; of queries and documents the `rank` of the right document and, where that is not 1, the text
+        that it puts `first`.
         """
         if not self.sets:
             return
+        write = _searches if prepared.config.task == EMBEDDING else _rows
         with ranks.first_alone():
             if ranks.first:
                 with disk.writing(f"{path}/{PREDICTIONS}") as file:
                     for name, (outputs, labels) in self.sets.items():
-                        for row in _rows(prepared.data.devs[name], outputs, labels, prepared):
+                        for row in write(prepared.data.devs[name], outputs, labels, prepared):
                             row |= {"set": name} if name else {}
                             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -62,6 +71,27 @@ def _rows(
             **{model: names[of[row]] for model, of in classes.items()},
             "probability": {model: round(of[row], 4) for model, of in shares.items()},
         }
+
+
+def _searches(
+    pairs: TextPairs, found: dict[str, Tensor], places: Tensor, prepared: Prepared
+) -> Iterator[dict[str, object]]:
+    @functools.lru_cache(maxsize=2**16)  # some documents come first for many queries
+    def document(row: int) -> str:
+        return _text(pairs.texts, 2 * row + 1, prepared)
+
+    ranks, firsts = ({model: of[:, i].tolist() for model, of in found.items()} for i in (0, 1))
+    for row in places.tolist():
+        yield {
+            "id": pairs.name(row),
+            "texts": [_text(pairs.texts, 2 * row, prepared), document(row)],
+            "rank": {model: of[row] for model, of in ranks.items()},
+            "first": {model: document(of[row]) for model, of in firsts.items() if of[row] != row},
+        }
+
+
+def _text(examples: Examples, row: int, prepared: Prepared) -> str:
+    return " ".join(texts(examples, row, prepared.tokenizer))[:LONGEST]
 
 
 def texts(examples: Examples, row: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -1,0 +1,46 @@
+"""What the student gets wrong, and the teacher right, on a run's page."""
+
+import re
+
+from tests.report.test_page import SCRIPT, Markup, lines, page_of, prediction, step
+
+
+def test_examples_that_the_teacher_gets_right(tmp_path):
+    """Those alone, the student's surest mistakes first, 200 at most."""
+    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
+    rows = [prediction(0, "a", "a", "a"), prediction(1, "a", "b", "b"), prediction(2, "a", "a", "b")]
+    rows += [prediction(i, "a", "b", "a", f"text {i}", sure=i / 1000) for i in range(3, 303)]
+    lines(tmp_path / "predictions.jsonl", rows)
+    text = Markup(page_of(tmp_path)).text["examples"]
+    assert "Of 303 dev examples the student gets 301 wrong; on 300 of these the teacher is right." in text
+    assert re.findall(r"text (\d+)", text) == [str(i) for i in range(302, 102, -1)]
+
+
+def test_mistakes_without_a_teacher(tmp_path):
+    lines(tmp_path / "predictions.jsonl", [prediction(0, "a", "b", None), prediction(1, "a", "a", None)])
+    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
+    assert (
+        "Of 2 dev examples the student gets 1 wrong; no teacher" in Markup(page_of(tmp_path)).text["examples"]
+    )
+
+
+def searched(number: int, student: int, teacher: int | None, text: str = "a text") -> dict:
+    """Return what is written of a query: the ranks of its document, and what comes first in its place."""
+    ranks = {"student": student} | ({"teacher": teacher} if teacher else {})
+    first = {model: f"first of {model}: {text}" for model, rank in ranks.items() if rank > 1}
+    return {"id": f"dev:{number}", "texts": [f"query {number}", text], "rank": ranks, "first": first}
+
+
+def test_queries_that_the_teacher_finds(tmp_path):
+    """Those alone, the lowest ranks first, 200 at most, with what the student puts first."""
+    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
+    rows = [searched(0, 1, 1), searched(1, 2, 3), searched(2, 1, 5)]
+    rows += [searched(i, i, 1, SCRIPT) for i in range(3, 303)]
+    lines(tmp_path / "predictions.jsonl", rows)
+    page = Markup(page_of(tmp_path))
+    text = page.text["examples"]
+    assert "Of 303 queries the student does not find 301 first; 300 of these the teacher finds." in text
+    assert re.findall(r"query (\d+)", text) == [str(i) for i in range(302, 102, -1)]
+    assert f"first of student: {SCRIPT}" in text and page.tags.count("script") == 2 and "img" not in page.tags
+    lines(tmp_path / "predictions.jsonl", [searched(0, 2, None)])
+    assert "does not find 1 first; no teacher was there" in Markup(page_of(tmp_path)).text["examples"]
