@@ -69,9 +69,9 @@ def test_methods_are_paired_by_query_over_the_mean_of_their_seeds(tmp_path):
             mine = np.mean([of[name] <= most for of in near], axis=0)
             of = found["far", "near", f"{name}/{score}"]
             assert of.mean == pytest.approx(((far[name] <= most) - mine).mean())
-            assert of.low < of.mean < of.high < 0 and str(of).endswith(" *")
+            assert of.low < of.mean < of.high < 0 and of.certain
     same = found["near", "teacher", "seen/recall_10"]
-    assert same.low <= same.mean <= same.high == 0 and not str(same).endswith("*")
+    assert same.low <= same.mean <= same.high == 0 and not same.certain
 
 
 def test_the_table_of_a_search(tmp_path, capsys):
