@@ -103,13 +103,13 @@ def runs(encoders, data_dir, tmp_path_factory):
     single = {"text": ["text"], "train": sources, "dev": str(data_dir / "dev.tsv")}
     run_configs(
         [
-            write(folder, base | start, "one", train={"micro_batch_size": 8}),
+            write(folder, base, "one", train={"micro_batch_size": 8}),
             write(folder, judged | start, "judged", data=both | {"train": str(unlabelled)}),
             write(folder, base | {"terms": no_task | {"embedding": {}}}, "single", data=single),
         ],
         ranks=1,
     )
-    run_configs([write(folder, base, "two", student={"zero_stage": 3})])
+    run_configs([write(folder, base | start, "two", student={"zero_stage": 3})])
     export(str(folder / "one"), str(folder / "exported"))
     return folder
 
@@ -131,7 +131,7 @@ def vectors(folder, texts):
 def test_two_ranks_are_one_and_each_pair_is_two_documents(runs):
     """Two ranks of 4 pairs are one of 8, the contrast included; 37 pairs leave a last step of 5.
 
-    One rank scores its student before the first step, which changes nothing of what follows.
+    Two ranks score their student before the first step, which changes nothing of what follows.
     """
     expected, found = losses(runs / "one"), losses(runs / "two")
     assert len(expected) == len(found) == 10
@@ -142,7 +142,7 @@ def test_two_ranks_are_one_and_each_pair_is_two_documents(runs):
                 want["terms"][name]["raw"], rel=1e-4, abs=1e-7
             ), name
     lines = [json.loads(line) for line in (runs / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["documents"] for line in lines[:6]] == [16, 16, 16, 16, 10, 16]
+    assert [line["documents"] for line in lines if "loss" in line][:6] == [16, 16, 16, 16, 10, 16]
 
 
 def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
@@ -230,7 +230,7 @@ def test_a_report_of_several_methods(runs):
     assert done.returncode == 0, done.stderr
     lines = [re.split("  +", line.strip()) for line in done.stdout.splitlines()]
     methods = ["judged", "one", "single", "two"]
-    assert lines[0] == ["method", "teacher", "judged: start", "one: start", *methods]
+    assert lines[0] == ["method", "teacher", "judged: start", "two: start", *methods]
     assert {"recall@10", "Spearman to teacher", "parameters", "sentences/s"} <= {line[0] for line in lines}
     for score in ("recall@1", "recall@10"):
         assert ["one − two", score, "+0.0000", "+0.0000 to +0.0000", "no"] in lines
