@@ -56,6 +56,22 @@ EMBEDDING = {
         ["dev.tsv, line 2: got label 'a' in column label, expected a finite number"],
     ),
     "scores that are not there": ({**PAIRS, "data.label": "gold"}, ["dev.tsv: got no column 'gold'"]),
+    "scores of a dev set that is not there": (
+        {**PAIRS, "data.dev": {"a": "dev.tsv", "b": "dev.tsv"}, "data.label": {"a": "gold", "c": "gold"}},
+        ["data.label: got a column of c, expected dev sets by name: a, b"],
+    ),
+    "scores by name of a set without one": (
+        {**PAIRS, "data.label": {"a": "gold"}},
+        ["data.label: got a column of a, expected dev sets by name: data.dev: {NAME: FILE, ...}"],
+    ),
+    "labels by name of another task": (
+        {"data.label": {"a": "label"}},
+        ["data.label: got columns by dev set with task classification"],
+    ),
+    "contrast where all dev sets are judged": (
+        {**PAIRS, "terms": {"task": {}}, "data.dev": {"a": "dev.tsv"}, "data.label": {"a": "score"}},
+        ["terms.task: got pairs with scores"],
+    ),
     "no second column": (
         {**SINGLE, "data.text": ["text", "document"]},
         ["train.tsv: got no column 'document'"],

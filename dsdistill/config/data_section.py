@@ -45,6 +45,9 @@ Parts = Annotated[tuple[Part, ...], Field(strict=False, min_length=1)]
 DevSets = Annotated[dict[Annotated[str, Field(pattern=NAME)], str], Field(min_length=1)]
 
 
+DevLabels = Annotated[dict[Annotated[str, Field(pattern=NAME)], str], Field(min_length=1)]
+
+
 class Data(Section):
     """Labelled texts, texts or pairs without labels, or for language models plain texts, prompts or conversations."""
 
@@ -126,10 +129,11 @@ class Data(Section):
     drop_unlabelled: bool = Field(
         default=False, description="leave out rows whose label is missing, empty or -, or of classes -1"
     )
-    label: str | None = Field(
+    label: str | DevLabels | None = Field(
         default="label",
         description="column of the label; texts that predict tokens have none; embedding: column of the dev sets with "
-        "the similarity of two texts as people judge it, a number of any scale; by default there is none",
+        "the similarity of two texts as people judge it, a number of any scale, or that of some dev sets by name, "
+        "{stsb: score}, beside others without labels; by default there is none",
     )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None,

@@ -36,6 +36,12 @@ def check_embedding(config: Config) -> None:
         raise UserError("data.label", got, "no label, or another source")
     if data.drop_unlabelled and data.label is None:
         raise UserError("data.drop_unlabelled", "true without data.label", "false")
+    if isinstance(data.label, dict):
+        sets = list(data.dev) if isinstance(data.dev, dict) else []
+        unknown = sorted(data.label.keys() - set(sets))
+        if unknown:
+            wanted = f"dev sets by name: {', '.join(sets) or 'data.dev: {NAME: FILE, ...}'}"
+            raise UserError("data.label", f"a column of {', '.join(unknown)}", wanted)
     if data.labels is not None:
         raise UserError("data.labels", "classes with task embedding", "none")
     if data.prompts is not None and len(data.prompts) != len(data.text):
@@ -69,6 +75,8 @@ def _check_other(config: Config) -> None:
     for place, model in (("teacher", config.teacher), ("student", config.student)):
         if model is not None and model.pooling is not None:
             raise UserError(f"{place}.pooling", f"{model.pooling} with task {config.task}", "task embedding")
+    if isinstance(config.data.label, dict):
+        raise UserError("data.label", f"columns by dev set with task {config.task}", "one column for all")
     if config.data.prompts is not None:
         raise UserError("data.prompts", f"prompts with task {config.task}", "task embedding")
     for place, term in _terms(config):
@@ -95,6 +103,8 @@ def _check_pairs(data: Data, place: str) -> None:
     if data.train_columns < 2:
         wanted = "data.text: [query, document], or other terms"
         raise UserError(place, "single texts, which have no other to be told from", wanted)
-    if data.label is not None:
+    # Where some dev set is searched, pairs are not of the kind whose likeness people judge.
+    searched = isinstance(data.label, dict) and data.label.keys() != set(data.dev)
+    if data.label is not None and not searched:
         got = f"pairs with scores (data.label: {data.label}), of which some are not alike"
         raise UserError(place, got, "pairs without a label, or other terms")

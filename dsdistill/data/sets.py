@@ -35,7 +35,7 @@ from dsdistill.data.masking import HIDDEN, PREDICTED, masking
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.rendered import Rendered
 from dsdistill.data.sample import chosen, with_noise
-from dsdistill.data.sources import dev_sets, of_rows, parts, read, read_scored, remote, streams
+from dsdistill.data.sources import dev_sets, of_dev, of_rows, parts, read, read_scored, remote, streams
 from dsdistill.data.store import Documents
 from dsdistill.data.store_writer import Limit, stored
 from dsdistill.data.streamed import Streamed, pinned
@@ -105,10 +105,11 @@ def load_data(
     elif task == EMBEDDING:
         trains = [loading.texts(part, part.train, part.max_train) for *_, part in parts(section)]
         devs = {
-            name: loading.texts(section, split, section.max_dev)
-            if section.label is None
-            else loading.scored(read_scored(section, split, bad), section)
+            name: loading.texts(own, split, own.max_dev)
+            if own.label is None
+            else loading.scored(read_scored(own, split, bad), own)
             for name, split in dev_sets(section).items()
+            for own in (of_dev(section, name),)
         }
     else:
         rows, dev_rows, classes = read(section, task, bad)

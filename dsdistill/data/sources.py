@@ -23,6 +23,8 @@ CLASSES = "classification"
 
 def parts(section: Section) -> list[tuple[str, float, Section]]:
     """Return name, weight and section of each source of the train set; one that `data` itself is has no name."""
+    if isinstance(section.label, dict):  # labels of dev sets
+        section = section.model_copy(update={"label": None})
     if not _is_mixture(section):
         return [("", 1.0, section)]
     made = []
@@ -71,6 +73,13 @@ def names(split: str | tuple[str, ...]) -> tuple[str, ...]:
 def dev_sets(section: Section) -> dict[str, str]:
     """Return the dev sets by name; one that the config does not name is called ''."""
     return {"": section.dev} if isinstance(section.dev, str) else section.dev
+
+
+def of_dev(section: Section, name: str) -> Section:
+    """Return the section with the column of labels of one dev set, None where that has none."""
+    if not isinstance(section.label, dict):
+        return section
+    return section.model_copy(update={"label": section.label.get(name)})
 
 
 def with_dev_files(section: Section, files: Sequence[str]) -> Section:

@@ -15,7 +15,7 @@ from dsdistill.config.load import recipe_of
 from dsdistill.config.schema import EMBEDDING, LANGUAGE
 from dsdistill.data import files
 from dsdistill.data.chat_template import read_template
-from dsdistill.data.sources import dev_sets, names, parts, streams
+from dsdistill.data.sources import dev_sets, names, of_dev, parts, streams
 from dsdistill.data.table import Stream, no_column
 
 LOOKED = 20  # rows of each file
@@ -62,7 +62,7 @@ def _check_data(data: Data, task: str) -> Iterator[str]:
     read = [(part, name) for *_, part in parts(data) for name in names(part.train)]
     if task == EMBEDDING:  # the texts that it learns from need no labels
         read = [(part.model_copy(update={"label": None}), name) for part, name in read]
-    for section, split in read + [(data, split) for split in dev_sets(data).values()]:
+    for section, split in read + [(of_dev(data, name), split) for name, split in dev_sets(data).items()]:
         if section.source == "files" or (section.root is not None and section.source != "docstrings"):
             (stream,) = streams(section, split, task)
             _check_columns(stream, section, task)

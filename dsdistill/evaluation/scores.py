@@ -74,7 +74,8 @@ def evaluate(
         task: that of the config.
         gather: one object of each rank → all of them, on every rank.
         positive: of two classes the one that f1 is of; None: the second.
-        seen: is told in the order of the set, of classes each model's (n, C) logits and the (n,) labels; of queries
+        seen: is told in the order of the set, of classes each model's (n, C) logits and the (n,) labels, of scores
+            (n, 1) and (n,) alike; of queries
             and documents what `similarity.search` gives of each model, (n, 2), and the places of the right documents.
         dims: numbers of first values of the vectors that are scored by themselves too.
 
@@ -159,7 +160,7 @@ def _labelled(
         for name in ("student", "teacher")
         if name in parts[0]
     }
-    if seen is not None and task == "classification":
+    if seen is not None:
         seen(outputs, labels)
     scores = {}
     for name, output in outputs.items():

@@ -14,8 +14,7 @@ from dsdistill.report.summary import title
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 CUTS = {"recall_1": 1, "recall_10": 10}  # ranks that count as found
 BLOCK = 2**24  # numbers of resamples that are whole at once
-LISTED = 100  # pairs of methods
-TEACHER = "teacher"
+TEACHER = ""  # among the names of methods, which are those of folders
 
 
 @dataclass(frozen=True)
@@ -29,78 +28,77 @@ class Difference:
     low: float
     high: float
 
-    def __str__(self):
-        star = " *" if self.low > 0 or self.high < 0 else ""
-        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f}){star}"
+    @property
+    def certain(self) -> bool:
+        """Return whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
 
 
 def differences(path: str, runs: dict[str, list[Run]]) -> list[Difference]:
-    """Return how far the methods of a comparison differ from each other, and each from the teacher.
+    """Return how far the methods of a comparison differ from the teacher, and from each other, on each dev set.
 
-    A query counts as the mean of a method's runs, so that it is paired with itself; methods of other queries than the
-    first one's are left out, as are runs that are not finished.
+    A query counts as the mean of a method's runs, so that it is paired with itself. Of runs with other queries under
+    the same name those that most methods have are taken; runs that are not finished are left out.
     """
-    ranks: dict[str, list[dict[str, dict[str, np.ndarray]]]] = {}
-    teacher: dict[str, np.ndarray] = {}
-    queries: dict[str, list[str]] | None = None
+    sets: dict[str, dict[tuple[str, ...], dict[str, list[np.ndarray]]]] = {}
     for method, of in runs.items():
         for run in of:
             if not run.summary.get("finished"):
                 continue
-            names, found = _ranks(RunFiles(os.path.join(path, run.name)))
-            if not found.get("student") or names != (queries := names if queries is None else queries):
-                continue
-            ranks.setdefault(method, []).append(found)
-            teacher = teacher or found.get("teacher", {})
-    if TEACHER in ranks:  # a method of this name
-        teacher = {}
-    pairs = [*((method, TEACHER) for method in ranks if teacher), *combinations(ranks, 2)]
+            for name, (queries, models) in _ranks(RunFiles(os.path.join(path, run.name))).items():
+                group = sets.setdefault(name, {}).setdefault(queries, {})
+                group.setdefault(method, []).append(models["student"])
+                if "teacher" in models:
+                    group.setdefault(TEACHER, [models["teacher"]])
     made: list[Difference] = []
-    for name in queries or {}:
-        hits = {m: _hits([found["student"][name] for found in of]) for m, of in ranks.items()}
-        if name in teacher:
-            hits[TEACHER] = _hits([teacher[name]])
-        made += _differences(name, hits, pairs[:LISTED])
+    for name, groups in sets.items():
+        hits = {method: _hits(of) for method, of in max(groups.values(), key=len).items()}
+        methods = [method for method in hits if method != TEACHER]
+        pairs = [*((method, TEACHER) for method in methods if TEACHER in hits), *combinations(methods, 2)]
+        made += _differences(name, hits, pairs)
     return made
 
 
 def rows(found: Sequence[Difference]) -> list[list[str]]:
     """Return the head and the lines of a table of differences."""
-    scores = list(dict.fromkeys(of.score for of in found))
-    lines: dict[tuple[str, str], dict[str, str]] = {}
-    for of in found:
-        lines.setdefault((of.first, of.second), {})[of.score] = str(of)
-    head = ["difference", *map(title, scores)]
-    return [head, *([" − ".join(pair), *(line.get(s, "-") for s in scores)] for pair, line in lines.items())]
+    head = ["difference", "in", "mean", f"{LEVEL:.0%} interval", "excludes zero"]
+    lines = [
+        [
+            f"{of.first} − {of.second}",
+            title(of.score),
+            f"{of.mean:+.4f}",
+            f"{of.low:+.4f} to {of.high:+.4f}",
+            "yes" if of.certain else "no",
+        ]
+        for of in found
+    ]
+    return [head, *lines]
 
 
 def legend() -> str:
     """Return what the numbers of the table mean."""
     return (
-        f"{LEVEL:.0%} intervals of a paired bootstrap over queries ({RESAMPLES:,} resamples, seed {SEED}); "
-        "a query counts as the mean of a method's runs. *: the interval excludes zero."
+        f"Intervals: paired bootstrap over queries ({RESAMPLES:,} resamples, seed {SEED}); "
+        "a query counts as the mean of a method's runs."
     )
 
 
-def _ranks(files: RunFiles) -> tuple[dict[str, list[str]], dict[str, dict[str, np.ndarray]]]:
-    """Return the queries of each dev set, and each model's (n,) ranks of their documents."""
-    names: dict[str, list[str]] = {}
-    found: dict[str, dict[str, list[float]]] = {}
+def _ranks(files: RunFiles) -> dict[str, tuple[tuple[str, ...], dict[str, np.ndarray]]]:
+    """Return each dev set's queries, and (n,) ranks of their documents by the student and, if known, the teacher."""
+    queries: dict[str, list[str]] = {}
+    ranks: dict[str, dict[str, list[float]]] = {}
     for record in files.lines(PREDICTIONS):
-        student = number(part(record, "rank", "student"))
-        if student is None:
+        if number(part(record, "rank", "student")) is None:
             continue
         name = str(record.get("set", ""))
-        names.setdefault(name, []).append(str(record.get("id")))
+        queries.setdefault(name, []).append(str(record.get("id")))
         for model in ("student", "teacher"):
-            rank = number(part(record, "rank", model))
-            if rank is not None:
-                found.setdefault(model, {}).setdefault(name, []).append(rank)
-    whole = {
-        model: {name: np.array(of) for name, of in sets.items() if len(of) == len(names[name])}
-        for model, sets in found.items()
+            if (rank := number(part(record, "rank", model))) is not None:
+                ranks.setdefault(name, {}).setdefault(model, []).append(rank)
+    return {
+        name: (tuple(of), {model: np.array(its) for model, its in ranks[name].items() if len(its) == len(of)})
+        for name, of in queries.items()
     }
-    return names, whole
 
 
 def _hits(runs: Sequence[np.ndarray]) -> np.ndarray:
@@ -112,13 +110,16 @@ def _differences(
     name: str, hits: dict[str, np.ndarray], pairs: Sequence[tuple[str, str]]
 ) -> list[Difference]:
     """Return the differences of pairs of methods on one dev set, all by the same resamples."""
-    pairs = [pair for pair in pairs if all(method in hits for method in pair)]
     if not pairs:
         return []
     each = np.concatenate([hits[first] - hits[second] for first, second in pairs], axis=1)
     sampled = resampled(each)
     low, high = np.quantile(sampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    keys = [(*pair, f"{name}/{score}" if name else score) for pair in pairs for score in CUTS]
+    keys = [
+        (first, second or "teacher", f"{name}/{score}" if name else score)
+        for first, second in pairs
+        for score in CUTS
+    ]
     values = zip(keys, each.mean(0).tolist(), low.tolist(), high.tolist(), strict=True)
     return [Difference(*key, mean, least, most) for key, mean, least, most in values]
 

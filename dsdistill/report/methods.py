@@ -10,7 +10,7 @@ from typing import Any
 
 from dsdistill.report.curves import Chart, wide
 from dsdistill.report.run_files import CONFIG, METRICS, SUMMARY, RunFiles, number, scores_of
-from dsdistill.report.summary import START, aligned, in_order, metric, title
+from dsdistill.report.summary import START, aligned, in_order, metric, title, turned
 
 HEAD = "| method | runs |"  # of the table
 SEED = "seed-"  # begins the name of a run's folder
@@ -35,13 +35,20 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 def plain(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Return the same for a terminal."""
     columns, lines = cells(rows)
-    return "\n".join(aligned([["method", "runs", *map(title, columns)], *lines]))
+    return "\n".join(aligned(turned([["method", "runs", *map(title, columns)], *lines])))
 
 
 def legend(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return what the lines of a table of methods mean."""
     told = ["Mean ± standard deviation over the finished runs of a method."]
-    return told + [f"{START}."] * any("start" in run["models"] for of in rows.values() for run in of)
+    runs = [run["models"] for of in rows.values() for run in of]
+    if any("start" in models for models in runs):
+        told.append(f"{START}.")
+    if any(metric(score) == "texts_per_second" for models in runs for score in models["student"]):
+        told.append(
+            "sentences/s: forward passes of each model on the dev set, all processes of its run together."
+        )
+    return told
 
 
 def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:

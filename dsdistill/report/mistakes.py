@@ -1,6 +1,8 @@
-"""Show what the student gets wrong of a classification, or does not find first, where the teacher is right."""
+"""Show where the student is wrong and the teacher right: classes, searches, or scores that are far off."""
 
 import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from dsdistill.report.markup import Html, cut, grid, section, tag
@@ -13,78 +15,130 @@ def mistakes(files: RunFiles) -> Html | None:
     """Return the dev examples that the student gets wrong and the teacher right, the worst mistakes first."""
     if not files.has(PREDICTIONS):
         return None
+    kind: _Kind = _CLASSES
     total = wrong = taught = 0
-    judged = searched = False
-    kept = list[tuple[float, int, dict[str, Any]]]()
+    judged, kept = False, list[tuple[float, int, dict[str, Any]]]()
     for place, record in enumerate(files.lines(PREDICTIONS)):
-        searched |= "rank" in record
-        right = {model: _is_right(record, model) for model in ("student", "teacher")}
+        kind = _SEARCH if "rank" in record else _VALUES if "value" in record else _CLASSES
+        mistaken, right = kind.judge(record)
         total += 1
-        wrong += right["student"] is False
-        judged |= right["teacher"] is not None
-        if right["student"] is False and right["teacher"]:
+        wrong += mistaken
+        judged |= right is not None
+        if mistaken and right:
             taught += 1
-            heapq.heappush(kept, (_badness(record), -place, record))
+            heapq.heappush(kept, (kind.badness(record), -place, record))
             if len(kept) > EXAMPLES:
                 heapq.heappop(kept)
-    what = (
-        "queries the student does not find {:,} first"
-        if searched
-        else "dev examples the student gets {:,} wrong"
-    )
-    told = f"Of {total:,} {what.format(wrong)}"
+    if not judged and kind is _VALUES:
+        return None  # its errors are told beside the teacher's alone
+    told = kind.wrong.format(total, wrong)
     if not judged:
-        told = f"{told}; no teacher was there to compare with."
+        told += "; no teacher was there to compare with."
         return section("Mistakes", tag("p", told), name="examples")
-    told += (
-        f"; {taught:,} of these the teacher finds."
-        if searched
-        else f"; on {taught:,} of these the teacher is right."
-    )
+    told += kind.taught.format(taught)
     if taught > len(kept):
-        told += f" The {len(kept)} that the student {'ranks lowest' if searched else 'is surest of'}:"
-    records = [record for *_, record in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
-    if searched:
-        head = ["id", "query", "its document", "rank of the student", "what the student puts first"]
-        title, rows = (
-            "Where the teacher finds the document first and the student does not",
-            map(_search, records),
-        )
-    else:
-        head = ["id", "text", "label", "student", "teacher"]
-        title, rows = "Where the teacher is right and the student wrong", map(_example, records)
-    table = grid(head, rows, "texts") if records else None
-    return section(title, tag("p", told), table, name="examples")
-
-
-def _is_right(record: dict[str, Any], model: str) -> bool | None:
-    """Return whether a model is right, or finds the document first; None where the record does not say."""
-    if "rank" in record:
-        rank = number(part(record, "rank", model))
-        return None if rank is None else rank <= 1
-    return record.get(model) == record.get("label") if model in record or model == "student" else None
-
-
-def _badness(record: dict[str, Any]) -> float:
-    """Return how sure the student is of its class, or how low it ranks the document."""
-    keys = ("rank", "student") if "rank" in record else ("probability", "student")
-    return number(part(record, *keys)) or 0.0
+        told += f" The {len(kept)} {kind.worst}:"
+    rows = [kind.row(record) for *_, record in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
+    table = grid(kind.head, rows, "texts") if rows else None
+    return section(kind.title, tag("p", told), table, name="examples")
 
 
 def _named(record: dict[str, Any]) -> str:
     return " ".join(str(cut(record[key])) for key in ("set", "id") if record.get(key) is not None)
 
 
-def _search(record: dict[str, Any]) -> list[object]:
-    query, document = (*listed(record.get("texts")), "", "")[:2]
-    rank = number(part(record, "rank", "student"))
-    return [_named(record), query, document, f"{rank:,.0f}", part(record, "first", "student") or ""]
+def _body(record: dict[str, Any]) -> Html:
+    return tag("div", *(tag("div", cut(text)) for text in listed(record.get("texts"))[:2]))
 
 
-def _example(record: dict[str, Any]) -> list[object]:
-    body = [tag("div", cut(text)) for text in listed(record.get("texts"))[:2]]
+def _judge_class(record: dict[str, Any]) -> tuple[bool, bool | None]:
+    label, student, teacher = (record.get(key) for key in ("label", "student", "teacher"))
+    return student != label, None if teacher is None else teacher == label
+
+
+def _class(record: dict[str, Any]) -> list[object]:
     guesses = []
     for model in ("student", "teacher"):
         sure = number(part(record, "probability", model))
         guesses.append(str(cut(record.get(model))) + (f" ({sure:.2f})" if sure is not None else ""))
-    return [_named(record), tag("div", *body), record.get("label"), *guesses]
+    return [_named(record), _body(record), record.get("label"), *guesses]
+
+
+def _rank(record: dict[str, Any], model: str) -> float | None:
+    return number(part(record, "rank", model))
+
+
+def _judge_search(record: dict[str, Any]) -> tuple[bool, bool | None]:
+    student, teacher = _rank(record, "student"), _rank(record, "teacher")
+    return student is not None and student > 1, None if teacher is None else teacher <= 1
+
+
+def _search(record: dict[str, Any]) -> list[object]:
+    query, document = (*listed(record.get("texts")), "", "")[:2]
+    first = part(record, "first", "student") or ""
+    return [_named(record), query, document, f"{_rank(record, 'student'):,.0f}", first]
+
+
+def _error(record: dict[str, Any], model: str) -> float | None:
+    label, value = number(record.get("label")), number(part(record, "value", model))
+    return None if label is None or value is None else abs(value - label)
+
+
+def _judge_value(record: dict[str, Any]) -> tuple[bool, bool | None]:
+    """Return whether the student's error is more than twice the teacher's, which then is right."""
+    student, teacher = _error(record, "student"), _error(record, "teacher")
+    far = student is not None and teacher is not None and student > 2 * teacher
+    return far, None if teacher is None else far
+
+
+def _value(record: dict[str, Any]) -> list[object]:
+    values = [record.get("label"), *(part(record, "value", model) for model in ("student", "teacher"))]
+    return [_named(record), _body(record), *values]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A _Kind says how mistakes of one form are found and told."""
+
+    judge: Callable[
+        [dict[str, Any]], tuple[bool, bool | None]
+    ]  # the student is wrong; the teacher right, if known
+    badness: Callable[[dict[str, Any]], float]
+    row: Callable[[dict[str, Any]], list[object]]
+    head: tuple[str, ...]
+    title: str
+    wrong: str
+    taught: str
+    worst: str
+
+
+_CLASSES = _Kind(
+    _judge_class,
+    lambda record: number(part(record, "probability", "student")) or 0.0,
+    _class,
+    ("id", "text", "label", "student", "teacher"),
+    "Where the teacher is right and the student wrong",
+    "Of {:,} dev examples the student gets {:,} wrong",
+    "; on {:,} of these the teacher is right.",
+    "of which the student is surest",
+)
+_SEARCH = _Kind(
+    _judge_search,
+    lambda record: _rank(record, "student") or 0.0,
+    _search,
+    ("id", "query", "its document", "rank of the student", "what the student puts first"),
+    "Where the teacher finds the document first and the student does not",
+    "Of {:,} queries the student does not find {:,} first",
+    "; {:,} of these the teacher finds.",
+    "that the student ranks lowest",
+)
+_VALUES = _Kind(
+    _judge_value,
+    lambda record: _error(record, "student") or 0.0,
+    _value,
+    ("id", "text", "label", "student", "teacher"),
+    "Where the teacher is near and the student is not",
+    "Of {:,} dev examples the student's error is more than twice the teacher's on {:,}",
+    ".",
+    "with the largest errors",
+)

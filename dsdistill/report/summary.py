@@ -58,15 +58,20 @@ def table(summary: dict[str, Any]) -> str:
     scores = in_order(score for of in models.values() for score in of)
     rows = [["", *map(title, scores)]]
     rows += [[name, *(shown(score, has.get(score)) for score in scores)] for name, has in models.items()]
-    lines = aligned(rows)
+    lines = aligned(turned(rows))
     told = notes(summary, set(map(metric, scores)), models)
     return "\n".join([" | ".join(facts(summary)), "", *lines, *(["", *told] if told else [])])
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table, the first row its head; rows and columns change places where lines pass 100."""
+def turned(rows: list[list[str]]) -> list[list[str]]:
+    """Return a table as it is, or with rows and columns in each other's place where its lines would pass 100."""
     if sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) > 102:
-        rows = list(map(list, zip(*rows, strict=True)))
+        return list(map(list, zip(*rows, strict=True)))
+    return rows
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a table, the first row its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])

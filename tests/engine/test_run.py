@@ -194,7 +194,7 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
     summary = json.loads((home / paths[2][-1].stem / "summary.json").read_text())
     for scores in summary["models"].values():
         assert 1 < scores["perplexity"] < 100
-    assert not (home / paths[2][-1].stem / "predictions.jsonl").exists()  # of classes alone
+    assert not (home / paths[2][-1].stem / "predictions.jsonl").exists()  # tokens have none
     page = Path(write_page(str(home / paths[2][-1].stem))).read_text(encoding="utf-8")
     assert "perplexity" in page and 'id="curves"' in page and 'id="examples"' not in page
 

@@ -31,6 +31,20 @@ def searched(number: int, student: int, teacher: int | None, text: str = "a text
     return {"id": f"dev:{number}", "texts": [f"query {number}", text], "rank": ranks, "first": first}
 
 
+def test_scores_that_the_teacher_is_near(tmp_path):
+    """Those with errors of more than twice the teacher's, the largest first."""
+    lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
+    values = [(1.0, 3.0, 1.1), (2.0, 2.2, 2.15), (5.0, 0.5, 4.0), (3.0, 3.0, 9.0)]
+    rows = [
+        {"id": str(i), "texts": [f"text {i}"], "label": label, "value": {"student": mine, "teacher": theirs}}
+        for i, (label, mine, theirs) in enumerate(values)
+    ]
+    lines(tmp_path / "predictions.jsonl", rows)
+    text = Markup(page_of(tmp_path)).text["examples"]
+    assert "Of 4 dev examples the student's error is more than twice the teacher's on 2." in text
+    assert re.findall(r"text (\d)", text) == ["2", "0"] and "0.5" in text
+
+
 def test_queries_that_the_teacher_finds(tmp_path):
     """Those alone, the lowest ranks first, 200 at most, with what the student puts first."""
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])

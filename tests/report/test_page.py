@@ -244,6 +244,7 @@ GARBAGE = {
     "steps that go back": b'{"step": 5, "loss": 1}\n{"step": 2, "loss": 3}\n{"step": -1, "loss": 3}\n',
     "terms of odd kinds": b'{"step": 1, "loss": 1, "stage": 5, "terms": {"a": 1, "b": {"layer_weights": {"c": 1}}}}\n',
     "searches of odd kinds": b'{"rank": 3, "texts": {}}\n{"rank": {"student": 3, "teacher": 1}, "id": {}}\n',
+    "scores of odd kinds": b'{"value": 3, "label": {}}\n{"value": {"student": 3, "teacher": 1}, "label": 1}\n',
     "predictions of odd kinds": b'{"label": [], "student": {}, "teacher": [], "texts": {"a": 1}, "probability": 5}\n',
     "models of odd kinds": b'{"models": {"student": {"accuracy": "high", "kl": null, "cost": true}, "teacher": 5}, '
     b'"steps": "many", "seconds": "long", "peak_memory_mib": [], "name": {"a": 1}, "shapes": 3, "finished": 1}\n',

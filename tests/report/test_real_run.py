@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dsdistill.engine.export import export
 from dsdistill.report import write_page
 from tests.conftest import merge, small_run
+from tests.engine.launch import run_configs
 from tests.report.browser import CHROMIUM, browser
 
 CHANGES = {
@@ -84,6 +85,32 @@ def test_predictions_are_those_of_plain_transformers(run, data_dir, tmp_path):
     for name in ("teacher", "student"):
         share = sum(line[name] == line["label"] for line in found) / len(found)
         assert summary["models"][name]["accuracy"] == pytest.approx(share)
+
+
+def test_scores_are_written_as_the_models_give_them(models_dir, data_dir, tmp_path):
+    """Of a regression: their squared errors are the run's, and each stands at its own text."""
+    texts, labels = [row["text"] for row in rows(data_dir)], [0.5 * i for i in range(11)]
+    for name in ("train", "dev"):
+        told = [f"{text}\t{label}" for text, label in zip(texts, labels, strict=True)]
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\n" + "\n".join(told) + "\n", encoding="utf-8")
+    data = {"data.train": str(tmp_path / "train.tsv"), "data.dev": str(tmp_path / "dev.tsv")}
+    teacher = AutoModelForSequenceClassification.from_pretrained(
+        models_dir / "teacher", num_labels=1, ignore_mismatched_sizes=True
+    )
+    for part in (teacher, AutoTokenizer.from_pretrained(models_dir / "teacher")):
+        part.save_pretrained(tmp_path / "teacher")
+    changes = {"task": "regression", "train.steps": 2, "teacher.path": str(tmp_path / "teacher"), **data}
+    changes |= {"terms": {"task": {}, "soft_label": {}}}
+    config, settings = tmp_path / "config.yaml", merge(small_run(models_dir, data_dir, tmp_path), changes)
+    config.write_text(yaml.safe_dump(settings))
+    run_configs([config], ranks=1)
+    found = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["texts"] for line in found] == [[text] for text in texts]
+    assert [line["label"] for line in found] == labels
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for model in ("student", "teacher"):
+        loss = sum((line["value"][model] - line["label"]) ** 2 for line in found) / len(found)
+        assert summary["models"][model]["loss"] == pytest.approx(loss, rel=1e-3)
 
 
 def test_summary_tells_sizes_and_examples(run):

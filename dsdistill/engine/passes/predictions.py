@@ -30,23 +30,23 @@ class Predictions:
 
         Args:
             name: of the dev set, "" for one without a name.
-            outputs: (n, C) logits of each model, in the order of the set; of queries (n, 2) as `similarity.search`
-                gives them.
-            labels: (n,) int64 classes; of queries the places of their documents.
+            outputs: (n, C) logits of each model, in the order of the set, of scores (n, 1); of queries (n, 2) as
+                `similarity.search` gives them.
+            labels: (n,) int64 classes, or scores; of queries the places of their documents.
         """
         self.sets[name] = outputs, labels
 
     def write(self, path: str, prepared: Prepared, ranks: Ranks) -> None:
-        """Write RUN/predictions.jsonl, one dev example a line; without classes or queries there is no such file.
+        """Write RUN/predictions.jsonl, one dev example a line; where tokens are predicted there is none.
 
         A line has the example's `id`, its `set` where that has a name, `texts` (what the tokenizer gives back of the
         tokens that the models read), and for each model: of classes, beside `label`, its class and that class's
-        `probability`; of queries and documents the `rank` of the right document and, where that is not 1, the text
-        that it puts `first`.
+        `probability`; of scores, beside `label`, its `value`; of queries and documents the `rank` of the right
+        document and, where that is not 1, the text that it puts `first`.
         """
         if not self.sets:
             return
-        write = _searches if prepared.config.task == EMBEDDING else _rows
+        write = {EMBEDDING: _searches, "regression": _values}.get(prepared.config.task, _rows)
         with ranks.first_alone():
             if ranks.first:
                 with disk.writing(f"{path}/{PREDICTIONS}") as file:
@@ -70,6 +70,19 @@ def _rows(
             "label": names[label],
             **{model: names[of[row]] for model, of in classes.items()},
             "probability": {model: round(of[row], 4) for model, of in shares.items()},
+        }
+
+
+def _values(
+    examples: Set, outputs: dict[str, Tensor], labels: Tensor, prepared: Prepared
+) -> Iterator[dict[str, object]]:
+    values = {model: of[:, 0].tolist() for model, of in outputs.items()}
+    for row, label in enumerate(labels.tolist()):
+        yield {
+            "id": examples.name(row),
+            "texts": texts(examples, row, prepared.tokenizer),
+            "label": round(label, 4),
+            "value": {model: round(of[row], 4) for model, of in values.items()},
         }
 
 
