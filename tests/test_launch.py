@@ -1,10 +1,13 @@
 """The launch scripts: what they say when misused, and that they are valid shell."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from dsdistill.config import load
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "multinode.slurm", LAUNCH.parent / ".ci" / "run"]
@@ -60,3 +63,27 @@ def test_quickstart_counts_no_gpus_without_nvidia_smi():
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "0")
+
+
+def test_quickstart_compares_students_that_differ_in_what_they_learn_from_alone(monkeypatch):
+    """What each `train` line of the script names loads, with one teacher, one cut and one set of dev queries."""
+    monkeypatch.chdir(LAUNCH.parent)
+    lines = re.findall(r"^train (\S+) (.+) \"\$@\"$", (LAUNCH / "quickstart.sh").read_text(), re.MULTILINE)
+    found = {name: load(files.split()) for name, files in lines}
+    assert list(found) == ["no-teacher", "distilled-without-pairs", "distilled-with-pairs"]
+    assert all(name == config.run.name for name, config in found.items())
+    first = found["no-teacher"]
+    for config in found.values():
+        assert (config.teacher, config.student) == (first.teacher, first.student)
+        assert (config.data.dev, config.data.max_dev, config.data.text) == (
+            first.data.dev,
+            first.data.max_dev,
+            first.data.text,
+        )
+        assert config.train.batch_size * config.rows == first.train.batch_size * first.rows  # texts of a step
+    assert list(first.terms.named()) == ["task"]
+    assert "task" not in found["distilled-without-pairs"].terms.named()
+    assert found["distilled-without-pairs"].data.train_columns == 1
+    assert {"task", "embedding", "hidden", "attention", "pairwise"} <= set(
+        found["distilled-with-pairs"].terms.named()
+    )
