@@ -204,4 +204,4 @@ class Data(Section):
     def train_columns(self) -> int:
         """Return how many columns of text a row of the train set has; parts that differ are refused elsewhere."""
         first = self.train[0]
-        return len(self.text if isinstance(first, str) or first.text is None else first.text)
+        return len(first.text if isinstance(first, Part) and first.text is not None else self.text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dsdistill.config.data_section import Data
+from dsdistill.config.data_section import Data, Part
 from dsdistill.config.errors import UserError
 from dsdistill.config.terms import Embedding, Task, Term
 
@@ -51,18 +51,7 @@ def check_embedding(config: Config) -> None:
         raise UserError("data.sampler", f"{data.sampler} with pairs", "uniform, or single texts")
     if config.student.domain is not None:
         raise UserError("student.domain", "task embedding", "a task with a head")
-    if not isinstance(data.train, str):
-        for index, part in enumerate(data.train):
-            columns = data.text if isinstance(part, str) or part.text is None else part.text
-            place = f"data.train.{index}.text"
-            if len(columns) > len(data.text):
-                raise UserError(place, "pairs, where data.text has single texts", "single texts")
-            if len(columns) != data.train_columns:
-                got = f"{len(columns)} column(s), where the part before has {data.train_columns}"
-                raise UserError(place, got, "pairs in all parts, or single texts in all")
-            if len(columns) < len(data.text) and any(data.prompts or ()) and columns[0] not in data.text:
-                got = f"{columns[0]}, to which no prompt of data.prompts belongs"
-                raise UserError(place, got, " or ".join(data.text))
+    _check_parts(data)
 
 
 def relates(term: Term, task: str) -> bool:
@@ -85,6 +74,21 @@ def _check_other(config: Config) -> None:
         if isinstance(term, Task) and term.temperature != Task.model_fields["temperature"].default:
             got = f"{term.temperature} with task {config.task}"
             raise UserError(f"{place}.temperature", got, "task embedding")
+
+
+def _check_parts(data: Data) -> None:
+    """Refuse parts of the train set of unlike forms, and those that no prompt belongs to."""
+    for index, part in enumerate(() if isinstance(data.train, str) else data.train):
+        columns = part.text if isinstance(part, Part) and part.text is not None else data.text
+        place = f"data.train.{index}.text"
+        if len(columns) > len(data.text):
+            raise UserError(place, "pairs, where data.text has single texts", "single texts")
+        if len(columns) != data.train_columns:
+            got = f"{len(columns)} column(s), where the part before has {data.train_columns}"
+            raise UserError(place, got, "pairs in all parts, or single texts in all")
+        if len(columns) < len(data.text) and any(data.prompts or ()) and columns[0] not in data.text:
+            got = f"{columns[0]}, to which no prompt of data.prompts belongs"
+            raise UserError(place, got, " or ".join(data.text))
 
 
 def _terms(config: Config) -> list[tuple[str, Term]]:
