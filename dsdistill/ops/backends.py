@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ class BackendError(ValueError):
 
 
 _extension: Any = None  # the compiled module
+
+
+def _has_amx() -> bool:
+    """Return whether this is a processor with AMX, by what Linux says of it; elsewhere False."""
+    try:
+        return "amx_tile" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+
+
+AMX = _has_amx()  # found at import: torch.compile cannot trace the reading of a file
 
 
 def load_extension() -> None:

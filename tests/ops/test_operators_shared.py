@@ -12,6 +12,8 @@ import dsdistill.ops
 from dsdistill.bench import verify
 from dsdistill.ops import attention_alignment, pairwise_alignment
 from dsdistill.ops.backends import _announce
+from dsdistill.ops.hidden import op as hidden_op
+from dsdistill.ops.soft_label import op as soft_label_op
 
 
 def tensors(requires_grad=True):
@@ -96,6 +98,26 @@ def test_auto_says_once_what_it_takes(caplog):
     messages = [r.message for r in caplog.records if "attention_alignment" in r.message]
     assert len(messages) == 1
     assert messages[0].startswith("attention_alignment: backend 'auto' takes '")
+
+
+@pytest.mark.parametrize(
+    ("amx", "tokens", "expected"),
+    [(False, 127, "reference"), (False, 512, "cpp"), (True, 511, "reference"), (True, 512, "chunked")],
+)
+def test_auto_takes_torchs_products_of_hidden_states_where_amx_is(amx, tokens, expected, monkeypatch):
+    monkeypatch.setattr(hidden_op, "AMX", amx)
+    monkeypatch.setattr(hidden_op, "native_lack", lambda like: None)
+    student, teacher, projection = torch.randn(1, tokens, 4), torch.randn(1, tokens, 6), torch.randn(6, 4)
+    assert hidden_op._choose("auto", "mse", student, teacher, projection, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "tokens", "expected"),
+    [(2, 32, "reference"), (1024, 512, "reference"), (1024, 513, "chunked"), (1025, 1, "chunked")],
+)
+def test_auto_takes_the_reference_for_few_classes(classes, tokens, expected):
+    tensors = (torch.randn(1, tokens, 4), torch.randn(classes, 4))
+    assert soft_label_op.choose("soft_label_alignment", "auto", tensors, "forward_kl", None, {}) == expected
 
 
 def test_unknown_and_missing_backends_are_named():

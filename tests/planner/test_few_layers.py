@@ -122,7 +122,8 @@ def test_a_few_blocks_stand_for_all(monkeypatch):
     """With small blocks, so that each operator has more of them than are looked at."""
     for operator in (attention, pairwise):
         monkeypatch.setattr(operator, "MAX_ROWS", 32)
-    monkeypatch.setattr(hidden, "BLOCK_ELEMENTS", 1)  # 64 tokens
+    monkeypatch.setattr(hidden, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(hidden, "MIN_TOKENS", 64)
     terms = LOGITS | {"hidden": {"layers": "last"}, "attention": {"layers": "last"}, "pairwise": {}}
     monkeypatch.setattr(head, "GPU_MAX_TOKENS", 64)
     monkeypatch.setattr(head, "GPU_SLICE_ELEMENTS", 8 * 8000)

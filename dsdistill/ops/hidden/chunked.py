@@ -13,9 +13,9 @@ from torch import Tensor
 from dsdistill.ops import gpu
 from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward
 
-# Elements of one block of the projected student on a CPU: 4 MiB in float32.
-BLOCK_ELEMENTS = 1 << 20
-MIN_TOKENS = 64
+# Elements of one block of the projected student on a CPU: 1 MiB in float32, since several such blocks exist at once.
+BLOCK_ELEMENTS = 1 << 18
+MIN_TOKENS = 256  # fewer would read and write the projection's gradient too often
 
 
 def hidden_total(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdistill.ops.backends import choose_backend, cuda_lack, native_lack
+from dsdistill.ops.backends import AMX, choose_backend, cuda_lack, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -26,6 +26,7 @@ from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("mse", "cosine")
 FEW_TOKENS = 128
+FEW_TOKENS_AMX = 512
 
 
 def hidden_alignment(
@@ -131,6 +132,10 @@ def _choose(
     elif projection is not None and student.shape[0] * student.shape[1] < FEW_TOKENS:
         # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
         preference = ["reference", "cpp", "chunked"]
+    elif projection is not None and AMX and divergence == "mse":
+        # torch's products are faster there than those of the native kernel; see ops/README.md.
+        few = student.shape[0] * student.shape[1] < FEW_TOKENS_AMX
+        preference = ["reference", "chunked", "cpp"] if few else ["chunked", "cpp", "reference"]
     else:
         preference.insert(0, "cpp")
     lacks = {"cuda": cuda_lack(*tensors), "triton": triton_lack(*tensors)}
