@@ -7,16 +7,19 @@ source "$(dirname "$0")/setup.sh"
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 ranks=2
 if [ "$gpus" = 1 ]; then ranks=1; fi # two ranks cannot share one GPU
+dtype=fp32 # bf16 where something multiplies it in hardware
+if [ "$gpus" != 0 ] || grep -qwE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bf16; fi
 runs=runs/quickstart
 trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved
 
 # The same command goes on where a run was stopped, and passes over runs that are finished.
 train() {
-  local name=$1 port
-  shift
-  say "$name on $ranks rank(s): $*"
+  local name=$1 config=$2 port
+  shift 2
+  say "$name on $ranks rank(s) in $dtype: $config $*"
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-  deepspeed --num_gpus "$ranks" --master_port "$port" --module dsdistill train "$@" run.dir="$runs/$name"
+  deepspeed --num_gpus "$ranks" --master_port "$port" --module dsdistill train "$config" train.dtype="$dtype" "$@" \
+    run.dir="$runs/$name"
 }
 train no-teacher configs/quickstart.yaml configs/quickstart/no_teacher.yaml "$@"
 train distilled-without-pairs configs/quickstart.yaml configs/quickstart/without_pairs.yaml "$@"
