@@ -13,7 +13,6 @@ from dsdistill.bench import verify
 from dsdistill.ops import attention_alignment, pairwise_alignment
 from dsdistill.ops.backends import _announce
 from dsdistill.ops.hidden import op as hidden_op
-from dsdistill.ops.soft_label import op as soft_label_op
 
 
 def tensors(requires_grad=True):
@@ -109,15 +108,6 @@ def test_auto_takes_torchs_products_of_hidden_states_where_amx_is(amx, tokens, e
     monkeypatch.setattr(hidden_op, "native_lack", lambda like: None)
     student, teacher, projection = torch.randn(1, tokens, 4), torch.randn(1, tokens, 6), torch.randn(6, 4)
     assert hidden_op._choose("auto", "mse", student, teacher, projection, None) == expected
-
-
-@pytest.mark.parametrize(
-    ("classes", "tokens", "expected"),
-    [(2, 32, "reference"), (1024, 512, "reference"), (1024, 513, "chunked"), (1025, 1, "chunked")],
-)
-def test_auto_takes_the_reference_for_few_classes(classes, tokens, expected):
-    tensors = (torch.randn(1, tokens, 4), torch.randn(classes, 4))
-    assert soft_label_op.choose("soft_label_alignment", "auto", tensors, "forward_kl", None, {}) == expected
 
 
 def test_unknown_and_missing_backends_are_named():

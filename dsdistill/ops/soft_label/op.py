@@ -37,9 +37,6 @@ SMALL_CALL = {
     "teacher_hidden": (1, 65, 48),
     "teacher_head": (301, 48),
 }
-# Whole logits of so few classes and so small a matrix (2 MiB in float32) are faster than blocks on a CPU.
-FEW_CLASSES = 1024
-FEW_LOGITS = 1 << 19
 WIDE = (False, True, False)  # of the gradients at hidden states, head and bias: the head's is large
 
 
@@ -297,7 +294,7 @@ def choose(
     function: Callable[..., Tensor],
     small: dict[str, tuple[int, ...]],
 ) -> str:
-    """Return the backend of an operator over a vocabulary. tensors: the student's hidden states and head come first.
+    """Return the backend of an operator over a vocabulary. tensors: the student's hidden states come first.
 
     variant, function, small: as `gpu_choice`.
     """
@@ -306,17 +303,12 @@ def choose(
         missing[name] = f"losses over a vocabulary have only {', '.join(map(repr, HEAD_BACKENDS))}"
     like = tensors[0]
     assert like is not None  # the student is always given
-    head = tensors[1]
-    assert head is not None  # so is its output layer
-    tokens = like.shape[0] * like.shape[1]
-    classes = head.shape[0]
-    if like.device.type == "cpu" and classes <= FEW_CLASSES and tokens * classes <= FEW_LOGITS:
-        preference = ["reference", "chunked"]
     lack = triton_lack(*tensors)
     if lack:
         missing["triton"] = lack
     else:
         preference.append("triton")
+    tokens = like.shape[0] * like.shape[1]
     fast = gpu_choice(operator, variant, like, tokens, {"triton": lack}, function, small)
     if fast and backend == "auto":
         preference = [fast, *preference]
