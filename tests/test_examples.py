@@ -81,6 +81,7 @@ def test_search(tmp_path, monkeypatch, capsys):
     )
     encoder = tmp_path / "encoder"
     cut = AutoModel.from_pretrained(locate("minilm", "teacher"), num_hidden_layers=5)
+    cut = cut.bfloat16()  # as `export` writes a run in bf16
     cut.save_pretrained(encoder)
     AutoTokenizer.from_pretrained(locate("minilm", "teacher")).save_pretrained(encoder)
     monkeypatch.setattr(sys, "argv", ["search.py", str(encoder), "maximum of a list"])

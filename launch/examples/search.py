@@ -33,7 +33,7 @@ def main() -> None:
     found = {}
     for name, path in (("teacher", "minilm"), ("student", sys.argv[1])):
         path = locate(path, name)
-        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).float().eval()
         cosines = vectors(model, tokenizer, queries) @ vectors(model, tokenizer, documents).T
         found[name] = cosines.max(dim=1)
     for row, query in enumerate(queries):
