@@ -13,8 +13,8 @@ HEAD = """# The settings of a config
 <!-- Written by `python -m dsdistill.config.fields` from the schema; a test holds it current. -->
 
 A config is YAML. Each table below is one of its sections; on a command line a setting is written with dots, such as
-`train.steps=100`. A setting without a default must be given. What contradicts another setting is refused in one line,
-with what was got and what is expected, before a model loads.
+`train.steps=100`. An empty default is `null`; `needed` marks what must be given. What contradicts another setting is
+refused in one line, with what was got and what is expected, before a model loads.
 """
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _PLAIN = {
