@@ -92,7 +92,7 @@ ARGUMENTS = {
     "no run": (["evaluate", ".."], ["..: got a folder without config.yaml"]),
     "report of no such run": (["report", "nowhere"], ["nowhere: got no such folder"]),
     "report of a file": (["report", "CONFIG"], ["got no such folder"]),
-    "report of no run": (["report", ".."], ["..: got a folder without config.yaml"]),
+    "report of no run": (["report", "../.."], ["../..: got a folder without config.yaml"]),
     "export of no such run": (["export", "nowhere", "--out", "out"], ["nowhere: got no such folder"]),
 }
 

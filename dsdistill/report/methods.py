@@ -132,6 +132,11 @@ def is_run(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, METRICS, SUMMARY))
 
 
+def _began(folder: str) -> bool:
+    """Return whether a folder is a run's own: a config.yaml alone may be anybody's."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in (METRICS, SUMMARY))
+
+
 def runs_of(folder: str) -> dict[str, list[Run]]:
     """Return the runs METHOD/seed-N, or METHOD, below a folder by method, as far as they have come."""
     found: dict[str, list[Run]] = {}
@@ -140,7 +145,8 @@ def runs_of(folder: str) -> dict[str, list[Run]]:
             filter(_seeded, _folders(os.path.join(folder, method))), key=lambda name: (len(name), name)
         )
         for seed in ("", *seeds):
-            if is_run(path := os.path.join(folder, method, seed)):
+            path = os.path.join(folder, method, seed)
+            if is_run(path) if seed else _began(path):
                 files = RunFiles(path)
                 summary = files.object(SUMMARY)
                 summary["models"] = scores_of(summary)

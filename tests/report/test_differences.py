@@ -98,3 +98,12 @@ def test_the_table_of_a_search(tmp_path, capsys):
     report(str(tmp_path))
     told = capsys.readouterr().out
     assert "cut: start" in told and "rival: start" in told and "vectors: start" not in told
+
+
+def test_a_config_alone_is_no_method(tmp_path):
+    """A folder of configs is not taken for runs."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("task: embedding\n")
+    assert runs_of(str(tmp_path)) == {}
+    (tmp_path / "mine" / "metrics.jsonl").write_text("")
+    assert list(runs_of(str(tmp_path))) == ["mine"]
