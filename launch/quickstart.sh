@@ -10,6 +10,9 @@ if [ "$gpus" = 1 ]; then ranks=1; fi # two ranks cannot share one GPU
 dtype=fp32 # bf16 where something multiplies it in hardware
 if [ "$gpus" != 0 ] || grep -qwE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bf16; fi
 runs=runs/quickstart
+if [ -e "$runs/config.yaml" ]; then # its page would be made in place of the table
+  fail "$runs: got a run that an earlier quickstart left, expected no such folder (move it away)"
+fi
 trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved
 
 # The same command goes on where a run was stopped, and passes over runs that are finished.

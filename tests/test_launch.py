@@ -66,7 +66,7 @@ def test_quickstart_counts_no_gpus_without_nvidia_smi():
 
 
 def test_quickstart_compares_students_that_differ_in_what_they_learn_from_alone(monkeypatch):
-    """What each `train` line of the script names loads, with one teacher, one cut and one set of dev queries."""
+    """Each `train` line of the script names configs that load, with one teacher, one cut and the same dev queries."""
     monkeypatch.chdir(LAUNCH.parent)
     lines = re.findall(r"^train (\S+) (.+) \"\$@\"$", (LAUNCH / "quickstart.sh").read_text(), re.MULTILINE)
     found = {name: load(files.split()) for name, files in lines}

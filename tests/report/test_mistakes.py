@@ -1,4 +1,4 @@
-"""What the student gets wrong, and the teacher right, on a run's page."""
+"""A run's page shows what the student gets wrong and the teacher right."""
 
 import re
 

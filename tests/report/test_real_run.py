@@ -88,7 +88,7 @@ def test_predictions_are_those_of_plain_transformers(run, data_dir, tmp_path):
 
 
 def test_scores_are_written_as_the_models_give_them(models_dir, data_dir, tmp_path):
-    """Of a regression: their squared errors are the run's, and each stands at its own text."""
+    """The squared errors of a regression's examples are those of the run, and each stands at its own text."""
     texts, labels = [row["text"] for row in rows(data_dir)], [0.5 * i for i in range(11)]
     for name in ("train", "dev"):
         told = [f"{text}\t{label}" for text, label in zip(texts, labels, strict=True)]
