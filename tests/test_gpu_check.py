@@ -1,5 +1,6 @@
 """launch/gpu_check.sh, as far as that goes without a GPU: its parts in tiny form, and what a failure does."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,9 +74,9 @@ def test_operators_in_tiny_form(tmp_path, monkeypatch):
     rows = read(tmp_path / "kernels.json")
     # The sweeps' kernels are those whose tiles are compiled ahead, by the names that they are launched under.
     assert [tuple(row["kernels"]) for row in rows] == [check_operators.PLAN_KERNELS["sweeps"], ("rows",)]
-    for row in rows:
-        inside = sum(kernel["seconds"] for kernel in row["kernels"].values())
-        assert 0 < inside < 5 * row["seconds"] and row["host_seconds"] > 0
+    for row in rows:  # how long each took is the machine's affair: the arithmetic has a test of its own
+        assert all(kernel["seconds"] > 0 for kernel in row["kernels"].values())
+        assert row["seconds"] > 0 and row["host_seconds"] > 0
     few = [check_operators.ATTENTION[3], check_operators.OTHERS[0], check_operators.VOCABULARY[0]]
     few.append(Bench("hidden", "mse projected", {"batch": 2}))
     check_operators.measure_benches(tmp_path / "benches.json", few, True)
@@ -90,6 +92,29 @@ def test_operators_in_tiny_form(tmp_path, monkeypatch):
         "hidden_alignment",
         "vocabulary_losses",
     ]
+
+
+def test_kernel_seconds_are_those_of_one_call(monkeypatch):
+    """Laps by hand: a call that launches `rows` twice, a quarter and half a second, and `columns` once."""
+
+    @contextlib.contextmanager
+    def laps(device):
+        yield lambda: [("rows", (64, 32), 0.25), ("columns", (32, 64), 0.125), ("rows", (64, 32), 0.5)]
+
+    monkeypatch.setattr(check_operators.clock, "kernel_laps", laps)
+    monkeypatch.setattr(check_operators.clock, "host_seconds_of", lambda call, device: 0.0625)
+    monkeypatch.setattr(check_operators.operators, "seconds_of", lambda call: 1.0)
+    monkeypatch.setattr(check_operators.operators, "step", lambda work, contender: None)
+    monkeypatch.setattr(check_operators, "contender", lambda work, name: None)
+    assert check_operators.measure_kernels(SimpleNamespace(label="a call"), "triton", 2) == {
+        "work": "a call",
+        "seconds": 1.0,
+        "host_seconds": 0.0625,
+        "kernels": {
+            "rows": {"tile": "64x32", "launches": 2, "seconds": 0.75},
+            "columns": {"tile": "32x64", "launches": 1, "seconds": 0.125},
+        },
+    }
 
 
 def test_every_bench_can_be_made():
