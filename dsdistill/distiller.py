@@ -223,7 +223,7 @@ class Distiller(Distillation):
         try:
             pair = replace(_pair(config, given.config, theirs), pooling=_pooling(pooling))
             objective = Objective(config.terms, pair, distill_weight)
-            _check_heads(objective, given, guide)
+            check_heads(objective, given, guide)
             models = {"student": given} | ({"teacher": guide} if guide is not None else {})
             implementations = {place: _attention(model) for place, model in models.items()}
             geometry = check_pair(task, given.config, theirs, (objective,), implementations=implementations)
@@ -341,7 +341,7 @@ class Distiller(Distillation):
         return self
 
 
-def _check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+def check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
     """Refuse classifiers that do not fit each other or the task, before the first batch would."""
     if objective.task in LANGUAGE:
         return

@@ -49,6 +49,28 @@ def test_own_loop(tmp_path, ranks):
     assert not any("projector" in name for name in load_file(tmp_path / "student" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_hf_trainer(tmp_path, ranks):
+    """The vectors come nearer to the teacher's, and the student is a plain encoder."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--standalone"]
+    printed = run(*start, ROOT / "launch/examples/hf_trainer.py", tmp_path / "student", 10)
+    first, last = (float(value) for value in re.findall(r"'embedding': '([\d.]+)'", printed))
+    measured = [float(value) for value in re.findall(r"'eval_embedding': ([\d.]+)", printed)]
+    assert 0 < last < 0.95 * first and len(measured) == ranks and 0 < measured[0] < first, printed
+    model = AutoModel.from_pretrained(tmp_path / "student")
+    assert model.config.num_hidden_layers == 3 and (tmp_path / "student" / "tokenizer.json").is_file()
+
+
+def test_operators():
+    printed = run(sys.executable, ROOT / "launch/examples/operators.py", 64)
+    pairs = re.findall(r"fused ([\d.]+) +plain ([\d.]+)", printed)
+    assert len(pairs) == 4, printed
+    for fused, plain in pairs:
+        assert float(fused) == pytest.approx(float(plain), rel=1e-5)
+
+
 def test_new_term(settings, tmp_path):
     """As a plugin of a config: trained, logged, resumed and exported like any other term."""
     settings["terms"] = {"length": {"weight": 0.5}}

@@ -25,6 +25,7 @@ ARROWS = {
     "cli": {"report", "bench", "planner", "engine", "distributed", "disk", "config"},
     "planner": {"engine", "distributed", "alignment", "models", "ops.common", "data.batch", "disk", "config"},
     "distiller": {"alignment", "models", "data.batch", "data.inputs", "distributed.engines", "config"},
+    "integrations": {"distiller", "engine.teacher", "distributed", "alignment", "models", "disk", "config"},
     "terms": {"config.terms"},
     "engine": {
         "distiller",

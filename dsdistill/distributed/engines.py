@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations import deepspeed as library_deepspeed
 
 from dsdistill.config.schema import Config
 from dsdistill.distributed.adagrad import AdaGrad
@@ -40,11 +41,13 @@ def constructing(settings: dict) -> Iterator[None]:
 
     settings: of the DeepSpeed engine that is to run them; they say in which type a rank keeps its parts.
     """
+    others = library_deepspeed._hf_deepspeed_config_weak_ref  # of a Trainer perhaps
     living = HfDeepSpeedConfig(copy.deepcopy(settings))  # transformers looks for it while it loads
     try:
         yield
     finally:
         del living  # or the next model would be sharded as this says
+        library_deepspeed._hf_deepspeed_config_weak_ref = others
 
 
 def partition(module: nn.Module, settings: dict, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed as library_deepspeed
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -260,6 +261,18 @@ def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: s
             raise UserError(f"{place}.config.{key}", "an unknown key", f"a setting of {config.model_type}")
 
 
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Let the library make models whole, also where the settings of somebody's ZeRO-3 would have it shard them."""
+    kept = library_deepspeed._hf_deepspeed_config_weak_ref
+    library_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        library_deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+@unsharded()
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
     """Return the model that build_model() makes, without memory for weights; raise UserError where that fails."""
     with torch.device("meta"):

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
-from dsdistill.models.build import FLASH, Headless, first_line, flash_here
+from dsdistill.models.build import FLASH, Headless, first_line, flash_here, unsharded
 from dsdistill.models.capture import Capture, attention_trace, body, final_norm, layer_list
 from dsdistill.models.logits import softcapped
 from dsdistill.models.settings import attention_layers, text_config
@@ -46,6 +46,7 @@ class Seen:
     rotation: str = "none"  # none; seen: queries and keys from before it are captured; hidden: they cannot be
 
 
+@unsharded()
 def probe(
     config: PretrainedConfig,
     task: str,
