@@ -18,7 +18,7 @@ from dsdistill import disk
 FOLDER = Path(__file__).parent / "results" / "step"
 FIGURES = FOLDER / "6-to-3.json"
 ARMS = {"attention": "dsdistill", "textbrewer": "TextBrewer", "eager": "eager PyTorch"}
-WIDTH, HEIGHT = 760, 330
+WIDTH, HEIGHT = 780, 330
 LEFT, RIGHT, TOP, BOTTOM = 60, 590, 70, 280  # of the axes
 FONT = "font-family=\"-apple-system, 'Segoe UI', Helvetica, Arial, sans-serif\""
 
