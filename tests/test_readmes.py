@@ -354,7 +354,7 @@ def test_the_tutorial_as_typed(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (answer,) = re.findall(r"^\[\{.*\}\]$", done.stdout, re.MULTILINE)
+    (answer,) = re.findall(r"^\[\{\".*\}\]$", done.stdout, re.MULTILINE)
     (probabilities,) = json.loads(answer)
     assert len(probabilities) > 1 and sum(probabilities.values()) == pytest.approx(1, abs=1e-2)
     assert (tmp_path / "runs/own-loop/model.safetensors").is_file()

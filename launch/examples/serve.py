@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
         if not texts or size > LONGEST:
             self.send_error(400, f"got {size} bytes, expected a text of 1 to {LONGEST}")
             return
-        answer = json.dumps(self.server.classify(texts)).encode()
+        answer = json.dumps(self.server.classify(texts)).encode() + b"\n"
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
