@@ -376,6 +376,13 @@ def test_links_lead_somewhere(page):
             assert anchor in made, link
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page):
+    """Whole paths in backquotes, from the root; NAME and the like stand for any."""
+    for name in re.findall(r"`((?:configs|csrc|dsdistill|launch|tests)/[\w./-]+\.\w+)`", text_of(page)):
+        assert re.search("[A-Z]{3}", Path(name).name) or (ROOT / name).exists(), name
+
+
 def test_the_first_screen_is_short():
     assert text_of("README.md").count("\n") <= 130
 
