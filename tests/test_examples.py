@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -88,6 +91,28 @@ def test_new_term(settings, tmp_path):
     assert "finished" in run(*command, "train", path) or (tmp_path / "run" / "summary.json").is_file()
     run(*command, "export", tmp_path / "run", "--out", tmp_path / "student")
     assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_serve(models_dir):
+    """Each line of a request gets the probabilities that the model gives it; a request without text is refused."""
+    texts = ["the shape of a tensor", "open the file and read each line of it"]
+    command = [sys.executable, str(ROOT / "launch/examples/serve.py"), str(models_dir / "teacher")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().strip()
+            with urllib.request.urlopen(address, "\n".join(texts).encode(), timeout=60) as reply:
+                answers = json.loads(reply.read())
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                urllib.request.urlopen(address, b"", timeout=60)
+        finally:
+            server.terminate()
+    model = AutoModelForSequenceClassification.from_pretrained(models_dir / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(models_dir / "teacher")
+    for text, answer in zip(texts, answers, strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(-1)
+        assert list(answer) == ["a", "b", "c"]
+        assert list(answer.values()) == pytest.approx(expected.tolist(), abs=1e-3)
 
 
 def test_search(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What a step sends, as README's formulas have it, counted on real ranks."""
+"""What a step sends, as the formulas of dsdistill/distributed/README.md have it, counted on real ranks."""
 
 import json
 from pathlib import Path
