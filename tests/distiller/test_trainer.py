@@ -39,9 +39,13 @@ def truth():
     return {"": trainers.expected(loops.TERMS), "moving": trainers.expected(loops.MOVING)}
 
 
-def scores_of(weights: dict, terms: dict, rows: list[dict]) -> dict[str, float]:
-    """Return each term's value over rows, and KL(teacher‖student), by a Distiller that takes them as one batch."""
+def scores_of(weights: dict, state: dict, terms: dict, rows: list[dict]) -> dict[str, float]:
+    """Return each term's value over rows, and KL(teacher‖student), by a Distiller that takes them as one batch.
+
+    state: layer weights that moved.
+    """
     made = loops.distiller(terms=terms)
+    made.objective.restore(state)
     made.load_state_dict(weights, strict=False)
     batch = trainers.collate(rows)
     with torch.no_grad():
@@ -68,7 +72,7 @@ def test_ranks_train_to_the_same(trained, truth, way):
         torch.testing.assert_close(value, weights[name], rtol=1e-5, atol=1e-7)
     for mine, step in zip(found["log"], told, strict=False):
         assert {name: mine[name] for name in step} == pytest.approx(step, rel=1e-5)
-    expected = scores_of(weights, terms, trainers.examples(7))
+    expected = scores_of(weights, found["state"], terms, trainers.examples(7))
     assert {name: found["scores"][f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4)
     saved = AutoModelForCausalLM.from_pretrained(trained / way / "saved", dtype=torch.float32)
     assert not (trained / way / "saved" / PROJECTORS).exists()

@@ -126,7 +126,11 @@ def run(way: str, out: Path) -> dict:
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,  # as for any Trainer
+            },
             "zero_allow_untested_optimizer": True,
         }
     if stage == 3:  # what is sharded cannot be made at random alike
@@ -141,7 +145,8 @@ def run(way: str, out: Path) -> dict:
         with deepspeed.zero.GatheredParameters(list(made.distiller.parameters())):
             found = loops.weights(made.distiller)
     scores = made.evaluate(examples(7))
-    return {"weights": found, "log": made.state.log_history, "scores": scores}
+    state = made.distiller.objective.state()
+    return {"weights": found, "log": made.state.log_history, "scores": scores, "state": state}
 
 
 if __name__ == "__main__":
