@@ -127,36 +127,43 @@ class Task {
     write_key_gradient<T>(a, d_key, layout.student_row_width, T(key_factor(a)), b, key_head, positions, count, scratch);
   }
 
+  // Queries start … stop − 1 of those that are compared.
   double block(int64_t b, int64_t h, const int64_t* positions, int64_t count, int64_t start, int64_t stop) {
     const int64_t rows = stop - start, padded_rows = round_up(rows, TILE_ROWS);
+    const int64_t *places = a.row_places + b * a.tokens + start, *own = a.row_positions + b * a.tokens + start;
+    const double* weights = a.row_weights ? a.row_weights + b * a.tokens + start : nullptr;
     // Keys that any query of the block sees, widened to whole panels.
     const int64_t panel = TILE_COLUMNS<T>;
-    const int64_t first = sight.first(positions, count, start, start) / panel * panel;
-    const int64_t last = round_up(sight.last(positions, count, stop - 1, stop), panel);
+    const int64_t first = sight.first(positions, count, places[0], places[0]) / panel * panel;
+    const int64_t last = round_up(sight.last(positions, count, places[rows - 1], places[rows - 1] + 1), panel);
     const int64_t width = last - first;
 
     const Source& source = a.student_query;
-    pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], positions + start, rows, padded_rows,
+    pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], own, rows, padded_rows,
                  a.student_width, layout.student_row_width, T(a.student_scale * score_unit(a)), query);
     interleave_rows(query, layout.student_row_width, padded_rows, a.student_width, query_tiles);
     product_of_scores(query_tiles, panels_s, a.student_width, first, last, padded_rows, scores_s);
-    pack_teacher(b, h, positions + start, rows, padded_rows);
+    pack_teacher(b, h, own, rows, padded_rows);
     product_of_scores(teacher_tiles, panels_t, a.teacher_width, first, last, padded_rows, scores_t);
 
     const bool gradient = a.d_query || a.d_key;
     double value = 0;
-    int64_t row_first = start, row_last = start;
-    for (int64_t i = start; i < stop; ++i) {
-      T *s = scores_s + (i - start) * layout.score_stride, *t = scores_t + (i - start) * layout.score_stride;
-      row_first = sight.first(positions, count, i, row_first);
-      row_last = sight.last(positions, count, i, row_last);
-      sight.hide(b, positions, i, first, last, row_first, row_last, s, t);
+    int64_t row_first = places[0], row_last = places[0];
+    for (int64_t i = 0; i < rows; ++i) {
+      T *s = scores_s + i * layout.score_stride, *t = scores_t + i * layout.score_stride;
+      row_first = sight.first(positions, count, places[i], row_first);
+      row_last = sight.last(positions, count, places[i], row_last);
+      sight.hide(b, positions, places[i], first, last, row_first, row_last, s, t);
+      double of_row;
       if (a.divergence == Divergence::kl)
-        value += row<T, Divergence::kl>(s, t, width, gradient);
+        of_row = row<T, Divergence::kl>(s, t, width, gradient);
       else if (a.divergence == Divergence::mse)
-        value += row<T, Divergence::mse>(s, t, width, gradient);
+        of_row = row<T, Divergence::mse>(s, t, width, gradient);
       else
-        value += row<T, Divergence::score_mse>(s, t, width, gradient);
+        of_row = row<T, Divergence::score_mse>(s, t, width, gradient);
+      value += weights ? weights[i] * of_row : of_row;
+      if (weights && gradient)
+        for (int64_t j = 0; j < width; j += lanes<T>) store(s + j, load(s + j) * T(weights[i]));
     }
     if (!gradient) return value;
     for (int64_t i = rows; i < padded_rows; ++i)
@@ -165,7 +172,7 @@ class Task {
     if (a.d_query) {
       query_gradient(first, last, padded_rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = (b * a.heads + h) * a.tokens + positions[start + i];
+        const int64_t row = (b * a.heads + h) * a.tokens + own[i];
         write_run<T>(a.d_query, a.d_query_type, row * a.student_width, a.student_width,
                      T(a.student_scale * a.coefficient), d_query + i * layout.student_tile_width);
       }

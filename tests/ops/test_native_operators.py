@@ -31,10 +31,10 @@ def operator_calls():
     for divergence in (0, 1, 2):
         yield (
             ops.attention_alignment,
-            (*tensors, mask, None, divergence, 0.25, 0.25, True, -1, True, True, True),
+            (*tensors, mask, None, None, None, divergence, 0.25, 0.25, True, -1, True, True, True),
         )
     segments = (torch.arange(40) // 9).expand(2, 40).contiguous()
-    yield ops.attention_alignment, (*tensors, None, segments, 0, 0.25, 0.25, False, 5, False, True, False)
+    yield ops.attention_alignment, (*tensors, None, segments, None, None, 0, 0.25, 0.25, False, 5, False, True, False)
     for relation in (0, 1, 2):
         yield ops.pairwise_alignment, (student, teacher, mask, weights, relation, True, True)
     for divergence in (0, 1):

@@ -161,6 +161,60 @@ def test_many_rows_in_blocks(backend, divergence, tokens, drawn):
             torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
 
 
+def pairwise_tensors(tokens=N, batch=3):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(batch, tokens, 4).double(), torch.randn(batch, tokens, 3).double()
+    return student.requires_grad_(), teacher
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("relation", ["cosine", "dot"])
+@pytest.mark.parametrize("backend", EXACT)
+def test_the_mean_over_all_draws_of_pairwise_rows_is_the_whole_loss(backend, relation, weighted):
+    given = pairwise_tensors()
+    options = {"mask": MASK, "relation": relation, "backend": backend}
+    if weighted:
+        options["weights"] = torch.rand(3, N, generator=torch.Generator().manual_seed(1)).double()
+    expected = with_gradients(given, pairwise_alignment, **options | {"backend": "reference"})
+    found = mean_over_draws(given, [6, 4, 0], 2, pairwise_alignment, **options)
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("tokens", [20, 90])  # of 90 rows the products of Gram matrices are fewer
+@pytest.mark.parametrize("backend", EXACT)
+def test_pairwise_rows_in_any_order_with_repeats(backend, tokens):
+    given = pairwise_tensors(tokens, batch=2)
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(-1, tokens, (2, tokens), generator=generator)
+    rows = index, torch.rand(2, tokens, generator=generator).double()
+    options = {"mask": torch.rand(2, tokens, generator=generator) > 0.2, "rows": rows}
+    expected = with_gradients(given, pairwise_alignment, backend="reference", **options)
+    found = with_gradients(given, pairwise_alignment, backend=backend, **options)
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-13)
+
+
+def test_pairwise_rows_by_hand():
+    """Of (1,0), (1,1) against (1,0), (0,2) as dots: row 0 differs by 1 in one place, row 1 by 1 and by 2."""
+    student = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    for backend in EXACT:
+        for index, expected in ((0, 2 * 1 / 4), (1, 2 * 5 / 4)):
+            rows = torch.tensor([[index]]), None
+            loss = pairwise_alignment(student, teacher, relation="dot", rows=rows, backend=backend)
+            assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_wrong_pairwise_rows_are_named():
+    given, rows = pairwise_tensors(batch=1), (torch.tensor([[0, 1]]), None)
+    with pytest.raises(ValueError, match="^rows: got relation 'distance', [^\n]*expected 'cosine' or 'dot'$"):
+        pairwise_alignment(*given, relation="distance", rows=rows)
+    single = [x.float() for x in given]
+    with pytest.raises(ValueError, match="'triton' cannot run pairwise_alignment: [^\n]*; can run"):
+        pairwise_alignment(*single, rows=rows, backend="triton")
+
+
 def test_wrong_rows_are_named():
     given = tensors(batch=1)
     for rows, message in (

@@ -155,7 +155,7 @@ def attention_alignment(
     chosen = _choose(backend, tensors, setting)
     with without_autocast(student_query.device):
         if chosen == "cpp":
-            given = native.arguments(tensors, pairs, divergence, *scales, reduction)
+            given = native.arguments(tensors, pairs, weights, divergence, *scales, reduction)
             return with_native_gradients(torch.ops.dsdistill.attention_alignment, given, tensors[:2])
         count = None
         if reduction == "mean":
@@ -193,9 +193,6 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
     lack = native_lack(tensors[0])
     if heads != "match":
         lack = lack or f"heads={heads!r} has no native kernel"
-    rows = setting["pairs"].rows is not None
-    if rows:
-        lack = lack or "rows have no native kernel"
     if lack:
         missing["cpp"] = lack
     else:
@@ -204,7 +201,7 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
         )
         preference.insert(1 if by_identity else 0, "cpp")
     lack = "heads='group' has no Triton kernel" if heads == "group" else triton_schedule.lack(tensors)
-    if rows:
+    if setting["pairs"].rows is not None:
         lack = lack or "rows have no Triton kernel"
     if lack:
         missing["triton"] = lack
