@@ -21,7 +21,11 @@ def test_check(check, case, backend, dtype):
         for v in ("packed", "grouped-ragged", "odd-width", "causal", "rows", "rows-packed")
     ),
     *(f"{d}-mean-heads-masked" for d in ("kl", "mse")),
-    *(f"{d}-group-heads{v}" for d in ("kl", "mse") for v in ("", "-masked", "-packed", "-one-token", "-rows")),
+    *(
+        f"{d}-group-heads{v}"
+        for d in ("kl", "mse")
+        for v in ("", "-masked", "-packed", "-one-token", "-rows")
+    ),
 )
 def test_gradcheck(case, backend):
     run_gradcheck(case, backend)

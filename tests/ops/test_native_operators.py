@@ -34,7 +34,10 @@ def operator_calls():
             (*tensors, mask, None, None, None, divergence, 0.25, 0.25, True, -1, True, True, True),
         )
     segments = (torch.arange(40) // 9).expand(2, 40).contiguous()
-    yield ops.attention_alignment, (*tensors, None, segments, None, None, 0, 0.25, 0.25, False, 5, False, True, False)
+    yield (
+        ops.attention_alignment,
+        (*tensors, None, segments, None, None, 0, 0.25, 0.25, False, 5, False, True, False),
+    )
     rows = torch.tensor([[3, 30, -1], [7, 22, 7]]), torch.rand(2, 3, dtype=torch.float64)
     yield (
         ops.attention_alignment,
