@@ -208,7 +208,9 @@ def test_pairwise_rows_by_hand():
 
 def test_wrong_pairwise_rows_are_named():
     given, rows = pairwise_tensors(batch=1), (torch.tensor([[0, 1]]), None)
-    with pytest.raises(ValueError, match=r"^rows: got relation 'distance', [^\n]*expected 'cosine' or 'dot'$"):
+    with pytest.raises(
+        ValueError, match=r"^rows: got relation 'distance', [^\n]*expected 'cosine' or 'dot'$"
+    ):
         pairwise_alignment(*given, relation="distance", rows=rows)
     single = [x.float() for x in given]
     with pytest.raises(ValueError, match=r"'triton' cannot run pairwise_alignment: [^\n]*; can run"):
