@@ -56,6 +56,8 @@ def attention_call(
             key,
             mask,
             None,
+            None,
+            None,
             rows,
             rows,
             _empty(),

@@ -41,6 +41,7 @@ INTERPRETED = {
     "kl-packed",
     "mse-grouped-ragged",
     "kl-mean-heads-masked",
+    "kl-rows-packed",
     "cosine-odd-ragged",
     "distance-odd-ragged",
     "mse-bias",
@@ -63,7 +64,7 @@ def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity"
         return True
     if dtype == torch.float64:
         return False
-    if case.options.get("heads") == "group" or "row_index" in case.tensors:
+    if case.options.get("heads") == "group" or (case.operator == "pairwise" and "row_index" in case.tensors):
         return False
     if backend == "cuda":
         return case.operator == "hidden"

@@ -7,7 +7,9 @@ import pytest
 import torch
 from operator_checks import BACKENDS
 
+from dsdistill.bench import verify
 from dsdistill.ops import attention_alignment, pairwise_alignment
+from dsdistill.ops.attention import triton_schedule
 
 EXACT = tuple(b for b in BACKENDS if b != "triton")
 N = 6
@@ -113,10 +115,6 @@ def test_rows_by_hand(backend, divergence, rows):
         given = {"divergence": divergence, "reduction": "sum", "backend": backend, "rows": chosen}
         return attention_alignment(student, key, teacher, key, **given | options).item()
 
-    if backend == "triton":
-        with pytest.raises(ValueError, match="rows have no Triton kernel"):
-            loss([0])
-        return
     assert loss([1]) == pytest.approx(2 * rows[1], rel=1e-6)  # n/R = 2
     assert loss([-1, 0]) == pytest.approx(2 * rows[0], rel=1e-6)
     assert loss([0, 0]) == pytest.approx(2 * rows[0], rel=1e-6)  # twice, 2/2 each
@@ -217,6 +215,17 @@ def test_wrong_pairwise_rows_are_named():
         pairwise_alignment(*single, rows=rows, backend="triton")
 
 
+@pytest.mark.parametrize("heads", ["mean", "group"])
+def test_rows_of_averaged_heads_have_no_kernel(heads):
+    given = [x.float() for x in tensors(heads=(2, 1, 4, 2))]
+    rows = torch.zeros(3, 1, dtype=torch.int64), None
+    for backend in ("cpp", "triton"):
+        with pytest.raises(
+            ValueError, match=f"'{backend}' cannot run attention_alignment: [^\n]*; can run: chunked"
+        ):
+            attention_alignment(*given, heads=heads, rows=rows, backend=backend)
+
+
 def test_wrong_rows_are_named():
     given = tensors(batch=1)
     for rows, message in (
@@ -228,3 +237,12 @@ def test_wrong_rows_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             attention_alignment(*given, rows=rows)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's kernels do not run here on CPU tensors")
+@pytest.mark.parametrize("plan", ["merged", "sweeps"])
+@pytest.mark.parametrize("name", ["kl-rows", "mse-rows", "score_mse-rows", "mse-rows-packed"])
+def test_both_plans_of_triton(name, plan, monkeypatch):
+    monkeypatch.setattr(triton_schedule, "default_plan", plan)
+    (case,) = (case for case in verify.all_cases() if str(case) == f"attention-{name}")
+    verify.check_parity(case, "triton", torch.float32)

@@ -160,19 +160,17 @@ def attention_alignment(
         count = None
         if reduction == "mean":
             count = _count(pairs, batch, head_count, divergence, heads, student_query.device)
+        if rows is not None:
+            own = _at(rows[0], student_query), _at(rows[0], teacher_query.detach())
+            tensors = (own[0], student_key, own[1], teacher_key)
         if chosen == "triton":
             coefficient = torch.ones((), device=student_query.device)
             if count is not None:
                 coefficient = safe_divide(coefficient, count)
-            given = triton_schedule.arguments(tensors, pairs, divergence, *scales, heads, coefficient)
-            return with_native_gradients(torch.ops.dsdistill.attention_alignment_triton, given, tensors[:2])
-        if rows is not None:
-            tensors = (
-                _at(rows[0], student_query),
-                student_key,
-                _at(rows[0], teacher_query.detach()),
-                teacher_key,
+            given = triton_schedule.arguments(
+                tensors, pairs, weights, divergence, *scales, heads, coefficient
             )
+            return with_native_gradients(torch.ops.dsdistill.attention_alignment_triton, given, tensors[:2])
         if chosen == "reference":
             total = reference.attention_total(*tensors, **setting)
             return total if count is None else safe_divide(total, count)
@@ -201,8 +199,8 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
         )
         preference.insert(1 if by_identity else 0, "cpp")
     lack = "heads='group' has no Triton kernel" if heads == "group" else triton_schedule.lack(tensors)
-    if setting["pairs"].rows is not None:
-        lack = lack or "rows have no Triton kernel"
+    if setting["pairs"].rows is not None and heads == "mean":
+        lack = lack or "rows have no Triton kernel with heads='mean'"
     if lack:
         missing["triton"] = lack
     else:
