@@ -102,10 +102,11 @@ def load_labels(ptr, positions, N, MASKED: tl.constexpr, LABELLED: tl.constexpr)
 @triton.jit
 def load_places(places, weights, at, R, N, CHOSEN: tl.constexpr):
     """Positions of the queries numbered `at`, N where there is none, and what they count. Not CHOSEN: `at`, and 1."""
+    rows, counted = at, 1.0
     if CHOSEN:
         rows = tl.load(places + at, mask=at < R, other=N)
-        return rows, tl.load(weights + at, mask=at < R, other=0.0)
-    return at, 1.0
+        counted = tl.load(weights + at, mask=at < R, other=0.0)
+    return rows, counted
 
 
 @triton.jit
