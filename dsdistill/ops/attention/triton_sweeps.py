@@ -5,7 +5,7 @@ With S = scale · Q Kᵀ, P = exp(S − LSE), dS of `triton_tile.loss_and_slope`
   rows        a block of queries walks its keys: dQ                              3 products, 2 exps
   columns     a block of keys walks the queries of every head it serves: dK      3 products, 2 exps
               MERGED: and adds dQ atomically                                     4 products
-No N×N matrix, no buffer beyond O(N). Everything but MERGED is deterministic. CHOSEN: the queries are R of each sequence.
+No N×N matrix, no buffer beyond O(N). Everything but MERGED is deterministic. CHOSEN: R queries of each sequence.
 """
 
 import triton
