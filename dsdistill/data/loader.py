@@ -115,8 +115,7 @@ class Loader:
         # ranks get equally much to do and do not wait for each other.
         # Groups stay together, on whatever ranks.
         if self.sampler is None or not self.sampler.grouped:
-            order = np.argsort(examples.lengths.numpy()[rows], kind="stable")
-            rows, draws = rows[order], draws[order]
+            rows = rows[np.argsort(examples.lengths.numpy()[rows], kind="stable")]
         batches = []
         for places in np.array_split(np.arange(len(rows)), self.accumulation):
             mine = places[self.rank :: self.world_size]
