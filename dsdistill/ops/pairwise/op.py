@@ -166,8 +166,8 @@ def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str, rows:
     if lack:
         missing["cpp"] = lack
     else:
-        # From here on the identity of `chunked` needs fewer products than half a matrix does.
-        preference.insert(1 if by_identity else 0, "cpp")
+        # From here on the identity of `chunked` needs fewer products than half a matrix does. Rows have no half.
+        preference.insert(1 if by_identity or rows is not None else 0, "cpp")
     lack = triton_lack(student, teacher)
     if rows is not None:
         lack = lack or "rows have no Triton kernel"
