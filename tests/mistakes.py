@@ -20,6 +20,14 @@ CONFIG = {
         {"train.backend": "cuda"},
         ["train.backend: got cuda, which cannot run here", "auto, reference, chunked"],
     ),
+    "rows of distances": (
+        {"terms.pairwise": {"relation": "distance", "rows": 4}},
+        ["terms.pairwise.rows: got 4 with relation: distance", "expected cosine or dot"],
+    ),
+    "no rows": (
+        {"terms.attention.rows": 0},
+        ["terms.attention.rows: got 0, expected greater than or equal to 1"],
+    ),
     "no term": ({"terms": {}}, ["terms: got no term"]),
     "DeepSpeed key": (
         {"student.deepspeed": {"zero_optimisation": {}}},

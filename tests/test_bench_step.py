@@ -28,7 +28,27 @@ def test_every_arm_writes_its_rows(tmp_path, capsys):
     ]
     assert all(row["tokens_per_second"] > 0 for row in found["rows"])
     assert {row["vs_logits"] for row in found["rows"] if row["arm"] == "logits"} == {1.0}
+    assert all(low <= high for low, high in (row["vs_logits_95"] for row in found["rows"]))
     assert found["machine"]["torch"] in capsys.readouterr().out
+
+
+def test_intervals_of_a_median():
+    assert step.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert step.interval([float(i) for i in range(30)]) == (
+        9.0,
+        20.0,
+    )  # ranks 10 and 21 of 30, as tables have it
+
+
+def test_rows_reach_the_terms():
+    """With the draws of one seed the loss is another than that of all rows, and shorter sequences have all."""
+    losses = {}
+    for rows in (0, 3):
+        _, loss = make("pairwise", Sizes(**TINY, rows=rows), 2, "float32", HERE)
+        torch.manual_seed(0)
+        losses[rows] = [loss(Sizes(**TINY).batch(tokens, HERE)).item() for tokens in (16, 3)]
+    assert losses[0][0] != pytest.approx(losses[3][0], rel=1e-6)
+    assert losses[0][1] == pytest.approx(losses[3][1], rel=1e-6)
 
 
 def test_eager_computes_the_loss_of_the_attention_level():

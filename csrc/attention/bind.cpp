@@ -1,6 +1,8 @@
 // Attention alignment as a torch operator: checks, counts, tasks over threads.
 #include "bind.h"
 
+#include <algorithm>
+
 #include "../common/binding.h"
 #include "../common/dispatch.h"
 #include "cpu.h"
@@ -26,6 +28,50 @@ int64_t count_pairs(const AttentionArguments& a, int64_t b) {
   return pairs;
 }
 
+// Queries of each sequence that are compared, ascending, as AttentionArguments has them. Those that are named twice
+// have the sum of their weights, those that are masked or weigh nothing are left out.
+struct ComparedRows {
+  std::vector<int64_t> places, positions, counts;
+  std::vector<double> weights;
+  int64_t most = 0;  // of any sequence
+
+  ComparedRows(const std::optional<Tensor>& rows, const std::optional<Tensor>& row_weights, const ValidTokens& valid,
+               int64_t batch, int64_t tokens)
+      : places(size_t(batch * tokens)), positions(valid.positions), counts(valid.counts) {
+    if (!rows) {
+      for (int64_t b = 0; b < batch; ++b)
+        std::iota(places.begin() + b * tokens, places.begin() + (b + 1) * tokens, 0);
+      most = tokens;
+      return;
+    }
+    const int64_t named = rows->dim() == 2 ? rows->size(1) : 0;
+    check_shape("rows", *rows, {batch, named});
+    check(rows->scalar_type() == ScalarType::Long && rows->is_contiguous(), "rows: expected contiguous int64");
+    check(bool(row_weights), "row_weights: expected some beside rows");
+    const double* given = weights_of(row_weights, batch, named);
+    const int64_t* index = static_cast<const int64_t*>(rows->const_data_ptr());
+    weights.resize(size_t(batch * tokens));
+    std::vector<double> total(static_cast<size_t>(tokens), 0.0);
+    for (int64_t b = 0; b < batch; ++b, index += named, given += named) {
+      for (int64_t r = 0; r < named; ++r) {
+        check(index[r] < tokens, "rows: got position " + std::to_string(index[r]) + ", expected less than N = " +
+                                     std::to_string(tokens));
+        if (index[r] >= 0) total[size_t(index[r])] += given[r];
+      }
+      int64_t count = 0;
+      for (int64_t i = 0; i < valid.counts[size_t(b)]; ++i) {
+        const int64_t position = valid.positions[size_t(b * tokens + i)];
+        if (total[size_t(position)] == 0) continue;
+        const size_t at = size_t(b * tokens + count++);
+        places[at] = i, positions[at] = position, weights[at] = total[size_t(position)];
+      }
+      counts[size_t(b)] = count;
+      most = std::max(most, count);
+      std::fill(total.begin(), total.end(), 0.0);
+    }
+  }
+};
+
 // More shares than one only where heads do not fill the threads evenly.
 int64_t shares_of(int64_t heads, int64_t threads, int64_t tokens) {
   if (heads == 0 || heads % threads == 0 || heads >= 4 * threads) return 1;
@@ -38,8 +84,9 @@ int64_t shares_of(int64_t heads, int64_t threads, int64_t tokens) {
 std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(Tensor student_query, Tensor student_key,
                                                            Tensor teacher_query, Tensor teacher_key,
                                                            std::optional<Tensor> mask, std::optional<Tensor> segments,
-                                                           int64_t divergence, double student_scale,
-                                                           double teacher_scale, bool causal, int64_t window, bool mean,
+                                                           std::optional<Tensor> rows,
+                                                           std::optional<Tensor> row_weights, int64_t divergence,
+                                                           double student_scale, double teacher_scale, bool causal, int64_t window, bool mean,
                                                            bool query_gradient, bool key_gradient) {
   AttentionArguments a{};
   a.student_query = source_of("student_query", student_query, 4);
@@ -65,6 +112,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(Tensor student_query,
           "segments: expected contiguous int64");
     a.segments = static_cast<const int64_t*>(segments->const_data_ptr());
   }
+  const ComparedRows compared(rows, row_weights, valid, a.batch, a.tokens);
+  a.row_places = compared.places.data();
+  a.row_positions = compared.positions.data();
+  a.row_counts = compared.counts.data();
+  a.row_weights = rows ? compared.weights.data() : nullptr;
   a.divergence = Divergence(divergence);
   a.causal = causal;
   a.window = window < 0 ? UNLIMITED : window;
@@ -78,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(Tensor student_query,
   }
   a.coefficient = mean && count > 0 && a.heads > 0 ? 1.0 / (double(count) * double(a.heads)) : 1.0;
 
-  Tensor d_query = gradient_like(student_query, query_gradient, !valid.all);
+  Tensor d_query = gradient_like(student_query, query_gradient, !valid.all || rows);
   Tensor d_key = gradient_like(student_key, key_gradient, !valid.all);
   if (query_gradient) a.d_query = d_query.mutable_data_ptr();
   if (key_gradient) a.d_key = d_key.mutable_data_ptr();
@@ -89,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(Tensor student_query,
       is_float64(student_query) || is_float64(student_key) || is_float64(teacher_query) || is_float64(teacher_key);
   const AttentionKernel& kernel = DSD_SELECT(attention_kernel);
   const int64_t key_heads = a.batch * a.student_kv_heads;
-  a.shares = shares_of(key_heads, int64_t(torch::stable::get_num_threads()), a.tokens);
+  a.shares = shares_of(key_heads, int64_t(torch::stable::get_num_threads()), compared.most);
   std::vector<double> values(size_t(key_heads * a.shares), 0.0);
   a.values = values.data();
   std::optional<Workspace> partial;

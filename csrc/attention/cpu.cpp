@@ -127,50 +127,57 @@ class Task {
     write_key_gradient<T>(a, d_key, layout.student_row_width, T(key_factor(a)), b, key_head, positions, count, scratch);
   }
 
+  // Queries start … stop − 1 of those that are compared.
   double block(int64_t b, int64_t h, const int64_t* positions, int64_t count, int64_t start, int64_t stop) {
     const int64_t rows = stop - start, padded_rows = round_up(rows, TILE_ROWS);
+    const int64_t *places = a.row_places + b * a.tokens + start, *own = a.row_positions + b * a.tokens + start;
+    const double* weights = a.row_weights ? a.row_weights + b * a.tokens + start : nullptr;
     // Keys that any query of the block sees, widened to whole panels.
     const int64_t panel = TILE_COLUMNS<T>;
-    const int64_t first = sight.first(positions, count, start, start) / panel * panel;
-    const int64_t last = round_up(sight.last(positions, count, stop - 1, stop), panel);
+    const int64_t first = sight.first(positions, count, places[0], places[0]) / panel * panel;
+    const int64_t last = round_up(sight.last(positions, count, places[rows - 1], places[rows - 1] + 1), panel);
     const int64_t width = last - first;
 
     const Source& source = a.student_query;
-    pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], positions + start, rows, padded_rows,
+    pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], own, rows, padded_rows,
                  a.student_width, layout.student_row_width, T(a.student_scale * score_unit(a)), query);
     interleave_rows(query, layout.student_row_width, padded_rows, a.student_width, query_tiles);
-    product_of_scores(query_tiles, panels_s, a.student_width, first, last, padded_rows, scores_s);
-    pack_teacher(b, h, positions + start, rows, padded_rows);
-    product_of_scores(teacher_tiles, panels_t, a.teacher_width, first, last, padded_rows, scores_t);
+    product_of_scores(query_tiles, panels_s, a.student_width, places, first, last, rows, scores_s);
+    pack_teacher(b, h, own, rows, padded_rows);
+    product_of_scores(teacher_tiles, panels_t, a.teacher_width, places, first, last, rows, scores_t);
 
     const bool gradient = a.d_query || a.d_key;
     double value = 0;
-    int64_t row_first = start, row_last = start;
-    for (int64_t i = start; i < stop; ++i) {
-      T *s = scores_s + (i - start) * layout.score_stride, *t = scores_t + (i - start) * layout.score_stride;
-      row_first = sight.first(positions, count, i, row_first);
-      row_last = sight.last(positions, count, i, row_last);
-      sight.hide(b, positions, i, first, last, row_first, row_last, s, t);
+    int64_t row_first = places[0], row_last = places[0];
+    for (int64_t i = 0; i < rows; ++i) {
+      T *s = scores_s + i * layout.score_stride, *t = scores_t + i * layout.score_stride;
+      row_first = sight.first(positions, count, places[i], row_first);
+      row_last = sight.last(positions, count, places[i], row_last);
+      sight.hide(b, positions, places[i], first, last, row_first, row_last, s, t);
+      double of_row;
       if (a.divergence == Divergence::kl)
-        value += row<T, Divergence::kl>(s, t, width, gradient);
+        of_row = row<T, Divergence::kl>(s, t, width, gradient);
       else if (a.divergence == Divergence::mse)
-        value += row<T, Divergence::mse>(s, t, width, gradient);
+        of_row = row<T, Divergence::mse>(s, t, width, gradient);
       else
-        value += row<T, Divergence::score_mse>(s, t, width, gradient);
+        of_row = row<T, Divergence::score_mse>(s, t, width, gradient);
+      value += weights ? weights[i] * of_row : of_row;
+      if (weights && gradient)
+        for (int64_t j = 0; j < width; j += lanes<T>) store(s + j, load(s + j) * T(weights[i]));
     }
     if (!gradient) return value;
     for (int64_t i = rows; i < padded_rows; ++i)
       memset(scores_s + i * layout.score_stride, 0, size_t(width) * sizeof(T));
 
     if (a.d_query) {
-      query_gradient(first, last, padded_rows);
+      query_gradient(places, first, last, rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = (b * a.heads + h) * a.tokens + positions[start + i];
+        const int64_t row = (b * a.heads + h) * a.tokens + own[i];
         write_run<T>(a.d_query, a.d_query_type, row * a.student_width, a.student_width,
                      T(a.student_scale * a.coefficient), d_query + i * layout.student_tile_width);
       }
     }
-    if (a.d_key) key_gradient(first, last, padded_rows);
+    if (a.d_key) key_gradient(places, first, last, rows, padded_rows);
     return value;
   }
 
@@ -186,22 +193,30 @@ class Task {
     }
   }
 
-  void product_of_scores(const T* tiles, const T* panels, int64_t depth, int64_t first, int64_t last, int64_t rows,
-                         T* scores) const {
+  // The one after the last key that any of TILE_ROWS rows from i on sees by causal order, of keys up to `last`.
+  int64_t end_of_tile(const int64_t* places, int64_t i, int64_t rows, int64_t last) const {
+    return a.causal ? smaller(last, places[smaller(i + TILE_ROWS, rows) - 1] + 1) : last;
+  }
+
+  // Where causal order leaves no pair of a tile its scores are not written: `hide` does that.
+  void product_of_scores(const T* tiles, const T* panels, int64_t depth, const int64_t* places, int64_t first,
+                         int64_t last, int64_t rows, T* scores) const {
     const int64_t panel = TILE_COLUMNS<T>;
     for (int64_t j = first; j < last; j += panel)
       for (int64_t i = 0; i < rows; i += TILE_ROWS)
-        tile<T, false>(depth, tiles + i * depth, TILE_ROWS, 1, panels + j * depth, panel,
-                       scores + i * layout.score_stride + (j - first), layout.score_stride);
+        if (j < end_of_tile(places, i, rows, last))
+          tile<T, false>(depth, tiles + i * depth, TILE_ROWS, 1, panels + j * depth, panel,
+                         scores + i * layout.score_stride + (j - first), layout.score_stride);
   }
 
   // dQ = dS K, keys in blocks that stay in the cache.
-  void query_gradient(int64_t first, int64_t last, int64_t rows) const {
+  void query_gradient(const int64_t* places, int64_t first, int64_t last, int64_t rows) const {
     const int64_t width = layout.student_tile_width;
     for (int64_t j = first; j < last; j += KEY_BLOCK) {
-      const int64_t depth = smaller(KEY_BLOCK, last - j);
       for (int64_t d = 0; d < width; d += TILE_COLUMNS<T>)
         for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+          const int64_t depth = smaller(KEY_BLOCK, end_of_tile(places, i, rows, last) - j);
+          if (depth <= 0) continue;
           const T* left = scores_s + i * layout.score_stride + (j - first);
           T* out = d_query + i * width + d;
           if (j == first)
@@ -213,12 +228,16 @@ class Task {
   }
 
   // dKᵀ += Qᵀ dS, a panel of keys at a time.
-  void key_gradient(int64_t first, int64_t last, int64_t rows) const {
+  void key_gradient(const int64_t* places, int64_t first, int64_t last, int64_t rows, int64_t padded_rows) const {
     const int64_t panel = TILE_COLUMNS<T>, width = layout.student_row_width;
-    for (int64_t j = first; j < last; j += panel)
+    int64_t from = 0;  // rows before it see none of the panel's keys
+    for (int64_t j = first; j < last; j += panel) {
+      while (a.causal && from < rows && places[from] < j) ++from;
       for (int64_t d = 0; d < width; d += TILE_ROWS)
-        tile<T, true>(rows, query + d, width, 1, scores_s + (j - first), layout.score_stride,
+        tile<T, true>(padded_rows - from, query + from * width + d, width, 1,
+                      scores_s + from * layout.score_stride + (j - first), layout.score_stride,
                       d_key + j * width + d * panel, panel);
+    }
   }
 
   const AttentionArguments& a;

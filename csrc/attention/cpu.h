@@ -13,13 +13,18 @@ struct AttentionArguments {
   // Valid tokens of each sequence, in order: positions[b · tokens + i], i < counts[b].
   const int64_t* positions;
   const int64_t* counts;
-  const int64_t* segments;  // (B, N) or null
+  // Queries that are compared, ascending: place among the valid tokens and position, at b · tokens + i, i < row_counts[b].
+  const int64_t* row_places;
+  const int64_t* row_positions;
+  const int64_t* row_counts;
+  const double* row_weights;  // of their sums and gradients; null: 1
+  const int64_t* segments;    // (B, N) or null
   Divergence divergence;
   bool causal;
   int64_t window;  // keys at distance < window count
   double student_scale, teacher_scale;
   double coefficient;  // of the gradients
-  // Contiguous, zero at masked tokens beforehand; null where no gradient is wanted.
+  // Contiguous, d_query zero beforehand where no row is, d_key at masked tokens; null where no gradient is wanted.
   void* d_query;
   void* d_key;
   Type d_query_type, d_key_type;

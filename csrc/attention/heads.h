@@ -13,17 +13,17 @@ void run_task(const AttentionArguments& a, Kernel& kernel, int64_t task) {
   const int64_t share = task % a.shares, key_head = task / a.shares % a.student_kv_heads;
   const int64_t b = task / a.shares / a.student_kv_heads;
   const int64_t* positions = a.positions + b * a.tokens;
-  const int64_t count = a.counts[b], group = a.heads / a.student_kv_heads;
+  const int64_t count = a.counts[b], rows = a.row_counts[b], group = a.heads / a.student_kv_heads;
   kernel.begin(task, b, key_head, positions, count);
   double value = 0;
   int64_t packed_teacher = -1;
-  for (int64_t h = key_head * group; count > 0 && h < (key_head + 1) * group; ++h) {
+  for (int64_t h = key_head * group; rows > 0 && h < (key_head + 1) * group; ++h) {
     const int64_t teacher_head = h / (a.heads / a.teacher_kv_heads);
     if (teacher_head != packed_teacher) kernel.pack_teacher_key(b, teacher_head, positions, count);
     packed_teacher = teacher_head;
     // Shares take every so-many-th block: with causal order later blocks cost more.
-    for (int64_t start = share * BLOCK_ROWS; start < count; start += a.shares * BLOCK_ROWS)
-      value += kernel.block(b, h, positions, count, start, smaller(start + BLOCK_ROWS, count));
+    for (int64_t start = share * BLOCK_ROWS; start < rows; start += a.shares * BLOCK_ROWS)
+      value += kernel.block(b, h, positions, count, start, smaller(start + BLOCK_ROWS, rows));
   }
   a.values[task] = value;
   if (a.d_key && a.shares == 1) kernel.write_key(b, key_head, positions, count);

@@ -112,34 +112,36 @@ class PairTask {
 
   double block(int64_t b, int64_t h, const int64_t* positions, int64_t count, int64_t start, int64_t stop) {
     const int64_t rows = stop - start, padded_rows = round_up(rows, 8);
-    const int64_t first = sight.first(positions, count, start, start) / 32 * 32;
-    const int64_t last = round_up(sight.last(positions, count, stop - 1, stop), 32);
+    const int64_t *places = a.row_places + b * a.tokens + start, *own = a.row_positions + b * a.tokens + start;
+    const double* weights = a.row_weights ? a.row_weights + b * a.tokens + start : nullptr;
+    const int64_t first = sight.first(positions, count, places[0], places[0]) / 32 * 32;
+    const int64_t last = round_up(sight.last(positions, count, places[rows - 1], places[rows - 1] + 1), 32);
     const int64_t base_s = b * a.student_query.stride[0] + h * a.student_query.stride[1];
     const int64_t base_t = b * a.teacher_query.stride[0] + h * a.teacher_query.stride[1];
-    pack_rows(a.student_query, base_s, positions + start, rows, padded_rows, a.student_width, query_s);
-    pack_rows(a.teacher_query, base_t, positions + start, rows, padded_rows, a.teacher_width, query_t);
+    pack_rows(a.student_query, base_s, own, rows, padded_rows, a.student_width, query_s);
+    pack_rows(a.teacher_query, base_t, own, rows, padded_rows, a.teacher_width, query_t);
     const double unit = score_unit(a);
     scores(query_s, panels_s, layout.depth_s, first, last, padded_rows, float(a.student_scale * unit), scores_s);
     scores(query_t, panels_t, layout.depth_t, first, last, padded_rows, float(a.teacher_scale * unit), scores_t);
 
     double value;
     if (a.divergence == Divergence::kl)
-      value = slopes<Divergence::kl>(b, positions, count, start, rows, padded_rows, first, last);
+      value = slopes<Divergence::kl>(b, positions, count, places, weights, rows, padded_rows, first, last);
     else if (a.divergence == Divergence::mse)
-      value = slopes<Divergence::mse>(b, positions, count, start, rows, padded_rows, first, last);
+      value = slopes<Divergence::mse>(b, positions, count, places, weights, rows, padded_rows, first, last);
     else
-      value = slopes<Divergence::score_mse>(b, positions, count, start, rows, padded_rows, first, last);
+      value = slopes<Divergence::score_mse>(b, positions, count, places, weights, rows, padded_rows, first, last);
 
     if (a.d_query) {
       query_gradient(first, last, padded_rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = (b * a.heads + h) * a.tokens + positions[start + i];
+        const int64_t row = (b * a.heads + h) * a.tokens + own[i];
         write_run<float>(a.d_query, a.d_query_type, row * a.student_width, a.student_width,
                          float(a.student_scale * a.coefficient), d_query + i * layout.tile_width);
       }
     }
     if (a.d_key) {
-      pack_pairs(a.student_query, base_s, positions + start, rows, padded_rows, a.student_width, layout.row_width,
+      pack_pairs(a.student_query, base_s, own, rows, padded_rows, a.student_width, layout.row_width,
                  query_pairs);
       key_gradient(first, last, padded_rows);
     }
@@ -204,11 +206,11 @@ class PairTask {
   // Value of the rows. Leaves dS twice, each over scores that have been read: as rows of key pairs in scores_s,
   // and as rows of query pairs in every other row of scores_t.
   template <Divergence D>
-  double slopes(int64_t b, const int64_t* positions, int64_t count, int64_t start, int64_t rows, int64_t padded_rows,
-                int64_t first, int64_t last) const {
+  double slopes(int64_t b, const int64_t* positions, int64_t count, const int64_t* places, const double* weights,
+                int64_t rows, int64_t padded_rows, int64_t first, int64_t last) const {
     const int64_t width = last - first;
     const bool gradient = a.d_query || a.d_key;
-    int64_t row_first = start, row_last = start;
+    int64_t row_first = places[0], row_last = places[0];
     double value = 0;
     // Key j of the even row beside key j of the odd one, keys 0 to 15 and 16 to 31.
     alignas(64) uint16_t low[32], high[32];
@@ -218,19 +220,22 @@ class PairTask {
       float *s = scores_s + i * layout.score_stride, *t = scores_t + i * layout.score_stride;
       // A row of padding has scores 0; factors 0 make its dS 0.
       RowFactors<float> factors[2] = {};
+      double weight[2] = {1, 1};
       for (int64_t r = 0; r < 2 && i + r < rows; ++r) {
+        if (weights) weight[r] = weights[i + r];
         float *row_s = s + r * layout.score_stride, *row_t = t + r * layout.score_stride;
-        row_first = sight.first(positions, count, start + i + r, row_first);
-        row_last = sight.last(positions, count, start + i + r, row_last);
-        sight.hide(b, positions, start + i + r, first, last, row_first, row_last, row_s, row_t);
-        value += prepare_row<float, D>(row_s, row_t, width, &factors[r]);
+        row_first = sight.first(positions, count, places[i + r], row_first);
+        row_last = sight.last(positions, count, places[i + r], row_last);
+        sight.hide(b, positions, places[i + r], first, last, row_first, row_last, row_s, row_t);
+        value += weight[r] * prepare_row<float, D>(row_s, row_t, width, &factors[r]);
       }
       if (D == Divergence::kl && !gradient) continue;
       float *s1 = s + layout.score_stride, *t1 = t + layout.score_stride;
-      Vec<float> squares{};
+      Vec<float> squares[2] = {};
+      const float times[2] = {float(weight[0]), float(weight[1])};
       for (int64_t j = 0; j < width; j += 32) {
         const auto of = [&](const float* x, const float* y, int64_t r) {
-          return (__m512)slope<float, D>(load(x), load(y), factors[r], squares);
+          return (__m512)(slope<float, D>(load(x), load(y), factors[r], squares[r]) * times[r]);
         };
         const __m512 a0 = of(s + j, t + j, 0), a1 = of(s + j + 16, t + j + 16, 0);
         const __m512 b0 = of(s1 + j, t1 + j, 1), b1 = of(s1 + j + 16, t1 + j + 16, 1);
@@ -240,7 +245,7 @@ class PairTask {
         _mm512_storeu_si512(t + j, _mm512_permutex2var_epi16(upper, even, lower));
         _mm512_storeu_si512(t + j + 16, _mm512_permutex2var_epi16(upper, odd, lower));
       }
-      value += double(sum_lanes<float>(squares));
+      for (int r = 0; r < 2; ++r) value += weight[r] * double(sum_lanes<float>(squares[r]));
     }
     return value;
   }

@@ -41,8 +41,10 @@ def attention_call(
     mean_heads: bool = False,
     lse: bool = False,
     gradient: bool = True,
+    chosen: int = 0,
 ) -> None:
-    query = _empty(2, 4, tokens, width, dtype=dtype)
+    """Launch the kernels of a call. chosen: so many rows of each sequence are compared; 0: all."""
+    query = _empty(2, 4, chosen or tokens, width, dtype=dtype)
     key = _empty(2, 4 if plan == "row, own keys" else 2, tokens, width, dtype=dtype)
     mask = _empty(2, tokens, dtype=torch.bool) if conditions else None
     rows = _empty(2, 4, tokens) if lse else None
@@ -56,6 +58,8 @@ def attention_call(
             key,
             mask,
             None,
+            _empty(2, chosen, dtype=torch.int64) if chosen else None,
+            _empty(2, chosen) if chosen else None,
             rows,
             rows,
             _empty(),
@@ -90,6 +94,11 @@ def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], N
                                 f"{label} N{tokens} {plan}",
                                 functools.partial(given, plan=plan, tokens=tokens),
                             )
+            for divergence in ("kl", "mse") if name == "bf16" and width in (64, 128) else ():
+                call = functools.partial(attention_call, dtype, width, divergence, tokens=1024, chosen=256)
+                for plan in ("merged", "sweeps"):
+                    given = functools.partial(call, plan=plan, conditions=True)
+                    yield f"{name} D{width} {divergence} chosen rows {plan}", given
             lse = functools.partial(
                 attention_call, dtype, width, "kl", tokens=1024, conditions=True, lse=True
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,18 @@ def vocabulary_total(**arguments) -> Tensor:
     return ops.vocabulary_losses(**arguments, weights=WEIGHTS).total
 
 
+def with_rows(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return an operator that takes its rows as two tensors, row_index and row_weights, both optional."""
+
+    def call(*given, row_index: Tensor | None = None, row_weights: Tensor | None = None, **options) -> Tensor:
+        return function(*given, rows=None if row_index is None else (row_index, row_weights), **options)
+
+    return call
+
+
 FUNCTIONS = {
-    "attention": ops.attention_alignment,
-    "pairwise": ops.pairwise_alignment,
+    "attention": with_rows(ops.attention_alignment),
+    "pairwise": with_rows(ops.pairwise_alignment),
     "hidden": ops.hidden_alignment,
     "soft-label": ops.soft_label_alignment,
     "cross-entropy": ops.token_cross_entropy,
@@ -77,6 +86,13 @@ def _ragged(batch: int, tokens: int) -> Tensor:
     return torch.arange(tokens)[None, :] < lengths[:, None]
 
 
+def _rows(batch: int, tokens: int, rows: int) -> dict[str, Tensor]:
+    """Positions in no order, some twice and some none, with weights."""
+    generator = torch.Generator().manual_seed(7)
+    index = torch.randint(-1, tokens, (batch, rows), generator=generator)
+    return {"row_index": index, "row_weights": _normal(batch, rows, seed=8).abs()}
+
+
 def attention_tensors(
     batch=2, heads=4, tokens=33, width=16, *, kv=None, t_heads=None, t_kv=None, t_width=None, peak=1.0
 ) -> dict[str, Tensor]:
@@ -113,10 +129,16 @@ def attention_cases() -> Iterator[Case]:
             ("one-token", attention_tensors(tokens=1), {}),
             ("odd-width", attention_tensors(heads=3, tokens=67, width=13, t_width=7), {}),
             ("long", attention_tensors(batch=1, heads=1, tokens=299), {"causal": True}),
+            ("rows", attention_tensors(tokens=131, kv=2), _rows(2, 131, 70)),
+            (
+                "rows-packed",
+                attention_tensors(kv=2, t_kv=1),
+                {**_rows(2, 33, 9), "segments": segments, "mask": scattered, "causal": True, "window": 4},
+            ),
         ]
         for name, tensors, options in variants:
             tensors = dict(tensors)
-            for key in ("mask", "segments"):
+            for key in ("mask", "segments", "row_index", "row_weights"):
                 if key in options:
                     tensors[key] = options[key]
             options = {k: v for k, v in options.items() if k not in tensors} | {"divergence": divergence}
@@ -141,6 +163,7 @@ def attention_cases() -> Iterator[Case]:
                 ),
                 "-peaked": (attention_tensors(heads=2, t_heads=4, tokens=70, peak=12.0), {"window": 9}),
                 "-one-token": (attention_tensors(heads=2, t_heads=4, tokens=1), {}),
+                "-rows": ({**attention_tensors(t_heads=8), **_rows(2, 33, 9)}, {"causal": True}),
             }
             for name, (tensors, options) in grouped.items():
                 options = {"divergence": divergence, "heads": "group", **options}
@@ -166,6 +189,9 @@ def pairwise_cases() -> Iterator[Case]:
             if tokens > 1:
                 masked = {**tensors, "mask": _ragged(batch, tokens)}
                 yield Case("pairwise", f"{relation}-{name}-ragged", masked, options, cancels)
+                if relation != "distance":
+                    chosen = {**masked, **_rows(batch, tokens, tokens // 2)}
+                    yield Case("pairwise", f"{relation}-{name}-rows", chosen, options, cancels)
         weighted = {**tensors, "weights": _normal(1, 67, seed=2).abs(), "mask": _ragged(1, 67)}
         yield Case("pairwise", f"{relation}-weighted", weighted, {**options, "reduction": "sum"}, cancels)
         repeated = _normal(2, 20, 8, seed=0)

@@ -248,7 +248,7 @@ def tile_calls(
         work = attention_work(**options | conditions, dtype=torch.bfloat16)
         tensors = [x.detach() for x in list(work.tensors.values())[:4]]
         scale, one = tensors[0].shape[3] ** -0.5, torch.ones((), device=device())
-        given = triton_schedule.arguments(tensors, pairs_of(work), "kl", scale, scale, "match", one)
+        given = triton_schedule.arguments(tensors, pairs_of(work), None, "kl", scale, scale, "match", one)
         calls.append(functools.partial(triton_schedule.run, *given[:-1], plan, True, True))
         if not conditions:
             plain = tensors

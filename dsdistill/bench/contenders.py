@@ -31,6 +31,8 @@ def present(operator: str, options: dict, dtype: str) -> set[str]:
         found |= {"sdpa", "flex"}
         found |= {"eager-half"} if dtype != "float32" else set()
         found |= set(PLANS) if "triton" in found else set()
+    if options.get("rows"):  # the others compare all
+        found -= {"triton", *PLANS, "eager-half", "sdpa", "flex"}
     if operator in HEADS:
         found.discard("cpp")
         if options.get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):

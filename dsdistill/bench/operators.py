@@ -212,8 +212,8 @@ def run_bench(
         operator: "attention", "pairwise", "hidden", "soft-label" or "vocabulary".
         options: sizes and choices of the measured call, all optional; `--shapes NAME=VALUE,...` on the command line:
             attention   batch, heads, tokens, width, divergence (kl, mse, score_mse), causal, masked, packed,
-                        group (query heads that share a key head)
-            pairwise    batch, tokens, width, relation (cosine, dot, distance)
+                        group (query heads that share a key head), rows (queries compared; default: all)
+            pairwise    batch, tokens, width, relation (cosine, dot, distance), rows (default: all)
             hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
             soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
             vocabulary  the same: task and soft labels together

@@ -59,12 +59,12 @@ def one_step(loss: Callable[[Batch], Tensor], batch: Batch) -> None:
 
 def measure(
     sizes: Sizes, arms: Sequence[str], dtype: str, repeats: int, seconds: float
-) -> tuple[dict[tuple[int, int], dict[str, tuple[float, float]]], dict[str, list[str]]]:
-    """Median (wall, processor) seconds of a step by point and arm, and the backends that the operators took.
+) -> tuple[dict[tuple[int, int], dict[str, list[tuple[float, float]]]], dict[str, list[str]]]:
+    """(wall, processor) seconds of each round's step by point and arm, and the backends that the operators took.
 
     Arms in turn, there and back. seconds: after which no further repeat of a point begins.
     """
-    device, medians, made, built = torch.device(operators.device()), {}, {}, None
+    device, rounds, made, built = torch.device(operators.device()), {}, {}, None
     for tokens, mapped in points(sizes):
         _progress(f"{tokens} tokens, {mapped} layers mapped: {', '.join(arms)}")
         if built != mapped:  # a contender's layers are fixed when it is made
@@ -85,11 +85,18 @@ def measure(
                 started = time.process_time()
                 wall = operators.seconds_of(calls[arm])
                 times[arm].append((wall, time.process_time() - started))
-        medians[tokens, mapped] = {
-            arm: tuple(map(statistics.median, zip(*values, strict=True))) for arm, values in times.items()
-        }
+        rounds[tokens, mapped] = times
     objective = next((module.objective for arm, (module, _) in made.items() if arm in LEVELS[1:]), None)
-    return medians, objective.backends if objective is not None else {}
+    return rounds, objective.backends if objective is not None else {}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return between which of the values their median lies in 95 of 100 samples, by its rank; both ends for few."""
+    ordered = sorted(values)
+    left = max(
+        0, int(len(ordered) / 2 - 0.98 * len(ordered) ** 0.5)
+    )  # of a binomial distribution, as a normal one
+    return ordered[left], ordered[-1 - left]
 
 
 def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
@@ -172,7 +179,10 @@ def run_step(
         _progress(f"memory: {arm}")
         peaks[arm] = peak_memory(arm, sizes, dtype)
     rows = []
-    for index, ((tokens, mapped), medians) in enumerate(times.items()):
+    for index, ((tokens, mapped), rounds) in enumerate(times.items()):
+        medians = {
+            arm: tuple(map(statistics.median, zip(*values, strict=True))) for arm, values in rounds.items()
+        }
         floor = peaks[FLOOR] and peaks[FLOOR][index]
         for arm in names:
             peak = peaks[arm] and peaks[arm][index]
@@ -180,6 +190,9 @@ def run_step(
             wall, processor = (x / y for x, y in zip(medians[FLOOR], medians[arm], strict=True))
             row = {"arm": arm, "tokens": tokens, "mapped": mapped, "seconds": medians[arm][0]}
             row |= {"tokens_per_second": count / medians[arm][0], "vs_logits": wall}
+            row["vs_logits_95"] = interval(
+                [x[0] / y[0] for x, y in zip(rounds[FLOOR], rounds[arm], strict=True)]
+            )
             # Steadier where others use the machine; of several threads it counts their waiting too.
             row["vs_logits_cpu"] = processor if operators.device() == "cpu" else None
             row |= {"memory_mib": peak, "memory_vs_logits": peak and floor and peak / floor}
@@ -236,14 +249,18 @@ def _print(report: dict) -> None:
         end="",
     )
     print(f"{report['dtype']}, {sizes['step']} tokens a step; operators: {report['backends']}")
+    if sizes["rows"]:
+        print(f"attention and pairwise compare {sizes['rows']} rows of a sequence, all of shorter ones")
     print("hidden, attention, pairwise: each with all levels before it; eager, textbrewer: up to attention")
-    titles = ("tokens", "mapped", "tokens/s", "vs logits", "CPU time", "peak MiB", "vs logits")
-    print(f"{'':10}", *(f"{title:>9}" for title in titles))
+    titles = ("tokens", "mapped", "tokens/s", "vs logits", "95%", "CPU time", "peak MiB", "vs logits")
+    print(f"{'':10}", *(f"{title:>{13 if title == '95%' else 9}}" for title in titles))
     for row in report["rows"]:
         peak, ratios = row["memory_mib"], (row["vs_logits"], row["vs_logits_cpu"], row["memory_vs_logits"])
         wall, processor, memory = ("–" if ratio is None else f"{ratio:.2f}×" for ratio in ratios)
         print(f"{row['arm']:10} {row['tokens']:9} {row['mapped']:9} {row['tokens_per_second']:9.0f} ", end="")
-        print(f"{wall:>9} {processor:>9} {'–' if peak is None else f'{peak:.0f}':>9} {memory:>9}")
+        low, high = row["vs_logits_95"]
+        size = "–" if peak is None else f"{peak:.0f}"
+        print(f"{wall:>9} {f'{low:.3f}–{high:.3f}':>13} {processor:>9} {size:>9} {memory:>9}")
 
 
 def _plot(report: dict, path: str | Path) -> None:

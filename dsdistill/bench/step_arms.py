@@ -49,6 +49,7 @@ class Sizes:
     vocabulary: int = 30522
     tokens: int = 512  # the longest sequence
     step: int = 2048  # tokens of a step
+    rows: int = 0  # of a sequence that attention and pairwise compare; 0: all
     task: ClassVar[str] = "classification"
 
     def models(self) -> tuple[PretrainedConfig, PretrainedConfig]:
@@ -120,13 +121,14 @@ class Decoders(Sizes):
         return dataclasses.replace(plain, labels=plain.input_ids, counted=counted).to(device)
 
 
-def terms(level: str, pairs: tuple[tuple[int, int], ...]) -> dict[str, dict]:
+def terms(level: str, pairs: tuple[tuple[int, int], ...], rows: int) -> dict[str, dict]:
     layers = [list(pair) for pair in pairs]
+    sampled = {"layers": layers, "rows": rows or None}
     all_terms = {
         "logits": {"soft_label": {"temperature": TEMPERATURE}},
         "hidden": {"hidden": {"layers": layers}},
-        "attention": {"attention": {"layers": layers}},
-        "pairwise": {"pairwise": {"layers": layers}},
+        "attention": {"attention": sampled},
+        "pairwise": {"pairwise": sampled},
     }
     chosen = LEVELS[: LEVELS.index(level) + 1]
     return {name: term for part in chosen for name, term in all_terms[part].items()}
@@ -143,7 +145,7 @@ def engine_step(
             "run": {"seed": TEACHER_SEED},
             "teacher": {"config": {"model_type": "bert"}, "zero_stage": 0},
             "student": {"config": {"model_type": "bert"}},
-            "terms": terms(level, sizes.pairs(mapped)),
+            "terms": terms(level, sizes.pairs(mapped), sizes.rows),
             "train": {"dtype": precision},
         }
     )

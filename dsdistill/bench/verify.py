@@ -41,6 +41,7 @@ INTERPRETED = {
     "kl-packed",
     "mse-grouped-ragged",
     "kl-mean-heads-masked",
+    "kl-rows-packed",
     "cosine-odd-ragged",
     "distance-odd-ragged",
     "mse-bias",
@@ -63,7 +64,7 @@ def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity"
         return True
     if dtype == torch.float64:
         return False
-    if case.options.get("heads") == "group":
+    if case.options.get("heads") == "group" or (case.operator == "pairwise" and "row_index" in case.tensors):
         return False
     if backend == "cuda":
         return case.operator == "hidden"
@@ -145,7 +146,7 @@ def own_size(case: Case) -> float:
     students = STUDENT[case.operator]
     for zeroed in (lambda name: name in students, lambda name: name not in students):
         tensors = {
-            k: torch.zeros_like(v) if v.is_floating_point() and k != "weights" and zeroed(k) else v
+            k: torch.zeros_like(v) if v.is_floating_point() and "weights" not in k and zeroed(k) else v
             for k, v in case.tensors.items()
         }
         total += evaluate(dataclasses.replace(case, tensors=tensors), "reference")[0].item()

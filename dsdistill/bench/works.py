@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsdistill.alignment.drawn import stratified
 from dsdistill.bench.cases import FUNCTIONS
 
 
@@ -57,9 +58,13 @@ def attention_work(
     masked=False,
     packed=False,
     group=1,
+    rows=0,
     dtype=torch.float32,
 ):
-    """masked: sequences from whole to half as long. packed: three documents a sequence. group: heads of a key head."""
+    """masked: sequences from whole to half as long. packed: three documents a sequence. group: heads of a key head.
+
+    rows: queries of a sequence that are compared, one from each part of it; 0: all.
+    """
     query, teacher_query = (randn(batch, heads, tokens, width).to(dtype) for _ in range(2))
     key, teacher_key = (randn(batch, heads // group, tokens, width).to(dtype) for _ in range(2))
     lengths = [tokens - i * tokens // (2 * batch) if masked else tokens for i in range(batch)]
@@ -71,7 +76,15 @@ def attention_work(
         conditions["mask"] = places < torch.tensor(lengths, device=device())[:, None]
     if packed:
         conditions["segments"] = (places >= cuts[1]).int() + (places >= cuts[2]).int()
-    flags = {"causal": causal, "masked": masked, "packed": packed, f"group {group}": group > 1}
+    if rows:
+        conditions["row_index"] = drawn(lengths, rows)
+    flags = {
+        "causal": causal,
+        "masked": masked,
+        "packed": packed,
+        f"group {group}": group > 1,
+        f"R{rows}": rows > 0,
+    }
     label = f"{divergence} B{batch} H{heads} N{tokens} D{width}"
     return Work(
         "attention",
@@ -80,21 +93,36 @@ def attention_work(
         (teacher_query, teacher_key, *conditions.values()),
         ("student_query", "student_key", "teacher_query", "teacher_key", *conditions),
         {"divergence": divergence, "causal": causal},
-        8 * heads * width * sum(n * (n + 1) / 2 if causal else n**2 for n in parts),
+        8 * heads * width * sum(n * (n + 1) / 2 if causal else n**2 for n in parts) * share_of(lengths, rows),
         3 * (query.numel() + key.numel()) * query.element_size(),
     )
 
 
-def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", dtype=torch.float32):
+def drawn(lengths: list[int], rows: int) -> Tensor:
+    """Return (B, R) positions, drawn as a step draws them."""
+    counts = torch.tensor(lengths)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(2**31, (len(lengths), rows), generator=generator) % counts
+    return stratified(offsets, counts).to(device())
+
+
+def share_of(lengths: list[int], rows: int) -> float:
+    """Return which share of the rows of sequences is compared."""
+    return sum(min(rows, n) for n in lengths) / sum(lengths) if rows else 1.0
+
+
+def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", rows=0, dtype=torch.float32):
+    """rows: as those of attention."""
+    chosen = {"row_index": drawn([tokens] * batch, rows)} if rows else {}
     student, teacher = (randn(batch, tokens, width).to(dtype) for _ in range(2))
     return Work(
         "pairwise",
-        f"{relation} B{batch} N{tokens} D{width}",
+        f"{relation} B{batch} N{tokens} D{width}" + (f" R{rows}" if rows else ""),
         (student.requires_grad_(),),
-        (teacher,),
-        ("student", "teacher"),
+        (teacher, *chosen.values()),
+        ("student", "teacher", *chosen),
         {"relation": relation},
-        8 * batch * tokens**2 * width,
+        8 * batch * tokens**2 * width * share_of([tokens], rows),
         3 * student.numel() * student.element_size(),
     )
 

@@ -225,6 +225,11 @@ class Attention(Layered):
         description="heads joined and split anew into this many (MiniLMv2): a number, one for each of query, key and "
         "value, or auto, as many as the student has or the next fewer that divide both widths; default: as they are",
     )
+    rows: Positive | None = Field(
+        default=None,
+        description="rows (queries) of a sequence, or of a packed row, that training compares, drawn anew each step, "
+        "one from each part of it; such as 256; evaluation compares all; default: all",
+    )
 
 
 class Pairwise(Layered, States):
@@ -237,6 +242,11 @@ class Pairwise(Layered, States):
     )
     center: bool = Field(
         default=False, description="take the mean of a sequence's tokens off first, of both models (L_struct)"
+    )
+    rows: Positive | None = Field(
+        default=None,
+        description="tokens of a sequence that training relates to all of it, drawn anew each step as those of "
+        "attention; not with distance; default: all",
     )
 
 

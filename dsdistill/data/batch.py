@@ -41,6 +41,10 @@ class Batch:
     # evaluation.
     chance: Tensor | None = None
 
+    # (B,) int64 in [0, 2³²): each row's draw of this step, for terms that compare some tokens of a row alone; None in
+    # evaluation, and where a loop of somebody's own made the batch.
+    draw: Tensor | None = None
+
     # (K,) int64, ascending: flat places b·N + n of the tokens that a language model is to predict. causal_lm: n ≥ 1,
     # and none is the first of a packed document; both tasks: the token is valid and has a label. The loader finds them
     # on the host, since finding them on a GPU would wait for it. None: not a language task, or nobody has found them.
@@ -100,8 +104,11 @@ class Batch:
                 [self.owners[first], spans[:, 1] - shift, spans[:, 2] - shift, spans[:, 3]], dim=1
             )
         labels = None if self.labels is None else laid(self.labels, NO_LABEL)
-        ids = laid(self.input_ids, 0)
-        return Batch(ids, mask, labels, None, self.ids, self.index, spans, self.chance)
+        ids, draw = laid(self.input_ids, 0), None
+        if self.draw is not None:  # of a row, by where in it the document begins
+            tokens = self.input_ids.shape[1]
+            draw = (self.draw[places[:, 0] // tokens] + places[:, 0] % tokens) % 2**32
+        return Batch(ids, mask, labels, None, self.ids, self.index, spans, self.chance, draw)
 
     @property
     def _positions(self) -> Tensor:

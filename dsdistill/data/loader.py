@@ -20,7 +20,7 @@ from dsdistill.data.collate import Set, collate
 from dsdistill.data.mixture import Mixture
 from dsdistill.data.samplers import Sampler
 
-_CHANCE = 4  # stream of random numbers
+_CHANCE, _ROWS = 4, 5  # streams of random numbers
 POOL = 50  # steps whose examples are sorted by length together
 
 
@@ -108,17 +108,26 @@ class Loader:
 
         A ragged step is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
         """
+        draws = np.random.default_rng([self.seed, epoch, step, _ROWS])
         examples, rows, epoch = self.drawn(epoch, step)
+        draws = draws.integers(2**32, size=len(rows))
         # Rows of like length share a micro-batch (less padding) and are dealt out to the ranks one by one: the
         # ranks get equally much to do and do not wait for each other.
         # Groups stay together, on whatever ranks.
         if self.sampler is None or not self.sampler.grouped:
             rows = rows[np.argsort(examples.lengths.numpy()[rows], kind="stable")]
-        moments = np.array_split(rows, self.accumulation)
         batches = []
-        for moment in moments:
-            own = moment[self.rank :: self.world_size]
+        for places in np.array_split(np.arange(len(rows)), self.accumulation):
+            mine = places[self.rank :: self.world_size]
+            own = rows[mine]
             batch = collate(examples, own.tolist(), self.pad_id, epoch)
+            # The two texts of a pair are rows of their own.
+            drawn = (
+                np.repeat(draws[mine], len(batch.input_ids) // len(own))
+                if len(own)
+                else np.zeros(1, np.int64)
+            )
+            batch = replace(batch, draw=torch.from_numpy(drawn))
             batches.append(replace(batch, chance=self._drawn(own, batch)) if self.chances else batch)
         return batches
 

@@ -85,6 +85,38 @@ def check_index(index: Tensor | None, mask: Tensor | None, like: Tensor) -> None
     check_device("index", index, like)
 
 
+def check_rows(rows: tuple[Tensor, Tensor | None], shape: tuple[int, int], like: Tensor) -> None:
+    """Raise ValueError unless rows are an index (B, R) int64 and weights of its shape, or None.
+
+    Positions are looked at on a CPU alone, where nothing waits for it; a graph that is traced leaves that out, too.
+    """
+    index, weights = rows
+    if index.dim() != 2 or len(index) != shape[0] or index.dtype != torch.int64:
+        got = f"{tuple(index.shape)} {index.dtype}"
+        raise ValueError(f"rows: got an index {got}, expected ({shape[0]}, R) int64")
+    check_device("rows", index, like)
+    if weights is not None:
+        check_tensor("weights of rows", weights, {"B": shape[0], "R": index.shape[1]}, like=like)
+    seen = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if seen and index.numel() and int(index.max()) >= shape[1]:
+        raise ValueError(f"rows: got position {int(index.max())}, expected at most N − 1 = {shape[1] - 1}")
+
+
+def valid_rows(index: Tensor, mask: Tensor | None) -> Tensor:
+    """Return (B, R) bool, True where an index (B, R) names a token that the mask (B, N) does not hide."""
+    named = index >= 0
+    return named if mask is None else named & mask.gather(1, index.clamp(min=0))
+
+
+def weights_of_rows(index: Tensor, weights: Tensor | None, mask: Tensor | None, tokens: int, dtype) -> Tensor:
+    """Return (B, R), what each row counts: `weights`, or n_b/R_b; 0 where the index is −1 or the token is masked."""
+    counts = valid_rows(index, mask)
+    if weights is None:
+        valid = torch.full_like(index[:, :1], tokens) if mask is None else mask.sum(1, keepdim=True)
+        weights = (valid / counts.sum(1, keepdim=True).clamp(min=1).to(dtype)).expand(index.shape)
+    return weights.detach().to(dtype).masked_fill(~counts, 0)
+
+
 def blocks(starts: range) -> Sequence[int]:
     """Return where the blocks begin that an operator goes through one after the other: all of `starts`."""
     if not _ends_alone or len(starts) <= 3:

@@ -253,6 +253,7 @@ def _batch(config: Config, size: int) -> Batch:
         token_types=torch.zeros_like(ids),
         spans=spans,
         chance=torch.zeros(size),
+        draw=torch.zeros(size, dtype=torch.int64),
         counted=counted,
         pair=pair,
     )

@@ -124,7 +124,7 @@ class Run:
         """Return how far the run has come."""
         if not self.summary.get("finished"):
             return f"at step {self.steps:,}" if self.steps else "begun"
-        return "evaluated" if "evaluated" in self.summary else "finished, not evaluated"
+        return "evaluated" if "evaluated" in self.summary else "finished"
 
 
 def is_run(folder: str) -> bool:

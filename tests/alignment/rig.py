@@ -42,7 +42,8 @@ def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Ba
         labels = torch.randn(len(lengths), generator=generator)
     else:
         labels = torch.randint(0, 3, (len(lengths),), generator=generator)
-    return Batch(ids, mask, labels, index=torch.arange(len(lengths)), spans=make_spans(lengths))
+    draw = torch.randint(2**32, (len(lengths),), generator=generator)
+    return Batch(ids, mask, labels, index=torch.arange(len(lengths)), spans=make_spans(lengths), draw=draw)
 
 
 def make_spans(lengths) -> torch.Tensor:
@@ -68,6 +69,7 @@ def rows(batch: Batch, chosen: list[int]) -> Batch:
         labels[:, :width] if labels.dim() == 2 else labels,
         index=batch.index[chosen],
         spans=torch.cat([torch.empty(0, 4, dtype=torch.int64), *_moved(batch.spans, chosen)]),
+        draw=batch.draw[chosen],
     )
 
 
@@ -99,6 +101,7 @@ def with_filler(batch: Batch, count: int) -> Batch:
         add(batch.labels, NO_LABEL),
         index=add(batch.index, -1),
         spans=batch.spans + torch.tensor([count, 0, 0, 0]),
+        draw=add(batch.draw, 0),
     )
 
 

@@ -41,6 +41,22 @@ CASES = {
         {"task": {}, "domain": {"sequences": 0.0}},  # sequences relate those that meet
         SMALL_BERT,
     ),
+    "bert-rows": (
+        "bert",
+        "classification",
+        ALL_TERMS
+        | {
+            "attention": {"rows": 4, "heads": "mean"},
+            "pairwise": {"rows": 5, "layers": "uniform"},
+        },
+        SMALL_BERT,
+    ),
+    "modernbert-rows": (
+        "modernbert",
+        "classification",
+        ALL_TERMS | {"attention": {"rows": 5, "divergence": "mse", "layers": [[1, 1], [2, 2]]}},
+        {"hidden_size": 24, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "modernbert-mse": (
         "modernbert",
         "classification",

@@ -383,6 +383,25 @@ class TestPairwise:
         with pytest.raises(UserError, match="true with relation: distance"):
             Rig("bert", terms={"pairwise": {"relation": "distance", "center": True}})
 
+    def test_rows_of_distances_are_refused(self):
+        line = "terms.pairwise.rows: got 4 with relation: distance, [^\n]*, expected cosine or dot"
+        with pytest.raises(UserError, match=line):
+            Rig("bert", terms={"pairwise": {"relation": "distance", "rows": 4}})
+
+    @pytest.mark.parametrize("terms", [{"pairwise": {"rows": 3}}, {"attention": {"rows": 3}}])
+    def test_evaluation_takes_all_rows(self, terms):
+        """And training on shorter sequences does, draws or not."""
+        found = []
+        for given in (terms, {name: {} for name in terms}):
+            rig = Rig("bert", terms=given)
+            rig.objective.eval()
+            found.append(rig.step(make_batch("classification"))[0])
+            rig.objective.train()
+            found.append(rig.step(make_batch("classification"))[0])
+            found.append(rig.step(make_batch("classification", (3, 2, 3), width=9))[0])
+        assert found[0] == found[3] and found[2] == pytest.approx(found[5], rel=1e-6)
+        assert found[1] != pytest.approx(found[4], rel=1e-3)
+
 
 class TestObjective:
     def test_weights_and_total(self):

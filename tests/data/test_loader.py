@@ -28,6 +28,29 @@ def loaders(n, world_size, micro_batch_size, seed=3):
     return [Loader(data, 24, micro_batch_size, world_size, rank, seed, PAD) for rank in range(world_size)]
 
 
+@pytest.mark.parametrize("world_size, micro_batch_size", SHARES)
+@pytest.mark.parametrize("n", [61, 96])
+def test_draws_belong_to_steps_and_examples_however_they_are_shared(n, world_size, micro_batch_size):
+    def drawn(ranks, epoch, step):
+        batches = list(itertools.chain(*(rank.step(epoch, step) for rank in ranks)))
+        assert all(batch.draw.shape == batch.rows.shape for batch in batches)
+        pairs = zip(
+            torch.cat([b.index for b in batches]).tolist(),
+            torch.cat([b.draw for b in batches]).tolist(),
+            strict=True,
+        )
+        return {place: draw for place, draw in pairs if place >= 0}
+
+    reference, every = loaders(n, 1, 24), []
+    for epoch, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        # A loader made anew, as a resumed run has it, draws what one that has come there does.
+        found = drawn(loaders(n, world_size, micro_batch_size), epoch, step)
+        assert found == drawn(reference, epoch, step)
+        every += found.values()
+    assert len(set(every)) == len(every) and min(every) >= 0 and max(every) < 2**32
+    assert set(drawn(loaders(n, 1, 24, seed=4), 0, 0).values()).isdisjoint(every)
+
+
 def seen(batches):
     """Places in the data set of the rows that are examples, after checking that each row holds its example."""
     places = []

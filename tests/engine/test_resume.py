@@ -62,7 +62,8 @@ def kill_at(path: Path, run_dir: Path, step: int) -> None:
 
 @pytest.fixture
 def with_dropout(settings):
-    """40 steps with dropout on: a resume must restore each rank's random state too."""
+    """40 steps with dropout and drawn rows: a resume must restore each rank's random state, and draw the same rows."""
+    settings["terms"] |= {"attention": {"rows": 3}, "pairwise": {"layers": "uniform", "rows": 2}}
     settings["student"]["config"] = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     settings["run"] |= {"save_every": 4, "keep": 3}
     settings["train"] |= {"epochs": 8, "micro_batch_size": 2}

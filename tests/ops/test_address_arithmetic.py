@@ -32,7 +32,7 @@ def attend(batch, heads, tokens, mean, plan):
     query, key = empty(batch, heads, tokens, 16, wide=256), empty(batch, heads // 2, tokens, 16, wide=256)
     mask, one = empty(batch, tokens, dtype=torch.bool), empty(1, dtype=torch.float32)[0]
     scales = (0.25, 0.25)
-    attention.run(query, key, query, key, mask, None, None, None, one, 0, *scales, True, 4000, mean, plan, True, True)
+    attention.run(query, key, query, key, mask, *[None] * 5, one, 0, *scales, True, 4000, mean, plan, True, True)
 
 def states(batch, tokens, relation):
     x, weights = empty(batch, tokens, 16, wide=8192), empty(batch, tokens, dtype=torch.float32)

@@ -18,10 +18,14 @@ def test_check(check, case, backend, dtype):
     *(
         f"{d}-{v}"
         for d in ("kl", "mse", "score_mse")
-        for v in ("packed", "grouped-ragged", "odd-width", "causal")
+        for v in ("packed", "grouped-ragged", "odd-width", "causal", "rows", "rows-packed")
     ),
     *(f"{d}-mean-heads-masked" for d in ("kl", "mse")),
-    *(f"{d}-group-heads{v}" for d in ("kl", "mse") for v in ("", "-masked", "-packed", "-one-token")),
+    *(
+        f"{d}-group-heads{v}"
+        for d in ("kl", "mse")
+        for v in ("", "-masked", "-packed", "-one-token", "-rows")
+    ),
 )
 def test_gradcheck(case, backend):
     run_gradcheck(case, backend)

@@ -175,7 +175,7 @@ def test_given_lse_saves_the_statistics_of_kl(plan, divergence, monkeypatch):
     one = torch.ones((), device=DEVICE)
     rest = (one, DIVERGENCE_CODES[divergence], 0.25, 0.25, True, -1, False, plan, True, True)
     seen = kernels_that_run(monkeypatch)
-    found = torch.ops.dsdistill.attention_alignment_triton(*tensors, mask, None, *lse, *rest)
+    found = torch.ops.dsdistill.attention_alignment_triton(*tensors, mask, None, None, None, *lse, *rest)
     assert len(seen) == (1 if plan == "merged" else 2) + (divergence == "mse")
     given = dict(zip(names, (x.clone().requires_grad_(i < 2) for i, x in enumerate(tensors)), strict=True))
     loss = attention_alignment(
@@ -219,13 +219,17 @@ def operator_calls():
     mask = (torch.arange(20)[None] < torch.tensor([[20], [11]])).to(DEVICE)
     one, weights = torch.ones((), device=DEVICE), mask.float()
     attention = list(inputs(tokens=20).values())
-    rest = (mask, None, None, None, one, 0, 0.25, 0.25, True, -1, False, "auto", True, True)
+    rest = (mask, None, None, None, None, None, one, 0, 0.25, 0.25, True, -1, False, "auto", True, True)
     student = torch.randn(2, 20, 12, device=DEVICE, requires_grad=True)
     teacher = torch.randn(2, 20, 16, device=DEVICE)
     projection = torch.randn(16, 12, device=DEVICE, requires_grad=True)
     bias = torch.randn(16, device=DEVICE, requires_grad=True)
     ops = torch.ops.dsdistill
     yield ops.attention_alignment_triton, (*attention, *rest)
+    index, own = torch.tensor([[3, 15], [7, -1]], device=DEVICE), torch.rand(2, 2, device=DEVICE)
+    query, key, teacher_query, teacher_key = attention
+    chosen = query.detach()[:, :, :2].requires_grad_(), key, teacher_query[:, :, :2], teacher_key
+    yield ops.attention_alignment_triton, (*chosen, mask, None, index, own, *rest[4:])
     for relation in (0, 2):
         yield ops.pairwise_alignment_triton, (student, teacher, mask, weights, one, relation, True)
     hidden = (student, teacher, projection, bias, mask, weights, one, 0, "triton", True, True, True)
@@ -245,7 +249,7 @@ def test_tiles_are_chosen_by_the_shared_memory_of_the_device(architecture):
     assert 2 * tile.columns * tile.stages * 256 * 2 < gpu.SHARED_LIMIT[architecture]
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_opcheck(index):
     operator, arguments = list(operator_calls())[index]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -31,10 +31,18 @@ def operator_calls():
     for divergence in (0, 1, 2):
         yield (
             ops.attention_alignment,
-            (*tensors, mask, None, divergence, 0.25, 0.25, True, -1, True, True, True),
+            (*tensors, mask, None, None, None, divergence, 0.25, 0.25, True, -1, True, True, True),
         )
     segments = (torch.arange(40) // 9).expand(2, 40).contiguous()
-    yield ops.attention_alignment, (*tensors, None, segments, 0, 0.25, 0.25, False, 5, False, True, False)
+    yield (
+        ops.attention_alignment,
+        (*tensors, None, segments, None, None, 0, 0.25, 0.25, False, 5, False, True, False),
+    )
+    rows = torch.tensor([[3, 30, -1], [7, 22, 7]]), torch.rand(2, 3, dtype=torch.float64)
+    yield (
+        ops.attention_alignment,
+        (*tensors, mask, None, *rows, 0, 0.25, 0.25, True, -1, True, True, True),
+    )
     for relation in (0, 1, 2):
         yield ops.pairwise_alignment, (student, teacher, mask, weights, relation, True, True)
     for divergence in (0, 1):
@@ -49,14 +57,14 @@ def operator_calls():
     )
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(11))
 def test_opcheck(index):
     operator, arguments = list(operator_calls())[index]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(operator.default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("index", [0, 4, 7])
+@pytest.mark.parametrize("index", [0, 4, 5, 8])
 def test_gradients_of_the_bare_operator(index):
     operator, arguments = list(operator_calls())[index]
     wanted = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]

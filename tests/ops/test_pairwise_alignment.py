@@ -21,6 +21,8 @@ def test_check(check, case, backend, dtype):
     ),
     "cosine-long-ragged",
     "dot-long-ragged",
+    "cosine-plain-rows",
+    "dot-long-rows",
 )
 def test_gradcheck(case, backend):
     run_gradcheck(case, backend)

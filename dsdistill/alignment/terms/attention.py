@@ -5,6 +5,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from dsdistill.alignment.drawn import rows_of
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.config import UserError
@@ -27,7 +28,9 @@ class AttentionTerm(AlignmentTerm):
     heads of each model; with heads: group a student head learns from the average of H_T / H_S neighbouring teacher
     heads. These groups are this project's own choice: trained heads have no order, but a group keeps as many maps as
     the student has heads. A causal model's relations see what its attention
-    sees. The papers average over each sequence and then over sequences; here every valid row counts alike.
+    sees. The papers average over each sequence and then over sequences; here every valid row counts alike. With `rows`
+    training compares so many rows of each sequence, or packed row, in place of all: the loss and its gradient are the
+    whole ones in the mean over the draws. Evaluation compares all.
     """
 
     name = "attention"
@@ -141,11 +144,12 @@ class AttentionTerm(AlignmentTerm):
     def sums(self, student, teacher, batch):
         self.check_geometry(*({n: t.geometry for n, t in of.attention.items()} for of in (student, teacher)))
         return torch.stack(
-            [self._layer_sum(student.attention[s], teacher.attention[t], batch) for s, t in self.layers]
+            [self._layer_sum(s, student.attention[s], teacher.attention[t], batch) for s, t in self.layers]
         )
 
-    def _layer_sum(self, mine: AttentionTrace, other: AttentionTrace, batch) -> Tensor:
+    def _layer_sum(self, layer: int, mine: AttentionTrace, other: AttentionTrace, batch) -> Tensor:
         total: Tensor | float = 0.0
+        rows = rows_of(batch, self.config.rows, layer, self.training)  # all relations have the same
         for relation, heads in self.relation_heads.items():
             query, key, scale = self._related(mine, relation)
             other_query, other_key, other_scale = self._related(other, relation)
@@ -158,6 +162,7 @@ class AttentionTerm(AlignmentTerm):
                 causal=mine.geometry.causal,
                 window=mine.geometry.window,
                 segments=batch.segments,
+                rows=rows,
                 student_scale=scale,
                 teacher_scale=other_scale,
                 divergence=self.config.divergence,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsdistill.alignment.drawn import rows_of
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.units import mean_pool, unpacked, wide
@@ -18,7 +19,8 @@ class PairwiseTerm(AlignmentTerm):
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
     formula. Of two readings, the centred, row-normalised Gram matrix of a sequence's tokens for both, or φ a PCA fitted
     on the teacher with ψ a trained linear map, the first is what is built. It has no parameters; φ and ψ trained
-    together on this loss alone would both collapse to 0. The last layer is read after the final norm, or with
+    together on this loss alone would both collapse to 0. With `rows` training relates so many tokens of each sequence,
+    drawn anew each step, to all of it; evaluation relates all. The last layer is read after the final norm, or with
     `final_norm: before` as the layer leaves it.
     """
 
@@ -29,6 +31,9 @@ class PairwiseTerm(AlignmentTerm):
         super().__init__(config, pair)
         if config.center and config.relation == "distance":
             raise UserError("terms.pairwise.center", "true with relation: distance", "cosine or dot")
+        if config.rows is not None and config.relation == "distance":
+            got = f"{config.rows} with relation: distance, whose mean takes all pairs"
+            raise UserError("terms.pairwise.rows", got, "cosine or dot")
         mine, other = pair.shapes
         self._map_layers(config, layer_map(config.layers, mine.depth, other.depth, "terms.pairwise.layers"))
         self.student_hidden = frozenset(student for student, _ in self.layers)
@@ -50,6 +55,7 @@ class PairwiseTerm(AlignmentTerm):
                     self._units(self.state(teacher, other), batch),
                     mask=batch.unpacked.mask,
                     relation=self.config.relation,
+                    rows=rows_of(batch.unpacked, self.config.rows, mine, self.training),
                     reduction="sum",
                     backend=self.pair.backend,
                 )

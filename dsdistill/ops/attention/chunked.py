@@ -4,7 +4,7 @@ Gradients with respect to the student's scores S of one row, with P = softmax(S)
   kl         dS = P_S − P_T
   mse        dS = 2 P_S ∘ (P_S − P_T − r),  r = Σ_j P_S (P_S − P_T)
   score_mse  dS = 2 (S_S − S_T)
-then dQ = scale · dS K and dK = scale · dSᵀ Q, all in the forward pass.
+then dQ = scale · dS K and dK = scale · dSᵀ Q, all in the forward pass. A chosen row's dS is times its weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsdistill.ops import gpu
 from dsdistill.ops.attention.pairs import Pairs
-from dsdistill.ops.attention.reference import mean_over_heads
+from dsdistill.ops.attention.reference import hide_masked, mean_over_heads
 from dsdistill.ops.common import accumulate_dtype, blocks
 
 # Elements of one score block of one model on a CPU: 8 MiB in float32.
@@ -27,7 +27,7 @@ MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 64, 16, 512
 
 def identity_wins(pairs: Pairs, width: int) -> bool:
     """Whether raw scores are cheaper by the identity, O(N D²), than by the native kernel, O(N² D)."""
-    return pairs.unrestricted and pairs.tokens >= 6 * width
+    return pairs.unrestricted and pairs.queries >= 6 * width
 
 
 def attention_total(
@@ -43,33 +43,35 @@ def attention_total(
     teacher_scale: float,
     heads: str,
     dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """The same sum as `reference.attention_total`, and its gradients at the student's query and key if needed."""
-    masked = None if pairs.mask is None else ~pairs.mask[:, None, :, None]
-
     width = max(student_query.shape[-1], teacher_query.shape[-1])
-    by_identity = divergence == "score_mse" and pairs.unrestricted and pairs.tokens >= 2 * width
+    by_identity = divergence == "score_mse" and pairs.unrestricted and pairs.queries >= 2 * width
     # Half precision meets on tensor cores as it is, but not in the identity, whose sums are multiplied once more.
     half = not by_identity and all(
         gpu.half_operands(*model) for model in ((student_query, student_key), (teacher_query, teacher_key))
     )
 
-    def prepared(x: Tensor) -> Tensor:
-        x = x.detach() if half else x.detach().to(dtype)
-        return x if masked is None else x.masked_fill(masked, 0)
+    def prepared(x: Tensor, mask: Tensor | None) -> Tensor:
+        return hide_masked(x.detach() if half else x.detach().to(dtype), mask)
 
-    student = prepared(student_query), prepared(student_key)
-    teacher = prepared(teacher_query), prepared(teacher_key)
+    own = pairs.query_mask()
+    student = prepared(student_query, own), prepared(student_key, pairs.mask)
+    teacher = prepared(teacher_query, own), prepared(teacher_key, pairs.mask)
     if by_identity:
-        return _score_mse_by_identity(needs, *student, *teacher, student_scale, teacher_scale)
-    return _by_rows(needs, *student, *teacher, pairs, divergence, student_scale, teacher_scale, heads)
+        return _score_mse_by_identity(needs, *student, *teacher, student_scale, teacher_scale, weights)
+    return _by_rows(
+        needs, *student, *teacher, pairs, divergence, student_scale, teacher_scale, heads, weights
+    )
 
 
-def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, heads):
-    batch, head_count, tokens, _ = q_s.shape
+def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, heads, weights):
+    batch, head_count, query_count, _ = q_s.shape
+    tokens = pairs.tokens
     widest = max(head_count, q_t.shape[1])
     elements, most = gpu.block_elements(q_s, BLOCK_ELEMENTS), GPU_MAX_ROWS if q_s.is_cuda else MAX_ROWS
-    rows = min(tokens, max(MIN_ROWS, min(most, elements // max(1, widest * tokens))))
+    rows = min(query_count, max(MIN_ROWS, min(most, elements // max(1, widest * tokens))))
     group = max(1, elements // max(1, widest * rows * tokens))
     dtype = accumulate_dtype(q_s, q_t)
     rounded = gpu.product_dtype(k_s, q_s) if q_s.dtype != dtype else dtype  # of dS in its products
@@ -79,14 +81,18 @@ def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, hea
     d_key = torch.zeros(k_s.shape, dtype=dtype, device=q_s.device) if needs[1] else None
     for first in blocks(range(0, batch, group)):
         sequences = slice(first, min(first + group, batch))
-        for start in blocks(range(0, tokens, rows)):
-            stop = min(start + rows, tokens)
+        for start in blocks(range(0, query_count, rows)):
+            stop = min(start + rows, query_count)
             queries, keys = slice(start, stop), slice(*pairs.keys(start, stop))
             exists = pairs.block(queries, keys, sequences, q_s.device)
             raw_s = _scores(q_s[sequences, :, queries], k_s[sequences, :, keys], scale_s)
             raw_t = _scores(q_t[sequences, :, queries], k_t[sequences, :, keys], scale_t)
-            value, d_scores = _divergence(raw_s, raw_t, exists, divergence, heads, any(needs))
-            total += value
+            values, d_scores = _divergence(raw_s, raw_t, exists, divergence, heads, any(needs))
+            if weights is not None:
+                of_rows = weights[sequences, None, queries]
+                values = values * of_rows
+                d_scores = None if d_scores is None else d_scores.mul_(of_rows[..., None])
+            total += values.sum()
             if d_scores is None:
                 continue
             d_scores = _grouped(d_scores.mul_(scale_s).to(rounded), k_s.shape[1])
@@ -124,13 +130,13 @@ def _log_softmax(raw: Tensor, exists: Tensor | None) -> Tensor:
 
 
 def _divergence(raw_s, raw_t, exists, divergence, heads, with_gradient):
-    """Sum over one block, and the gradient at the student's raw scores (None when not asked for)."""
+    """Values of one block's rows, and the gradient at the student's raw scores (None when not asked for)."""
     if divergence == "score_mse":
         difference = raw_s.sub_(raw_t)
         if exists is not None:
             difference.masked_fill_(~exists, 0)
-        value = difference.square().sum()
-        return value, difference.mul_(2) if with_gradient else None
+        values = difference.square().sum(-1)
+        return values, difference.mul_(2) if with_gradient else None
 
     log_s, log_t = _log_softmax(raw_s, exists), _log_softmax(raw_t, exists)
     if heads == "mean":
@@ -142,14 +148,14 @@ def _divergence(raw_s, raw_t, exists, divergence, heads, with_gradient):
         p_s.masked_fill_(~exists, 0)
         p_t.masked_fill_(~exists, 0)
     if divergence == "kl":
-        value = (log_t.sub_(log_s).mul_(p_t)).sum()
-        return value, p_s.sub_(p_t) if with_gradient else None
+        values = log_t.sub_(log_s).mul_(p_t).sum(-1)
+        return values, p_s.sub_(p_t) if with_gradient else None
     difference = p_t.neg_().add_(p_s)
-    value = difference.square().sum()
+    values = difference.square().sum(-1)
     if not with_gradient:
-        return value, None
+        return values, None
     mean = (difference * p_s).sum(-1, keepdim=True)
-    return value, difference.sub_(mean).mul_(p_s).mul_(2)
+    return values, difference.sub_(mean).mul_(p_s).mul_(2)
 
 
 def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
@@ -164,11 +170,10 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
     if exists is not None:
         mean_s.masked_fill_(~exists, 0)
         mean_t.masked_fill_(~exists, 0)
-    value = (
-        (mean_t * (log_mean_t - log_mean_s)).sum() if divergence == "kl" else (mean_s - mean_t).square().sum()
-    )
+    entries = mean_t * (log_mean_t - log_mean_s) if divergence == "kl" else (mean_s - mean_t).square()
+    values = entries.sum(-1)
     if not with_gradient:
-        return value, None
+        return values, None
     p_s = log_s.exp()
     if exists is not None:
         p_s.masked_fill_(~exists, 0)
@@ -176,17 +181,18 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
         pulled = (log_s - log_mean_s - math.log(head_count)).exp() * -mean_t
     else:
         pulled = p_s * (2 / head_count) * (mean_s - mean_t)
-    return value, pulled - p_s * pulled.sum(-1, keepdim=True)
+    return values, pulled - p_s * pulled.sum(-1, keepdim=True)
 
 
-def _score_mse_by_identity(needs, q_s, k_s, q_t, k_t, scale_s, scale_t):
+def _score_mse_by_identity(needs, q_s, k_s, q_t, k_t, scale_s, scale_t, weights):
     """‖Q_S K_Sᵀ − Q_T K_Tᵀ‖² = ⟨QSᵀQS, KSᵀKS⟩ − 2⟨QTᵀQS, KTᵀKS⟩ + ⟨QTᵀQT, KTᵀKT⟩: O(N D²) instead of O(N² D).
 
     Masked tokens are zero vectors, so they add nothing. The difference cancels in the value when the models
     agree (hence the clamp), not in the gradients, which are differences of N×D matrices.
     """
     heads, kv_heads = q_s.shape[1], k_s.shape[1]
-    q_s, q_t = q_s * scale_s, q_t * scale_t
+    root = 1 if weights is None else weights.sqrt()[:, None, :, None]
+    q_s, q_t = q_s * (scale_s * root), q_t * (scale_t * root)
     k_s = k_s.repeat_interleave(heads // kv_heads, dim=1)
     k_t = k_t.repeat_interleave(heads // k_t.shape[1], dim=1)
 
@@ -199,7 +205,7 @@ def _score_mse_by_identity(needs, q_s, k_s, q_t, k_t, scale_s, scale_t):
 
     d_query = d_key = None
     if needs[0]:
-        d_query = (q_s @ key_ss).sub_(q_t @ key_ts).mul_(2 * scale_s)
+        d_query = (q_s @ key_ss).sub_(q_t @ key_ts).mul_(2 * scale_s * root)
     if needs[1]:
         d_key = (k_s @ query_ss).sub_(k_t @ query_ts).mul_(2)
         d_key = d_key.unflatten(1, (kv_heads, -1)).sum(2)

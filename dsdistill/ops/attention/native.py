@@ -14,13 +14,17 @@ KL, MSE, SCORE_MSE = range(3)  # csrc/attention/cpu.h has the same
 DIVERGENCE_CODES = {"kl": KL, "mse": MSE, "score_mse": SCORE_MSE}
 
 
-def arguments(tensors: Sequence[Tensor], pairs, divergence, student_scale, teacher_scale, reduction) -> tuple:
+def arguments(
+    tensors: Sequence[Tensor], pairs, weights, divergence, student_scale, teacher_scale, reduction
+) -> tuple:
     """The operator's arguments up to its last two, which ask for gradients."""
     segments = None if pairs.segments is None else pairs.segments.to(torch.int64).contiguous()
     return (
         *tensors,
         pairs.mask,
         segments,
+        None if pairs.rows is None else pairs.rows.contiguous(),
+        None if weights is None else weights.to(torch.float64).contiguous(),
         DIVERGENCE_CODES[divergence],
         student_scale,
         teacher_scale,
@@ -45,4 +49,4 @@ def register() -> None:
             student_key.new_empty(student_key.shape if key_gradient else 0, dtype=storage_dtype(student_key)),
         )
 
-    register_gradients("dsdistill::attention_alignment", arguments=14, differentiable=(0, 1))
+    register_gradients("dsdistill::attention_alignment", arguments=16, differentiable=(0, 1))

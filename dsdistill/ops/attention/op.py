@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from dsdistill.ops.common import (
     check_choice,
     check_device,
     check_mask,
+    check_rows,
     check_tensor,
     safe_divide,
+    weights_of_rows,
     with_native_gradients,
     with_stored_gradients,
     without_autocast,
@@ -42,6 +45,7 @@ def attention_alignment(
     heads: str = "match",
     window: int | None = None,
     segments: Tensor | None = None,
+    rows: tuple[Tensor, Tensor | None] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -66,6 +70,11 @@ def attention_alignment(
             number (not for "score_mse"; the divisors count the student's heads; "reference" and "chunked" alone).
         window: a key counts at distance < window tokens, in both models.
         segments: (B, N) integers; attention stays within equal numbers (packed sequences).
+        rows: (index, weights): the queries that are compared alone, in any order, those that are named twice twice.
+            index (B, R) int64, their positions, −1: none. weights (B, R) ≥ 0, of their sums and of the gradients;
+            None: n_b/R_b each, the valid tokens of the sequence over those among its rows, so that loss and gradient
+            of rows drawn with equal chances are unbiased. Keys and divisors stay those of all tokens. A position
+            beyond N raises on a CPU alone: to look on a GPU would wait for it.
         reduction: "mean" divides as above; "sum" does not divide.
         backend: "auto", "reference", "chunked", "cpp" or "triton".
 
@@ -123,8 +132,13 @@ def attention_alignment(
             )
         check_device("segments", segments, student_query)
 
+    dtype = accumulate_dtype(student_query, student_key, teacher_query, teacher_key)
     tensors = (student_query, student_key, teacher_query, teacher_key)
-    pairs = Pairs(tokens, mask, causal, window, segments)
+    pairs, weights = Pairs(tokens, mask, causal, window, segments), None
+    if rows is not None:
+        check_rows(rows, (batch, tokens), student_query)
+        pairs = replace(pairs, rows=rows[0])
+        weights = weights_of_rows(*rows, mask, tokens, dtype)
     scales = (
         width**-0.5 if student_scale is None else float(student_scale),
         teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
@@ -135,21 +149,27 @@ def attention_alignment(
         "student_scale": scales[0],
         "teacher_scale": scales[1],
         "heads": heads,
-        "dtype": accumulate_dtype(*tensors),
+        "dtype": dtype,
+        "weights": weights,
     }
     chosen = _choose(backend, tensors, setting)
     with without_autocast(student_query.device):
         if chosen == "cpp":
-            given = native.arguments(tensors, pairs, divergence, *scales, reduction)
+            given = native.arguments(tensors, pairs, weights, divergence, *scales, reduction)
             return with_native_gradients(torch.ops.dsdistill.attention_alignment, given, tensors[:2])
         count = None
         if reduction == "mean":
             count = _count(pairs, batch, head_count, divergence, heads, student_query.device)
+        if rows is not None:
+            own = _at(rows[0], student_query), _at(rows[0], teacher_query.detach())
+            tensors = (own[0], student_key, own[1], teacher_key)
         if chosen == "triton":
             coefficient = torch.ones((), device=student_query.device)
             if count is not None:
                 coefficient = safe_divide(coefficient, count)
-            given = triton_schedule.arguments(tensors, pairs, divergence, *scales, heads, coefficient)
+            given = triton_schedule.arguments(
+                tensors, pairs, weights, divergence, *scales, heads, coefficient
+            )
             return with_native_gradients(torch.ops.dsdistill.attention_alignment_triton, given, tensors[:2])
         if chosen == "reference":
             total = reference.attention_total(*tensors, **setting)
@@ -157,6 +177,12 @@ def attention_alignment(
         return with_stored_gradients(
             lambda needs: chunked.attention_total(needs, *tensors, **setting), tensors[:2], count
         )
+
+
+def _at(index: Tensor, query: Tensor) -> Tensor:
+    """Return (B, H, R, D) of the queries (B, H, N, D) at the positions (B, R); some query where there is none."""
+    places = index.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, places)
 
 
 def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
@@ -173,6 +199,8 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
         )
         preference.insert(1 if by_identity else 0, "cpp")
     lack = "heads='group' has no Triton kernel" if heads == "group" else triton_schedule.lack(tensors)
+    if setting["pairs"].rows is not None and heads == "mean":
+        lack = lack or "rows have no Triton kernel with heads='mean'"
     if lack:
         missing["triton"] = lack
     else:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dsdistill.ops.common import valid_rows
 from dsdistill.ops.gpu import block_elements
 
 
@@ -16,6 +17,7 @@ class Pairs:
 
     mask: (B, N) bool, True = valid; None = all. causal: j ≤ i. window: |i − j| < window.
     segments: (B, N) int, equal at i and j.
+    rows: (B, R) int64, the positions of the queries that are compared, in any order, −1: none; None = all N of them.
     """
 
     tokens: int
@@ -23,6 +25,12 @@ class Pairs:
     causal: bool
     window: int | None
     segments: Tensor | None
+    rows: Tensor | None = None
+
+    @property
+    def queries(self) -> int:
+        """How many queries of a sequence are compared, those that are none included."""
+        return self.tokens if self.rows is None else self.rows.shape[1]
 
     @property
     def unrestricted(self) -> bool:
@@ -31,8 +39,19 @@ class Pairs:
             not self.causal and self.segments is None and (self.window is None or self.window >= self.tokens)
         )
 
+    def query_mask(self) -> Tensor | None:
+        """(B, R) bool, True at the queries that count; None where all do. Without rows: the mask, (B, N)."""
+        return self.mask if self.rows is None else valid_rows(self.rows, self.mask)
+
     def keys(self, start: int, stop: int) -> tuple[int, int]:
         """The range of keys that the queries start..stop can see at all."""
+        if self.rows is not None:
+            if not self.causal and self.window is None:
+                return 0, self.tokens
+            if self.rows.device.type != "cpu" or torch.compiler.is_compiling():
+                return 0, self.tokens  # which queries these are nobody may ask there
+            found = self.rows[:, start:stop].clamp(min=0)
+            start, stop = int(found.min()), int(found.max()) + 1
         first, last = 0, stop if self.causal else self.tokens
         if self.window is not None:
             first = max(0, start - self.window + 1)
@@ -42,22 +61,23 @@ class Pairs:
     def block(self, rows: slice, keys: slice, batch: slice, device: torch.device) -> Tensor | None:
         """(b, 1, R, K) bool for a block of queries and keys of the sequences `batch`; None where all exist."""
         present = None
+        found = None if self.rows is None else self.rows[batch, rows].clamp(min=0)
         if self.causal or self.window is not None:
-            distance = torch.arange(rows.start, rows.stop, device=device)[:, None] - torch.arange(
-                keys.start, keys.stop, device=device
-            )
+            positions = torch.arange(rows.start, rows.stop, device=device) if found is None else found
+            distance = positions[..., None] - torch.arange(keys.start, keys.stop, device=device)
             present = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
             if self.window is not None:
                 present = present & (distance.abs() < self.window)
-            present = present[None]
+            present = present[None] if found is None else present
         for labels, both in ((self.segments, torch.eq), (self.mask, torch.logical_and)):
             if labels is not None:
-                pair = both(labels[batch, rows, None], labels[batch, None, keys])
+                own = labels[batch, rows] if found is None else labels[batch].gather(1, found)
+                pair = both(own[..., None], labels[batch, None, keys])
                 present = pair if present is None else present & pair
         return None if present is None else present[:, None]
 
     def count(self, batch: int, device: torch.device) -> Tensor:
-        """Number of pairs that exist in all sequences together, int64."""
+        """Number of pairs that exist in all sequences together, whatever the rows, int64."""
         if self.mask is None and self.segments is None:
             n = self.tokens
             width = n if self.window is None else min(self.window, n)
@@ -67,12 +87,13 @@ class Pairs:
         if self.mask is not None and self.window is None and self.segments is None:
             valid = self.mask.sum(1)
             return (valid * (valid + 1) // 2 if self.causal else valid * valid).sum()
+        whole = replace(self, rows=None)
         total = torch.zeros((), dtype=torch.int64, device=device)
         elements = block_elements(total, 1 << 22)
         step = max(1, elements // max(1, batch * self.tokens))
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)
-            block = self.block(slice(start, stop), slice(*self.keys(start, stop)), slice(None), device)
+            block = whole.block(slice(start, stop), slice(*whole.keys(start, stop)), slice(None), device)
             assert block is not None  # something restricts the pairs, or the count were known by now
             total += block.sum()
         return total

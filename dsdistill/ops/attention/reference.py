@@ -4,6 +4,7 @@ With A = softmax(scale · Q Kᵀ) over the keys that a query sees:
   kl         Σ_rows Σ_j A_T log(A_T / A_S)          MiniLM, Wang et al. 2020, Eq. 4
   mse        Σ_rows Σ_j (A_S − A_T)²
   score_mse  Σ_rows Σ_j (S_S − S_T)², S = scale · Q Kᵀ before the softmax    TinyBERT, Jiao et al. 2020, Eq. 7
+Where rows are chosen each has a weight in its sum.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from torch import Tensor
 from dsdistill.ops.attention.pairs import Pairs
 
 
-def scores(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """(B, H, N, N) raw scores; masked tokens count as zero vectors, so that NaN in padding is never read."""
-    if mask is not None:
-        hidden = ~mask[:, None, :, None]
-        query, key = query.masked_fill(hidden, 0), key.masked_fill(hidden, 0)
+def scores(query: Tensor, key: Tensor, scale: float, pairs: Pairs) -> Tensor:
+    """(B, H, R, N) raw scores; masked tokens count as zero vectors, so that NaN in padding is never read."""
+    query, key = hide_masked(query, pairs.query_mask()), hide_masked(key, pairs.mask)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return query @ key.transpose(-1, -2) * scale
+
+
+def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, N, D) with the vectors of masked tokens set to 0. mask: (B, N) bool, True = valid."""
+    return x if mask is None else x.masked_fill(~mask[:, None, :, None], 0)
 
 
 def log_attention(raw: Tensor, exists: Tensor | None) -> Tensor:
@@ -52,17 +56,25 @@ def attention_total(
     teacher_scale: float,
     heads: str,
     dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over sequences, heads, queries and keys, before any division. Shapes as `attention_alignment`."""
+    """Sum over sequences, heads, queries and keys, before any division. Shapes as `attention_alignment`.
+
+    Of pairs with rows the queries are (B, H, R, D), those at the rows, and weights are (B, R), 0 where one is none.
+    """
     teacher_query, teacher_key = teacher_query.detach(), teacher_key.detach()
-    raw_student = scores(student_query.to(dtype), student_key.to(dtype), student_scale, pairs.mask)
-    raw_teacher = scores(teacher_query.to(dtype), teacher_key.to(dtype), teacher_scale, pairs.mask)
-    everything = slice(0, pairs.tokens)
-    exists = pairs.block(everything, everything, slice(None), student_query.device)
+    raw_student = scores(student_query.to(dtype), student_key.to(dtype), student_scale, pairs)
+    raw_teacher = scores(teacher_query.to(dtype), teacher_key.to(dtype), teacher_scale, pairs)
+    queries, keys = slice(0, pairs.queries), slice(0, pairs.tokens)
+    exists = pairs.block(queries, keys, slice(None), student_query.device)
+
+    def total(entries: Tensor) -> Tensor:
+        entries = entries if exists is None else entries.masked_fill(~exists, 0)
+        return entries.sum() if weights is None else (entries.sum(-1) * weights[:, None]).sum()
 
     if divergence == "score_mse":
         difference = raw_student - raw_teacher
-        return (difference if exists is None else difference.masked_fill(~exists, 0)).square().sum()
+        return total((difference if exists is None else difference.masked_fill(~exists, 0)).square())
 
     log_student, log_teacher = log_attention(raw_student, exists), log_attention(raw_teacher, exists)
     if heads == "mean":
@@ -70,7 +82,5 @@ def attention_total(
     elif heads == "group":
         log_teacher = mean_over_heads(log_teacher, log_student.shape[1])
     if divergence == "kl":
-        rows = log_teacher.exp() * (log_teacher - log_student)
-    else:
-        rows = (log_student.exp() - log_teacher.exp()).square()
-    return (rows if exists is None else rows.masked_fill(~exists, 0)).sum()
+        return total(log_teacher.exp() * (log_teacher - log_student))
+    return total((log_student.exp() - log_teacher.exp()).square())

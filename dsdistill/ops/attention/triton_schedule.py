@@ -48,12 +48,14 @@ STATISTICS = (
 default_plan = "auto"
 
 
-def arguments(tensors, pairs, divergence, student_scale, teacher_scale, heads, coefficient) -> tuple:
+def arguments(tensors, pairs, weights, divergence, student_scale, teacher_scale, heads, coefficient) -> tuple:
     """The operator's arguments up to its last two, which ask for gradients. coefficient: scalar float32 tensor."""
     return (
         *tensors,
         pairs.mask,
         pairs.segments,
+        pairs.rows,
+        weights,
         None,
         None,
         coefficient,
@@ -89,6 +91,8 @@ def run(
     teacher_key,
     mask,
     segments,
+    rows,
+    row_weights,
     student_lse,
     teacher_lse,
     coefficient,
@@ -105,6 +109,8 @@ def run(
     """Loss · coefficient, and the gradients of that at the student's query and key (empty if not asked for).
 
     Args:
+        rows: (B, R) int64, the positions of the queries, which are (B, H, R, D) then; −1: none. It takes the sweeps.
+        row_weights: (B, R) float32, of their sums and gradients; both or neither.
         student_lse, teacher_lse: (B, H, N) natural logarithm of each row's Σ exp(scale · score) over the keys it
             sees, both or neither; used by kl.
         coefficient: float32 scalar.
@@ -112,7 +118,7 @@ def run(
     """
     tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
     needs = (query_gradient, key_gradient)
-    if tuning.due(tensors, (divergence, mean_heads, plan, needs)):
+    if rows is None and tuning.due(tensors, (divergence, mean_heads, plan, needs)):
         everywhere = torch.ones(
             (tensors[0].shape[0], tensors[0].shape[2]), dtype=torch.bool, device=tensors[0].device
         )
@@ -122,13 +128,21 @@ def run(
             ((None, None), (False, -1)),
             ((everywhere, None), (True, everywhere.shape[1] // 2 + 1)),
         ):
-            given: list[Any] = [*tensors, *where, student_lse, teacher_lse, coefficient, divergence]
+            given: list[Any] = [
+                *tensors,
+                *where,
+                None,
+                None,
+                student_lse,
+                teacher_lse,
+                coefficient,
+                divergence,
+            ]
             given += [student_scale, teacher_scale, *order, mean_heads, plan, *needs]
             calls.append(functools.partial(run, *given))
         tuning.tune(calls, tensors)
-    call = _Call(
-        tensors, mask, segments, divergence, (student_scale, teacher_scale), causal, window, coefficient
-    )
+    scales = student_scale, teacher_scale
+    call = _Call(tensors, mask, segments, rows, row_weights, divergence, scales, causal, window, coefficient)
     if student_query.numel() == 0:
         loss, gradients = coefficient.new_zeros(()), (_zeros(student_query), _zeros(student_key))
     elif mean_heads:
@@ -159,7 +173,8 @@ torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, Tensor? mask, "
-        "Tensor? segments, Tensor? student_lse, Tensor? teacher_lse, Tensor coefficient, int divergence, "
+        "Tensor? segments, Tensor? rows, Tensor? row_weights, Tensor? student_lse, Tensor? teacher_lse, "
+        "Tensor coefficient, int divergence, "
         "float student_scale, float teacher_scale, bool causal, int window, bool mean_heads, str plan, "
         "bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)"
     ),
@@ -177,16 +192,19 @@ def _fake(student_query, student_key, *rest):
     )
 
 
-register_gradients("dsdistill::attention_alignment_triton", arguments=18, differentiable=(0, 1))
+register_gradients("dsdistill::attention_alignment_triton", arguments=20, differentiable=(0, 1))
 
 
 class _Call:
     """Buffers and launches of one call."""
 
-    def __init__(self, tensors, mask, segments, divergence, scales, causal, window, coefficient):
+    def __init__(
+        self, tensors, mask, segments, rows, weights, divergence, scales, causal, window, coefficient
+    ):
         self.tensors = tensors
         query, key, teacher_query, teacher_key = tensors
-        self.batch, self.heads, self.tokens, self.width = query.shape
+        self.batch, self.heads, self.queries, self.width = query.shape
+        self.tokens, self.chosen = key.shape[2], rows is not None
         self.kv_heads = key.shape[1]
         self.divergence = divergence
         self.coefficient = coefficient
@@ -197,7 +215,11 @@ class _Call:
         self.labels, self.masked = labels, masked
         self.shared = {
             "labels": coefficient if labels is None else labels,  # some pointer; never read without labels
+            "places": coefficient if rows is None else rows.where(rows >= 0, self.tokens).int().contiguous(),
+            "row_weights": coefficient if weights is None else weights.contiguous(),
+            "CHOSEN": self.chosen,
             "N": self.tokens,
+            "R": self.queries,
             "window": max(window, 0),
             "CAUSAL": causal,
             "WINDOWED": 0 <= window < self.tokens,
@@ -233,13 +255,15 @@ class _Call:
 
     @functools.cached_property
     def reached(self) -> dict[str, Tensor]:
-        """Return what `reach` finds; some pointers, which are never read, where there are no labels."""
-        if self.labels is None:
+        """Return what `reach` finds; some pointers where no kernel reads it, without labels and of chosen rows."""
+        if self.labels is None or self.chosen:
             return {"starts": self.coefficient, "ends": self.coefficient}
         return dict(zip(("starts", "ends"), reach(self.labels, self.masked), strict=True))
 
     def match_heads(self, needs: Sequence[bool], plan: str, lse: tuple[Tensor, Tensor] | None):
         deterministic = torch.are_deterministic_algorithms_enabled()
+        if self.chosen:
+            plan = "sweeps" if plan == "row" or deterministic else "merged" if plan == "auto" else plan
         if plan == "auto":
             plan = "row" if self.tokens <= ROW_TOKENS else "sweeps" if deterministic else "merged"
         if plan == "row" and any(needs) and lse is None:
@@ -266,7 +290,7 @@ class _Call:
             return None, given
         given = self.statistics_buffers()
         tile = self.tile("statistics")
-        programs = self.batch * self.heads * -(-self.tokens // tile.rows)
+        programs = self.batch * self.heads * -(-self.queries // tile.rows)
         partial = self.buffer(programs)
         self.run(
             statistics_kernel,
@@ -283,7 +307,7 @@ class _Call:
     def statistics_buffers(self) -> dict[str, Tensor]:
         """Return memory for the statistics that a divergence needs; of kl the LSEs alone, in place of the maxima."""
         wanted = {SCORE_MSE: (), KL: STATISTICS[:2], MSE: STATISTICS}[self.divergence]
-        shape = (self.batch, self.heads, self.tokens)
+        shape = (self.batch, self.heads, self.queries)
         return {name: self.buffer(*shape) if name in wanted else self.coefficient for name in STATISTICS}
 
     def sweeps(self, needs, merged: bool, loss: Tensor | None, given: dict):
@@ -308,7 +332,7 @@ class _Call:
         by_rows = not merged and (needs[0] or (loss is None and not needs[1]))
         if by_rows:
             tile = self.tile("rows") if needs[0] else loss_tile(self.tensors)
-            programs = self.batch * self.heads * -(-self.tokens // tile.rows)
+            programs = self.batch * self.heads * -(-self.queries // tile.rows)
             extra: dict[str, Any] = {"WITH_LOSS": loss is None, "WITH_GRADIENT": bool(needs[0])}
             if needs[0]:
                 extra["d_query"] = gradients[0]

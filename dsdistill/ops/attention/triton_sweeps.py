@@ -5,7 +5,7 @@ With S = scale · Q Kᵀ, P = exp(S − LSE), dS of `triton_tile.loss_and_slope`
   rows        a block of queries walks its keys: dQ                              3 products, 2 exps
   columns     a block of keys walks the queries of every head it serves: dK      3 products, 2 exps
               MERGED: and adds dQ atomically                                     4 products
-No N×N matrix, no buffer beyond O(N). Everything but MERGED is deterministic.
+No N×N matrix, no buffer beyond O(N). Everything but MERGED is deterministic. CHOSEN: R queries of each sequence.
 """
 
 import triton
@@ -17,11 +17,13 @@ from dsdistill.ops.attention.triton_tile import (
     LOWEST,
     SCORE_MSE,
     add_tile,
+    chosen_spans,
     edges,
     exists,
     gradient_product,
     load_block,
     load_labels,
+    load_places,
     load_tile,
     loss_and_slope,
     spans,
@@ -35,6 +37,8 @@ def statistics_kernel(
     key_s,
     query_t,
     key_t,
+    places,  # CHOSEN: (B, R) int32, the queries' positions, N where there is none; else some pointer
+    row_weights,  # CHOSEN: (B, R) float32
     labels,
     starts,
     ends,
@@ -57,6 +61,7 @@ def statistics_kernel(
     kt_h,
     kt_n,
     N,
+    R,  # CHOSEN: queries of a sequence
     H,
     group_s,
     group_t,
@@ -75,20 +80,23 @@ def statistics_kernel(
     LABELLED: tl.constexpr,
     MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
+    CHOSEN: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, BR)
+    count = R if CHOSEN else N
+    blocks = tl.cdiv(count, BR)
     program = tl.program_id(0)
     # The longest blocks of causal order begin first.
     block = blocks - 1 - program % blocks
     head = (program // blocks).to(tl.int64)
     b, h = head // H, head % H
-    rows = block * BR + tl.arange(0, BR)
+    at = block * BR + tl.arange(0, BR)
+    rows, weights = load_places(places + b * R, row_weights + b * R, at, R, N, CHOSEN)
     labels += b * N
     starts += b * N
     ends += b * N
     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
-    q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows < N, qs_n, DS, BDS, UPCAST)
-    q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
+    q_s = load_tile(query_s + b * qs_b + h * qs_h, at, at < count, qs_n, DS, BDS, UPCAST)
+    q_t = load_tile(query_t + b * qt_b + h * qt_h, at, at < count, qt_n, DT, BDT, UPCAST)
     key_s += b * ks_b + h // group_s * ks_h
     key_t += b * kt_b + h // group_t * kt_h
 
@@ -100,9 +108,12 @@ def statistics_kernel(
     a = tl.zeros([BR], tl.float32)
     st = tl.zeros([BR], tl.float32)
     tt = tl.zeros([BR], tl.float32)
-    first, inner, outer, last = spans(
-        starts, ends, block * BR, N, window, BR, BC, True, CAUSAL, WINDOWED, LABELLED
-    )
+    if CHOSEN:
+        first, inner, outer, last = chosen_spans(rows, N, window, BC, CAUSAL, WINDOWED, LABELLED)
+    else:
+        first, inner, outer, last = spans(
+            starts, ends, block * BR, N, window, BR, BC, True, CAUSAL, WINDOWED, LABELLED
+        )
     for part in tl.static_range(3):
         begin, end = edges(part, first, inner, outer, last)
         for start in tl.range(begin, end, BC, num_stages=None if part == 1 else 1):
@@ -153,21 +164,21 @@ def statistics_kernel(
     some = l_s > 0  # a row without keys: everything 0
     l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
     row_log_s, row_log_t = tl.log2(l_s), tl.log2(l_t)
-    out = head * N + rows
+    out = head * count + at
     if DIVERGENCE == KL:
         m_s += row_log_s
         m_t += row_log_t
-    tl.store(max_s + out, tl.where(some, m_s, 0.0), mask=rows < N)
-    tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=rows < N)
+    tl.store(max_s + out, tl.where(some, m_s, 0.0), mask=at < count)
+    tl.store(max_t + out, tl.where(some, m_t, 0.0), mask=at < count)
     if DIVERGENCE == KL:
         loss = (a / l_t - row_log_t + row_log_s) * LN2
     else:
-        tl.store(log_s + out, row_log_s, mask=rows < N)
-        tl.store(log_t + out, row_log_t, mask=rows < N)
+        tl.store(log_s + out, row_log_s, mask=at < count)
+        tl.store(log_t + out, row_log_t, mask=at < count)
         own, cross = a / (l_s * l_s), st / (l_s * l_t)
         loss = (own - cross) + (tt / (l_t * l_t) - cross)
-        tl.store(slope_mean + out, own - cross, mask=rows < N)
-    tl.store(partial + head * blocks + block, tl.sum(tl.where(some, loss, 0.0), 0))
+        tl.store(slope_mean + out, own - cross, mask=at < count)
+    tl.store(partial + head * blocks + block, tl.sum(tl.where(some, loss, 0.0) * weights, 0))
 
 
 @triton.jit
@@ -211,6 +222,8 @@ def rows_kernel(
     key_s,
     query_t,
     key_t,
+    places,
+    row_weights,
     labels,
     starts,
     ends,
@@ -221,7 +234,7 @@ def rows_kernel(
     slope_mean,
     partial,  # (B · H · row blocks), only with WITH_LOSS
     coefficient,  # scalar that the gradient is multiplied with before it is rounded
-    d_query,  # (B, H, N, D) contiguous
+    d_query,  # (B, H, N, D) contiguous, CHOSEN: (B, H, R, D)
     qs_b,
     qs_h,
     qs_n,
@@ -235,6 +248,7 @@ def rows_kernel(
     kt_h,
     kt_n,
     N,
+    R,
     H,
     group_s,
     group_t,
@@ -254,32 +268,38 @@ def rows_kernel(
     LABELLED: tl.constexpr,
     MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
+    CHOSEN: tl.constexpr,
     WITH_LOSS: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, BR)
+    count = R if CHOSEN else N
+    blocks = tl.cdiv(count, BR)
     program = tl.program_id(0)
     block = blocks - 1 - program % blocks
     head = (program // blocks).to(tl.int64)
     b, h = head // H, head % H
-    rows = block * BR + tl.arange(0, BR)
+    at = block * BR + tl.arange(0, BR)
+    rows, weights = load_places(places + b * R, row_weights + b * R, at, R, N, CHOSEN)
     labels += b * N
     starts += b * N
     ends += b * N
     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
-    q_s = load_tile(query_s + b * qs_b + h * qs_h, rows, rows < N, qs_n, DS, BDS, UPCAST)
-    q_t = load_tile(query_t + b * qt_b + h * qt_h, rows, rows < N, qt_n, DT, BDT, UPCAST)
+    q_s = load_tile(query_s + b * qs_b + h * qs_h, at, at < count, qs_n, DS, BDS, UPCAST)
+    q_t = load_tile(query_t + b * qt_b + h * qt_h, at, at < count, qt_n, DT, BDT, UPCAST)
     key_s += b * ks_b + h // group_s * ks_h
     key_t += b * kt_b + h // group_t * kt_h
     m_s, m_t, row_log_s, row_log_t, r = load_statistics(
-        max_s, max_t, log_s, log_t, slope_mean, head * N + rows, rows < N, DIVERGENCE, BR, False
+        max_s, max_t, log_s, log_t, slope_mean, head * count + at, at < count, DIVERGENCE, BR, False
     )
 
     gradient = tl.zeros([BR, BDS], tl.float32)
     loss = tl.zeros([BR], tl.float32)
-    first, inner, outer, last = spans(
-        starts, ends, block * BR, N, window, BR, BC, True, CAUSAL, WINDOWED, LABELLED
-    )
+    if CHOSEN:
+        first, inner, outer, last = chosen_spans(rows, N, window, BC, CAUSAL, WINDOWED, LABELLED)
+    else:
+        first, inner, outer, last = spans(
+            starts, ends, block * BR, N, window, BR, BC, True, CAUSAL, WINDOWED, LABELLED
+        )
     for part in tl.static_range(3):
         begin, end = edges(part, first, inner, outer, last)
         for start in tl.range(begin, end, BC, num_stages=None if part == 1 else 1):
@@ -321,10 +341,12 @@ def rows_kernel(
             if WITH_GRADIENT:
                 gradient = gradient_product(slope, k_s, key_s.dtype.element_ty, UPCAST, gradient)
     if WITH_LOSS:
-        tl.store(partial + head * blocks + block, tl.sum(loss, 0))
+        tl.store(partial + head * blocks + block, tl.sum(loss * weights, 0))
     if WITH_GRADIENT:
         gradient *= gradient_scale * tl.load(coefficient)
-        store_tile(d_query + head * N * DS, rows, rows < N, DS, gradient, DS, BDS, UPCAST)
+        if CHOSEN:
+            gradient *= weights[:, None]
+        store_tile(d_query + head * count * DS, at, at < count, DS, gradient, DS, BDS, UPCAST)
 
 
 @triton.jit
@@ -333,6 +355,8 @@ def columns_kernel(
     key_s,
     query_t,
     key_t,
+    places,
+    row_weights,
     labels,
     starts,
     ends,
@@ -358,6 +382,7 @@ def columns_kernel(
     kt_h,
     kt_n,
     N,
+    R,
     H,
     group_s,
     group_t,
@@ -377,6 +402,7 @@ def columns_kernel(
     LABELLED: tl.constexpr,
     MASKED: tl.constexpr,
     UPCAST: tl.constexpr,
+    CHOSEN: tl.constexpr,
     WITH_LOSS: tl.constexpr,
     MERGED: tl.constexpr,
     WITH_KEY: tl.constexpr,
@@ -395,11 +421,15 @@ def columns_kernel(
     column_labels, columns_inside = load_labels(labels, columns, N, MASKED, LABELLED)
     k_s = load_tile(key_s + b * ks_b + kv * ks_h, columns, columns_inside, ks_n, DS, BDS, UPCAST)
     factor = gradient_scale * tl.load(coefficient)
-    gradient = tl.zeros([BC, BDS], tl.float32)
-    loss = tl.zeros([BC], tl.float32)
-    first, inner, outer, last = spans(
-        starts, ends, block * BC, N, window, BC, BR, False, CAUSAL, WINDOWED, LABELLED
-    )
+    gradient, loss = tl.zeros([BC, BDS], tl.float32), tl.zeros([BC], tl.float32)
+    count = R if CHOSEN else N
+    if CHOSEN:  # all are walked
+        whole = 0 if CAUSAL or WINDOWED or LABELLED else R // BR * BR
+        first, inner, outer, last = 0, 0, tl.where(block * BC + BC <= N, whole, 0), R
+    else:
+        first, inner, outer, last = spans(
+            starts, ends, block * BC, N, window, BC, BR, False, CAUSAL, WINDOWED, LABELLED
+        )
     for member in range(0, group_s):
         h = kv * group_s + member
         head = b * H + h
@@ -409,7 +439,8 @@ def columns_kernel(
         for part in tl.static_range(3):
             begin, end = edges(part, first, inner, outer, last)
             for start in tl.range(begin, end, BR, num_stages=None if part == 1 else 1):
-                rows = start + tl.arange(0, BR)
+                at = start + tl.arange(0, BR)
+                rows, weights = load_places(places + b * R, row_weights + b * R, at, R, N, CHOSEN)
                 rows_inside, present = rows < N, rows < N
                 if part != 1:
                     row_labels, rows_inside = load_labels(labels, rows, N, MASKED, LABELLED)
@@ -426,15 +457,15 @@ def columns_kernel(
                         LABELLED,
                     )
                 q_s = load_block(head_query_s, start, rows_inside, qs_n, BR, DS, BDS, UPCAST, part == 1)
-                q_t = load_block(head_query_t, start, rows < N, qt_n, BR, DT, BDT, UPCAST, part == 1)
+                q_t = load_block(head_query_t, start, at < count, qt_n, BR, DT, BDT, UPCAST, part == 1)
                 m_s, m_t, row_log_s, row_log_t, r = load_statistics(
                     max_s,
                     max_t,
                     log_s,
                     log_t,
                     slope_mean,
-                    head * N + rows,
-                    rows < N,
+                    head * count + at,
+                    at < count,
                     DIVERGENCE,
                     BR,
                     part == 1,
@@ -453,6 +484,8 @@ def columns_kernel(
                     DIVERGENCE,
                     part == 1,
                 )
+                if CHOSEN:
+                    value, slope = value * weights[None, :], slope * weights[None, :]
                 if WITH_LOSS:
                     loss += tl.sum(value, 1)
                 if WITH_KEY:
@@ -460,7 +493,7 @@ def columns_kernel(
                 if MERGED:
                     zero = tl.zeros([BR, BDS], tl.float32)
                     part_q = gradient_product(tl.trans(slope), k_s, key_s.dtype.element_ty, UPCAST, zero)
-                    add_tile(d_query + head * N * DS, rows, rows < N, DS, part_q * factor, DS, BDS)
+                    add_tile(d_query + head * count * DS, at, at < count, DS, part_q * factor, DS, BDS)
     if WITH_LOSS:
         tl.store(partial + kv_head * blocks + block, tl.sum(loss, 0))
     if WITH_KEY:

@@ -100,6 +100,16 @@ def load_labels(ptr, positions, N, MASKED: tl.constexpr, LABELLED: tl.constexpr)
 
 
 @triton.jit
+def load_places(places, weights, at, R, N, CHOSEN: tl.constexpr):
+    """Positions of the queries numbered `at`, N where there is none, and what they count. Not CHOSEN: `at`, and 1."""
+    rows, counted = at, 1.0
+    if CHOSEN:
+        rows = tl.load(places + at, mask=at < R, other=N)
+        counted = tl.load(weights + at, mask=at < R, other=0.0)
+    return rows, counted
+
+
+@triton.jit
 def exists(
     rows,
     columns,
@@ -211,6 +221,19 @@ def spans(
     inner = tl.where(some, inner, first)
     outer = tl.where(some, outer, first)
     return first, inner, outer, last
+
+
+@triton.jit
+def chosen_spans(
+    rows, N, window, BC: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, LABELLED: tl.constexpr
+):
+    """Return what `spans` does for queries at any positions, N where there is none: tiles are whole where all are."""
+    stop = tl.max(tl.where(rows < N, rows, -1), 0) + 1
+    first, last = keys_of(tl.min(rows, 0), stop, N, window, CAUSAL, WINDOWED, BC)
+    outer = first
+    if not CAUSAL and not WINDOWED and not LABELLED:
+        outer = N // BC * BC
+    return first, first, outer, last
 
 
 @triton.jit

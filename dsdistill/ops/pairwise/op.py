@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsdistill.ops.attention.op import attention_alignment
 from dsdistill.ops.backends import choose_backend, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
     check_choice,
     check_mask,
+    check_rows,
     check_tensor,
     row_weights,
     safe_divide,
+    unit_vectors,
+    weights_of_rows,
     with_native_gradients,
     with_stored_gradients,
     without_autocast,
+    zero_masked,
 )
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.pairwise import chunked, native, reference, triton_panels
@@ -34,6 +40,7 @@ def pairwise_alignment(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     relation: str = "cosine",
+    rows: tuple[Tensor, Tensor | None] | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -51,6 +58,8 @@ def pairwise_alignment(
         mask: (B, N) bool, True = valid. Default: all valid.
         weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1/n_b with n_b the valid units of
             the sequence, so that each sequence is a mean over its pairs.
+        rows: (index, weights): the rows i that are compared alone, with all j, as `attention_alignment` takes them;
+            not with "distance", whose mean takes all pairs.
         reduction: "mean" over sequences with a valid unit, or "sum" over sequences.
         backend: "auto", "reference", "chunked", "cpp" or "triton".
 
@@ -71,9 +80,16 @@ def pairwise_alignment(
     check_choice("relation", relation, RELATIONS)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student, teacher)
-    chosen = _choose(backend, student, teacher, relation)
+    if rows is not None:
+        if relation == "distance":
+            raise ValueError(
+                "rows: got relation 'distance', whose mean takes all pairs, expected 'cosine' or 'dot'"
+            )
+        check_rows(rows, (batch, tokens), student)
+        rows = rows[0], weights_of_rows(*rows, mask, tokens, dtype)
+    chosen = _choose(backend, student, teacher, relation, None if rows is None else rows[0].shape[1])
     with without_autocast(student.device):
-        if chosen == "cpp":
+        if chosen == "cpp" and rows is None:
             given = native.arguments(student, teacher, mask, weights, relation, reduction)
             return with_native_gradients(torch.ops.dsdistill.pairwise_alignment, given, (student,))
         token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
@@ -95,6 +111,10 @@ def pairwise_alignment(
             "relation": relation,
             "dtype": dtype,
         }
+        if rows is not None:
+            by = reference.pairwise_total if chosen == "reference" else partial(_rows_total, backend=chosen)
+            total = by(student, teacher, rows=rows, **setting)
+            return total if count is None else safe_divide(total, count)
         if chosen == "reference":
             total = reference.pairwise_total(student, teacher, **setting)
             return total if count is None else safe_divide(total, count)
@@ -103,17 +123,54 @@ def pairwise_alignment(
         )
 
 
-def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str) -> str:
+def _rows_total(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    rows: tuple[Tensor, Tensor],
+    weights: Tensor,
+    mask: Tensor | None,
+    relation: str,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Return what `reference.pairwise_total` does for rows, by the operator of attention: one head, raw scores.
+
+    A row's weight is that of its sum; the weights of the columns are those of squares, so keys carry their roots.
+    """
+    index, row_weights = rows
+    x_s, x_t = zero_masked(student.to(dtype), mask), zero_masked(teacher.detach().to(dtype), mask)
+    if relation == "cosine":
+        x_s, x_t = unit_vectors(x_s)[0], unit_vectors(x_t)[0]
+    root = weights.sqrt()[..., None]
+    own = weights.gather(1, index.clamp(min=0)) * row_weights
+    tensors = [x[:, None] for x in (x_s, x_s * root, x_t, x_t * root)]
+    return attention_alignment(
+        *tensors,
+        mask=mask,
+        divergence="score_mse",
+        student_scale=1.0,
+        teacher_scale=1.0,
+        rows=(index, own),
+        reduction="sum",
+        backend=backend,
+    )
+
+
+def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str, rows: int | None) -> str:
     preference, missing = ["chunked", "reference"], {}
     _, tokens, width = student.shape
-    by_identity = relation != "distance" and chunked.use_identity(tokens, width, teacher.shape[2])
+    compared = tokens if rows is None else rows
+    by_identity = relation != "distance" and chunked.use_identity(compared, width, teacher.shape[2])
     lack = native_lack(student)
     if lack:
         missing["cpp"] = lack
     else:
-        # From here on the identity of `chunked` needs fewer products than half a matrix does.
-        preference.insert(1 if by_identity else 0, "cpp")
+        # From here on the identity of `chunked` needs fewer products than half a matrix does. Rows have no half.
+        preference.insert(1 if by_identity or rows is not None else 0, "cpp")
     lack = triton_lack(student, teacher)
+    if rows is not None:
+        lack = lack or "rows have no Triton kernel"
     if lack:
         missing["triton"] = lack
     else:

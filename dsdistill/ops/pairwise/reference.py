@@ -4,6 +4,7 @@ Per sequence, with relation matrices R_S and R_T and token weights w (0 where ma
   cosine, dot   Σ_ij w_i w_j (R_S − R_T)²_ij
   distance      Σ_ij w_i w_j ℓ((R_S − R_T)_ij), R = ‖x_i − x_j‖ ÷ its mean over positive entries,
                 ℓ = smooth-L1 with β = 1                       RKD-D, Park et al. 2019, Eq. 6–8
+Where rows are chosen i goes over them alone, each times its weight, and j over all tokens.
 """
 
 from __future__ import annotations
@@ -44,11 +45,16 @@ def pairwise_total(
     mask: Tensor | None,
     relation: str,
     dtype: torch.dtype,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Sum over sequences, before any division. weights: (B, N), 0 where masked."""
+    """Sum over sequences, before any division. weights: (B, N), 0 where masked.
+
+    rows: (B, R) positions and (B, R) weights, 0 where a position is −1 or masked; not of distances.
+    """
     relation_s = relations(student.to(dtype), mask, relation)
     relation_t = relations(teacher.detach().to(dtype), mask, relation)
     pair_weights = weights[:, :, None] * weights[:, None, :]
     if relation == "distance":
         return (pair_weights * F.smooth_l1_loss(relation_s, relation_t, reduction="none")).sum()
-    return (pair_weights * (relation_s - relation_t).square()).sum()
+    totals = (pair_weights * (relation_s - relation_t).square()).sum(2)
+    return totals.sum() if rows is None else (totals.gather(1, rows[0].clamp(min=0)) * rows[1]).sum()
