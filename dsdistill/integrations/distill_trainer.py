@@ -33,7 +33,16 @@ ORIGIN = "DistillTrainer"  # begins every message about an argument
 # What a checkpoint holds beside the student: the projectors, and layer weights that move.
 PROJECTORS, MOVING = "distillation.safetensors", "distillation.json"
 # What a Distiller or a collator reads beside the inputs of the student's own forward pass.
-INPUTS = ("attention_mask", "token_type_ids", "position_ids", "seq_idx", "cu_seq_lens_q", "spans", "pair", "seq_lengths")
+INPUTS = (
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "seq_idx",
+    "cu_seq_lens_q",
+    "spans",
+    "pair",
+    "seq_lengths",
+)
 REFUSED = {
     "model_init": "the student itself, since a search over settings would need a new teacher and new terms too",
     "compute_loss_func": "terms, which are the loss",
