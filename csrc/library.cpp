@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
   m.def(
       "attention_alignment(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
       "Tensor? mask, Tensor? segments, Tensor? rows, Tensor? row_weights, int divergence, float student_scale, "
-      "float teacher_scale, bool causal, int window, bool mean, bool query_gradient, bool key_gradient) -> (Tensor, Tensor, Tensor)");
+      "float teacher_scale, bool causal, int window, bool mean, bool query_gradient, bool key_gradient) -> (Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "pairwise_alignment(Tensor student, Tensor teacher, Tensor? mask, Tensor? weights, int relation, bool mean, "
       "bool gradient) -> (Tensor, Tensor)");

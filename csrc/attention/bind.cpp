@@ -39,8 +39,7 @@ struct ComparedRows {
                int64_t batch, int64_t tokens)
       : places(size_t(batch * tokens)), positions(valid.positions), counts(valid.counts) {
     if (!rows) {
-      for (int64_t b = 0; b < batch; ++b)
-        std::iota(places.begin() + b * tokens, places.begin() + (b + 1) * tokens, 0);
+      for (int64_t b = 0; b < batch; ++b) std::iota(places.begin() + b * tokens, places.begin() + (b + 1) * tokens, 0);
       most = tokens;
       return;
     }
@@ -54,8 +53,8 @@ struct ComparedRows {
     std::vector<double> total(static_cast<size_t>(tokens), 0.0);
     for (int64_t b = 0; b < batch; ++b, index += named, given += named) {
       for (int64_t r = 0; r < named; ++r) {
-        check(index[r] < tokens, "rows: got position " + std::to_string(index[r]) + ", expected less than N = " +
-                                     std::to_string(tokens));
+        check(index[r] < tokens,
+              "rows: got position " + std::to_string(index[r]) + ", expected less than N = " + std::to_string(tokens));
         if (index[r] >= 0) total[size_t(index[r])] += given[r];
       }
       int64_t count = 0;
@@ -81,13 +80,11 @@ int64_t shares_of(int64_t heads, int64_t threads, int64_t tokens) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(Tensor student_query, Tensor student_key,
-                                                           Tensor teacher_query, Tensor teacher_key,
-                                                           std::optional<Tensor> mask, std::optional<Tensor> segments,
-                                                           std::optional<Tensor> rows,
-                                                           std::optional<Tensor> row_weights, int64_t divergence,
-                                                           double student_scale, double teacher_scale, bool causal, int64_t window, bool mean,
-                                                           bool query_gradient, bool key_gradient) {
+std::tuple<Tensor, Tensor, Tensor> attention_alignment_cpu(
+    Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, std::optional<Tensor> mask,
+    std::optional<Tensor> segments, std::optional<Tensor> rows, std::optional<Tensor> row_weights, int64_t divergence,
+    double student_scale, double teacher_scale, bool causal, int64_t window, bool mean, bool query_gradient,
+    bool key_gradient) {
   AttentionArguments a{};
   a.student_query = source_of("student_query", student_query, 4);
   a.student_key = source_of("student_key", student_key, 4);

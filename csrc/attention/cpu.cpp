@@ -139,8 +139,8 @@ class Task {
     const int64_t width = last - first;
 
     const Source& source = a.student_query;
-    pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], own, rows, padded_rows,
-                 a.student_width, layout.student_row_width, T(a.student_scale * score_unit(a)), query);
+    pack_rows<T>(source, b * source.stride[0] + h * source.stride[1], own, rows, padded_rows, a.student_width,
+                 layout.student_row_width, T(a.student_scale * score_unit(a)), query);
     interleave_rows(query, layout.student_row_width, padded_rows, a.student_width, query_tiles);
     product_of_scores(query_tiles, panels_s, a.student_width, places, first, last, rows, scores_s);
     pack_teacher(b, h, own, rows, padded_rows);

@@ -13,7 +13,8 @@ struct AttentionArguments {
   // Valid tokens of each sequence, in order: positions[b · tokens + i], i < counts[b].
   const int64_t* positions;
   const int64_t* counts;
-  // Queries that are compared, ascending: place among the valid tokens and position, at b · tokens + i, i < row_counts[b].
+  // Queries that are compared, ascending: place among the valid tokens and position, at b · tokens + i, i <
+  // row_counts[b].
   const int64_t* row_places;
   const int64_t* row_positions;
   const int64_t* row_counts;

@@ -141,8 +141,7 @@ class PairTask {
       }
     }
     if (a.d_key) {
-      pack_pairs(a.student_query, base_s, own, rows, padded_rows, a.student_width, layout.row_width,
-                 query_pairs);
+      pack_pairs(a.student_query, base_s, own, rows, padded_rows, a.student_width, layout.row_width, query_pairs);
       key_gradient(first, last, padded_rows);
     }
     return value;
