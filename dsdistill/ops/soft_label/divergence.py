@@ -51,7 +51,8 @@ def logit_gradient(
 ) -> Tensor:
     """Return the gradient of `divergence_rows` at z_S / τ, (..., V): G − q Σ G with G = ∂D/∂ log q.
 
-    It is not differentiable itself. In jsd the derivative through m vanishes: −βp(1 − β)/m + (1 − β)(1 − q(1 − β)/m) = 0.
+    It is not differentiable itself.
+    In jsd the derivative through m vanishes: −βp(1 − β)/m + (1 − β)(1 − q(1 − β)/m) = 0.
     """
     q = log_q.exp()
     if divergence == "forward_kl":
