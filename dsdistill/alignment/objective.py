@@ -86,7 +86,7 @@ class Objective(nn.Module):
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
         """Return the loss of one micro-batch.
 
-        counts: (parts of all terms,), those of the whole step. teacher: this removes the layers that terms have read.
+        counts: (parts of all terms,), those of the whole step. teacher: layers are removed from it once read.
         """
         total: Tensor | float = 0.0
         raw, terms = [], list(self.terms.values())
