@@ -1,7 +1,7 @@
 """Make the built-in pairs of texts: a docstring's first paragraph is the query, the rest of it is its document.
 
 They are read as in data/docstrings.py: from installed packages, whose names are masked, without network. No module has
-texts in both `train` and `dev`; the texts of `unseen` are from packages of which the other splits have none.
+texts in both `train` and `dev`; the texts of `unseen` are from packages that no other split uses.
 """
 
 import gc
