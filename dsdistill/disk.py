@@ -78,7 +78,7 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a fresh name under which a file or a folder is made; at the end it replaces `path` atomically.
+    """Yield a fresh name under which a file or a folder is made; at the end it replaces `path` at once.
 
     A folder replaces only an empty folder, which may be a mount point: the contents are then moved into it.
     After an error `path` is as it was.

@@ -14,7 +14,7 @@ log = logging.getLogger("dsdistill")
 
 
 def default_layout(tokenizer: Any, data: Data) -> Layout:
-    """Return the layout of prompts and responses: as the settings say, else `template` if there is a chat template."""
+    """Return the layout of prompts and responses: the setting, else `template` or, without one, `separator`."""
     if data.layout is not None:
         return data.layout
     layout: Layout = "template" if data.chat_template or tokenizer.chat_template else "separator"

@@ -179,7 +179,7 @@ def evaluation_batches(
     """Yield this rank's share of one pass over the examples: each example is on exactly one rank, once.
 
     Every rank gets the same number of batches (the last may be filler). Examples are sorted by length, longest first,
-    so that memory runs out at once or never; `restore` restores their order.
+    so that memory runs out at once or never; `restore` undoes the sorting.
     """
     order = np.argsort(-examples.lengths.numpy(), kind="stable").tolist()
     batches = ceil(len(order) / (micro_batch_size * world_size))

@@ -8,7 +8,7 @@ from dsdistill.data.examples import Examples
 
 BIGRAM = 0.6  # weight of the bigram in its mixture with the unigram
 ADDED = 0.1  # to each unigram count
-TERM = 1.0  # nats a token, on average: a term of the domain is so much likelier there
+TERM = 1.0  # nats a token, on average, by which a domain term is likelier in the domain
 
 
 class Bigrams:
@@ -50,7 +50,7 @@ class Contrast:
         return np.bincount(owner, gained, len(examples)) / counts.clip(min=1)
 
     def is_term(self, tokens: np.ndarray) -> bool:
-        """Return whether a span of these tokens is a term of the domain: on average, e times as likely a token there.
+        """Return whether a span of these tokens is a domain term: on average each is e times as likely there.
 
         Unigrams are used, as bigrams would depend on the words around a span. This is the project's own reading.
         """

@@ -186,7 +186,7 @@ class Streamed:
         return Stream(self.source.place, rows, identity, "row", columns=self.source.columns, shown=shown)
 
     def _waited(self, ready: Callable[[], T | None], part: int) -> T:
-        """Wait until `ready` returns something, and return it; the thread that makes parts is told the part."""
+        """Wait until `ready` returns something, and return it; meanwhile the thread is asked for the part."""
         started, told = time.monotonic(), False
         while (found := ready()) is None:
             if part not in self._window:

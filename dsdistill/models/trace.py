@@ -65,7 +65,7 @@ class Trace:
         None  # c of language models whose logits are c · tanh(z / c), z = output · headᵀ + bias
     )
     domain: DomainTrace | None = None  # of a student with domain fusion
-    previous: "Trace | None" = None  # of a student: the trace of its state at the end of the stage before
+    previous: "Trace | None" = None  # of a student: its trace as the stage before left it
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors that the forward pass left: states, attention's inputs and outputs, no weights."""

@@ -32,7 +32,7 @@ _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> set[str]:
     """Raise UserError if a local folder's weights are missing, pickled, damaged or of other shapes than its config's.
 
-    Only headers are read. A hub id is checked by its download, which accepts only safetensors, too.
+    Only headers are read. A hub id is left to its download, which also accepts only safetensors.
 
     Returns the names of weights that would be random: those that the folder lacks, and a head for other classes; none
     for a hub id.

@@ -2,7 +2,7 @@
 
 A tile must run both with all conditions on pairs and without any, as the record does not tell such calls apart. The
 winner of each kernel is written to a record in the folder DSDISTILL_RECORDS. `triton_tiles.tile_of` reads it there, in
-this process and in later ones. Each process with DSDISTILL_TUNE=1 tunes again, for one length between two powers of
+this process and in later ones. Each process with DSDISTILL_TUNE=1 tunes again, at one length between each two powers of
 two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run this yet.
 """
 
