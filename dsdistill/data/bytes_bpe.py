@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer on the train texts, which loses no text and takes conversations."""
+"""A byte-level BPE tokenizer from the train texts, which loses nothing and takes conversations."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from dsdistill.config.errors import UserError
 from dsdistill.data import cache as cache_folder
 
 # One token ends whatever the model writes: a turn, a response, a document. It is the end token, so that generation
-# stops there in each case, also in other software. Padding has a token of its own: if it were the end token, masking
-# padding by its id would keep the model from learning to stop. The three are Qwen's.
+# stops there in each case, and in what others make of the tokenizer too. Padding has a token of its own: were it the
+# end token, those who mask padding by its id would never let the model learn to stop. The three are Qwen's.
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 SMALLEST = 300  # 256 bytes, the tokens above and a few merges
 
-# The assistant's text is marked. Tool calls are refused, as there is no form for them here.
+# What the assistant writes is marked. A call of tools is refused, as there is no form for it here.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.tool_calls %}{{ raise_exception('this template has no form for tool_calls') }}{% endif %}"
@@ -33,7 +33,7 @@ TEMPLATE = (
 def train_bytes_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
     """Return the folder of a byte-level BPE tokenizer of at most `size` entries, which is kept in the cache folder.
 
-    Every text can be restored from its ids. Words are split as in GPT-2: a space belongs to the word after it.
+    Every text comes back from its ids as it was. The words are those of GPT-2: a space belongs to the word after it.
 
     Raises:
         UserError: `size` is too small for all bytes, or the cache cannot be read or written.

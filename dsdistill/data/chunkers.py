@@ -1,7 +1,7 @@
-"""Cut a line of text into words and phrases, as (start, end) character offsets.
+"""What cuts a line of text into words and phrases, as (start, end) character offsets.
 
-The MTA paper uses words and spaCy's noun and verb phrases. Without a parser a phrase is a run of content words: this
-is the project's own reading.
+The MTA paper uses words and spaCy's noun and verb phrases. Where no parser is at hand a phrase is a run of content
+words: this project's own reading.
 """
 
 import importlib
@@ -17,7 +17,7 @@ Chunker = Callable[[str], tuple[list[Span], list[Span]]]  # a line → words, ph
 MAX_WORDS = 12  # of a phrase
 SPACY_MODEL = "en_core_web_sm"
 
-# A Chinese or Japanese character is a word of its own, as nothing marks where words end.
+# A Chinese or Japanese character is a word of its own: nothing marks where words end.
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+(?:['’-][^\W{_IDEOGRAPH}]+)*")
 
@@ -38,22 +38,22 @@ _JIEBA_CONTENT = ("n", "v", "a", "b", "i", "j", "l", "m", "q", "s", "t", "z", "e
 
 
 def chunker(name: str) -> Chunker:
-    """Return the chunker of a name: builtin (needs nothing), spacy (English) or jieba (Chinese).
+    """builtin (needs nothing), spacy (English) or jieba (Chinese).
 
-    Raises UserError that names what is not installed.
+    Raises UserError naming what is not installed.
     """
     return {"builtin": lambda: builtin, "spacy": _spacy, "jieba": _jieba}[name]()
 
 
 def builtin(line: str) -> tuple[list[Span], list[Span]]:
-    """Return words, found by their characters, and phrases: runs of words without stopwords or punctuation."""
+    """Words by their characters; phrases are runs of words that are no stopwords, unbroken by punctuation."""
     words = [match.span() for match in _WORD.finditer(line)]
     content = [line[start:end].lower() not in _STOPWORDS for start, end in words]
     return words, _runs(line, words, content)
 
 
 def _runs(line: str, words: list[Span], content: Iterable[bool]) -> list[Span]:
-    """Return maximal runs of content words with only space between, of at most MAX_WORDS words each."""
+    """Maximal runs of content words with nothing but space between, of at most MAX_WORDS words each."""
     runs: list[list[Span]] = []
     last = None
     for word, counts in zip(words, content, strict=True):
@@ -90,10 +90,10 @@ def _spacy() -> Chunker:
 
 
 def parsed(doc) -> tuple[list[Span], list[Span]]:
-    """Return the words of a parsed spaCy document, and its noun and verb phrases that are not inside another.
+    """Of a parsed spaCy document: words, and its noun and verb phrases that lie in no other.
 
-    A verb phrase is a verb with its negation and auxiliaries on the left and its whole object, particle or complement
-    on the right. It has at most MAX_WORDS words.
+    A verb phrase is a verb with its negation and auxiliaries on the left and its object, particle or complement on the
+    right, whole, of at most MAX_WORDS words.
     """
     words = [token for token in doc if not (token.is_punct or token.is_space)]
     phrases = [(chunk.start_char, chunk.end_char) for chunk in doc.noun_chunks]

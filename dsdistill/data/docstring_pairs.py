@@ -1,7 +1,7 @@
-"""Make the built-in pairs of texts: a docstring's first paragraph is the query, the rest of it is its document.
+"""The built-in pairs of texts: the first paragraph of a docstring as the query, the rest of it as its document.
 
-They are read as in data/docstrings.py: from installed packages, whose names are masked, without network. No module has
-texts in both `train` and `dev`; the texts of `unseen` are from packages that no other split uses.
+They are read as data/docstrings.py reads its texts: from installed packages, whose names are masked, without network.
+No module has texts in both `train` and `dev`; those of `unseen` are of packages that no other text is from.
 """
 
 import gc
@@ -21,18 +21,18 @@ PER_PACKAGE, PER_MODULE = 1000, 60  # most pairs of one package, and of one modu
 DEV_PERCENT = 12  # modules in the dev split
 QUERY = range(20, 201)  # characters
 DOCUMENT = 80  # fewest characters
-MOST = 1000  # most characters of a document; the rest is cut off
+MOST = 1000  # characters of a document; what follows is cut off
 _OTHER_NAMES = re.compile("scipy", re.IGNORECASE)  # what NAMES lacks
-_RULES = re.compile(r"(^|\s)[-=~^#*.+|]{2,}(?=\s|$)")  # lines under headings and around tables
+_RULES = re.compile(r"(^|\s)[-=~^#*.+|]{2,}(?=\s|$)")  # what underlines headings and frames tables
 
 
 def table(split: str, cache: str) -> Table:
     """Return the pairs of one split: columns id ("module:name"), query and document.
 
-    They are read from the cache folder if it has them (otherwise parsing takes some seconds).
+    Read from the cache folder where it has them (some seconds of parsing otherwise).
 
     Raises:
-        UserError: there is no such split, or a package is missing.
+        UserError: no such split, or a package is missing.
     """
     if split not in SPLITS:
         got = f"{split!r} with pairs of source docstrings"
@@ -45,7 +45,7 @@ def table(split: str, cache: str) -> Table:
 
 
 def collect() -> list[dict[str, str]]:
-    """Return all rows, {"split", "id", "query", "document"}, in an order that depends only on the texts."""
+    """Return all rows, {"split", "id", "query", "document"}, in an order that depends on the texts alone."""
     collecting = gc.isenabled()
     gc.disable()  # as docstrings.collect does
     try:

@@ -1,6 +1,6 @@
-"""Make the built-in data set: docstrings of installed packages, labelled with the package they come from.
+"""The built-in data set: docstrings of installed packages, labelled with the package they come from.
 
-Every machine that runs dsdistill has these packages, so no network or download is needed. Sources are parsed and
+Every machine that runs dsdistill has these packages, so it needs no network and no download. Sources are parsed and
 never imported. The names of the packages are masked in the texts, and no module has texts in both splits.
 """
 
@@ -33,15 +33,15 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-PER_PACKAGE = 1500  # most texts of one class
-PER_MODULE = 60  # most texts of one module, so that the dev split does not come from few modules
+PER_PACKAGE = 1500  # texts of one class, where it has as many
+PER_MODULE = 60  # most texts of one module, lest few modules make the dev split
 DEV_PERCENT = 12  # modules in the dev split
 LENGTH = range(40, 401)  # characters
 
-# Tests and vendored packages are about something else than their package.
+# Tests and vendored packages speak of something else than their package.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "_vendor"}
 
-# These would reveal the label: names as part of any word, aliases as words of their own (np.dot, ds_config).
+# What would give the label away: names as part of any word, aliases as words of their own (np.dot, ds_config).
 NAMES = re.compile(
     "deep ?speed|hugging ?face|🤗|matplotlib|py(?:plot|lab)|networkx|numpy|pandas|python|sympy|(?:py)?torch"
     "|transformers"
@@ -49,17 +49,17 @@ NAMES = re.compile(
     re.IGNORECASE,
 )
 MASK = "library"
-# :class:`Tensor`, underlined headings: a package's style would reveal the label, too.
+# :class:`Tensor`, underlined headings: house style would give the label away too.
 MARKUP = re.compile(r":[\w:+-]+:`~?|`|[-=~^#]{3,}")
 
 
 def table(split: str, cache: str) -> Table:
-    """Return the rows of one split: columns id ("module:name"), text, label.
+    """The rows of one split: columns id ("module:name"), text, label.
 
-    They are read from the cache folder if it has them (otherwise parsing takes some seconds).
+    Read from the cache folder where it has them (some seconds of parsing otherwise).
 
     Raises:
-        UserError: there is no such split, or a package is missing.
+        UserError: no such split, or a package is missing.
     """
     if split not in ("train", "dev"):
         raise UserError("data.train and data.dev", f"{split!r} with source docstrings", "train and dev")
@@ -70,7 +70,7 @@ def table(split: str, cache: str) -> Table:
 
 
 def collect() -> list[dict[str, str]]:
-    """Return all rows, {"split", "id", "text", "label"}, in an order that depends only on the texts."""
+    """All rows, {"split", "id", "text", "label"}, in an order that depends on the texts alone."""
     collecting = gc.isenabled()
     gc.disable()  # syntax trees are large and free of cycles: collecting them doubles the time
     try:
@@ -87,7 +87,7 @@ def _collect() -> list[dict[str, str]]:
         for module, path in modules_of(package):
             if taken >= PER_PACKAGE:
                 break
-            # This hash differs from that of the order; otherwise the first modules would all be in one split.
+            # Another hash than that of the order, in which the first modules would all be of one split.
             split = "dev" if int(digest(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
             most = min(taken + PER_MODULE, PER_PACKAGE)
             for name, docstring in docstrings_in(path):
@@ -101,18 +101,18 @@ def _collect() -> list[dict[str, str]]:
 
 
 def clean(docstring: str) -> str:
-    """Return the first paragraph on one line, without markup and with package names masked."""
+    """The first paragraph on one line, without markup and with package names masked."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return " ".join(NAMES.sub(MASK, MARKUP.sub("", paragraph)).split())
 
 
 def digest(text: str) -> str:
-    """Return the SHA-256 of a text, in hexadecimal digits."""
+    """Return a number of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def modules_of(package: str) -> list[tuple[str, Path]]:
-    """Return names and files of a package's modules, sorted by the hash of their names."""
+    """Names and files of a package's modules, by the hash of their names."""
     root = _folder(package)
     modules = []
     for folder, folders, files in os.walk(root):
@@ -132,7 +132,7 @@ def _folder(package: str) -> Path:
 
 
 def docstrings_in(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield name and docstring of the module, its classes, functions and methods."""
+    """Name and docstring of the module, its classes, functions and methods."""
     try:
         stack = [("", ast.parse(path.read_bytes()))]
     except (SyntaxError, ValueError):  # templates and samples of broken code
@@ -151,7 +151,7 @@ def docstrings_in(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def key(packages: Sequence[str], *files: str) -> str:
-    """Return a key that changes with every version of the packages, with these code files and with this one."""
+    """Return what changes with every version of the packages, and with these files of code and this one."""
     versions = [_version(package) for package in packages]
     code = [Path(file).read_text(encoding="utf-8") for file in (__file__, *files)]
     return digest(" ".join([*versions, *code]))[:16]
