@@ -1,7 +1,7 @@
-"""How this project writes to disks: whole or not at all, through no link, with the modes that the umask gives.
+"""Write to disk: completely or not at all, never through a link, with the modes that the umask gives.
 
-Everything that is made in several steps is made under a fresh name of its own beside its place, and then moved there.
-A name that somebody else may have planted is therefore never opened, and two processes never share a scratch name.
+Whatever takes several steps is made under a fresh scratch name beside its place, and then moved there. So a name that
+somebody else may have planted is never opened, and two processes never share a scratch name.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from dsdistill.config.errors import RunError, UserError
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, above the largest file allowed
 LONGEST_NAME, LONGEST_PATH = 255, 3800  # bytes; a path leaves room for the names that a run adds below it
 _SCRATCH = re.compile(r"\.partial-[0-9a-f]{8}")
-_TRIAL = 2**20  # bytes that are written to see whether a disk is full
+_TRIAL = 2**20  # bytes written to test whether a disk is full
 
 
 class Unwritable(RunError):
-    """Something could not be written; the message is one line that names the place and the reason."""
+    """Signal that something could not be written; the message is one line that names the place and the reason."""
 
 
 class Foreign(OSError):
-    """Something was not removed, because it holds files that this project did not write."""
+    """Signal that something was not removed, because it holds files that this project did not write."""
 
 
 def reason(error: BaseException) -> str:
-    """Return in plain words why a write failed."""
+    """Return why a write failed, in plain words."""
     if isinstance(error, OSError) and error.errno in FULL:
         return f"the disk is full ({error.strerror})"
     if isinstance(error, OSError) and error.strerror:
@@ -40,9 +40,9 @@ def reason(error: BaseException) -> str:
 
 
 def full(error: BaseException, folder: str) -> bool:
-    """Return whether a write into `folder` failed for want of space.
+    """Return whether a write into `folder` failed for lack of space.
 
-    Libraries tell of that in errors of many types; where the error says nothing, a trial file in the folder does.
+    Libraries raise errors of many types for this. If the error does not tell, a trial file is written to the folder.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
@@ -62,12 +62,12 @@ def full(error: BaseException, folder: str) -> bool:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a write to `path` that fails within into Unwritable; errors of another cause pass."""
+    """Raise Unwritable if a write to `path` fails inside the context; errors with another cause pass."""
     try:
         yield
     except (UserError, RunError, Foreign):
         raise
-    except Exception as error:  # of torch, safetensors and tokenizers too
+    except Exception as error:  # torch, safetensors and tokenizers raise their own types
         folder = os.path.dirname(os.path.abspath(path))
         if isinstance(error, OSError):
             raise Unwritable(f"{os.fspath(path)} cannot be written: {reason(error)}") from None
@@ -78,9 +78,9 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a fresh name under which a file or a folder is made; at the end it takes the place of `path` at once.
+    """Yield a fresh name under which a file or a folder is made; at the end it replaces `path` at once.
 
-    A folder replaces nothing but an empty folder, which may be a mount point: what was made then moves into it.
+    A folder replaces only an empty folder, which may be a mount point: the contents are then moved into it.
     After an error `path` is as it was.
 
     Raises:
@@ -118,14 +118,14 @@ def writing(path: str | os.PathLike, binary: bool = False):
 
 
 def save_json(path: str | os.PathLike, found: object) -> None:
-    """Write a file that the user named, as it stands: perhaps a device, or a link."""
+    """Write JSON to a file that the user named, which may be a device or a link."""
     with explained(path), open(path, "w", encoding="utf-8") as file:
         json.dump(found, file, indent=1)
         file.write("\n")
 
 
 def append(path: str, text: str) -> None:
-    """Add text to the end of a file, all of it or nothing; a link in its place is refused with OSError."""
+    """Append text to a file, all of it or nothing; a link raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         before, data = os.fstat(descriptor).st_size, text.encode()
@@ -140,9 +140,9 @@ def append(path: str, text: str) -> None:
 
 
 def remove(path: str, made: Iterable[str]) -> None:
-    """Remove a file or a folder where there is one; a link itself, never what it points to.
+    """Remove a file or a folder if it exists; a link is removed itself, never its target.
 
-    made: patterns (fnmatch) of the paths below the folder that this project writes there.
+    made: patterns (fnmatch) of the paths that this project writes below the folder.
 
     Raises:
         Foreign: the folder holds something else; nothing is removed then.
@@ -179,7 +179,7 @@ def foreign(folder: str, made: Iterable[str]) -> list[str]:
 def sweep(folder: str, names: Iterable[str] | None = None) -> None:
     """Remove what a killed process left under scratch names in `folder`; the caller holds the folder's lock.
 
-    names: what the caller makes there; scratch of other things is somebody else's, who may be at work.
+    names: what the caller makes there. Scratch with other contents stays, as another process may be writing it.
     """
     for scratch in filter(_SCRATCH.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ()):
         with contextlib.suppress(OSError):
@@ -189,12 +189,12 @@ def sweep(folder: str, names: Iterable[str] | None = None) -> None:
 
 
 def is_scratch(name: str) -> bool:
-    """Return whether a file or folder has a name that only `replacing` gives."""
+    """Return whether a file or folder has a scratch name, which only `replacing` gives."""
     return _SCRATCH.fullmatch(name) is not None
 
 
 def sync(path: str) -> None:
-    """Write a file, or the names in a folder, through to the disk, where its file system can."""
+    """Flush a file, or a folder's entries, to the disk, if its file system supports this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -214,9 +214,9 @@ def _scratch(folder: str) -> str:
 
 
 def _finish(made: str, mode: int) -> None:
-    """Give what was made the umask's modes, which some libraries narrow to 0600, and write a file through.
+    """Give a file or folder the umask's modes, which some libraries narrow to 0600, and flush it to the disk.
 
-    mode: that of a folder which was made under the same umask.
+    mode: the mode of a folder made under the same umask.
     """
     plain = stat.S_IMODE(mode) & 0o666
     if not os.path.isdir(made):
@@ -234,7 +234,7 @@ def _finish(made: str, mode: int) -> None:
 
 
 def check_writable(folder: str, key: str = "run.dir") -> None:
-    """Raise UserError unless a folder could be written there; makes nothing: what is refused leaves nothing behind."""
+    """Raise UserError unless a folder could be written there. Nothing is created: a refusal leaves nothing behind."""
     wanted = "a folder that can be written"
     place = _place(folder, key, wanted)
     while True:
@@ -256,9 +256,9 @@ def check_writable(folder: str, key: str = "run.dir") -> None:
 
 
 def check_file(path: str | None, key: str, sources: Iterable[str] = ()) -> None:
-    """Raise UserError unless a file could be written there; makes nothing.
+    """Raise UserError unless a file could be written there; nothing is created.
 
-    sources: files that the command reads, none of which may be written over.
+    sources: files that the command reads, none of which may be overwritten.
     """
     if path is None:
         return
@@ -282,7 +282,7 @@ def check_file(path: str | None, key: str, sources: Iterable[str] = ()) -> None:
 
 
 def _place(path: str, key: str, wanted: str) -> str:
-    """Return the absolute path, where it is one that a system takes."""
+    """Return the absolute path; raise UserError if no system would accept it."""
     if "\0" in path:
         raise UserError(key, repr(path), f"{wanted}: a path without NUL")
     place = os.path.abspath(path)

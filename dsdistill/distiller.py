@@ -1,4 +1,4 @@
-"""Make the loss of a batch from teacher, student and terms, for `dsdistill train` and for anybody's own loop."""
+"""Compute the loss of a batch from teacher, student and terms, for `dsdistill train` and for other training loops."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,25 +30,25 @@ TASKS = ("classification", "regression", "causal_lm", "masked_lm", EMBEDDING)
 
 
 class TermValue(NamedTuple):
-    """Hold one term's value in a batch as detached tensors, so that nobody waits until one is read."""
+    """Hold one term's value in a batch as detached tensors; the device is waited for only when one is read."""
 
     raw: Tensor  # before its weight
     weighted: Tensor
-    parts: Tensor  # (parts,) by mapped layer or the like, before any weight
+    parts: Tensor  # (parts,), one value a mapped layer or other part, before any weight
 
 
 class Output(NamedTuple):
-    """Hold what a Distiller makes of a batch; engines look for tensors in tuples, so it is one."""
+    """Hold what a Distiller returns for a batch. It is a tuple because engines look for tensors in tuples."""
 
     loss: Tensor  # scalar with gradients
     terms: dict[str, TermValue]
 
 
 class Distillation(nn.Module):
-    """Join a student under capture, what it learns from, and the objective between them.
+    """Join a student under capture, the models it learns from, and the objective between them.
 
-    Everything trainable lies in this one module, so that every parameter is gathered and saved by the same hooks.
-    Teacher and earlier student are no submodules: they are neither trained nor saved.
+    Everything trainable is in this one module, so that every parameter is gathered and saved by the same hooks.
+    The teacher and the student of the stage before are not submodules: they are neither trained nor saved.
     """
 
     def __init__(
@@ -61,34 +61,34 @@ class Distillation(nn.Module):
     ):
         """Register the student and the objective.
 
-        geometry: of the student's attention layers, as counts need it. previous: the student as an earlier stage left
-            it.
+        geometry: the geometry of the student's attention layers by layer, for the counts. previous: the student as the
+            stage before left it.
         """
         super().__init__()
         self.body = student.callee.module
         self.objective = objective
         self.geometry = geometry
         self._tracers = (student, teacher, previous)  # in a tuple: `body` registers the student already
-        self.register_forward_pre_hook(_tell_zero)  # before those that DeepSpeed adds
+        self.register_forward_pre_hook(_tell_zero)  # runs before DeepSpeed's own hooks
 
     @property
     def student(self) -> Tracer:
-        """Return what makes the student's traces."""
+        """Return the tracer of the student."""
         return self._tracers[0]
 
     @property
     def teacher(self) -> Tracer | None:
-        """Return what makes the teacher's traces, where a term needs one."""
+        """Return the tracer of the teacher; None if no term needs one."""
         return self._tracers[1]
 
     @property
     def previous(self) -> Tracer | None:
-        """Return what makes the traces of the student as the stage before left it."""
+        """Return the tracer of the student as the stage before left it; None without one."""
         return self._tracers[2]
 
     @property
     def model(self) -> PreTrainedModel:
-        """Return the student as a model of transformers."""
+        """Return the student's transformers model."""
         return self.student.model
 
     def own_counts(self, batches: Sequence[Batch]) -> Tensor:
@@ -112,16 +112,16 @@ class Distillation(nn.Module):
     def traces(
         self, batch: Batch, teacher: Trace | None = None
     ) -> AbstractContextManager[tuple[Trace | None, Trace | None]]:
-        """Return a context with the traces of the teacher and of the student of the stage before.
+        """Return a context that yields the traces of the teacher and of the student of the stage before.
 
-        teacher: its trace, where it is there already.
+        teacher: the teacher's trace, if it exists already.
         """
         return _traces(self.teacher, self.previous, batch, teacher)
 
     def loss(
         self, batch: Batch, teacher: Trace | None, counts: Tensor, previous: Trace | None = None
     ) -> Loss:
-        """Return the loss of one micro-batch, in units of the step that `counts` are of."""
+        """Return the loss of one micro-batch, divided by the `counts` of its whole step."""
         student = self.trace(batch, teacher)
         self.seen(student, batch)
         student.previous = previous
@@ -130,15 +130,15 @@ class Distillation(nn.Module):
         # in backward. One value a row, so that the sum cannot overflow in fp16.
         end = student.logits
         if end is None:
-            assert student.output is not None  # a language model's trace has it in place of logits
+            assert student.output is not None  # a language model's trace has it instead of logits
             end = student.output[:, 0]
         return Loss(loss.total + 0.0 * end[:, 0].float().sum(), loss.raw)
 
     def seen(self, student: Trace, batch: Batch) -> None:
-        """Look at the student's trace before the terms read it; here nobody does."""
+        """Let subclasses look at the student's trace before the terms read it; here this does nothing."""
 
     def forward(self, batch: Batch, counts: Tensor) -> Loss:
-        """Return the loss of one micro-batch: over all micro-batches and ranks of a step they add up."""
+        """Return the loss of one micro-batch; these losses add up over all micro-batches and ranks of a step."""
         with self.traces(batch) as (teacher, previous):
             return self.loss(batch, teacher, counts, previous)
 
@@ -156,7 +156,7 @@ def _traces(
 
 
 class Distiller(Distillation):
-    """Compute the distillation loss of a batch, in any training loop.
+    """Compute the distillation loss of a batch in any training loop.
 
         distiller = Distiller(teacher, student, terms={"task": {}, "soft_label": {"temperature": 1.0}})
         optimizer = torch.optim.AdamW(distiller.parameters())
@@ -164,25 +164,25 @@ class Distiller(Distillation):
             out = distiller(batch)
             out.loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    The loss is Σ_k weight_k · Σ_parts sum / count, where `count` is what the part's sum adds up: valid tokens, rows,
-    predicted tokens or pairs, over all micro-batches and ranks of an optimizer step. Averages of averages would weigh
-    a token of a short batch more than one of a long batch. So counts come first:
+    The loss is Σ_k weight_k · Σ_parts sum / count. `count` is the number of items in the part's sum (valid tokens,
+    rows, predicted tokens or pairs) over all micro-batches and ranks of an optimizer step. An average of averages would
+    give a token of a short batch more weight than one of a long batch. So counts come first:
 
         counts = distiller.counts(batches)            # all micro-batches of this rank's step; the ranks add up
         for batch in batches:
             distiller(batch, counts=counts).loss.backward()
 
     `out.loss` is this micro-batch's share times the number of ranks W. Its gradient, added up over the micro-batches
-    and averaged over the ranks, is the gradient of the step's loss. Plain loops, DDP and FSDP do just that. DeepSpeed
-    and Accelerate also divide by the number A of micro-batches in a step; multiply by it:
+    and averaged over the ranks, is the gradient of the step's loss. Plain loops, DDP and FSDP do exactly that.
+    DeepSpeed and Accelerate also divide by the number A of micro-batches in a step; so multiply by A:
 
         engine.backward(A * distiller_engine(batch, counts=counts).loss)
 
-    Teacher and student must not share weights, and the teacher, which is no part of the module, moves along with
-    `.to()`. `detach()` takes the capture off both models again.
+    Teacher and student must not share weights. The teacher is not a submodule, but `.to()` moves it, too. `detach()`
+    removes the capture from both models.
 
-    Without `counts` a batch is a step of its own: in training together with what the other ranks have at the same
-    moment, in evaluation (`distiller.eval()`) by itself, so that one rank may evaluate alone.
+    Without `counts` a batch is a step of its own. In training this step includes the batches of the other ranks; in
+    evaluation (`distiller.eval()`) it does not, so that one rank may evaluate alone.
     """
 
     def __init__(
@@ -199,19 +199,19 @@ class Distiller(Distillation):
         """Check that the models and terms fit together, and put the student under capture.
 
         Args:
-            teacher: a transformers model, what `shard_teacher` returns, or None where no term needs one. It is
-                frozen: evaluation mode, no gradients; its type stays.
+            teacher: a transformers model, the result of `shard_teacher`, or None if no term needs one. It is frozen:
+                evaluation mode, no gradients; its type stays.
             student: a transformers model of the same task, on its device, before it is wrapped (DDP, DeepSpeed, FSDP
                 of the whole); layers may be sharded already.
-            terms: by name, settings as in a config: dicts, or objects of dsdistill.terms.
-            task: classification, regression, causal_lm, masked_lm or embedding; by default what the models' classes
-                say, of which those without a head say nothing.
+            terms: settings by term name, as in a config: dicts, or objects of dsdistill.terms.
+            task: classification, regression, causal_lm, masked_lm or embedding; by default it follows from the models'
+                classes, except for those without a head.
             distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w.
-            backend: of the operators, as train.backend.
+            backend: operator backend, as train.backend.
             pooling: of student and teacher, for task embedding: mean, cls or last, as student.pooling of a config.
 
         Raises:
-            UserError: one line for the first thing that does not fit; nothing has been changed then.
+            UserError: one line for the first thing that does not fit; in this case nothing has been changed.
         """
         given = plain_model(student, f"{ORIGIN}: student")
         guide = teacher.model if isinstance(teacher, Callee) else teacher
@@ -259,19 +259,19 @@ class Distiller(Distillation):
     def counts(self, batches: Sequence[Batch | Mapping[str, Any]]) -> Tensor:
         """Return (parts of all terms,) float64: what the sums of a step are divided by.
 
-        Where torch.distributed is up they are added up over the ranks: every rank must call it.
+        If torch.distributed is initialised, they are added up over the ranks: every rank must call this.
 
         Args:
             batches: all micro-batches of this rank's step, as `forward` takes them.
 
         Raises:
-            UserError: no list, an empty one, or a batch that `forward` would refuse.
+            UserError: not a list, an empty list, or a batch that `forward` would refuse.
         """
         if isinstance(batches, Mapping | Batch) or not isinstance(batches, Sequence) or not batches:
             raise UserError(f"{ORIGIN}: counts", type(batches).__name__, "a list of a step's micro-batches")
         return super().counts([self._batch(batch) for batch in batches])
 
-    # It returns more than a Distillation does: somebody else's loop logs each term.
+    # It returns more than a Distillation does, so that the caller's loop can log each term.
     def forward(  # type: ignore[override]
         self, batch: Batch | Mapping[str, Any], counts: Tensor | None = None
     ) -> Output:
@@ -280,10 +280,10 @@ class Distiller(Distillation):
         Args:
             batch: input_ids, attention_mask, labels, token_type_ids, position_ids as collators give them, see
                 data.inputs.as_batch; it is moved to the student's device.
-            counts: of the step, see the class; None: the batch is a step of its own.
+            counts: the step's counts, see the class; None: the batch is a step of its own.
 
         Raises:
-            UserError: an input of another form, or one that the terms need and that is missing.
+            UserError: an input has another form, or the terms need one that is missing.
         """
         batch = self._batch(batch)
         if self.training:
@@ -293,17 +293,17 @@ class Distiller(Distillation):
             counts = super().counts([batch]) if everywhere else self.own_counts([batch])
         try:
             loss = super().forward(batch, counts)
-        except BackendError as error:  # some are found out by the first call alone
+        except BackendError as error:  # some show only at the first call
             raise UserError(f"{ORIGIN}: backend", str(error), "auto, or one that runs every term") from None
         ranks = _world_size() if everywhere else 1
         values = self.objective.values(ranks * loss.raw)
         return Output(ranks * loss.total, {name: TermValue(*pair) for name, pair in values.items()})
 
     def update(self, outputs: Sequence[Output]) -> None:
-        """Let layer weights that move (`layer_weights: dynamic`, `layers: emd`) follow the losses of a step.
+        """Update layer weights that move (`layer_weights: dynamic`, `layers: emd`) from the losses of a step.
 
-        Call it after each optimizer step, on every rank, with what `forward` returned for its micro-batches; where no
-        weight moves it does nothing. `distiller.objective.begin(steps)` tells how long training is;
+        Call it after each optimizer step, on every rank, with what `forward` returned for the step's micro-batches. If
+        no weight moves, it does nothing. `distiller.objective.begin(steps)` sets the length of training;
         `distiller.objective.state()` and `.restore()` carry the weights over a restart.
         """
         if not self.objective.moves:
@@ -315,7 +315,7 @@ class Distiller(Distillation):
         self.objective.update(raw)
 
     def detach(self) -> None:
-        """Take the capture off both models; the Distiller makes no traces any more."""
+        """Remove the capture from both models; the Distiller then makes no more traces."""
         for tracer in (self.student, self.teacher):
             if tracer is not None:
                 tracer.capture.detach()
@@ -342,7 +342,7 @@ class Distiller(Distillation):
 
 
 def check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Refuse classifiers that do not fit each other or the task, before the first batch would."""
+    """Refuse classifiers that do not fit each other or the task, before the first batch fails."""
     if objective.task in LANGUAGE:
         return
     models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
@@ -372,21 +372,21 @@ def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return what a model computes attention with, as a config names it; auto where that is none of its names."""
+    """Return a model's attention implementation, as a config names it; auto if a config has no such name."""
     used = text_config(model.config)._attn_implementation
     return used if used in get_args(AttentionName) else "auto"
 
 
 def _pad(config: PretrainedConfig) -> int | None:
-    """Return the token to fill padding with, None where the config names none that the model has."""
+    """Return the padding token; None if the config names none, or one outside the vocabulary."""
     pad = setting(text_config(config), "pad_token_id")
     return pad if isinstance(pad, int) and 0 <= pad < text_config(config).vocab_size else None
 
 
 def _tell_zero(module: Distillation, _) -> None:
-    """Forward pre-hook: tell ZeRO-3 what a module uses outside the forward pass of the submodule that holds it.
+    """Tell ZeRO-3, as a forward pre-hook, which parameters are used outside the submodule that holds them.
 
-    DeepSpeed notices most such uses by itself, at the first of them; none is left to that.
+    DeepSpeed detects most such uses itself, at the first one; this does not rely on it.
     """
     unknown = [parameter for parameter in module.student.head if hasattr(parameter, "ds_id")]
     if unknown:
@@ -418,7 +418,7 @@ def _config(
         raise UserError(f"{ORIGIN}: terms", type(terms).__name__, "a dict of terms by name")
     models: dict[str, Any] = {"student": {"config": {}}} | ({"teacher": {"config": {}}} if teacher else {})
     train = {"distill_weight": distill_weight, "backend": backend}
-    # Each batch tells whether its texts are in pairs.
+    # A batch itself says whether its texts are in pairs.
     data = {"data": {"text": ["query", "document"]}} if task == EMBEDDING else {}
     made = make_config({"task": task, **models, **data, "terms": dict(given), "train": train}, ORIGIN)
     for name, term in made.terms.named().items():

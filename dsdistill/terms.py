@@ -1,6 +1,6 @@
 """Export the settings of each loss term as typed objects, such as terms.Hidden(layers="last") for a Distiller.
 
-They are those of a config, checked in the same way and with the same messages.
+They are the settings of a config, checked in the same way and with the same messages.
 """
 
 from dsdistill.config.terms import (

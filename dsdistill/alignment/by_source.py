@@ -13,16 +13,16 @@ from dsdistill.models.trace import Trace
 
 
 class SourceLosses:
-    """SourceLosses adds up the task's loss and what it is divided by, for each source, over the batches of a step."""
+    """Add up the task's loss and its divisor for each source, over the batches of a step."""
 
     def __init__(self, pair: Pair, sources: int):
         self._term = TaskTerm(Task(), pair)
-        self.sums = torch.zeros(sources, 2, dtype=torch.float64)  # of losses, and of what they are divided by
+        self.sums = torch.zeros(sources, 2, dtype=torch.float64)  # losses and divisors
 
     @torch.no_grad()
     def add(self, student: Trace, batch: Batch) -> None:
         """Add a batch of examples whose sources are known."""
-        assert batch.source is not None  # the loader of a mixture tells
+        assert batch.source is not None  # a mixture's loader sets it
         by_token = _by_token(batch)
         for source in range(len(self.sums)):
             own = by_token == source
@@ -35,7 +35,7 @@ class SourceLosses:
 
 
 def _by_token(batch: Batch) -> Tensor:
-    """Return (B, 1), packed (B, N), int64: the source of each token, -1 at packed filler."""
+    """Return the source of each token, (B, 1) or packed (B, N), int64; -1 at the filler of packed rows."""
     assert batch.source is not None
     if batch.places is None:
         return batch.source[:, None]

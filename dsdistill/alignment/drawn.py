@@ -1,4 +1,4 @@
-"""Draw the query rows of each sequence that a step compares: anew each step, the same however the batch is split."""
+"""Draw which rows of each sequence a step compares: anew at each step, however the batch is split."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ _STRIDE = 2654435761  # 2³² over the golden ratio (Knuth, The Art of Computer 
 
 
 def rows_of(batch: Batch, rows: int | None, layer: int, training: bool) -> tuple[Tensor, None] | None:
-    """Return what operators take as `rows`; None: all rows, which evaluation and sequences that are shorter compare.
+    """Return what operators take as `rows`; None: all rows are compared, as in evaluation or in shorter batches.
 
     Args:
-        batch: its `draw` decides together with the layer; without one, in a loop of one's own, torch's generator does.
-        rows: how many of a sequence are drawn; None: all.
-        layer: of the student, so that layers draw apart.
+        batch: its `draw` and the layer determine the rows. Without `draw`, in a caller's own loop, torch's generator
+            draws.
+        rows: how many rows of a sequence are drawn; None: all.
+        layer: student layer, so that layers draw different rows.
         training: whether the term is in training mode.
     """
     if rows is None or not training or batch.mask.shape[1] <= rows:
@@ -30,10 +31,11 @@ def rows_of(batch: Batch, rows: int | None, layer: int, training: bool) -> tuple
 
 
 def stratified(offsets: Tensor, counts: Tensor) -> Tensor:
-    """Return (B, R) positions, one from each R-th part of a sequence; all of one with R tokens or fewer, then −1.
+    """Return (B, R) positions, one from each of R equal parts of a sequence.
 
-    Of the numbers 0 … R n − 1, which row r has n of, position i has R: so each token is as likely as any other. The
-    parts need not end where tokens do, hence a token may come twice, which the operators count twice.
+    A sequence of R tokens or fewer gives all its positions, then −1. Of the numbers 0 … R n − 1, row r has n and
+    position i has R, so each token is equally likely. The parts need not end where tokens do, so a token may be drawn
+    twice; the operators then count it twice.
 
     Args:
         offsets: (B, R) int64, in [0, n) each.
@@ -46,7 +48,7 @@ def stratified(offsets: Tensor, counts: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Return numbers below 2³², each bit of which depends on all bits of x, below 2³²; int64 without overflow."""
+    """Return a hash of x: both are int64 below 2³², every bit depends on all bits of x, and nothing overflows."""
     for _ in range(2):
         x = ((x >> 16) ^ x) * 0x45D9F3B & _WORD
     return (x >> 16) ^ x

@@ -6,16 +6,15 @@ from dsdistill.config import UserError
 def layer_map(
     layers: str | tuple[tuple[int, int], ...], student_depth: int, teacher_depth: int, place: str = "layers"
 ) -> tuple[tuple[int, int], ...]:
-    """Return the (student, teacher) pairs of layers that a map names; layers are counted from 1.
+    """Return the (student, teacher) pairs of layers that a layer map stands for; layers are counted from 1.
 
     uniform: student layer l learns from round(l·L_T/L_S), so the last learns from the last.
     skip: PKD's map (Sun et al. 2019): layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th; the last, which the soft
         labels guide, from none.
-    last: the last from the last (MiniLM).
-    cka_offline: as uniform, until the models have been compared (engine/passes/layer_similarity.py then puts pairs
-        in its place).
-    emd: every pair, the teacher's layer running fastest (weighting.EarthMover says how much each counts).
-    pairs: as given, checked.
+    last: the last learns from the last (MiniLM).
+    cka_offline: as uniform, until engine/passes/layer_similarity.py has compared the models and replaces it by pairs.
+    emd: every pair, with the teacher's layer changing fastest (weighting.EarthMover weighs them).
+    explicit pairs: as given, checked.
 
     Raises UserError for a layer out of range, a student deeper than its teacher, or a map without a pair.
     """

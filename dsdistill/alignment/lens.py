@@ -24,8 +24,8 @@ def change_alignment(
 ) -> Tensor:
     """Return Σ over tokens of 1 − cos(Δ_S, Δ_T), which compares how the two models change their predictions.
 
-    Δ = log softmax(W h_upper) − log softmax(W h_lower), over the vocabulary. With a soft cap c, c tanh(W h / c) takes
-    the place of W h.
+    Δ = log softmax(W h_upper) − log softmax(W h_lower), over the vocabulary. With a soft cap c, c tanh(W h / c)
+    replaces W h.
 
     student, teacher: lower and upper states, (B, N, D) each, as a head reads them. Heads (V, D); biases (V,).
     The tokens that count are given in one of two ways: mask (B, N) bool, True = the token counts, or index (K,) int64,
@@ -40,9 +40,9 @@ def change_alignment(
     ]
     device = student[0].device
     if index is None:
-        assert mask is not None  # one of the two ways
+        assert mask is not None  # mask or index is given
         index = mask.flatten().nonzero()[:, 0]
-    # A token has the logits of two layers of each model here, and their log softmaxes.
+    # Each token needs the logits of two layers of each model here, and their log softmaxes.
     size = block_tokens(heads[0].on_gpu, student_head.shape[0], 7 * student_head.shape[0])
 
     def compute(needs: Sequence[bool]):
@@ -79,7 +79,7 @@ def change_alignment(
 
 
 def _change(lower: Tensor, upper: Tensor) -> Tensor:
-    """Return unit vectors along upper − lower, 0 where there is no change."""
+    """Return unit vectors along upper − lower, 0 if there is no change."""
     return _unit(upper - lower)[0]
 
 

@@ -13,11 +13,11 @@ from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.ops import BackendError, VocabularyLosses, available_backends, backends_taken
 
-__all__ = ["BackendError", "Loss", "Objective", "available_backends"]  # the engine, too, names backends
+__all__ = ["BackendError", "Loss", "Objective", "available_backends"]  # the engine uses backend names, too
 
 
 class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what modules return
-    """A Loss is of one micro-batch, but in units of the whole step, so it adds up over micro-batches and ranks."""
+    """Hold the loss of one micro-batch, divided by the whole step's counts: it adds up over micro-batches and ranks."""
 
     total: Tensor  # scalar with gradients
     raw: Tensor  # (parts of all terms,) detached, unweighted
@@ -28,8 +28,8 @@ class Objective(nn.Module):
 
     distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w. None: by 1.
 
-    counts are those of the step: summed over micro-batches and all-reduced over ranks before the first forward
-    pass, which is why each term tells its counts from the batch alone.
+    Each count is that of the whole step: it is summed over micro-batches and all-reduced over ranks before the first
+    forward pass. So each term computes its counts from the batch alone.
     """
 
     def __init__(self, terms: Terms, pair: Pair, distill_weight: float | None = None):
@@ -37,9 +37,9 @@ class Objective(nn.Module):
         self.task, self.pooling = pair.task, pair.pooling
         self.distill_weight = distill_weight
         modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
-        # A ModuleDict is read like a mapping, but does not say of what.
+        # A ModuleDict is a mapping of modules without their exact type.
         self.terms = cast(Mapping[str, AlignmentTerm], nn.ModuleDict(modules))
-        # By the name of the first, terms that are computed together and the later one's name.
+        # Terms that are computed together: the first one's name → the later one's name.
         self._joined = {term.joins: name for name, term in modules.items() if term.joins in modules}
 
     @property
@@ -56,7 +56,7 @@ class Objective(nn.Module):
         return backends_taken()
 
     def needs(self, what: str) -> str | None:
-        """Return the name of a term that needs it, None where none does.
+        """Return the name of a term that needs `what`, None if none does.
 
         what: teacher, head, logits, lens, labels, spans, values, unrotated, previous or final, as AlignmentTerm says.
         """
@@ -73,20 +73,20 @@ class Objective(nn.Module):
         return any(term.weighting.moves for term in self.terms.values())
 
     def layers(self, kind: str) -> frozenset[int]:
-        """Return the layers to capture.
+        """Return the layers to capture for all terms.
 
         kind: student_hidden, teacher_hidden, student_attention or teacher_attention.
         """
         return frozenset().union(*(getattr(term, kind) for term in self.terms.values()))
 
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """Return (parts of all terms,) float64: this batch's share of what the sums are divided by."""
+        """Return (parts of all terms,) float64: this batch's share of the divisors."""
         return torch.cat([term.counts(batch, geometry) for term in self.terms.values()])
 
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
         """Return the loss of one micro-batch.
 
-        counts: (parts of all terms,), those of the whole step. teacher: this removes the layers that terms have read.
+        counts: (parts of all terms,), those of the whole step. teacher: layers are removed from it once read.
         """
         total: Tensor | float = 0.0
         raw, terms = [], list(self.terms.values())
@@ -97,7 +97,7 @@ class Objective(nn.Module):
             if name in self._joined:
                 later = self._joined[name]
                 losses = self._together(name, student, teacher, batch, divisors)
-                # Detached, so that the teacher's states are held by the total's graph alone.
+                # Detached, so that only the total's graph holds the teacher's states.
                 sums, known[later] = losses.task.detach()[None], losses.soft.detach()[None]
                 weighted = losses.total
                 del losses
@@ -109,7 +109,7 @@ class Objective(nn.Module):
                 got = f"sums of shape {tuple(sums.shape)}"
                 raise ValueError(f"term {term.name}: got {got}, expected ({term.parts},), one a part")
             values = sums / divisors[name].float()
-            if teacher is not None:  # memory peaks here: gradients come as the teacher's layers are done with
+            if teacher is not None:  # memory peaks here: gradients appear while teacher layers are freed
                 _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])
                 if teacher.depth not in teacher.hidden:
                     teacher.last = None
@@ -128,14 +128,14 @@ class Objective(nn.Module):
             term.weighting.begin(steps)
 
     def update(self, raw: Tensor) -> None:
-        """Let layer weights follow a step: raw (parts of all terms,) are its values, the same on every rank."""
+        """Update layer weights after a step: raw (parts of all terms,) holds its values, the same on every rank."""
         for name, values in self._by_term(raw).items():
             self.terms[name].weighting.update(values)
 
     def values(self, raw: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Return each term before and after its weight, and its (parts,), from (parts of all terms,).
+        """Return each term before and after its weight, and its (parts,) values, from raw (parts of all terms,).
 
-        It does not wait for the device.
+        This does not wait for the device.
         """
         parts = raw.split([term.parts for term in self.terms.values()])
         made = {}
@@ -145,7 +145,7 @@ class Objective(nn.Module):
         return made
 
     def report(self, raw: Tensor) -> dict[str, dict]:
-        """Return each term of a step before and after its weight, and layer weights that move.
+        """Return each term of a step before and after its weight, and the layer weights that move.
 
         Call it before update(), which changes those weights.
         """
@@ -159,11 +159,11 @@ class Objective(nn.Module):
         return report
 
     def state(self) -> dict[str, dict]:
-        """Return what moves outside the parameters, as plain JSON."""
+        """Return the training state outside the parameters, as plain JSON."""
         return {name: term.weighting.state() for name, term in self.terms.items()}
 
     def restore(self, state: dict[str, dict]) -> None:
-        """Take state() back."""
+        """Restore what state() returned."""
         for name, term in self.terms.items():
             term.weighting.load(state[name])
 
@@ -172,9 +172,9 @@ class Objective(nn.Module):
         return {name: values.tolist() for name, values in zip(self.terms, parts, strict=True)}
 
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """Return (terms,), each term's undivided sum over this micro-batch, which evaluation adds up.
+        """Return (terms,): each term's undivided sum over this micro-batch, for evaluation to add up.
 
-        Without a teacher these are only the terms that need none.
+        Without a teacher only the terms that need none are returned.
         """
         known: dict[str, Tensor] = {}
         for name, term in self.terms.items():
@@ -188,7 +188,7 @@ class Objective(nn.Module):
         return torch.stack([term.factor * known[name] for name, term in self.terms.items() if name in known])
 
     def _divisors(self, counts: Tensor) -> dict[str, Tensor]:
-        """Return what each term's sums are divided by, (parts,) each."""
+        """Return the divisors of each term's sums, (parts,) each."""
         counts = counts.masked_fill(counts == 0, 1)  # nothing valid: the sums are 0
         return dict(zip(self.terms, counts.split([term.parts for term in self.terms.values()]), strict=True))
 
@@ -200,9 +200,9 @@ class Objective(nn.Module):
         batch: Batch,
         divisors: dict[str, Tensor] | None,
     ) -> VocabularyLosses:
-        """Return the sums of a term and of the one that joins it, and their share of the total.
+        """Return the sums of a term and of the one that joins it, and their weighted total.
 
-        divisors: of each term; None: the total is not asked for.
+        divisors: of each term; None: the total is not needed.
         """
         assert teacher is not None  # only terms that need one join
         first, second = self.terms[name], self.terms[self._joined[name]]
@@ -216,9 +216,9 @@ class Objective(nn.Module):
 
 
 def filled(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return (n,) of numbers, of the type and on the device of `like`.
+    """Return a tensor (n,) of these numbers, with the type and device of `like`.
 
-    They are filled in on the device: a copy from the host would wait until a GPU has done all that came before.
+    They are filled in on the device: a copy from the host would wait until the GPU has finished all earlier work.
     """
     if len(set(values)) == 1:
         return like.new_full((len(values),), values[0])
@@ -226,6 +226,6 @@ def filled(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _release(layers: dict, kind: str, done: AlignmentTerm, later: list[AlignmentTerm]) -> None:
-    """Drop the layers that a term has read and no later one will."""
+    """Drop the layers that a term has read and no later one reads."""
     for layer in getattr(done, kind).difference(*(getattr(term, kind) for term in later)):
         layers.pop(layer, None)

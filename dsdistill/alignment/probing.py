@@ -1,4 +1,4 @@
-"""Check whether two models leave the traces that the terms between them need."""
+"""Check whether two models give the traces that the terms between them need."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,13 @@ def check_pair(
     hidden: bool = False,
     implementations: Mapping[str, str] | None = None,
 ) -> dict[int, Geometry]:
-    """Return which keys each attention layer of the student sees; nothing where no term asks for attention.
+    """Return which keys each attention layer of the student sees; nothing if no term reads attention.
 
-    objectives: of all stages. hidden: states are read in any case. implementations: of attention, by `student` and
-    `teacher`, as attn_implementation in a config; auto by default.
+    objectives: those of all stages. hidden: whether hidden states are read even if no term reads them.
+    implementations: attention implementations by `student` and `teacher`, as attn_implementation in a config; auto by
+    default.
 
-    Raises UserError for a model that cannot do the task or does not show what the terms read.
+    Raises UserError for a model that cannot do the task, or whose traces lack what the terms read.
     """
     attention = any(objective.layers("student_attention") for objective in objectives)
     hidden = hidden or any(objective.layers("student_hidden") for objective in objectives)
@@ -58,7 +59,7 @@ def check_pair(
 
 
 def _check_all_run(student: PretrainedConfig) -> None:
-    """Refuse a student that leaves out layers at random while it trains: terms could not read those."""
+    """Refuse a student that skips layers at random while it trains: terms could not read those layers."""
     for name, value in vars(text_config(student)).items():
         if re.search("layer_?drop", name) and isinstance(value, float) and value > 0:
             expected = "0: terms read layers, which would be left out at random"

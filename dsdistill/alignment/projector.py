@@ -8,7 +8,7 @@ from dsdistill.ops import hidden_alignment
 
 
 class Projection(nn.Linear):
-    """Map vectors (…, D_s) to (…, D_t) linearly, without a bias; the weight starts as Xavier has it."""
+    """Map vectors (…, D_s) to (…, D_t) linearly, without a bias; the weight has Xavier initialisation."""
 
     def __init__(self, student_width: int, teacher_width: int):
         super().__init__(student_width, teacher_width, bias=False)

@@ -1,6 +1,6 @@
-"""Compute losses between two sets of n vectors, one of each model: student (n, D_s), teacher (n, D_t), n ≥ 1.
+"""Compute losses between two sets of n vectors (units), one of each model: student (n, D_s), teacher (n, D_t), n ≥ 1.
 
-Every function returns a float32 scalar (float64 for such inputs) with gradients to the student, a mean over units. A
+Every function returns a mean over units: a float32 scalar (float64 for such inputs) with gradients to the student. A
 single unit has no relation: the loss is 0, connected to the graph. n is a number of examples: n×n matrices are built.
 """
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from dsdistill.alignment.units import wide
 from dsdistill.ops import pairwise_alignment
 
-_EPSILON = 1e-7  # of PKT's published code
-_TWINS = 1e-12  # squared distance, relative to the squared norms, of vectors that count as one
+_EPSILON = 1e-7  # as in PKT's published code
+_TWINS = 1e-12  # vectors of at most this squared distance, relative to the squared norms, count as equal
 
 
 def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return −log softmax_j(cos(s_i, t_j) / τ) at j = i, mean over i (van den Oord et al. 2018); D_s = D_t.
+    """Return the mean over i of −log softmax_j(cos(s_i, t_j) / τ) at j = i (van den Oord et al. 2018); D_s = D_t.
 
     The negatives are the teacher's vectors of the other units.
     """
@@ -24,7 +24,7 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def contrast(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return what `info_nce` returns, with gradients to both arguments: in task embedding both are the student's."""
+    """Return what `info_nce` does, but with gradients to both arguments: in task embedding both are the student's."""
     cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(student), device=student.device))
 
@@ -47,8 +47,8 @@ def rkd_distance(student: Tensor, teacher: Tensor, backend: str = "auto") -> Ten
 def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
     """Return the mean smooth L1 of cos∠(i, k, j) over all n³ triples, k being the vertex (RKD-A, Park et al. 2019).
 
-    triples: where n³ exceeds it, so many are drawn with replacement and a fixed seed. A triple in which the vertex
-    equals an end has cosine 0 in both models and counts in the mean, as in the published code.
+    triples: if n³ exceeds this number, so many are drawn with replacement and a fixed seed. A triple in which the
+    vertex equals an end has cosine 0 in both models and counts in the mean, as in the published code.
     """
     student, teacher = _rows(student, teacher)
     n = len(student)
@@ -79,8 +79,8 @@ def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
     """Return 1 − ‖X_TᵀX_S‖²_F / (‖X_SᵀX_S‖_F ‖X_TᵀX_T‖_F), columns centred (linear CKA, Kornblith et al. 2019).
 
-    With fewer units than features it is small for unrelated vectors too, and with two it is always 0. A student whose
-    units are all one has 1.
+    With fewer units than features it is small for unrelated vectors too, and with two it is always 0. It is 1 for a
+    student whose units are all equal.
     """
     student, teacher = _rows(student, teacher)
     grams = []
@@ -94,9 +94,9 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over n² of K_T log(K_T / K_S), K = (1 + cos) / 2 with rows that sum to 1, the diagonal kept.
+    """Return the mean over n² of K_T log(K_T / K_S), K = (1 + cos) / 2 with rows that sum to 1, diagonal included.
 
-    Probabilistic knowledge transfer (Passalis & Tefas 2018), with the ε of its code.
+    This is probabilistic knowledge transfer (Passalis & Tefas 2018), with the ε of its code.
     """
     student, teacher = _rows(student, teacher)
     kernels = []

@@ -1,6 +1,6 @@
-"""Compute how much each token of a batch counts, and one vector for each span.
+"""Compute a weight for each token of a batch, and one vector for each span.
 
-Spans come as Batch.spans, (S, 4) int64 by row: row, first token, one past the last, kind.
+Spans come as Batch.spans, (S, 4) int64, sorted by row: row, first token, one past the last, kind.
 """
 
 import math
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from dsdistill.alignment.units import wide
 
-BLOCK_ELEMENTS = 1 << 18  # of one block of scores: 1 MiB, a handful of which live at a time
-_FLOOR = 1e-6  # of a token's spread over features
+BLOCK_ELEMENTS = 1 << 18  # of one block of scores: 1 MiB; a few such blocks exist at a time
+_FLOOR = 1e-6  # least standard deviation of a token over features
 
 
 def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return (B, N) float32: how much attention each token gets from the others, which sums to 1 over a sequence.
+    """Return (B, N) float32: how much attention each token gets from the others; it sums to 1 over a sequence.
 
-    With Ĥ = H / std(H), the spread taken over features: w_t = 1/n Σ_s softmax_t(Ĥ_s · Ĥ_t / √D), where no token
-    attends to itself, every one to both sides, and padding takes no part (MTA, arXiv 2605.01374). 0 for a sequence of
-    one token. Computed in blocks of rows, without gradients: hidden (B, N, D) is the teacher's.
+    With Ĥ = H / std(H), std taken over features: w_t = 1/n Σ_s softmax_t(Ĥ_s · Ĥ_t / √D), where a token attends to
+    both sides but not to itself, and padding is left out (MTA, arXiv 2605.01374). A sequence of one token has 0. The
+    weights are computed in blocks of rows, without gradients: hidden (B, N, D) is the teacher's.
     """
     batch, tokens, width = hidden.shape
     states = wide(hidden.detach()).masked_fill(~mask[..., None], 0)
@@ -35,7 +35,7 @@ def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
         scores[:, own - start, own] = -torch.inf
         links = scores.masked_fill_(~asks[:, block, None], 0).softmax(
             -1
-        )  # rows that do not ask: anything finite
+        )  # rows that attend to nothing: any finite value
         weights += links.masked_fill_(~asks[:, block, None], 0).sum(1)
     return weights.masked_fill(~mask, 0) / mask.sum(1, keepdim=True).clamp(min=1)
 
@@ -59,7 +59,7 @@ class SpanGrid:
 
     @property
     def covered(self) -> Tensor:
-        """Return (B, N) bool: whether a token lies in some span."""
+        """Return (B, N) bool: whether a token is in some span."""
         flat = torch.zeros(math.prod(self._shape), dtype=torch.bool, device=self.mask.device)
         return flat.index_fill_(0, self._token, True).view(self._shape)
 
@@ -77,11 +77,11 @@ class SpanGrid:
         return self._place(sums / self._sums(weights).clamp_min(1e-12)[:, None])
 
     def _sums(self, values: Tensor, expanded: bool = False) -> Tensor:
-        """Return (S, …): sums over each span's tokens of values by token, or by entry where `expanded`."""
+        """Return (S, …): sums over each span's tokens. values: by token, or by entry if `expanded`."""
         values = values if expanded else values[self._token]
         spans = self._slot[0].shape[0]
         return values.new_zeros(spans, *values.shape[1:]).index_add(0, self._span, values)
 
     def _place(self, values: Tensor) -> Tensor:
-        """Return values (S, …) laid out as (B, K, …), 0 where a row has fewer."""
+        """Return values (S, …) laid out as (B, K, …), 0 where a row has fewer spans."""
         return values.new_zeros(*self.mask.shape, *values.shape[1:]).index_put(self._slot, values)

@@ -1,4 +1,4 @@
-"""Make the units that relations compare: vectors of sequences, and the examples that meet in a micro-batch."""
+"""Make the units that relations compare: vectors of sequences, over the examples of a micro-batch on all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -9,12 +9,12 @@ from dsdistill.data.batch import Batch
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return x as float32, or as float64 where it is that already: sums are taken in these types."""
+    """Return x as float32, or unchanged if it is float64: sums are computed in these types."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the (B, D) mean of each sequence's valid tokens, 0 where there is none; float32, or float64 of such.
+    """Return the mean of each sequence's valid tokens, (B, D), 0 without any; float32, or float64 for such input.
 
     hidden: (B, N, D). mask: (B, N) bool, True = valid.
     """
@@ -25,19 +25,19 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 def unpacked(states: Tensor, batch: Batch) -> Tensor:
     """Return (S, L, D): the states (B, N, D) laid out as the rows of `batch.unpacked`.
 
-    Where `batch.unpacked.mask` is False they are any finite state. They are a copy; those of a batch that is not packed
-    are returned as they are.
+    Where `batch.unpacked.mask` is False, the state is arbitrary but finite. The result is a copy, or `states` itself if
+    the batch is not packed.
     """
     if batch.places is None:
         return states
-    # One index for each entry, on the host's word: nothing waits for the device.
+    # The index has a fixed size, so that nothing waits for the device.
     return states.flatten(0, 1)[batch.places.clamp(min=0)]
 
 
 def pooled(states: Tensor, batch: Batch) -> Tensor:
-    """Return what mean_pool makes of each document, (B, D), packed (S, D), from states (B, N, D).
+    """Return the mean_pool of each document, (B, D) or packed (S, D), from states (B, N, D).
 
-    Packed documents are pooled where they lie: laid out as rows they would take as much room as the longest each.
+    Packed documents are pooled in place: laid out as rows, each would take as much memory as the longest.
     """
     if batch.places is None:
         return mean_pool(states, batch.mask)
@@ -47,9 +47,9 @@ def pooled(states: Tensor, batch: Batch) -> Tensor:
 
 
 def text_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """Return (B, D), a vector of each text before it is normalised; float32, or float64 of such; finite at filler.
+    """Return each text's vector before normalisation, (B, D), float32, or float64 for such input; finite at filler.
 
-    states: (B, N, D), the model's last. pooling: mean, of a text's tokens; cls, its first token's; last, its last's.
+    states: (B, N, D), the model's last hidden states. pooling: mean of a text's tokens, cls (first) or last token.
     """
     if pooling == "mean":
         return mean_pool(states, batch.mask)
@@ -60,25 +60,25 @@ def text_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
 
 
 def unit_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """Return what text_vectors makes, each of length 1."""
+    """Return what text_vectors returns, scaled to length 1."""
     return F.normalize(text_vectors(states, batch, pooling), dim=-1)
 
 
 def pair_vectors(vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return (n, D) of the first and (n, D) of the second texts of a batch's n pairs, from vectors (B, D)."""
-    assert batch.pair is not None  # data without pairs is refused where somebody wants them
+    """Return the vectors of the first and of the second texts of a batch's n pairs, (n, D) each, from (B, D)."""
+    assert batch.pair is not None  # data without pairs has been refused
     real = ((batch.pair >= 0) & batch.rows).nonzero()[:, 0]
     rows = real[batch.pair[real].argsort(stable=True)]
     return vectors[rows[::2]], vectors[rows[1::2]]
 
 
 def gather_rows(own: Tensor) -> Tensor:
-    """Return (n, D): the rows of all ranks, in their order; gradients flow to this rank's rows (n_own, D) alone.
+    """Return the rows of all ranks in rank order, (n, D); gradients flow only to this rank's rows (n_own, D).
 
-    n_own may differ between ranks and be 0. Every rank must call it equally often.
+    n_own may differ between ranks and be 0. Every rank must call this equally often.
 
-    Nothing is sent in backward: each rank computes the whole loss, and the sum of the ranks' gradients is that of
-    the loss at all rows.
+    Backward needs no communication: each rank computes the whole loss, and the sum of the ranks' gradients is the
+    gradient of the loss at all rows.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return own
@@ -98,7 +98,7 @@ def gather_rows(own: Tensor) -> Tensor:
 def shared_sum(loss: Tensor, own: int, everywhere: int) -> Tensor:
     """Return this rank's share of everywhere · loss; every rank has the same loss, a mean over `everywhere` units.
 
-    Its value is own · loss, so that the ranks' values add up to the whole; its gradient is that of the whole, because
-    each rank's reaches its own units alone (see gather_rows).
+    Its value is own · loss, so that the ranks' values add up to the whole. Its gradient is that of the whole, because
+    each rank's gradient reaches only its own units (see gather_rows).
     """
     return everywhere * loss - (everywhere - own) * loss.detach()

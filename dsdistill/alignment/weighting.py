@@ -1,14 +1,14 @@
-"""Set how much each mapped layer counts in its term, from the losses of earlier steps.
+"""Set the weight of each mapped layer in its term, from the losses of earlier steps.
 
-Weights learned by minimising the loss itself would flow to the layer that is easiest to match; these follow rules.
-They are constants to autograd and the same on every rank, because the losses they follow are those of the whole step.
+Weights learned by minimising the loss itself would go to the layer that is easiest to match; these follow rules. They
+are constants for autograd and the same on every rank, because they follow the losses of the whole step.
 """
 
 import numpy as np
 
 
 class Uniform:
-    """Every part counts alike."""
+    """Give every part the same weight."""
 
     moves = False  # whether the weights change while training
 
@@ -19,7 +19,7 @@ class Uniform:
         """Prepare for a stage of this many steps."""
 
     def update(self, losses: list[float]) -> None:
-        """Follow a step, in which each part had this mean loss."""
+        """Update the weights after a step, given each part's mean loss."""
 
     def state(self) -> dict:
         """Return what a checkpoint keeps, as plain JSON."""
@@ -32,7 +32,7 @@ class Uniform:
 class Dynamic(Uniform):
     """Set ω = parts · softmax(ē / ē₀), so that layers that lag behind gain weight.
 
-    ē is the moving average (factor 0.99) of a part's loss and ē₀ the average at a reference step, from which on the
+    ē is the moving average (factor 0.99) of a part's loss, and ē₀ is its value at a reference step, after which the
     weights move: step 100, or a tenth of a shorter stage's steps. The published method gives no formula; this
     reading is the project's own.
     """
@@ -72,9 +72,9 @@ class Dynamic(Uniform):
 class EarthMover(Uniform):
     """Weigh layers by the cheapest flow from student to teacher layers (BERT-EMD, Li et al. 2020, section 3.3).
 
-    Parts are `before` ones that always count whole (the embeddings'), then all (student, teacher) pairs, the
-    teacher's layer running fastest; the pairs' weights are the flow, which sums to 1. Layer masses start equal and
-    shift to the cheap layers. Published per batch; here the flow of a step follows the losses of the step before, so
+    The parts are first `before` parts of weight 1 (the embeddings'), then all (student, teacher) pairs, with the
+    teacher's layer changing fastest. The pairs' weights are the flow, which sums to 1. Layer masses start equal and
+    shift to the cheap layers. The paper computes the flow per batch; here it follows the losses of the step before, so
     that it does not depend on how a batch is split over ranks.
     """
 

@@ -1,4 +1,4 @@
-"""Sources, tokenising, and the order in which every rank sees the examples."""
+"""Read sources, tokenise them, and give every rank its examples in order."""
 
 from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.data.collate import Set, collate

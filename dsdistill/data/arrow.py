@@ -1,6 +1,6 @@
-"""Parquet files and hub sets as rows, through Arrow alone: the wanted columns are read, no other is decoded.
+"""Read parquet files and hub sets as rows, by Arrow alone: only the wanted columns are read and decoded.
 
-`datasets` would fetch or open what an image or audio column names, whether a run reads that column or not.
+`datasets` would fetch or open the files that an image or audio column names, even if a run does not read it.
 """
 
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 ROWS = 1024  # rows decoded at once
-VALUE = 2**26  # bytes of one text, as of a line in a text file
+VALUE = 2**26  # bytes of one text, as for a line in a text file
 MOST_CLASSES = 2**20
 
 
@@ -33,7 +33,7 @@ def parquet_columns(
 
 
 def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -> Iterator[Row]:
-    """Yield the wanted columns of a parquet file, row by row; they come to at most `most` bytes decoded."""
+    """Yield the wanted columns of a parquet file, row by row; together they take at most `most` bytes decoded."""
     import pyarrow
     import pyarrow.parquet
 
@@ -58,12 +58,12 @@ def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -
             place, parquet.iter_batches(batch_size=ROWS, columns=names, use_threads=False), most
         )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        # OSError: pages that are not what the footer says; UnicodeDecodeError: a text that is no UTF-8
+        # OSError: pages that differ from the footer; UnicodeDecodeError: a text that is not UTF-8
         raise UserError(place, f"{error}", "a parquet file") from error
 
 
 def readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> list[str]:
-    """Return the wanted columns that are there; raise UserError for one that cannot be read."""
+    """Return the wanted columns that exist; raise UserError for one that cannot be read."""
     if len(set(schema.names)) < len(schema.names):
         raise UserError(place, "a column twice", "each name once")
     names = []
@@ -73,7 +73,7 @@ def readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> lis
         kind = schema.field(name).type
         if _is_simple(kind) or _is_conversation(kind):
             names.append(name)
-        elif name != "id":  # rows without it are told apart by their positions
+        elif name != "id":  # without it, rows are identified by their positions
             raise UserError(place, f"column {name!r} of type {kind}", "texts, numbers or conversations")
     return names
 
@@ -103,7 +103,7 @@ def _is_conversation(kind: "pyarrow.DataType") -> bool:
 
 
 def arrow_rows(place: str, batches: Iterable["pyarrow.RecordBatch"], most: int | None) -> Iterator[Row]:
-    """Yield the rows of Arrow batches, numbered from 1, whose values come to at most `most` bytes."""
+    """Yield the rows of Arrow batches, numbered from 1, whose values take at most `most` bytes together."""
     import pyarrow
 
     size = count = 0
@@ -123,14 +123,14 @@ def arrow_rows(place: str, batches: Iterable["pyarrow.RecordBatch"], most: int |
 
 
 def _without_gaps(value: Any) -> Any:
-    """Return nested values without the keys that only other rows have: Arrow gives every struct all of them."""
+    """Return nested values without the keys that only other rows have: Arrow gives every struct all keys."""
     if isinstance(value, dict):
         return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
     return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _decoded(place: str, name: str, column: "pyarrow.Array") -> int:
-    """Return the bytes that the column's values take, written out; a dictionary holds once what many rows repeat."""
+    """Return the bytes of a column's values; an Arrow dictionary holds once what many rows repeat."""
     import pyarrow
     from pyarrow import compute
 
@@ -150,7 +150,7 @@ def _bound(place: str, size: int, most: int) -> None:
 
 
 def _declared(place: str, metadata: dict[bytes, bytes] | None, names: list[str]) -> dict[str, list[str]]:
-    """Return the class names of columns that `datasets` left in the `huggingface` entry of a file's metadata."""
+    """Return the class names of columns that `datasets` wrote to the `huggingface` entry of a file's metadata."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return {}

@@ -1,4 +1,4 @@
-"""Keep beside the stores which documents share a block: on many documents best fit takes longer than all else.
+"""Keep in the cache which documents share a block: for many documents best fit takes longer than all else.
 
 CACHE/blocks-KEY/
   order.npy     (n,) the documents, block by block
@@ -21,20 +21,20 @@ from dsdistill.data.store_writer import alone
 log = logging.getLogger("dsdistill")
 
 NAMES = ("order", "bounds", "sizes")
-VERSION = 1  # of best fit: other blocks for the same lengths make it another
+VERSION = 1  # of best fit; to be raised when the same lengths give other blocks
 
 
 def packed(examples: Examples, length: int, cache: Path, drawn: Any) -> Packed:
-    """Return blocks of `length` tokens at most, filled with the examples; they are kept in the cache.
+    """Return blocks of at most `length` tokens, filled with the examples; they are kept in the cache.
 
-    One process makes them, and others wait for it; damaged ones are made again. Where the cache cannot be written,
+    One process makes them, and others wait for it; damaged blocks are made again. If the cache cannot be written,
     each process makes its own.
 
     Args:
         examples: the documents, or parts of them.
         length: of a block, in tokens.
         cache: folder of the stores.
-        drawn: what decides which of the stored documents the examples are.
+        drawn: the settings that decide which of the stored documents the examples are.
     """
     lengths = examples.lengths.numpy()
     what = [VERSION, examples.documents.digest, length, len(lengths), int(lengths.sum()), drawn]
@@ -59,7 +59,7 @@ def _made(lengths: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
 
 
 def _read(path: Path, documents: int) -> tuple[np.ndarray, ...] | None:
-    """Return what is kept, mapped; None where there is nothing, or something damaged."""
+    """Return the kept blocks, mapped; None if there are none, or damaged ones."""
     if not path.is_dir():
         return None
     try:

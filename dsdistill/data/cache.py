@@ -1,4 +1,4 @@
-"""Keep what is costly to make in a cache folder, which several runs, ranks and people may share."""
+"""Keep costly results in a cache folder, which several runs, ranks and people may share."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ log = logging.getLogger("dsdistill")
 
 
 def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file of the cache; where it is missing or damaged, they are made and kept there.
+    """Return the rows of a JSON Lines file of the cache; if it is missing or damaged, they are made and kept there.
 
-    A cache that cannot be written is used as it is, with one warning.
+    If the cache cannot be written, nothing is kept, with one warning.
 
     Raises:
-        UserError: the cache is there and cannot be read.
+        UserError: the cache exists and cannot be read.
     """
     if is_there(path):
         try:
@@ -30,7 +30,7 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
             log.warning("%s is damaged and made again", path)
     made = list(make())
     try:
-        # Other ranks and runs may write the same file now: each makes its own, and the last to finish wins whole.
+        # Other ranks and runs may write the same file now: each writes a complete one, and the last to finish wins.
         with disk.writing(path) as file:
             file.writelines(json.dumps(row) + "\n" for row in made)
     except disk.Unwritable as error:
@@ -41,14 +41,14 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
 def tokenizer(
     kind: str, texts: Iterable[str], size: int, cache: str, make: Callable[[list[str]], Any]
 ) -> str:
-    """Return the folder of a tokenizer that is made of texts; it is kept under their fingerprint.
+    """Return the folder of a tokenizer that is trained on texts; it is kept under their fingerprint.
 
     Args:
-        kind: what tells it from others of the same texts and size.
-        texts: all that it is made of.
-        size: entries it may have.
+        kind: what distinguishes it from others with the same texts and size.
+        texts: all texts that it is trained on.
+        size: most entries it may have.
         cache: folder that keeps it.
-        make: makes a tokenizer of transformers from the texts.
+        make: makes a transformers tokenizer from the texts.
 
     Raises:
         UserError: the cache cannot be read or written.
@@ -62,7 +62,7 @@ def tokenizer(
         return str(folder)
     made = make(texts)
     try:
-        # Another run may make the same now: each writes its own, and the first to finish wins.
+        # Another run may make the same one now: each writes its own, and the first to finish wins.
         with disk.replacing(folder) as written:
             made.save_pretrained(written)
     except disk.Unwritable as error:
@@ -73,7 +73,7 @@ def tokenizer(
 
 
 def is_there(path: Path) -> bool:
-    """Return whether the cache holds a file or folder; UserError where nobody may look."""
+    """Return whether the cache holds a file or folder; raise UserError if it may not be read."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

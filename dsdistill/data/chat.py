@@ -1,4 +1,4 @@
-"""Conversations as the text of a chat template, and the turns in it that are to be learned."""
+"""Render conversations by a chat template, and find the turns in the text that are to be learned."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,30 +14,30 @@ log = logging.getLogger("dsdistill")
 
 
 class Chat:
-    """A tokenizer's chat template, and what is learned of the conversations that it renders.
+    """Render conversations by a tokenizer's chat template, and say which characters are learned.
 
-    The text is what `tokenizer.apply_chat_template` gives, so its ids are too: the template alone says whether a text
-    begins with the token that begins texts.
+    Text and ids are those of `tokenizer.apply_chat_template`: the template alone decides whether a text begins with
+    the begin token.
 
-    Labels lie on turns of the assistant. Where the template has marks ({% generation %}), they lie on what it marks.
-    Else a turn begins where the conversation before it ends once the prompt for the assistant is added: what the model
-    would write from there on. It ends with its last special token (the end of the turn), which has a label; blank
-    characters that the template writes after that token have none, as the model has stopped by then. A template
-    without such a token gives turns that end where it ends them.
+    Turns of the assistant have labels. If the template has marks ({% generation %}), the marked text has them. Else a
+    turn begins after the conversation before it and the prompt for the assistant: this is what the model would write
+    from there on. It ends with its last special token (the end of the turn), which has a label; blank characters that
+    the template writes after that token have none, as the model has stopped by then. If the template has no such token,
+    the turn ends where the template ends it.
 
     A template may change earlier turns once later ones follow: Qwen3's drops their thinking. A model then never
-    writes these turns as they stand in the whole conversation. So each turn of the assistant becomes an example of
+    writes these turns as they are in the whole conversation. So each turn of the assistant becomes an example of
     its own, which ends with it, or the conversation is refused, as `turns` says. Marks are trusted as they are.
 
     Args:
-        tokenizer: a fast tokenizer of transformers.
+        tokenizer: a fast transformers tokenizer.
         template: text of a template in place of the tokenizer's.
-        options: what the template is told beside the messages (`data.template_options`).
+        options: further variables of the template beside the messages (`data.template_options`).
         train_on: as `data.train_on`.
         turns: as `data.turns`.
 
     Raises:
-        UserError: no template, one that is none, or options that it does not read.
+        UserError: there is no template, it is broken, or it does not read an option.
     """
 
     def __init__(
@@ -57,14 +57,15 @@ class Chat:
         self._warned = False
 
     def render(self, conversation: Any, place: str) -> list[Rendered]:
-        """Return the examples that a conversation gives: one, or one for each turn where it is split.
+        """Return the examples of a conversation: one, or one for each turn if it is split.
 
         Args:
             conversation: as `read_conversation` takes it.
             place: for messages, such as a file and line.
 
         Raises:
-            UserError: it is no conversation, the template refuses it or leaves something out, or nothing has a label.
+            UserError: this is not a conversation, the template refuses it or leaves something out, or nothing has a
+                label.
         """
         read = read_conversation(conversation, place)
         read = replace(
@@ -86,7 +87,7 @@ class Chat:
         return found
 
     def encode(self, conversation: Any, place: str = "conversation") -> list[tuple[list[int], list[Range]]]:
-        """Return ids and ranges of labelled tokens of each example that a conversation gives."""
+        """Return the ids and the ranges of labelled tokens of each example of a conversation."""
         return [encode_rendered(self.tokenizer, of, place) for of in self.render(conversation, place)]
 
     def _by_marks(self, conversation: Conversation, turns: Sequence[int], place: str) -> list[Rendered]:
@@ -126,12 +127,12 @@ class Chat:
     def _openings(
         self, conversation: Conversation, turns: Sequence[int], first: str, place: str
     ) -> list[str]:
-        """Return the text after which the model would write each turn; `first` is the text up to the first turn."""
+        """Return the text after which the model would write each turn. first: the text up to the first turn's end."""
         before = [conversation.messages[:turn] for turn in turns if turn]
         openings = self.template.render(before, conversation.tools, place, prompt=True) if before else []
         if turns[0]:
             return openings
-        # Nothing stands before the first turn: it begins after the same prompt as others do.
+        # Nothing comes before the first turn: it begins after the same prompt as others.
         user = [[{"role": "user", "content": PROBE}]]
         without, prompted = (
             self.template.render(user, None, place, prompt=asked)[0] for asked in (False, True)
@@ -145,12 +146,12 @@ class Chat:
         return [before_it + prompt, *openings]
 
     def _span(self, text: str, opening: str, until: str) -> Range | None:
-        """Return the characters of a turn in the text of a conversation, or None where the text has it otherwise.
+        """Return the characters of a turn in a conversation's text, or None if the text has the turn in another form.
 
         Args:
-            text: of the conversation.
+            text: the whole conversation's text.
             opening: the text after which the model would write the turn.
-            until: of the conversation up to the turn and with it.
+            until: the text of the conversation up to and with the turn.
         """
         if not text.startswith(opening):
             return None
@@ -165,7 +166,7 @@ class Chat:
         return (len(opening), last) if last and not rest.strip() else None
 
     def _end(self, text: str, first: int) -> int:
-        """Return where the turn ends that begins at `first` and that the text ends with."""
+        """Return where the last turn of a text ends, given that it begins at `first`."""
         kept = first + len(text[first:].rstrip())
         return kept if text.endswith(self.template.special, first, kept) else len(text)
 
@@ -175,12 +176,12 @@ class Chat:
         return max((at + length for at, length in found if at >= 0), default=0)
 
     def _last_span(self, conversation: Conversation, turn: int, opening: str, text: str, place: str) -> Range:
-        """Return the characters of a turn that the text ends with.
+        """Return the characters of the last turn of a text.
 
-        The turn need not begin after the opening: a template may write what stands before it otherwise once it follows
-        (a line break of Hermes 3 after the answer of a tool), and its prompt for the assistant may go further than the
-        turn as it is written afterwards (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then
-        begins after the prompt, or where the two part.
+        The turn need not begin after the opening. A template may change the text before the turn once the turn follows
+        (Hermes 3: a line break after a tool's answer), and its prompt for the assistant may contain more than the turn
+        written later (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then begins after the
+        prompt, or where text and opening differ first.
         """
         if text.startswith(opening):
             return len(opening), self._end(text, len(opening))
@@ -215,13 +216,13 @@ class Chat:
 
 
 def _common(text: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Return the length of the common beginning of two texts."""
     pairs = zip(text, other, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
 def turn_end(tokenizer: Any, options: Mapping[str, Any] | None = None) -> int | None:
-    """Return the special token that ends a turn of the assistant and has a label; None where there is none.
+    """Return the special token that ends a turn of the assistant and has a label; None if there is none.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.

@@ -1,4 +1,4 @@
-"""A chat template as the tokenizer applies it, with its failures in one line."""
+"""Apply a chat template as the tokenizer does, and report its failures in one line."""
 
 import inspect
 import logging
@@ -18,11 +18,11 @@ from dsdistill.data.rendered import Range
 log = logging.getLogger("dsdistill")
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-PROBE = "a8d1c6"  # a text that no template writes by itself
+PROBE = "a8d1c6"  # a text that no template contains
 
 
 def read_template(path: str) -> str:
-    """Return the text of a chat template's file; UserError where it cannot be read."""
+    """Return the text of a chat template's file; raise UserError if it cannot be read."""
     place = f"data.chat_template: {path}"
     try:
         return read_bytes(os.path.expanduser(path), MIB).decode("utf-8")
@@ -33,15 +33,15 @@ def read_template(path: str) -> str:
 
 
 class ChatTemplate:
-    """The template of a tokenizer, or another one given for it, and what it is told beside the messages.
+    """Hold the template of a tokenizer, or another one given for it, and its options.
 
     Args:
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a transformers tokenizer.
         text: a template in place of the tokenizer's.
-        options: what it is told beside the messages; `tools` among them are those of conversations without their own.
+        options: further variables beside the messages; `tools` among them is for conversations without their own.
 
     Raises:
-        UserError: no template, one that is none, or options that it does not read.
+        UserError: there is no template, it is broken, or it does not read an option.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None, options: Mapping[str, Any] | None = None):
@@ -53,17 +53,17 @@ class ChatTemplate:
             self._check_option(name)
         self.has_marks = MARKS.search(self.text) is not None
         tokens = {of.content for of in tokenizer.added_tokens_decoder.values() if of.content in self.text}
-        # Those of the tokenizer's tokens that may end a turn.
+        # The tokens of the tokenizer that may end a turn.
         self.special = tuple(of for of in sorted(tokens | set(tokenizer.all_special_tokens)) if of.strip())
-        self._seen: set[str] = set()  # what was looked for in its texts: roles, tool_calls and tools
-        self._takes_parts: bool | None = None  # whether it knows content that is a list
+        self._seen: set[str] = set()  # what was checked in its texts: roles, tool_calls and tools
+        self._takes_parts: bool | None = None  # whether it takes content that is a list
 
     def render(
         self, conversations: list[list[Message]], tools: Any, place: str, prompt: bool = False
     ) -> list[str]:
         """Return the text of each conversation, with `prompt` up to where the assistant would begin to write.
 
-        Raises UserError, with the template's reason, where it refuses one.
+        Raises UserError, with the template's reason, if it refuses one.
         """
         try:
             return self.tokenizer.apply_chat_template(
@@ -77,8 +77,8 @@ class ChatTemplate:
         except Exception as error:  # a template may do anything
             if all(message.get("content") is not None for of in conversations for message in of):
                 raise _refused(place, error) from None
-        # Newer transformers leave a content of None out. Templates that fail then ask for it (DeepSeek V3's), or take
-        # texts alone (Qwen3's): to them nothing was said.
+        # Newer transformers leave out a content of None. Templates that then fail ask for it (DeepSeek V3's), or take
+        # only texts (Qwen3's), which get an empty one.
         try:
             return self._render_silent(conversations, None, tools, place, prompt)
         except UserError:
@@ -95,8 +95,8 @@ class ChatTemplate:
         return self._render_plainly(kept, tools, place, add_generation_prompt=prompt)[0]
 
     def render_marked(self, messages: list[Message], tools: Any, place: str) -> tuple[str, list[Range]]:
-        """Return the text of a conversation and the characters in it that the template marks."""
-        # apply_chat_template leaves these out too, and gives the marks as tokens only.
+        """Return the text of a conversation and the ranges of characters that the template marks."""
+        # apply_chat_template leaves these keys out, too, and gives the marks only as tokens.
         kept = [{key: value for key, value in of.items() if value is not None} for of in messages]
         texts, marks = self._render_plainly([kept], tools, place, return_assistant_tokens_mask=True)
         return texts[0], [(first, last) for first, last in marks[0]]
@@ -104,7 +104,7 @@ class ChatTemplate:
     def _render_plainly(
         self, conversations: list[list[Message]], tools: Any, place: str, **how: Any
     ) -> tuple[list[str], list[list[Range]]]:
-        """Return texts and marks of conversations that the template gets as they are."""
+        """Return texts and marks of conversations, which the template gets unchanged."""
         try:
             rendered: Any = render_jinja_template(
                 conversations,
@@ -118,7 +118,7 @@ class ChatTemplate:
         return rendered
 
     def known_content(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with lists of parts as texts, where the template knows texts alone."""
+        """Return the messages; if the template takes only texts, lists of parts become texts."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if self._takes_parts is None:
@@ -141,9 +141,9 @@ class ChatTemplate:
         ]
 
     def check_shown(self, messages: list[Message], tools: Any, place: str) -> None:
-        """Raise UserError where the template leaves out turns of a role, or calls of tools, without a word.
+        """Raise UserError if the template silently leaves out turns of a role, or tool calls.
 
-        Each role is looked at once, where it comes first: its turn is written with another content.
+        Each role is checked once, at its first turn: that turn is rendered with another content.
         """
         if tools is not None and "tools" not in self._seen:
             self._seen.add("tools")
@@ -154,7 +154,7 @@ class ChatTemplate:
                 probed = [*messages[:index], {**message, **probe}, *messages[index + 1 :]]
                 try:
                     (text,) = self.render([probed], tools, place)
-                except UserError:  # what is refused is not left out
+                except UserError:  # a refused turn is not left out silently
                     text = PROBE
                 if PROBE not in text:
                     raise UserError(
@@ -165,7 +165,7 @@ class ChatTemplate:
                 self._seen.add(what)
 
     def _probes(self, message: Message) -> Iterator[tuple[str, Message]]:
-        """Yield what was not looked for yet, each with what shows it in place of the message's own."""
+        """Yield what was not checked yet, each with the values that replace the message's own to check it."""
         role, content, calls = f"role {message['role']!r}", message.get("content"), message.get("tool_calls")
         if role not in self._seen and isinstance(content, str) and content.strip():
             yield role, {"content": PROBE}
@@ -173,7 +173,7 @@ class ChatTemplate:
             yield "tool_calls", {"tool_calls": _probe_calls(calls)}
 
     def _checked_text(self) -> str:
-        """Return the template, or all of a tokenizer that has several; a broken one is refused."""
+        """Return the text of the template, or of all if a tokenizer has several; a broken one is refused."""
         source = self.given if self.given is not None else self.tokenizer.chat_template
         if not source:
             raise UserError(
@@ -191,7 +191,7 @@ class ChatTemplate:
                     f"a chat template whose line {error.lineno} has an error ({error.message})",
                     "a Jinja template",
                 ) from None
-            except Exception:  # it may well refuse that conversation
+            except Exception:  # it may refuse this conversation
                 continue
         return "\n".join(texts)
 
@@ -208,7 +208,7 @@ class ChatTemplate:
 
 
 def _probe_calls(calls: Any) -> Any:
-    """Return calls of tools, the first of them of another function."""
+    """Return tool calls, the first of them with another function name."""
     if not isinstance(calls, list) or not isinstance(calls[0], dict):
         return calls
     function = calls[0].get("function")

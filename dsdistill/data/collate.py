@@ -16,7 +16,7 @@ Set = Examples | Packed | TextPairs | Mixture
 
 
 def located(examples: Set, row: int) -> tuple[Examples | Packed | TextPairs, int, int]:
-    """Return the source that holds an example, its place there, and the number of texts of the sources before."""
+    """Return the source that holds an example, its place there, and the number of texts in all sources before."""
     if not isinstance(examples, Mixture):
         return examples, row, 0
     source = examples.source(row)
@@ -29,16 +29,16 @@ def located(examples: Set, row: int) -> tuple[Examples | Packed | TextPairs, int
 
 
 def one_source(examples: Set) -> Examples | Packed | TextPairs:
-    """Return the first source of examples, which is of the same form as all others."""
+    """Return the first source of examples, which has the same form as all others."""
     return examples.parts[0] if isinstance(examples, Mixture) else examples
 
 
 def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None = None) -> Batch:
-    """Return the named rows as one batch, padded on the right to the longest of them; no rows: one filler row.
+    """Return the given rows as one batch, padded on the right to the longest of them; no rows: one filler row.
 
     The two texts of a pair are rows one after the other, see `Batch.pair`.
 
-    epoch: which of its draws an example with a masking shows; None: that of evaluation.
+    epoch: decides which tokens of an example are masked; None: as in evaluation.
     """
     found = [located(examples, row) for row in rows]
     form = one_source(examples)
@@ -87,7 +87,7 @@ def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None =
 
 
 def _with_sources(batch: Batch, examples: Set, rows: Sequence[int]) -> Batch:
-    """Return the batch with the source of each of its examples, where there are several."""
+    """Return the batch with the source of each example, if there are several sources."""
     if not isinstance(examples, Mixture):
         return batch
     sources = [examples.source(row) for row in rows] or [-1]
@@ -95,7 +95,7 @@ def _with_sources(batch: Batch, examples: Set, rows: Sequence[int]) -> Batch:
 
 
 class _Row:
-    """A _Row is an example as the models see it."""
+    """Hold an example as the models see it."""
 
     def __init__(self, examples: Examples, row: int, epoch: int | None):
         self.seen, self.types = examples.tokens(row), examples.types(row)
@@ -127,12 +127,12 @@ def _block(packed: Packed, block: int, before: int) -> list[Document]:
 
 
 def _counted(examples: Examples, labels: Tensor, mask: Tensor) -> Tensor | None:
-    """Return (K,) int64, the flat places of tokens to predict; None where labels belong to whole examples."""
+    """Return (K,) int64, the flat places of tokens to predict; None if labels belong to whole examples."""
     if examples.labels is not None:
         return None
     chosen = (labels != NO_LABEL) & mask
     if examples.masking is None or not examples.masking.predicted:
-        # A causal model predicts each token from those before it, and the first has none.
+        # A causal model predicts each token from those before it; there are none before the first.
         chosen[:, 0] = False
     return chosen.flatten().nonzero()[:, 0]
 

@@ -1,4 +1,4 @@
-"""Conversations in the forms that people keep them in, checked, as messages for a chat template."""
+"""Check conversations in their common forms, and convert them to messages for a chat template."""
 
 import json
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dsdistill.config.errors import UserError
 
 Message = dict[str, Any]
 
-# ShareGPT's names of who speaks, with what has grown around them.
+# ShareGPT's names of speakers, and common variants.
 SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -23,10 +23,10 @@ SPEAKERS = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with a role each, and what belongs to all of them."""
+    """Hold messages with a role each, and what belongs to all of them."""
 
     messages: list[Message]
-    prompt: int = 0  # how many of them are a prompt, where it came apart from its completion
+    prompt: int = 0  # how many of them are the prompt, if it was given apart from its completion
     tools: list[dict[str, Any]] | None = None  # for the template
 
 
@@ -34,14 +34,14 @@ def read_conversation(value: Any, place: str) -> Conversation:
     """Return the conversation that a value of a data set holds.
 
     Args:
-        value: a list of messages, {role, content, ...} or ShareGPT's {from, value}; or a dict of such a list under
-            `messages` or `conversations`, or of two under `prompt` and `completion`, with `tools` beside them where
-            there are some; or any of this as JSON text. Content is text, or a list of parts of type text. Other keys
-            of a message stay as they are.
+        value: a list of messages, {role, content, ...} or ShareGPT's {from, value}; or a dict with such a list under
+            `messages` or `conversations`, or with two under `prompt` and `completion`, and with optional `tools`; or
+            any of these as JSON text. Content is text, or a list of parts of type text. Other keys of a message are
+            kept.
         place: for messages, such as a file and line.
 
     Raises:
-        UserError: the value has another form, or a message no content.
+        UserError: the value has another form, or a message has no content.
     """
     value = _parsed(value, place)
     if not isinstance(value, dict):
@@ -61,7 +61,7 @@ def read_conversation(value: Any, place: str) -> Conversation:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """Return what JSON text stands for; anything else is returned as it is."""
+    """Return the value of JSON text; anything else is returned unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -122,7 +122,7 @@ def _of_sharegpt(message: Message, place: str) -> Message:
 
 
 def _calls(said: Any, place: str) -> list[dict[str, Any]]:
-    """Return the calls in ShareGPT's text of one, or of a list: {"name": ..., "arguments": {...}}."""
+    """Return the calls in ShareGPT's text of one call or a list of calls: {"name": ..., "arguments": {...}}."""
     calls = _parsed(said, place)
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
@@ -137,7 +137,7 @@ def _calls(said: Any, place: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any, place: str) -> list[dict[str, Any]] | None:
-    """Return the tools of a conversation or of all; None where there are none."""
+    """Return the tools of one conversation or of all; None if there are none."""
     tools = _parsed(value, f"{place}, tools") if value else None
     if not tools:
         return None

@@ -1,6 +1,6 @@
-"""From the rows of a source to documents of tokens: each task and layout by a reader of its own.
+"""Turn the rows of a source into documents of tokens, with a reader for each task and layout.
 
-A reader goes through the rows one by one and hands out items, which are tokenised many at once.
+A reader goes through the rows one by one and yields items, of which many are tokenised at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,34 +22,34 @@ from dsdistill.data.table import Row, Stream, no_column
 
 @dataclass(frozen=True)
 class Item:
-    """An Item is one or two texts that become a document, or a piece of a long one."""
+    """Hold one or two texts that become a document, or a piece of a long one."""
 
     texts: tuple[str, ...]
-    row: int  # of the stream, from 0: where a stopped reading goes on
-    line: int  # where it lies in the stream, for people
+    row: int  # of the stream, from 0: reading continues here after a stop
+    line: int  # its line or row number in the stream, for messages
     piece: int = 0  # of its row; a row may also give several documents
-    begins: bool = True  # a document; a piece that does not goes on with the one before
+    begins: bool = True  # whether it begins a document; otherwise it continues the piece before
     ends: bool = True
-    rendered: Rendered | None = None  # of a conversation, what is to be learned of its text
+    rendered: Rendered | None = None  # for a conversation: which parts of its text are learned
 
 
 @dataclass(frozen=True)
 class Document:
-    """A Document holds the tokens of an item."""
+    """Hold the tokens of an item."""
 
     item: Item
     ids: np.ndarray  # (n,) int32
-    ranges: np.ndarray | None = None  # (k, 2) int32, runs of tokens that have labels; None: all have
+    ranges: np.ndarray | None = None  # (k, 2) int32, runs of tokens that have labels; None: all tokens
     types: np.ndarray | None = None  # (n,) uint8
     spans: np.ndarray | None = None  # (s, 3) int32: first token, one past the last, kind
     truncated: bool = False
 
 
 class Reader(Protocol):
-    """A Reader turns rows into items, and items into documents."""
+    """Turn rows into items, and items into documents."""
 
-    settings: dict[str, Any]  # all that decides what it makes of a row
-    columns: tuple[str, ...]  # that it reads
+    settings: dict[str, Any]  # all settings that change its documents
+    columns: tuple[str, ...]  # the columns that it reads
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
         """Yield the items of numbered rows; raise UserError for a row that cannot be used."""
@@ -59,7 +59,7 @@ class Reader(Protocol):
 
 
 class PlainReader:
-    """Read plain text for causal language models: begin, text, end, as `edges` says."""
+    """Read plain text for causal language models, with begin and end tokens as `edges` says."""
 
     def __init__(self, tokenizer: Any, column: str, chunk: Chunker | None = None):
         self._encode, self._cutter = PlainEncoder(tokenizer), Cutter(tokenizer)
@@ -87,7 +87,7 @@ class PlainReader:
             yield Item(before.texts, row, line, before.piece, before.begins, ends=True)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
-        """Return the tokens of each piece, with what begins and ends its document."""
+        """Return the tokens of each piece, with the begin and end tokens of its document."""
         begin, end = self._edges
         found = self._encode([item.texts[0] for item in items], place, offsets=self._chunk is not None)
         documents = []
@@ -106,7 +106,7 @@ class PlainReader:
 
 
 class RenderedReader:
-    """Read conversations, or prompts and responses, as texts of which some characters have labels."""
+    """Read conversations, or prompts and responses, as texts in which some characters have labels."""
 
     def __init__(
         self,
@@ -116,13 +116,13 @@ class RenderedReader:
         settings: dict[str, Any],
         chunk: Chunker | None = None,
     ):
-        """Take what makes texts of the values of a row's columns; its second argument is the place, for messages."""
+        """Make a reader. render: makes texts of the values of a row's columns; its second argument is the place."""
         self._encode, self._render, self._chunk = PlainEncoder(tokenizer), render, chunk
         self.columns = columns
         self.settings = settings | {"columns": columns}
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
-        """Yield what each row is rendered as; a conversation may be split into several."""
+        """Yield the rendered text of each row; a conversation may be split into several."""
         if stream.plain:
             raise UserError(stream.place, "plain text", f"a file with the column {self.columns[0]}")
         for number, (line, row) in rows:
@@ -134,7 +134,7 @@ class RenderedReader:
                 yield Item((rendered.text,), number, line, piece, rendered=rendered)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
-        """Return the tokens of each text as they stand, with what the layout puts before and after."""
+        """Return the tokens of each text, with those that the layout puts before and after."""
         documents = []
         found = self._encode([item.texts[0] for item in items], place, offsets=True)
         for item, (ids, offsets) in zip(items, found, strict=True):
@@ -170,7 +170,7 @@ class SeparatedReader:
         }
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
-        """Yield prompt and response of each row."""
+        """Yield the prompt and response of each row."""
         for item in _pairs(stream, rows, self.columns):
             if not item.texts[1].strip():
                 raise UserError(stream.at(item.line), "an empty response", "text that gives tokens")
@@ -211,9 +211,9 @@ class SpecialReader:
         labelled: bool = False,
         prompt: str = "",
     ):
-        """Take what the reader depends on; labelled: rows have labels, so that no blank one is left out.
+        """Make a reader. labelled: rows have labels, so that blank rows are kept, too.
 
-        prompt: what is put before a single text.
+        prompt: text put before a single text.
         """
         special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
         if max_length <= special + len(columns) - 1:
@@ -230,7 +230,7 @@ class SpecialReader:
             self.settings["prompt"] = prompt
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
-        """Yield the texts of each row, of text files those of each line; blank single texts are left out."""
+        """Yield the texts of each row (in text files: of each line); blank single texts are left out."""
         if len(self._wanted) == 2:
             yield from _pairs(stream, rows, self.columns)
             return
@@ -243,7 +243,7 @@ class SpecialReader:
                 yield Item((self._prompt + text,), number, line)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
-        """Return what the tokenizer makes of each row."""
+        """Return the tokens of each row."""
         columns = [list(column) for column in zip(*(item.texts for item in items), strict=True)]
         encoded = encode(
             self._tokenizer,
@@ -264,7 +264,7 @@ class SpecialReader:
                     np.array(ids, dtype=np.int32),
                     types=None if types is None else np.array(types[i], dtype=np.uint8),
                     spans=None if self._chunk is None else self._spans(encoded.encodings[i], item.texts),
-                    truncated=len(ids) == self._most,  # a text of just that length is told apart by nobody
+                    truncated=len(ids) == self._most,  # a text of exactly this length counts, too
                 )
             )
         return documents
@@ -279,7 +279,7 @@ class SpecialReader:
 
 
 class PairReader(SpecialReader):
-    """Read the two texts of a row apart, as SpecialReader reads single texts: the document of one, then the other's."""
+    """Read the two texts of a row separately, as SpecialReader reads single texts: one document after the other."""
 
     def __init__(
         self,
@@ -289,7 +289,7 @@ class PairReader(SpecialReader):
         chunk: Chunker | None = None,
         prompts: tuple[str, ...] = ("", ""),
     ):
-        """Take what the reader depends on; prompts: what is put before the first text of a row and the second."""
+        """Make a reader. prompts: texts put before the first and the second text of a row."""
         super().__init__(tokenizer, columns[:1], max_length, chunk)
         self.columns, self._prompts = (*columns, "text_a", "text_b"), prompts
         self.settings = {
@@ -300,7 +300,7 @@ class PairReader(SpecialReader):
         }
 
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
-        """Yield both texts of each row, neither of which may be empty."""
+        """Yield both texts of each row; neither may be empty."""
         for item in _pairs(stream, rows, self.columns):
             for piece, (text, prompt) in enumerate(zip(item.texts, self._prompts, strict=True)):
                 if not text.strip():
@@ -310,7 +310,7 @@ class PairReader(SpecialReader):
 
 
 def batches(items: Iterator[Item], characters: int, most: int) -> Iterator[list[Item]]:
-    """Yield runs of items of about `characters` together, and of `most` items at most."""
+    """Yield runs of items with about `characters` characters together, and at most `most` items."""
     held, size = [], 0
     for item in items:
         held.append(item)
@@ -323,7 +323,7 @@ def batches(items: Iterator[Item], characters: int, most: int) -> Iterator[list[
 
 
 def _present(names: tuple[str, ...], row: dict, stream: Stream) -> tuple[str, ...]:
-    """Return the columns to read: a local copy of a hub set may call them text_a and text_b."""
+    """Return the columns to read; a local copy of a hub set may name them text_a and text_b."""
     wanted, others = names[: len(names) // 2], names[len(names) // 2 :]
     return others if wanted[0] not in row and others and others[0] in row else wanted
 

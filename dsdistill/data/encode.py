@@ -1,4 +1,4 @@
-"""Turn texts into tokens with a tokenizer that somebody else made; its failures are one line."""
+"""Turn texts into tokens with a given tokenizer, and report its failures in one line."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,9 @@ Encoded = tuple[
 
 
 def encode(tokenizer: Any, place: str, *texts: list[str], **options: Any) -> Any:
-    """Return what the tokenizer makes of the texts.
+    """Return the tokenizer's output for the texts.
 
-    Raises UserError where it fails: its patterns may give up on some text, and its ids need not be ids.
+    Raises UserError if it fails: its patterns may fail on some text, and its ids may be invalid.
     """
     return _guarded(tokenizer, place, *texts, **options)
 
@@ -34,7 +34,7 @@ def _guarded(function: Any, place: str, *arguments: Any, **options: Any) -> Any:
 
 
 class PlainEncoder:
-    """A PlainEncoder gives the tokens of texts as they stand: nothing is added, cut or padded.
+    """Tokenise texts as they are: nothing is added, cut or padded.
 
     Fast tokenizers take many texts at once on all cores, without the lists and objects that the library's own call
     makes for each token.
@@ -48,9 +48,9 @@ class PlainEncoder:
             self.fast.no_padding()
 
     def __call__(self, texts: Sequence[str], place: str, offsets: bool = False) -> list[Encoded]:
-        """Return ids and, with `offsets`, the characters that each token stands for, of each text.
+        """Return the ids of each text and, with `offsets`, the characters of each token.
 
-        Raises UserError for texts that the tokenizer fails on; `place` names where they come from.
+        Raises UserError for texts that the tokenizer fails on; `place` says where they come from.
         """
         if self.fast is None:
             options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -63,7 +63,7 @@ class PlainEncoder:
         return [(np.array(encoding.ids, dtype=np.int32), encoding.offsets) for encoding in found]
 
     def short(self, text: str) -> np.ndarray:
-        """Return (n,) int32 ids of a short text, on this thread: many at once would wait for what others tokenise."""
+        """Return (n,) int32 ids of a short text, computed on this thread, which does not wait for other tokenising."""
         if self.fast is None:
             return self([text], "data")[0][0]
         return np.array(
@@ -74,8 +74,8 @@ class PlainEncoder:
 def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens before and after every document of plain text.
 
-    The token that begins a text comes where the tokenizer itself puts one (Llama 3, Gemma); the token that ends a
-    text, else the separator, where it has one.
+    The begin token is used if the tokenizer itself puts one before texts (Llama 3, Gemma). The end token is used, or
+    else the separator, if the tokenizer has one.
     """
     begin = tokenizer.bos_token_id
     if begin is not None and (tokenizer("a")["input_ids"] or [None])[0] != begin:

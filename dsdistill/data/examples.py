@@ -1,4 +1,4 @@
-"""Define what passes from the sources to the loader: rows of text with labels, then examples of tokens."""
+"""Define the data between sources and loader: rows of text with labels, then examples of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rows:
-    """n checked rows of one split, before any tokenizer."""
+    """Hold n checked rows of one split, not yet tokenised."""
 
     place: str  # where they come from, for messages
     texts: list[tuple[str, ...]]  # one text, or the two of a pair
@@ -33,7 +33,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Dropped says what of the documents did not become tokens of an example."""
+    """Count the documents that did not become examples as a whole."""
 
     truncated: int = 0  # documents that were cut
     dropped: int = 0  # documents, or parts of them, that were left out
@@ -41,15 +41,15 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples are n runs of tokens of stored documents, none of them empty; a document may have several."""
+    """Hold n examples: non-empty runs of tokens of stored documents, of which a document may have several."""
 
     documents: Documents
     starts: Tensor  # (n,) int64, where in the tokens of all documents each begins
     lengths: Tensor  # (n,) int64
-    # (n,) int64 class | (n,) float32 score, NaN where a text has none | None: tokens are labels
+    # (n,) int64 class | (n,) float32 score, NaN for a text without one | None: tokens are labels
     labels: Tensor | None = None
-    given_ids: Sequence[str] | None = None  # names; None: where each lies in its source
-    masking: Masking | None = None  # what is hidden from the models, where something is
+    given_ids: Sequence[str] | None = None  # names; None: each one's place in its source
+    masking: Masking | None = None  # hides tokens from the models; None: none are hidden
     lost: Dropped = field(default_factory=Dropped)
 
     def __len__(self) -> int:
@@ -57,11 +57,11 @@ class Examples:
 
     @property
     def prompted(self) -> bool:
-        """Return whether some tokens are context without labels."""
+        """Return whether some tokens may be context without labels."""
         return self.documents.ranges is not None
 
     def name(self, row: int) -> str:
-        """Return what an example is called in messages and files."""
+        """Return the name of an example in messages and files."""
         if self.given_ids is not None:
             return self.given_ids[row]
         owner = np.searchsorted(self.documents.starts, int(self.starts[row]), side="right") - 1
@@ -73,27 +73,27 @@ class Examples:
         return self.documents.tokens.read(start, start + int(self.lengths[row]))
 
     def types(self, row: int) -> np.ndarray | None:
-        """Return (length,) token types of an example, where the tokenizer has them."""
+        """Return (length,) token types of an example; None if the tokenizer has none."""
         if self.documents.types is None:
             return None
         start = int(self.starts[row])
         return self.documents.types.read(start, start + int(self.lengths[row]))
 
     def ranges(self, row: int) -> np.ndarray | None:
-        """Return (k, 2) runs of an example's tokens that have labels; None: all have."""
+        """Return (k, 2) runs of an example's tokens that have labels; None: all tokens."""
         if self.documents.ranges is None:
             return None
         start, length = int(self.starts[row]), int(self.lengths[row])
         return self.documents.ranges.touching(start, start + length).clip(0, length)
 
     def spans(self, row: int) -> np.ndarray:
-        """Return (s, 3) words and phrases that lie in an example whole, at most MOST of a kind; see Batch.spans."""
-        assert self.documents.spans is not None  # asked for where a term reads them
+        """Return (s, 3) words and phrases completely inside an example, MOST of a kind at most; see Batch.spans."""
+        assert self.documents.spans is not None  # called only if a term reads spans
         start = int(self.starts[row])
         return limited(self.documents.spans.inside(start, start + int(self.lengths[row])))
 
     def token_labels(self, row: int) -> np.ndarray:
-        """Return (length,) int64 tokens to predict, NO_LABEL where none is."""
+        """Return (length,) int64: the tokens to predict, NO_LABEL elsewhere."""
         tokens, ranges = self.tokens(row).astype(np.int64), self.ranges(row)
         if ranges is None:
             return tokens
@@ -108,7 +108,7 @@ class Examples:
         return 0 if ranges is None or not len(ranges) else int(ranges[-1, 0])
 
     def count_labelled(self) -> int:
-        """Return how many tokens of all examples have labels, where tokens are labels."""
+        """Return how many tokens of all examples have labels, if tokens are labels."""
         if self.documents.ranges is None:
             return int(self.lengths.sum())
         first, past = self.documents.ranges.bounds()
@@ -116,7 +116,7 @@ class Examples:
 
         def until(places: np.ndarray) -> np.ndarray:
             run = np.searchsorted(first, places)
-            # Of the run that a place lies in, what comes after it is taken back.
+            # If a place lies in a run, the run's tokens after it are subtracted.
             over = np.where(run > 0, np.append(past, 0)[run - 1] - places, 0).clip(min=0)
             return before[run] - over
 
@@ -140,16 +140,16 @@ class Examples:
 
 
 def whole(documents: Documents) -> Examples:
-    """Return each document as an example."""
+    """Return each document as one example."""
     starts = torch.from_numpy(documents.starts)
     return Examples(documents, starts[:-1], starts.diff(), lost=Dropped(documents.truncated))
 
 
 def end_to_end(documents: Documents, length: int, limit: int | None, ended: bool) -> Examples:
-    """Return blocks of `length` tokens of all documents laid end to end, `limit` of them at most.
+    """Return blocks of `length` tokens of all documents laid end to end, at most `limit` of them.
 
-    A last block of one token is left out: it would predict nothing. So is what ends the last document, where documents
-    are `ended` by a token: it stands between two.
+    A last block of one token is left out, as it would predict nothing. If documents are `ended` by a token, the last
+    one's end token is left out, too: it only separates documents.
 
     Raises:
         UserError: there are fewer than two tokens.
@@ -165,9 +165,9 @@ def end_to_end(documents: Documents, length: int, limit: int | None, ended: bool
 
 
 def cut(documents: Documents, length: int, overlong: str) -> Examples:
-    """Return each document as an example, those of more than `length` tokens as `overlong` says.
+    """Return each document as an example; documents of more than `length` tokens are handled as `overlong` says.
 
-    Parts without a token to predict are left out: of one token, or without labels.
+    Parts without a token to predict (of one token, or without labels) are left out.
     """
     starts, lengths = documents.starts[:-1], np.diff(documents.starts)
     long = lengths > length
@@ -190,9 +190,9 @@ def cut(documents: Documents, length: int, overlong: str) -> Examples:
 def _split(
     starts: np.ndarray, lengths: np.ndarray, long: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return starts and lengths where each long document is split into parts of `length` tokens and a rest.
+    """Return starts and lengths with each long document split into parts of `length` tokens and a rest.
 
-    The many that are not long are copied as they lie, which takes a fraction of the time of counting parts of all.
+    The many other documents are copied unchanged, which takes a fraction of the time of counting the parts of all.
     """
     places = np.flatnonzero(long)
     further = -(-lengths[places] // length) - 1  # parts after the first
@@ -205,19 +205,19 @@ def _split(
 
 
 def _learning(documents: Documents, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(n,) bool: parts of documents with a token to predict, which is not their first."""
+    """Return (n,) bool: whether a part of a document has a token to predict after its first token."""
     if documents.ranges is None:
         return lengths > 1
     first, past = documents.ranges.bounds()
     if not len(first):
         return np.zeros(len(starts), bool)
-    # A part learns where the first run that ends after its first token begins in it.
+    # A part has one if the first run that ends after its first token begins inside the part.
     place = np.searchsorted(past, starts + 1, side="right")
     return (place < len(past)) & (first[place.clip(max=len(past) - 1)] < starts + lengths) & (lengths > 1)
 
 
 class _Numbers(Sequence[str]):
-    """These are the names of examples that are called by their number."""
+    """Name examples by their numbers."""
 
     def __init__(self, count: int):
         self.count = count
@@ -231,12 +231,12 @@ class _Numbers(Sequence[str]):
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed examples are blocks of several documents, none of which sees another."""
+    """Hold packed examples: blocks of several documents, none of which sees another."""
 
     parts: Examples  # the documents, or parts of them
     order: np.ndarray  # (n,) the parts, block by block
-    bounds: np.ndarray  # (blocks + 1,) int64: those of block b are order[bounds[b]:bounds[b + 1]]
-    sizes: np.ndarray | None = None  # (blocks,) int64: tokens of each block, where they are known
+    bounds: np.ndarray  # (blocks + 1,) int64: block b has the parts order[bounds[b]:bounds[b + 1]]
+    sizes: np.ndarray | None = None  # (blocks,) int64: tokens of each block, if known
     labels: None = None
     masking: None = None
 
@@ -245,7 +245,7 @@ class Packed:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(blocks,) int64: tokens of each block."""
+        """Return (blocks,) int64: the tokens of each block."""
         if self.sizes is not None:
             return torch.tensor(self.sizes)
         total = np.concatenate([[0], self.parts.lengths.numpy()[self.order].cumsum()])
@@ -256,11 +256,11 @@ class Packed:
         return self.order[self.bounds[block] : self.bounds[block + 1]].tolist()
 
     def name(self, block: int) -> str:
-        """Return what a block is called in messages: as its first document."""
+        """Return the name of a block in messages: that of its first document."""
         return self.parts.name(self.of(block)[0])
 
     def unmasked(self) -> "Packed":
-        """Return the blocks as they are: nothing of them is hidden."""
+        """Return the blocks unchanged: nothing in them is hidden."""
         return self
 
     def take(self, blocks: Sequence[int]) -> "Packed":
@@ -272,7 +272,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class TextPairs:
-    """TextPairs are examples of two texts that are read apart: those of example i are texts 2i and 2i + 1."""
+    """Hold examples of two texts that are read separately: example i has the texts 2i and 2i + 1."""
 
     texts: Examples
 
@@ -281,21 +281,21 @@ class TextPairs:
 
     @property
     def labels(self) -> Tensor | None:
-        """Return (n,) float32, the scores of the examples, NaN where there is none."""
+        """Return (n,) float32, the scores of the examples, NaN for those without one."""
         return None if self.texts.labels is None else self.texts.labels[::2]
 
     @property
     def masking(self) -> Masking | None:
-        """Return what is hidden of the texts."""
+        """Return the masking of the texts."""
         return self.texts.masking
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(n,) int64: tokens of the longer text of each example."""
+        """Return (n,) int64: the tokens of each example's longer text."""
         return self.texts.lengths.view(-1, 2).amax(1)
 
     def name(self, row: int) -> str:
-        """Return what an example is called in messages and files."""
+        """Return the name of an example in messages and files."""
         return self.texts.name(2 * row)
 
     def unmasked(self) -> "TextPairs":
@@ -309,7 +309,7 @@ class TextPairs:
 
 
 def texts_of(examples: "Examples | Packed | TextPairs") -> Examples:
-    """Return the single runs of tokens that examples of any form are made of."""
+    """Return the single runs of tokens in examples of any form."""
     if isinstance(examples, Packed):
         return examples.parts
     return examples.texts if isinstance(examples, TextPairs) else examples
@@ -317,10 +317,10 @@ def texts_of(examples: "Examples | Packed | TextPairs") -> Examples:
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
-    """All sets of a run, as Rows or as Examples, and the names of the classes in the order of their indices."""
+    """Hold all sets of a run, as Rows or as Examples, and the names of the classes in the order of their indices."""
 
     train: T
-    devs: dict[str, T]  # by name; one set that the config does not name is called ""
+    devs: dict[str, T]  # by name; a single set without a name in the config is called ""
     labels: tuple[str, ...]  # () unless the task is classification
 
     @property

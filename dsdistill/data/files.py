@@ -1,7 +1,7 @@
-"""Local files: tsv, csv, jsonl, parquet and txt, each also gzipped. Touches no network.
+"""Read local files without network: tsv, csv, jsonl, parquet and txt, each also gzipped.
 
-Text formats are read here and not through `datasets`, whose readers guess types (a sentence "NA" becomes a
-missing value) and cannot name the line of an error.
+Text formats are read here and not by `datasets`, whose readers guess types (a sentence "NA" becomes a missing value)
+and cannot name the line of an error.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ LIMIT = "data.max_file"
 
 
 def stream(name: str, root: str | None, wanted: Iterable[str], most: int) -> Stream:
-    """Return a file of at most `most` bytes, decompressed, as rows; a relative name starts from root.
+    """Return the rows of a file of at most `most` bytes decompressed; a relative name starts from root.
 
-    wanted: columns; formats that hold them one by one give no others.
+    wanted: columns; from formats that store columns separately no others are read.
 
     Raises:
-        UserError: its extension is unknown, or it is not there; reading its rows raises it for what they hold.
+        UserError: its extension is unknown, or it does not exist; reading its rows raises it for bad contents.
     """
     path = Path(root or "", name).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
@@ -80,9 +80,9 @@ def _rows(
 
 @contextlib.contextmanager
 def _file(path: Path, most: int, opened: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
-    """Yield a file as what it holds decompressed; one that must be read from its end is unpacked first.
+    """Yield a file with its contents decompressed; one that must be read from its end is decompressed first.
 
-    opened: is given the file itself, whose position tells how much has been read.
+    opened: receives the file itself, whose position tells how much has been read.
     """
     packed = gzip.open if path.name.endswith(".gz") else contextlib.nullcontext
     with _open(path, most) as raw, packed(raw) as file:
@@ -94,7 +94,7 @@ def _file(path: Path, most: int, opened: list[BinaryIO] | None = None) -> Iterat
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Say in one line why a file cannot be read."""
+    """Raise UserError, in one line, if a file cannot be read inside the context."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -106,7 +106,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: int) -> Stream:
-    """A split of a hub data set from a folder that holds it as files: ROOT/NAME/{train,dev,test}.FORMAT.
+    """Return a split of a hub data set from a folder that holds it as files: ROOT/NAME/{train,dev,test}.FORMAT.
 
     Columns are the hub's, or label, text_a and text_b. The hub's `validation` is `dev` there.
     """
@@ -134,7 +134,7 @@ def _open(path: Path, most: int) -> BinaryIO:
 
 
 def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
-    """Return a file as it is, or what a gzipped one holds, unpacked no further than a parquet file could be."""
+    """Return a file, or a gzipped one's contents, which are decompressed only if they begin like a parquet file."""
     if not isinstance(file, gzip.GzipFile):
         return file
     whole = io.BytesIO(file.read(4))
@@ -150,7 +150,7 @@ def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
 
 
 def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
-    """Yield the lines of a text, each with its line feed; nothing beyond a bound is read or kept."""
+    """Yield the lines of a text, each with its line feed; nothing beyond the bounds is read or kept."""
     size = number = 0
     while line := file.readline(LINE + 1):
         number += 1
@@ -170,14 +170,14 @@ def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
 
 
 def _tsv(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
-    # csv.QUOTE_NONE in effect: a quote is a plain character, and no field holds a tab or a line break.
+    # As with csv.QUOTE_NONE, a quote is a plain character, and no field holds a tab or a line break.
     numbered = ((i, line.removesuffix("\n").removesuffix("\r")) for i, line in enumerate(lines, 1))
     return _with_header(place, ((i, line.split("\t")) for i, line in numbered if line.strip("\r")))
 
 
 def _csv(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
-    csv.field_size_limit(LINE)  # it would refuse a field above 131,072 characters
-    # A carriage return by itself ends a line too.
+    csv.field_size_limit(LINE)  # by default a field above 131,072 characters is refused
+    # A carriage return alone ends a line, too.
     reader = csv.reader((part for line in lines for part in io.StringIO(line, newline="")), strict=True)
     return _with_header(place, _parsed(place, reader))
 
@@ -226,7 +226,7 @@ def _jsonl(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
 
 
 def _half_character(line: str, row: dict) -> str | None:
-    """Return a lone surrogate, which JSON can write and no other text can hold; or None."""
+    """Return a lone surrogate, which JSON can write but no other text can hold; or None."""
     if "\\u" not in line:
         return None
     try:

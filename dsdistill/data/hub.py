@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through `datasets`: downloaded once, or read over the network as needed."""
+"""Read data sets of the Hugging Face hub by `datasets`: downloaded once, or read over the network as needed."""
 
 import copy
 import functools
@@ -10,7 +10,7 @@ from dsdistill.config.errors import RunError, UserError
 from dsdistill.data.arrow import ROWS, arrow_rows, readable
 from dsdistill.data.table import Row, Stream, no_column
 
-Mark = dict[str, Any]  # where in a set that is read over the network a row lies; JSON can hold it
+Mark = dict[str, Any]  # the position of a row in a set that is read over the network, as JSON
 
 
 def stream(name: str, subset: str | None, split: str, cache: str, wanted: Iterable[str]) -> Stream:
@@ -27,7 +27,7 @@ def stream(name: str, subset: str | None, split: str, cache: str, wanted: Iterab
     }
 
     def rows() -> Iterator[Row]:
-        # As Arrow holds them: the library's own decoding would open the images that other columns name.
+        # Rows are taken as Arrow: the library's own decoding would open the images that other columns name.
         if not names:
             return iter([(row, {}) for row in range(1, len(dataset) + 1)])
         chosen: Any = dataset.select_columns(names).with_format("arrow").iter(ROWS)
@@ -43,7 +43,7 @@ def _loaded(name: str, subset: str | None, split: str, wanted: str, **options: A
     called = f"load_dataset({name!r}, {subset!r}, split={split!r})"
     try:
         return datasets.load_dataset(name, subset, split=split, **options)
-    except Exception as error:  # no network, no such set, subset or split: each has several types of its own
+    except Exception as error:  # no network, no such set, subset or split: each raises several types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         expected = f"docstrings, files, or a {wanted} ({called} was tried)"
         raise UserError("data.source", f"{name}: {reason}", expected) from error
@@ -51,18 +51,18 @@ def _loaded(name: str, subset: str | None, split: str, wanted: str, **options: A
 
 @functools.cache
 def revision(name: str) -> str | None:
-    """Return the commit of a hub data set; None where the hub does not tell."""
+    """Return the commit of a hub data set; None if the hub does not tell it."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(name, timeout=10).sha
-    except Exception:  # without the network, or a set that lies elsewhere: each has several types of its own
+    except Exception:  # without network, or for a set that is elsewhere: each raises several types
         return None
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A Remote is one split of a hub data set that is read over the network, from any of its rows on."""
+    """Read one split of a hub data set over the network, from any row on."""
 
     name: str
     subset: str | None
@@ -72,12 +72,12 @@ class Remote:
 
     @property
     def place(self) -> str:
-        """Return what messages call it."""
+        """Return its name in messages."""
         return f"{self.name} {self.split}"
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what changes when the contents do."""
+        """Return values that change when the contents do."""
         return {"set": self.name, "subset": self.subset, "split": self.split, "revision": self.revision}
 
     def rows(self, mark: Mark | None = None) -> Iterator[tuple[Row, Mark]]:
@@ -88,7 +88,7 @@ class Remote:
             RunError: the network fails; a run can go on later.
         """
         dataset = self._dataset()
-        if dataset.features is not None:  # or the rows tell
+        if dataset.features is not None:  # otherwise only the rows tell the columns
             names = readable(self.place, dataset.features.arrow_schema, self.wanted)
             if not names:
                 raise no_column(self.place, self.wanted[0], dataset.column_names)
@@ -110,14 +110,14 @@ class Remote:
             before += len(table)
 
     def stream(self) -> Stream:
-        """Return all rows as any other source gives them."""
+        """Return all rows as a stream, as other sources do."""
         return Stream(
             self.place, lambda: (row for row, _ in self.rows()), self.identity, "row", columns=self.columns
         )
 
     @functools.cached_property
     def columns(self) -> tuple[str, ...]:
-        """Return the names of all columns, () where nobody knows them before the rows."""
+        """Return the names of all columns; () if they are unknown before the rows are read."""
         return tuple(self._dataset().column_names or ())
 
     def _dataset(self) -> Any:
@@ -127,6 +127,6 @@ class Remote:
     def _next(self, tables: Iterator[Any]) -> Any:
         try:
             return next(tables, None)
-        except Exception as error:  # of the network, each library has types of its own
+        except Exception as error:  # each network library raises its own types
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise RunError(f"{self.place} cannot be read further: {reason}") from error

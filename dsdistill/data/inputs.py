@@ -1,4 +1,4 @@
-"""Make a Batch of what collators give: one form inside, whatever the form outside."""
+"""Make a Batch of a collator's tensors, whatever their form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,34 +9,34 @@ from torch import Tensor
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL, Batch
 
-# Other inputs than tokens would be lost without a word.
+# Inputs other than tokens would be lost silently.
 _REFUSED = ("inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values")
 
 
 def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
-    """Return the batch that a collator's tensors mean: documents as rows, padded on the right.
+    """Return a Batch of a collator's tensors: documents as rows, padded on the right.
 
-    Rows padded on the left, or in the middle, are moved; rows that pack several documents are taken apart, so that
-    the same documents give the same loss in every form. On a GPU that waits for it, unless the mask is bool and no
-    positions are given: batches are best left on the CPU, where collators make them.
+    Rows padded on the left, or in the middle, are shifted; rows that pack several documents are taken apart, so that
+    the same documents give the same loss in every form. On a GPU this waits for the device, unless the mask is bool and
+    no positions are given: batches are best left on the CPU, where collators make them.
 
     Args:
         inputs: a Batch, which is returned as it is, or
             input_ids (B, N) int64;
-            attention_mask (B, N), not 0 where a token counts; numbers above 1 tell the documents of a row apart.
+            attention_mask (B, N), not 0 where a token counts; numbers above 1 distinguish the documents of a row.
                 Without one every token counts;
-            position_ids (B, N) or (1, N): documents begin where they are 0, and they count up by 1 inside of one;
-            seq_idx (B, N) or cu_seq_lens_q (documents + 1,), of a single row: the same, where positions are missing;
+            position_ids (B, N) or (1, N): documents begin where they are 0, and positions count up by 1 inside one;
+            seq_idx (B, N), or cu_seq_lens_q (documents + 1,) of a single row: the same, used without position_ids;
             token_type_ids (B, N);
-            labels: (B, N) where tokens are predicted, not shifted, NO_LABEL (-100) where nothing is; a causal model's
-                are by default its input_ids; (B,) or (B, 1) classes (-100: none) or scores else;
-            spans (S, 4), as Batch.spans, of rows that are not packed;
-            pair (B,), as Batch.pair, of rows that are not packed.
-            Other keys are left alone.
-        task: that of a config.
+            labels: for predicted tokens (B, N), not shifted, NO_LABEL (-100) where nothing is predicted, by default a
+                causal model's input_ids; otherwise (B,) or (B, 1) classes (-100: none) or scores;
+            spans (S, 4), as Batch.spans, for rows that are not packed;
+            pair (B,), as Batch.pair, for rows that are not packed.
+            Other keys are ignored.
+        task: as in a config.
 
     Raises:
-        UserError: a shape, a mask of more than two dimensions, or an input that is not made of tokens.
+        UserError: a wrong shape, a mask of more than two dimensions, or an input that is not made of tokens.
     """
     if isinstance(inputs, Batch):
         return inputs
@@ -103,7 +103,7 @@ def _tensor(
 
 
 def _positions(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
-    """Return (B, N) positions in each document, as they are given or from where documents begin."""
+    """Return (B, N) positions in each document, as given, or computed from where documents begin."""
     given = inputs.get("position_ids")
     if isinstance(given, Tensor) and given.dim() == 2 and len(given) == 1:
         return _tensor({"position_ids": given.expand(shape[0], -1)}, "position_ids", 2, shape)
@@ -178,7 +178,7 @@ def _shown(values: object) -> str:
 
 
 def _documents(mask: Tensor | None, positions: Tensor | None, valid: Tensor) -> Tensor | None:
-    """Return (B, N) int64, the document that each token belongs to, counted over all rows; None: one a row."""
+    """Return (B, N) int64: the document of each token, counted over all rows; None: one document a row."""
     starts = None
     if mask is not None and mask.dtype != torch.bool and bool((mask > 1).any()):
         starts = mask != torch.nn.functional.pad(mask[:, :-1], (1, 0), value=0)
@@ -217,7 +217,7 @@ def _unpacked(
 
 
 def _moved(columns: dict[str, Tensor], valid: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return the columns with valid tokens first, the mask, and (B,) tokens that were before each row's first."""
-    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # of equal ones the order stays
+    """Return the columns with valid tokens first, the mask, and (B,) how many tokens preceded the first valid one."""
+    order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # stable: tokens keep their order
     moved = {name: values.gather(1, order) for name, values in columns.items()}
     return moved, valid.gather(1, order), valid.to(torch.uint8).argmax(1)

@@ -1,4 +1,4 @@
-"""Label columns to class indices or scores."""
+"""Convert label columns to class indices or scores."""
 
 import math
 import re
@@ -9,31 +9,31 @@ from typing import Any
 from dsdistill.config.errors import UserError
 from dsdistill.data.table import Table
 
-INTEGER = re.compile(r"-?\d{1,18}")  # longer ones are names like any other
-DECIMAL = re.compile(r"(-?\d{1,18})\.0+")  # what integers become in a column with gaps
-NO_CLASS = "-1"  # what hub sets write where a label is not public
+INTEGER = re.compile(r"-?\d{1,18}")  # longer ones are treated as names
+DECIMAL = re.compile(r"(-?\d{1,18})\.0+")  # integers take this form in a column with gaps
+NO_CLASS = "-1"  # hub sets write this where a label is not public
 DROPS = "data.drop_unlabelled: true leaves such rows out"
 SHOWN = 12  # classes that a message lists
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Classes are the names of a run's classes in the order of their indices."""
+    """Hold the names of a run's classes in the order of their indices."""
 
     names: tuple[str, ...]
-    ordered: bool  # data.labels or the data set gives this order, so that a number is a position in it
+    ordered: bool  # data.labels or the data set gives this order, so that a number is an index
 
 
 def classes_of(tables: Sequence[tuple[str, Table]], given: tuple[str, ...] | None) -> Classes:
     """Return the classes: as given, else as the data sets declare them, else those of the train set, sorted.
 
     Args:
-        tables: of the train set, each after the name of its column of labels.
+        tables: pairs of a label column's name and a table of the train set.
         given: `data.labels`.
 
     Raises:
         UserError: a name comes twice, there are fewer than two classes, a row has no label, or some tables have
-            numbers and others names, so that nobody knows which class a number is.
+            numbers and others names, so that the class of a number is unknown.
     """
     if given is not None:
         if len(set(given)) != len(given):
@@ -46,7 +46,7 @@ def classes_of(tables: Sequence[tuple[str, Table]], given: tuple[str, ...] | Non
     names: set[str] = set().union(*found)
     if all(map(_is_number, names)):
         names = {_undecimal(name) for name in names}
-        # "1" and "01" are one number; by it alone they would come in the set's order, another one on each rank.
+        # "1" and "01" are one number; sorted by number alone, their order would differ between ranks.
         ordered = sorted(names, key=lambda name: (int(name), name))
     else:
         _check_alike(tables, found)
@@ -58,7 +58,7 @@ def classes_of(tables: Sequence[tuple[str, Table]], given: tuple[str, ...] | Non
 
 
 def _check_alike(tables: Sequence[tuple[str, Table]], found: Sequence[set[str]]) -> None:
-    """Refuse numbers alone in one table and names alone in another."""
+    """Refuse tables of which one has only numbers and another only names."""
     named = next((names for names in found if not any(map(_is_number, names))), None)
     for (column, table), names in zip(tables, found, strict=True):
         if named is not None and all(map(_is_number, names)):
@@ -69,8 +69,8 @@ def _check_alike(tables: Sequence[tuple[str, Table]], found: Sequence[set[str]])
 def class_indices(table: Table, column: str, classes: Classes) -> list[int]:
     """Return (n,) the index of each row's class.
 
-    A label is the name of a class; or, where the order of the names is given and none of them is a number itself, its
-    index. 1.0 is 1, unless a class is called 1.0.
+    A label is the name of a class; or its index, if the order of the names is given and none of them is itself a
+    number. 1.0 is read as 1, unless a class is named 1.0.
 
     Raises:
         UserError: a row has another label, or none.
@@ -117,10 +117,10 @@ def scores(table: Table, column: str) -> list[float]:
 
 
 def labelled(table: Table, column: str, names: Collection[str]) -> Table:
-    """Return the rows that have a label; those whose label is among the names have one.
+    """Return the rows that have a label; a label among the names always counts.
 
     Raises:
-        UserError: no row has one.
+        UserError: no row has a label.
     """
     names = () if column in (table.classes or {}) else names
     rows = [row for row, value in enumerate(table.column(column)) if not is_missing(value, names)]
@@ -132,7 +132,7 @@ def labelled(table: Table, column: str, names: Collection[str]) -> Table:
 
 
 def is_missing(value: Any, names: Collection[str] = ()) -> bool:
-    """Return whether a value stands for no label: it is missing, blank, - or -1, and none of the names."""
+    """Return whether a value stands for no label: it is missing, blank, - or -1, and not one of the names."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     name = str(value).strip()
@@ -142,7 +142,7 @@ def is_missing(value: Any, names: Collection[str] = ()) -> bool:
 def spelled(table: Table, column: str, names: Collection[str] = ()) -> list[str]:
     """Return (n,) each row's label as a name: the one that its table declares for an index, else the label itself.
 
-    names: labels although they look like none, such as a class called -1.
+    names: values that are labels although they look like none, such as a class named -1.
     """
     declared = (table.classes or {}).get(column)
     return [_name(table, column, row, declared, names) for row in range(len(table))]
@@ -152,7 +152,7 @@ def _name(table: Table, column: str, row: int, declared: Sequence[str] | None, n
     value = table.column(column)[row]
     if is_missing(value, () if declared is not None else names):
         raise _unlabelled(table, column, row)
-    if isinstance(value, float) and value.is_integer():  # what integers become in a column with gaps
+    if isinstance(value, float) and value.is_integer():  # integers become floats in a column with gaps
         value = int(value)
     if declared is not None and isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < len(declared):
@@ -180,6 +180,6 @@ def _is_number(name: str) -> bool:
 
 
 def _undecimal(name: str) -> str:
-    """Return 1 for 1.0, and any other name as it is."""
+    """Return 1 for 1.0, and any other name unchanged."""
     match = DECIMAL.fullmatch(name)
     return name if match is None else match[1]

@@ -1,4 +1,4 @@
-"""Prompts and responses as text: two turns of a conversation, or one text after the other."""
+"""Render prompts and responses as text: as two turns of a conversation, or one text after the other."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger("dsdistill")
 
 
 def default_layout(tokenizer: Any, data: Data) -> Layout:
-    """Return the layout of prompts and responses: that of the settings, else the template's where there is one."""
+    """Return the layout of prompts and responses: the setting, else `template` or, without one, `separator`."""
     if data.layout is not None:
         return data.layout
     layout: Layout = "template" if data.chat_template or tokenizer.chat_template else "separator"
@@ -41,13 +41,13 @@ def render_template(chat: Chat, prompt: str, response: str, place: str) -> Rende
 
 
 class Raw:
-    """Responses after their prompts, nothing between them; the response alone has labels.
+    """Put responses directly after their prompts; only the response has labels.
 
-    What begins and ends texts is added where the texts do not bring it: the token that begins them, if the tokenizer
-    puts one before texts by itself, and the one that ends them, unless the response ends with a special token.
+    The begin token is added if the tokenizer itself puts one before texts and the text does not begin with it. The end
+    token is added unless the response ends with a special token.
 
     Raises:
-        UserError: a tokenizer without a token that ends texts.
+        UserError: the tokenizer has no end token or separator.
     """
 
     def __init__(self, tokenizer: Any):
@@ -57,7 +57,7 @@ class Raw:
         self._special = tuple(tokenizer.all_special_tokens)
 
     def render(self, prompt: str, response: str, place: str) -> Rendered:
-        """Return the example of a prompt and its response; UserError, with the place, where that is empty."""
+        """Return the example of a prompt and its response; raise UserError, with the place, for an empty response."""
         _check(response, place)
         text, said = prompt + response, response.rstrip()
         start = () if text.startswith(self._first) else self._start

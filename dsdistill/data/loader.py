@@ -1,8 +1,8 @@
-"""Which examples each step, rank and micro-batch sees.
+"""Choose which examples each step, rank and micro-batch sees.
 
-The rows of a step depend on (seed, epoch, step, batch_size) alone, never on how many ranks or micro-batches
+The rows of a step depend only on (seed, epoch, step, batch_size), never on how many ranks or micro-batches
 share them: another machine trains on the same batches, and a resumed run asks for step k without replaying
-the k before.
+the k steps before.
 """
 
 from collections.abc import Iterator
@@ -25,17 +25,17 @@ POOL = 50  # steps whose examples are sorted by length together
 
 
 class Loader:
-    """The micro-batches of one rank, by epoch and step.
+    """Make the micro-batches of one rank, by epoch and step.
 
     Args:
         examples: the train set.
         batch_size: examples of a step over all ranks; the last step of an epoch may have fewer.
         micro_batch_size: most examples of one micro-batch.
-        world_size, rank: number of ranks, and which of them this is.
+        world_size, rank: number of ranks, and the index of this one.
         seed: of the order.
         pad_id: token that fills rows up on the right.
         sampler: draws an epoch's examples; None: each once.
-        by_length: a step's examples are of like length, so that short texts are not padded to the longest of a step.
+        by_length: a step's examples have similar lengths, so that short texts are not padded to the longest of a step.
         chances: batches hold `Batch.chance`.
 
     Raises:
@@ -71,7 +71,7 @@ class Loader:
         self._chance = np.empty(0, dtype=np.float32)
 
     def rows(self, epoch: int, step: int) -> np.ndarray:
-        """(≤ batch_size,) int64: the examples of a step over all ranks, in no meaningful order."""
+        """Return (≤ batch_size,) int64: the examples of a step over all ranks, in no meaningful order."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
         if epoch != self._epoch:
@@ -91,7 +91,7 @@ class Loader:
         return self._order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def _grouped(self, order: np.ndarray, chance: np.random.Generator) -> np.ndarray:
-        """The order with lengths sorted inside pools of many steps, and the steps of all pools shuffled."""
+        """Return the order with lengths sorted inside pools of many steps, and the steps of all pools shuffled."""
         lengths, pool = self.examples.lengths.numpy(), POOL * self.batch_size
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
         order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
@@ -100,20 +100,19 @@ class Loader:
         return np.concatenate([chance.permutation(steps).flatten(), order[whole * self.batch_size :]])
 
     def drawn(self, epoch: int, step: int) -> tuple[Set, np.ndarray, int]:
-        """Return the set that a step's examples lie in, which of it they are, and the draw of what is masked."""
+        """Return the set of a step's examples, their numbers in it, and the epoch of the masking."""
         return self.examples, self.rows(epoch, step), epoch
 
     def step(self, epoch: int, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step (both counted from 0): `accumulation` of them on every rank.
+        """Return this rank's micro-batches of a step (both counted from 0): `accumulation` of them on every rank.
 
-        A ragged step is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
+        A step with fewer examples is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
         """
         draws = np.random.default_rng([self.seed, epoch, step, _ROWS])
         examples, rows, epoch = self.drawn(epoch, step)
         draws = draws.integers(2**32, size=len(rows))
-        # Rows of like length share a micro-batch (less padding) and are dealt out to the ranks one by one: the
-        # ranks get equally much to do and do not wait for each other.
-        # Groups stay together, on whatever ranks.
+        # Rows of similar length share a micro-batch (less padding) and are dealt to the ranks in turn, so that the
+        # ranks have equal work and do not wait for each other. A sampler's groups stay in one micro-batch.
         if self.sampler is None or not self.sampler.grouped:
             rows = rows[np.argsort(examples.lengths.numpy()[rows], kind="stable")]
         batches = []
@@ -132,7 +131,7 @@ class Loader:
         return batches
 
     def _drawn(self, rows: np.ndarray, batch: Batch) -> Tensor:
-        """Return the draws of a batch's examples; the documents of a block share that of the block."""
+        """Return the draws of a batch's examples; the documents of a block share the block's draw."""
         if not len(rows):
             return torch.zeros(len(batch.documents))
         draws = torch.from_numpy(self._chance[rows])
@@ -142,12 +141,12 @@ class Loader:
 
 
 class Ahead:
-    """Ahead makes the batches of the next step on a thread while this one runs.
+    """Make the batches of the next step on a thread while this one runs.
 
     Args:
-        loader: of the train set.
-        end: steps of the run, so that none beyond the last is made.
-        pinned: batches lie in memory that a GPU copies from by itself.
+        loader: the loader of the train set.
+        end: number of steps of the run; no batch is made beyond it.
+        pinned: batches are in pinned memory, from which a GPU copies by itself.
     """
 
     def __init__(self, loader: Loader, end: int, pinned: bool):
@@ -156,7 +155,7 @@ class Ahead:
         self._next: tuple[int, Future] | None = None
 
     def step(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step of the run, counted from 0; begin with those of the next."""
+        """Return this rank's micro-batches of a step of the run, counted from 0; start making those of the next."""
         waiting, self._next = self._next, None
         if waiting is None or waiting[0] != step:
             waiting = step, self._pool.submit(self._made, step)
@@ -177,10 +176,10 @@ class Ahead:
 def evaluation_batches(
     examples: Set, micro_batch_size: int, world_size: int, rank: int, pad_id: int
 ) -> Iterator[Batch]:
-    """This rank's share of one pass over the examples: each example on exactly one rank, once.
+    """Yield this rank's share of one pass over the examples: each example is on exactly one rank, once.
 
-    Every rank gets the same number of batches (the last may be filler). Examples come by length, longest
-    first, so that memory runs out at once or never; `restore` gives them back their order.
+    Every rank gets the same number of batches (the last may be filler). Examples are sorted by length, longest first,
+    so that memory runs out at once or never; `restore` undoes the sorting.
     """
     order = np.argsort(-examples.lengths.numpy(), kind="stable").tolist()
     batches = ceil(len(order) / (micro_batch_size * world_size))
@@ -190,7 +189,7 @@ def evaluation_batches(
 
 
 def restore(values: Tensor, index: Tensor) -> Tensor:
-    """Values of all batches of all ranks, (n, …), in the order of the data set and without fillers.
+    """Return the values of all batches of all ranks, (n, …), in the order of the data set and without fillers.
 
     Args:
         values: (n, …), one for each row of the batches.

@@ -1,6 +1,6 @@
-"""Which tokens of an example are hidden from the models, and which of them are to be predicted.
+"""Choose which tokens of an example are hidden from the models, and which of them are to be predicted.
 
-What is drawn depends on (seed, epoch, example) alone: ranks, micro-batches and a resumed run change nothing.
+The draw depends only on (seed, epoch, example), not on ranks, micro-batches or a resumed run.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ _DEV, _STREAM = 2**32 - 1, 3
 
 @dataclass(frozen=True)
 class Masking:
-    """Of the tokens of an example, those that its text is made of (no special ones) can be chosen.
+    """Mask tokens of an example; all except special tokens can be chosen.
 
-    predicted: their share that becomes labels: 80% of them turn into the mask token, 10% into any other, 10% stay
-        (Devlin et al. 2019); one at least.
-    hidden: the share of those left that turns into the mask token and is predicted by nobody.
+    predicted: share of these tokens that become labels, at least one: 80% of them turn into the mask token, 10% into
+        any other, 10% stay (Devlin et al. 2019).
+    hidden: further share of them that turns into the mask token without becoming labels.
     """
 
     predicted: float
@@ -33,9 +33,9 @@ class Masking:
     seed: int
 
     def draw(self, tokens: np.ndarray, example: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) what the models see of (n,) tokens, and (n,) labels, NO_LABEL where nothing is to be predicted.
+        """Return (n,) what the models see of (n,) tokens, and (n,) labels, NO_LABEL where nothing is to be predicted.
 
-        epoch: None for the dev set, which is drawn once and for all, whatever the run's seed.
+        epoch: None for the dev set, whose draw is always the same, whatever the run's seed.
         """
         key = [_DEV, example, _STREAM] if epoch is None else [self.seed, epoch, example, _STREAM]
         chance = np.random.default_rng(key)
@@ -53,7 +53,7 @@ class Masking:
 
 
 def masking(tokenizer: Any, predicted: float, hidden: float, seed: int) -> Masking:
-    """Raises UserError where the tokenizer has no mask token."""
+    """Return the masking for a tokenizer; raise UserError if it has no mask token."""
     if tokenizer.mask_token_id is None:
         raise UserError("data.tokenizer", "a tokenizer without a mask token", "one with a mask token")
     special = np.array(sorted(tokenizer.all_special_ids))

@@ -14,7 +14,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True)
 class Mixture:
-    """A Mixture joins sources; its example r is the one that many after the examples of the sources before."""
+    """Join sources; examples are numbered from the first source to the last."""
 
     parts: tuple[Examples | Packed | TextPairs, ...]
     names: tuple[str, ...]
@@ -25,17 +25,17 @@ class Mixture:
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """(parts + 1,) int64: the first example of each source, and one past the last."""
+        """Return (parts + 1,) int64: the first example of each source, and one past the last."""
         return np.cumsum([0, *map(len, self.parts)])
 
     @cached_property
     def lengths(self) -> Tensor:
-        """(n,) int64: tokens of each example."""
+        """Return (n,) int64: the tokens of each example."""
         return torch.cat([part.lengths for part in self.parts])
 
     @property
     def labels(self) -> Tensor | None:
-        """Return the labels of all examples, None where tokens are labels."""
+        """Return the labels of all examples; None if tokens are labels."""
         held = [part.labels for part in self.parts if part.labels is not None]
         return torch.cat(held) if held else None
 
@@ -46,9 +46,8 @@ class Mixture:
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Return (n,) int64, the examples of an epoch, where n is the number of examples of all sources.
 
-        Every run of draws has of each source its share, up to one or two examples. A source is gone through in an
-        order of its own for each time that it comes to its end, and goes on from epoch to epoch where it stopped: what
-        is drawn depends on seed and epoch alone.
+        In every run of draws each source has its share, up to one or two examples. A source is gone through in a new
+        order each time, and continues from epoch to epoch where it stopped. The draw depends only on seed and epoch.
         """
         count = len(self)
         before = np.zeros(len(self.parts), np.int64)
@@ -64,7 +63,7 @@ class Mixture:
         return order
 
     def _sources(self, start: int, count: int) -> np.ndarray:
-        """Return (count,) the sources of these draws: a golden-ratio sequence spreads each of them evenly."""
+        """Return (count,) the sources of these draws; a golden-ratio sequence spreads each source evenly."""
         points = (np.arange(start, start + count) * GOLDEN + 0.5) % 1
         shares = np.cumsum(self.weights) / sum(self.weights)
         return np.searchsorted(shares, points, side="right").clip(max=len(self.parts) - 1)
@@ -74,7 +73,7 @@ class Mixture:
         return replace(self, parts=tuple(part.unmasked() for part in self.parts))
 
     def take(self, rows) -> "Mixture":
-        """Return some of the examples, by source and within a source in the order given."""
+        """Return some of the examples, sorted by source, and within a source in the order given."""
         owners = np.searchsorted(self.bounds, np.asarray(rows), side="right") - 1
         chosen = [np.asarray(rows)[owners == i] - self.bounds[i] for i in range(len(self.parts))]
         kept = [i for i, of in enumerate(chosen) if len(of)]
@@ -86,7 +85,7 @@ class Mixture:
 
 
 def _stream(count: int, start: int, end: int, seed: list[int]) -> np.ndarray:
-    """Return entries start to end of an endless run of shuffled sets, each set with all of `count` examples."""
+    """Return entries start to end of an endless run of shuffled sets, each with all `count` examples."""
     found = []
     for turn in range(start // count, -(-end // count)):
         order = np.random.default_rng([*seed, turn]).permutation(count)

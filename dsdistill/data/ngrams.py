@@ -1,4 +1,4 @@
-"""What sets a domain's text apart from general text, by n-gram models over token ids (Moore & Lewis 2010)."""
+"""Measure how a domain's text differs from general text, by n-gram models of token ids (Moore & Lewis 2010)."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,14 @@ from dsdistill.data.examples import Examples
 
 BIGRAM = 0.6  # weight of the bigram in its mixture with the unigram
 ADDED = 0.1  # to each unigram count
-TERM = 1.0  # nats: a term of the domain is so much likelier there, a token on the mean
+TERM = 1.0  # nats a token, on average, by which a domain term is likelier in the domain
 
 
 class Bigrams:
-    """p(w | v) = λ c(v, w) / c(v) + (1 − λ) (c(w) + α) / (N + α V), λ = 0.6, α = 0.1; v starts no example alone."""
+    """Compute p(w | v) = λ c(v, w) / c(v) + (1 − λ) (c(w) + α) / (N + α V), λ = 0.6, α = 0.1.
+
+    c(v) counts v only before another token of its example.
+    """
 
     def __init__(self, examples: Examples, vocabulary: int):
         before, after = _pairs(examples)
@@ -23,7 +26,7 @@ class Bigrams:
         self.begun = np.bincount(before, minlength=vocabulary)
 
     def log_likelihood(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        """(n,) nats of (n,) tokens, each after another."""
+        """Return (n,) log p(after | before) in nats, for (n,) pairs of tokens."""
         keys = before * self.vocabulary + after
         places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
         seen = np.where(self.keys[places] == keys, self.counts[places], 0)
@@ -33,13 +36,13 @@ class Bigrams:
 
 @dataclass(frozen=True)
 class Contrast:
-    """A model of the domain beside one of general text."""
+    """Compare a model of the domain with one of general text."""
 
     domain: Bigrams
     general: Bigrams
 
     def scores(self, examples: Examples) -> np.ndarray:
-        """(n,) log-likelihood of a token under the domain's model less that under the general one, mean, nats."""
+        """Return (n,) mean log-likelihoods of a token under the domain's model minus the general one's, in nats."""
         before, after = _pairs(examples)
         gained = self.domain.log_likelihood(before, after) - self.general.log_likelihood(before, after)
         counts = examples.lengths.numpy() - 1
@@ -47,9 +50,9 @@ class Contrast:
         return np.bincount(owner, gained, len(examples)) / counts.clip(min=1)
 
     def is_term(self, tokens: np.ndarray) -> bool:
-        """Whether a span of these tokens is a term of the domain: e times as likely there, a token on the mean.
+        """Return whether a span of these tokens is a domain term: on average each is e times as likely there.
 
-        By unigrams: the words around a span would speak for it otherwise. This project's own reading.
+        Unigrams are used, as bigrams would depend on the words around a span. This is the project's own reading.
         """
         return (
             float(np.mean(np.log(self.domain.unigram[tokens] / self.general.unigram[tokens]))) > TERM
@@ -59,7 +62,7 @@ class Contrast:
 
 
 def _pairs(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Every token but the first of each example, and the one before it; int64."""
+    """Return each example's tokens but the last, and the token after each of them; int64."""
     tokens = _flat(examples)
     first = np.zeros(len(tokens), dtype=bool)
     first[np.cumsum(examples.lengths.numpy()) - examples.lengths.numpy()] = True

@@ -1,7 +1,7 @@
-"""Fill rows with whole documents: which ones share a row, and the batch that such rows make.
+"""Fill rows with whole documents: choose which ones share a row, and make batches of such rows.
 
-A row holds its documents one after the other; positions start anew in each, and what fills the row up is a segment of
-its own. Models that keep documents apart by their positions then compute of each what they compute of it alone.
+A row holds its documents one after the other; positions restart in each, and the filler at the end is a segment of its
+own. Models that keep documents apart by their positions then compute the same for a document as for it alone.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from dsdistill.data.batch import NO_LABEL, Batch
 
 @dataclass(frozen=True)
 class Document:
-    """A document of n ≥ 1 tokens, as a model is to read it.
+    """Hold a document of n ≥ 1 tokens, as a model is to read it.
 
     labels: (n,) integers, NO_LABEL where nothing is to be predicted; None: the tokens themselves. spans: (k, 3) first
-    token, one past the last, kind, counted in the document; None where no term reads them. index: its place in the
+    token, one past the last, kind, counted in the document; None if no term reads them. index: its place in the
     data set.
     """
 
@@ -32,8 +32,8 @@ class Document:
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Return which documents share a block, by best fit decreasing; the same lengths give the same blocks.
 
-    Documents come longest first, and each goes into the block whose free room it leaves smallest (Johnson 1974). Blocks
-    are listed by the room they have, so that n documents take O(n log n + d · capacity / 64), with d different lengths
+    Documents come longest first, and each goes into the block that it leaves with the least free room (Johnson 1974).
+    Blocks are listed by their room, so that n documents take O(n log n + d · capacity / 64), with d different lengths
     and rooms.
 
     Args:
@@ -41,12 +41,12 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
         capacity: of a block, in tokens.
 
     Returns:
-        order (n,) int64, the documents block by block, and starts (blocks + 1,) int64: those of block b are
-        order[starts[b]:starts[b + 1]]. Inside of a block documents keep the order of the set, and blocks come in the
+        order (n,) int64, the documents block by block, and starts (blocks + 1,) int64: block b has the documents
+        order[starts[b]:starts[b + 1]]. Inside a block documents keep the order of the set, and blocks come in the
         order of their first documents.
 
     Raises:
-        ValueError: a length that no block holds.
+        ValueError: a length is below 1 or above the capacity.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
@@ -56,7 +56,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     falling = np.argsort(-lengths, kind="stable")
     blocks = np.empty_like(lengths)
     blocks[falling] = _assigned(lengths[falling], capacity)
-    # Numbers of blocks follow when they were opened; they are numbered anew by their first documents.
+    # Blocks are numbered as they were opened; now they are renumbered by their first documents.
     first = np.full(int(blocks.max(initial=-1)) + 1, len(lengths))
     np.minimum.at(first, blocks, np.arange(len(lengths)))
     rank = np.empty_like(first)
@@ -67,10 +67,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _assigned(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Return (n,) the block of each document; lengths fall.
+    """Return (n,) the block of each document; lengths must be descending.
 
-    Documents of one length are assigned together: a block that is the best fit stays it until its room is below the
-    length, because what is left of it is smaller than any other room that is large enough.
+    Documents of one length are assigned together: the best-fitting block stays the best until its room is below the
+    length, because its remaining room is smaller than any other room that is large enough.
     """
     blocks = np.empty_like(lengths)
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # blocks by their free room
@@ -105,12 +105,12 @@ def _assigned(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def packed_batch(blocks: Sequence[Sequence[Document]], pad_id: int, *, spans: bool = False) -> Batch:
-    """Return the batch whose rows are these blocks, as wide as the longest of them and two tokens at least.
+    """Return the batch whose rows are these blocks, as wide as the longest of them, at least two tokens.
 
     Args:
-        blocks: of each row its documents, in order; no blocks: one filler row.
+        blocks: the documents of each row, in order; no blocks: one filler row.
         pad_id: token that fills rows up at their end.
-        spans: the batch has spans, of the documents that have some.
+        spans: whether the batch has spans, taken from the documents that have some.
 
     Returns:
         A Batch on the CPU without `chance`. Its ids, index and places are those of the documents, by row.
@@ -154,7 +154,7 @@ def packed_batch(blocks: Sequence[Sequence[Document]], pad_id: int, *, spans: bo
 
 
 def _places(begun: list[int], lengths: list[int]) -> np.ndarray:
-    """Return (S, L) int64, Batch.places, of documents that begin at these flat places; without any (1, 1) of −1."""
+    """Return Batch.places, (S, L) int64, of documents that begin at these flat places; without any, −1 as (1, 1)."""
     starts, counts = np.array(begun or [0], np.int64)[:, None], np.array(lengths or [0])[:, None]
     within = np.arange(max(1, int(counts.max())))
     return np.where(within < counts, starts + within, -1)

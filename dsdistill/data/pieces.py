@@ -1,6 +1,6 @@
 """Cut long texts into pieces whose tokens, one after the other, are the tokens of the whole text.
 
-A tokenizer takes far more memory and time for a book at once than for its chapters, and gives one core alone to do.
+A tokenizer takes far more memory and time for a whole book than for its chapters, and uses only one core for it.
 """
 
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from dsdistill.data.encode import PlainEncoder
 
 PIECE = 2**15  # characters
-WINDOW = 256  # characters on either side of a cut that are tokenised to see whether it changes a token
+WINDOW = 256  # characters on either side of a cut that are tokenised to check that no token changes
 _TRIED = 4  # cuts of one kind
 # Where a text may be cut, the best first: at blank lines, at line ends, between words. Some tokenizers join all line
 # feeds in a row, others keep the last one apart, so both sides of it are tried.
@@ -28,7 +28,7 @@ class Cutter:
     def pieces(self, parts: Iterable[str]) -> Iterator[str]:
         """Yield the pieces of a text that comes in parts, such as lines; each has about PIECE characters.
 
-        A text that no place can be cut at without changing its tokens comes whole.
+        A text that cannot be cut anywhere without changing its tokens is one piece.
         """
         held, size, wanted = [], 0, 2 * PIECE
         small = (part[i : i + PIECE] for part in parts for i in range(0, max(1, len(part)), PIECE))

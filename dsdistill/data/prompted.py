@@ -1,4 +1,4 @@
-"""Prompts and responses in a layout of special tokens, for tokenizers without a chat template."""
+"""Lay out prompts and responses with special tokens, for tokenizers without a chat template."""
 
 from typing import Any
 
@@ -16,22 +16,22 @@ def separated(
 ) -> tuple[np.ndarray, int, tuple[tuple[int, int], tuple[int, int]]]:
     """Return the tokens of an example: start, prompt, between, response, end.
 
-      start    the tokenizer's class token, or the token that begins a text where that is not the one that ends it
+      start    the tokenizer's class token, or its begin token if that is not the end token, too
       between  its separator; without one a line break
-      end      the token that ends a text, else its separator: where greedy decoding stops
+      end      its end token, else its separator: greedy decoding stops there
 
     So BERT's tokenizer gives [CLS] prompt [SEP] response [SEP], that of GPT-2 prompt ⏎ response <|endoftext|>.
-    Texts longer than `most` tokens lose tokens at their ends, the prompt first: the response keeps half of the room at
-    least, all that the prompt leaves, and its end token only where it is whole.
+    In examples longer than `most` tokens, both texts lose tokens at their ends, the prompt first. The response keeps at
+    least half of the room and all that the prompt leaves, and its end token only if it is whole.
 
     Args:
         prompt, response: (n,) ids.
-        special: of `special_tokens`.
-        most: tokens of an example.
+        special: as `special_tokens` returns them.
+        most: most tokens of an example.
 
     Returns:
-        (n,) int32 ids, how many of them come before the response, and where prompt and response begin and how many of
-        their tokens are kept.
+        (n,) int32 ids; how many of them come before the response; and for prompt and response where they begin and how
+        many of their tokens are kept.
     """
     start, between, end = special
     room = most - len(start) - len(between)
@@ -45,7 +45,7 @@ def separated(
 def special_tokens(tokenizer: Any) -> Special:
     """Return the tokens before the prompt, between prompt and response, and after the response.
 
-    Raises UserError for a tokenizer without a token that ends a text.
+    Raises UserError for a tokenizer without an end token or separator.
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:

@@ -1,4 +1,4 @@
-"""Text that is ready for the tokenizer, and which of its characters and tokens have labels."""
+"""Hold text that is ready for the tokenizer, and find which of its characters and tokens have labels."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ Range = tuple[int, int]  # the first, and one past the last
 
 @dataclass(frozen=True)
 class Rendered:
-    """One example as text. It is tokenised without special tokens; those it needs stand in it or are named here."""
+    """Hold one example as text. It is tokenised without special tokens; those it needs are in it or given here."""
 
     text: str
-    spans: tuple[Range, ...] | None  # characters that have labels, in order and apart; None: all of them
+    spans: tuple[Range, ...] | None  # characters that have labels, in order, without overlap; None: all
     start: tuple[int, ...] = ()  # ids before the text's, without a label unless all have one
     end: tuple[int, ...] = ()  # ids after the text's, with labels
 
 
 def labelled(offsets: Sequence[Range], spans: Sequence[Range]) -> list[Range]:
-    """Return the tokens that begin inside of the spans, as ranges.
+    """Return the tokens that begin inside the spans, as ranges.
 
-    A token across the first border of a span began in what comes before and has no label: after the prompt alone,
-    the model could not write it. A token across the last border has one.
+    A token across the first border of a span began before it and has no label: after the prompt alone, the model could
+    not write it. A token across the last border has one.
 
     Args:
-        offsets: of each token its characters, (first, one past the last), in the order of the text.
+        offsets: the characters of each token, (first, one past the last), in the order of the text.
         spans: runs of characters, in the same form and order.
 
     Returns:
-        Ranges of tokens that are not empty, in order.
+        Non-empty ranges of tokens, in order.
     """
     ranges = [(_border(offsets, first), _border(offsets, last)) for first, last in spans]
     return [(first, last) for first, last in ranges if first < last]
@@ -46,8 +46,8 @@ def lay_out(
 
     Args:
         rendered: the example.
-        ids: what the tokenizer makes of its text, without special tokens.
-        offsets: of each of these ids its characters.
+        ids: the tokens of its text, without special tokens.
+        offsets: the characters of each of these ids.
     """
     whole = np.concatenate([rendered.start, ids, rendered.end]).astype(np.int32)
     if rendered.spans is None:
@@ -77,7 +77,7 @@ def encode_rendered(tokenizer: Any, rendered: Rendered, place: str) -> tuple[lis
 def _border(offsets: Sequence[Range], character: int) -> int:
     """Return the first token that begins at a character or after it."""
     token = bisect_left(offsets, (character,))
-    # Byte-level tokenizers may trim spaces from the offsets: a token of spaces alone then lies, empty, where it ends.
+    # Byte-level tokenizers may trim spaces from the offsets: a token of only spaces is then empty, at its end.
     while (
         0 < token < len(offsets)
         and offsets[token] == (character, character)

@@ -1,6 +1,6 @@
-"""Which examples an epoch is made of, where that is not each of them once. An epoch always has as many as the set.
+"""Choose the examples of an epoch, if that is not each of them once. An epoch always has as many as the set.
 
-The order depends on the generator alone, which the loader seeds by (seed, epoch).
+The order depends only on the generator, which the loader seeds by (seed, epoch).
 """
 
 from typing import Protocol
@@ -12,19 +12,19 @@ from torch import Tensor
 from dsdistill.config.checks import GROUP
 from dsdistill.data.examples import Examples
 
-NEIGHBOURS = GROUP - 1  # of an anchor, that come with it
-BLOCK = 1024  # anchors that are compared with all others at once
+NEIGHBOURS = GROUP - 1  # neighbours that come with an anchor
+BLOCK = 1024  # anchors that are compared with all examples at once
 
 
 class Sampler(Protocol):
     grouped: bool  # runs of GROUP examples belong together
 
     def order(self, chance: np.random.Generator) -> np.ndarray:
-        """(n,) int64."""
+        """Return the examples of an epoch, (n,) int64."""
 
 
 class Weighted:
-    """Drawn with replacement, p ∝ exp(score / temperature)."""
+    """Draw with replacement, p ∝ exp(score / temperature)."""
 
     grouped = False
 
@@ -37,12 +37,12 @@ class Weighted:
 
 
 class HardNegative:
-    """Each of the first examples of a permutation, followed by its neighbours."""
+    """Take each of the first examples of a permutation as an anchor, followed by its neighbours."""
 
     grouped = True
 
     def __init__(self, neighbours: np.ndarray):
-        """neighbours: (n, NEIGHBOURS) int64."""
+        """Make a sampler. neighbours: (n, NEIGHBOURS) int64."""
         self.neighbours = neighbours
 
     def order(self, chance: np.random.Generator) -> np.ndarray:
@@ -52,10 +52,10 @@ class HardNegative:
 
 
 def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
-    """(n, NEIGHBOURS) int64: of each of the (n, D) vectors the nearest by cosine among examples of another answer.
+    """Return (n, NEIGHBOURS) int64: the nearest by cosine to each of the (n, D) vectors, with another answer.
 
-    The answer is the label; of texts that have none, the response to a prompt or the second text of a pair; of single
-    texts every one differs, and so of pairs whose tokenizer has no token types, which do not tell their texts apart.
+    The answer is the label; without labels it is the response to a prompt or the second text of a pair. Single texts
+    all differ, and so do pairs whose tokenizer has no token types, which cannot separate their texts.
     """
     answers = torch.from_numpy(_answers(examples))
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
@@ -68,7 +68,7 @@ def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
 
 
 def _answers(examples: Examples) -> np.ndarray:
-    """(n,) numbers, equal where the answers are."""
+    """Return (n,) numbers that are equal for equal answers."""
     if examples.labels is not None and not examples.labels.isnan().all():
         return np.unique(examples.labels.numpy(), return_inverse=True)[1]
     rows = range(len(examples))
@@ -78,5 +78,5 @@ def _answers(examples: Examples) -> np.ndarray:
         texts = [examples.tokens(row)[examples.types(row) == 1] for row in rows]
     else:
         return np.arange(len(examples))
-    numbers: dict[bytes, int] = {}  # NumPy's own arrays of bytes would drop zeros at an end, which are tokens
+    numbers: dict[bytes, int] = {}  # NumPy's arrays of bytes would drop zeros at the end, which are tokens
     return np.array([numbers.setdefault(text.tobytes(), len(numbers)) for text in texts])

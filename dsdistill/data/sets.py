@@ -1,4 +1,4 @@
-"""From the `data` section of a config to tokenised examples."""
+"""Make tokenised examples from the `data` section of a config."""
 
 import copy
 import hashlib
@@ -50,7 +50,7 @@ Set = Examples | Packed | TextPairs | Mixture | Streamed
 
 @dataclass(frozen=True)
 class Words:
-    """Words are a tokenizer and what tells it from others."""
+    """Hold a tokenizer and its fingerprint."""
 
     tokenizer: Any  # of transformers
     entries: int  # one more than its largest id
@@ -68,17 +68,17 @@ def load_data(
     bad: Bad | None = None,
     run: str = "",
 ) -> Splits[Set]:
-    """Return all sets, read, checked and tokenised; what is in the cache already is mapped.
+    """Return all sets, read, checked and tokenised; stores that are in the cache already are mapped.
 
     Args:
         section: `config.data`.
-        task: that of the config.
+        task: as in the config.
         words: the tokenizer.
-        seed: of the train examples drawn and the labels replaced, where the section asks for that.
+        seed: for drawing train examples and replacing labels, if the section asks for this.
         with_spans: find words and phrases too.
-        packed: blocks of whole documents are filled (see data/packing.py); the models keep them apart.
-        bad: is told of rows that cannot be used, which are then left out; without it the first one is raised.
-        run: folder of the run; what is streamed is kept for each run by itself.
+        packed: fill blocks with whole documents (see data/packing.py), which the models keep apart.
+        bad: gets the error of each row that cannot be used, which is then left out; without it the first is raised.
+        run: folder of the run; the parts of a streamed set are kept separately for each run.
 
     Raises:
         UserError: the data cannot be used; its message names file, row and column.
@@ -90,7 +90,7 @@ def load_data(
     loading = _Loading(section, task, words, with_spans, bad)
     classes: tuple[str, ...] = ()
     if task in LANGUAGE:
-        if section.streaming and bad is not None:  # who counts bad rows only looks at the data
+        if section.streaming and bad is not None:  # a caller that counts bad rows only looks at the data
             trains = [loading.of([_beginning(section)], section, None, packed)]
         elif section.streaming:
             trains = [streamed(section, task, words, seed, with_spans, packed, run)]
@@ -118,7 +118,7 @@ def load_data(
     if task == "masked_lm":
         hide = masking(words.tokenizer, PREDICTED, 0.0, seed)
         devs = {name: replace(dev, masking=hide) for name, dev in devs.items()}
-    if not isinstance(trains[0], Streamed):  # whose parts are finished one by one
+    if not isinstance(trains[0], Streamed):  # parts of a streamed set are finished one by one
         trains = [_drawn(train, section, seed, len(classes)) for train in trains]
         trains = [
             loading.finished(train, part, seed, packed)
@@ -133,7 +133,7 @@ def streamed(
     section: Section, task: str, words: Words, seed: int, with_spans: bool, packed: bool, run: str
 ) -> Streamed:
     """Return the train set of a section that is read over the network, a few parts at a time."""
-    # One tokenizer for the thread that makes parts and one for those that map them: none is used by two at once.
+    # One tokenizer is for the thread that makes parts, one for those that map them: no two threads share one.
     own = [replace(words, tokenizer=copy.deepcopy(words.tokenizer)) for _ in range(2)]
 
     def load(stream: Stream, folder: Path, making: bool) -> Examples | Packed:
@@ -171,7 +171,7 @@ def load_texts(section: Section, files: tuple[str, ...], words: Words) -> Exampl
 
 
 def _drawn(train: Examples, section: Section, seed: int, classes: int) -> Examples:
-    """Return the share of the examples that the section asks for, with the labels that it replaces."""
+    """Return the fraction of the examples that the section asks for, with its label noise."""
     if section.fraction < 1:
         train = train.take(chosen(len(train), section.fraction, seed))
     if section.label_noise:
@@ -200,7 +200,7 @@ class _Loading:
     def texts(
         self, section: Section, split: str | tuple[str, ...], limit: int | None
     ) -> Examples | TextPairs:
-        """Return texts without labels, single or in pairs, `limit` examples at most."""
+        """Return texts without labels, single or in pairs, at most `limit` examples."""
         section = section.model_copy(update={"label": None})
         found, left, each = [], limit, len(section.text)
         for stream in streams(section, split, self.task):
@@ -214,7 +214,7 @@ class _Loading:
         return TextPairs(made) if each == 2 else made
 
     def scored(self, rows: Rows, section: Section) -> TextPairs:
-        """Return pairs whose similarity people have judged."""
+        """Return pairs with a human similarity score each."""
         made = whole(self._stored(of_rows(rows), self._texts_reader(section, ("a", "b")), Limit()))
         labels = torch.tensor(rows.labels, dtype=torch.float32).repeat_interleave(2)
         return TextPairs(
@@ -222,7 +222,7 @@ class _Loading:
         )
 
     def _texts_reader(self, section: Section, columns: tuple[str, ...]) -> Reader:
-        """Return what reads texts that become vectors, with what is put before them."""
+        """Return the reader of texts that become vectors, with their prompts."""
         prompts = section.prompts or ("",) * len(columns)
         tokenizer, chunk = self.words.tokenizer, self._chunk()
         if len(columns) == 2:
@@ -232,11 +232,11 @@ class _Loading:
     def language(
         self, section: Section, split: str | tuple[str, ...], limit: int | None, packed: bool
     ) -> Examples:
-        """Return texts whose tokens are to be predicted as examples, `limit` of them at most."""
+        """Return texts whose tokens are to be predicted as examples, at most `limit` of them."""
         return self.of(streams(section, split, self.task), section, limit, packed)
 
     def of(self, sources: list[Stream], section: Section, limit: int | None, packed: bool) -> Examples:
-        """Return the texts of sources as `language` does."""
+        """Return the texts of sources as examples, as `language` does."""
         reader, layout = self._reader(section)
         length = section.max_length
         plain = layout == "plain"
@@ -256,7 +256,7 @@ class _Loading:
         documents = store.joined(found)
         if running:
             return end_to_end(documents, length, limit, ended=bool(edges(self.words.tokenizer)[1]))
-        if layout in ("special", "separator"):  # cut to their length as they were tokenised
+        if layout in ("special", "separator"):  # these are truncated when they are tokenised
             examples = whole(documents)
         else:
             examples = cut(documents, length, section.overlong or ("split" if plain else "truncate"))
@@ -265,7 +265,7 @@ class _Loading:
         return examples if limit is None or packed else examples.take(range(min(limit, len(examples))))
 
     def finished(self, train: Examples, section: Section, seed: int, packed: bool) -> Examples | Packed:
-        """Return examples of the train set as the loader draws them: in blocks, or with what is masked of them."""
+        """Return the train examples in the form that the loader draws: in blocks, or with their masking."""
         if packed:
             drawn = [section.overlong, section.fraction, seed if section.fraction < 1 else None]
             blocks = packed_in_blocks(train, section.max_length, self.cache, drawn)
@@ -281,7 +281,7 @@ class _Loading:
         return replace(train, masking=hide)
 
     def _reader(self, section: Section) -> tuple[Reader, str]:
-        """Return what reads the section's rows, and the name of its layout."""
+        """Return the reader of the section's rows, and the name of its layout."""
         tokenizer, length, chunk = self.words.tokenizer, section.max_length, self._chunk()
         if self.task != "causal_lm":
             return SpecialReader(tokenizer, section.text, length, chunk), "special"
@@ -313,7 +313,7 @@ class _Loading:
 def _renderer(
     section: Section, tokenizer: Any, layout: str
 ) -> tuple[Callable[[tuple[Any, ...], str], list[Rendered]], dict[str, Any]]:
-    """Return what makes texts of a row's values, and the settings that decide how."""
+    """Return a function that makes texts of a row's values, and the settings that it depends on."""
     if layout == "raw":
         raw = Raw(tokenizer)
         return lambda values, place: [raw.render(*_texts(values, place), place)], {"layout": layout}

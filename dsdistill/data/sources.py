@@ -1,4 +1,4 @@
-"""Reads and checks the rows of a run: built-in docstrings, local files, or Hugging Face hub data sets."""
+"""Read and check the rows of a run: built-in docstrings, local files, or Hugging Face hub data sets."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ CLASSES = "classification"
 
 
 def parts(section: Section) -> list[tuple[str, float, Section]]:
-    """Return name, weight and section of each source of the train set; one that `data` itself is has no name."""
+    """Return name, weight and section of each source of the train set; a single source has the name ''."""
     if isinstance(section.label, dict):  # labels of dev sets
         section = section.model_copy(update={"label": None})
     if not _is_mixture(section):
@@ -48,7 +48,7 @@ def parts(section: Section) -> list[tuple[str, float, Section]]:
 
 
 def _prompts(section: Section, single: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what is put before the single texts of a part, where the dev sets have pairs: that of the same column."""
+    """Return the prompt of a part's single texts, if the dev sets have pairs: that of the same column."""
     if not any(section.prompts or ()):
         return ("",)
     if single[0] not in section.text:
@@ -71,19 +71,19 @@ def names(split: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def dev_sets(section: Section) -> dict[str, str]:
-    """Return the dev sets by name; one that the config does not name is called ''."""
+    """Return the dev sets by name; a single set without a name in the config is called ''."""
     return {"": section.dev} if isinstance(section.dev, str) else section.dev
 
 
 def of_dev(section: Section, name: str) -> Section:
-    """Return the section with the column of labels of one dev set, None where that has none."""
+    """Return the section with the label column of one dev set, None if it has none."""
     if not isinstance(section.label, dict):
         return section
     return section.model_copy(update={"label": section.label.get(name)})
 
 
 def with_dev_files(section: Section, files: Sequence[str]) -> Section:
-    """Return the section with these files as its dev sets, by their own names, whole; the train set stays the same."""
+    """Return the section with these whole files as its dev sets, by their names; the train set stays the same."""
     train = []
     for name, weight, part in parts(section):
         same = {key: getattr(part, key) for key in Part.model_fields if key not in ("name", "weight")}
@@ -97,15 +97,15 @@ def with_dev_files(section: Section, files: Sequence[str]) -> Section:
 def read(
     section: Section, task: str, bad: Bad | None = None
 ) -> tuple[list[Rows], dict[str, Rows], tuple[str, ...]]:
-    """Return the rows of labelled sets with every check that needs no tokenizer.
+    """Return the rows of labelled sets after every check that needs no tokenizer.
 
     Args:
         section: `config.data`.
         task: classification or regression.
-        bad: is told of rows that cannot be used, which are then left out; without it the first one is raised.
+        bad: gets the error of each row that cannot be used, which is then left out; without it the first is raised.
 
     Returns:
-        the rows of each part of the train set, those of each dev set by name, and the names of the classes; labels are
+        The rows of each part of the train set, those of each dev set by name, and the names of the classes; labels are
         class indices or scores.
 
     Raises:
@@ -139,7 +139,7 @@ def read(
 
 
 def read_scored(section: Section, split: str, bad: Bad | None = None) -> Rows:
-    """Return pairs of texts with the similarity of each as people judge it; section.label names its column.
+    """Return pairs of texts with a human similarity score each; section.label names its column.
 
     Raises UserError as `read` does.
     """
@@ -155,19 +155,19 @@ def streams(section: Section, split: str | tuple[str, ...], task: str) -> list[S
 
 
 def texts(section: Section, task: str, bad: Bad | None = None) -> Iterator[str]:
-    """Yield the texts of the train set, of conversations those of their turns; without labels.
+    """Yield the texts of the train set without labels; a conversation gives the texts of its turns.
 
-    bad: is told of rows that cannot be read; without it the first one is raised.
+    bad: gets the error of each row that cannot be read; without it the first is raised.
     """
     for *_, part in parts(section):
-        # Plain text is limited in blocks of tokens, which nobody can count yet.
+        # Plain text is limited in blocks of tokens, which cannot be counted yet.
         running = task == "causal_lm" and part.messages is None and len(part.text) == 1
         for row in islice(_text_rows(part, task, bad), None if running else part.max_train):
             yield from row
 
 
 def _text_rows(section: Section, task: str, bad: Bad | None) -> Iterator[list[str]]:
-    """Yield the texts of each row; single texts that are blank are left out where tokens are predicted."""
+    """Yield the texts of each row; blank single texts are left out for language models and embedding."""
     columns = (section.messages,) if section.messages else section.text
     for stream in streams(section, section.train, task):
         if stream.plain and task == "causal_lm":
@@ -192,7 +192,7 @@ def _spoken(value: Any) -> Iterator[str]:
 
 
 def _rows(tables: list[Table], section: Section, known: Classes | None, limit: int | None) -> Rows:
-    """Return the rows of all tables, one after the other; known: their classes, None for scores."""
+    """Return the rows of all tables, one after the other. known: their classes; None for scores."""
     found = [text for table in tables for text in _texts(table, section)]
     if len({len(text) for text in found}) > 1:
         raise UserError(_places(tables), "one text here and pairs there", "files of one form")
@@ -212,7 +212,7 @@ def _places(tables: list[Table]) -> str:
 
 
 def _usable(table: Table, use: Callable[[Table], Any], bad: Bad) -> Table:
-    """Return the rows that can be used, each tried by itself; `bad` is told of the others."""
+    """Return the rows that can be used, each tried separately; `bad` gets the errors of the others."""
     kept = []
     for row in range(len(table)):
         try:
@@ -225,9 +225,9 @@ def _usable(table: Table, use: Callable[[Table], Any], bad: Bad) -> Table:
 
 
 def _labelled(section: Section, split: str, task: str, bad: Bad | None) -> Table:
-    """Return the rows of a file or split, without those that have no label where the section asks for that."""
+    """Return the rows of a file or split; rows without a label are dropped if the section asks for this."""
     table = _table(section, split, task, bad)
-    # Classes are those of the rows that have labels.
+    # Only rows with labels decide the classes.
     if bad is not None and task == CLASSES and section.labels is None and not section.drop_unlabelled:
         table = _usable(table, lambda row: spelled(row, section.label), bad)
     if not section.drop_unlabelled:
@@ -305,7 +305,7 @@ def _held(place: str, rows: Any, unit: str, contents: list[str]) -> Stream:
 
 def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
     """Return the texts of each row of a labelled set."""
-    wanted = ("text",) if table.plain else section.text  # the text of a txt file has no name of its own
+    wanted = ("text",) if table.plain else section.text  # the text of a txt file has no column name
     local = section.source == "files" or section.root is not None
     if local and wanted[0] not in table.columns and "text_a" in table.columns:
         wanted = ("text_a", "text_b")[: len(wanted)]  # the names that local copies of hub sets have
@@ -321,7 +321,7 @@ def _texts(table: Table, section: Section) -> list[tuple[str, ...]]:
 
 
 def _ids(table: Table) -> list[str]:
-    """Return the column `id` where it tells the rows apart, else their positions."""
+    """Return the column `id` if its values are distinct, else the positions of the rows."""
     ids = [str(value) for value in table.columns.get("id", ())]
     if len(set(ids)) == len(table):
         return ids

@@ -1,4 +1,4 @@
-"""Words and phrases of the examples as runs of their tokens."""
+"""Find the words and phrases of the examples as runs of their tokens."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from dsdistill.data.batch import PHRASE, WORD
 from dsdistill.data.chunkers import Chunker, Span
 
-MOST = 256  # spans of a kind in one example
+MOST = 256  # most spans of a kind in one example
 
 Chunks = tuple[list[Span], list[Span]]  # words and phrases of a text, by character
 
@@ -24,9 +24,9 @@ def found_chunks(texts: Sequence[str], find: Chunker) -> Iterator[Chunks]:
 
 
 def token_spans(offsets: np.ndarray, of: Chunks) -> np.ndarray:
-    """(spans, 3): runs of the tokens that share a character with each span, words first.
+    """Return (spans, 3): the run of tokens that share a character with each span, words first.
 
-    offsets: (tokens, 2) first character and one past the last, in order; tokens that stand for no character are empty.
+    offsets: (tokens, 2) first character and one past the last, in order; empty for tokens without characters.
     """
     places = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
     starts, ends = offsets[places].T
@@ -43,5 +43,5 @@ def token_spans(offsets: np.ndarray, of: Chunks) -> np.ndarray:
 
 
 def limited(table: np.ndarray) -> np.ndarray:
-    """Return at most MOST spans of each kind, the first."""
+    """Return the first spans of each kind, at most MOST."""
     return np.concatenate([table[table[:, 2] == kind][:MOST] for kind in (WORD, PHRASE)])

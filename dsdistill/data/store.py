@@ -1,16 +1,16 @@
-"""Tokenised documents on disk, mapped and never loaded: what `dsdistill tokenize` writes and every rank reads.
+"""Read tokenised documents on disk, mapped and never loaded: `dsdistill tokenize` writes them, every rank reads them.
 
 CACHE/tokens-KEY/
-  store.json            what it was made from, its totals and its hash; there once all else is complete
+  store.json            what it was made from, its totals and its hash; exists once all else is complete
   00000/ 00001/ …       shards, each complete or absent
-    ids.bin             uint16 where the vocabulary fits, else int32; the tokens of all documents, end to end
-    begins.bin          (n,) int32, where in the shard each document begins; the first may go on from before
-    lines.bin           (n,) uint32, where in its source each document lies
-    ranges.bin          (r, 2) int32 runs of tokens that have labels, in order; absent where all have
-    types.bin           uint8 token types, absent without
-    spans.bin           (s, 3) int32 words and phrases by their first tokens: first, one past the last, kind;
-                        absent without
-    shard.json          totals, hashes, and how far in its source it reaches
+    ids.bin             uint16 if the vocabulary fits, else int32; the tokens of all documents, end to end
+    begins.bin          (n,) int32, where in the shard each document begins; tokens before the first continue one
+    lines.bin           (n,) uint32, the line or row of each document in its source
+    ranges.bin          (r, 2) int32 runs of tokens that have labels, in order; absent if all tokens have
+    types.bin           uint8 token types; absent if there are none
+    spans.bin           (s, 3) int32 words and phrases, sorted by their first tokens: first, one past the last, kind;
+                        absent if there are none
+    shard.json          totals, hashes, and the position that it reaches in its source
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from dsdistill.config.errors import UserError
 STORE, SHARD_NOTE = "store.json", "shard.json"
 NOTE_BYTES = 2**26  # of a note, at most
 FORMAT = 1
-# Of each column the type of its numbers and how many make one entry; of ids the store tells the type.
+# The type of each column's numbers and how many make one entry; the store itself tells the type of ids.
 COLUMNS = {
     "ids": (None, 1),
     "begins": ("int32", 1),
@@ -42,7 +42,7 @@ COLUMNS = {
 
 
 class Mapped:
-    """A Mapped column is several arrays, most of them files, that read as if they lay end to end."""
+    """Read several arrays, most of them files, as one column, as if they were laid end to end."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = list(parts)
@@ -52,7 +52,7 @@ class Mapped:
         return int(self.starts[-1])
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """Return entries start to end; a view where they lie in one part."""
+        """Return entries start to end; a view if they are in one part."""
         first = bisect_right(self.starts, start) - 1
         if first < len(self.parts) and end <= self.starts[first + 1]:
             return self.parts[first][start - self.starts[first] : end - self.starts[first]]
@@ -64,12 +64,12 @@ class Mapped:
         return np.concatenate(found) if found else self.parts[0][:0]
 
     def whole(self) -> np.ndarray:
-        """Return a copy of all entries; for columns that are small."""
+        """Return a copy of all entries; only for small columns."""
         return np.concatenate(self.parts) if self.parts else np.empty(0, np.int64)
 
 
 class Runs:
-    """Runs are intervals of tokens, sorted by their first tokens, in parts that lie end to end as the tokens do."""
+    """Hold intervals of tokens, sorted by their first tokens, in parts that are laid end to end as the tokens are."""
 
     def __init__(self, parts: Sequence[np.ndarray], bases: Sequence[int]):
         """Take (k, 2 or 3) tables, counted from `bases`, the first token of each part."""
@@ -80,7 +80,7 @@ class Runs:
         return self._found(start, end, 1)
 
     def inside(self, start: int, end: int) -> np.ndarray:
-        """Return the runs that lie in [start, end) whole, counted from start."""
+        """Return the runs that lie completely in [start, end), counted from start."""
         found = self._found(start, end, 0)
         return found[found[:, 1] <= end - start]
 
@@ -110,34 +110,34 @@ class Runs:
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents are n tokenised texts of one or more stores."""
+    """Hold n tokenised texts of one or more stores."""
 
     tokens: Mapped  # of all documents, end to end
     starts: np.ndarray  # (n + 1,) int64
-    ranges: Runs | None  # of tokens that have labels; None: all have
+    ranges: Runs | None  # of tokens that have labels; None: all tokens
     types: Mapped | None  # like tokens
     spans: Runs | None  # words and phrases
-    lines: Mapped  # where in its source each lies
+    lines: Mapped  # the line or row of each in its source
     places: tuple[tuple[str, int], ...]  # the sources and how many documents each has, in order
     digest: str  # of all contents
     paths: tuple[str, ...] = ()  # of the stores
-    truncated: int = 0  # documents that were cut as they were tokenised
+    truncated: int = 0  # documents that were truncated by tokenising
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def name(self, document: int) -> str:
-        """Return where a document lies, for people."""
+        """Return a document's source and line, for messages."""
         ends = np.cumsum([count for _, count in self.places])
         place, _ = self.places[int(np.searchsorted(ends, document, side="right"))]
         return f"{place}:{int(self.lines.read(document, document + 1)[0])}"
 
 
 def open_store(path: Path) -> Documents:
-    """Map a store that is complete.
+    """Map a complete store.
 
     Raises:
-        UserError: it is damaged; its name and what to do are in the message.
+        UserError: it is damaged; the message names it and says what to do.
     """
     try:
         note = read_json(path / STORE, NOTE_BYTES)
@@ -181,7 +181,7 @@ def _map(path: Path, kind: str, width: int) -> np.ndarray:
 
 
 def joined(parts: Sequence[Documents]) -> Documents:
-    """Return the documents of several stores as one run of documents."""
+    """Return the documents of several stores as one."""
     if len(parts) == 1:
         return parts[0]
     before = np.cumsum([0, *(len(part.tokens) for part in parts)])
@@ -217,5 +217,5 @@ def key(settings: dict[str, Any]) -> str:
 
 
 def is_complete(path: Path) -> bool:
-    """Return whether a store is there and whole."""
+    """Return whether a store exists and is complete."""
     return os.path.isfile(path / STORE)

@@ -1,4 +1,4 @@
-"""Compare stores with their notes, and sources with what the stores were made from, byte by byte."""
+"""Check stores, and the sources that they were made from, by the hashes of all bytes."""
 
 import hashlib
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ def file_hash(path: str | Path) -> str:
 
 
 def verify_stores(paths: Iterable[str]) -> int:
-    """Read stores and their sources whole, and return how many stores there are.
+    """Read stores and their sources completely, and return how many stores there are.
 
-    Size and time of a source tell whether it changed, until somebody sets them back; its hash always does.
+    Size and time of a source show a change unless somebody resets them; its hash always does.
 
     Raises:
-        UserError: a store or a source is not as it was when the store was made.
+        UserError: a store or a source has changed since the store was made.
     """
     count = 0
     for path in map(Path, dict.fromkeys(paths)):

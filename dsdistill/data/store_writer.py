@@ -33,20 +33,20 @@ log = logging.getLogger("dsdistill")
 
 SHARD = 2**24  # tokens; a stopped run loses less than one
 AT_ONCE = 2**20  # characters that are tokenised together
-MOST = 4096  # items of them
+MOST = 4096  # items that are tokenised together, at most
 AHEAD = 2  # batches that are read while others are tokenised
-SHOWN = 1.0  # seconds after which a bar appears, and between two of its states
+SHOWN = 1.0  # seconds before a progress bar appears, and between its updates
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A Limit says how much of a source is wanted, from the front; None: all."""
+    """Limit how much of a source is read, from its beginning; None: all."""
 
     documents: int | None = None
     tokens: int | None = None
 
     def reached(self, documents: int, tokens: int) -> bool:
-        """Return whether so much is enough."""
+        """Return whether this many documents and tokens are enough."""
         return (self.documents is not None and documents >= self.documents) or (
             self.tokens is not None and tokens >= self.tokens
         )
@@ -61,17 +61,17 @@ def stored(
     limit: Limit,
     bad: Bad | None = None,
 ) -> Documents:
-    """Return a store's documents, after writing it where it is not there; one process writes, others wait for it.
+    """Return a store's documents; if it does not exist, one process writes it and others wait for it.
 
     Args:
         path: of the store.
         entries: of the tokenizer.
         settings: what the store is made from, for its note.
-        bad: is told of rows that cannot be used, which are then left out; without it the first one is raised.
+        bad: gets the error of each row that cannot be used, which is then left out; without it the first is raised.
 
     Raises:
         UserError: a row cannot be used, the source has no text, or the store is damaged.
-        disk.Unwritable: there is no room, or the cache cannot be written; what is done so far is kept.
+        disk.Unwritable: there is no room, or the cache cannot be written; finished shards are kept.
     """
     if store.is_complete(path):
         return store.open_store(path)
@@ -85,9 +85,9 @@ def stored(
 
 
 def _without_bad_rows(path: Path, writer: "Callable[..., _Writer]", bad: Bad) -> Documents:
-    """Return the documents of a source's good rows; where there are others too, no run finds them later.
+    """Return the documents of a source's good rows; if there are bad rows, the store is not kept for later runs.
 
-    Raises UserError, of the first row, where no row is good.
+    Raises UserError, that of the first row, if no row is good.
     """
     first: UserError | None = None
 
@@ -101,7 +101,7 @@ def _without_bad_rows(path: Path, writer: "Callable[..., _Writer]", bad: Bad) ->
     try:
         try:
             writer(aside, bad=told).write()
-        except UserError as error:  # that nothing is left
+        except UserError as error:  # nothing is left
             raise first or error from None
         if first is None:
             shutil.rmtree(path, ignore_errors=True)  # what a stopped process left
@@ -114,7 +114,7 @@ def _without_bad_rows(path: Path, writer: "Callable[..., _Writer]", bad: Bad) ->
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold the lock of a store; wait for a process that has it."""
+    """Hold the lock of a store; wait while another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name, told = f"{path}.lock", False
     while True:
@@ -131,7 +131,7 @@ def alone(path: Path) -> Iterator[None]:
                 os.close(there)
                 break
             os.close(there)
-        os.close(file)  # who had it removed the file that others wait for
+        os.close(file)  # its last holder has removed the file that others wait for
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def alone(path: Path) -> Iterator[None]:
 
 @dataclass
 class _Shard:
-    """Files that are being written."""
+    """Hold the files of a shard that is being written."""
 
     folder: Path
     dtype: str
@@ -160,7 +160,7 @@ class _Shard:
         self.hashes[name].update(data.data)
 
     def append(self, document: Document) -> None:
-        """Append a document, or a piece that goes on with the one before."""
+        """Append a document, or a piece that continues the one before."""
         if document.item.begins:
             self.add("begins", np.array([self.tokens]))
             self.add("lines", np.array([document.item.line]))
@@ -181,7 +181,7 @@ class _Shard:
 
 
 class _Writer:
-    """Write one store, from the shard on that is missing."""
+    """Write one store, beginning with the first missing shard."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class _Writer:
         self.rows = 0  # of the source, that have been read
 
     def write(self) -> None:
-        """Write what is missing, and the note that completes the store."""
+        """Write the missing shards, and the note that completes the store."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_over()
         if not (self.notes and self.notes[-1]["ended"]):
@@ -246,7 +246,7 @@ class _Writer:
             )
 
     def _contents(self) -> str | None:
-        """Return the hash of the source, where it is a file."""
+        """Return the hash of the source; None if it is not a file."""
         path = self.stream.identity.get("path")
         return None if path is None else file_hash(path)
 
@@ -254,7 +254,7 @@ class _Writer:
         return sum(note[name] for note in self.notes)
 
     def _folder(self, index: int | None = None) -> Path:
-        """Return the folder of a shard; None: of the one that is being written."""
+        """Return the folder of a shard; index None: of the shard that is being written."""
         return self.path / ("partial" if index is None else f"{index:05}")
 
     def _take_over(self) -> None:
@@ -306,7 +306,7 @@ class _Writer:
             "reached": [self.last.row, self.last.piece],
             "ended": ended,
         }
-        for name in ("begins", "lines"):  # a shard may lie within one document
+        for name in ("begins", "lines"):  # a shard may be a part of one document
             (shard.folder / f"{name}.bin").touch()
         with disk.writing(shard.folder / SHARD_NOTE) as file:
             json.dump(note, file)
@@ -315,7 +315,7 @@ class _Writer:
         self.notes.append(note)
 
     def _documents(self, after: list[int]) -> Iterator[Document]:
-        """Yield the documents after a place of the source; the next texts are read while others are tokenised."""
+        """Yield the documents after a place in the source; the next texts are read while others are tokenised."""
         row, piece = after
         with ThreadPoolExecutor(1) as pool:
             waiting: list[Any] = []
@@ -331,7 +331,7 @@ class _Writer:
                     future.cancel()
 
     def _told(self, documents: list[Document]) -> list[Document]:
-        """Move the bar."""
+        """Move the progress bar; return the documents."""
         self.new += sum(len(document.ids) for document in documents)
         if self.bar is not None:
             rate = self.new / max(time.monotonic() - self.begun, 1e-9)

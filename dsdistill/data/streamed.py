@@ -1,14 +1,14 @@
-"""A train set that may be larger than the disk: it is read in order, in parts that are small stores of their own.
+"""Read a train set that may be larger than the disk in order, in parts that are small stores of their own.
 
 HOME/                   in the cache, for one run
   source.json           the revision that is read
-  parts.jsonl           a line for each part so far, see Note; it stays when parts go, so that a resume goes on exactly
+  parts.jsonl           a line for each part so far, see Note; it stays when parts are removed, for an exact resume
   writer.lock           held by the process that makes parts
-  00012/                a part: its store and its blocks; KEPT of them at most are there
-    complete            is there once all else is; readers hold its lock
+  00012/                a part: its store and its blocks; at most KEPT of them exist
+    complete            exists once all else is complete; readers hold its lock
 
-Every rank may make parts, and the one that holds the lock does: where it ends, another goes on. Ranks on several
-machines need nothing from each other, wherever the cache lies.
+Every rank may make parts, and the one that holds the lock does; if it ends, another continues. Ranks on several
+machines need nothing from each other, wherever the cache is.
 """
 
 import contextlib
@@ -39,27 +39,27 @@ log = logging.getLogger("dsdistill")
 
 KEPT = 4  # parts
 CHARACTERS = 2**26  # of a part, about 2**24 tokens
-LEAST = 2**12  # characters of the last part, lest it holds no example
-POLL = 0.1  # seconds between two looks for what another process makes
-SHOWN = 2.0  # seconds after which waiting is told
+LEAST = 2**12  # fewest characters of the last part, so that it holds an example
+POLL = 0.1  # seconds between two checks for what another process makes
+SHOWN = 2.0  # seconds of waiting before a message
 COMPLETE, NOTES, LOCK, SOURCE = "complete", "parts.jsonl", "writer.lock", "source.json"
 T = TypeVar("T")
 
 
 class Source(Protocol):
-    """A Source is read in order, from any row on."""
+    """Give rows in order, from any row on."""
 
     @property
     def place(self) -> str:
-        """Return what messages call it."""
+        """Return its name in messages."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what changes when the contents do."""
+        """Return values that change when the contents do."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Return the names of all columns, where they are known."""
+        """Return the names of all columns, if they are known."""
 
     def rows(self, mark: Mark | None = None) -> Iterator[tuple[Row, Mark]]:
         """Yield numbered rows from a mark on, each with its own mark."""
@@ -67,7 +67,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Note:
-    """A Note tells of one part, whether its files are there or not."""
+    """Describe one part, whether its files exist or not."""
 
     examples: int
     digest: str  # of its store
@@ -75,19 +75,19 @@ class Note:
 
     @property
     def contents(self) -> tuple[Any, ...]:
-        """Return what is the same whenever the part is made."""
+        """Return the values that are the same whenever the part is made."""
         return self.examples, self.digest, self.next and self.next["row"]
 
 
 class Streamed:
-    """A Streamed set is endless: after the last row of its source comes the first one again.
+    """Read an endless set: after the last row of its source comes the first one again.
 
     Args:
         home: folder of its parts.
-        source: where the rows are read.
-        load: makes the examples of a part from a stream and a folder, or maps them where they are made; the third
-            argument says whether it is called to make them, which happens on a thread of its own.
-        settings: all that decides what the examples are.
+        source: where the rows are read from.
+        load: makes the examples of a part from a stream and a folder, or maps them if they exist; the third argument
+            says whether it is called to make them, which happens on a separate thread.
+        settings: all settings that change the examples.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Streamed:
         self.home, self.source, self._load = home, source, load
         self.digest = key({"source": source.identity, "settings": settings})
         self._notes = _Notes(home / NOTES)
-        self._window = range(1)  # parts that this rank reads now
+        self._window = range(1)  # the parts that this rank reads now
         self._first: Examples | Packed | None = None
         self._held: dict[
             int, tuple[Examples | Packed, int]
@@ -134,7 +134,7 @@ class Streamed:
             return self._held[place][0]
 
     def first(self) -> Examples | Packed:
-        """Return the first part, which stays from then on; passes read a set by the numbers of its examples."""
+        """Return the first part, which is kept from then on; passes read a set by the numbers of its examples."""
         if self._first is None:
             before, self._window = self._window, range(1)
             self._first = self.part(0)
@@ -142,18 +142,18 @@ class Streamed:
         return self._first
 
     def need(self, first: int, last: int) -> None:
-        """Say which parts are read now and next; those before are given free."""
+        """Say which parts are read now and next; earlier ones are released."""
         window = range(first, last + 1)
         wanted = self._wanted(window)
         with self._guard:
             for place in [place for place in self._held if place not in wanted]:
                 os.close(self._held.pop(place)[1])
-        self._window = window  # last: what is no longer wanted can be removed by now
+        self._window = window  # set last: now the released parts can be removed
 
     def close(self, finished: bool = True) -> None:
-        """End the making of parts; of a run that is finished also remove those that no other rank reads.
+        """Stop making parts; if the run is finished, also remove the parts that no other rank reads.
 
-        A run that is to go on later finds them.
+        Otherwise they stay, so that the run can continue later.
         """
         self._closed.set()
         if self._thread is not None:
@@ -168,7 +168,7 @@ class Streamed:
                     self._tidy(set())
 
     def _place(self, part: int) -> int | None:
-        """Return which part of the source a part is; None where that is not known yet."""
+        """Return which part of the source a part is; None if that is not known yet."""
         self._notes.refresh()
         if self._notes.ended:
             return part % len(self._notes.held)
@@ -181,12 +181,12 @@ class Streamed:
         mark = self._notes.begin(place)
         identity = self.source.identity | {"part": place, "row": 0 if mark is None else mark["row"]}
         identity["characters"] = [CHARACTERS, LEAST]
-        # The first part is waited for; later ones come while the run's own bar moves.
+        # The run waits for the first part; later ones are made while its own progress bar moves.
         shown = not self._notes.held
         return Stream(self.source.place, rows, identity, "row", columns=self.source.columns, shown=shown)
 
     def _waited(self, ready: Callable[[], T | None], part: int) -> T:
-        """Return what is ready, once it is; the thread that makes parts is told of the part."""
+        """Wait until `ready` returns something, and return it; meanwhile the thread is asked for the part."""
         started, told = time.monotonic(), False
         while (found := ready()) is None:
             if part not in self._window:
@@ -206,7 +206,7 @@ class Streamed:
             self._thread = threading.Thread(target=self._make_parts, name="dsdistill-parts", daemon=True)
             self._thread.start()
 
-    # What follows runs on the thread.
+    # The methods below run on the thread.
 
     def _make_parts(self) -> None:
         try:
@@ -221,7 +221,7 @@ class Streamed:
             self._failure = error
 
     def _lead(self) -> None:
-        """Make what is missing, as long as this process lives."""
+        """Make missing parts until the set is closed."""
         self._notes.mend()
         reading = _Reading(self.source, self._closed)
         while not self._closed.is_set():
@@ -230,16 +230,16 @@ class Streamed:
             place = next((place for place in wanted if not (self._folder(place) / COMPLETE).exists()), None)
             if place is not None:
                 others = {*self._tidy({*wanted})} - {place}
-                # While a slower rank reads an earlier part, only what is needed now comes beside KEPT others.
+                # If a slower rank still reads an earlier part, only the parts needed now are made beyond KEPT.
                 if len(others) < KEPT or place in wanted[: len(window) + (self._first is not None)]:
                     self._make(place, reading)
                     continue
             self._closed.wait(POLL)
 
     def _wanted(self, window: range) -> list[int]:
-        """Return the parts of the source that are to be there, the most urgent first.
+        """Return the parts of the source that must exist, the most urgent first.
 
-        One whose beginning is not known yet is led up to by the first that is not.
+        A part whose beginning is not known yet is replaced by the first unknown part, which leads to it.
         """
         self._notes.refresh()
         known, found = len(self._notes.held), [] if self._first is None else [0]
@@ -248,7 +248,7 @@ class Streamed:
         return list(dict.fromkeys(found))
 
     def _tidy(self, wanted: set[int]) -> list[int]:
-        """Remove the parts that are not wanted and that nobody reads; return those that are left."""
+        """Remove the parts that are not wanted and not being read; return those that are left."""
         left = []
         for folder in self.home.glob("[0-9]*/"):
             if int(folder.name) not in wanted:
@@ -265,7 +265,7 @@ class Streamed:
         with disk.explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             found = self._load(self._stream(place, lambda: reading.part(mark)), folder, True)
-            # The store may have been complete already; where the part ends is found by reading on.
+            # If the store was complete already, the end of the part is found by reading to it.
             if reading.begun != mark or not reading.done:
                 deque(reading.part(mark), maxlen=0)
             own = found.parts if isinstance(found, Packed) else found
@@ -283,7 +283,7 @@ class Streamed:
 
 
 def pinned(home: Path, revision: Callable[[], str | None]) -> str | None:
-    """Return the revision that a run has read from its beginning; `revision` tells the one of now."""
+    """Return the revision that a run has read from its beginning; `revision` returns the current one."""
     path = home / SOURCE
     if path.exists():
         return read_json(path, 2**20).get("revision")
@@ -294,11 +294,11 @@ def pinned(home: Path, revision: Callable[[], str | None]) -> str | None:
 
 
 class _Closed(BaseException):
-    """The set is closed while a part is made."""
+    """Signal that the set is closed while a part is made."""
 
 
 class _Reading:
-    """A _Reading goes through a source part by part, and opens it again only where a part is not the next one."""
+    """Go through a source part by part, and open it again only if a part is not the next one."""
 
     def __init__(self, source: Source, closed: threading.Event):
         self.source, self.closed = source, closed
@@ -326,7 +326,7 @@ class _Reading:
         self.done = True
 
     def _look(self, characters: int) -> bool:
-        """Return whether rows are left that have so many characters."""
+        """Return whether the remaining rows have at least this many characters."""
         held = 0
         for row, _ in chain(list(self._ahead), self._read()):
             held += _characters(row[1])
@@ -348,7 +348,7 @@ def _characters(value: Any) -> int:
 
 
 class _Notes:
-    """These are the notes of all parts so far, in a file that one process adds to and others read."""
+    """Hold the notes of all parts so far, in a file that one process adds to and others read."""
 
     def __init__(self, path: Path):
         self.path, self.held = path, []
@@ -360,11 +360,11 @@ class _Notes:
         return bool(self.held) and self.held[-1].next is None
 
     def begin(self, place: int) -> Mark | None:
-        """Return where a part begins, None: where the source does."""
+        """Return where a part begins; None: at the beginning of the source."""
         return None if place == 0 else self.held[place - 1].next
 
     def refresh(self) -> None:
-        """Read the lines that are new."""
+        """Read the new lines."""
         with self._guard, contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             file.seek(self._read)
             new = file.read()
@@ -378,7 +378,7 @@ class _Notes:
             self._read += len(whole)
 
     def mend(self) -> None:
-        """Remove a line that a process could not write whole."""
+        """Remove a last line that a process could not write completely."""
         self.refresh()
         with contextlib.suppress(FileNotFoundError):
             if os.path.getsize(self.path) > self._read:
@@ -393,7 +393,7 @@ class _Notes:
 
 @contextlib.contextmanager
 def _leading(home: Path) -> Iterator[bool]:
-    """Hold the lock of the one that makes parts; tell whether this process has it."""
+    """Try to hold the lock of the process that makes parts; yield whether this process has it."""
     home.mkdir(parents=True, exist_ok=True)
     file = os.open(home / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -411,7 +411,7 @@ def _locked(file: int, how: int) -> bool:
 
 
 def _shared(path: Path) -> int | None:
-    """Return a file that is locked for reading as long as it is open; None where it is not there."""
+    """Return a file that is locked for reading as long as it is open; None if it does not exist."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -426,7 +426,7 @@ def _shared(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _unshared(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file that nobody reads; tell whether that is so, as it is of one that is not there."""
+    """Try to hold the lock of a file; yield whether nobody reads it, which is also so if it does not exist."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which examples of a streamed set each step sees, and sets of several parts, which a step may lie in."""
+"""Choose which examples of a streamed set each step sees, and join parts if a step needs several."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from dsdistill.data.loader import Loader
 from dsdistill.data.store import joined
 from dsdistill.data.streamed import Streamed
 
-BEHIND = 2  # steps by which a rank may be behind another at most: each step ends for all ranks together
+BEHIND = 2  # most steps by which one rank may be behind another: each step ends for all ranks together
 
 
 class StreamedLoader(Loader):
-    """The micro-batches of one rank, of a streamed set.
+    """Make the micro-batches of one rank from a streamed set.
 
-    The set is gone through part by part, each in an order that depends on seed and part alone, and steps take their
-    examples from there one after the other: a step may begin in one part and end in the next. So what a step sees
-    depends on the seed, its number, and how many examples the parts before have.
+    The set is gone through part by part, each in an order that depends only on seed and part. Steps take their examples
+    one after the other, so a step may begin in one part and end in the next. What a step sees depends on the seed, its
+    number, and how many examples the earlier parts have.
     """
 
     examples: Streamed
@@ -32,7 +32,7 @@ class StreamedLoader(Loader):
         self._orders: dict[int, np.ndarray] = {}
 
     def drawn(self, epoch: int, step: int) -> tuple[Examples | Packed, np.ndarray, int]:
-        """Return the part of a step, or the parts joined, which of its examples the step sees, and the first part."""
+        """Return the joined parts of a step, which of their examples the step sees, and the first part's number."""
         places = list(self._places(step * self.batch_size, (step + 1) * self.batch_size))
         first = next(self._places(max(0, step - BEHIND) * self.batch_size, (step + 1) * self.batch_size))[0]
         self.examples.need(first, places[-1][0])
@@ -44,7 +44,7 @@ class StreamedLoader(Loader):
         return as_one(parts), np.concatenate(rows), places[0][0]
 
     def _places(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield parts with a range of each, which are the examples from start to end of all parts laid end to end."""
+        """Yield parts with a range of each: the examples from start to end, counted over all parts end to end."""
         while start < end:
             while not self._ends or self._ends[-1] <= start:
                 count = self.examples.count(len(self._ends))
@@ -64,7 +64,7 @@ class StreamedLoader(Loader):
 
 
 def as_one(parts: Sequence[Examples | Packed]) -> Examples | Packed:
-    """Return sets of one form, without labels of their own, as one: the examples of each after those before."""
+    """Join sets of one form without labels of their own, one after the other."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Packed):

@@ -1,4 +1,4 @@
-"""Rows of one file or split, one by one or as columns, and where each of them came from."""
+"""Hold rows of one file or split, one by one or as columns, and where each of them came from."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,25 +9,25 @@ from dsdistill.config.errors import UserError
 
 SHOWN = 12  # column names that a message lists
 Row = tuple[int, dict[str, Any]]  # line or row number, from 1, and values by column
-Bad = Callable[[UserError], None]  # is told of a row that cannot be used
+Bad = Callable[[UserError], None]  # is called with the error of a row that cannot be used
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A Stream reads the rows of one file or split when they are asked for, each time from the beginning."""
+    """Read the rows of one file or split on demand, each time from the beginning."""
 
     place: str  # file or data set
     read: Callable[[], Iterator[Row | UserError]]  # an error stands for a row that cannot be read
-    identity: dict[str, Any]  # what changes when the contents do
+    identity: dict[str, Any]  # values that change when the contents do
     unit: str = "line"  # what the numbers of the rows count
     classes: dict[str, list[str]] | None = None  # class names of columns that hold their indices
     plain: bool = False  # a text file: each row is a line in the column `text`, with its line feed
-    columns: tuple[str, ...] = ()  # names of all columns where they are known before the rows
-    done: Callable[[], float] = lambda: 0.0  # the share of the source that has been read, where it is known
-    shown: bool = True  # people are told how far it has been read
+    columns: tuple[str, ...] = ()  # names of all columns, if they are known before the rows
+    done: Callable[[], float] = lambda: 0.0  # the share of the source that has been read, if known
+    shown: bool = True  # whether progress is shown
 
     def rows(self, bad: Bad | None = None) -> Iterator[Row]:
-        """Yield the rows; `bad` is told of those that cannot be read, without it the first one is raised."""
+        """Yield the rows; `bad` gets the error of each row that cannot be read, without it the first is raised."""
         rows = self.read()
         while True:
             try:
@@ -44,11 +44,11 @@ class Stream:
                 bad(row)
 
     def at(self, line: int) -> str:
-        """Return where a row lies, for messages."""
+        """Return where a row is, for messages."""
         return f"{self.place}, {self.unit} {line}"
 
     def table(self, bad: Bad | None = None) -> "Table":
-        """Return all rows at once; `bad` as of `rows`.
+        """Return all rows at once; `bad` as in `rows`.
 
         Raises:
             UserError: there is no row, or a row that cannot be read.
@@ -69,7 +69,7 @@ class Stream:
 
 
 def no_column(place: str, name: str, known: Iterable[str]) -> UserError:
-    """Return the error of a column that is not there; the columns that are there come nearest first."""
+    """Return the error for a missing column, which lists existing columns, the most similar first."""
     known = list(known)
     near = sorted(known, key=lambda column: -_likeness(name, column))[:SHOWN]
     wanted = f"one of its columns: {', '.join(near)}"
@@ -79,7 +79,7 @@ def no_column(place: str, name: str, known: Iterable[str]) -> UserError:
 
 @dataclass(frozen=True)
 class Table:
-    """n rows as columns of n values. None stands for a missing value.
+    """Hold n rows as columns of n values. None stands for a missing value.
 
     Raises:
         UserError: there is no row.
@@ -91,7 +91,7 @@ class Table:
     unit: str = "line"  # what `lines` counts
     classes: dict[str, list[str]] | None = None  # class names of columns that hold their indices
     plain: bool = False  # a text file: the only column is `text` and the only row all of it
-    others: tuple[str, ...] = ()  # names of columns that nobody wants and that were not read
+    others: tuple[str, ...] = ()  # names of columns that were not wanted and not read
 
     def __post_init__(self):
         if not self.lines:

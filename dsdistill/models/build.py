@@ -58,14 +58,14 @@ _NAMES = {
     "masked_lm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
-# What a composite's files call the weights of its text part, today and before transformers 5.
+# Names of a composite's text-part weights in its files, today and before transformers 5.
 TEXT_PART = {
     r"^model\.language_model\.": "model.",
     r"^language_model\.model\.": "model.",
     r"^language_model\.lm_head": "lm_head",
 }
 
-# What decides the shape of the weights; a config beside a path may restate these but not change them.
+# These settings decide the shape of the weights; a config beside a path may repeat but not change them.
 _STRUCTURE = (
     "model_type",
     "num_hidden_layers",
@@ -79,14 +79,15 @@ _STRUCTURE = (
 
 FLASH = "flash_attention_2"
 
-# What every part of a run asks of an architecture.
+# Every part of a run needs these settings of an architecture.
 NEEDED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def task_of(model: PreTrainedModel, place: str, given: str | None = None) -> str:
-    """Return the task that a model's class is made for; raise UserError where it does not tell one alone.
+    """Return the task that a model's class is made for; raise UserError if that is not exactly one.
 
-    given: what the user says; refused where the class is made for another. Classes without a head may get any.
+    given: the user's task; refused if the class is made for another one. For a class without a head it may be any task
+    except language modelling.
     """
     name, config = type(model).__name__, model.config
     tasks = [task for task, names in _NAMES.items() if name in names.values()]
@@ -105,7 +106,7 @@ def task_of(model: PreTrainedModel, place: str, given: str | None = None) -> str
 
 
 def plain_model(model: Any, place: str) -> PreTrainedModel:
-    """Return a model of transformers without torch.compile's wrapper; raise UserError for anything else."""
+    """Return a transformers model without torch.compile's wrapper; raise UserError for anything else."""
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, PreTrainedModel):
         raise UserError(place, type(model).__name__, "a transformers model, not yet wrapped")
@@ -120,7 +121,7 @@ def auto_class(
     | type[AutoModelForSequenceClassification]
     | type[AutoModel]
 ):
-    """Return the transformers class whose models have the head of the task; for embedding the one without a head."""
+    """Return the transformers Auto class whose models have the task's head; for embedding the one without a head."""
     if task == EMBEDDING:
         return AutoModel
     if task == "causal_lm":
@@ -129,9 +130,9 @@ def auto_class(
 
 
 def may_be_new(name: str, model: PreTrainedModel, task: str) -> bool:
-    """Return whether a weight need not be there before training: one of a head of classes, or one that nobody reads.
+    """Return whether a weight may be missing before training: in a classification head, or one that is never read.
 
-    Vectors of texts are made without the layer that some encoders put upon their first token (BERT's pooler).
+    Text vectors do not use the layer that some encoders have on top of the first token (BERT's pooler).
     """
     if task == EMBEDDING:
         return name.startswith("pooler.")
@@ -145,7 +146,7 @@ def text_alone(config: PretrainedConfig, task: str) -> PretrainedConfig:
     if config.model_type in names or text.model_type not in names:
         return config
     text = copy.deepcopy(text)
-    text.tie_word_embeddings = config.tie_word_embeddings  # the whole decides
+    text.tie_word_embeddings = config.tie_word_embeddings  # the composite decides
     return text
 
 
@@ -175,9 +176,10 @@ def _minilm(place: str) -> str:
 
 
 def architecture(path: str | None, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig:
-    """Return the architecture of a model, from its folder, hub id or `config:` alone; loads no weights.
+    """Return the architecture of a model from its folder, hub id or `config:`, without loading weights.
 
-    A model that is not at hand but whose `config:` is given resolves from that, so that checks run offline.
+    If the model cannot be read but `config:` names its type, the architecture comes from that, so that checks run
+    offline.
     """
     if overrides is not None:
         check_settings(overrides, f"{place}.config", ours=True)
@@ -234,7 +236,7 @@ def configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedCon
 
 
 def override(base: PretrainedConfig, overrides: dict[str, Any], place: str) -> PretrainedConfig:
-    """Return `base` with the settings of a `config:`, which may repeat the weights' shapes but not change them."""
+    """Return `base` with the settings of a `config:`, which may repeat but not change the weights' shapes."""
     check_settings({"model_type": base.model_type, **overrides}, f"{place}.config", ours=True)
     _refuse_unknown(base, overrides, place)
     usual = {alias: name for name, alias in base.attribute_map.items()}  # n_layer is num_hidden_layers
@@ -263,7 +265,7 @@ def _refuse_unknown(config: PretrainedConfig, settings: dict[str, Any], place: s
 
 @contextlib.contextmanager
 def unsharded() -> Iterator[None]:
-    """Let the library make models whole, also where the settings of somebody's ZeRO-3 would have it shard them."""
+    """Let the library make models unsharded, even if a ZeRO-3 configuration is active that would shard them."""
     kept = library_deepspeed._hf_deepspeed_config_weak_ref
     library_deepspeed.unset_hf_deepspeed_config()
     try:
@@ -274,16 +276,16 @@ def unsharded() -> Iterator[None]:
 
 @unsharded()
 def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel:
-    """Return the model that build_model() makes, without memory for weights; raise UserError where that fails."""
+    """Return the model that build_model() makes, without memory for weights; raise UserError if that fails."""
     with torch.device("meta"):
         return _random(copy.deepcopy(config), task, place)  # the library writes into the config of a model
 
 
 def named(attention: str) -> str | None:
-    """Return an `attn_implementation` as the library takes it: with None it chooses SDPA where a class supports it.
+    """Return an `attn_implementation` as the library takes it; with None it chooses SDPA if a class supports it.
 
-    Flash attention is left to the library where it cannot run: a plan, an export and an evaluation need not be where
-    a run trains. Training there is refused (check_attention).
+    Flash attention becomes None where it cannot run: a plan, an export or an evaluation may run on another machine
+    than training. Training without it is refused (check_attention).
     """
     return None if attention == "auto" or (attention == FLASH and not flash_here()) else attention
 
@@ -294,7 +296,7 @@ def flash_here() -> bool:
 
 
 def check_attention(implementation: str, place: str) -> None:
-    """Raise UserError for an implementation of attention that this machine lacks; a plan for another may name it."""
+    """Raise UserError for an attention implementation that this machine lacks; a plan for another may use it."""
     if implementation == FLASH and not flash_here():
         lacks = "its package flash-attn" if torch.cuda.is_available() else "a GPU"
         raise UserError(
@@ -328,14 +330,14 @@ def for_task(
         elif task == "regression":
             part.num_labels = 1
         if task != "causal_lm":
-            part.pad_token_id = pad_id  # decoders that classify look for the last token that is no padding
+            part.pad_token_id = pad_id  # decoders that classify read the last token that is not padding
     return config
 
 
 def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub id; it has a padding token.
 
-    Raises UserError where there is none, or one that fails, grows without bound or names files of its own.
+    Raises UserError if there is no tokenizer, or one that fails, grows without bound or names other files.
     """
     source = locate(path, place)
     try:
@@ -347,7 +349,7 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
         raise UserError(
             place, f"{path} ({first_line(error)})", "a folder or hub id with a tokenizer"
         ) from None
-    # Where the files are missing the library hands out a blank tokenizer, to which every word is unknown.
+    # If files are missing, the library returns a blank tokenizer, to which every word is unknown.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(
             place, f"{path} without a tokenizer's vocabulary", "a folder or hub id with a tokenizer"
@@ -370,12 +372,12 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return a model with the weights of path, or random ones without.
+    """Return a model with the weights of path, or with random ones without a path.
 
-    attention: as `attn_implementation` in a config. needs_head: the weights must bring the head of the task; without
-    it a head that they lack or have for other classes is random (fine-tuning). Embeddings and layers they must bring
-    in any case. dtype: of the weights of path, each of which is read in it; random ones are drawn in float32. device:
-    where those of path go, one by one; default: the CPU.
+    attention: as `attn_implementation` in a config. needs_head: the weights must include the task's head; if False, a
+    head that is missing or made for other classes is random (fine-tuning). Embeddings and layers are always required.
+    dtype: type in which each weight of path is read; random ones are drawn in float32. device: where the weights of
+    path go, one by one; default: the CPU.
     """
     return build_and_tell(
         config, path, task, place, needs_head=needs_head, attention=attention, dtype=dtype, device=device
@@ -393,7 +395,7 @@ def build_and_tell(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Return what build_model returns, and the names of its weights that are random because path lacks them."""
+    """Return what build_model does, and the names of weights that are random because path lacks them."""
     family = auto_class(task)
     if path is None:
         return _random(config, task, place, attention), set()
@@ -430,7 +432,7 @@ def build_and_tell(
 def check_missing(
     model: PreTrainedModel, missing: Collection[str], path: str, task: str, place: str, *, needs_head: bool
 ) -> None:
-    """Raise UserError where weights that `path` lacks are needed, see build_model."""
+    """Raise UserError if weights that `path` lacks are needed, see build_model."""
     parts = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in parts for parameter in module.parameters()}
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -450,10 +452,10 @@ def check_missing(
 class Headless(nn.Module):
     """Run a language model without its last step, so that the library never makes the B×N×V logits.
 
-    The head's weights stay in the module, so that they are trained, sharded and saved with the rest. Of a masked
-    language model only the decoder is left out: what comes before it in the head (BERT's transform) runs. A constant
-    factor of the logits (Granite, Cohere) is in the last hidden state; `form` says which, and whether a soft cap
-    (Gemma 2) follows. Texts are written with whole=True: then the model runs as it is.
+    The head's weights stay in the module, so that they are trained, sharded and saved with the rest. In a masked
+    language model only the decoder is skipped: the layers before it in the head (BERT's transform) run. A constant
+    factor of the logits (Granite, Cohere) is multiplied into the last hidden state; `form` holds this factor and a soft
+    cap (Gemma 2). With whole=True the unchanged model runs, for generation.
     """
 
     def __init__(self, model: PreTrainedModel, place: str):
@@ -476,7 +478,7 @@ class Headless(nn.Module):
 
 @contextlib.contextmanager
 def _passing(module: nn.Module):
-    """Let the module hand on what it gets. Its hooks run all the same: ZeRO-3 counts on them."""
+    """Let the module return its input unchanged. Its hooks still run: ZeRO-3 needs them."""
     module.forward = lambda states: states
     try:
         yield

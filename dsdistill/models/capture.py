@@ -1,8 +1,8 @@
 """Capture queries, keys, values and hidden states of chosen layers, without output_attentions.
 
-The models stay as they are: while a forward pass is recorded, whatever function a class takes from transformers'
-attention interface (SDPA, eager, flex, flash) is called through one that notes its inputs first. Models that do not
-use that interface, and passes of which no attention is wanted, run untouched.
+The models are not changed. While a forward pass is recorded, the function that a class takes from transformers'
+attention interface (SDPA, eager, flex, flash) is called through a wrapper that first records its inputs. Models that do
+not use that interface, and passes whose attention is not needed, run untouched.
 """
 
 import sys
@@ -20,14 +20,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from dsdistill.models.settings import text_config
 from dsdistill.models.trace import AttentionTrace, Geometry, Trace
 
-# What modelling files call the norm after the last layer; the probe tries whether it is one.
+# Names of the norm after the last layer in modelling files; the probe checks that it is one.
 _FINAL_NORMS = tuple(
     "norm ln_f final_layernorm final_layer_norm final_norm norm_f embedding_norm emb_layer_norm_after "
     "layer_norm layernorm ln LayerNorm".split()
 )
-# Their norm of such a name is that of relative positions, or comes after what the library calls the last hidden states.
+# In these types such a name is a norm of relative positions, or one after the library's last hidden states.
 _OTHER_NORMS = frozenset({"deberta", "deberta-v2", "reformer"})
-ROTATION = "apply_rotary_pos_emb"  # what modelling files call the function that turns queries and keys
+ROTATION = "apply_rotary_pos_emb"  # function in modelling files that rotates queries and keys
 
 _recording: "Capture | None" = None  # at most one model runs under capture at a time
 _library_interface = AttentionInterface.get_interface
@@ -36,7 +36,7 @@ _library_interface = AttentionInterface.get_interface
 def attention_trace(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict
 ) -> AttentionTrace:
-    """Return what the library's attention call with these arguments means."""
+    """Return the trace of a call of the library's attention with these arguments."""
     causal = options.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)  # the library's own default
@@ -67,12 +67,12 @@ def _noted_rotation(function: Callable, query, key, *arguments, **options):
 
 
 def body(model: PreTrainedModel) -> nn.Module:
-    """Return what is below a model's head; Llama 4's text class names a base model that it has not."""
+    """Return the model below the head; Llama 4's text class names a base model that it does not have."""
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
-    """Return the model's blocks in order, or None where it does not hold one module a layer (ALBERT shares one)."""
+    """Return the model's layers in order, or None if it does not hold one module a layer (ALBERT shares one)."""
     depth = text_config(model.config).num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -81,7 +81,7 @@ def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module | None:
-    """Return the norm that follows a model's last layer; None where it has none."""
+    """Return the norm that follows a model's last layer; None if it has none."""
     if text_config(model.config).model_type in _OTHER_NORMS:
         return None
     whole, layers = body(model), layer_list(model)
@@ -94,15 +94,15 @@ def final_norm(model: PreTrainedModel) -> nn.Module | None:
 
 
 class Capture:
-    """Note what the chosen layers of one model compute.
+    """Record what the chosen layers of one model compute.
 
     hidden, attention: layers to keep, counted from 1; hidden 0 is the embeddings' output.
-    values: keep the values of attention too, which without gradients would be freed.
+    values: keep the values of attention too, which would otherwise be freed in passes without gradients.
     unrotated: keep queries and keys from before their rotation by position (RoPE), too.
 
-    An attention call belongs to the layer whose module it comes from, whatever layers before it were skipped. Where
-    a model has no list of layers (ALBERT runs one again and again) the calls are counted. Only the calls inside
-    `recording` count: the second run of a checkpointed layer comes in backward, after it.
+    An attention call belongs to the layer whose module makes it, even if layers before it were skipped. If a model has
+    no list of layers (ALBERT runs one repeatedly), the calls are counted. Only the calls inside `recording` count: a
+    checkpointed layer runs a second time in backward, after it.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Capture:
         self._depth: int | None = None
         self._hooks: list[RemovableHandle] = []
         layers = layer_list(model)
-        # Modules as keys, not their ids: a copy of a model and its capture goes on working.
+        # Modules are the keys, not their ids: so a copy of a model and its capture still works.
         self._places = {
             module: place for place, layer in enumerate(layers or (), start=1) for module in layer.modules()
         }
@@ -142,7 +142,7 @@ class Capture:
             self._hooks.append(norm.register_forward_hook(self._note_last))
 
     def detach(self) -> None:
-        """Take the hooks off the model; what it computes is noted no more."""
+        """Remove the hooks from the model; nothing more is recorded."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -166,10 +166,10 @@ class Capture:
                 self._trace, self.before_rotation, _recording = None, None, None
 
     def attend(self, function: Callable, module: nn.Module, query, key, value, *arguments, **options) -> Any:
-        """Call an attention function of the library for a module, after its inputs are noted."""
-        assert self._trace is not None  # called inside `recording` alone
+        """Record the inputs of a module's attention, then call the library's attention function."""
+        assert self._trace is not None  # this is called only inside `recording`
         place = self._places.get(module) if self._places else 1 + self.calls.total()
-        if place is not None:  # else it is a part beside the layers, such as a vision tower
+        if place is not None:  # else the module is outside the layers, such as in a vision tower
             self.calls[place] += 1
             layer = attention_trace(module, query, key, value, options)
             self.geometry[place] = layer.geometry
@@ -185,7 +185,7 @@ class Capture:
         return layer if self.values else replace(layer, value=None)
 
     def _files(self) -> list[Any]:
-        """Return the modelling files of the model's layers that turn queries and keys."""
+        """Return the modelling files of the model's layers that rotate queries and keys."""
         names = dict.fromkeys(type(module).__module__ for module in self._places)
         return [sys.modules[name] for name in names if hasattr(sys.modules[name], ROTATION)]
 
@@ -198,7 +198,7 @@ class Capture:
             self._trace.last = output
 
     def _note_hidden(self, index: int, module, args, output) -> None:
-        """Forward hook, once `index` is bound: a partial can be copied and pickled with the model, a closure cannot."""
+        """Record a layer's output, as a forward hook. A partial binds `index`, as it can be copied and pickled."""
         # A checkpointed layer runs again in backward; by then nothing is being recorded.
         if self._trace is not None:
             self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]
@@ -206,7 +206,7 @@ class Capture:
 
 @contextmanager
 def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an attribute another value for a while."""
+    """Give an attribute another value inside the context."""
     before = getattr(holder, name)
     setattr(holder, name, value)
     try:

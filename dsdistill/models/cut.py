@@ -1,4 +1,4 @@
-"""Cut a student from its teacher: the architecture, whether the layers fit there, and the weights."""
+"""Cut a student from its teacher: make its architecture, check that the layers fit there, and copy the weights."""
 
 import re
 from collections.abc import Collection
@@ -23,7 +23,7 @@ def cut_architecture(
 ) -> PretrainedConfig:
     """Return the teacher's architecture with only `layers` (counted from 1) of its layers.
 
-    A composite (images and text) stays one; its text part is cut.
+    A composite (images and text) stays a composite; its text part is cut.
     """
     text = text_config(teacher)
     for layer in layers:
@@ -46,7 +46,7 @@ def _cut(settings: dict[str, Any], text: PretrainedConfig, layers: tuple[int, ..
         if _INDICES.search(key) and isinstance(value, list):
             settings[key] = [place for place, layer in enumerate(layers) if layer - 1 in value]
     own = settings.get("per_layer_config")
-    if isinstance(own, dict):  # what layers have of their own, by index from 0 (Gemma 4)
+    if isinstance(own, dict):  # settings of single layers, by index from 0 (Gemma 4)
         by_index = {int(index): changes for index, changes in own.items()}
         chosen = {place: by_index.get(layer - 1) for place, layer in enumerate(layers)}
         settings["per_layer_config"] = {place: changes for place, changes in chosen.items() if changes}
@@ -68,11 +68,11 @@ def check_cut(
     place: str,
     missing: Collection[str] = (),
 ) -> list[list[str]]:
-    """Raise UserError where the student cannot be made of the teacher and its chosen layers; no weights needed.
+    """Raise UserError if the student cannot be made of the teacher and its chosen layers; no weights are needed.
 
     Some families build some layers differently: ModernBERT's first has no norm before its attention. In others a
-    layer computes with a number that follows from its place or from the depth of the whole: MiniCPM3 scales what a
-    layer adds, DiffLlama what it subtracts.
+    layer computes with a number that depends on its place or on the model's depth: MiniCPM3 scales what a layer adds,
+    DiffLlama what it subtracts.
 
     missing: weights that the teacher's files lack. Returns the names of weights that the student ties: the teacher's
     must be equal.
@@ -80,7 +80,7 @@ def check_cut(
     made, whole = (skeleton(model, task, place) for model in (student, teacher))
     into, source = layer_list(made), layer_list(whole)
     if into is not None and source is not None:
-        # What a `config:` changes is meant; what follows from the place alone is not.
+        # A difference that a `config:` makes is intended; one that follows from the place alone is not.
         plain = _plain_layers(teacher, layers, task, place)
         for position, (target, layer) in enumerate(zip(into, layers, strict=True), start=1):
             moved = source[layer - 1]
@@ -104,7 +104,7 @@ def check_cut(
 
 
 def _shares_its_layer(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Return whether both run the same weights again and again, as ALBERT does: then depth alone differs."""
+    """Return whether both models run the same weights repeatedly, as ALBERT does: then only the depth differs."""
     mine, other = (
         {name: value.shape for name, value in model.state_dict().items()} for model in (student, teacher)
     )
@@ -114,7 +114,7 @@ def _shares_its_layer(student: PreTrainedModel, teacher: PreTrainedModel) -> boo
 def _plain_layers(
     teacher: PretrainedConfig, layers: tuple[int, ...], task: str, place: str
 ) -> nn.ModuleList | None:
-    """Return the student's layers as they are without a `config:`; None where there is no such student."""
+    """Return the student's layers as they are without a `config:`; None if such a student cannot be made."""
     try:
         return layer_list(skeleton(cut_architecture(teacher, layers, None, place), task, place))
     except UserError:
@@ -137,9 +137,9 @@ def _numbers(layer: nn.Module) -> dict[str, Any]:
 def _difference(
     mine: dict[str, Any], other: dict[str, Any], plain: dict[str, Any] | None = None
 ) -> str | None:
-    """Return the name of something that differs, with both values; None where nothing does.
+    """Return the name of something that differs, with both values; None if nothing does.
 
-    plain: mine without what a `config:` changes; where that agrees, the difference is meant.
+    plain: `mine` without what a `config:` changes; if that agrees with `other`, the difference is intended.
     """
     for name in sorted(mine.keys() | other.keys()):
         if any(_same(found.get(name), other.get(name)) for found in (mine, plain) if found is not None):
@@ -165,13 +165,13 @@ def copy_layers(
     layers: tuple[int, ...],
     missing: Collection[str] = (),
 ) -> None:
-    """Give the student the chosen teacher layers (counted from 1) and all else whose name and shape agree.
+    """Copy the chosen teacher layers (counted from 1) and all else whose name and shape agree to the student.
 
-    missing: weights that the teacher has at random. Raises UserError where the student ties weights that differ in the
-    teacher: it could be given but one of them.
+    missing: weights that are random in the teacher. Raises UserError if the student ties weights that differ in the
+    teacher: only one of them could be copied.
     """
     into, source = layer_list(student), layer_list(teacher)
-    if into is not None and source is not None:  # else one layer is shared, and lies outside any list
+    if into is not None and source is not None:  # else one layer is shared, outside any list
         for target, layer in zip(into, layers, strict=True):
             target.load_state_dict(source[layer - 1].state_dict())
     given, own = teacher.state_dict(), student.state_dict()
@@ -186,9 +186,9 @@ def copy_layers(
 def check_rest(
     student: PreTrainedModel, teacher: PreTrainedModel, task: str, place: str, missing: Collection[str] = ()
 ) -> None:
-    """Raise UserError where a weight of the student outside its layers is not the teacher's to give.
+    """Raise UserError if a weight of the student outside its layers cannot be copied from the teacher.
 
-    Only a head of classes may be new. missing: weights that the teacher has at random, as its files lack them.
+    Only a classification head may be new. missing: weights that are random in the teacher, as its files lack them.
     """
     given = teacher.state_dict()
     for own, names in outside(student, teacher, missing):
@@ -210,8 +210,8 @@ def outside(
 ) -> list[tuple[list[str], list[str]]]:
     """Return each weight and buffer of the student outside its layers as two lists of names.
 
-    They are the student's own names of it, several where it is tied, and those of them under which the teacher has
-    what can be copied there.
+    The first list holds the student's names of it, several if it is tied. The second holds those of them under which
+    the teacher has a tensor that can be copied.
     """
     layers = layer_list(student)
     inside = set() if layers is None else {id(value) for value in _tensors(layers).values()}
@@ -242,6 +242,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def untied(first: str, second: str, model: str) -> UserError:
-    """Return what is said where a student ties two weights that differ in the model that it is made from."""
+    """Return the error for a student that ties two weights which differ in the model that it is made from."""
     got = f"weights that are tied, where the {model}'s {first} and {second} differ"
     return UserError("student.config.tie_word_embeddings", got, "false, as those weights are")

@@ -1,8 +1,8 @@
-"""Give the student's input what the teacher knows of a text; later the student predicts it (domain mapping).
+"""Add features of the teacher's states to the student's input; later the student predicts them (domain mapping).
 
 The published method names a map φ of the teacher's states to d' features, a fusion F(E, Z) into the student and an
-aggregation over granularities, without formulas. F as printed would need the teacher at inference. What is here is
-this project's own reading: the student predicts Z from its own embeddings, and evaluation always uses the prediction.
+aggregation over granularities, without formulas. F as printed would need the teacher at inference. This is the
+project's own reading: the student predicts Z from its own embeddings, and evaluation always uses the prediction.
 """
 
 import os
@@ -25,8 +25,8 @@ STUDENT, FUSION = "student", "domain.safetensors"  # of an exported folder
 class TeacherMap(nn.Module):
     """Compute φ of one teacher layer: layer norm without parameters, then its first d' principal components; frozen.
 
-    Z = C (norm(h) − μ) / s with orthonormal rows C and one scale s, so that Z's mean variance is 1. It has no
-    parameters: trained together with what is to match it, it would collapse to 0.
+    Z = C (norm(h) − μ) / s with orthonormal rows C and one scale s, so that Z's mean variance is 1. The map is not
+    trained: trained together with what is to match it, it would collapse to 0.
     """
 
     components: Tensor  # (d', D)
@@ -45,7 +45,7 @@ class TeacherMap(nn.Module):
         values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
         width = len(self.components)
         rows = vectors.flip(1)[:, :width].T
-        # A component's sign is arbitrary: its largest entry is positive, on every machine.
+        # A component's sign is arbitrary: its largest entry is made positive, to be the same on every machine.
         rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         self.components.copy_(rows)
         self.mean.copy_(mean)
@@ -53,7 +53,7 @@ class TeacherMap(nn.Module):
 
     @torch.no_grad()
     def forward(self, states: Tensor) -> Tensor:
-        """Return (B, N, d') float32 of (B, N, D) states."""
+        """Return φ of states (B, N, D), as (B, N, d') float32."""
         components, mean, scale = (x.float() for x in (self.components, self.mean, self.scale))
         return (normed(states) - mean) @ components.T / scale
 
@@ -65,12 +65,12 @@ def normed(states: Tensor) -> Tensor:
 class DomainFusion(nn.Module):
     """Compute F: x = E + g ⊙ P Ẑ with g = σ(W [E; Ẑ]); Ẑ is the teacher's Z or the student's prediction of it.
 
-    P starts at 0: the student begins as it was. While training, an example takes Z with probability `share`, which
-    falls from 1 to 0 over a stage (the trainer sets it), by its own draw Batch.chance; evaluation takes the prediction.
+    P starts at 0, so the student begins unchanged. In training an example takes Z if its draw Batch.chance is below
+    `share`, which the trainer lowers from 1 to 0 over a stage. Evaluation takes the prediction.
     """
 
     def __init__(self, width: int, student_width: int, teacher_width: int, layers: tuple[int, ...]):
-        """Make a fusion; layers are those of the teacher that are mapped, and the last of them is Z."""
+        """Make a fusion. layers: the teacher layers that are mapped; the map of the last one is Z."""
         super().__init__()
         self.layers = layers
         self.maps = nn.ModuleDict({str(layer): TeacherMap(teacher_width, width) for layer in layers})
@@ -86,7 +86,7 @@ class DomainFusion(nn.Module):
         self._predicted: Tensor | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Let every forward pass of the model put x in the place of E, what its first layer reads."""
+        """Let every forward pass of the model replace E, the input of its first layer, by x."""
         layers = layer_list(model)
         assert layers is not None  # the probe has refused models without a list of layers
         layers[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
@@ -96,9 +96,9 @@ class DomainFusion(nn.Module):
         return {layer: self.maps[str(layer)](teacher.hidden[layer]) for layer in self.layers}
 
     def prepare(self, teacher: Trace | None, chance: Tensor | None) -> dict[int, Tensor]:
-        """Prepare a forward pass with what the teacher gives it, in training alone; return the targets.
+        """Prepare a forward pass with the teacher's targets, only in training; return the targets.
 
-        chance: (B, 1) or (B, N), each token's draw, which those of one example share.
+        chance: (B, 1) or (B, N), each token's draw; all tokens of an example have the same.
         """
         targets = {} if teacher is None or not self.training else self.targets(teacher)
         self._given = (
@@ -107,9 +107,9 @@ class DomainFusion(nn.Module):
         return targets
 
     def trace(self, targets: dict[int, Tensor], shape: torch.Size) -> DomainTrace:
-        """Return what the forward pass after prepare() leaves; shape: (B, N), which packed rows may run as one row."""
+        """Return the trace of the forward pass after prepare(). shape: (B, N), also if packed rows ran as one row."""
         predicted, self._predicted = self._predicted, None
-        assert predicted is not None  # each forward pass leaves one, and this takes it once
+        assert predicted is not None  # each forward pass makes one, and this takes it once
         return DomainTrace(targets, predicted.reshape(*shape, predicted.shape[-1]))
 
     def forward(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +153,8 @@ class Aggregate(nn.Module):
 def load_exported(folder: str) -> PreTrainedModel:
     """Return the student that `dsdistill export` wrote, with its fusion: a transformers model that needs no teacher.
 
-    FOLDER/student by itself would lack the fusion and predict something else; that is why FOLDER is no model folder
-    that from_pretrained takes.
+    FOLDER/student by itself lacks the fusion and would predict something else. So FOLDER is not a model folder that
+    from_pretrained takes.
     """
     path = os.path.join(folder, STUDENT)
     config = architecture(path, None, folder)

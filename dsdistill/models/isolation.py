@@ -1,7 +1,7 @@
-"""Try whether a model keeps the documents of a packed row apart, before any weight is loaded.
+"""Test whether a model keeps the documents of a packed row apart, before any weight is loaded.
 
-The library finds the documents of a row by positions that start anew, and masks attention between them. Families whose
-layers carry a state from token to token, or that count positions for themselves, know nothing of it and say nothing.
+The library finds the documents of a row by positions that restart, and masks attention between them. Families whose
+layers carry a state from token to token, or that count positions themselves, ignore this without a warning.
 """
 
 import functools
@@ -21,20 +21,20 @@ from dsdistill.models.tracer import Tracer, callee
 
 # Tokens of the documents that are tried, by row: longer than the copy's windows, and one row is filled up.
 _LENGTHS = ((11, 12), (12, 10))
-# How far a document may move, relative to the largest state, when another one changes: experts get other numbers of
-# tokens then, and some processors round otherwise (6e-8 in DeepSeek V3 on an AMD EPYC). Families that leak move by
+# How far a document may move, relative to the largest state, when another one changes: experts then get other numbers
+# of tokens, which some processors round differently (6e-8 in DeepSeek V3 on an AMD EPYC). Families that leak move by
 # 5e-2 and more.
 _UNSEEN = 1e-6
 
 
 def leak(config: PretrainedConfig, place: str, implementation: str = "auto") -> str | None:
-    """Return why a causal language model may not read packed rows, None where it keeps their documents apart.
+    """Return why a causal language model may not read packed rows; None if it keeps their documents apart.
 
-    Tried on a small random copy: two rows of two documents. Whatever the first is, the states of the second must be
-    the same but for rounding; and each must be what it is alone, but for rounding. The reason follows "model type X, ".
+    A small random copy reads two rows of two documents. Up to rounding, the states of the second must not depend on the
+    first, and each document's states must be those of the document alone. The reason follows "model type X, ".
 
     config: architecture of the model; place: the config key that errors name; implementation: of attention, as
-    `attn_implementation` in a config. Flash attention is tried where it runs, else eager attention in its place.
+    `attn_implementation` in a config. Flash attention is tried where it runs, else eager attention instead.
 
     Raises:
         UserError: the model cannot do the task at all.
@@ -56,7 +56,7 @@ def _leak(keyed: Keyed, place: str, implementation: str) -> str | None:
 
 
 def _copy(config: PretrainedConfig, place: str, implementation: str) -> tuple[PreTrainedModel, float]:
-    """Return the small copy under the attention that a run uses, where that runs, and what counts as rounding."""
+    """Return the small copy under the run's attention, if that runs here, and the tolerance for rounding."""
     task = "causal_lm"
     small, eager = smallest(config, task, place, copied_layers(layer_kinds(config, task, place)))
     model = under(implementation, small, task, place, eager)
@@ -81,7 +81,7 @@ def _tried(model: PreTrainedModel, tolerance: float, place: str) -> str | None:
 
 
 def _batch(change: int) -> Batch:
-    """Return two packed rows of two documents; `change` is added to the tokens of each row's first."""
+    """Return two packed rows of two documents; `change` is added to the tokens of each row's first document."""
     numbers = np.arange(24)
     blocks = [
         [

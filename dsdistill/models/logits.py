@@ -1,8 +1,8 @@
-"""Find what a language model does with the product of hidden state and head: a constant factor, a soft cap.
+"""Find how a language model changes the product of hidden state and head: by a constant factor and a soft cap.
 
-Names in the config do not tell it: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. So the library's
-own forward pass runs from the base model's output to the logits, with answers of ours in place of base model and head.
-No weight is read, so models may be sharded or without contents.
+Names in the config do not tell this: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. So the
+library's own forward pass runs from the base model's output to the logits, with fixed outputs in place of base model
+and head. No weight is read, so models may be sharded or without contents.
 """
 
 import math
@@ -23,18 +23,18 @@ _PRODUCTS = (_TINY, _HUGE, -_HUGE, 0.5, -1.0, 7.0, -40.0, 300.0)
 
 
 class LogitForm(NamedTuple):
-    """A LogitForm says how logits come about: z = factor · hidden headᵀ, and softcap · tanh(z / softcap) of that."""
+    """Describe how logits are computed: z = factor · hidden headᵀ, then softcap · tanh(z / softcap)."""
 
     factor: float = 1.0
     softcap: float | None = None
 
 
 def logit_form(model: PreTrainedModel, place: str) -> LogitForm:
-    """Return how the model's logits come about; raise UserError where they are no LogitForm.
+    """Return how the model's logits are computed; raise UserError if no LogitForm describes them.
 
-    A model whose forward pass cannot be run in this way counts as plain: the probe compares its logits.
+    If the forward pass cannot run in this way, the default form is returned: the probe compares the logits.
     """
-    # The planner's models have no contents; what is found here is numbers all the same.
+    # The planner's models have no contents, but this needs real numbers.
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
         return _read(model, place)
 
@@ -66,12 +66,12 @@ def _read(model: PreTrainedModel, place: str) -> LogitForm:
 
 
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Return c · tanh(logits / c), or the logits themselves where there is no soft cap c."""
+    """Return c · tanh(logits / c), or the logits themselves without a soft cap c."""
     return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 def _run(model: PreTrainedModel, head: nn.Module | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return states (1, n, D), what the head was given, and the logits (1, n, V) that came of _PRODUCTS; or None."""
+    """Return states (1, n, D), the head's input, and the logits (1, n, V) that _PRODUCTS become; None if it fails."""
     names = {id(module): name for name, module in model.named_modules()}
     text = text_config(model.config)
     width, entries = (setting(text, name) for name in ("hidden_size", "vocab_size"))
@@ -93,7 +93,7 @@ def _run(model: PreTrainedModel, head: nn.Module | None) -> tuple[Tensor, Tensor
 
 
 def _twin(module: nn.Module, answers: dict[str, Any]) -> Any:
-    """Return a module that shares all with this one but the submodules at these dotted names."""
+    """Return a module that shares everything with this one except the submodules at these dotted names."""
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
     below: dict[str, dict[str, Any]] = {}
@@ -109,7 +109,7 @@ def _twin(module: nn.Module, answers: dict[str, Any]) -> Any:
 
 
 class _Output(BaseModelOutputWithPast):
-    """A base model's output that has whatever is asked of it, which is None: caches, routers' logits."""
+    """Mimic a base model's output, in which every other attribute is None: caches, routers' logits."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -118,7 +118,7 @@ class _Output(BaseModelOutputWithPast):
 
 
 class _Base:
-    """The base model, or the part of it that is called (OPT's decoder), which answers with given states."""
+    """Replace the base model, or the part of it that is called (OPT's decoder), and return given states."""
 
     def __init__(self, original: nn.Module, states: Tensor):
         self._original, self._states = original, states
@@ -132,7 +132,7 @@ class _Base:
 
 
 class _Head:
-    """The head, which notes what it is given and answers with given products."""
+    """Replace the head, record its input and return given products."""
 
     def __init__(self, products: Tensor):
         self.products = products

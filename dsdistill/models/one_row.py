@@ -1,7 +1,7 @@
-"""Run packed rows as one row, and bring what a pass leaves back to the rows.
+"""Run packed rows as one row, and bring the trace of the pass back to the rows.
 
-Flash attention finds documents in the positions of a single row alone: in several it would take each row for one
-document, without a word.
+Flash attention finds documents by positions only in a single row: in a batch of several it would silently take each
+row for one document.
 """
 
 from dataclasses import replace
@@ -16,17 +16,17 @@ from dsdistill.models.trace import AttentionTrace, Trace
 
 
 def wants_one_row(model: PreTrainedModel) -> bool:
-    """Return whether a model's attention keeps the documents of packed rows apart in a single row alone."""
+    """Return whether a model's attention keeps packed documents apart only in a single row."""
     return text_config(model.config)._attn_implementation == FLASH
 
 
 def one_row(values: Tensor) -> Tensor:
-    """Return (1, B·N) of (B, N): the rows end to end."""
+    """Return the rows (B, N) end to end, (1, B·N)."""
     return values.reshape(1, -1)
 
 
 def in_rows(trace: Trace, batch: int, tokens: int) -> Trace:
-    """Return the trace of one row as that of `batch` rows of `tokens`; only shapes change."""
+    """Return the trace of one row as that of `batch` rows of `tokens` tokens; only shapes change."""
 
     def states(x: Tensor | None) -> Tensor | None:  # (1, B·N, D) to (B, N, D)
         return None if x is None else x.reshape(batch, tokens, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Try how a model numbers positions, before any weight is loaded: how many it has, and where it starts to count."""
+"""Test how a model numbers positions, before any weight is loaded: how many it has, and where it starts to count."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from dsdistill.models.capture import body, layer_list
 from dsdistill.models.settings import setting, text_config
 from dsdistill.models.small_copy import VOCABULARY, make_small, small_copies
 
-_LONGEST = 16384  # tokens that are tried: masks of longer texts take memory, and positions are rotary there
+_LONGEST = 16384  # most tokens that are tried: longer masks take memory, and such models use rotary positions
 
 
 class _Reached(Exception):
-    """The first layer is reached: embeddings and positions have done their work."""
+    """Signal that the first layer is reached: embeddings and positions have worked."""
 
     def __init__(self, states: Tensor):
         super().__init__()
@@ -24,10 +24,10 @@ class _Reached(Exception):
 
 
 def check_length(config: PretrainedConfig, task: str, length: int, padding: int | None, place: str) -> None:
-    """Raise UserError where the model has fewer positions than `length`.
+    """Raise UserError if the model has fewer positions than `length`.
 
-    Families count them in their own ways: RoBERTa's and its kin begin after the padding token. So one row is tried,
-    on the embeddings of a small copy alone.
+    Families count them differently: RoBERTa and related models start after the padding token. So one row is tried, on
+    the embeddings of a small copy only.
 
     padding: the padding token that the run gives the model; None: it keeps its own.
     """
@@ -41,10 +41,10 @@ def check_length(config: PretrainedConfig, task: str, length: int, padding: int 
 
 
 def check_padding(config: PretrainedConfig, task: str, padding: int, place: str) -> None:
-    """Raise UserError where the tokenizer's padding token would move the positions of a trained model.
+    """Raise UserError if the tokenizer's padding token would move the positions of a trained model.
 
-    A run gives its models the tokenizer's padding token. RoBERTa and its kin count positions from the padding token's
-    number on: with another one than in training, every token would have another token's position.
+    A run gives its models the tokenizer's padding token. RoBERTa and related models count positions from the padding
+    token's id: if it differs from training, every token gets a wrong position.
     """
     own = setting(text_config(config), "pad_token_id")
     if not isinstance(own, int) or own < 0 or own == padding:
@@ -68,13 +68,13 @@ def _padding(config: PretrainedConfig, given: int | None) -> int:
 def _embeddings(
     config: PretrainedConfig, task: str, place: str, padding: int, entries: int = VOCABULARY
 ) -> PreTrainedModel | None:
-    """Return a small copy of which the first layer does not run; None where no copy runs even one token."""
+    """Return a small copy that stops before its first layer; None if no copy runs even one token."""
     for small in small_copies(config, min(2, text_config(config).num_hidden_layers)):
         text = text_config(small)
         text.pad_token_id, text.vocab_size = padding, max(VOCABULARY, entries, padding + 2)
         try:
             model = make_small(small, task, place, None)
-        except Exception:  # the probe tells what is wrong with it
+        except Exception:  # the probe reports what is wrong with it
             continue
         layers = layer_list(model)
         if layers is not None:
@@ -89,7 +89,7 @@ def _stop(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _states(model: PreTrainedModel, length: int) -> Tensor | None:
-    """Return what a text of so many tokens brings to the first layer; None where that fails."""
+    """Return the first layer's input for a text of `length` tokens; None if that fails."""
     token = text_config(model.config).vocab_size - 1  # not the padding token
     ids = torch.full((1, length), token)
     try:
@@ -102,7 +102,7 @@ def _states(model: PreTrainedModel, length: int) -> Tensor | None:
 
 
 def _most(model: PreTrainedModel, length: int) -> int:
-    """Return the longest text that runs, given that `length` tokens do not."""
+    """Return the length of the longest text that runs, given that `length` tokens do not."""
     most, failing = 1, length
     while failing - most > 1:
         middle = (most + failing) // 2

@@ -1,9 +1,9 @@
 """Refuse by name, before anything heavy loads, a model that cannot do the task or that we would misread.
 
-Every model is tried on a small random copy. It must compute under the attention that the run uses what it computes
-under the library's eager attention, with and without padding: position biases, soft caps and sinks change
-probabilities without a word where an implementation knows nothing of them. What is captured for the terms is judged
-in the same way: attention recomputed from the captured tensors must be the attention that the layer has.
+Every model is tried on a small random copy. Under the run's attention implementation it must compute the same as under
+the library's eager attention, with and without padding: an implementation that ignores position biases, soft caps or
+sinks changes probabilities silently. Captured tensors are checked in the same way: attention recomputed from them must
+be the attention of the layer.
 """
 
 import functools
@@ -31,19 +31,19 @@ from dsdistill.models.small_copy import (
 )
 from dsdistill.models.trace import Geometry
 
-_LENGTH = 12  # tokens of the text that is tried; longer than the copy's windows
+_LENGTH = 12  # tokens of the trial text; longer than the copy's windows
 _PADDING = 3  # tokens at the end of its first row
 _EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
-# Largest differences relative to the largest value; what is ignored by an implementation is far above them.
+# Largest differences relative to the largest value; an ignored bias or cap makes far larger ones.
 ROUNDING, HALF_ROUNDING = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A Seen holds what trying a model told of its attention; empty where nobody asked."""
+    """Hold what the trial of a model found about its attention; empty if attention was not asked for."""
 
     geometry: dict[int, Geometry]  # which keys each layer with attention sees, by layer counted from 1
-    rotation: str = "none"  # none; seen: queries and keys from before it are captured; hidden: they cannot be
+    rotation: str = "none"  # none; seen: queries and keys can be captured before it; hidden: they cannot
 
 
 @unsharded()
@@ -58,11 +58,11 @@ def probe(
     final: bool = False,
     implementation: str = "auto",
 ) -> Seen:
-    """Raise UserError where the model cannot do the task, or where Capture would miss or misread what terms need.
+    """Raise UserError if the model cannot do the task, or if Capture would miss or misread what terms need.
 
-    config: architecture of the model; place: the config key to name; attention, hidden: what is needed; lens: hidden
-    states are to be read as if they were the last (by the final norm and the head); final: the last layer's are, after
-    its final norm; implementation: of attention, as `attn_implementation` in a config.
+    config: architecture of the model; place: the config key that errors name; attention, hidden: what terms need; lens:
+    hidden states are read as if they were the last (by the final norm and the head); final: the last layer's states are
+    read after the final norm; implementation: of attention, as `attn_implementation` in a config.
     """
     if config.is_encoder_decoder:
         raise UserError(
@@ -75,7 +75,7 @@ def probe(
 
 @dataclass(frozen=True)
 class Keyed:
-    """This is an architecture that a cache can tell from others."""
+    """Make an architecture hashable, so that it can be a key of a cache."""
 
     key: str
     config: PretrainedConfig
@@ -88,7 +88,7 @@ class Keyed:
 
 
 def keyed(config: PretrainedConfig) -> Keyed:
-    """Return an architecture that a cache can tell from others."""
+    """Return an architecture as a key of a cache."""
     return Keyed(config.to_json_string(use_diff=False), config)
 
 
@@ -158,9 +158,9 @@ def smallest(
 def under(
     implementation: str, small: PretrainedConfig, task: str, place: str, eager: PreTrainedModel
 ) -> PreTrainedModel:
-    """Return the copy under the attention that the run uses; raise UserError where it computes something else."""
+    """Return the copy under the run's attention; raise UserError if it computes something else than under eager."""
     if implementation == FLASH and not flash_here():
-        return eager  # check_attention() tells at training's start
+        return eager  # check_attention() refuses it when training starts
     named = None if implementation == "auto" else implementation
     device = torch.device("cuda") if implementation == FLASH else torch.device("cpu")
     where = place if named is None else f"{place}.attn_implementation"
@@ -207,18 +207,18 @@ def _inputs(padded: bool = True) -> dict[str, Tensor]:
 
 
 def _ways() -> tuple[dict[str, Tensor], ...]:
-    """Return the forms in which texts come: with padding, and without."""
+    """Return the two forms of input: with padding, and without."""
     return _inputs(), _inputs(padded=False)
 
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a model's last hidden states and its logits, which are the states again where it has no head."""
+    """Return a model's last hidden states and its logits, or the states twice if it has no head."""
     states, outputs = body(model)(**inputs)[0], model(**inputs)
     return states, outputs["logits"] if "logits" in outputs else outputs[0]
 
 
 def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = ROUNDING) -> bool:
-    """Return whether two outputs are equal but for rounding, where there is no padding."""
+    """Return whether two outputs agree up to rounding, padding left out."""
     if mine.shape[:2] == inputs["input_ids"].shape:
         valid = inputs["attention_mask"].bool()
         mine, truth = mine[valid], truth[valid]
@@ -226,7 +226,7 @@ def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: fl
 
 
 def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
-    """The logits must be as Headless says; a causal model must predict from the left alone."""
+    """Check that the logits follow from Headless, and that a causal model does not read ahead."""
     name, inputs = model.config.model_type, _inputs()
     headless, head = Headless(model, place), model.get_output_embeddings()
     output, logits = headless(**inputs).last_hidden_state, model(**inputs).logits
@@ -251,7 +251,7 @@ def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
 
 
 def _probe_hidden(model: PreTrainedModel, place: str) -> None:
-    """What the hooks note must be the library's own hidden states (the last may have passed a norm there)."""
+    """Check that the hooks record the library's own hidden states (the library's last may come after a norm)."""
     name, depth = model.config.model_type, text_config(model.config).num_hidden_layers
     if layer_list(model) is None:
         raise UserError(
@@ -262,7 +262,7 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
     inputs = _inputs()
     with Capture(model, hidden=range(depth)).recording() as trace:
         states = model(**inputs, output_hidden_states=True).hidden_states
-    # Gemma 3n passes four streams on at once: no (B, N, D) that a term could read.
+    # Gemma 3n passes on four streams at once: there is no (B, N, D) that a term could read.
     if states is None or any(
         layer not in trace.hidden
         or trace.hidden[layer].shape[:-1] != inputs["input_ids"].shape
@@ -277,7 +277,7 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
 
 
 def _probe_lens(model: PreTrainedModel, place: str) -> None:
-    """The last layer's state must become what the head reads by the final norm alone."""
+    """Check that the final norm alone turns the last layer's state into the head's input."""
     depth, norm = text_config(model.config).num_hidden_layers, final_norm(model)
     with Capture(model, hidden=[depth]).recording() as trace:
         output = body(model)(**_inputs())[0]
@@ -291,7 +291,7 @@ def _probe_lens(model: PreTrainedModel, place: str) -> None:
 
 
 def _probe_final(model: PreTrainedModel, place: str) -> None:
-    """What is noted after the last layer's norm must be what the library returns as the last hidden states."""
+    """Check that the states recorded after the final norm are the library's last hidden states."""
     depth, inputs = text_config(model.config).num_hidden_layers, _inputs()
     with Capture(model, hidden=[depth]).recording() as trace:
         states = model(**inputs, output_hidden_states=True).hidden_states
@@ -306,12 +306,12 @@ def _probe_final(model: PreTrainedModel, place: str) -> None:
 
 
 class _Judge(Capture):
-    """Capture every layer, and compare each one's attention with what the captured tensors say."""
+    """Capture every layer, and compare its attention with attention recomputed from the captured tensors."""
 
     def __init__(self, model: PreTrainedModel, valid: Tensor):
         super().__init__(model, attention=range(1, text_config(model.config).num_hidden_layers + 1))
         self.valid = valid
-        self.extra: str | None = None  # what a layer's attention takes beside queries, keys and values
+        self.extra: str | None = None  # a further input of some layer's attention
         self.wrong = False
 
     def attend(self, function, module, query, key, value, *arguments, **options):
@@ -326,7 +326,7 @@ class _Judge(Capture):
 
 
 def _recomputed(module: nn.Module, query, key, value, options: dict[str, Any], valid: Tensor) -> Tensor:
-    """Return (B, N, H, D_v): attention by its definition, from what a trace holds."""
+    """Return attention by its definition from the contents of a trace, (B, N, H, D_v)."""
     layer = attention_trace(module, query, key, value, options)
     groups = query.shape[1] // key.shape[1]
     scores = layer.scale * query @ repeat_kv(key, groups).transpose(-1, -2)
@@ -335,7 +335,7 @@ def _recomputed(module: nn.Module, query, key, value, options: dict[str, Any], v
 
 
 def _probe_attention(model: PreTrainedModel, place: str) -> None:
-    """Attention recomputed from queries and keys must be the layers' own."""
+    """Check that attention recomputed from queries and keys is the layers' own."""
     name, inputs = model.config.model_type, _inputs()
     claimed = attention_layers(model.config)
     judge = _Judge(model, inputs["attention_mask"].bool())
@@ -375,7 +375,7 @@ def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int])
     else:
         raise failure
     seen = capture.geometry
-    # The last layer of a copy stands for the whole's last, where that is of a kind of its own.
+    # If the model's last layer is of a kind of its own, the last layer of the copy stands for it.
     last = max(seen, default=0)
     return {
         layer: seen.get(kind + 1, seen[last])
@@ -385,7 +385,7 @@ def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int])
 
 
 def _rotation(model: PreTrainedModel) -> str:
-    """Return whether queries and keys turn with their position, see Seen.rotation."""
+    """Return whether queries and keys are rotated by their position, see Seen.rotation."""
     if not _rotates(model):
         return "none"
     every = range(1, text_config(model.config).num_hidden_layers + 1)
@@ -403,7 +403,7 @@ def _rotation(model: PreTrainedModel) -> str:
 
 
 def _only_turned(before: Tensor, after: Tensor) -> bool:
-    """Return whether a rotation by position explains the difference: lengths stay, and position 0 is left alone.
+    """Return whether a rotation by position explains the difference: lengths stay, and position 0 does not change.
 
     Some families also scale by one number (YaRN).
     """
@@ -415,9 +415,9 @@ def _only_turned(before: Tensor, after: Tensor) -> bool:
 
 
 def _rotates(model: PreTrainedModel) -> bool:
-    """Return whether queries or keys differ between positions even where the states of every layer are the same."""
+    """Return whether queries or keys differ between positions even if each layer's input is the same everywhere."""
     layers = layer_list(model)
-    if layers is None:  # ALBERT and its like, which number positions in their embeddings
+    if layers is None:  # models such as ALBERT, which add positions in their embeddings
         return False
     capture = Capture(model, attention=range(1, text_config(model.config).num_hidden_layers + 1))
     hooks = [layer.register_forward_pre_hook(_same_everywhere, with_kwargs=True) for layer in layers]
@@ -435,14 +435,14 @@ def _rotates(model: PreTrainedModel) -> bool:
 
 
 def _same_everywhere(layer, args, kwargs):
-    """Give every token of a sequence the state of its first; this is a forward pre-hook."""
+    """Give every token of a sequence the state of the first token, as a forward pre-hook."""
     states = args[0] if args else kwargs["hidden_states"]
     states = states[:, :1].expand_as(states).contiguous()
     return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
 
 def _visible(mask: Tensor, geometry: Geometry) -> Tensor:
-    """Return (B, N, N) bool: which keys each query may see; mask (B, N) bool, True = valid."""
+    """Return which keys each query may see, (B, N, N) bool. mask: (B, N) bool, True = valid."""
     position = torch.arange(mask.shape[1], device=mask.device)
     distance = position[:, None] - position[None, :]
     allowed = torch.ones_like(distance, dtype=torch.bool)

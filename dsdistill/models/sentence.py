@@ -1,7 +1,7 @@
 """Read and write what a sentence-transformers folder holds beside its model: pooling and prompts.
 
-Such a folder names its modules in modules.json: the transformer, 1_Pooling, and perhaps one that normalises. What else
-it may name (dense layers, convolutions over word vectors) would be a part of the model that nobody trains here.
+Such a folder names its modules in modules.json: the transformer, 1_Pooling, and perhaps one that normalises. Other
+modules (dense layers, convolutions over word vectors) would be parts of the model that are not trained here.
 """
 
 import json
@@ -17,7 +17,7 @@ from dsdistill.models.settings import CONFIG_BYTES, find
 
 MODULES, LENGTH, OPTIONS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 POOLING = "1_Pooling"
-# Our names of ways to pool, by the library's; before version 6 each had a switch of its own.
+# The library's names of pooling modes → ours; before its version 6 each mode had a switch of its own.
 _WAYS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 _SWITCHES = {
     "pooling_mode_mean_tokens": "mean",
@@ -27,21 +27,21 @@ _SWITCHES = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-_DOCUMENTS = ("document", "passage", "corpus")  # what the library looks for, in this order
+_DOCUMENTS = ("document", "passage", "corpus")  # names that the library looks for, in this order
 _FOLDER = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A Sentence says how a model makes a vector of a text."""
+    """Describe how a model makes a vector of a text."""
 
     pooling: str = "mean"  # mean, cls or last
-    prompts: Mapping[str, str] = field(default_factory=dict)  # by name, what is put before a text
+    prompts: Mapping[str, str] = field(default_factory=dict)  # by name; a prompt is put before a text
     default_prompt: str | None = None  # name of the prompt for texts that are neither query nor document
-    lower: bool = False  # the library puts texts into lower case before its tokenizer does what it does
+    lower: bool = False  # the library lower-cases texts before tokenising them
 
     def prompts_of(self, texts: int) -> tuple[str, ...]:
-        """Return what is put before each of an example's texts: of two those of query and document."""
+        """Return the prompt of each of an example's texts; of two texts those of query and document."""
         if texts == 1:
             return (self.prompts.get(self.default_prompt or "", ""),)
         document = next((name for name in _DOCUMENTS if name in self.prompts), "")
@@ -49,9 +49,9 @@ class Sentence:
 
 
 def read_sentence(source: str, place: str) -> Sentence | None:
-    """Return what a folder or hub id says of sentences; None where it is a plain model's.
+    """Return the sentence settings of a folder or hub id; None if it holds a plain model.
 
-    Raises UserError for modules or ways to pool that are not made here, and for files that cannot be read.
+    Raises UserError for modules or pooling modes that are not supported, and for files that cannot be read.
     """
     path = find(source, MODULES)
     if path is None:
@@ -87,11 +87,11 @@ def read_sentence(source: str, place: str) -> Sentence | None:
 
 
 def write_sentence(folder: str, sentence: Sentence, width: int, length: int) -> None:
-    """Make the folder of a plain model one that SentenceTransformer loads with the same, normalised vectors.
+    """Add files to a plain model's folder, so that SentenceTransformer loads it with the same, normalised vectors.
 
-    The files are those of the library's version 2, which later versions read too.
+    The files have the form of the library's version 2, which later versions read too.
 
-    width: of the vectors. length: longest text, tokens.
+    width: of the vectors. length: longest text, in tokens.
     """
     package, kinds = "sentence_transformers.models", ("Transformer", "Pooling", "Normalize")
     paths = ("", POOLING, "2_Normalize")
@@ -119,7 +119,7 @@ def write_sentence(folder: str, sentence: Sentence, width: int, length: int) -> 
 
 
 def named_prompts(prompts: tuple[str, ...]) -> tuple[dict[str, str], str | None]:
-    """Return the prompts of one or two texts by the names that the library knows, and the name of the default."""
+    """Return the prompts of one or two texts by the library's names, and the name of the default prompt."""
     if not any(prompts):
         return {}, None
     if len(prompts) == 1:

@@ -1,7 +1,7 @@
-"""Check what a config.json or a `config:` says before the library builds anything from it.
+"""Check the settings of a config.json or a `config:` before the library builds anything from it.
 
-A config.json comes with a model from others. The library would take from it code to fetch and run, other files to
-read, and sizes that nothing ends for.
+A config.json comes with somebody else's model. It could make the library fetch and run code, read other files, or use
+sizes without bound.
 """
 
 import inspect
@@ -38,9 +38,9 @@ _REFUSED = {
     "sub_configs": "the library's own parts",
     "sub_configs_defaults": "the library's own parts",
 }
-# Settings of how the library computes, which are dsdistill's to choose: a config.json may have them to no effect.
+# Settings of how the library computes, which dsdistill chooses; in a config.json they have no effect.
 _OURS = ("attn_implementation", "experts_implementation", "_attn_implementation", "_experts_implementation")
-# What the library reads of an object's own attributes, where its class's are meant.
+# The library reads these from a config object's own attributes, but only those of its class are wanted.
 _OF_THE_CLASS = (
     "auto_map",
     "base_model_tp_plan",
@@ -49,7 +49,7 @@ _OF_THE_CLASS = (
     "base_model_fsdp_plan",
 )
 
-# Names that every family has under these or by its attribute_map; where they are given they are 1 or more.
+# Every family has these names, or maps them by its attribute_map; their values are 1 or more.
 SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -61,7 +61,7 @@ SIZES = (
     "max_position_embeddings",
 )
 _BY_LAYER = re.compile(r"layer|block|attention|window|pattern|types|_size$")
-# By the end of a setting's name: the least and the largest that it may be, and what it counts.
+# By parts of a setting's name: its smallest and largest allowed value, and what it counts.
 _LIMITS = (
     (re.compile(r"vocab_size$|vocab_size_|vocabulary"), 0, 2**26, "entries"),
     (
@@ -72,7 +72,7 @@ _LIMITS = (
     ),
     (re.compile(r"num_labels$"), 0, 2**20, "classes"),
     (re.compile(r"experts?($|_)"), 0, 2**16, "experts"),
-    # Below 0 it counts from the end, as vision_feature_layer does.
+    # A number below 0 counts from the end, as in vision_feature_layer.
     (re.compile(r"(layers?|blocks|groups?|group_num|stages|depth)$"), -1024, 1024, "layers"),
     (
         re.compile(r"(size|dims?|rank|width|inner|embd|model|_ff|_kv|units|channels|state|kernel)$"),
@@ -87,8 +87,8 @@ _LIMITS = (
 def read_settings(folder: str) -> dict[str, Any]:
     """Return the settings in a model folder's config.json.
 
-    Raises UserError where it cannot be read, where the folder holds an adapter in place of a model, or where a file
-    beside it that the library reads cannot be.
+    Raises UserError if it cannot be read, if the folder holds an adapter instead of a model, or if another file that
+    the library reads cannot be read.
     """
     if os.path.lexists(os.path.join(folder, ADAPTER)):
         raise UserError(ADAPTER, "an adapter", "a whole model: merge the two first")
@@ -98,7 +98,7 @@ def read_settings(folder: str) -> dict[str, Any]:
 
 
 def find(source: str, name: str) -> str | None:
-    """Return where a file of a folder or hub id lies, or None."""
+    """Return the path of a file of a folder or hub id, or None if there is none."""
     if os.path.isdir(source):
         path = os.path.join(source, name)
         return path if os.path.exists(path) else None
@@ -110,17 +110,17 @@ def find(source: str, name: str) -> str | None:
     )
 
 
-# Names of settings of generation whose numbers are ids of the vocabulary.
+# Generation settings whose numbers are ids of the vocabulary.
 _IDS = re.compile(
     r"(_token_id|_tokens_ids?|_token_ids|_words_ids|decoder_ids|suppress_tokens|sequence_bias)$"
 )
 
 
 def carry_generation(source: str, folder: str, entries: int) -> None:
-    """Write into a model's folder how the model of `source` generates; where that says nothing, nothing is written.
+    """Copy the generation settings of the model in `source` into a model's folder, if there are any.
 
-    The library reads the settings and writes them; those that name ids beyond the vocabulary are left out, and so are
-    names of the library's own code.
+    The library reads and writes the settings. Those with ids beyond the vocabulary are left out, and so are names of
+    the library's own code.
 
     source: a folder or hub id. entries: of the vocabulary.
     """
@@ -141,7 +141,7 @@ def carry_generation(source: str, folder: str, entries: int) -> None:
 
 
 def stop_generation(folder: str, ends: list[int]) -> None:
-    """Let the model of a folder stop at these tokens too, beside those that its generation settings name already."""
+    """Add stop tokens to those in the generation settings of a model's folder."""
     path = os.path.join(folder, GENERATION)
     settings = read_json(path, CONFIG_BYTES) if os.path.exists(path) else {}
     named = settings.get("eos_token_id")
@@ -155,7 +155,7 @@ def stop_generation(folder: str, ends: list[int]) -> None:
 
 
 def _inside(value: Any, entries: int) -> bool:
-    """Return whether a setting of ids, which may be lists of lists, names none beyond the vocabulary."""
+    """Return whether a setting of ids, possibly nested lists, has none beyond the vocabulary."""
     if isinstance(value, list):
         return all(_inside(part, entries) for part in value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -164,16 +164,16 @@ def _inside(value: Any, entries: int) -> bool:
 
 
 def _is_code(kind: type, key: str) -> bool:
-    """Return whether a setting has the name of a part of a class's code."""
+    """Return whether a setting has the name of a method or another part of a class's code."""
     made = inspect.getattr_static(kind, key, None)
     return key.startswith("__") or inspect.isroutine(made) or isinstance(made, classmethod | staticmethod)
 
 
 def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) -> None:
-    """Raise UserError for a setting that reaches for files or code, and for sizes beyond all models.
+    """Raise UserError for a setting that loads files or code, and for sizes beyond those of any model.
 
-    place: what holds the settings, for messages; ours: they are from a `config:`, where settings that dsdistill
-    chooses itself are refused too.
+    place: where the settings are from, for messages; ours: they are from a `config:`, where settings that dsdistill
+    chooses itself are refused, too.
     """
     kind = settings.get("model_type")
     known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
@@ -232,7 +232,7 @@ def _check_size(name: str, value: Any, where: str) -> None:
 
 
 def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -> None:
-    """Raise UserError for an architecture without a size that every part of a run asks for, or of sizes at odds."""
+    """Raise UserError for an architecture that lacks a size that a run needs, or whose sizes contradict each other."""
     for name in needed:
         value = setting(config, name)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -251,22 +251,22 @@ def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -
 
 
 def setting(config: PretrainedConfig, name: str) -> Any:
-    """Return a setting of an architecture, None where it has none or one that differs from layer to layer."""
+    """Return a setting of an architecture; None if it is missing or differs from layer to layer."""
     try:
         return getattr(config, name, None)
-    except Exception:  # the library refuses to name one for all layers (Gemma 4)
+    except Exception:  # the library refuses to give one value for all layers (Gemma 4)
         return None
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return what a config says of texts: a part of a composite's config (images and text), else the config itself."""
+    """Return the text part of a composite's config (images and text), else the config itself."""
     return config.get_text_config(decoder=True)
 
 
 def attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
-    """Return the layers, counted from 1, that have attention by their kind's name; all where the config names none.
+    """Return the layers, counted from 1, that have attention by the name of their kind; all if the config has no names.
 
-    Hybrids have other layers too (linear_attention, mamba, conv, moe). The probe tries whether the names are right.
+    Hybrids have other layers too (linear_attention, mamba, conv, moe). The probe checks that the names are right.
     """
     text = text_config(config)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
@@ -289,7 +289,7 @@ def per_layer(settings: dict[str, Any], depth: int) -> list[str]:
 
 
 def make_ours(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config without what it says of code to run: the library would fetch the kernels that it names."""
+    """Return the config without settings that name code to run, such as kernels that the library would fetch."""
     for part in _parts(config):
         part._attn_implementation = part._experts_implementation = None
         for name in _OF_THE_CLASS:

@@ -1,8 +1,8 @@
 """Cut a student's first weights out of its teacher's files, without building either model.
 
-Names in files are not always those of the model: checkpoints of a base model lack its prefix, composites had others
-before transformers 5, and experts may lie one by one. What is written keeps the names of the files, with other numbers
-of layers, so that the library reads it as it would read the teacher.
+Names in files are not always those of the model: checkpoints of a base model lack its prefix, composites had other
+names before transformers 5, and experts may be stored one by one. The written files keep the teacher's names with other
+layer numbers, so that the library reads them as it would read the teacher.
 """
 
 import itertools
@@ -35,10 +35,10 @@ def cut_files(
 ) -> bool:
     """Write a student that is `layers` (counted from 1) of the teacher in `folder` into `target`: weights and config.
 
-    Values are as the files have them. Each file of the teacher's gives one of the student's, and its tensors are mapped
-    into memory alone. added: weights by the model's names that take the place of those in files, or go beside them.
+    Values are not changed. Each file of the teacher gives one file of the student; its tensors are only mapped into
+    memory. added: weights by the model's names that replace those in the files or are added to them.
 
-    Returns False, having written nothing, where the names in files do not tell the layers.
+    Returns False and writes nothing if the names in files do not tell the layers.
     """
     made, whole = skeleton(student, task, "student"), skeleton(teacher, task, "teacher")
     files = headers(folder, folder, "teacher")
@@ -78,7 +78,7 @@ def cut_files(
 
 
 def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Return tensors of a file by their new names; a layer that is taken twice is copied, as files share nothing."""
+    """Return tensors of a file by their new names; a layer taken twice is copied, as files hold no shared memory."""
     given: dict[str, Tensor] = {}
     seen: set[str] = set()
     with safe_open(os.path.join(folder, file), framework="pt") as source:
@@ -90,10 +90,10 @@ def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Ten
 
 
 def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None:
-    """Return what precedes the number of a layer in the names of files, such as `model.layers`; None where none fits.
+    """Return the prefix before a layer's number in the names of files, such as `model.layers`; None if none fits.
 
-    Where several lists have that length (a vision tower has layers too) it is the one whose layers hold the most of
-    what the model's have, and then the one whose name ends as the model's does.
+    If several lists have that length (a vision tower has layers too), the one whose layers share the most names with
+    the model's is taken, then the one whose name ends like the model's.
     """
     layers = layer_list(model)
     assert layers is not None
@@ -119,9 +119,9 @@ def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None
 def _untied(
     names: dict[str, str], student: PreTrainedModel, teacher: PreTrainedModel
 ) -> dict[str, list[str]]:
-    """Return by name in files the further names of a weight that the teacher ties and the student does not.
+    """Return, by name in files, the further names of a weight that the teacher ties and the student does not.
 
-    Files hold one of the weights that are tied.
+    Files hold only one of several tied weights.
     """
     held, found = {own: name for name, own in names.items()}, {}
     wanted = student.state_dict().keys() - {name for group in ties(student) for name in group}
@@ -136,7 +136,7 @@ def _untied(
 
 
 def _moved(name: str, prefix: str | None, layers: tuple[int, ...]) -> list[str]:
-    """Return the names that a weight of the teacher has in the student: none for one of a layer that is left out."""
+    """Return the names of a teacher weight in the student: none if its layer is left out."""
     match = _NUMBERED.match(name)
     if prefix is None or match is None or match[1] != prefix:
         return [name]

@@ -1,4 +1,4 @@
-"""Make a small random copy of an architecture, to try what its modelling code does before any weight is loaded."""
+"""Make a small random copy of an architecture, to test what its modelling code does before any weight is loaded."""
 
 import copy
 import re
@@ -14,7 +14,7 @@ from dsdistill.models.capture import layer_list
 from dsdistill.models.settings import per_layer, setting, text_config
 
 VOCABULARY = 128
-WINDOW = 8  # of its sliding layers; a text that is tried is longer
+WINDOW = 8  # of its sliding layers; trial texts are longer
 LARGEST = 2**28  # values of a copy
 DEEPEST = 32  # layers of a copy
 _HEADS = 4
@@ -32,11 +32,11 @@ _INDEX = re.compile(r"(^|_)(idx|index|id|number)$")
 def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
     """Return for each layer the index, from 0, of the first layer that is built like it.
 
-    Layers are built alike where their modules have the same classes, shapes and settings, whatever names a config
+    Layers are built alike if their modules have the same classes, shapes and settings, whatever names a config
     gives them. A model without a list of layers (ALBERT) has one kind.
     """
     tried = copy.deepcopy(config)
-    text_config(tried).pad_token_id = 0  # of a small vocabulary; the tokenizer has its own
+    text_config(tried).pad_token_id = 0  # within a small vocabulary; the tokenizer has its own
     layers = layer_list(skeleton(tried, task, place))
     if layers is None:
         return [0] * text_config(config).num_hidden_layers
@@ -45,7 +45,7 @@ def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
 
 
 def signature(layer: nn.Module) -> tuple:
-    """Return what two layers that are built alike have in common: classes, shapes and settings of their modules."""
+    """Return what is equal for layers that are built alike: classes, shapes and settings of their modules."""
     modules = [
         (name, type(module).__name__, tuple(module_settings(module).items()))
         for name, module in layer.named_modules()
@@ -56,7 +56,7 @@ def signature(layer: nn.Module) -> tuple:
 def module_settings(module: nn.Module, *, fractions: bool = False) -> dict[str, object]:
     """Return the plain settings of a module, without the numbers that only count layers.
 
-    fractions: those of type float, too, which some families compute from a layer's depth.
+    fractions: include settings of type float, which some families compute from a layer's depth.
     """
     kinds = (bool, int, str, type(None)) + (float,) * fractions
     return {
@@ -70,24 +70,22 @@ def module_settings(module: nn.Module, *, fractions: bool = False) -> dict[str, 
 
 
 def copied_layers(kinds: list[int]) -> int:
-    """Return how many layers, from the first on, hold one of each kind; two at least, where there are so many.
+    """Return how many layers, counted from the first, hold one of each kind; at least two, if the model has two.
 
-    With one layer a model that shares its layer would pass.
+    With one layer, a model that shares its layer would pass.
     """
     deep = len(kinds) > DEEPEST // 4
-    counted = set(
-        kinds[:-1] if deep else kinds
-    )  # where the last is of its own kind, so is the last of a copy
+    counted = set(kinds[:-1] if deep else kinds)  # if the last is of its own kind, so is a copy's last
     return min(len(kinds), max([2, *(kind + 1 for kind in counted if kind < DEEPEST)]))
 
 
 def small_copies(
     config: PretrainedConfig, layers: int, window: int | None = WINDOW
 ) -> Iterator[PretrainedConfig]:
-    """Yield copies of an architecture with so many layers, the smallest first.
+    """Yield copies of an architecture with `layers` layers, the smallest first.
 
     The first has few heads (their ratio stays), experts and features. Some families tie these to other settings and
-    refuse that; what follows keeps more of them. window: of sliding layers; None leaves the architecture's own.
+    refuse this; later copies keep more of them. window: of sliding layers; None keeps the architecture's own.
     """
     for shrinks in ((_narrow, _thin, _few_experts), (_thin, _few_experts), (_narrow, _thin), (_thin,), ()):
         small = copy.deepcopy(config)
@@ -119,7 +117,7 @@ def _shorten(config: PretrainedConfig, layers: int) -> None:
 
 
 def _plain(config: PretrainedConfig, window: int | None) -> None:
-    """Take out of a config what depends on a vocabulary, on chance or on a long text."""
+    """Remove from a config what depends on a vocabulary, on chance or on a long text."""
     for key, value in list(vars(config).items()):
         if "vocab_size" in key and isinstance(value, int) and value > 0:
             setattr(config, key, VOCABULARY)
@@ -134,7 +132,7 @@ def _plain(config: PretrainedConfig, window: int | None) -> None:
 
 
 def _thin(config: PretrainedConfig) -> None:
-    """Leave few features between the two maps of a feed-forward network."""
+    """Keep only few features between the two maps of a feed-forward network."""
     for key, value in list(vars(config).items()):
         if not _INNER.search(key):
             continue
@@ -157,7 +155,7 @@ def _few_experts(config: PretrainedConfig) -> None:
 
 
 def _narrow(config: PretrainedConfig) -> None:
-    """Leave few heads, of the same width, and as many features as they have."""
+    """Keep only few heads of the same width, and as many features as they have together."""
     heads, width = config.num_attention_heads, config.hidden_size
     groups = setting(config, "num_key_value_heads") or heads
     ratio = min(heads // groups, _HEADS)
@@ -179,7 +177,7 @@ def _narrow(config: PretrainedConfig) -> None:
 def make_small(
     config: PretrainedConfig, task: str, place: str, implementation: str | None
 ) -> PreTrainedModel:
-    """Return the model of a small copy in float32, in evaluation mode; UserError where it is not small."""
+    """Return the model of a small copy in float32, in evaluation mode; raise UserError if it is too large."""
     size = sum(parameter.numel() for parameter in skeleton(config, task, place).parameters())
     if size > LARGEST:
         layers = text_config(config).num_hidden_layers
@@ -194,7 +192,7 @@ def make_small(
 
 
 def sharpen(model: PreTrainedModel) -> None:
-    """Make attention peaked: as initialised it is nearly uniform, and parameters of 0 hide what they would do."""
+    """Make attention peaked: at initialisation it is nearly uniform, and parameters of 0 hide their effect."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.mul_(4.0)

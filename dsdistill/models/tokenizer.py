@@ -1,4 +1,4 @@
-"""Try tokenizers in a process of their own before this one loads them."""
+"""Test tokenizers in a separate process before this one loads them."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from dsdistill.models.settings import find, text_config
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_BYTES = 512 * MIB
 ENTRIES = 2**24  # most ids
-# What `difference` tries: nothing, pairs, capitals, accents, spaces and line breaks, numbers, other scripts.
+# `difference` compares these texts: empty, a pair, capitals, accents, spaces, line breaks, numbers, other scripts.
 TEXTS = (
     ("",),
     ("a", "b"),
@@ -27,7 +27,7 @@ TEXTS = (
     ("  two  spaces,\ta tab\n\nand lines\n",),
     ("中文 العربية हिन्दी 😀 x²≠y_1 <b>tag</b> https://example.org/?q=1",),
 )
-PATIENCE = 120  # seconds of the trial, whose own limit counts computing alone
+PATIENCE = 120  # seconds for the trial, whose own limit counts only computing
 # Files that the library reads beside these, where a folder has them.
 _READ = re.compile(
     r"(tokenizer|vocab|special_tokens|added_tokens|chat_template|merges|spiece|sentencepiece|tekken).*|.*\.(model|tiktoken)"
@@ -35,17 +35,17 @@ _READ = re.compile(
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return one more than the largest id that a tokenizer gives: vocabularies have holes, and frames other ids."""
+    """Return one more than the largest id of a tokenizer: vocabularies have holes, and special tokens further ids."""
     vocabulary = max(tokenizer.get_vocab().values(), default=-1)
     frames = [*tokenizer("")["input_ids"], *tokenizer("", "")["input_ids"], *tokenizer.all_special_ids]
     return 1 + max([vocabulary, *(token for token in frames if token is not None)])
 
 
 def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """Return in what a tokenizer is unlike another, for a message; None where both give the same ids.
+    """Return how a tokenizer differs from another, for a message; None if both give the same ids.
 
-    Vocabularies are compared whole. What texts become is tried on a few: it depends on the normalizer and on the
-    special tokens around a text as well.
+    Vocabularies are compared completely. The ids of a few texts are compared, too, as they also depend on the
+    normalizer and on the special tokens around a text.
     """
     mine, theirs = one.get_vocab(), other.get_vocab()
     for token in sorted(mine.keys() | theirs.keys()) if mine != theirs else ():
@@ -63,7 +63,7 @@ def difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> 
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of a tokenizer's vocabulary, of its special tokens and of what a few texts become."""
+    """Return a digest of a tokenizer's vocabulary, its special tokens and the ids of a few texts."""
     made = [tokenizer(*texts, verbose=False)["input_ids"] for texts in TEXTS]
     parts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items()), made]
     return hashlib.sha256(json.dumps(parts, default=str).encode(errors="backslashreplace")).hexdigest()
@@ -90,9 +90,9 @@ def check_vocabulary(
 
 
 def check_tokenizer(source: str) -> dict[str, None]:
-    """Look at a tokenizer's files and try it; return the settings of tokenizer_config.json to leave out.
+    """Check a tokenizer's files and test it; return the settings of tokenizer_config.json to leave out.
 
-    Raises UserError for what the library should not be given.
+    Raises UserError for files that the library should not load.
     """
     for name in sorted(os.listdir(source)) if os.path.isdir(source) else ():
         path = os.path.join(source, name)
@@ -108,7 +108,7 @@ def check_tokenizer(source: str) -> dict[str, None]:
 
 
 def _check_settings(settings: dict[str, Any]) -> dict[str, None]:
-    """Raise UserError for settings that choose other files; returns those of paths, which are to no effect."""
+    """Raise UserError for settings that choose other files; return settings of paths, which are to have no effect."""
     for key in ("init_inputs", "gguf_file", "fast_tokenizer_files", "tokenizer_object"):
         if settings.get(key):
             raise UserError(f"{TOKENIZER_CONFIG}.{key}", repr(settings[key]), "the usual files alone")
@@ -122,9 +122,9 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, None]:
 
 @functools.cache
 def try_tokenizer(path: str, _version: tuple[int, int]) -> None:
-    """Raise UserError where a short-lived process cannot load and use a tokenizer.json, or gives ids beyond bounds.
+    """Raise UserError if a short-lived process cannot load and use a tokenizer.json, or if its ids are out of bounds.
 
-    _version: time and size of the file, so that a changed one is tried anew.
+    _version: time and size of the file, so that a changed file is tested again.
     """
     quiet = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RUST_BACKTRACE": "0"}
     command = [sys.executable, "-P", str(Path(__file__).with_name("try_tokenizer.py")), path]

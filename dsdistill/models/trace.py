@@ -1,4 +1,4 @@
-"""Define what one forward pass leaves for the alignment terms."""
+"""Define traces: what one forward pass leaves for the alignment terms."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """A Geometry says which keys a query of one layer may see, apart from padding."""
+    """Say which keys a query of one layer may see, apart from padding."""
 
     causal: bool
-    window: int | None  # a key counts at distance < window; None: everywhere
+    window: int | None  # keys are seen at distance < window; None: everywhere
 
     def __str__(self) -> str:
         order = "causal" if self.causal else "two-sided"
@@ -20,21 +20,21 @@ class Geometry:
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """An AttentionTrace holds what one layer computed its probabilities from (after rotary embedding)."""
+    """Hold what one layer computed its attention probabilities from (after rotary embedding)."""
 
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, H_kv, N, D), H_kv divides H
-    value: Tensor | None  # (B, H_kv, N, D_v); None where nobody asked for it
+    value: Tensor | None  # (B, H_kv, N, D_v); None if not asked for
     scale: float  # the scores are scale · query · keyᵀ
     geometry: Geometry
-    # From before rotary embedding, (B, H, N, D) and (B, H_kv, N, D); None where nobody asked, or nothing turns.
+    # Before rotary embedding, (B, H, N, D) and (B, H_kv, N, D); None if not asked for, or without rotation.
     unrotated_query: Tensor | None = None
     unrotated_key: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DomainTrace:
-    """A DomainTrace holds what domain fusion leaves (models/domain_fusion.py)."""
+    """Hold what domain fusion leaves (models/domain_fusion.py)."""
 
     targets: dict[int, Tensor]  # teacher layer → φ of its states, (B, N, d'); empty in evaluation
     predicted: Tensor  # (B, N, d')
@@ -42,7 +42,10 @@ class DomainTrace:
 
 @dataclass
 class Trace:
-    """A Trace counts layers from 1; hidden[0] is the embeddings' output, hidden[L] comes before any final norm."""
+    """Hold what one forward pass leaves. Layers count from 1; hidden[0] is the embeddings' output.
+
+    hidden[L] comes before any final norm.
+    """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)  # (B, N, D)
     last: Tensor | None = (
@@ -62,10 +65,10 @@ class Trace:
         None  # c of language models whose logits are c · tanh(z / c), z = output · headᵀ + bias
     )
     domain: DomainTrace | None = None  # of a student with domain fusion
-    previous: "Trace | None" = None  # of a student: what it computed as the stage before left it
+    previous: "Trace | None" = None  # of a student: its trace as the stage before left it
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield what the forward pass left: states, attention's inputs and outputs, no weights."""
+        """Yield the tensors that the forward pass left: states, attention's inputs and outputs, no weights."""
         yield from self.hidden.values()
         for layer in self.attention.values():
             kept = (layer.query, layer.key, layer.value, layer.unrotated_query, layer.unrotated_key)
@@ -73,5 +76,5 @@ class Trace:
         yield from (x for x in (self.last, self.logits, self.output) if x is not None)
 
     def state(self, layer: int, *, after: bool) -> Tensor:
-        """Return (B, N, D), the states of a layer; after: those of the last one come after the final norm."""
+        """Return the states of a layer, (B, N, D). after: the last layer's are taken after the final norm."""
         return self.last if after and layer == self.depth and self.last is not None else self.hidden[layer]

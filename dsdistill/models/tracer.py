@@ -1,4 +1,4 @@
-"""Run models so that they leave traces: what the alignment terms read of one forward pass."""
+"""Run models so that they leave traces, which the alignment terms read."""
 
 import contextlib
 import functools
@@ -22,12 +22,12 @@ from dsdistill.models.trace import Trace
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch, pad: int | None = None) -> dict[str, Tensor]:
-    """Return what the library's forward takes.
+    """Return the inputs of the library's forward pass.
 
-    Packed rows come without a mask: the library looks for documents, in positions that start anew, only where it gets
-    none. What fills such a row up is to it a document like others. Filler rows of other batches show it one token:
-    attention over none would be undefined. pad: what padding is filled with, where the batch does not have it: decoders
-    that classify look for the last token that is not their own padding.
+    Packed rows come without a mask, because only then does the library look for documents, by positions that restart.
+    It reads the filler of such a row as one more document. A filler row of other batches shows one token, as attention
+    over none would be undefined. pad: the token that fills padding; None: the batch's own. Decoders that classify look
+    for the last token that is not their own padding token.
     """
     if batch.position_ids is not None:
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
@@ -47,11 +47,11 @@ def _whole_already(_: list[nn.Parameter]) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Callee:
-    """A Callee is a model and what to call in its place.
+    """Hold a model and what is called instead of it.
 
-    module: the model itself or, where it is a language model, a Headless around it. call: the module, or an engine
-    around it. whole: of some of its parameters, a context in which they are whole on this rank. pad: what padding is
-    filled with; None: batches have the model's own.
+    module: the model itself or, for a language model, a Headless around it. call: the module, or an engine around it.
+    whole: returns a context in which the given parameters are whole on this rank. pad: the token that fills padding;
+    None: batches have the model's own.
     """
 
     model: PreTrainedModel
@@ -62,9 +62,9 @@ class Callee:
 
 
 def callee(model: Any, task: str, place: str) -> Callee:
-    """Return the model as its task is traced; `place` names it in messages.
+    """Return the Callee of a model for its task; `place` names it in messages.
 
-    model: of transformers, perhaps compiled: by torch.compile(model), whose options are kept, or model.compile().
+    model: a transformers model, perhaps compiled by torch.compile(model), whose options are kept, or model.compile().
     """
     plain = plain_model(model, place)
     module = Headless(plain, place) if task in LANGUAGE else plain
@@ -86,14 +86,14 @@ class Tracer:
         values: bool = True,
         unrotated: bool = False,
     ):
-        """Make a tracer that keeps `hidden`, `attention`, `values` and what is `unrotated`, see Capture."""
+        """Make a tracer that keeps `hidden`, `attention`, `values` and `unrotated` tensors, see Capture."""
         self.callee = callee
         self.model = callee.model
         self.capture = Capture(callee.model, hidden, attention, values, unrotated)
 
     @property
     def head(self) -> list[nn.Parameter]:
-        """Return weight and perhaps bias of a language model's head, which terms use; nothing for other models."""
+        """Return weight and bias (if any) of a language model's head, which terms use; nothing for other models."""
         if not isinstance(self.callee.module, Headless):
             return []
         head = self.model.get_output_embeddings()
@@ -111,7 +111,7 @@ class Tracer:
         return in_rows(made, *batch.mask.shape) if flat else made
 
     def _complete(self, made: Trace, outputs: Any) -> Trace:
-        """Return the trace with what the model returned, and with what a head needs."""
+        """Add the model's outputs and its head to the trace, and return it."""
         if not isinstance(self.callee.module, Headless):
             made.logits = outputs.get("logits")
             made.output = outputs.get("last_hidden_state")  # of a model without a head
@@ -124,9 +124,9 @@ class Tracer:
 
     @contextlib.contextmanager
     def frozen(self, batch: Batch, made: Trace | None = None) -> Iterator[Trace]:
-        """Yield a trace without gradients; inside the context alone a language model's head is whole on this rank.
+        """Yield a trace without gradients; only inside the context is a language model's head whole on this rank.
 
-        made: that trace, where it is there already.
+        made: this trace, if it exists already.
         """
         if made is None:
             with torch.no_grad():
@@ -136,7 +136,7 @@ class Tracer:
 
 
 def check_checkpointing(model: PreTrainedModel, place: str) -> None:
-    """Raise UserError for reentrant checkpointing: layers run without gradients first, so that traces have none."""
+    """Raise UserError for reentrant checkpointing: its layers first run without gradients, so traces have none."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if not isinstance(function, functools.partial) or not getattr(
@@ -167,17 +167,17 @@ def _without_cache(model: PreTrainedModel) -> Iterator[None]:
 
 
 def freeze(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Make a model one that learns nothing and computes in `dtype`.
+    """Freeze a model and let it compute in `dtype`.
 
-    Buffers keep their type: rotary frequencies would turn positions if they were rounded.
+    Buffers keep their type: rounded rotary frequencies would rotate by wrong angles.
     """
-    if next(module.parameters()).device != device:  # the planner's, without contents, cannot move
+    if next(module.parameters()).device != device:  # the planner's models, without contents, cannot move
         module.to(device)
     cast_parameters(module.eval().requires_grad_(False), dtype)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter another type; tied ones stay one.
+    """Give every parameter another type; tied parameters stay tied.
 
     `model.to(dtype)` would cast buffers too, and cannot swap parameters without contents, such as the planner's.
     """
@@ -192,5 +192,5 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of values of all parameters, tied ones once, sharded or not."""
+    """Return the number of values of all parameters, sharded or not; tied ones count once."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())

@@ -1,7 +1,7 @@
 """Load a tokenizer.json, try it and print the largest id that it gives, in a process that may die.
 
-Run by path with the file as its argument; it imports neither torch nor transformers. What the tokenizers library
-does with a damaged or hostile file (abort, take all memory, never end) then costs the caller one line.
+The script is run by its path with the file as argument; it imports neither torch nor transformers. If a damaged or
+hostile file makes the tokenizers library abort, take all memory or never end, the caller prints one line.
 """
 
 import json
@@ -11,7 +11,7 @@ import string
 import sys
 
 MEMORY = 4 * 2**30  # bytes of address space
-GROWTH = 64  # characters and tokens that a text's character may become
+GROWTH = 64  # most characters and tokens that one character of a text may become
 
 
 def main(path: str) -> None:
@@ -42,7 +42,7 @@ def main(path: str) -> None:
 
 
 def _texts() -> list[str]:
-    """Return words, every printable character, and runs on which a pattern that branches too much never ends."""
+    """Return words, every printable character, and runs on which a pattern with too many branches never ends."""
     runs = string.ascii_letters + string.digits + " \n\t.,-_'\"/\\é中😀"
     return [
         "The quick brown fox, 12.5 metres from Zoë's 中文 and العربية 😀, doesn't jump.",
@@ -54,7 +54,7 @@ def _texts() -> list[str]:
 
 
 def _patterns(node):
-    """Yield the texts that a tokenizer.json replaces or cuts at: what they become is tried too."""
+    """Yield the texts that a tokenizer.json replaces or splits at, so that they are tried, too."""
     stack = [node]
     while stack:
         part = stack.pop()

@@ -21,21 +21,21 @@ from dsdistill.models.settings import CONFIG, CONFIG_BYTES, find
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_BYTES = 256 * MIB
-SAMPLES, BLOCK = 64, 2**16  # blocks of a weight file that tell it from another, and their bytes
+SAMPLES, BLOCK = 64, 2**16  # blocks of a weight file in its fingerprint, and bytes of each
 # Types that a model may have, as files name them.
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
-# What several ranks saved each a part of; the library takes such files before all others.
+# Several ranks saved such files, each one part; the library prefers them to all others.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 
 
 def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> set[str]:
-    """Raise UserError where a local folder's weights are missing, pickled, damaged or of other shapes than its config.
+    """Raise UserError if a local folder's weights are missing, pickled, damaged or of other shapes than its config's.
 
-    Reads headers alone. A hub id is left to the download, which takes safetensors alone too.
+    Only headers are read. A hub id is left to its download, which also accepts only safetensors.
 
-    Returns the names of weights that would be random: those that the folder lacks, and a head that it has for other
-    classes; nothing of a hub id.
+    Returns the names of weights that would be random: those that the folder lacks, and a head for other classes; none
+    for a hub id.
     """
     folder = locate(path, f"{place}.path")
     if not os.path.isdir(folder):
@@ -47,7 +47,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
     prefix = f"{ours.base_model_prefix}."
     for name, value in ours.state_dict().items():
         if may_be_new(name, ours, task):
-            continue  # a head of classes may be another: build_model() makes a new one
+            continue  # a classification head may differ: build_model() makes a new one
         shape = theirs.get(name) or theirs.get(name.removeprefix(prefix)) or theirs.get(f"{prefix}{name}")
         if shape is not None and shape != list(value.shape):
             raise UserError(
@@ -63,9 +63,9 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
 
 
 def headers(folder: str, path: str, place: str) -> dict[str, dict[str, tuple[list[int], str]]]:
-    """Return by file of a folder the shape and the type, such as BF16, of each weight that it holds.
+    """Return the shape and type (such as BF16) of each weight in a folder, by file and name.
 
-    path: what the config calls the folder. Raises UserError for a damaged file.
+    path: the folder's name in the config. Raises UserError for a damaged file.
     """
     found = {}
     for name in weight_files(folder, f"{place}.path"):
@@ -83,7 +83,7 @@ def headers(folder: str, path: str, place: str) -> dict[str, dict[str, tuple[lis
 
 
 def at_hand(path: str, place: str) -> str | None:
-    """Return the folder with a model's weight files, fetched where they are a hub's; None where it has none."""
+    """Return the folder with a model's weight files, which are fetched from the hub if needed; None if it has none."""
     source = locate(path, f"{place}.path")
     if os.path.isdir(source):
         return source
@@ -96,8 +96,8 @@ def at_hand(path: str, place: str) -> str | None:
 
 
 def in_text_part(name: str) -> str | None:
-    """Return the name that a weight of a composite has in its text part; None for one of another part."""
-    if name.startswith("lm_head."):  # as it is called there, too
+    """Return the name that a weight of a composite has in its text part; None for a weight of another part."""
+    if name.startswith("lm_head."):  # it has this name there, too
         return name
     for pattern, own in TEXT_PART.items():
         if re.match(pattern, name):
@@ -106,7 +106,7 @@ def in_text_part(name: str) -> str | None:
 
 
 def stored_dtype(path: str, place: str) -> torch.dtype | None:
-    """Return the type that all weights of a model's files have; None where they have several, or are not at hand."""
+    """Return the type of all weights in a model's files; None if there are several types or no files."""
     folder = at_hand(path, place)
     held = headers(folder, path, place).values() if folder is not None else ()
     kinds = {kind for file in held for _, kind in file.values()}
@@ -114,10 +114,10 @@ def stored_dtype(path: str, place: str) -> torch.dtype | None:
 
 
 def mapped_dtype(path: str | None, model: PretrainedConfig, task: str, place: str) -> torch.dtype | None:
-    """Return the type in which the library reads a model's files without a copy, mapped into memory; None without one.
+    """Return the type in which the library maps a model's files into memory without a copy; None if it must copy.
 
-    It makes copies where weights have several types, and where they become others: files hold the experts of some
-    models one by one. Then their names differ from the model's.
+    It copies if weights have several types, or if it merges them: files of some models hold experts one by one, and
+    their names then differ from the model's.
     """
     if path is None or (dtype := stored_dtype(path, place)) is None:
         return None
@@ -134,8 +134,8 @@ def _missing(
 ) -> set[str]:
     """Return the names of weights that the library would leave random, given those in files by name and shape.
 
-    The library itself is asked, on tensors without contents: it ties weights, and it knows files of other prefixes and
-    of names of before.
+    The library itself decides this, on tensors without contents: it ties weights, and it knows other prefixes and
+    older names.
     """
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
     if all(theirs.get(name) == shape for name, shape in shapes.items()):
@@ -159,7 +159,7 @@ def _missing(
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Keep the library from telling on the screen what is missing, and from drawing a bar."""
+    """Keep the library from printing what is missing, and from drawing a progress bar."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -172,10 +172,10 @@ def _silent() -> Iterator[None]:
 
 
 def check_ties(path: str, ties: list[list[str]], place: str) -> None:
-    """Raise UserError where weights differ in a local folder that the student ties; it would be given but one of them.
+    """Raise UserError if weights that the student ties differ in a local folder: only one of them could be used.
 
-    ties: names of one weight each, which files may have without their prefix, or as a composite's. place: the model
-    that the folder is. A hub id is checked once its files are there.
+    ties: lists of the names of one weight, which files may hold without their prefix, or with a composite's. place: the
+    model in the folder. A hub id is checked once its files are there.
     """
     if not os.path.isdir(folder := locate(path, f"{place}.path")):
         return
@@ -194,12 +194,12 @@ def check_ties(path: str, ties: list[list[str]], place: str) -> None:
 
 
 def own_ties(model: PretrainedConfig, task: str, place: str) -> list[list[str]]:
-    """Return the names of each weight that an architecture ties."""
+    """Return the names of each tied weight of an architecture."""
     return ties(skeleton(model, task, place))
 
 
 def ties(model: PreTrainedModel) -> list[list[str]]:
-    """Return the names of each weight that a model ties."""
+    """Return the names of each tied weight of a model."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -207,10 +207,10 @@ def ties(model: PreTrainedModel) -> list[list[str]]:
 
 
 def fingerprint(path: str, place: str) -> str | None:
-    """Return a digest of a model's weights and config.json; of a hub id its commit, None where that is not known.
+    """Return a digest of a model's weights and config.json; for a hub id its commit, None if that is not known.
 
-    Of each weight file it takes name, size, header and SAMPLES blocks of BLOCK bytes, evenly spaced: all of a small
-    file, and of a large one enough to notice other weights without reading gigabytes at every start.
+    It covers name, size, header and SAMPLES blocks of BLOCK bytes, evenly spaced, of each weight file: all of a small
+    file, and enough of a large one to notice other weights without reading gigabytes at every start.
     """
     folder = locate(path, place)
     if not os.path.isdir(folder):

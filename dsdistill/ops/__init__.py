@@ -1,6 +1,6 @@
-"""Alignment operators: tensors in, one scalar loss out, no N×N or tokens×V tensor whole.
+"""Provide alignment operators: they take tensors and return one scalar loss, and hold no whole N×N or tokens×V tensor.
 
-Each folder holds one operator: `op.py` the public function, `reference.py` the definition in plain PyTorch,
+Each folder holds one operator: `op.py` has the public function, `reference.py` the definition in plain PyTorch, and
 `chunked.py` plain PyTorch in row chunks with gradients computed in the forward pass.
 """
 

@@ -1,4 +1,4 @@
-"""Which backends this machine has, and the choice among them."""
+"""Find the backends that this machine has, and choose among them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _extension: Any = None  # the compiled module
 
 
 def _has_amx() -> bool:
-    """Return whether this is a processor with AMX, by what Linux says of it; elsewhere False."""
+    """Return whether Linux reports that the processor has AMX; False on other systems."""
     try:
         return "amx_tile" in Path("/proc/cpuinfo").read_text().split()
     except OSError:
@@ -37,7 +37,7 @@ AMX = _has_amx()  # found at import: torch.compile cannot trace the reading of a
 
 
 def load_extension() -> None:
-    """Import `dsdistill._C`, which registers the native operators; warn if it was not built. Run once, by `ops`."""
+    """Import `dsdistill._C`, which registers the native operators; warn if it was not built. `ops` calls this once."""
     global _extension
     try:
         from dsdistill import _C  # type: ignore[attr-defined]  # compiled: there is no source that mypy could read
@@ -59,7 +59,7 @@ def extension() -> Any:
 
 
 def register_gradients(name: str, *, arguments: int, differentiable: Sequence[int]) -> None:
-    """Autograd of an operator that returns its loss, then the gradient at each of its differentiable arguments."""
+    """Register autograd for an operator that returns its loss and the gradient at each differentiable argument."""
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*output[1:])
@@ -77,7 +77,7 @@ def register_gradients(name: str, *, arguments: int, differentiable: Sequence[in
 
 
 def available_backends() -> tuple[str, ...]:
-    """Backends that can run here for at least one operator and device."""
+    """Return the backends that can run here for at least one operator and device."""
     backends = ["reference", "chunked"]
     if extension() is not None:
         backends.append("cpp")
@@ -89,7 +89,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def native_lack(like: torch.Tensor) -> str | None:
-    """Why the "cpp" backend cannot take tensors like this one; None if it can."""
+    """Return why the "cpp" backend cannot take tensors like this one; None if it can."""
     if like.device.type != "cpu":
         return f"it needs CPU tensors, these are on {like.device}"
     if extension() is None:
@@ -98,7 +98,7 @@ def native_lack(like: torch.Tensor) -> str | None:
 
 
 def cuda_lack(*tensors: torch.Tensor | None) -> str | None:
-    """Why the "cuda" backend (compiled CUDA C++) cannot take these tensors; None if it can."""
+    """Return why the "cuda" backend (compiled CUDA C++) cannot take these tensors; None if it can."""
     present = [x for x in tensors if x is not None]
     if present[0].device.type != "cuda":
         return f"it needs CUDA tensors, these are on {present[0].device}"
@@ -111,7 +111,7 @@ _taken: dict[str, set[str]] = {}
 
 
 def backends_taken() -> dict[str, list[str]]:
-    """What "auto" has chosen in this process so far, by operator."""
+    """Return what "auto" has chosen in this process so far, by operator."""
     return {operator: sorted(backends) for operator, backends in sorted(_taken.items())}
 
 
@@ -123,11 +123,11 @@ def _announce(message: str) -> None:
 def choose_backend(
     operator: str, requested: str, *, preference: Sequence[str], missing: dict[str, str]
 ) -> str:
-    """The backend to run.
+    """Return the backend to run.
 
     requested: "auto" or a backend's name.
     preference: backends that can run this call, the fastest first; "auto" takes the first.
-    missing: for every other backend, what it lacks; an explicit request for one raises BackendError with it.
+    missing: what every other backend lacks; an explicit request for one raises BackendError with this reason.
     """
     if requested == "auto":
         if not torch.compiler.is_compiling():  # logged once for each operator and choice, whatever the shapes

@@ -1,6 +1,6 @@
-"""The clock that measurements read: a GPU's events where work runs on one, the processor's time elsewhere.
+"""Measure time: by CUDA events where work runs on a GPU, by the host's clock elsewhere.
 
-All code that times GPU work comes here, so that it runs on a CPU alike.
+All code that times GPU work uses this module, so that it also runs on a CPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dsdistill.ops.gpu import Tile, watching
 
 
 def synchronize(device: str | torch.device) -> None:
-    """Wait until the device has done what it was given; return at once on a CPU."""
+    """Wait until the device has finished its work; return at once on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def mark(device: str | torch.device) -> Any:
-    """Return a point in the device's time, for `between`. It waits for nothing."""
+    """Return a point in the device's time, for `between`, without waiting."""
     if torch.device(device).type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -31,7 +31,7 @@ def mark(device: str | torch.device) -> Any:
 
 
 def between(begin: Any, end: Any) -> float:
-    """Return the seconds between two marks of a device that has reached both (`synchronize`)."""
+    """Return the seconds between two marks; the device must have reached both (`synchronize`)."""
     if isinstance(begin, float):
         return end - begin
     return begin.elapsed_time(end) / 1e3
@@ -48,7 +48,7 @@ def seconds_of(call: Callable[[], object], device: str | torch.device) -> float:
 
 
 def host_seconds_of(call: Callable[[], object], device: str | torch.device) -> float:
-    """Return the seconds until one call comes back, its work perhaps not done: what it costs the processor."""
+    """Return the seconds until one call returns, perhaps before its work is done: what it costs the processor."""
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -59,7 +59,7 @@ def host_seconds_of(call: Callable[[], object], device: str | torch.device) -> f
 
 @contextlib.contextmanager
 def kernel_laps(device: str | torch.device) -> Iterator[Callable[[], list[tuple[str, Tile, float]]]]:
-    """Time each Triton kernel that is launched within. The value, called afterwards, returns (name, tile, seconds)."""
+    """Time each Triton kernel launched within. The yielded function returns (name, tile, seconds) of each."""
     marks: list[tuple[str, Tile, Any, Any]] = []
 
     @contextlib.contextmanager

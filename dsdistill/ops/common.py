@@ -1,4 +1,4 @@
-"""What every operator shares: checks at the public boundary and gradients kept from the forward pass.
+"""Share code between operators: checks at the public boundary, and gradients kept from the forward pass.
 
 Shape letters: B sequences, H heads, N tokens of a sequence, D features, V vocabulary.
 """
@@ -24,7 +24,7 @@ Compute = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is float64, else float32: half-precision inputs are summed in float32."""
+    """Return float64 if any input is float64, else float32: half-precision inputs are summed in float32."""
     return (
         torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     )
@@ -88,7 +88,7 @@ def check_index(index: Tensor | None, mask: Tensor | None, like: Tensor) -> None
 def check_rows(rows: tuple[Tensor, Tensor | None], shape: tuple[int, int], like: Tensor) -> None:
     """Raise ValueError unless rows are an index (B, R) int64 and weights of its shape, or None.
 
-    Positions are looked at on a CPU alone, where nothing waits for it; a graph that is traced leaves that out, too.
+    Positions are checked only on a CPU, where this needs no synchronisation, and not while a graph is traced.
     """
     index, weights = rows
     if index.dim() != 2 or len(index) != shape[0] or index.dtype != torch.int64:
@@ -109,7 +109,7 @@ def valid_rows(index: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def weights_of_rows(index: Tensor, weights: Tensor | None, mask: Tensor | None, tokens: int, dtype) -> Tensor:
-    """Return (B, R), what each row counts: `weights`, or n_b/R_b; 0 where the index is −1 or the token is masked."""
+    """Return each row's weight, (B, R): `weights`, or n_b/R_b; 0 where the index is −1 or the token is masked."""
     counts = valid_rows(index, mask)
     if weights is None:
         valid = torch.full_like(index[:, :1], tokens) if mask is None else mask.sum(1, keepdim=True)
@@ -118,7 +118,7 @@ def weights_of_rows(index: Tensor, weights: Tensor | None, mask: Tensor | None, 
 
 
 def blocks(starts: range) -> Sequence[int]:
-    """Return where the blocks begin that an operator goes through one after the other: all of `starts`."""
+    """Return the starts of the blocks that an operator processes: all of them, or within `ends_alone` only the ends."""
     if not _ends_alone or len(starts) <= 3:
         return starts
     return [starts[0], starts[-2], starts[-1]]
@@ -126,10 +126,10 @@ def blocks(starts: range) -> Sequence[int]:
 
 @contextlib.contextmanager
 def ends_alone() -> Iterator[None]:
-    """Have operators in PyTorch go through their first block and their last two alone, for the planner.
+    """Make operators in PyTorch process only their first block and their last two, for the planner.
 
-    Values are wrong then, memory is not: a block meets what the one before it left, the first one makes what the later
-    ones add to, and with causal attention the last ones are the largest.
+    The values are then wrong, but the peak memory is right: the first block allocates what later ones add to, each
+    block meets what the one before it left, and with causal attention the last blocks are the largest.
     """
     global _ends_alone
     before, _ends_alone = _ends_alone, True
@@ -145,12 +145,12 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Operators choose their own precision: autocast would turn their float32 sums into bfloat16."""
+    """Return a context without autocast, which would turn the operators' float32 sums into bfloat16."""
     return torch.autocast(device.type, enabled=False)
 
 
 def row_weights(mask: Tensor | None, weights: Tensor | None, shape: tuple[int, int], dtype, device) -> Tensor:
-    """Weight of each token, (B, N): `weights` (1 without) where valid, 0 where masked."""
+    """Return each token's weight, (B, N): `weights` (1 for None) where valid, 0 where masked."""
     weights = torch.ones(shape, dtype=dtype, device=device) if weights is None else weights.detach().to(dtype)
     return weights if mask is None else weights.masked_fill(~mask, 0)
 
@@ -163,12 +163,12 @@ def index_mask(index: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def zero_masked(x_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
-    """`x` with masked tokens set to 0, so that nothing written in padding, NaN included, is ever read."""
+    """Return `x` with masked tokens set to 0, so that nothing written in padding, NaN included, is ever read."""
     return x_BND if mask_BN is None else x_BND.masked_fill(~mask_BN[..., None], 0)
 
 
 def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x / ‖x‖ over the last axis and 1/‖x‖ (both 0 below NORM_FLOOR), differentiable without NaN."""
+    """Return x / ‖x‖ over the last axis and 1/‖x‖ (both 0 below NORM_FLOOR), differentiable without NaN."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     has_direction = norm > NORM_FLOOR
     inverse = torch.where(has_direction, 1 / torch.where(has_direction, norm, 1), 0)
@@ -176,20 +176,19 @@ def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_vectors_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Gradient at x of a function of x/‖x‖: the part of `grad_unit` orthogonal to the unit vector, over ‖x‖."""
+    """Return the gradient at x, given that at x/‖x‖: the part orthogonal to the unit vector, divided by ‖x‖."""
     return (grad_unit - unit * (grad_unit * unit).sum(-1, keepdim=True)) * inverse
 
 
 def safe_divide(total: Tensor, count: Tensor) -> Tensor:
-    """total / count, and total itself (which is then 0) where nothing was counted."""
+    """Return total / count, or total itself (which is then 0) where nothing was counted."""
     return total / torch.where(count > 0, count, 1).to(total.dtype)
 
 
 def storage_dtype(x: Tensor) -> torch.dtype:
-    """Type in which the gradient of `x` waits for backward.
+    """Return the type in which the gradient of `x` is stored until backward.
 
-    float16 gradients wait in float32, where neither 1/count nor a loss scale that is still to come leaves the
-    range of the type.
+    float16 gradients are stored in float32, so that neither 1/count nor a later loss scale leaves the type's range.
     """
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
@@ -201,13 +200,13 @@ NARROWED_AT_ONCE = 1 << 24
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return contiguous x in a type at most half as wide, in the memory of x itself, which is overwritten.
 
-    Beside a gradient of V×D float32 there is then never one of V×D in half precision. The result keeps all of that
-    memory until it goes.
+    So a V×D gradient in float32 never has a half-precision copy beside it. The result keeps all of that memory until
+    it is freed.
     """
     flat = x.view(-1)
     out = flat.view(dtype)[: flat.numel()]
     for start in range(0, flat.numel(), NARROWED_AT_ONCE):
-        # What is written reaches no further than half way into what has been read.
+        # Writing reaches at most half as far as reading.
         piece = flat[start : start + NARROWED_AT_ONCE].to(dtype)
         out[start : start + NARROWED_AT_ONCE] = piece
     return out.view(x.shape)
@@ -219,13 +218,13 @@ def with_stored_gradients(
     count: Tensor | None,
     wide: Sequence[bool] | None = None,
 ) -> Tensor:
-    """total / count (total itself for None), with the gradients that `compute` found during the forward pass.
+    """Return total / count (total itself for None), with the gradients that `compute` found in the forward pass.
 
-    The teacher is frozen and the loss a scalar, so its gradient is known when its value is, up to the factor
+    The teacher is frozen and the loss is a scalar, so its gradient is known together with its value, up to the factor
     that backward brings. `compute` is told which gradients are needed and must skip the others.
 
-    wide: the inputs whose gradients are so large that they wait in the type they were summed in, and are rounded in
-    their own memory by backward. Those of the others are rounded at once, so that less waits. Default: none.
+    wide: marks inputs with very large gradients. These are stored in the type they were summed in, and backward rounds
+    them in their own memory. The gradients of the others are rounded at once, to save memory. Default: none.
     """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if any(needs):
@@ -236,7 +235,10 @@ def with_stored_gradients(
 
 
 def with_native_gradients(operator, arguments: Sequence, inputs: Sequence[Tensor | None]) -> Tensor:
-    """Loss of a compiled operator that divides by its own count and is told last which gradients to return."""
+    """Return the loss of a compiled operator that divides by its own count.
+
+    The operator's last arguments say which gradients to return.
+    """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling() or not any(needs):
         return operator(*arguments, *needs)[0]

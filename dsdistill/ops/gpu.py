@@ -1,4 +1,4 @@
-"""What the GPU kernels of all operators share: whether they can run here, and for which architecture."""
+"""Share code between the GPU kernels of all operators: whether they can run here, and for which architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors; settled when Triton is first imported."""
+    """Return whether Triton's interpreter runs the kernels, on CPU tensors; this is fixed when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1" and _has_triton()
 
 
@@ -28,7 +28,7 @@ def _has_triton() -> bool:
 
 
 def triton_lack(*tensors: Tensor | None) -> str | None:
-    """Why the "triton" backend cannot take these tensors; None if it can."""
+    """Return why the "triton" backend cannot take these tensors; None if it can."""
     present = [x for x in tensors if x is not None]
     device = present[0].device
     if not _has_triton():
@@ -41,7 +41,7 @@ def triton_lack(*tensors: Tensor | None) -> str | None:
 
 
 def gpu_lack(*tensors: Tensor) -> str | None:
-    """What keeps the kernels of any GPU backend from these tensors."""
+    """Return why no GPU backend's kernels can take these tensors; None if they can."""
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
@@ -52,7 +52,7 @@ def gpu_lack(*tensors: Tensor) -> str | None:
 
 
 class Tile(NamedTuple):
-    """Sizes of one program's tile, its warps, and how many loads ahead its loop runs (num_stages)."""
+    """Hold the sizes of one program's tile, its warps, and how many loads ahead its loop runs (num_stages)."""
 
     rows: int
     columns: int
@@ -62,9 +62,9 @@ class Tile(NamedTuple):
 
 @dataclass
 class Launch:
-    """One kernel launch: `arguments` by name, tensors, numbers and compile-time constants alike."""
+    """Describe one kernel launch. `arguments` holds tensors, numbers and compile-time constants by name."""
 
-    kernel: Any  # of triton.jit, which mypy takes for a function
+    kernel: Any  # made by triton.jit; mypy takes it for a function
     programs: int
     arguments: dict
     tile: Tile
@@ -76,7 +76,7 @@ _recorded_architecture = ""
 
 @contextlib.contextmanager
 def recording(for_architecture: str) -> Iterator[list[Launch]]:
-    """Collects what would be launched, on tensors of the meta device say, for compilation ahead of time."""
+    """Collect launches instead of running them (on meta tensors, for example), for compilation ahead of time."""
     global _recorded, _recorded_architecture
     _recorded, _recorded_architecture = [], for_architecture
     try:
@@ -86,7 +86,7 @@ def recording(for_architecture: str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
-    """Run `kernel` where its tensors lie, which need not be the current device."""
+    """Run `kernel` on the device of its tensors, which need not be the current device."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, programs, arguments, tile))
         return
@@ -105,7 +105,7 @@ _watch: Callable[[Any, Tile], contextlib.AbstractContextManager] | None = None
 
 @contextlib.contextmanager
 def watching(watch: Callable[[Any, Tile], contextlib.AbstractContextManager]) -> Iterator[None]:
-    """Launch each kernel inside what `watch`, given the kernel and its tile, returns."""
+    """Launch each kernel inside the context that `watch(kernel, tile)` returns."""
     global _watch
     before, _watch = _watch, watch
     try:
@@ -114,7 +114,7 @@ def watching(watch: Callable[[Any, Tile], contextlib.AbstractContextManager]) ->
         _watch = before
 
 
-# Bytes of shared memory that a block may have; those between 8.0 and 9.0 for consumers and inference have the fewest.
+# Bytes of shared memory that a block may have; consumer and inference GPUs between 8.0 and 9.0 have the fewest.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
 
 
@@ -127,9 +127,9 @@ def shared_limit(device: torch.device) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """Return the row of the tables of tiles: "sm_80", "sm_90", or "interpreter" on a CPU.
+    """Return the key in the tables of tiles: "sm_80", "sm_90", or "interpreter" on a CPU.
 
-    GPUs of 12.0 have the instructions and the shared memory of 8.9, so their row is sm_80, too.
+    GPUs of 12.0 have the instructions and the shared memory of 8.9, so they use sm_80, too.
     """
     if _recorded is None and device.type != "cuda":
         return "interpreter"
@@ -137,34 +137,33 @@ def architecture(device: torch.device) -> str:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """`x` itself if the features of a row lie side by side, as the kernels read them, else a copy."""
+    """Return `x` itself if each row's features are contiguous, as the kernels need, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def block_width(width: int) -> int:
-    """Features of a tile: the power of two that holds `width`, at least the 16 of a matrix instruction."""
+    """Return the features of a tile: the power of two that holds `width`, at least the 16 of a matrix instruction."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-# Elements of a block of one matrix in the `chunked` forms on a GPU. About eight such matrices live at a time, 2²⁷
-# elements or 512 MiB in float32: a block is then large enough for every multiprocessor, and launches take less time
-# than what they start.
+# Elements of a block of one matrix in `chunked` on a GPU. About eight such matrices live at a time, 2²⁷ elements or
+# 512 MiB in float32: a block is then large enough for every multiprocessor, and launches take less time than the work.
 BLOCK_ELEMENTS = 1 << 24
 
 
 def block_elements(like: Tensor, on_cpu: int) -> int:
-    """Return how many elements a block of one matrix has, where `like` lies."""
+    """Return how many elements a block of one matrix has on the device of `like`."""
     return BLOCK_ELEMENTS if like.is_cuda else on_cpu
 
 
 def half_operands(*tensors: Tensor) -> bool:
-    """Return whether products of these run on tensor cores as they are: half precision of one type, on a GPU."""
+    """Return whether products of these run on tensor cores without a cast: one half-precision type, on a GPU."""
     dtypes = {x.dtype for x in tensors}
     return len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float16} and tensors[0].is_cuda
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, (M, K) @ (K, N) or batches of them; half-precision operands meet on tensor cores."""
+    """Return a @ b in float32, (M, K) @ (K, N) or batches of them; half-precision operands use tensor cores."""
     if not half_operands(a, b):
         return a.float() @ b.float()
     if a.dim() == 2:
@@ -174,8 +173,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:
-    """Type in which gradients are rounded before they are multiplied with `tensors`.
+    """Return the type to which gradients are rounded before they are multiplied with `tensors`.
 
-    bfloat16 has the range for them; float16 has not, and float32 keeps all.
+    bfloat16 has the range for them, float16 has not; float32 is used otherwise.
     """
     return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32

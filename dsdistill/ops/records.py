@@ -1,6 +1,6 @@
-"""What `backend="auto"` knows about GPUs: measurements kept as files, one for each GPU and day.
+"""Read what `backend="auto"` knows about GPUs: records, which are files of measurements, one for each GPU and day.
 
-Where they lie and how they come to be: dsdistill/bench/results/README.md. With no record `auto` takes `chunked`.
+dsdistill/bench/results/README.md says where they are and how they are made. Without a record `auto` takes `chunked`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ logger = logging.getLogger("dsdistill")
 
 @functools.cache
 def records() -> tuple[dict, ...]:
-    """Those that are installed, and those of the folder that DSDISTILL_RECORDS names: a check under way on a GPU."""
+    """Return the installed records and those in the folder DSDISTILL_RECORDS, which a running GPU check fills."""
     folders = [FOLDER, *(Path(name) for name in [os.environ.get("DSDISTILL_RECORDS")] if name)]
     paths = [path for folder in folders for path in sorted(folder.glob("*.json"))]
     return tuple(json.loads(path.read_text(encoding="utf-8")) for path in paths)
 
 
 def this_machine() -> dict:
-    """Return what a record names: GPU and capability ("no GPU", [0, 0] on a CPU), date, versions."""
+    """Return what identifies a record: GPU and capability ("no GPU", [0, 0] on a CPU), date, versions."""
     try:
         from triton import __version__ as triton
     except ImportError:
@@ -57,7 +57,7 @@ def recorded_tile(
 ) -> tuple[int, ...] | None:
     """Return (rows, columns, warps, stages) of the tile that was the fastest on GPUs of this capability, or None.
 
-    Of several token counts the nearest counts. width: 64, 128 or 256, as the table of tiles has it.
+    The row with the nearest token count is used. width: 64, 128 or 256, as in the table of tiles.
     """
     rows = [
         row
@@ -71,7 +71,7 @@ def recorded_tile(
 
 
 def read_again() -> None:
-    """Forget what was read, after a record was written."""
+    """Clear the caches, after a record was written."""
     records.cache_clear()
     recorded_tile.cache_clear()
 
@@ -87,11 +87,11 @@ def fastest(
     candidates: Sequence[str],
     check: Callable[[str], bool],
 ) -> str | None:
-    """The candidate that was measured right and the most faster than `chunked`; None without one.
+    """Return the candidate that was measured correct and has the largest speedup over `chunked`; None without one.
 
-    known: records; a row counts for a backend if operator, variant (divergence or relation) and dtype are the
-        same, the one with the nearest token count alone. Records of this GPU's capability come before others.
-    check: called with a backend that only other architectures have a record of; False refuses it.
+    known: records. A row is matched by operator, variant (divergence or relation), dtype and backend; the nearest token
+        count is used. If this GPU's capability has records, others are ignored.
+    check: is called with a backend that only other architectures have a record of; False refuses it.
     """
     # A record may hold tiles alone.
     own = [record for record in known if record["rows"] and tuple(record["capability"]) == tuple(capability)]
@@ -123,10 +123,10 @@ def gpu_choice(
     function: Callable[..., Tensor],
     small: dict[str, tuple[int, ...]],
 ) -> str | None:
-    """What "auto" takes on a GPU instead of `chunked`; None: `chunked`.
+    """Return what "auto" takes on a GPU instead of `chunked`; None: `chunked`.
 
-    lacks: for each GPU backend what it lacks, None for one that can run. function, small: the public operator, and
-    the shapes of the call on which a backend is compared with `chunked` where this architecture has no record.
+    lacks: what each GPU backend lacks, None for one that can run. function, small: the public operator, and the
+    shapes of a small call that compares a backend with `chunked` where this architecture has no record.
     """
     if like.device.type != "cuda" or not records():
         return None
@@ -148,7 +148,7 @@ def gpu_choice(
 
 @functools.cache
 def _agrees(operator, variant, dtype, device, backend, function, shapes) -> bool:
-    """Compares a backend with `chunked` on one small call, and says so in the log."""
+    """Return whether a backend agrees with `chunked` on one small call, and log the result."""
     agrees = agreement(dtype, device, backend, function, dict(shapes), variant)
     verdict = "agrees with" if agrees else "differs from"
     logger.info(
@@ -178,7 +178,7 @@ def agreement(dtype, device, backend, function, shapes, variant) -> bool:
             with torch.enable_grad():
                 loss = function(**tensors, **options, backend=each)
                 results.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
-        except Exception as error:  # whatever a compiler or a driver that nobody tried may say
+        except Exception as error:  # an untried compiler or driver may raise anything
             logger.warning("%r failed on a small call: %s", each, error)
             return False
     allowed = 1e-3 if dtype == torch.float32 else 5e-2

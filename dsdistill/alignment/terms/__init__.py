@@ -45,7 +45,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
 
 
 def register_term(name: str, settings: type[Term], term: type[AlignmentTerm]) -> None:
-    """Add a term from outside: configs and Distiller know it by `name` from here on.
+    """Add a term from outside: configs and Distiller then know it by `name`.
 
     In YAML, `plugins: [module]` names the module that calls this; it is imported before the config is checked.
 
@@ -90,7 +90,7 @@ _NEEDS = {  # of the settings, and of the term
 
 
 def _check_needs(name: str, settings: type[Term], term: type[AlignmentTerm]) -> None:
-    """Refuse settings that say something else of what the term needs than the term itself."""
+    """Refuse settings that state other needs than the term itself."""
     if not (isinstance(settings, type) and issubclass(settings, Term)):
         return  # add_term says so
     try:

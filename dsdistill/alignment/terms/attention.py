@@ -20,17 +20,17 @@ class AttentionTerm(AlignmentTerm):
 
       query_key                            attention itself (MiniLM, Wang et al. 2020, Eq. 4; TinyBERT, Jiao et al.
                                            2020, Eq. 7 with score_mse)
-      value_value                          softmax(V Vᵀ / √d) in place of it (MiniLM, section 3.2)
-      query_query, key_key, value_value    of heads joined and split anew into relation_heads of width d_r, scaled by
+      value_value                          softmax(V Vᵀ / √d) instead (MiniLM, section 3.2)
+      query_query, key_key, value_value    heads joined and split anew into relation_heads of width d_r, scaled by
                                            1/√d_r of each model (MiniLMv2, Wang et al. 2021, section 3.1)
 
-    With relation_heads the models may differ in heads and widths. With heads: mean probabilities are averaged over the
-    heads of each model; with heads: group a student head learns from the average of H_T / H_S neighbouring teacher
-    heads. These groups are this project's own choice: trained heads have no order, but a group keeps as many maps as
-    the student has heads. A causal model's relations see what its attention
-    sees. The papers average over each sequence and then over sequences; here every valid row counts alike. With `rows`
-    training compares so many rows of each sequence, or packed row, in place of all: the loss and its gradient are the
-    whole ones in the mean over the draws. Evaluation compares all.
+    With `relation_heads` the models may differ in heads and widths. With `heads: mean` probabilities are averaged over
+    the heads of each model. With `heads: group` a student head learns from the average of H_T / H_S neighbouring
+    teacher heads. These groups are this project's own choice: trained heads have no order, but groups keep as many
+    maps as the student has heads. A causal model's relations see the same keys as its attention. The papers average
+    over each sequence and then over sequences; here every valid row has the same weight. With `rows` training compares
+    that many rows of each sequence, or packed row, instead of all: in the mean over the draws, the loss and its
+    gradient are those of all rows. Evaluation compares all.
     """
 
     name = "attention"
@@ -53,7 +53,7 @@ class AttentionTerm(AlignmentTerm):
         if config.heads != "match" and config.relation_heads is not None:
             raise UserError("terms.attention.heads", f"{config.heads} with relation_heads", "match")
         self.relation_heads = {relation: self._check_heads(relation) for relation in config.relations}
-        self.heads = self.relation_heads[config.relations[0]]  # that counts() counts
+        self.heads = self.relation_heads[config.relations[0]]  # the heads in counts()
 
     def _check_heads(self, relation: str) -> int:
         """Return how many heads are compared in one relation."""
@@ -83,7 +83,7 @@ class AttentionTerm(AlignmentTerm):
         return student[0]
 
     def _wanted_heads(self, relation: str, student: tuple[int, int], teacher: tuple[int, int]) -> int | None:
-        """Return how many heads one relation is split into; None: the models' own."""
+        """Return how many heads one relation is split into; None: the models' own heads."""
         wanted = self.config.relation_heads
         if isinstance(wanted, RelationHeads):
             kind = relation.split("_")[0]
@@ -100,10 +100,10 @@ class AttentionTerm(AlignmentTerm):
 
     @property
     def unrotated(self) -> tuple[str, ...]:
-        """Return the relations of queries and keys from before their rotation by position.
+        """Return the relations that need queries and keys from before their rotation by position.
 
-        RoPE makes query·key depend on the distance alone. Joined and split anew, a head's rotations mix; and a
-        query of one model's position means nothing to another query of its own.
+        RoPE is made for query·key, which then depends on the distance between positions alone. Splitting heads anew
+        mixes their rotations, and the product of two queries or of two keys has no use for them.
         """
         mixed = self.config.relation_heads is not None
         return tuple(r for r in self.config.relations if r != "value_value" and (mixed or r != "query_key"))
@@ -120,7 +120,7 @@ class AttentionTerm(AlignmentTerm):
             )
 
     def check_geometry(self, student: dict[int, Geometry], teacher: dict[int, Geometry]) -> None:
-        """Raise UserError unless mapped layers see the same keys; both by layer."""
+        """Raise UserError unless mapped layers see the same keys. student, teacher: geometry by layer."""
         for layer, other in self.layers:
             if student[layer] != teacher[other]:
                 raise UserError(
@@ -149,7 +149,7 @@ class AttentionTerm(AlignmentTerm):
 
     def _layer_sum(self, layer: int, mine: AttentionTrace, other: AttentionTrace, batch) -> Tensor:
         total: Tensor | float = 0.0
-        rows = rows_of(batch, self.config.rows, layer, self.training)  # all relations have the same
+        rows = rows_of(batch, self.config.rows, layer, self.training)  # the same for all relations
         for relation, heads in self.relation_heads.items():
             query, key, scale = self._related(mine, relation)
             other_query, other_key, other_scale = self._related(other, relation)
@@ -175,7 +175,7 @@ class AttentionTerm(AlignmentTerm):
         return total
 
     def _related(self, trace: AttentionTrace, relation: Relation) -> tuple[Tensor, Tensor, float]:
-        """Return what asks (B, H, N, D), what is asked (B, H_kv, N, D), and the factor of their products."""
+        """Return the relation's left side (B, H, N, D), right side (B, H_kv, N, D), and the scale of their products."""
         before = relation in self.unrotated and trace.unrotated_query is not None
         left, right = (
             getattr(trace, f"unrotated_{name}" if before else name) for name in relation.split("_")
@@ -193,9 +193,9 @@ class AttentionTerm(AlignmentTerm):
 def _attention_map(
     layers: LayerMap, student: tuple[int, ...], teacher: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    """Return the (student, teacher) pairs of layers with attention that a map names; numbers are the models' own.
+    """Return the (student, teacher) pairs of attention layers for a layer map, numbered as in the models.
 
-    student, teacher: the layers that have attention, which a named map (uniform, last, ...) picks among.
+    student, teacher: the layers that have attention; a named map (uniform, last, ...) picks among them.
     """
     place = "terms.attention.layers"
     if isinstance(layers, str):
@@ -213,5 +213,5 @@ def _attention_map(
 
 
 def _joined(shape: Shape, relation: str) -> tuple[int, int]:
-    """Return how many heads a relation relates, and their width."""
+    """Return how many heads a relation compares, and their width."""
     return (shape.heads if relation.startswith("query") else shape.key_heads), shape.head_width

@@ -1,4 +1,4 @@
-"""Define what every term of the loss is."""
+"""Define the base class of every term of the loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from dsdistill.ops import HEAD_BACKENDS, VocabularyLosses, Weight
 
 @dataclass(frozen=True)
 class Shape:
-    """A Shape holds what a term must know of one model before it sees a trace."""
+    """Hold what a term must know of one model before it sees a trace."""
 
     depth: int  # layers
     width: int  # of the hidden states
@@ -27,7 +27,7 @@ class Shape:
     key_heads: int  # of keys and values
     head_width: int
     vocabulary: int
-    attention_layers: tuple[int, ...] | None = None  # of hybrids, counted from 1; None: all have attention
+    attention_layers: tuple[int, ...] | None = None  # for hybrids, counted from 1; None: all have attention
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -52,11 +52,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pair:
-    """A Pair describes student and teacher of one run, as the terms see them."""
+    """Describe the student and teacher of one run, as the terms see them."""
 
     student: Shape
     teacher: Shape | None
-    task: str  # that of the config
+    task: str  # as in the config
     backend: str  # of the operators
     tokens: int = 0  # entries of the tokenizer
     domain_width: int = 0  # d' of a student with domain fusion
@@ -66,20 +66,20 @@ class Pair:
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:
-        """Return the shapes of student and teacher; a term that needs a teacher asks for them."""
+        """Return the shapes of student and teacher, for a term that needs a teacher."""
         assert self.teacher is not None  # a config without a teacher has no term that needs one
         return self.student, self.teacher
 
     @property
     def logit_backend(self) -> str:
-        """Return the backend of the operators over a vocabulary; "auto" where they have not the one asked for."""
+        """Return the backend of the operators over a vocabulary; "auto" if they lack the one asked for."""
         return self.backend if self.backend in HEAD_BACKENDS else "auto"
 
 
 class AlignmentTerm(nn.Module, ABC):
-    """A term is one summand of the loss: for each part (mapped layer) a sum, and the count to divide it by.
+    """Compute one summand of the loss: a sum for each part (mapped layer), and the count that divides it.
 
-    Sum and count are apart because the loss divides by counts over all ranks and accumulation steps: the same
+    Sum and count are separate because the loss divides by counts over all ranks and accumulation steps: the same
     global batch then gives the same loss however it is split.
     """
 
@@ -119,19 +119,19 @@ class AlignmentTerm(nn.Module, ABC):
         return reads and getattr(self.config, "final_norm", "before") == "after"
 
     def state(self, trace: Trace, layer: int) -> Tensor:
-        """Return (B, N, D), a layer's states; those of the last as `final_norm` of the settings says."""
+        """Return a layer's states, (B, N, D); the last layer's before or after the final norm, as `final_norm` says."""
         return trace.state(layer, after=getattr(self.config, "final_norm", "before") == "after")
 
     def check_models(self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]) -> None:
         """Raise UserError for models that the term cannot compare.
 
-        seen: of student and teacher, which keys each attention layer sees. hidden_rotation: the models that rotate
-        queries and keys by their position where nothing from before can be captured, their types by place.
+        seen: which keys each attention layer sees, of student and teacher. hidden_rotation: model types by place
+        (student, teacher), for models whose queries and keys cannot be captured before their rotation by position.
         """
 
     @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """Return (parts,) float64: what each sum is divided by, from the batch alone; `batch.documents` are examples.
+        """Return (parts,) float64: the divisor of each sum, from the batch alone. `batch.documents` marks the examples.
 
         geometry: of the student's attention layers, by layer.
         """
@@ -140,8 +140,8 @@ class AlignmentTerm(nn.Module, ABC):
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
         """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted.
 
-        Rows of a causal language model may be packed. A term that relates or pools the tokens of an example must not
-        take a row for one: alignment/units.py lays out states like the rows of `batch.unpacked`, or pools them.
+        Rows of a causal language model may be packed. So a term that relates or pools the tokens of an example must not
+        treat a row as one example: alignment/units.py lays out states like the rows of `batch.unpacked`, or pools them.
         """
 
     def sums_with(
@@ -152,18 +152,18 @@ class AlignmentTerm(nn.Module, ABC):
         batch: Batch,
         weights: tuple[Weight, Weight] = (1.0, 1.0),
     ) -> VocabularyLosses:
-        """Return the sums of `other`, the term that this one joins, and of this one; weights are theirs in `total`.
+        """Return the sums of `other`, the term that this one joins, and of this one; `weights` are theirs in `total`.
 
-        A term that has `joins` must say how; nobody asks the others.
+        A term that sets `joins` must implement this; it is not called on others.
         """
         raise TypeError(f"term {self.name}: got joins = {self.joins!r} alone, expected sums_with beside it")
 
     def _map_layers(
         self, config: Layered, pairs: tuple[tuple[int, int], ...], depths: Sequence[int] | None = None
     ) -> None:
-        """Take these (student, teacher) pairs as the parts, weighted as the config says.
+        """Use these (student, teacher) pairs as the parts, weighted as the config says.
 
-        depths: of student and teacher, how many layers are mapped; by default all.
+        depths: how many layers of student and teacher are mapped; by default all.
         """
         self.layers = pairs
         self.parts = len(pairs)

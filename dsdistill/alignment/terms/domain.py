@@ -1,4 +1,4 @@
-"""Compare hidden states in d' features, structure at three granularities, and a prediction (domain mapping)."""
+"""Compare hidden states in d' features, their structure at three granularities, and a prediction (domain mapping)."""
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,18 @@ from dsdistill.ops import hidden_alignment, pairwise_alignment
 
 
 class DomainTerm(AlignmentTerm):
-    """The term has up to five parts, each with a factor of its own.
+    """Compute the domain loss of up to five parts, each with a factor of its own.
 
-      hidden     ‖ψ_l h_S − φ_l h_T‖² over valid tokens, a feature, mean over layers; φ frozen, ψ trained
+      hidden     ‖ψ_l h_S − φ_l h_T‖², mean over valid tokens, features and layers; φ frozen, ψ trained
       tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs
       phrases    the same between mean-pooled phrases
-      sequences  SP (Tung & Mori 2019) between the examples that meet in a micro-batch on all ranks: the student's
-                 aggregate Y against the teacher's mean-pooled states
-      predictor  ‖Ẑ − Z‖² over valid tokens, a feature
+      sequences  SP (Tung & Mori 2019) between the examples of a micro-batch on all ranks: the student's aggregate Y
+                 against the teacher's mean-pooled states
+      predictor  ‖Ẑ − Z‖², mean over valid tokens and features
 
-    The published method prints no formula; all of it is this project's own reading. Tokens and phrases are compared
+    The published method prints no formula; all of this is the project's own reading. Tokens and phrases are compared
     by cosines and not by rows of the Gram matrix, so that no such matrix is built. The last layers are read before the
-    final norm, where φ is fitted.
+    final norm, as φ is fitted there.
     """
 
     name = "domain"
@@ -114,7 +114,7 @@ class DomainTerm(AlignmentTerm):
         )
 
     def _sequences(self, last: tuple[Tensor, Tensor], phrases: Tensor, mask: Tensor, batch: Batch) -> Tensor:
-        assert self.aggregate is not None  # made where `sequences` counts, and only then is this called
+        assert self.aggregate is not None  # this is called only if `sequences` has a factor
         rows = batch.unpacked
         mean, other = (mean_pool(states, rows.mask) for states in last)
         place = (rows.mask.sum(1) - 1).clamp(min=0) if self.pair.task == "causal_lm" else 0 * rows.mask.sum(1)

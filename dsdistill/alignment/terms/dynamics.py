@@ -19,10 +19,10 @@ from dsdistill.ops import soft_label_alignment
 class FeatureDynamicsTerm(AlignmentTerm):
     """Compute levels · Σ_l KL(p_T^l ‖ p_S^l) + changes · Σ_l (1 − cos(Δy_T^l, Δy_S^l)), means over tokens.
 
-    y^l = log softmax(head(norm(h_l))) is what the model would predict if layer l were its last (the logit lens) and
-    Δy^l its change to the next mapped layer. Only the student's layers learn: its head is a constant here, or the
-    lens could be fitted in place of the layers. One of the base losses of MTA (arXiv 2605.01374), whose weights of 1
-    are those of a reproduction; the loss on the model's own predictions is soft_label.
+    y^l = log softmax(head(norm(h_l))) is what the model would predict if layer l were its last (the logit lens), and
+    Δy^l is its change to the next mapped layer. Only the student's layers learn: its head is a constant here, because
+    otherwise the lens could be fitted instead of the layers. This is one of the base losses of MTA (arXiv 2605.01374);
+    its weights of 1 are those of a reproduction. The loss on the model's own predictions is soft_label.
     """
 
     name = "fdd"

@@ -14,9 +14,9 @@ from dsdistill.config.terms import Embedding
 class EmbeddingTerm(AlignmentTerm):
     """Compute the mean over texts of 1 − cosine or of the squared difference of the two models' vectors.
 
-    The student's vector is projected where its width is not the teacher's. With `dims` each of these numbers of first
-    values is a vector of its own, with a projector of its own (Kusupati et al. 2022, Matryoshka), and the loss is the
-    mean over them. The two texts of a pair count as two.
+    The student's vector is projected if its width is not the teacher's. For each number d in `dims` the first d values
+    are a vector with a projector of its own (Kusupati et al. 2022, Matryoshka); the loss is the mean over these. The
+    two texts of a pair count as two texts.
     """
 
     name = "embedding"

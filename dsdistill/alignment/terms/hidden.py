@@ -14,7 +14,7 @@ class HiddenTerm(AlignmentTerm):
     """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
     Each mapped layer has a projector of its own; the paper's code shares one. The last layer is read after the final
-    norm, as others read it, or with `final_norm: before` as the layer leaves it.
+    norm, as other libraries read it, or with `final_norm: before` as the layer outputs it.
     """
 
     name = "hidden"
@@ -67,9 +67,9 @@ class HiddenTerm(AlignmentTerm):
 
 
 class FeatureTerm(HiddenTerm):
-    """This is HiddenTerm with a cosine by default and without the embeddings, so that a loss can have both.
+    """Compute HiddenTerm with a cosine by default and without the embeddings, so that a loss can have both terms.
 
-    With layers: last it is DistilBERT's cosine loss (Sanh et al. 2019).
+    With `layers: last` it is DistilBERT's cosine loss (Sanh et al. 2019).
     """
 
     name = "feature"

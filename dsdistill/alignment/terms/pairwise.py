@@ -17,11 +17,11 @@ class PairwiseTerm(AlignmentTerm):
     """Compare the two models' token-by-token relations; no projector is needed, and widths may differ.
 
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
-    formula. Of two readings, the centred, row-normalised Gram matrix of a sequence's tokens for both, or φ a PCA fitted
-    on the teacher with ψ a trained linear map, the first is what is built. It has no parameters; φ and ψ trained
-    together on this loss alone would both collapse to 0. With `rows` training relates so many tokens of each sequence,
-    drawn anew each step, to all of it; evaluation relates all. The last layer is read after the final norm, or with
-    `final_norm: before` as the layer leaves it.
+    formula. There are two readings: φ and ψ both give the centred, row-normalised Gram matrix of a sequence's tokens,
+    or φ is a PCA fitted on the teacher and ψ a trained linear map. The first is built here. It has no parameters; φ and
+    ψ trained together on this loss alone would both collapse to 0. With `rows` training relates that many tokens of
+    each sequence, drawn anew at each step, to all of its tokens; evaluation relates all. The last layer is read after
+    the final norm, or with `final_norm: before` as the layer outputs it.
     """
 
     name = "pairwise"
@@ -40,7 +40,7 @@ class PairwiseTerm(AlignmentTerm):
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
     def _units(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return what is related, one sequence a row."""
+        """Return the vectors that are related, one sequence a row, centred if `center` is set."""
         rows = unpacked(states, batch)
         return wide(rows) - mean_pool(rows, batch.unpacked.mask)[:, None] if self.config.center else rows
 

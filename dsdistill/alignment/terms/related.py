@@ -14,11 +14,12 @@ from dsdistill.config.terms import Contrastive, Related, RelationalKD
 
 
 class RelatedTerm(AlignmentTerm):
-    """Units are mean-pooled hidden states of the examples that meet in one micro-batch on all ranks.
+    """Compare units: the mean-pooled hidden states of the examples of one micro-batch on all ranks.
 
-    Each gathered micro-batch has one loss, a mean over its units; the step's is their mean, weighted by how many
-    units each has. So ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
-    The last layer is read after the final norm, or with `final_norm: before` as the layer leaves it.
+    Each gathered micro-batch has one loss, a mean over its units. The step's loss is their mean, weighted by the number
+    of units. So the number of ranks does not change the value (two ranks of 8 equal one of 16), but gradient
+    accumulation does. The last layer is read after the final norm, or with `final_norm: before` as the layer outputs
+    it.
     """
 
     config: Related
@@ -37,7 +38,7 @@ class RelatedTerm(AlignmentTerm):
         """Return the mean loss over the units of (n, D_s) and (n, D_t), n ≥ 1."""
 
     def project(self, pair: tuple[int, int], student: Tensor) -> Tensor:
-        """Return the vectors of the student's layer as they are related."""
+        """Return the vectors of the student's layer in the form that is related, here unchanged."""
         return student
 
     def counts(self, batch, geometry):
@@ -58,9 +59,9 @@ class RelatedTerm(AlignmentTerm):
 
 
 class ContrastiveTerm(RelatedTerm):
-    """Compute InfoNCE in a batch: a student's vector against the teacher's vectors of all examples.
+    """Compute InfoNCE in a batch: each student vector against the teacher's vectors of all examples.
 
-    The published method names a contrastive loss without a formula; vectors, negatives and temperature (that of
+    The published method names a contrastive loss without a formula; vectors, negatives and temperature (as in
     CRD, Tian et al. 2020) are this project's own reading.
     """
 

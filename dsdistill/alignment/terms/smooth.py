@@ -1,4 +1,4 @@
-"""Keep the student's last layer near itself at the end of the stage before."""
+"""Keep the student's last layer near its state at the end of the stage before."""
 
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.config.terms import Smooth
@@ -8,8 +8,8 @@ class SmoothTerm(AlignmentTerm):
     """Compute the mean over valid tokens of ‖H − H_before‖₂ / √D on the same batch.
 
     H_before comes from the student as the stage before left it, frozen and without dropout. The published method
-    names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading. H comes after the final norm,
-    or with `final_norm: before` as the layer leaves it.
+    names the loss ‖H^k − H^(k−1)‖; layer, mean and scale are the project's own reading. H is read after the final norm,
+    or with `final_norm: before` as the layer outputs it.
     """
 
     name = "smooth"
@@ -27,5 +27,5 @@ class SmoothTerm(AlignmentTerm):
         now = self.state(student, self.pair.student.depth).float()
         before = self.state(student.previous, self.pair.student.depth).float()
         moved = (now - before)[batch.mask].square().mean(-1)
-        # The root's slope is infinite where nothing moved, as at a stage's first step: there the loss is 0, slope 0.
+        # The root's slope is infinite where nothing moved, as at a stage's first step: loss and slope are 0 there.
         return moved.clamp_min(1e-12).sqrt().sub(1e-6).sum()[None]

@@ -20,7 +20,7 @@ from dsdistill.ops import logit_alignment, soft_label_alignment, vocabulary_loss
 
 
 def common_vocabulary(pair: Pair, place: str) -> int | None:
-    """Return how many entries of both heads stand for tokens; None where the heads have the same width."""
+    """Return how many entries of both heads stand for tokens; None if the heads have the same size."""
     student, teacher = (shape.vocabulary for shape in pair.shapes)
     if student == teacher:
         return None
@@ -36,9 +36,9 @@ def common_vocabulary(pair: Pair, place: str) -> int | None:
 class SoftLabelTerm(AlignmentTerm):
     """Compute the divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
-    Language models: over the positions that predict a token, from hidden states and heads; where the heads are
-    padded to different widths, over the tokenizer's entries. Scores: squared difference of both divided by τ, which is
-    2 KL of unit normal distributions around them; τ² cancels τ there.
+    For language models it is computed over the positions that predict a token, from hidden states and heads; if the
+    heads are padded to different sizes, over the tokenizer's entries. For regression it is the squared difference of
+    both scores divided by τ, which is 2 KL of unit normal distributions around them; τ² cancels τ there.
     """
 
     name = "soft_label"

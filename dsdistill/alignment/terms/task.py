@@ -1,4 +1,4 @@
-"""Compute the task's own loss, against the labels."""
+"""Compute the task's own loss against the labels."""
 
 from typing import Any
 
@@ -16,36 +16,36 @@ from dsdistill.ops import token_cross_entropy
 
 
 def targets(batch: Batch, task: str) -> Tensor:
-    """Return (B, M) int64: what the states of `predicting` are to predict, NO_LABEL where nothing."""
+    """Return (B, M) int64: the label that each state of `predicting` is to predict, or NO_LABEL."""
     if task == "causal_lm":
         follows = batch.mask[:, 1:]
-        if batch.position_ids is not None:  # before the first token of a document lies another document
+        if batch.position_ids is not None:  # a document's first token follows another document
             follows = follows & (batch.position_ids[:, 1:] > 0)
         return _labels(batch)[:, 1:].masked_fill(~follows, NO_LABEL)
     return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
 
 
 def _labels(batch: Batch) -> Tensor:
-    assert batch.labels is not None  # a run whose terms or metrics read labels has data with labels
+    assert batch.labels is not None  # data without labels has been refused
     return batch.labels
 
 
 def predicting(states: Tensor, task: str) -> Tensor:
-    """Return (B, M, D) of (B, N, D): the states that predict a token, the next one or (masked) their own."""
+    """Return the states that predict a token, (B, M, D) of (B, N, D): the next one or (masked) their own."""
     return states[:, :-1] if task == "causal_lm" else states
 
 
 def count_predicted(batch: Batch, task: str) -> Tensor:
-    """Return a scalar, float64 on the batch's device: how many tokens are to be predicted."""
+    """Return how many tokens are to be predicted, a float64 scalar on the batch's device."""
     if batch.counted is None:
         return (targets(batch, task) != NO_LABEL).sum().double()
     return torch.full((), batch.counted.numel(), dtype=torch.float64, device=batch.counted.device)
 
 
 def counted_places(batch: Batch, task: str) -> Tensor | None:
-    """Return (K,) int64: the flat places, among the states of `predicting`, of those that predict a token.
+    """Return (K,) int64: the flat places of those states of `predicting` that predict a token.
 
-    None where the batch does not say (`Batch.counted`).
+    None if the batch does not say (`Batch.counted`).
     """
     if batch.counted is None or task != "causal_lm":
         return batch.counted
@@ -55,7 +55,7 @@ def counted_places(batch: Batch, task: str) -> Tensor | None:
 
 
 def counted_states(batch: Batch, task: str) -> dict[str, Any]:
-    """Return what states of `predicting` count, as an argument: `index` where the batch has it, else `mask`."""
+    """Return which states of `predicting` count, as a keyword argument: `index` if the batch has it, else `mask`."""
     index = counted_places(batch, task)
     return {"mask": targets(batch, task) != NO_LABEL} if index is None else {"index": index}
 
@@ -63,13 +63,13 @@ def counted_states(batch: Batch, task: str) -> dict[str, Any]:
 class TaskTerm(AlignmentTerm):
     """Compute cross-entropy over examples or predicted tokens; squared error for scores; contrast of pairs of texts.
 
-    Labels are smoothed and classes weighed as by torch's cross_entropy: with w of the classes C, ε the smoothing and
-    q the student's probabilities an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the sum, and w_y to
-    what the sum is divided by.
+    Labels are smoothed and classes weighted as by torch's cross_entropy. With w the weights of the C classes, ε the
+    smoothing and q the student's probabilities, an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the
+    sum, and w_y to the divisor.
 
     A pair of a query q_i and a document d_i adds −log softmax_j(cos(q_i, d_j) / τ) at j = i to the sum, where j runs
-    over the pairs that meet in a micro-batch on all ranks (InfoNCE, van den Oord et al. 2018). As with a RelatedTerm,
-    ranks do not change the value (two ranks of 8 equal one of 16), gradient accumulation does.
+    over the pairs of a micro-batch on all ranks (InfoNCE, van den Oord et al. 2018). As with a RelatedTerm, the number
+    of ranks does not change the value (two ranks of 8 equal one of 16), but gradient accumulation does.
     """
 
     name = "task"
@@ -136,7 +136,7 @@ class TaskTerm(AlignmentTerm):
         return loss[None]
 
     def _contrast(self, vectors: Tensor, batch: Batch) -> Tensor:
-        """Return this rank's share of the sum over the pairs of all ranks; vectors: (B, D), of the student."""
+        """Return this rank's share of the sum over the pairs of all ranks. vectors: (B, D), the student's."""
         own = torch.cat(pair_vectors(vectors, batch), dim=1)
         units = gather_rows(own)
         if not len(units):

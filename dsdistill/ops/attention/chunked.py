@@ -1,10 +1,11 @@
-"""Attention alignment in plain PyTorch, a block of queries at a time; raw scores by an identity over N.
+"""Compute attention alignment in plain PyTorch, a block of queries at a time, or raw scores by an identity over N.
 
-Gradients with respect to the student's scores S of one row, with P = softmax(S):
+The gradients at the student's scores S of one row are, with P = softmax(S):
   kl         dS = P_S − P_T
   mse        dS = 2 P_S ∘ (P_S − P_T − r),  r = Σ_j P_S (P_S − P_T)
   score_mse  dS = 2 (S_S − S_T)
-then dQ = scale · dS K and dK = scale · dSᵀ Q, all in the forward pass. A chosen row's dS is times its weight.
+Then dQ = scale · dS K and dK = scale · dSᵀ Q, all in the forward pass. With `rows`, each row's dS is multiplied by its
+weight.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 64, 16, 512
 
 
 def identity_wins(pairs: Pairs, width: int) -> bool:
-    """Whether raw scores are cheaper by the identity, O(N D²), than by the native kernel, O(N² D)."""
+    """Return whether raw scores are cheaper by the identity, O(N D²), than by the native kernel, O(N² D)."""
     return pairs.unrestricted and pairs.queries >= 6 * width
 
 
@@ -45,10 +46,10 @@ def attention_total(
     dtype: torch.dtype,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """The same sum as `reference.attention_total`, and its gradients at the student's query and key if needed."""
+    """Return the sum of `reference.attention_total`, and its gradients at the student's query and key if needed."""
     width = max(student_query.shape[-1], teacher_query.shape[-1])
     by_identity = divergence == "score_mse" and pairs.unrestricted and pairs.queries >= 2 * width
-    # Half precision meets on tensor cores as it is, but not in the identity, whose sums are multiplied once more.
+    # Half precision is multiplied without a cast, but not in the identity, whose sums are multiplied once more.
     half = not by_identity and all(
         gpu.half_operands(*model) for model in ((student_query, student_key), (teacher_query, teacher_key))
     )
@@ -74,7 +75,7 @@ def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, hea
     rows = min(query_count, max(MIN_ROWS, min(most, elements // max(1, widest * tokens))))
     group = max(1, elements // max(1, widest * rows * tokens))
     dtype = accumulate_dtype(q_s, q_t)
-    rounded = gpu.product_dtype(k_s, q_s) if q_s.dtype != dtype else dtype  # of dS in its products
+    rounded = gpu.product_dtype(k_s, q_s) if q_s.dtype != dtype else dtype  # the type of dS in its products
 
     total = torch.zeros((), dtype=dtype, device=q_s.device)
     d_query = torch.zeros(q_s.shape, dtype=dtype, device=q_s.device) if needs[0] else None
@@ -106,12 +107,12 @@ def _by_rows(needs, q_s, k_s, q_t, k_t, pairs, divergence, scale_s, scale_t, hea
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """(b, H, R, *) → (b, H_kv, H/H_kv · R, *): the query heads that share a key head become its rows."""
+    """Reshape (b, H, R, *) to (b, H_kv, H/H_kv · R, *): the query heads that share a key head become its rows."""
     return x.reshape(x.shape[0], kv_heads, -1, x.shape[-1])
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """(b, H, R, K) raw scores of one block."""
+    """Return the raw scores of one block, (b, H, R, K)."""
     shape = (*query.shape[:3], key.shape[2])
     return _product(_grouped(query, key.shape[1]), key.transpose(-1, -2)).view(shape).mul_(scale)
 
@@ -122,7 +123,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _log_softmax(raw: Tensor, exists: Tensor | None) -> Tensor:
-    """log softmax over existing keys; 0 where a pair does not exist."""
+    """Return the log softmax over existing keys; 0 where a pair does not exist."""
     if exists is None:
         return raw.log_softmax(-1)
     raw = raw.masked_fill_(~exists, -torch.inf).masked_fill_(~exists.any(-1, keepdim=True), 0)
@@ -130,7 +131,7 @@ def _log_softmax(raw: Tensor, exists: Tensor | None) -> Tensor:
 
 
 def _divergence(raw_s, raw_t, exists, divergence, heads, with_gradient):
-    """Values of one block's rows, and the gradient at the student's raw scores (None when not asked for)."""
+    """Return the values of one block's rows, and the gradient at the student's raw scores (None if not asked for)."""
     if divergence == "score_mse":
         difference = raw_s.sub_(raw_t)
         if exists is not None:
@@ -159,7 +160,7 @@ def _divergence(raw_s, raw_t, exists, divergence, heads, with_gradient):
 
 
 def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
-    """Divergence of the head-averaged probabilities.
+    """Return the divergence of the head-averaged probabilities, and its gradient at the student's raw scores.
 
     With P̄ = (1/H) Σ_h P_h and g = ∂L/∂P̄_S: dS_h = P_h ∘ (g − Σ_j P_h g) / H. For kl, g P_h / H = −P̄_T ρ_h with
     ρ_h = P_h / (H P̄_S), which lies in [0, 1] however small both are.
@@ -185,7 +186,7 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
 
 
 def _score_mse_by_identity(needs, q_s, k_s, q_t, k_t, scale_s, scale_t, weights):
-    """‖Q_S K_Sᵀ − Q_T K_Tᵀ‖² = ⟨QSᵀQS, KSᵀKS⟩ − 2⟨QTᵀQS, KTᵀKS⟩ + ⟨QTᵀQT, KTᵀKT⟩: O(N D²) instead of O(N² D).
+    """Use ‖Q_S K_Sᵀ − Q_T K_Tᵀ‖² = ⟨QSᵀQS, KSᵀKS⟩ − 2⟨QTᵀQS, KTᵀKS⟩ + ⟨QTᵀQT, KTᵀKT⟩: O(N D²), not O(N² D).
 
     Masked tokens are zero vectors, so they add nothing. The difference cancels in the value when the models
     agree (hence the clamp), not in the gradients, which are differences of N×D matrices.

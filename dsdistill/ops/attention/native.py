@@ -1,4 +1,4 @@
-"""Attention alignment by the compiled operator `torch.ops.dsdistill.attention_alignment` (csrc/attention)."""
+"""Call the compiled operator `torch.ops.dsdistill.attention_alignment` (csrc/attention)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIVERGENCE_CODES = {"kl": KL, "mse": MSE, "score_mse": SCORE_MSE}
 def arguments(
     tensors: Sequence[Tensor], pairs, weights, divergence, student_scale, teacher_scale, reduction
 ) -> tuple:
-    """The operator's arguments up to its last two, which ask for gradients."""
+    """Return the operator's arguments up to its last two, which ask for gradients."""
     segments = None if pairs.segments is None else pairs.segments.to(torch.int64).contiguous()
     return (
         *tensors,
@@ -35,7 +35,7 @@ def arguments(
 
 
 def register() -> None:
-    """Shapes for tracing, and autograd for callers that use the operator directly."""
+    """Register shapes for tracing, and autograd for callers that use the operator directly."""
 
     @torch.library.register_fake("dsdistill::attention_alignment")
     def _fake(student_query, student_key, teacher_query, teacher_key, *rest):

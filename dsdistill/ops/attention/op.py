@@ -1,4 +1,4 @@
-"""Public attention alignment: checks, normalisation, choice of backend."""
+"""Define the public attention alignment: checks, normalisation, choice of backend."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def attention_alignment(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Distance between the student's and the teacher's attention, without building either matrix whole.
+    """Return the distance between the student's and the teacher's attention, without building either matrix whole.
 
     With A = softmax(scale · Q Kᵀ) of one head over the keys that a query sees:
       "kl"         Σ_j A_T log(A_T / A_S), in nats; mean over valid rows × heads (MiniLM, Wang et al. 2020, Eq. 4)
@@ -67,14 +67,14 @@ def attention_alignment(
         heads: "match" compares head by head (equal H); "mean" compares the probabilities averaged over heads
             (H may differ; not for "score_mse"; the divisors above then lack the factor H); "group" compares student
             head g with the teacher's probabilities averaged over its heads g·r … g·r + r − 1, r = H_T / H_S a whole
-            number (not for "score_mse"; the divisors count the student's heads; "reference" and "chunked" alone).
-        window: a key counts at distance < window tokens, in both models.
+            number (not for "score_mse"; the divisors count the student's heads; only "reference" and "chunked").
+        window: a query sees keys at distance < window tokens, in both models.
         segments: (B, N) integers; attention stays within equal numbers (packed sequences).
-        rows: (index, weights): the queries that are compared alone, in any order, those that are named twice twice.
-            index (B, R) int64, their positions, −1: none. weights (B, R) ≥ 0, of their sums and of the gradients;
-            None: n_b/R_b each, the valid tokens of the sequence over those among its rows, so that loss and gradient
-            of rows drawn with equal chances are unbiased. Keys and divisors stay those of all tokens. A position
-            beyond N raises on a CPU alone: to look on a GPU would wait for it.
+        rows: (index, weights): only these queries are compared, in any order; a repeated position counts again.
+            index: (B, R) int64 positions; −1 names no query. weights: (B, R) ≥ 0, factors of their sums and gradients;
+            None: n_b/R_b each, the sequence's valid tokens divided by its valid rows, so that loss and gradient of
+            uniformly drawn rows are unbiased. Keys and divisors stay those of all tokens. A position beyond N raises
+            only on a CPU: a check on a GPU would wait for the device.
         reduction: "mean" divides as above; "sum" does not divide.
         backend: "auto", "reference", "chunked", "cpp" or "triton".
 
@@ -180,7 +180,7 @@ def attention_alignment(
 
 
 def _at(index: Tensor, query: Tensor) -> Tensor:
-    """Return (B, H, R, D) of the queries (B, H, N, D) at the positions (B, R); some query where there is none."""
+    """Return the queries (B, H, N, D) at the positions (B, R), as (B, H, R, D); at −1 the first one."""
     places = index.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     return query.gather(2, places)
 
@@ -229,7 +229,7 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
 
 
 def _count(pairs: Pairs, batch: int, heads: int, divergence: str, how: str, device: torch.device) -> Tensor:
-    """What "mean" divides by: valid rows (kl) or existing entries, times the heads compared."""
+    """Return what "mean" divides by: valid rows (kl) or existing entries, times the heads compared."""
     if divergence != "kl":
         count = pairs.count(batch, device)
     elif pairs.mask is None:
@@ -240,7 +240,7 @@ def _count(pairs: Pairs, batch: int, heads: int, divergence: str, how: str, devi
 
 
 def relation_heads(x: Tensor, heads: int) -> Tensor:
-    """Heads joined and split anew, so that models of different head counts can be compared (MiniLMv2).
+    """Concatenate the heads and split them anew, so that models of different head counts can be compared (MiniLMv2).
 
     Args:
         x: (B, H, N, D) queries, keys or values.

@@ -1,4 +1,4 @@
-"""Which (query, key) pairs of a sequence exist: mask, causal order, sliding window, packed segments."""
+"""Say which (query, key) pairs of a sequence exist: mask, causal order, sliding window, packed segments."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dsdistill.ops.gpu import block_elements
 
 @dataclass(frozen=True)
 class Pairs:
-    """A query at i sees a key at j when both are valid and the conditions below hold.
+    """Hold the conditions under which a query at i sees a key at j: both are valid, and all of those below hold.
 
     mask: (B, N) bool, True = valid; None = all. causal: j ≤ i. window: |i − j| < window.
     segments: (B, N) int, equal at i and j.
-    rows: (B, R) int64, the positions of the queries that are compared, in any order, −1: none; None = all N of them.
+    rows: (B, R) int64, the positions of the compared queries, in any order; −1 names no query; None = all N.
     """
 
     tokens: int
@@ -29,27 +29,27 @@ class Pairs:
 
     @property
     def queries(self) -> int:
-        """How many queries of a sequence are compared, those that are none included."""
+        """Return how many queries of a sequence are compared, positions of −1 included."""
         return self.tokens if self.rows is None else self.rows.shape[1]
 
     @property
     def unrestricted(self) -> bool:
-        """Every valid query sees every valid key."""
+        """Return whether every valid query sees every valid key."""
         return (
             not self.causal and self.segments is None and (self.window is None or self.window >= self.tokens)
         )
 
     def query_mask(self) -> Tensor | None:
-        """(B, R) bool, True at the queries that count; None where all do. Without rows: the mask, (B, N)."""
+        """Return (B, R) bool, True at the queries that count; None where all do. Without rows: the mask, (B, N)."""
         return self.mask if self.rows is None else valid_rows(self.rows, self.mask)
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of keys that the queries start..stop can see at all."""
+        """Return the range of keys that any of the queries start..stop can see."""
         if self.rows is not None:
             if not self.causal and self.window is None:
                 return 0, self.tokens
             if self.rows.device.type != "cpu" or torch.compiler.is_compiling():
-                return 0, self.tokens  # which queries these are nobody may ask there
+                return 0, self.tokens  # reading the positions would wait for the device or break the trace
             found = self.rows[:, start:stop].clamp(min=0)
             start, stop = int(found.min()), int(found.max()) + 1
         first, last = 0, stop if self.causal else self.tokens
@@ -59,7 +59,7 @@ class Pairs:
         return first, last
 
     def block(self, rows: slice, keys: slice, batch: slice, device: torch.device) -> Tensor | None:
-        """(b, 1, R, K) bool for a block of queries and keys of the sequences `batch`; None where all exist."""
+        """Return (b, 1, R, K) bool for a block of queries and keys of the sequences `batch`; None where all exist."""
         present = None
         found = None if self.rows is None else self.rows[batch, rows].clamp(min=0)
         if self.causal or self.window is not None:
@@ -77,7 +77,7 @@ class Pairs:
         return None if present is None else present[:, None]
 
     def count(self, batch: int, device: torch.device) -> Tensor:
-        """Number of pairs that exist in all sequences together, whatever the rows, int64."""
+        """Return the number of pairs that exist in all sequences together, int64; `rows` does not change it."""
         if self.mask is None and self.segments is None:
             n = self.tokens
             width = n if self.window is None else min(self.window, n)
@@ -94,6 +94,6 @@ class Pairs:
         for start in range(0, self.tokens, step):
             stop = min(start + step, self.tokens)
             block = whole.block(slice(start, stop), slice(*whole.keys(start, stop)), slice(None), device)
-            assert block is not None  # something restricts the pairs, or the count were known by now
+            assert block is not None  # without a restriction the count has been returned above
             total += block.sum()
         return total

@@ -1,10 +1,10 @@
-"""Definition of attention alignment in plain PyTorch: whole N×N matrices, any floating dtype.
+"""Define attention alignment in plain PyTorch, with whole N×N matrices, for any floating dtype.
 
 With A = softmax(scale · Q Kᵀ) over the keys that a query sees:
   kl         Σ_rows Σ_j A_T log(A_T / A_S)          MiniLM, Wang et al. 2020, Eq. 4
   mse        Σ_rows Σ_j (A_S − A_T)²
   score_mse  Σ_rows Σ_j (S_S − S_T)², S = scale · Q Kᵀ before the softmax    TinyBERT, Jiao et al. 2020, Eq. 7
-Where rows are chosen each has a weight in its sum.
+With `rows`, each row's sum is multiplied by its weight.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from dsdistill.ops.attention.pairs import Pairs
 
 
 def scores(query: Tensor, key: Tensor, scale: float, pairs: Pairs) -> Tensor:
-    """(B, H, R, N) raw scores; masked tokens count as zero vectors, so that NaN in padding is never read."""
+    """Return (B, H, R, N) raw scores; masked tokens count as zero vectors, so that NaN in padding is never read."""
     query, key = hide_masked(query, pairs.query_mask()), hide_masked(key, pairs.mask)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return query @ key.transpose(-1, -2) * scale
 
 
 def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, H, N, D) with the vectors of masked tokens set to 0. mask: (B, N) bool, True = valid."""
+    """Return x (B, H, N, D) with the vectors of masked tokens set to 0. mask: (B, N) bool, True = valid."""
     return x if mask is None else x.masked_fill(~mask[:, None, :, None], 0)
 
 
 def log_attention(raw: Tensor, exists: Tensor | None) -> Tensor:
-    """log softmax over the existing keys; rows without any are 0 throughout."""
+    """Return the log softmax over the existing keys; rows without any are 0 throughout."""
     if exists is None:
         return raw.log_softmax(-1)
     raw = raw.masked_fill(~exists, -torch.inf).masked_fill(~exists.any(-1, keepdim=True), 0)
@@ -39,7 +39,7 @@ def log_attention(raw: Tensor, exists: Tensor | None) -> Tensor:
 
 
 def mean_over_heads(log_probability: Tensor, groups: int = 1) -> Tensor:
-    """Logarithm of the probability averaged over the heads of each of equal groups, (B, groups, N, N)."""
+    """Return the log of the probability averaged over the heads of each of equal groups, (B, groups, N, N)."""
     grouped = log_probability.unflatten(1, (groups, -1))
     return (grouped - math.log(grouped.shape[2])).logsumexp(2)
 
@@ -58,9 +58,9 @@ def attention_total(
     dtype: torch.dtype,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum over sequences, heads, queries and keys, before any division. Shapes as `attention_alignment`.
+    """Return the sum over sequences, heads, queries and keys, undivided. Shapes as `attention_alignment`.
 
-    Of pairs with rows the queries are (B, H, R, D), those at the rows, and weights are (B, R), 0 where one is none.
+    If pairs have rows, the queries are those at the rows, (B, H, R, D), and weights are (B, R), 0 where a row is −1.
     """
     teacher_query, teacher_key = teacher_query.detach(), teacher_key.detach()
     raw_student = scores(student_query.to(dtype), student_key.to(dtype), student_scale, pairs)

@@ -1,10 +1,9 @@
-"""Which tile is the fastest here: with DSDISTILL_TUNE=1 the kernels of a call are timed with every candidate.
+"""Find the fastest tile on this GPU: with DSDISTILL_TUNE=1 the kernels of a call are timed with every candidate.
 
-A tile is a candidate only if it also runs with all conditions on pairs and without any: the record does not tell calls
-with conditions from others. The winner of each kernel goes into a record in the folder that DSDISTILL_RECORDS names,
-from where `triton_tiles.tile_of` takes it, in this process and in later ones. Each process that is told to tries anew,
-one length between two powers of two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run
-this yet.
+A tile must run both with all conditions on pairs and without any, as the record does not tell such calls apart. The
+winner of each kernel is written to a record in the folder DSDISTILL_RECORDS. `triton_tiles.tile_of` reads it there, in
+this process and in later ones. Each process with DSDISTILL_TUNE=1 tunes again, at one length between each two powers of
+two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from dsdistill.ops.clock import kernel_laps
 from dsdistill.ops.gpu import Tile, architecture
 from dsdistill.ops.records import read_again, this_machine
 
-# (queries, keys, warps, stages) in half precision, beside the table's own.
+# (queries, keys, warps, stages) in half precision, in addition to the table's own tile.
 OWN_QUERIES = (
     Tile(64, 64, 4, 2),
     Tile(128, 64, 8, 2),
@@ -46,10 +45,10 @@ CANDIDATES = {
     "merged": OWN_KEYS,
     "mean_heads": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
 }
-# Kernels by the names that they are launched under, where these differ.
+# The names under which kernels are launched, where these differ.
 LAUNCHED = {"merged": ("columns",), "mean_heads": ("lse", "mean_heads")}
 REPEATS = 5
-# Relative to the largest entry: what two orders of summation may differ by in half precision.
+# Difference that two orders of summation may make in half precision, relative to the largest entry.
 TOLERANCE = 2e-2
 
 logger = logging.getLogger("dsdistill")
@@ -59,7 +58,7 @@ _done: set[tuple] = set()
 def due(tensors: Sequence[Tensor], options: tuple) -> bool:
     """Return whether a call like this one is to be tuned before it runs. options: what else tells calls apart.
 
-    Raises ValueError where DSDISTILL_TUNE is set without a folder for what is found.
+    Raises ValueError if DSDISTILL_TUNE is 1 and DSDISTILL_RECORDS is not set.
     """
     if os.environ.get("DSDISTILL_TUNE") != "1" or tensors[0].is_meta or not tensors[0].numel():
         return False
@@ -85,13 +84,13 @@ def candidates(kernel: str, tensors: Sequence[Tensor]) -> list[Tile]:
 def try_tiles(
     calls: Sequence[Callable[[], Sequence[Tensor]]], tensors: Sequence[Tensor], skip: Sequence[str] = ()
 ) -> Iterator[dict]:
-    """Time each kernel of a call with each candidate; yield a row a kernel, as records hold them.
+    """Time each kernel of a call with each candidate; yield one row for each kernel, as records hold them.
 
     Args:
-        calls: each runs the kernels and returns loss and gradients. The first is timed; a tile that one of the others
-            cannot run, or with which it finds something else, is none.
+        calls: each runs the kernels and returns loss and gradients. The first is timed. A tile is refused if any call
+            fails with it or returns other values.
         tensors: the queries and keys of the first, (B, H, N, D).
-        skip: kernels to leave as they are.
+        skip: kernels that are not tuned.
     """
     with trying({}) as asked:
         expected = [[x.detach().clone() for x in call()] for call in calls]
@@ -100,7 +99,7 @@ def try_tiles(
         for tile in candidates(kernel, tensors):
             try:
                 seconds[tile] = _time(kernel, tile, calls, expected)
-            except Exception as error:  # of a compiler or a driver: this tile is none
+            except Exception as error:  # raised by a compiler or a driver: this tile is refused
                 failures["x".join(map(str, tile))] = f"{type(error).__name__}: {str(error)[:200]}"
         if not seconds:
             continue
@@ -125,7 +124,7 @@ def _time(
     calls: Sequence[Callable[[], Sequence[Tensor]]],
     expected: Sequence[Sequence[Tensor]],
 ) -> float:
-    """Return the median seconds of a kernel with a tile in the first call. Raises AssertionError for other results."""
+    """Return the median seconds of a kernel with a tile in the first call. Raises AssertionError if results differ."""
     names = LAUNCHED.get(kernel, (kernel,))
     times = []
     with trying({kernel: tile}):
@@ -143,7 +142,7 @@ def _time(
 
 
 def tune(calls: Sequence[Callable[[], Sequence[Tensor]]], tensors: Sequence[Tensor]) -> None:
-    """Try the tiles of a call, and write those that won into a record of this process. Arguments as `try_tiles`."""
+    """Try the tiles of a call, and write the fastest to a record of this process. Arguments as `try_tiles`."""
     rows = list(try_tiles(calls, tensors))
     for row in rows:
         said = "tile of %s, %d tokens: %s, %s ms; the table's: %s ms"

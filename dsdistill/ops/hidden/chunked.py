@@ -1,4 +1,4 @@
-"""Hidden-state alignment in plain PyTorch, a block of tokens at a time, gradients in the same pass.
+"""Compute hidden-state alignment in plain PyTorch, a block of tokens at a time, with gradients in the same pass.
 
 With g = ∂L/∂y of the projected student y = W h + b: dh = g W, dW = Σ_t g hᵀ, db = Σ_t g.
 """
@@ -30,7 +30,7 @@ def hidden_total(
     divergence: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The same sum as `reference.hidden_total`, and its gradients at student, projection and bias if needed."""
+    """Return the sum of `reference.hidden_total`, and its gradients at student, projection and bias if needed."""
     x = student.detach().flatten(0, 1)
     target = teacher.detach().flatten(0, 1)
     weights = weights.flatten()
@@ -81,7 +81,7 @@ def _product(left: Tensor, right: Tensor, half: bool) -> Tensor:
 
 
 def _divergence(projected: Tensor, wanted: Tensor, weights: Tensor, divergence: str, with_gradient: bool):
-    """Sum over a block of tokens, and its gradient at `projected` (None when not asked for)."""
+    """Return the sum over a block of tokens, and its gradient at `projected` (None if not asked for)."""
     if divergence == "mse":
         difference = projected - wanted
         weighted = difference * weights

@@ -1,4 +1,4 @@
-"""Hidden-state alignment by the compiled operator `torch.ops.dsdistill.hidden_alignment` (csrc/hidden)."""
+"""Call the compiled operator `torch.ops.dsdistill.hidden_alignment` (csrc/hidden)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DIVERGENCE_CODES = {"mse": MSE, "cosine": COSINE}
 def arguments(
     student, teacher, projection, bias, mask, weights: Tensor | None, divergence: str, reduction: str
 ) -> tuple:
-    """The operator's arguments up to its last three, which ask for gradients."""
+    """Return the operator's arguments up to its last three, which ask for gradients."""
     if weights is not None:
         weights = weights.detach().to(torch.float64).contiguous()
     return (
@@ -31,7 +31,7 @@ def arguments(
 
 
 def register() -> None:
-    """Shapes for tracing, and autograd for callers that use the operator directly."""
+    """Register shapes for tracing, and autograd for callers that use the operator directly."""
 
     @torch.library.register_fake("dsdistill::hidden_alignment")
     def _fake(student, teacher, projection, bias, mask, weights, divergence, mean, *wanted):

@@ -1,4 +1,4 @@
-"""Definition of hidden-state alignment in plain PyTorch: the projected student whole, any floating dtype.
+"""Define hidden-state alignment in plain PyTorch, with the whole projected student, for any floating dtype.
 
 With y = W h_S + b (y = h_S without projection) and token weights w (0 where masked):
   mse     Σ_t w_t ‖y − h_T‖²               TinyBERT, Jiao et al. 2020, Eq. 8
@@ -24,7 +24,7 @@ def hidden_total(
     divergence: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Sum over tokens, before any division. weights: (B, N), 0 where masked."""
+    """Return the sum over tokens, before any division. weights: (B, N), 0 where masked."""
     projected = zero_masked(student.to(dtype), mask)
     target = zero_masked(teacher.detach().to(dtype), mask)
     if projection is not None:

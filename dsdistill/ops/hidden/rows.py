@@ -1,6 +1,6 @@
-"""Hidden-state alignment on GPUs: one pass over each token's row (CUDA C++, or its Triton twin), products by cuBLAS.
+"""Compute hidden-state alignment on GPUs: one pass over each token's row, in CUDA C++ or Triton, products by cuBLAS.
 
-y = W h + b is made for CHUNK_ELEMENTS at a time. With g = ∂L/∂y: dh = g W, dW = Σ g hᵀ, db = Σ g.
+y = W h + b is computed for CHUNK_ELEMENTS at a time. With g = ∂L/∂y: dh = g W, dW = Σ g hᵀ, db = Σ g.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsdistill.ops.gpu import (
 )
 from dsdistill.ops.hidden.native import COSINE
 
-# Elements of y at a time: 128 MiB in float32, large enough for whole waves of every product.
+# Elements of y at a time: 128 MiB in float32, so that every product fills the GPU.
 CHUNK_ELEMENTS = 1 << 25
 # Features that a program holds at a time: 16 a thread, two 16-byte accesses in half precision.
 LONGEST_ROW = 4096
@@ -38,7 +38,7 @@ def triton_rows(
     divergence: int,
     gradient_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weighted value of each token, (T) float32, and ∂(value · factor)/∂y in `gradient_dtype` (None: not asked for)."""
+    """Return each token's weighted value, (T,) float32, and ∂(value · factor)/∂y in `gradient_dtype` (None: none)."""
     from dsdistill.ops.hidden.triton_kernel import rows_kernel
 
     tokens, width = y.shape
@@ -46,7 +46,7 @@ def triton_rows(
     values = torch.empty(tokens, device=y.device)
     gradient = None if gradient_dtype is None else torch.empty(y.shape, dtype=gradient_dtype, device=y.device)
     block = min(LONGEST_ROW, max(128, 1 << (width - 1).bit_length()))
-    # One row a program, but several of short ones: at least 1024 features.
+    # A program has one row, or several short ones: at least 1024 features.
     block_tokens = 32 if architecture(y.device) == "interpreter" else max(1, 1024 // block)
     arguments = {
         "y": y,
@@ -74,13 +74,13 @@ def triton_rows(
 
 
 def cuda_rows(y, target, bias, weights, factor, divergence, gradient_dtype):
-    """As `triton_rows`, by csrc/hidden/cuda.cu."""
+    """Return what `triton_rows` does, computed by csrc/hidden/cuda.cu."""
     y, target = rows_contiguous(y), rows_contiguous(target)
     gradient = None if gradient_dtype is None else torch.empty(y.shape, dtype=gradient_dtype, device=y.device)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     arguments = (y, target, bias, weights, factor, divergence, gradient)
-    if not y.is_cuda:  # the same arithmetic in plain C++: tests use that, `backend="cuda"` does not
+    if not y.is_cuda:  # the same arithmetic in plain C++, for tests; `backend="cuda"` refuses it
         return torch.ops.dsdistill.hidden_rows(*arguments, 0), gradient
     with torch.cuda.device(y.device):
         stream = torch.cuda.current_stream(y.device).cuda_stream
@@ -102,7 +102,7 @@ ROWS = {"triton": triton_rows, "cuda": cuda_rows}
 def hidden_alignment_rows(
     student, teacher, projection, bias, mask, weights, coefficient, divergence, backend, *wanted
 ):
-    """Loss · coefficient, and its gradients at student, projection and bias (empty where not asked for).
+    """Return loss · coefficient, and its gradients at student, projection and bias (empty where not asked for).
 
     weights: (B, N), 0 where masked. coefficient: float32 scalar.
     """

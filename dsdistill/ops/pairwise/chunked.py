@@ -1,6 +1,6 @@
-"""Pairwise alignment in plain PyTorch: a block of rows at a time, or by an identity over N.
+"""Compute pairwise alignment in plain PyTorch: a block of rows at a time, or by an identity over N.
 
-The relation matrices are symmetric, so a row block carries its tokens' whole gradient. With Δ = R_S − R_T and
+The relation matrices are symmetric, so a row block gives its tokens' whole gradient. With Δ = R_S − R_T and
 rows u (x itself for dot, x/‖x‖ for cosine): du_i = 4 Σ_j w_i w_j Δ_ij u_j.
 """
 
@@ -23,7 +23,7 @@ CLOSE = 1 / 64
 # In float64 a squared distance of this share of ‖x‖² + ‖y‖² or less is 0: equal vectors leave D · 2⁻⁵³ at most.
 NOTHING = 2.0**-40
 
-# The identity costs 2·N·D² a product against N²·D of the rows: from about N = 2.5 D it is cheaper.
+# A product costs 2·N·D² in the identity and N²·D by rows: from about N = 2.5 D the identity is cheaper.
 IDENTITY_TOKENS_PER_FEATURE = 2.5
 
 
@@ -37,7 +37,7 @@ def pairwise_total(
     relation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor | None]]:
-    """The same sum as `reference.pairwise_total`, and its gradient at the student if needed."""
+    """Return the sum of `reference.pairwise_total`, and its gradient at the student if needed."""
     identity = use_identity(student.shape[1], student.shape[2], teacher.shape[2])
     if relation != "distance" and not identity and gpu.half_operands(student) and gpu.half_operands(teacher):
         halves = zero_masked(student.detach(), mask), zero_masked(teacher.detach(), mask)
@@ -65,7 +65,7 @@ def use_identity(tokens: int, student_width: int, teacher_width: int) -> bool:
 
 
 def _by_identity(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tensor):
-    """‖U_S U_Sᵀ − U_T U_Tᵀ‖² = ‖U_SᵀU_S‖² − 2‖U_TᵀU_S‖² + ‖U_TᵀU_T‖², rows scaled by √w.
+    """Use ‖U_S U_Sᵀ − U_T U_Tᵀ‖² = ‖U_SᵀU_S‖² − 2‖U_TᵀU_S‖² + ‖U_TᵀU_T‖², with rows scaled by √w.
 
     The value cancels where the models agree (hence the clamp); the gradient does not.
     """
@@ -81,7 +81,7 @@ def _by_identity(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: T
 
 
 def _blocks(x: Tensor):
-    """(sequences, rows) slices of (B, N, …) whose relation blocks hold about BLOCK_ELEMENTS."""
+    """Yield (sequences, rows) slices of (B, N, …) whose relation blocks hold about BLOCK_ELEMENTS."""
     batch, tokens = x.shape[:2]
     elements, most = gpu.block_elements(x, BLOCK_ELEMENTS), GPU_MAX_ROWS if x.is_cuda else MAX_ROWS
     rows = min(tokens, max(MIN_ROWS, min(most, elements // max(1, tokens))))
@@ -106,9 +106,9 @@ def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tenso
 
 
 def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, relation: str):
-    """Return what `_by_rows` does, with the gradient at x_s itself; lengths are taken off products of the inputs.
+    """Return what `_by_rows` does, with the gradient at x_s itself; products of the inputs are divided by the norms.
 
-    Unit vectors in half precision would carry its rounding into every cosine.
+    Unit vectors in half precision would add their rounding error to every cosine.
     """
     scales: list[Tensor] = []
     if relation == "cosine":
@@ -136,8 +136,10 @@ def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Ten
 
 
 def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, mask: Tensor | None):
-    """RKD-D of centred vectors. With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and
-    A = Σ w_i w_j ℓ' d:  ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
+    """Return RKD-D of centred vectors, and its gradient if asked for.
+
+    With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and A = Σ w_i w_j ℓ' d:
+    ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
     """
     squares_s, squares_t = (_squares(x) for x in (x_s, x_t))
     mean_s, positive = _mean_positive(x_s, squares_s, mask)
@@ -171,7 +173,7 @@ def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, ma
 
 
 def centred(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`x` less the mean of its valid tokens, masked ones still 0: distances stay, and less cancels."""
+    """Return `x` minus the mean of its valid tokens, masked ones still 0: distances stay, and less cancels."""
     if mask is None:
         return x - x.mean(1, keepdim=True)
     count = mask.sum(1).clamp(min=1)[:, None, None]
@@ -179,17 +181,17 @@ def centred(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """(B, N) squared norms in the type in which `_distances` subtracts."""
+    """Return (B, N) squared norms in the type in which `_distances` subtracts."""
     if x.is_cuda:
         return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
     return x.square().sum(-1)
 
 
 def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
-    """(b, R, N) distances of a block; x centred, squares its squared norms (B, N).
+    """Return the distances of a block, (b, R, N), from centred x and its squared norms (B, N).
 
-    ‖x‖² + ‖y‖² − 2xy, and the differences themselves for pairs where that cancels (twins). Which those are only the
-    host could say; on a GPU, where that would be a wait, float64 leaves enough: A100 and H100 multiply it as fast as
+    They are computed as ‖x‖² + ‖y‖² − 2xy, but from the differences themselves for pairs where that cancels. Finding
+    those pairs would wait for a GPU, so there the products are in float64: A100 and H100 multiply it as fast as
     float32.
     """
     left, right = x[batch, rows], x[batch]
@@ -215,7 +217,7 @@ def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, ro
 
 
 def _mean_positive(x: Tensor, squares: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean positive distance of each sequence (1 without any) and how many there are (at least 1), (B, 1, 1)."""
+    """Return each sequence's mean positive distance (1 without any) and their number (at least 1), (B, 1, 1) each."""
     total = x.new_zeros(x.shape[0], 1, 1)
     positive = torch.zeros_like(total)
     for batch, rows in _blocks(x):

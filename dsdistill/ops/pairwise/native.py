@@ -1,4 +1,4 @@
-"""Pairwise alignment by the compiled operator `torch.ops.dsdistill.pairwise_alignment` (csrc/pairwise)."""
+"""Call the compiled operator `torch.ops.dsdistill.pairwise_alignment` (csrc/pairwise)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def arguments(
     relation: str,
     reduction: str,
 ) -> tuple:
-    """The operator's arguments up to its last, which asks for the gradient."""
+    """Return the operator's arguments up to its last, which asks for the gradient."""
     if weights is not None:
         weights = weights.detach().to(torch.float64).contiguous()
     return student, teacher, mask, weights, RELATION_CODES[relation], reduction == "mean"
 
 
 def register() -> None:
-    """Shapes for tracing, and autograd for callers that use the operator directly."""
+    """Register shapes for tracing, and autograd for callers that use the operator directly."""
 
     @torch.library.register_fake("dsdistill::pairwise_alignment")
     def _fake(student, teacher, mask, weights, relation, mean, gradient):

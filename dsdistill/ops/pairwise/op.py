@@ -1,4 +1,4 @@
-"""Public pairwise alignment: checks, normalisation, choice of backend."""
+"""Define the public pairwise alignment: checks, normalisation, choice of backend."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def pairwise_alignment(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Distance between the two models' geometries: how each sees the units of a sequence relative to each other.
+    """Return the distance between two models' geometries: how each relates the units of a sequence to each other.
 
-    Σ_ij w_i w_j (R_S − R_T)²_ij over all pairs of a sequence, averaged over sequences with a valid unit.
+    It is Σ_ij w_i w_j (R_S − R_T)²_ij over all pairs of a sequence, averaged over sequences with a valid unit.
       "cosine"    R = cosine of x_i and x_j; a vector shorter than 1e-12 has cosine 0 with everything
       "dot"       R = x_i · x_j
       "distance"  R = ‖x_i − x_j‖ ÷ its mean over the sequence's positive distances, and smooth-L1 with β = 1 in
@@ -58,8 +58,8 @@ def pairwise_alignment(
         mask: (B, N) bool, True = valid. Default: all valid.
         weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1/n_b with n_b the valid units of
             the sequence, so that each sequence is a mean over its pairs.
-        rows: (index, weights): the rows i that are compared alone, with all j, as `attention_alignment` takes them;
-            not with "distance", whose mean takes all pairs.
+        rows: (index, weights): only these rows i are compared, with all j, as in `attention_alignment`; not with
+            "distance", whose mean takes all pairs.
         reduction: "mean" over sequences with a valid unit, or "sum" over sequences.
         backend: "auto", "reference", "chunked", "cpp" or "triton".
 
@@ -134,9 +134,9 @@ def _rows_total(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Return what `reference.pairwise_total` does for rows, by the operator of attention: one head, raw scores.
+    """Return what `reference.pairwise_total` does for rows, by the attention operator: one head, raw scores.
 
-    A row's weight is that of its sum; the weights of the columns are those of squares, so keys carry their roots.
+    A row's weight multiplies its sum. A column's weight multiplies squares, so keys are multiplied by its root.
     """
     index, row_weights = rows
     x_s, x_t = zero_masked(student.to(dtype), mask), zero_masked(teacher.detach().to(dtype), mask)
@@ -166,7 +166,7 @@ def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str, rows:
     if lack:
         missing["cpp"] = lack
     else:
-        # From here on the identity of `chunked` needs fewer products than half a matrix does. Rows have no half.
+        # The identity of `chunked` then needs fewer products than half a matrix does. With `rows` there is no half.
         preference.insert(1 if by_identity or rows is not None else 0, "cpp")
     lack = triton_lack(student, teacher)
     if rows is not None:

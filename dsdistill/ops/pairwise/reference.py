@@ -1,10 +1,10 @@
-"""Definition of pairwise alignment in plain PyTorch: whole N×N relation matrices, any floating dtype.
+"""Define pairwise alignment in plain PyTorch, with whole N×N relation matrices, for any floating dtype.
 
 Per sequence, with relation matrices R_S and R_T and token weights w (0 where masked):
   cosine, dot   Σ_ij w_i w_j (R_S − R_T)²_ij
   distance      Σ_ij w_i w_j ℓ((R_S − R_T)_ij), R = ‖x_i − x_j‖ ÷ its mean over positive entries,
                 ℓ = smooth-L1 with β = 1                       RKD-D, Park et al. 2019, Eq. 6–8
-Where rows are chosen i goes over them alone, each times its weight, and j over all tokens.
+With `rows`, i runs over these only, each multiplied by its weight, and j over all tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsdistill.ops.common import unit_vectors, zero_masked
 
 
 def distances(x_BND: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, N, N) Euclidean distances by subtraction, each sequence divided by its mean positive distance."""
+    """Return (B, N, N) Euclidean distances by subtraction, each sequence's divided by their positive mean."""
     distance = torch.cdist(x_BND, x_BND, compute_mode="donot_use_mm_for_euclid_dist")
     if mask is not None:
         distance = distance.masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0)
@@ -28,7 +28,7 @@ def distances(x_BND: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def relations(x_BND: Tensor, mask: Tensor | None, relation: str) -> Tensor:
-    """(B, N, N) relation matrix of one model."""
+    """Return the relation matrix of one model, (B, N, N)."""
     x_BND = zero_masked(x_BND, mask)
     if relation == "distance":
         return distances(x_BND, mask)
@@ -47,9 +47,9 @@ def pairwise_total(
     dtype: torch.dtype,
     rows: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Sum over sequences, before any division. weights: (B, N), 0 where masked.
+    """Return the sum over sequences, before any division. weights: (B, N), 0 where masked.
 
-    rows: (B, R) positions and (B, R) weights, 0 where a position is −1 or masked; not of distances.
+    rows: (B, R) positions and (B, R) weights, 0 where a position is −1 or masked; not for distances.
     """
     relation_s = relations(student.to(dtype), mask, relation)
     relation_t = relations(teacher.detach().to(dtype), mask, relation)

@@ -2,8 +2,8 @@
 
 With g = ∂L/∂z of a block's student logits (before a soft cap): dh = g W, dW += gᵀ h, db += Σ g, all in the forward
 pass. Several losses of the same tokens share the student's logits and these products: their g are added up, each times
-its weight. Tokens that do not count are left out before the head, which is nearly all of the work; finding them waits
-for the device, unless the caller says where they are.
+its weight. Tokens that do not count are left out before the product with the head, which is nearly all of the work.
+Finding them waits for the device, unless the caller passes `index`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsdistill.ops.soft_label.fused import aligned_rows, fused_block
 from dsdistill.ops.soft_label.head import Head, block_tokens, panel_tokens, slice_tokens
 from dsdistill.ops.soft_label.losses import Labels, Loss, Places, SoftLabels
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at student hidden, head and bias
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at hidden states, head and bias
 
 
 def soft_label_total(
@@ -93,7 +93,7 @@ def vocabulary_totals(
 ) -> tuple[Tensor, Gradients]:
     """Return (2,) sums, of cross-entropy and of soft labels, and the gradients of weights · sums.
 
-    weights: (2,), in `dtype`. The teacher's head has as many entries as both models have.
+    weights: (2,), in `dtype`. The teacher's head has only the entries that both models have.
     """
     student = Head(student_head, student_bias, dtype, student_softcap, fused)
     teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap, fused)
@@ -107,7 +107,7 @@ def _blocks(count: int, index: Tensor | None, size: int) -> Iterator[Places]:
     count = count if index is None else len(index)
     for start in blocks(range(0, count, size)):
         places = slice(start, min(start + size, count))
-        yield places if index is None else index[places]  # ranges are read where they lie
+        yield places if index is None else index[places]  # a range is read without a copy
 
 
 def _within(places: Places, part: slice) -> Places:
@@ -140,7 +140,7 @@ def _over_blocks(
         panel = panel_tokens(size, vocabulary)
     for places in _blocks(len(flat), index, panel):
         rows = head.operand(flat[places])
-        gradient: Tensor | None = None  # that of the panel before is given back first
+        gradient: Tensor | None = None  # frees the previous panel's gradient first
         if panel > size:
             gradient = aligned_rows(len(rows), vocabulary, head.gradient_dtype, flat.device)
             for start in blocks(range(0, len(rows), size)):

@@ -1,4 +1,4 @@
-"""Divergences between two categorical distributions, written once for every soft-label loss.
+"""Define the divergences between two categorical distributions, once for every soft-label loss.
 
 p = softmax(z_T / τ) of the teacher, q = softmax(z_S / τ) of the student; sums run over the last axis; no τ² factor.
   forward_kl  KL(p ‖ q)                                     Hinton et al. 2015
@@ -19,7 +19,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share · p + (1 − share) · q), share in [0, 1]."""
+    """Return log(share · p + (1 − share) · q), share in [0, 1]."""
     if share in (0.0, 1.0):
         return log_p if share == 1.0 else log_q
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
@@ -28,9 +28,9 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 def divergence_rows(
     log_p: Tensor, log_q: Tensor, p: Tensor, divergence: str, beta: float, alpha: float
 ) -> Tensor:
-    """Divergence of each row, in nats (tvd: a share).
+    """Return the divergence of each row, (...), in nats (tvd: a share).
 
-    log_p, log_q: (..., V) log probabilities of teacher and student; p = exp(log_p). Returns (...).
+    log_p, log_q: (..., V) log probabilities of teacher and student; p = exp(log_p).
     """
     if divergence == "forward_kl":
         terms = p * (log_p - log_q)
@@ -49,8 +49,9 @@ def divergence_rows(
 def logit_gradient(
     log_p: Tensor, log_q: Tensor, p: Tensor, divergence: str, beta: float, alpha: float
 ) -> Tensor:
-    """Gradient of `divergence_rows` at z_S / τ: G − q Σ G with G = ∂D/∂ log q, (..., V). Not differentiable itself.
+    """Return the gradient of `divergence_rows` at z_S / τ, (..., V): G − q Σ G with G = ∂D/∂ log q.
 
+    It is not differentiable itself.
     In jsd the derivative through m vanishes: −βp(1 − β)/m + (1 − β)(1 − q(1 − β)/m) = 0.
     """
     q = log_q.exp()

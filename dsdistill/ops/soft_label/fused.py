@@ -1,7 +1,7 @@
-"""Losses over a vocabulary on a GPU: products with the heads by cuBLAS, everything at the logits by one Triton kernel.
+"""Compute losses over a vocabulary on a GPU: cuBLAS multiplies by the heads, one Triton kernel does the rest.
 
-It takes the place of the passes in PyTorch of `losses.py`: 2 or 3 reads of a block's logits and one write of the
-gradient, where they take about 15. What is around it, blocks, products and sums, stands in `chunked.py`.
+The kernel replaces the PyTorch passes of `losses.py`: it reads a block's logits 2 or 3 times and writes the gradient
+once, where they take about 15 passes. Blocks, products and sums around it are in `chunked.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dsdistill.ops.soft_label.divergence import DIVERGENCES
 from dsdistill.ops.soft_label.head import Head
 from dsdistill.ops.soft_label.losses import Labels, Loss, Places, SoftLabels
 
-# Tokens and entries of a program's block, by architecture. One token a program: the kernel is bound by reading logits,
-# and a block of 256 tokens then has programs for every multiprocessor of a GPU. 4 entries a thread of each model are
-# one 16-byte load; with 8 entries a thread a part of the variants spills 8 or 16 bytes (Triton 3.7.1).
+# Tokens and entries of a program's block, by architecture. A program has one token: the kernel is bound by reading
+# logits, and a block of 256 tokens then has programs for every multiprocessor of a GPU. With 4 entries a thread, each
+# model needs one 16-byte load; with 8, some variants spill 8 or 16 bytes (Triton 3.7.1).
 TILES = {
     "sm_80": Tile(1, 1024, 8, 1),
     "sm_90": Tile(1, 1024, 8, 1),
@@ -27,12 +27,12 @@ TILES = {
 }
 
 
-# Elements whose multiples begin the rows of a gradient, so that products load 16 bytes at once.
+# A gradient's rows begin at multiples of this many elements, so that products load 16 bytes at once.
 ALIGNED = 8
 
 
 def aligned_rows(tokens: int, entries: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for (tokens, entries)."""
+    """Return an empty (tokens, entries) tensor whose rows begin at multiples of ALIGNED elements."""
     return torch.empty(tokens, -(-entries // ALIGNED) * ALIGNED, dtype=dtype, device=device)[:, :entries]
 
 
@@ -48,8 +48,8 @@ def fused_block(
 ) -> Tensor | None:
     """Add the losses of a block to `totals`; return the gradient at its logits, if asked for.
 
-    losses: Labels, SoftLabels or both in this order. The gradient, at the products before bias and soft cap, (tokens,
-    V), is written to `out`; None: to the place of the logits where it has their type, else to a new matrix.
+    losses: Labels, SoftLabels or both in this order. The gradient at the products before bias and soft cap, (tokens,
+    V), is written to `out`. If `out` is None, it overwrites the logits if it has their type, else goes to a new matrix.
     """
     task = next((loss for loss in losses if isinstance(loss, Labels)), None)
     soft = next((loss for loss in losses if isinstance(loss, SoftLabels)), None)

@@ -1,4 +1,4 @@
-"""Multiply the output layer of a model a block of tokens at a time, and say how large a block is."""
+"""Multiply blocks of tokens by a model's output layer, and choose the size of a block."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from dsdistill.ops.gpu import product, product_dtype
 
-# Elements of one block of logits: 32 MiB in float32, so that the products with the heads are worth their calls.
+# Elements of one block of logits: 32 MiB in float32, so that a product takes far longer than its call.
 BLOCK_ELEMENTS = 1 << 23
 MAX_TOKENS, MIN_TOKENS = 256, 64
 # Bytes of the logits of all models in a block on a GPU. With what a slice needs and a head's gradient in float32 this
 # keeps a student 3584 wide with 152,000 entries below V·D·4 bytes + 0.6 GiB (tests/planner/test_vocabulary_memory.py).
 GPU_BYTES = 320 << 20
 GPU_MAX_TOKENS = 2048
-# Bytes of the gradients at the logits, in bfloat16, that wait for their products where the fused kernel, which needs no
-# slices, leaves room for those of several blocks. A head's gradient in float32 is read and written once a panel.
+# Bytes of a panel: the gradients at the logits of several blocks, in bfloat16, that wait for one product. The fused
+# kernel needs no slices, which leaves room for them. A head's gradient in float32 is read and written once a panel.
 PANEL_BYTES = 224 << 20
-# Elements of a slice of a block, in which everything between the products is done: on a CPU 1 MiB in float32, so that
-# its passes stay in cache; on a GPU 16 MiB, so that a block needs few calls and little memory beside its logits.
+# Elements of a slice, the part of a block on which everything between the products is done: on a CPU 1 MiB in float32,
+# so that its passes stay in cache; on a GPU 16 MiB, so that a block needs few calls and little further memory.
 SLICE_ELEMENTS, GPU_SLICE_ELEMENTS = 1 << 18, 1 << 22
 # Elements of a panel of the head on a CPU. A product with all of a large matrix's rows takes 1.6 times as long as one
 # with panels of 1 MiB (MKL on an AMD EPYC, V = 30522, D = 768: 628 against 345 ms for 512 tokens).
@@ -28,10 +28,10 @@ PANEL_ELEMENTS = 1 << 18
 
 
 class Head:
-    """A Head holds the (V, D) matrix, (V,) bias and soft cap of an output layer, in the type that it multiplies in.
+    """Hold the (V, D) matrix, (V,) bias and soft cap of an output layer, in the type in which it is multiplied.
 
-    gradient_dtype: type in which a gradient at the logits is multiplied. bfloat16 for a head in bfloat16. float16 would
-    lose the small ones: with 152,000 entries most probabilities lie below its normal numbers.
+    gradient_dtype: type in which a gradient at the logits is multiplied, bfloat16 for a head in bfloat16. float16 would
+    lose small gradients: with 152,000 entries most probabilities lie below its normal numbers.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Head:
         softcap: float | None = None,
         fused: bool = False,
     ):
-        # The kernels' interpreter gets on a CPU what they get on a GPU.
+        # Triton's interpreter on a CPU takes the same path as a GPU.
         self.on_gpu = matrix.is_cuda or fused
-        # Half precision on a GPU multiplies as it is, summing in float32; elsewhere the matrix is widened once.
+        # On a GPU half precision is multiplied without a cast and summed in float32; elsewhere the matrix is cast once.
         self.native = (
             self.on_gpu and matrix.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
         )
@@ -59,7 +59,7 @@ class Head:
         return x.to(self.matrix.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return (tokens, V), soft-capped, of (tokens, D)."""
+        """Return the logits (tokens, V), soft-capped, of hidden states (tokens, D)."""
         z = self.products(hidden)
         z = z if self.bias is None else z.add_(self.bias)
         return z if self.softcap is None else z.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -77,7 +77,7 @@ class Head:
         return z
 
     def below_cap(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Return the gradient at what the soft cap was put on, given that at the logits; may overwrite it.
+        """Return the gradient before the soft cap, given that at the logits; may overwrite it.
 
         With y = c tanh(z / c), ∂y/∂z = 1 − (y / c)².
         """
@@ -89,7 +89,7 @@ class Head:
         if self.gradient_dtype == self.matrix.dtype:
             return self._product(gradient, self.matrix)
         total = gradient.new_zeros(len(gradient), self.matrix.shape[1])
-        size = self._rows_of_a_panel()  # of a matrix in float16, which is not widened whole
+        size = self._rows_of_a_panel()  # a float16 matrix is cast panel by panel, never whole
         for part, panel in zip(gradient.split(size, 1), self.matrix.split(size), strict=True):
             total.addmm_(part, panel.to(self.gradient_dtype))
         return total
@@ -121,7 +121,7 @@ class Head:
 def block_tokens(on_gpu: bool, vocabulary: int, others: int = 0) -> int:
     """Return how many tokens a block has.
 
-    vocabulary: entries of the student's head. others: those of the further heads whose logits lie beside its own.
+    vocabulary: entries of the student's head. others: entries of further heads whose logits exist at the same time.
     """
     if not on_gpu:
         return max(MIN_TOKENS, min(MAX_TOKENS, BLOCK_ELEMENTS // max(1, vocabulary)))
@@ -130,7 +130,7 @@ def block_tokens(on_gpu: bool, vocabulary: int, others: int = 0) -> int:
 
 
 def panel_tokens(size: int, vocabulary: int) -> int:
-    """Return how many tokens a panel of gradients in bfloat16 has: those of whole blocks, at least of one."""
+    """Return how many tokens a panel of gradients in bfloat16 has: a whole number of blocks, at least one."""
     return max(1, PANEL_BYTES // (2 * max(1, vocabulary)) // size) * size
 
 
@@ -141,10 +141,10 @@ def slice_tokens(on_gpu: bool, vocabulary: int) -> int:
 
 @functools.cache
 def _adds_half(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch adds a product of half-precision matrices to one in float32 here.
+    """Return whether torch can add a product of half-precision matrices to one in float32 here.
 
-    On CUDA `addmm` takes `out_dtype`; its first versions want the matrix that is added to in half precision, too. The
-    answer waits for the device, once in a process.
+    On CUDA `addmm` takes `out_dtype`, but its first versions need the added matrix in half precision, too. The check
+    waits for the device, once in a process.
     """
     total, half = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:

@@ -34,7 +34,7 @@ Weight = float | Tensor
 
 
 class VocabularyLosses(NamedTuple):
-    """VocabularyLosses are task and soft labels of the same tokens, scalars in float32 (float64 if any input is)."""
+    """Hold the task's loss and soft labels of the same tokens: scalars in float32 (float64 if any input is)."""
 
     total: Tensor  # their weighted sum
     task: Tensor  # cross-entropy
@@ -77,7 +77,7 @@ def vocabulary_losses(
             whose label is not `ignore_index`. The labels there must be in [0, V_s), those elsewhere are not read, and
             nothing waits for the device to find the places. The values are not checked.
         weights: of task and soft labels in `total`: numbers, or scalar tensors on any device, taken as constants.
-        common: the soft labels compare the first entries of both heads, this many (padding comes behind them). The task
+        common: number of first entries of both heads that the soft labels compare (padding comes after them). The task
             sees all V_s. Default: all, where V_s = V_t.
         student_softcap, teacher_softcap, temperature, divergence, beta, alpha: as `soft_label_alignment`; the task
             sees the student's soft cap, too, but no temperature.
@@ -88,8 +88,8 @@ def vocabulary_losses(
     Returns:
         total = weights[0] · task + weights[1] · soft, with gradients to the student's hidden states, head and bias
         (each only if it requires them). They are found in the forward pass: one gradient of the head in float32.
-        task and soft: the two losses. They, too, have gradients, for whoever weighs them only afterwards; but those are
-        found when backward asks for them, which computes the logits once more. With nothing valid all are 0.
+        task and soft: the two losses. They have gradients, too, so that they can be weighted later. These are found
+        when backward asks for them, which computes the logits once more. With nothing valid all are 0.
 
     Raises:
         ValueError: wrong shape, dtype, device or name, a soft cap that is not positive, heads of unequal size without
@@ -115,7 +115,7 @@ def vocabulary_losses(
     setting["fused"] = chosen == "triton"
     with without_autocast(student_hidden.device):
         scale = torch.stack([_scalar(weight, student_hidden.device, dtype) for weight in weights])
-        share = torch.ones((), dtype=dtype, device=student_hidden.device)  # of the mean that a sum has
+        share = torch.ones((), dtype=dtype, device=student_hidden.device)  # factor from a sum to the mean
         if reduction == "mean":
             count = (labels != ignore_index).sum() if index is None else share * index.numel()
             share = safe_divide(share, count)
@@ -146,7 +146,7 @@ def vocabulary_losses(
 
 
 class _GradientsLater(torch.autograd.Function):
-    """Pass on two losses whose gradients are computed when backward asks for them, as their weights are known then."""
+    """Pass on two losses whose gradients are computed in backward, when their weights are known."""
 
     @staticmethod
     def forward(ctx, compute: Callable, losses: Tensor, *inputs):

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary, computed from the logits of some tokens by passes in plain PyTorch."""
+"""Compute losses over a vocabulary from the logits of some tokens, by passes in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Places = Tensor | slice  # of a block's tokens among all: (K,) int64, or a range
 
 
 class Loss(Protocol):
-    """A Loss is one loss over the vocabulary."""
+    """Describe one loss over the vocabulary."""
 
-    entries: int  # of further heads, whose logits lie beside the student's
+    entries: int  # of further heads, whose logits exist together with the student's
 
     def block(self, places: Places) -> Tensor:
-        """Return what the loss needs of a block's tokens, its first axis the tokens."""
+        """Return what the loss needs of a block's tokens, with the tokens as first axis."""
 
     def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the sum over some tokens of a block, and the gradient at the first of their logits z (tokens, V).
+        """Return the sum over some tokens of a block, and the gradient at the first entries of their logits z.
 
-        given: the same tokens of what `block` returned; may be overwritten, z may not.
+        z: (tokens, V), not to be overwritten. given: what `block` returned for these tokens; may be overwritten.
         """
 
 
 class SoftLabels:
-    """SoftLabels are the divergence between both models' predictions over the entries of the teacher's head."""
+    """Compute the divergence between both models' predictions over the entries of the teacher's head."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class SoftLabels:
 
 
 class Labels:
-    """Labels are cross-entropy against labels, with ε of label smoothing."""
+    """Compute cross-entropy against labels, with label smoothing ε."""
 
     entries = 0
 
@@ -71,13 +71,13 @@ class Labels:
 
     def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         log_q = z.log_softmax(-1)
-        own, spread = 1 - self.smoothing, self.smoothing / z.shape[1]  # t: of the label, and of every entry
+        own, spread = 1 - self.smoothing, self.smoothing / z.shape[1]  # t of the label, and of all
         value = -own * log_q.gather(1, given).sum()
         if self.smoothing:
             value -= self.smoothing * log_q.mean(-1).sum()
         if not with_gradient:
             return value, None
-        gradient = log_q.exp_()  # of a softmax: softmax − t
+        gradient = log_q.exp_()  # the gradient is softmax − t, the target
         if self.smoothing:
             gradient.sub_(spread)
         return value, gradient.scatter_add_(1, given, gradient.new_full(given.shape, -own))

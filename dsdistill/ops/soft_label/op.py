@@ -1,4 +1,4 @@
-"""Public soft-label losses: checks, normalisation, choice of backend."""
+"""Define the public soft-label losses: checks, normalisation, choice of backend."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ def soft_label_alignment(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence between the models' predictions over the vocabulary, from the hidden states before their heads.
+    """Return the divergence between the models' predictions over the vocabulary, from hidden states and heads.
 
     p = softmax(z_T / τ) and q = softmax(z_S / τ) with z = hidden headᵀ + bias; with a soft cap c, c tanh(z / c) takes
-    the place of z (Gemma 2). Formulas and sources stand in `soft_label/divergence.py`. No τ² factor: multiply by τ² to
-    keep gradients comparable between temperatures (Hinton et al. 2015).
+    the place of z (Gemma 2). Formulas and sources are in `soft_label/divergence.py`. There is no τ² factor: multiply
+    by τ² to keep gradients comparable between temperatures (Hinton et al. 2015).
 
     Args:
         student_hidden: (B, N, D_s). student_head: (V, D_s), as nn.Linear holds its weight. student_bias: (V,).
         teacher_hidden: (B, N, D_t). teacher_head: (V, D_t). teacher_bias: (V,).
-        student_softcap, teacher_softcap: c > 0 of that model's logits, before τ divides them; None: no cap.
+        student_softcap, teacher_softcap: c > 0 of that model's logits, applied before the division by τ; None: no cap.
         mask: (B, N) bool, True = the token counts. Default: all.
         index: (K,) int64, ascending, in place of `mask`: flat places b·N + n of the tokens that count. Nothing then
             waits for the device to find them. The values are not checked.
@@ -136,7 +136,7 @@ def token_cross_entropy(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Cross-entropy of the next token, in nats, from the hidden states before the output layer.
+    """Return the cross-entropy of the next token, in nats, from the hidden states before the output layer.
 
     Args:
         hidden: (B, N, D). head: (V, D), as nn.Linear holds its weight. bias: (V,).
@@ -202,7 +202,7 @@ def logit_alignment(
     alpha: float = 0.1,
     reduction: str = "mean",
 ) -> Tensor:
-    """The same divergences between logits that already exist, such as a classifier's.
+    """Return the same divergences between logits that already exist, such as a classifier's.
 
     Args:
         student_logits, teacher_logits: (..., C). mask: (...) bool, True = the row counts.

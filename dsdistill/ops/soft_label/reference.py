@@ -1,4 +1,4 @@
-"""Definition of the soft-label losses in plain PyTorch: whole logits, any floating dtype."""
+"""Define the soft-label losses in plain PyTorch, with whole logits, for any floating dtype."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logit_rows(
     beta: float,
     alpha: float,
 ) -> Tensor:
-    """Divergence of each row of (..., V) logits, 0 where masked."""
+    """Return the divergence of each row of (..., V) logits, 0 where masked."""
     log_q = (student_logits / temperature).log_softmax(-1)
     log_p = (teacher_logits.detach() / temperature).log_softmax(-1)
     rows = divergence_rows(log_p, log_q, log_p.exp(), divergence, beta, alpha)
@@ -49,7 +49,7 @@ def soft_label_total(
     teacher_softcap: float | None,
     **formula,
 ) -> Tensor:
-    """Sum over valid tokens, before any division. Shapes as `soft_label_alignment`; formula as `logit_rows`."""
+    """Return the sum over valid tokens, undivided. Shapes as `soft_label_alignment`; formula as `logit_rows`."""
     if index is not None:
         mask = index_mask(index, student_hidden.shape[:2])
     student_hidden, teacher_hidden = zero_masked(student_hidden, mask), zero_masked(teacher_hidden, mask)
@@ -73,7 +73,7 @@ def cross_entropy_total(
 ) -> Tensor:
     """Return Σ −Σ_v t_v log softmax(z)_v over the tokens that count; z = hidden headᵀ + bias, soft-capped if asked for.
 
-    t is 1 − ε at the label, and ε/V more everywhere.
+    t is ε/V everywhere, plus 1 − ε at the label.
     """
     if index is not None:
         labels = labels.masked_fill(~index_mask(index, labels.shape), ignore_index)
