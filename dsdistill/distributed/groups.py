@@ -29,4 +29,4 @@ def parameter_groups(
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ds_shape: shape when not sharded
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ds_shape: whole shape if sharded

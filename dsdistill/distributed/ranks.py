@@ -19,7 +19,7 @@ from dsdistill.config import RunError, SharedError, Stopped, UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks tells a process its rank, the number of ranks, and the device that it computes on."""
+    """Ranks holds a process's rank, the number of ranks, and the device that the process computes on."""
 
     rank: int
     world_size: int

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment.
+"""Save and load checkpoints that survive a kill at any moment.
 
 RUN/checkpoints/step-N/ holds what DeepSpeed saved, each rank's random state and a manifest of every file's size
 and hash. Each rank computes them while it writes its files. A file is searched for code before it is unpickled.
@@ -158,7 +158,7 @@ def _together(target: str, ranks: Ranks) -> Iterator[None]:
     failure = None
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if deepspeed.timed_out(error) or deepspeed.lost(error):
             raise
         there = target if os.path.isdir(target) else os.path.dirname(target)

@@ -19,7 +19,7 @@ from dsdistill.data.sources import dev_sets, names, parts
 log = logging.getLogger("dsdistill")
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
+TEACHER = "teacher.txt"  # path of the teacher that a recipe made
 SOURCES = "sources.json"  # digests of what the run is made from
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"

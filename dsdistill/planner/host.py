@@ -40,7 +40,7 @@ WHOLE_PEAK, SHARDED_PEAK, CUT_PEAK = 1.1, 1.25, 1.3
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts hold how many values the models have, and how many of them train."""
+    """Parts holds how many values the models have, and how many of them train."""
 
     teacher: Size | None
     student: Size

@@ -88,7 +88,7 @@ class Forecast:
     """A Forecast rehearses one config on a number of ranks; it first refuses parts that do not fit together."""
 
     def __init__(self, config: Config, world_size: int, *, gpu: bool):
-        """gpu: the ranks are GPUs; else processes on CPUs."""
+        """Check that the config's parts fit together. gpu: ranks are GPUs, else processes on CPUs."""
         if world_size < 1:
             raise UserError("--world-size", world_size, "1 or more")
         check_ranks(config.train, config.run_stages, config.data.sampler, world_size)

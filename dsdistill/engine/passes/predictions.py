@@ -20,7 +20,7 @@ LONGEST = 1000  # most characters written of a query or document
 
 
 class Predictions:
-    """Predictions collect the models' outputs on the dev sets while they are scored, and write them to a run folder."""
+    """Predictions collects the models' outputs while dev sets are scored, and writes them to a run folder."""
 
     def __init__(self):
         self.sets: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
