@@ -17,10 +17,10 @@ FORMAT = 4  # the format that `dump` writes; a file of format 1 does not name it
 
 # By format and dotted key: values with which runs of that format began, for settings that had another default then or
 # did not exist. `terms.NAME.KEY` stands for the terms of the stages too.
-# Until format 2 the last layer was read before its final norm.
+# Up to format 2 the last layer was read before its final norm.
 _STATES = ("hidden", "feature", "pairwise", "contrastive", "sp", "rkd", "cka", "pkt", "trajectory", "smooth")
 _BEFORE = {f"terms.{name}.final_norm": "before" for name in _STATES}
-# Until format 3 plain text ran on from document to document, and prompts had a layout of this project's own.
+# Up to format 3 plain text ran on from document to document, and prompts had a layout of this project's own.
 _UNPACKED = {"data.packing": False, "data.layout": "separator"}
 DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE | _UNPACKED, 2: _BEFORE | _UNPACKED, 3: _UNPACKED}
 
