@@ -114,7 +114,7 @@ def has_head(
     objectives: Sequence[Objective],
     missing: Collection[str],
 ) -> bool:
-    """Return whether the teacher's head is trained for the task; if no term reads it, it may not be.
+    """Return whether the teacher's head is trained for the task; a head that no term reads may be untrained.
 
     missing: weights that its files lack.
     """
