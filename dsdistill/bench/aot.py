@@ -1,7 +1,7 @@
-"""GPU kernels compiled ahead of time, without a GPU: registers, spills, shared memory, matrix instructions.
+"""Compile GPU kernels without a GPU: report their registers, spills, shared memory and matrix instructions.
 
-Operators run on tensors of the meta device while `ops.gpu.recording` collects their launches; each distinct launch
-is compiled for sm_80 and sm_90 with the Triton found here. A spill shows as STACK > 0 in what cuobjdump prints.
+Operators run on meta tensors while `ops.gpu.recording` collects their launches; each distinct launch is compiled for
+sm_80 and sm_90 with the installed Triton. A spill appears as STACK > 0 in the output of cuobjdump.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dsdistill.ops.gpu import SHARED_LIMIT, Launch, recording
 
 ARCHITECTURES = ("sm_80", "sm_90")  # those that setup.py compiles for
 # Bytes of a thread's stack that a kernel may spill: up to eight values, which cost less than a smaller tile. More
-# fails, unless no main loop reaches it: what is put away once a program costs next to nothing.
+# fails, unless no main loop accesses the stack: values that a program spills only once cost almost nothing.
 TOLERATED_STACK = 32
-# The same for a kernel without loops, whose program has one tile: its spills are put away once.
+# The same for a kernel without loops, whose program has one tile and spills only once.
 TOLERATED_ONCE = 160
-# Kernels whose loop over tiles in which all pairs exist is apart from those with conditions.
+# Kernels with separate loops for tiles in which all pairs exist and for tiles with conditions.
 EDGED = ("statistics", "rows", "columns")
 T = TypeVar("T")
 POINTERS = {
@@ -48,7 +48,7 @@ POINTERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with the types and constants of one launch, for one architecture. Can be pickled."""
+    """A Variant is one kernel with the types and constants of one launch, for one architecture; it can be pickled."""
 
     label: str
     module: str
@@ -74,7 +74,7 @@ class Result:
 
 
 def variant_of(launch: Launch, label: str, architecture: str) -> Variant:
-    """What Triton would specialise the launch to: numbers equal to 1 are constants, multiples of 16 are known."""
+    """Return what Triton specialises a launch to: numbers equal to 1 are constants, multiples of 16 are marked."""
     signature, constants, divisible = [], [], []
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -106,7 +106,7 @@ def variant_of(launch: Launch, label: str, architecture: str) -> Variant:
 
 
 def compiled(variant: Variant):
-    """Return what Triton makes of a variant; raises whatever its compiler raises."""
+    """Return the kernel that Triton compiles from a variant; raise whatever its compiler raises."""
     import importlib
 
     import triton
@@ -126,10 +126,10 @@ def compiled(variant: Variant):
 
 
 def compile_variant(variant: Variant) -> Result:
-    """Compile and judge. For a process of its own or of a pool."""
+    """Compile and judge a variant, in a process of its own or of a pool."""
     try:
         kernel = compiled(variant)
-    except Exception as error:  # the compiler's own failure is what is being looked for
+    except Exception as error:  # finding the compiler's failures is the purpose
         return Result(variant.label, variant.architecture, variant.warps, 0, 0, 0, False, (last_line(error),))
     return result_of(variant, kernel)
 
@@ -140,7 +140,7 @@ def last_line(error: Exception) -> str:
 
 
 def result_of(variant: Variant, kernel) -> Result:
-    """Judge what `compiled` returned."""
+    """Judge a kernel that `compiled` returned."""
     registers, stack = resources(kernel.asm["cubin"])
     shared = kernel.metadata.shared
     wgmma = "wgmma.mma_async" in kernel.asm["ptx"]
@@ -159,12 +159,12 @@ def kernel_of(variant: Variant) -> str:
 
 
 def main_loops(variant: Variant, loops: list[sass.Count]) -> list[sass.Count]:
-    """Return the loops that most tiles go through: where the tiles at the edges have loops of their own, the other."""
+    """Return the loops that most tiles run through; loops of their own for tiles at the edges are left out."""
     return [min(loops, key=lambda loop: loop.all)] if kernel_of(variant) in EDGED and loops else loops
 
 
 def put_away(variant: Variant, cubin: bytes, stack: int) -> bool:
-    """Return whether no main loop reaches the stack; of a kernel without loops, whether it is small."""
+    """Return whether no main loop accesses the stack; for a kernel without loops, whether the stack is small."""
     _, loops = sass.count(dump(cubin, "-sass"))
     return not any(loop.stack for loop in main_loops(variant, loops)) if loops else stack <= TOLERATED_ONCE
 
@@ -177,7 +177,7 @@ def judge(architecture: str, stack: int, shared: int) -> list[str]:
 
 
 def needs_wgmma(variant: Variant) -> bool:
-    """Half precision, four warps or more, and 64 rows or more on the left of a product."""
+    """Return whether a kernel has half precision, four warps or more, and products with 64 rows or more on the left."""
     half = {"*bf16", "*fp16"} & {kind for name, kind in variant.signature if name in ("query_s", "student")}
     constants = dict(variant.constants)
     rows = constants["BC" if variant.kernel == "columns_kernel" else "BR"] if "BR" in constants else 0
@@ -185,20 +185,20 @@ def needs_wgmma(variant: Variant) -> bool:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack) as cuobjdump reports them."""
+    """Return (registers of a thread, bytes of its stack) as cuobjdump reports them."""
     text = dump(cubin, "--dump-resource-usage")
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
 def tool(name: str) -> str:
-    """Path of one of the CUDA programs that Triton brings."""
+    """Return the path of one of the CUDA programs that come with Triton."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def dump(cubin: bytes, option: str) -> str:
-    """Return what cuobjdump prints of a kernel."""
+    """Return what cuobjdump prints about a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -209,7 +209,7 @@ def dump(cubin: bytes, option: str) -> str:
 def compile_all(
     variants: list[Variant], compile_one: Callable[[Variant], T] = compile_variant
 ) -> Iterator[T]:
-    """Yield what `compile_one` makes of each variant, in order, as it comes; processes share the work."""
+    """Yield the result of `compile_one` for each variant, in order, as soon as it is ready; processes share work."""
     import multiprocessing
 
     workers = min(len(variants), os.cpu_count() or 1)
@@ -224,7 +224,7 @@ def compile_all(
 def variants_of(
     calls: Iterator[tuple[str, Callable[[], object]]], architectures: Sequence[str] = ARCHITECTURES
 ) -> list[Variant]:
-    """Every distinct variant that the calls (label, function to run on meta tensors) launch."""
+    """Return every distinct variant that the calls (label, function to run on meta tensors) launch."""
     variants = {}
     for label, call in calls:
         for architecture in architectures:
@@ -241,7 +241,7 @@ def variants_of(
 
 
 def compile_cuda(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Result]:
-    """The kernels of a .cu file by nvcc: for each architecture the worst figures over all of them."""
+    """Compile a .cu file with nvcc; return for each architecture the worst figures over its kernels."""
     results = []
     for architecture in architectures:
         command = [
@@ -273,20 +273,20 @@ def compile_cuda(source: Path, architectures: Sequence[str] = ARCHITECTURES) -> 
 
 
 def cuda_sources() -> list[Path]:
-    """Those of a source checkout; none in an installed package."""
+    """Return the CUDA sources of a source checkout; none in an installed package."""
     return sorted((Path(__file__).parents[2] / "csrc").glob("*/cuda.cu"))
 
 
 def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
-    """Compile every kernel variant whose label contains `match`; print a table. Returns 0, or 1 on a failure.
+    """Compile every kernel variant whose label contains `match`; print a table. Return 0, or 1 on a failure.
 
-    Raises UserError where Triton's interpreter is chosen (TRITON_INTERPRET).
+    Raises UserError if Triton's interpreter is chosen (TRITON_INTERPRET).
     """
     import triton
 
     from dsdistill.bench.aot_calls import all_calls
 
-    if triton.knobs.runtime.interpret:  # by Triton's own reading of the variable, which takes "yes" too
+    if triton.knobs.runtime.interpret:  # as Triton itself reads the variable: it also accepts "yes"
         raise UserError(
             "TRITON_INTERPRET",
             os.environ.get("TRITON_INTERPRET"),
@@ -295,7 +295,7 @@ def run_aot(json_path: str | Path | None = None, match: str = "") -> int:
     results, written = [], time.monotonic()
     for result in compile_all([v for v in variants_of(all_calls()) if match in v.label]):
         results.append(result)
-        if json_path is not None and time.monotonic() - written > 5:  # what a cut leaves
+        if json_path is not None and time.monotonic() - written > 5:  # in case the process is ended early
             disk.save_json(json_path, [asdict(r) for r in results])
             written = time.monotonic()
     if shutil.which("nvcc"):

@@ -1,8 +1,8 @@
-"""The calls whose kernels are compiled ahead of time: every operator, type, width and plan, on meta tensors.
+"""List the calls whose kernels are compiled ahead of time: every operator, dtype, width and plan, on meta tensors.
 
-Kernels are compiled with all conditions on pairs (labels, causal order, window), which cost the most registers; in
-bfloat16 also without any. Attention in float32 is left out: `auto` never takes it. Losses over a vocabulary read
-logits in float32, whatever the models' type.
+Kernels are compiled with all conditions on pairs (labels, causal order, window), which need the most registers; in
+bfloat16 also without any. Attention in float32 is left out: `auto` never uses it. Losses over a vocabulary read
+logits in float32, whatever the models' dtype.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def attention_call(
     gradient: bool = True,
     chosen: int = 0,
 ) -> None:
-    """Launch the kernels of a call. chosen: so many rows of each sequence are compared; 0: all."""
+    """Launch the kernels of a call. chosen: number of rows compared in each sequence; 0: all."""
     query = _empty(2, 4, chosen or tokens, width, dtype=dtype)
     key = _empty(2, 4 if plan == "row, own keys" else 2, tokens, width, dtype=dtype)
     mask = _empty(2, tokens, dtype=torch.bool) if conditions else None
@@ -113,7 +113,7 @@ def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], N
 
 
 def vocabulary_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield one kernel a divergence and type of the gradient, with all options, and some with fewer."""
+    """Yield one kernel for each divergence and gradient dtype, with all options, and some with fewer."""
     for name, gradient in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("loss", None)):
         for divergence in DIVERGENCES:
             for options in (True, False) if divergence in ("forward_kl", "jsd") else (True,):

@@ -1,4 +1,4 @@
-"""Check what the commands verify and bench are given."""
+"""Check the arguments of the commands verify and bench."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsdistill.ops.backends import extension
 
 
 def check_instruction_set() -> None:
-    """Raise UserError where DSDISTILL_ISA names an instruction set that the native operators cannot use here."""
+    """Raise UserError if DSDISTILL_ISA names an instruction set that the native operators cannot use here."""
     native, wanted = extension(), os.environ.get("DSDISTILL_ISA")
     if native is not None and wanted is not None and wanted not in native.instruction_sets():
         raise UserError("DSDISTILL_ISA", repr(wanted), f"one of {', '.join(native.instruction_sets())}")
@@ -27,7 +27,7 @@ def parse_shapes(text: str | None) -> dict[str, str | int | float]:
             raise UserError("--shapes", part, "NAME=VALUE")
         try:
             options[name.strip()] = found = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # the second: a date that is none
+        except (yaml.YAMLError, ValueError):  # ValueError: an invalid date
             found = None
         if not isinstance(found, str | int | float):
             raise UserError("--shapes", part, "NAME=VALUE, a number or a word")
@@ -35,7 +35,7 @@ def parse_shapes(text: str | None) -> dict[str, str | int | float]:
 
 
 def check_unused(case: str, dtype: str, backends: Sequence[str] | None, plot: object) -> None:
-    """Raise UserError for options of the operators beside a case that measures something else."""
+    """Raise UserError for options of the operators given with a case that measures something else."""
     for name, given in (("dtype", dtype != "float32"), ("backends", backends), ("plot", plot)):
         if given:
             raise UserError(f"bench --{name}", f"a value for {case}", "none: it does not matter here")

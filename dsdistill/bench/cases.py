@@ -1,4 +1,4 @@
-"""Inputs on which every operator is checked: ordinary shapes, odd shapes and hostile values, in float64."""
+"""Make the inputs on which every operator is checked: ordinary shapes, odd shapes and extreme values, in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsdistill import ops
 
-# Of task and soft labels in the checked total of `vocabulary_losses`.
+# Weights of task and soft labels in the checked total of `vocabulary_losses`.
 WEIGHTS = (0.7, 1.6)
 
 
@@ -55,12 +55,12 @@ TOKEN_AXIS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one operator.
+    """A Case is one call of one operator.
 
-    tensors: float64 or integer or bool, by argument name. options: the other keyword arguments.
-    cancels: the value may come from an identity, whose error is relative to both models' own sizes.
+    tensors: float64, integer or bool, by argument name. options: the other keyword arguments.
+    cancels: the value may come from a difference that cancels; its error is relative to both models' own sizes.
     native: the "cpp" backend must be able to run it.
-    gradient_floor: size of the terms that cancel where the true gradient is 0.
+    gradient_floor: size of the terms that cancel if the true gradient is 0.
     """
 
     operator: str
@@ -81,13 +81,13 @@ def _normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
 
 
 def _ragged(batch: int, tokens: int) -> Tensor:
-    """A mask with a full row, shorter rows, and for three sequences or more an empty one."""
+    """Return a mask with a full row, shorter rows, and for three or more sequences an empty one."""
     lengths = torch.tensor([max(0, tokens - index * (tokens // 2)) for index in range(batch)])
     return torch.arange(tokens)[None, :] < lengths[:, None]
 
 
 def _rows(batch: int, tokens: int, rows: int) -> dict[str, Tensor]:
-    """Positions in no order, some twice and some none, with weights."""
+    """Return unordered positions, some repeated and some missing (−1), with weights."""
     generator = torch.Generator().manual_seed(7)
     index = torch.randint(-1, tokens, (batch, rows), generator=generator)
     return {"row_index": index, "row_weights": _normal(batch, rows, seed=8).abs()}
@@ -198,7 +198,7 @@ def pairwise_cases() -> Iterator[Case]:
         repeated[:, 10:] = repeated[:, :10]
         twins = {"student": repeated, "teacher": _normal(2, 20, 8, seed=1)}
         yield Case("pairwise", f"{relation}-twins", twins, options, cancels)
-    # Vectors that all point the same way, as those of some layers do: far closer to each other than they are long.
+    # Vectors of nearly the same direction, as in some layers: their distances are far smaller than their lengths.
     shifted = {"student": _normal(2, 40, 24, seed=0) + 30, "teacher": _normal(2, 40, 16, seed=1) + 30}
     yield Case("pairwise", "distance-shifted", shifted, {"relation": "distance"})
 
@@ -226,7 +226,7 @@ def hidden_cases() -> Iterator[Case]:
         summed = {**options, "reduction": "sum"}
         masked = {**projected, "weights": weights, "mask": _ragged(3, 37)}
         yield Case("hidden", f"{divergence}-weighted-sum", masked, summed)
-        # Widths that need no padding and more tokens than the native kernel keeps between its phases.
+        # Widths without padding, and more tokens than the native kernel keeps between its phases.
         even = {
             "student": _normal(1, 500, 64, seed=0),
             "teacher": _normal(1, 500, 48, seed=1),
@@ -281,7 +281,7 @@ def _vocabulary_cases(tensors: dict[str, Tensor], ragged: dict[str, Tensor]) -> 
         )
         options = {"divergence": divergence, **warm, **capped, "reduction": "sum"}
         yield Case("vocabulary", f"{divergence}-capped", masked, options, native=False)
-    # The student's head is padded to more entries than the teacher's, which is padded, too.
+    # Both heads are padded, the student's to more entries than the teacher's.
     padded = {
         **masked,
         "teacher_head": masked["teacher_head"][:52],

@@ -1,4 +1,4 @@
-"""Part "correctness" of launch/gpu_check.sh: what was built, the kernels that `auto` could take, tests on the GPU."""
+"""Run part "correctness" of launch/gpu_check.sh: check the built library and the kernels for `auto`, and run tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsdistill.ops import clock
 ROOT = Path(__file__).parents[2]
 TESTS = ("gpu_kernels", "records", "tile_tuning", "attention_tiles")
 
-# In a process of its own: this one has loaded the library of the source folder already, if there is one.
+# Run in a process of its own: this one may already have loaded the library of the source folder.
 SYMBOLS = """
 import importlib.util, json, sys, torch
 if len(sys.argv) > 1:
@@ -48,8 +48,8 @@ print(json.dumps(found))
 
 
 def symbols(out: Path, dry: bool) -> int:
-    """Load the library that was built, and see that its operators are there and that nothing is left unresolved."""
-    built = [path for path in [os.environ.get("DSDISTILL_BUILT")] if path]  # by a dry run, apart
+    """Load the built library, and check that its operators are there and all symbols are resolved."""
+    built = [path for path in [os.environ.get("DSDISTILL_BUILT")] if path]  # a dry run builds it elsewhere
     done = subprocess.run(
         [sys.executable, "-c", SYMBOLS, *built], capture_output=True, text=True, check=False
     )
@@ -76,7 +76,7 @@ def symbols(out: Path, dry: bool) -> int:
 
 
 def weak_symbols(library: str) -> list[str]:
-    """Return a complaint of symbols that may stay null without anybody noticing."""
+    """Return a complaint about weak symbols, which may stay null unnoticed; empty if there are none."""
     if not shutil.which("nm"):
         return []
     command = ["nm", "-D", "--undefined-only", library]
@@ -96,7 +96,7 @@ def variant_of(case: Case) -> str:
 
 
 def could_take(case: Case, backend: str, dtype: torch.dtype) -> bool:
-    """Return whether `auto` could take a backend for a case: `chunked` always, GPU kernels on a record alone."""
+    """Return whether `auto` may use a backend for a case: `chunked` always, GPU kernels if a record can allow it."""
     if backend not in RECORDED:
         return backend == "chunked"
     kind = str(dtype).removeprefix("torch.")
@@ -107,7 +107,7 @@ Task = tuple[int, str, torch.dtype, str]
 
 
 def tasks(dry: bool) -> list[Task]:
-    """Return (case, backend, dtype, check): parity first, operators in turn, so that a cut leaves some of each."""
+    """Return (case, backend, dtype, check): parity first, operators in turn, so that some of each run before a cut."""
     backends = [name for name in checks.available_backends() if name in ("chunked", *RECORDED)]
     few: dict[str, list[Task]] = {}
     many: dict[str, list[Task]] = {}
@@ -133,7 +133,7 @@ def in_turn(groups: list[list[Task]]) -> list[Task]:
 
 
 def verify(out: Path, dry: bool) -> int:
-    """Check against float64 in processes side by side, since most of the time goes into compiling kernels."""
+    """Check against float64 in parallel processes, since compiling kernels takes most of the time."""
     todo = tasks(dry)
     outcome: dict = {"checks": len(todo), "done": 0, "worst": 0.0, "by": {}, "failures": []}
 
@@ -157,7 +157,7 @@ def verify(out: Path, dry: bool) -> int:
             for future in as_completed(waiting):
                 try:
                     note(waiting[future], *future.result())
-                except Exception as error:  # a process that died takes its pool along
+                except Exception as error:  # a process that dies ends its pool
                     note(waiting[future], f"{waiting[future]}: {first_line(error)}", 0.0)
     save(out, outcome)
     print(*outcome["failures"], sep="\n")
@@ -165,23 +165,23 @@ def verify(out: Path, dry: bool) -> int:
 
 
 def check_one(task: Task) -> tuple[str | None, float]:
-    """Return what is wrong, None if nothing is, and the worst error as a share of what is allowed."""
+    """Return what is wrong, None if nothing is, and the worst error as a share of the allowed one."""
     index, backend, dtype, name = task
     case = checks.all_cases()[index]
     try:
         clock.synchronize(device())
-    except Exception:  # what an earlier kernel did to this process
+    except Exception:  # an earlier kernel's failure makes the GPU unusable for this process
         return f"{name} {case} {backend} {dtype}: not run, the GPU had failed this process before", 0.0
     try:
         return None, checks.CHECKS[name](case, backend, dtype)
-    except Exception as error:  # a compiler's or a driver's, as much as a mismatch
+    except Exception as error:  # a mismatch, or an error of a compiler or driver
         return f"{name} {case} {backend} {dtype}: {first_line(error)}"[:400], 0.0
 
 
 def tests(out: Path, dry: bool) -> int:
-    """Run the tests of what only a GPU can show."""
+    """Run the tests that need a GPU."""
     files = [f"tests/ops/test_{name}.py" for name in (("records",) if dry else TESTS)]
-    drop = ("DSDISTILL_RECORDS", "DSDISTILL_TUNE")  # a test compares what is installed
+    drop = ("DSDISTILL_RECORDS", "DSDISTILL_TUNE")  # a test reads the installed records
     environment = {key: value for key, value in os.environ.items() if key not in drop}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

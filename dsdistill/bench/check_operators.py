@@ -1,6 +1,6 @@
-"""Part "operators" of launch/gpu_check.sh: tiles, kernels one by one, and every operator beside its rivals.
+"""Run part "operators" of launch/gpu_check.sh: time tiles, single kernels, and every operator against its rivals.
 
-Each step writes its rows as they come: what a budget cuts off is lost alone, and so is a row that raises.
+Each step writes its rows as they come: if its budget ends or a row raises, only the rest or that row is lost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dsdistill.ops.gpu import Tile
 
 @dataclass(frozen=True)
 class Bench:
-    """One measured call. variant: as `auto` knows it. goals: those that its row is judged by (check_report.py)."""
+    """A Bench is one measured call. variant: its name for `auto`. goals: what its row counts for (check_report.py)."""
 
     operator: str
     variant: str
@@ -51,7 +51,7 @@ ATTENTION = [
     Bench("attention", "kl", LONG, (*EAGER, "compile", "sdpa", "flex", *OURS, *PLANS), ("floor", "compile")),
     Bench("attention", "kl", SHORT, (*EAGER, "sdpa", *OURS, *PLANS), ("short",)),
     Bench("attention", "kl", LONG | {"tokens": 512}, (*EAGER, "sdpa", *OURS, *PLANS)),
-    # Where whole matrices of eight sequences do not fit.
+    # Whole matrices of eight sequences would not fit.
     Bench("attention", "kl", LONG | {"batch": 2}, ("eager", "compile", *OURS), ("compile",)),
     Bench("attention", "kl", WIDE, ("eager-half", "sdpa", *OURS, *PLANS[1:])),
     Bench("attention", "kl", LONG | {"causal": True}, ("sdpa", *OURS)),
@@ -68,7 +68,7 @@ ATTENTION += [
     for width in (64, 128)
     for backends in [("triton", "sdpa", *(("chunked", "eager-half") if tokens <= 8192 else ()))]
 ]
-# Each shape of liger's and of torch.compile costs its budget ten seconds or more of compilation.
+# Each shape of liger and of torch.compile needs ten seconds or more of the budget for compilation.
 HEADS = ("eager", "apart", "liger", *OURS)
 SHORT_HEADS = ("eager", *OURS)
 VOCABULARY = [
@@ -126,8 +126,8 @@ PUBLIC = {
     "soft-label": "soft_label_alignment",
     "vocabulary": "vocabulary_losses",
 }
-RECORDED = ("triton", "cuda")  # backends that `auto` takes on a record alone
-# Kernels by themselves: (contender, options of the work).
+RECORDED = ("triton", "cuda")  # backends that `auto` uses only if a record allows it
+# Single kernels: (operator, contender, options of the work).
 KERNELS = [
     ("attention", "triton-merged", LONG),
     ("attention", "triton-sweeps", LONG),
@@ -151,7 +151,7 @@ SMALL = {"batch": 1, "heads": 2, "tokens": 32, "width": 16, "teacher_width": 16,
 
 
 def small(options: dict, operator: str) -> dict:
-    """Return options of a call that takes next to no time on a CPU."""
+    """Return options of a call that takes almost no time on a CPU."""
     sizes = {key: value for key, value in SMALL.items() if key in options}
     sizes |= {"width": 16} | ({"teacher_width": 16} if operator == "hidden" else {})
     return options | sizes | ({"group": 2} if "group" in options else {})
@@ -169,7 +169,7 @@ def in_small(benches: Sequence[Bench]) -> list[Bench]:
 
 def measure_benches(out: Path, benches: Sequence[Bench], dry: bool) -> list[dict]:
     """Measure each call and write its row, or the exception that it ended with."""
-    if dry:  # a graph is captured as on a GPU, but no compiler of machine code runs for seconds
+    if dry:  # graphs are captured as on a GPU, but without seconds of compilation to machine code
         torch.compile = functools.partial(torch.compile, backend="eager")
     rows = []
     for bench in in_small(benches) if dry else benches:
@@ -188,7 +188,7 @@ def measure_benches(out: Path, benches: Sequence[Bench], dry: bool) -> list[dict
                 json_path=path,
             )
             row |= json.loads(path.read_text(encoding="utf-8"))
-        except Exception as error:  # of a compiler or a driver, too
+        except Exception as error:  # also from a compiler or driver
             traceback.print_exc(file=sys.stdout)
             row["error"] = operators.first_line(error)
         rows.append(row)
@@ -197,13 +197,13 @@ def measure_benches(out: Path, benches: Sequence[Bench], dry: bool) -> list[dict
 
 
 def benches_step(name: str, out: Path, dry: bool) -> int:
-    """Run one step of benches. Returns 1 where a row raised or a contender of ours failed its check."""
+    """Run one step of benches. Return 1 if a row raised or a contender of ours failed its check."""
     rows = measure_benches(out, BENCHES[name], dry)
     return int(any("error" in row or row["failures"] for row in rows))
 
 
 def kernels(out: Path, dry: bool) -> int:
-    """Time each Triton kernel of a call by itself, the whole call, and what the call costs the processor."""
+    """Time each Triton kernel of a call by itself, the whole call, and the call's time on the host."""
     rows = []
     calls = {json.dumps([o, n, small(options, o)]): (o, n, small(options, o)) for o, n, options in KERNELS}
     for operator, name, options in calls.values() if dry else KERNELS:
@@ -212,7 +212,7 @@ def kernels(out: Path, dry: bool) -> int:
         row = {"operator": operator, "backend": name, "options": options}
         try:
             row |= measure_kernels(WORKS[operator](**options, dtype=torch.bfloat16), name, 2 if dry else 10)
-        except Exception as error:  # of a compiler or a driver, too
+        except Exception as error:  # also from a compiler or driver
             traceback.print_exc(file=sys.stdout)
             row["error"] = operators.first_line(error)
         rows.append(row)
@@ -221,7 +221,7 @@ def kernels(out: Path, dry: bool) -> int:
 
 
 def measure_kernels(work: Work, name: str, repeats: int) -> dict:
-    """Return seconds of the call's kernels by name, of the whole call, and of the host until the call comes back."""
+    """Return seconds of the call's kernels by name, of the whole call, and of the host until the call returns."""
     call = functools.partial(operators.step, work, contender(work, name))
     call()
     seconds = statistics.median(operators.seconds_of(call) for _ in range(repeats))
@@ -256,7 +256,7 @@ def tile_calls(
 
 
 def tiles(out: Path, dry: bool) -> int:
-    """Try the tiles of attention's kernels; the winners go into the record."""
+    """Time the tiles of attention's kernels; the fastest go into the record."""
     if "triton" not in present("attention", {}, "bfloat16"):
         save(out, [])
         return 0
@@ -273,7 +273,7 @@ def tiles(out: Path, dry: bool) -> int:
 
 
 def compile_ahead(shapes: Sequence[tuple[dict, str]], workers: int) -> None:
-    """Compile all tiles side by side on short sequences, for Triton's cache on disk: one by one they take minutes."""
+    """Compile all tiles in parallel on short sequences, into Triton's cache on disk: in turn they take minutes."""
     tasks = list(ahead(shapes))
     if workers <= 1:
         return
@@ -284,7 +284,7 @@ def compile_ahead(shapes: Sequence[tuple[dict, str]], workers: int) -> None:
 
 
 def ahead(shapes: Sequence[tuple[dict, str]]) -> Iterator[tuple[dict, str, str, Tile]]:
-    """Yield what `compile_tile` takes, each kernel of a head width once."""
+    """Yield the arguments of `compile_tile`, each kernel once for a head width."""
     seen = set()
     for options, plan in shapes:
         short = options | {"batch": 1, "tokens": min(256, options["tokens"])}
@@ -297,19 +297,19 @@ def ahead(shapes: Sequence[tuple[dict, str]]) -> Iterator[tuple[dict, str, str, 
 
 
 def compile_tile(task: tuple[dict, str, str, Tile]) -> str | None:
-    """Run one tile once. For a process of its own."""
+    """Run one tile once, in a process of its own; return the error, if any."""
     options, plan, kernel, tile = task
     try:
         with trying({kernel: tile}):
             for call in tile_calls(options, plan)[0]:
                 call()
-    except Exception as error:  # the step itself meets it again
+    except Exception as error:  # it occurs again in the step itself
         return f"{kernel} {tile}: {operators.first_line(error)}"
     return None
 
 
 def record_rows(rows: Sequence[dict] | None) -> list[dict]:
-    """Return what `auto` reads: each backend of ours against `chunked`."""
+    """Return the rows that `auto` reads: each backend of ours against `chunked`."""
     found = []
     for measured in rows or ():
         if "error" in measured:
@@ -332,7 +332,7 @@ def record_rows(rows: Sequence[dict] | None) -> list[dict]:
 
 
 def recordable() -> set[tuple[str, str, str]]:
-    """Return (operator, variant, dtype) of all that a record can make `auto` take."""
+    """Return (operator, variant, dtype) of every call for which a record can allow a kernel to `auto`."""
     return {(bench.operator, bench.variant, bench.dtype) for benches in BENCHES.values() for bench in benches}
 
 

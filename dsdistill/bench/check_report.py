@@ -1,4 +1,4 @@
-"""Report what launch/gpu_check.sh found: tables, plots, goals with what was reached, and what to change first."""
+"""Report what launch/gpu_check.sh found: tables, plots, goals and results, and what to change first."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from dsdistill import disk
 from dsdistill.bench.preflight import GPUS
 
-HOST_BOUND = 0.8  # share of a call's time that the host takes, from which on it is the bound
-MISSING = math.inf  # how far off a goal is that nobody has measured
+HOST_BOUND = 0.8  # share of a call's time on the host from which the host is the bottleneck
+MISSING = math.inf  # `off` of a goal that was not measured
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal. off: by which factor it is missed, at most 1 where it is met, MISSING where nothing was measured."""
+    """A Goal is a target. off: the factor by which it is missed, at most 1 if met, MISSING if not measured."""
 
     name: str
     got: str
@@ -27,25 +27,25 @@ class Goal:
 
 
 def save(path: Path, content: object) -> None:
-    """Write at once: a step may be ended at any time."""
+    """Write a file whole: a step may be ended at any time."""
     with disk.writing(path) as file:
         json.dump(content, file, indent=1)
 
 
 def found(record: dict, step: str) -> list | dict | None:
-    """Return what a step wrote, None where it did not run or wrote nothing."""
+    """Return what a step wrote, None if it did not run or wrote nothing."""
     return record["steps"].get(step, {}).get("found")
 
 
 def rows_for(record: dict, goal: str) -> list[dict]:
-    """Return the benches that a goal is judged by, those that raised left out."""
+    """Return the benches that a goal is judged by, without those that raised."""
     steps = ("attention", "vocabulary", "others")
     rows = [row for step in steps for row in found(record, step) or ()]
     return [row for row in rows if goal in row["goals"] and "error" not in row]
 
 
 def best(bench: dict) -> dict | None:
-    """Return the row of the fastest backend of ours; None where none was timed."""
+    """Return the row of our fastest backend; None if none was timed."""
     ours = [row for row in bench["rows"] if row["backend"].partition("-")[0] in ("chunked", "triton", "cuda")]
     return min(ours, key=lambda row: row["both"], default=None)
 
@@ -57,8 +57,8 @@ def not_measured(name: str, wanted: str, part: str) -> Goal:
 def plan_floor(record: dict, bench: dict) -> tuple[float, str]:
     """Return the least seconds of attention kl by statistics and one merged sweep, and what that is derived from.
 
-    Products and exponentials run side by side: 2 and 4 products of D multiply-adds a pair, 2 exponentials each time,
-    at the rates of the data sheet. For a GPU without one here: the definition's products at the measured rate.
+    Products and exponentials run in parallel: 2 and 4 products of D multiply-adds per pair, 2 exponentials each time,
+    at the rates of the data sheet. For a GPU that is not in GPUS: the definition's products at the measured rate.
     """
     gpu = next((gpu for name, gpu in GPUS.items() if name in record["gpu"]), None)
     if gpu is None:
@@ -73,7 +73,7 @@ def plan_floor(record: dict, bench: dict) -> tuple[float, str]:
 
 
 def slowest_kernel(record: dict, bench: dict, mine: dict) -> str:
-    """Return what the step `kernels` saw of the same call by the same backend: its largest kernel, and the host."""
+    """Return what the step `kernels` measured for the same call and backend: its largest kernel, and the host."""
     same = [
         row
         for row in found(record, "kernels") or ()
@@ -166,13 +166,13 @@ def step_goals(record: dict) -> Iterator[Goal]:
 
 
 def goals(record: dict) -> list[Goal]:
-    """Return all goals: those missed by most first, those that nobody measured last."""
+    """Return all goals: those missed most first, those not measured last."""
     every = [*attention_goals(record), *other_goals(record), *step_goals(record)]
     return sorted(every, key=lambda goal: -goal.off if goal.off < MISSING else MISSING)
 
 
 def what_to_change(record: dict) -> list[str]:
-    """Return lines that say what to change, in order: what is wrong, what is missed by most, what is unknown."""
+    """Return lines that say what to change, in order: what is wrong, goals missed most first, what is unknown."""
     lines = [
         f"wrong: {failure}" for failure in (found(record, "verify") or {"failures": ()})["failures"][:10]
     ]

@@ -1,7 +1,7 @@
-"""Part "step" of launch/gpu_check.sh: what the losses cost in a whole step, its largest kernels, a run, a sanitizer.
+"""Run part "step" of launch/gpu_check.sh: time a whole step by level, list its largest kernels, train, run a sanitizer.
 
-24 layers of 1024 into 6 of 768, causal language models in bfloat16 on random weights. What `auto` takes follows from
-the records: those of the package, and that of part "operators" if it ran into the same OUT_DIR before.
+The models are causal language models in bfloat16 with random weights, 24 layers of 1024 into 6 of 768. `auto` chooses
+by the records: those of the package, and that of part "operators" if it was written to the same OUT_DIR before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsdistill.bench.works import device
 
 ROOT = Path(__file__).parents[2]
 TINY = Decoders(teacher=4, student=2, width=32, student_width=16, heads=2, vocabulary=64, tokens=32, step=64)
-SHORT = {False: 512, True: 16}  # tokens, by whether the run is dry
+SHORT = {False: 512, True: 16}  # tokens; True: in a dry run
 DTYPE = "bfloat16"
 LARGEST = 10
 
@@ -49,7 +49,7 @@ def levels(out: Path, dry: bool) -> int:
                 call()
                 peaks[arm] = step.peak(call, place)
                 calls[arm] = call
-            except Exception as error:  # of a compiler or a driver, too; out of memory
+            except Exception as error:  # also from a compiler or driver; out of memory
                 traceback.print_exc(file=sys.stdout)
                 rows.append(row | {"error": operators.first_line(error)})
                 save(out, rows)
@@ -63,7 +63,7 @@ def levels(out: Path, dry: bool) -> int:
             row |= {"memory_mib": peaks[arm], "tokens_per_second": batch.input_ids.numel() / seconds}
             taken = (
                 made[arm][0].objective.backends if arm == LEVELS[-1] else {}
-            )  # of all calls of this process
+            )  # those of all calls of this process
             row["backends"] = ", ".join(f"{name} {' '.join(names)}" for name, names in sorted(taken.items()))
             rows.append(row)
         save(out, rows)
@@ -120,7 +120,7 @@ CASES = [
 
 
 def sanitizer(out: Path, dry: bool) -> int:
-    """Look for reads and writes beyond tensors: each needs memory of its own, so PyTorch must not share blocks out."""
+    """Search for reads and writes beyond tensors: PyTorch's caching is off, so that each tensor has its own memory."""
     tool = shutil.which("compute-sanitizer")
     if not tool and not dry:
         save(out, {"compute_sanitizer": "not found"})

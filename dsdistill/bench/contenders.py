@@ -1,4 +1,4 @@
-"""Hold what an operator is measured against: plain PyTorch, torch.compile, other libraries, our own plans."""
+"""Make the contenders of an operator's benchmark: plain PyTorch, torch.compile, other libraries, our own plans."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dsdistill.ops.attention import triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
 from dsdistill.ops.attention.reference import attention_total
 
-# Contenders that the others are compared with. sdpa and flex compute something else: one model's attention.
+# Contenders that ours are compared with. sdpa and flex compute something else: one model's attention.
 RIVALS = ("eager", "eager-half", "compile", "apart", "liger", "sdpa", "flex")
-PLANS = ("triton-row", "triton-merged", "triton-sweeps")  # of attention, one by one
+PLANS = ("triton-row", "triton-merged", "triton-sweeps")  # single plans of attention
 CONTENDERS = (*RIVALS, "chunked", "cpp", "cuda", "triton", *PLANS)
 LIGER_BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
 HEADS = ("soft-label", "vocabulary")  # operators that read heads
@@ -31,7 +31,7 @@ def present(operator: str, options: dict, dtype: str) -> set[str]:
         found |= {"sdpa", "flex"}
         found |= {"eager-half"} if dtype != "float32" else set()
         found |= set(PLANS) if "triton" in found else set()
-    if options.get("rows"):  # the others compare all
+    if options.get("rows"):  # these contenders compare all rows
         found -= {"triton", *PLANS, "eager-half", "sdpa", "flex"}
     if operator in HEADS:
         found.discard("cpp")
@@ -47,14 +47,14 @@ def present(operator: str, options: dict, dtype: str) -> set[str]:
 
 
 def unasked(found: set[str]) -> set[str]:
-    """Return those of the contenders that are measured when none is named: on a CPU none whose times mean nothing."""
+    """Return the contenders that are measured by default: on a CPU without those whose times mean nothing there."""
     return found if device() == "cuda" else found - {"flex", "triton", *PLANS}
 
 
 def contender(work: Work, name: str) -> Callable[[], Tensor]:
     """Return a function that computes a contender's loss."""
     if name == "compile":
-        # One graph of fixed sizes: a call that would leave it, or go beyond that limit, raises.
+        # One graph of fixed sizes: a call that would break the graph or exceed the recompile limit raises.
         return torch.compile(lambda: work.loss("reference"), fullgraph=True, dynamic=False)
     if name in MADE:
         return MADE[name](work)
@@ -64,7 +64,7 @@ def contender(work: Work, name: str) -> Callable[[], Tensor]:
 
 
 def with_plan(work: Work, plan: str) -> Tensor:
-    """Return the loss by one plan of attention's Triton kernels."""
+    """Return the loss computed by one plan of attention's Triton kernels."""
     before, triton_schedule.default_plan = triton_schedule.default_plan, plan
     try:
         return work.loss("triton")
@@ -73,14 +73,14 @@ def with_plan(work: Work, plan: str) -> Tensor:
 
 
 def pairs_of(work: Work) -> Pairs:
-    """Return which queries and keys of an attention work meet."""
+    """Return which queries and keys of an attention work form pairs."""
     given = work.tensors
     tokens = given["student_query"].shape[2]
     return Pairs(tokens, given.get("mask"), work.options["causal"], None, given.get("segments"))
 
 
 def attention_in_half(work: Work) -> Callable[[], Tensor]:
-    """Return what a model in half precision computes by itself: products, softmax and loss in the inputs' type."""
+    """Return a function that computes products, softmax and loss in the inputs' half precision."""
     given = work.tensors
     tensors = [given[name] for name in ("student_query", "student_key", "teacher_query", "teacher_key")]
     batch, heads, tokens, width = tensors[0].shape
@@ -94,14 +94,14 @@ def attention_itself(work: Work) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
     query, key = work.student
     pairs = pairs_of(work)
     if work.options["causal"] and pairs.mask is None and pairs.segments is None:
-        return query, key, torch.randn_like(key), None  # known by name
+        return query, key, torch.randn_like(key), None  # is_causal says the same
     everything = slice(0, pairs.tokens)
     exists = pairs.block(everything, everything, slice(None), query.device)
     return query, key, torch.randn_like(key), exists
 
 
 def sdpa(work: Work) -> Callable[[], Tensor]:
-    """One model's attention by PyTorch, forward and backward: what a kernel of that shape takes."""
+    """Return one model's attention by PyTorch: its time shows what a kernel of that shape takes."""
     query, key, value, mask = attention_itself(work)
     options = {"enable_gqa": query.shape[1] != key.shape[1]}
     options |= {"is_causal": True} if work.options["causal"] and mask is None else {"attn_mask": mask}
@@ -109,7 +109,7 @@ def sdpa(work: Work) -> Callable[[], Tensor]:
 
 
 def flex(work: Work) -> Callable[[], Tensor]:
-    """The same by flex_attention, which skips the blocks that a mask empties; compiled where there is a GPU."""
+    """Return the same by flex_attention, which skips blocks that are fully masked; compiled on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     query, key = work.student
@@ -135,7 +135,7 @@ def flex(work: Work) -> Callable[[], Tensor]:
 
 
 def liger(work: Work) -> Callable[[], Tensor]:
-    """liger-kernel's fused linear divergence: alone, or with the task's cross-entropy, in blocks of tokens."""
+    """Return liger-kernel's fused linear divergence: alone, or with the task's cross-entropy, in blocks of tokens."""
     hidden, head, teacher_hidden, teacher_head, *labels = (
         x.flatten(0, -2) if x.dim() > 2 else x for x in work.tensors.values()
     )
@@ -152,7 +152,7 @@ def liger(work: Work) -> Callable[[], Tensor]:
 
 
 def apart(work: Work) -> Callable[[], Tensor]:
-    """Task and soft labels by the operators of their own, in blocks, as they are weighed in `vocabulary_losses`."""
+    """Return task and soft labels by separate operators, in blocks, with the weights of `vocabulary_losses`."""
     hidden, head, teacher_hidden, teacher_head, labels = work.tensors.values()
 
     def loss() -> Tensor:

@@ -1,7 +1,7 @@
 """Measure one thing for the benchmark of the data in a process of its own: python -m dsdistill.bench.data_jobs JOB.
 
-A job says `ready` once all is loaded that a run holds anyway, waits for a line, does its work, and prints what it
-found. The process that started it looks on from outside.
+A job prints `ready` once everything is loaded that a run holds anyway, waits for a line, does its work, and prints its
+results. The process that started it watches its memory from outside.
 """
 
 import json
@@ -20,11 +20,11 @@ from dsdistill.data.store_writer import SHARD
 
 BLOCK = 1024  # tokens of an example
 BATCH = 32  # examples of a step
-MEAN = 500  # tokens of a document that is made up, on average
+MEAN = 500  # tokens of an artificial document, on average
 
 
 def main() -> None:
-    """Do the job that the command line names."""
+    """Run the job that the command line names."""
     job = json.loads(sys.argv[1])
     tokenizer = _tokenizer(job["tokenizer"])
     work = JOBS[job["kind"]](tokenizer, job)
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def memory(process: int | str) -> tuple[float, float] | None:
-    """Return (PSS, PSS that no file backs) of a process in MiB; None where the system does not tell."""
+    """Return (PSS, anonymous PSS) of a process in MiB; None if the system does not report it."""
     try:
         text = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:  # it has ended, or there is no /proc
@@ -50,7 +50,7 @@ def memory(process: int | str) -> tuple[float, float] | None:
 
 
 def _processor() -> float:
-    """Return the seconds that the cores have worked for this process and for children that have ended."""
+    """Return the processor seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
@@ -74,7 +74,7 @@ def _load(tokenizer: Any, job: dict[str, Any]) -> Set:
 
 
 def tokenise(tokenizer: Any, job: dict[str, Any]):
-    """Return a work that makes the store of a file."""
+    """Return a function that makes the store of a file."""
 
     def work() -> dict[str, Any]:
         started = time.perf_counter()
@@ -86,7 +86,7 @@ def tokenise(tokenizer: Any, job: dict[str, Any]):
 
 
 def start(tokenizer: Any, job: dict[str, Any]):
-    """Return a work that opens a store that is there, makes one batch, and then reads up to job["steps"] steps."""
+    """Return a function that opens an existing store, makes one batch, and then reads up to job["steps"] steps."""
 
     def work() -> dict[str, Any]:
         began = time.perf_counter()
@@ -101,7 +101,7 @@ def start(tokenizer: Any, job: dict[str, Any]):
 
 
 def peer(tokenizer: Any, job: dict[str, Any]):
-    """Return a work that tokenises the rows of a file with `datasets.Dataset.map`."""
+    """Return a function that tokenises the rows of a file with `datasets.Dataset.map`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -126,9 +126,9 @@ JOBS = {"tokenise": tokenise, "start": start, "peer": peer}
 
 
 def stretch(folder: Path, documents: int) -> int:
-    """Make a store pretend to hold so many documents of MEAN tokens on average; return its tokens.
+    """Make a store look as if it held `documents` documents of MEAN tokens on average; return its number of tokens.
 
-    Its tokens are holes in files, which take no room.
+    Its tokens are holes in sparse files, which take no disk space.
     """
     note = json.loads((folder / store.STORE).read_text())
     lengths = np.random.default_rng(0).geometric(1 / (MEAN - 1), documents) + 1

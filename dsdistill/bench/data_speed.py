@@ -1,7 +1,7 @@
-"""Benchmark of the data: how fast texts become a store, in how much memory and room, and how fast a run starts on it.
+"""Benchmark the data: speed, memory and disk space of making a store from texts, and how fast a run starts on it.
 
-Each figure comes from a fresh process that is looked at from outside: memory is the proportional set size (PSS) of the
-process and its children, over what it was once the tokenizer was loaded. `datasets.Dataset.map` does the same work in
+Each figure comes from a fresh process that is watched from outside: memory is the proportional set size (PSS) of the
+process and its children, minus what it was once the tokenizer was loaded. `datasets.Dataset.map` does the same work in
 the same run.
 """
 
@@ -28,8 +28,8 @@ from dsdistill.config.bounded import parse_size
 from dsdistill.data import docstrings, files
 from dsdistill.data.bytes_bpe import train_bytes_tokenizer
 
-EVERY = 0.05  # seconds between two looks at the memory
-ENTRIES = 16_384  # of a tokenizer that is trained here
+EVERY = 0.05  # seconds between two readings of the memory
+ENTRIES = 16_384  # vocabulary of a tokenizer that is trained here
 LEARNT = 5_000_000  # characters that it is trained on
 FORMS = ("rows of whole texts", "rows of paragraphs", "one .txt")
 OPTIONS = {"text": None, "size": "50MB", "tokenizer": None, "documents": 2_000_000}
@@ -43,14 +43,14 @@ def run_data(
     json_path: str | Path | None = None,
     plot_path: str | Path | None = None,
 ) -> int:
-    """Measure the data and print a table. Returns 0.
+    """Measure the data and print a table. Return 0.
 
     Args:
-        options: of `--shapes NAME=VALUE,...` on the command line:
+        options: `--shapes NAME=VALUE,...` on the command line:
             text        file whose column `text` is used (any format that data.train takes); default: docstrings
-            size        of the texts, which are repeated or cut to it, such as 50MB
+            size        size of the texts, which are repeated or cut to it, such as 50MB
             tokenizer   folder; default: a byte-level BPE, trained on the texts
-            documents   of a store that is made up, to see a start on a large one
+            documents   number in an artificial store, to measure a start on a large one
 
     Raises:
         UserError: an option that does not exist or cannot be used here.
@@ -111,7 +111,7 @@ def _measured(folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def _texts(name: str | None, size: int, folder: Path) -> list[str]:
-    """Return texts that come to `size` bytes: those of a file or the docstrings, again and again, the last one cut."""
+    """Return texts of `size` bytes in total: those of a file or the docstrings, repeated, the last one cut."""
     if name is None:
         column = docstrings.table("train", str(folder)).columns["text"]
     else:
@@ -130,7 +130,7 @@ def _texts(name: str | None, size: int, folder: Path) -> list[str]:
 
 
 def _front(texts: list[str], characters: int) -> Iterator[str]:
-    """Yield the first texts, until they have so many characters."""
+    """Yield the first texts up to `characters` characters in total."""
     for text in texts:
         if characters <= 0:
             return
@@ -139,7 +139,7 @@ def _front(texts: list[str], characters: int) -> Iterator[str]:
 
 
 def _written(folder: Path, texts: list[str]) -> tuple[Path, ...]:
-    """Return the files of the texts in each of FORMS."""
+    """Write the texts in each of FORMS; return the files."""
     places = folder / "texts.jsonl", folder / "paragraphs.jsonl", folder / "texts.txt"
     for place, units in ((places[0], texts), (places[1], _paragraphs(texts))):
         with open(place, "w", encoding="utf-8") as file:
@@ -165,7 +165,7 @@ def _of(form: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _large(folder: Path, documents: int, tokenizer: str) -> dict[str, Any]:
-    """Return how a run starts on a store of so many documents, the first time and later."""
+    """Return how a run starts on a store of `documents` documents, the first time and later."""
     print(f"a store of {documents:,} documents …", file=sys.stderr, flush=True)
     job = {"file": str(folder / "dev.jsonl"), "dev": str(folder / "dev.jsonl"), "cores": 1, "steps": 0}
     job |= {"tokenizer": tokenizer, "cache": str(folder / "large")}
@@ -184,10 +184,10 @@ def _large(folder: Path, documents: int, tokenizer: str) -> dict[str, Any]:
 
 
 def _watched(job: dict[str, Any]) -> dict[str, Any]:
-    """Return what a job finds, with its memory over that of the loaded tokenizer, in MiB.
+    """Return a job's results with its memory above that of the loaded tokenizer, in MiB.
 
-    peak_mib: PSS of the process and its children at its highest; own_mib: what the process holds more at its end,
-    without pages of files, which all readers share. Both are None where the system does not tell.
+    peak_mib: highest PSS of the process and its children; own_mib: what the process holds in addition at its end,
+    without pages of files, which all readers share. Both are None if the system does not report them.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "dsdistill.bench.data_jobs", json.dumps(job)],

@@ -1,9 +1,9 @@
-"""All that a GPU can tell: run by launch/gpu_check.sh, after it has built the package.
+"""Run all checks that need a GPU; launch/gpu_check.sh starts this after it has built the package.
 
-Three parts, each of which takes less than nine minutes and is useful alone. Their steps run one after the other in
-processes of their own, each within its budget; one that fails is reported and the rest goes on. Results:
-OUT_DIR/<gpu>-<date>.json (also the record that `auto` and the tiles of attention read), .md, plots, log.txt, and
-parts/, where each step writes its results as they come. Parts that run into one OUT_DIR make one record.
+There are three parts, each of which takes less than nine minutes and is useful alone. Their steps run one after the
+other in processes of their own, each within its budget; a step that fails is reported and the rest goes on. The results
+are OUT_DIR/<gpu>-<date>.json (also the record that `auto` and the tiles of attention read), .md, plots, log.txt, and
+parts/, where each step writes its results as they come. Parts with the same OUT_DIR make one record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dsdistill.bench.check_report import found, markdown, plots, save, what_to_c
 from dsdistill.ops.records import this_machine
 
 BUILD = 75  # seconds of launch/gpu_check.sh, before the steps of each part
-# Seconds of each step. With BUILD those of a part make less than nine minutes.
+# Seconds of each step. With BUILD the steps of a part take less than nine minutes.
 BUDGETS = {
     "correctness": {"symbols": 20, "verify": 280, "tests": 150},
     "operators": {"tiles": 90, "kernels": 40, "attention": 175, "vocabulary": 110, "others": 45},
@@ -37,19 +37,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def module_of(part: str) -> ModuleType:
-    """Import what runs a part, which may load libraries that the others do without."""
+    """Import the module that runs a part; it may load libraries that other parts do not need."""
     return importlib.import_module(f"dsdistill.bench.check_{part}")
 
 
 def run_step(part: str, name: str, work: Path, log, dry: bool, command: list[str] | None = None) -> dict:
-    """Run one step in a process group of its own, ended when its budget is spent."""
+    """Run one step in a process group of its own, which is ended when its budget is used up."""
     out, budget = work / f"{name}.json", BUDGETS[part][name]
     out.unlink(missing_ok=True)  # what an earlier run left
     command = command or [sys.executable, "-m", "dsdistill.bench.gpu_check", str(out), "--step", name]
     start = time.monotonic()
     environment = os.environ | {"DSDISTILL_RECORDS": str(work / "records")}
     if dry:
-        # Triton's kernels then run in its interpreter, on the CPU.
+        # Then Triton's kernels run in its interpreter, on the CPU.
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         command + (["--dry-run"] if dry else []),
@@ -79,7 +79,7 @@ def run_parts(parts: list[str], out: Path, dry: bool) -> dict:
     record |= {"rows": [], "tiles": [], "steps": {}}
     name = re.sub(r"[^a-z0-9]+", "-", record["gpu"].lower()) + "-" + record["date"]
     path = out / f"{name}.json"
-    if path.exists():  # another part of the same day
+    if path.exists():  # from another part on the same day
         earlier = json.loads(path.read_text(encoding="utf-8"))
         record |= {key: earlier[key] for key in ("rows", "tiles", "steps") if earlier["dry_run"] == dry}
     work = out.absolute() / "parts"

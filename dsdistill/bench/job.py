@@ -1,9 +1,9 @@
-"""A whole distillation on random weights, as DeepSpeed starts it: 24 layers of 1024 into 6 of 768, all levels on.
+"""Run a whole distillation on random weights under DeepSpeed's launcher: 24 layers of 1024 into 6 of 768, all levels.
 
 deepspeed --num_gpus 1 dsdistill/bench/job.py FOLDER OUT.json [--tiny]
 
 It shows that a run works on this machine, from its first step to its checkpoint; bench/check_step.py compares levels.
-The run lies in FOLDER. Data are made-up words, so that neither network nor `datasets` is needed.
+The run is in FOLDER. The data are artificial words, so that neither network nor `datasets` is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TERMS = {
     "attention": {"layers": "uniform", "divergence": "kl"},
     "pairwise": {"layers": "last"},
 }
-# (teacher, student, vocabulary, sequence length, micro-batch, steps). Sixteen heads on both sides.
+# (teacher, student, vocabulary, sequence length, micro-batch, steps). Both models have sixteen heads.
 REAL = ((24, 1024, 16), (6, 768, 16), 30522, 512, 8, 30)
 TINY = ((4, 32, 4), (2, 16, 4), 64, 16, 2, 2)
 
@@ -58,7 +58,7 @@ def model(layers: int, width: int, heads: int, vocabulary: int, longest: int) ->
 
 
 def write_config(folder: Path, tiny: bool) -> tuple[Path, dict]:
-    """Return the config of the run, and what it is."""
+    """Write the config of the run; return its path and the sizes of the run."""
     teacher, student, vocabulary, length, batch, steps = TINY if tiny else REAL
     words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(vocabulary - 3))]
     tokenizer = tokenizer_folder(folder, words)

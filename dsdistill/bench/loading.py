@@ -1,7 +1,7 @@
-"""Measure how much memory a rank takes while models are read, over what it keeps of them.
+"""Measure how much memory a rank takes while models are read, compared with what it keeps.
 
-Two ranks are looked at from outside. What counts is anonymous memory, over what each held before: pages of files that
-are mapped are shared by all ranks, and the system takes them back where it needs room.
+Two ranks are watched from outside. Only anonymous memory counts, minus what each rank held before: pages of mapped
+files are shared by all ranks, and the system takes them back when it needs memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsdistill.bench.arguments import check_unused
 from dsdistill.config import UserError
 from dsdistill.config.bounded import MIB
 
-EVERY = 0.002  # seconds between two looks
+EVERY = 0.002  # seconds between two readings
 RANKS = 2
 OPTIONS = {"layers": 24, "width": 1024, "vocabulary": 151_936, "shards": 5}
 KEPT = 6  # layers of the student
@@ -39,12 +39,12 @@ def run_load(
     json_path: str | Path | None = None,
     plot_path: str | Path | None = None,
 ) -> int:
-    """Measure the loading of a Qwen2-like teacher in bfloat16 and print a table; return 1 where a limit is not kept.
+    """Measure the loading of a Qwen2-like teacher in bfloat16 and print a table; return 1 if a limit is exceeded.
 
     Args:
-        options: of `--shapes NAME=VALUE,...` on the command line:
+        options: `--shapes NAME=VALUE,...` on the command line:
             layers, width, vocabulary  of the teacher; the student has 6 of its layers
-            shards                     files that hold the teacher
+            shards                     number of files that hold the teacher
 
     Raises:
         UserError: an option that does not exist or cannot be used here.
@@ -93,7 +93,7 @@ def _measured(folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     for kind, ranks in (("sharded", RANKS), ("replicated", RANKS), ("cut", 1), ("student", RANKS)):
         print(f"{kind} …", file=sys.stderr, flush=True)
         found = _watched(job | {"kind": kind, "port": _free_port()}, ranks)
-        of_student = sum(_sizes(folder / "student"))  # nothing before it is cut
+        of_student = sum(_sizes(folder / "student"))  # 0 before it is cut
         keeps, limit = {
             "sharded": (whole / RANKS, 1.25 * whole / RANKS + largest),
             "replicated": (whole, 1.1 * whole + largest),
@@ -124,7 +124,7 @@ def _sizes(folder: Path) -> list[int]:
 
 
 def _watched(job: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return for each rank what loading takes: seconds, and MiB at the highest moment and afterwards."""
+    """Return what loading takes on each rank: seconds, and MiB at the highest moment and afterwards."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         ranks = [stack.enter_context(_started(job | {"found": folder}, rank, count)) for rank in range(count)]
         for rank in ranks:
@@ -174,7 +174,7 @@ def _tell(ranks: Sequence[subprocess.Popen]) -> None:
 
 
 def anonymous(process: int) -> int:
-    """Return the bytes of a process that no file backs; 0 where the system does not tell."""
+    """Return the anonymous memory of a process in bytes; 0 if the system does not report it."""
     try:
         found = re.search(r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
     except OSError:

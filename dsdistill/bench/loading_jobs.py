@@ -1,7 +1,7 @@
 """Load one thing for the benchmark of loading, as one of several ranks: python -m dsdistill.bench.loading_jobs JOB.
 
-A rank says `ready` once all is imported and the ranks have met, waits for a line, loads, and writes how long that took.
-The process that started it looks on from outside.
+A rank prints `ready` once everything is imported and the ranks have met, waits for a line, loads, and writes how long
+that took. The process that started it watches its memory from outside.
 """
 
 import json
@@ -29,7 +29,7 @@ from dsdistill.models.slices import cut_files
 
 
 def make(folder: str, settings: dict[str, Any], shards: int) -> None:
-    """Save a random model in bfloat16, in about so many files."""
+    """Save a random model in bfloat16, in about `shards` files."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=deepspeed.DTYPES["bf16"])
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(folder, max_shard_size=-(-size // shards))
@@ -57,7 +57,7 @@ def sharded(job: dict[str, Any], ranks: Ranks) -> Any:
 
 
 def replicated(job: dict[str, Any], ranks: Ranks) -> Any:
-    """Load a teacher whole on every rank."""
+    """Load a whole teacher on every rank."""
     return _teacher(job, ranks, 0)
 
 
@@ -89,7 +89,7 @@ LOADS = {work.__name__: work for work in (sharded, replicated, cut, student)}
 
 
 def main() -> None:
-    """Do the job that the command line names."""
+    """Run the job that the command line names."""
     job = json.loads(sys.argv[1])
     if job["kind"] == "make":
         make(job["teacher"], job["settings"], job["shards"])
@@ -102,7 +102,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     with disk.writing(Path(job["found"]) / f"{ranks.rank}.json") as file:
         json.dump(seconds, file)
-    sys.stdin.readline()  # what it keeps is looked at before it ends
+    sys.stdin.readline()  # what it keeps is measured before it ends
     del kept
     deepspeed.stop()
     leave()

@@ -1,6 +1,6 @@
-"""Microbenchmark of the operators: time, memory, arithmetic and ratios, after a green check.
+"""Benchmark the operators after a green check: time, memory, arithmetic and ratios.
 
-Every contender of a row runs in turn within one process, so that a noisy machine troubles all alike. Eager and
+The contenders of a row run in turn within one process, so that noise of the machine affects all alike. Eager and
 torch.compile run the operator's definition (`reference`). A contender that fails its check is not timed.
 """
 
@@ -36,22 +36,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @functools.cache
 def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
-    """The first failing parity case of a backend; None if every case passes. Of GPU kernels, each compiled first, a
-    selection: `verify` has them all."""
+    """Return the first failing parity case of a backend; None if every case passes.
+
+    GPU kernels, each of which must be compiled first, run a selection of cases; `verify` runs all."""
     for case in verify.all_cases():
         if backend in ("triton", "cuda") and case.name not in verify.INTERPRETED:
             continue
         if case.operator == operator and verify.runnable(case, backend, dtype):
             try:
                 verify.check_parity(case, backend, dtype)
-            except Exception as error:  # a compiler's or a driver's, as much as a mismatch
+            except Exception as error:  # a mismatch, or an error of a compiler or driver
                 return f"{case.name}: {first_line(error)}"
     return None
 
 
 @functools.cache
 def roofline() -> tuple[float, float]:
-    """This process's matrix products, FLOP/s in float32 (bfloat16 on a GPU), and copies, byte/s."""
+    """Return this process's rates of matrix products, FLOP/s in float32 (bfloat16 on a GPU), and of copies, byte/s."""
     size = 8192 if device() == "cuda" else 1024
     a, b = randn(size, size), randn(size, size)
     big = randn(1 << (28 if device() == "cuda" else 24))
@@ -69,7 +70,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def first_line(error: Exception) -> str:
-    """Return an exception's type and the first line of what it says."""
+    """Return an exception's type and the first line of its message."""
     said = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {said[0][:200]}"
 
@@ -79,8 +80,8 @@ def step(work: Work, loss: Callable[[], Tensor]) -> None:
 
 
 def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """The contenders after one step each, and why others cannot run: out of memory, say."""
-    # What was compiled for earlier work counts towards the limit of recompilations, after which calls run eagerly.
+    """Return the contenders after one step each, and why others cannot run, such as out of memory."""
+    # Compilations for earlier work count towards the recompile limit, after which calls run eagerly.
     torch._dynamo.reset()
     calls, failures = {}, {}
     for name in names:
@@ -88,7 +89,7 @@ def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Te
             call = contender(work, name)
             step(work, call)
             calls[name] = call
-        except Exception as error:  # of code that is not ours, too
+        except Exception as error:  # also from foreign code
             failures[name] = first_line(error)
             if device() == "cuda":
                 torch.cuda.empty_cache()
@@ -98,7 +99,7 @@ def warm_up(work: Work, names: Sequence[str]) -> tuple[dict[str, Callable[[], Te
 def measure(
     work: Work, calls: dict[str, Callable[[], Tensor]], repeats: int, seconds: float
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of forward without gradients and of forward with backward, contenders in turn."""
+    """Return median seconds of forward without gradients and of forward with backward, contenders in turn."""
     names = list(calls)
     times = {name: {"forward": [], "both": []} for name in names}
     limit = time.perf_counter() + seconds
@@ -123,14 +124,14 @@ print(operators.peak_of(*json.loads(sys.argv[1])))
 
 
 def resident(field: str) -> float:
-    """MiB of this process: "VmRSS" now or "VmHWM" at its peak. (getrusage would carry over the parent's peak.)"""
+    """Return MiB of this process: "VmRSS" now or "VmHWM" at its peak. (getrusage would include the parent's peak.)"""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def peak_of(operator: str, options: dict, dtype: str, name: str) -> float:
-    """MiB above the inputs and the returned gradients during one step. For a process of its own."""
-    # A small call first: libraries and thread pools are not the operator's.
+    """Return the peak MiB above the inputs and the returned gradients during one step, in a process of its own."""
+    # A small call first: libraries and thread pools must not count for the operator.
     few = {"tokens": 16, "vocabulary": 64, "width": 16}
     small = few if operator in HEADS else {"tokens": 16}
     warm = WORKS[operator](**small, dtype=DTYPES[dtype])
@@ -157,8 +158,9 @@ def peak_on_gpu(operator: str, options: dict, dtype: str, name: str) -> float:
 
 
 def peak_memory(operator: str, options: dict, dtype: str, name: str) -> float | None:
-    """`peak_of` in a fresh process, where no earlier peak hides it; None for what would be compiled once more, and
-    where /proc is missing. On a GPU the allocator counts, in this process."""
+    """Return `peak_of` from a fresh process, where no earlier peak hides it; on a GPU the allocator's in this process.
+
+    None for contenders that would have to be compiled again, and if /proc is missing."""
     if name in ("compile", "flex"):
         return None
     if device() == "cuda":
@@ -206,7 +208,7 @@ def run_bench(
     json_path: str | Path | None = None,
     plot_path: str | Path | None = None,
 ) -> int:
-    """Measure one operator and print a table. Returns 0, or 1 if a contender failed its check.
+    """Measure one operator and print a table. Return 0, or 1 if a contender failed its check.
 
     Args:
         operator: "attention", "pairwise", "hidden", "soft-label" or "vocabulary".
@@ -218,8 +220,8 @@ def run_bench(
             soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
             vocabulary  the same: task and soft labels together
         backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
-            inputs' half precision; "liger" liger-kernel's fused losses, where it is installed; "apart" task and soft
-            labels by the operators of their own; "sdpa" and "flex" one model's attention of that shape.
+            inputs' half precision; "liger" liger-kernel's fused losses, if it is installed; "apart" task and soft
+            labels by separate operators; "sdpa" and "flex" one model's attention of that shape.
         seconds: time after which no further repeat begins.
 
     Raises:

@@ -1,9 +1,10 @@
-"""Draw README's picture from committed figures: memory of a step against sequence length, for light and dark pages.
+"""Draw the README's picture from committed figures: memory of a step against sequence length, for light and dark pages.
 
 python -m dsdistill.bench.picture          # writes memory-light.svg and memory-dark.svg beside the figures
 
-The lines are what `dsdistill bench step` measured of soft labels, hidden states and attention together: ours, the same
-losses from whole attention maps, and TextBrewer. SVG is written by hand, so that every version makes the same file.
+The lines are measured by `dsdistill bench step` with soft labels, hidden states and attention together: ours, the same
+losses from whole attention maps, and TextBrewer. The SVG is written without a library, so that every version makes the
+same file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FONT = "font-family=\"-apple-system, 'Segoe UI', Helvetica, Arial, sans-serif\""
 
 
 class Theme(NamedTuple):
-    """Hold the colours of a page: its text, what is less than text, lines of the grid, and a colour for each arm."""
+    """A Theme holds the colours of a page: text, secondary text, grid lines, and a colour for each arm."""
 
     text: str
     muted: str
@@ -43,7 +44,7 @@ THEMES = {
 
 
 def curves(report: dict) -> dict[str, list[tuple[int, float]]]:
-    """Return (tokens, MiB) by arm, in the order of tokens, with every layer of the student mapped."""
+    """Return (tokens, MiB) by arm, sorted by tokens, with every layer of the student mapped."""
     rows = [row for row in report["rows"] if row["mapped"] == report["sizes"]["student"]]
     return {
         arm: sorted((row["tokens"], row["memory_mib"]) for row in rows if row["arm"] == arm) for arm in ARMS
@@ -51,9 +52,9 @@ def curves(report: dict) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw(report: dict, theme: Theme) -> str:
-    """Return the picture as SVG on a transparent ground.
+    """Return the picture as SVG on a transparent background; x is logarithmic, y begins at 0.
 
-    report: what `dsdistill bench step --json` writes; x is logarithmic, y begins at 0.
+    report: output of `dsdistill bench step --json`.
     """
     found = curves(report)
     tokens = [n for n, _ in found["attention"]]

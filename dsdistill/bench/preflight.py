@@ -1,11 +1,11 @@
-"""Judge every GPU kernel without a GPU: what the compiler made of it, and the least time that its instructions take.
+"""Judge every GPU kernel without a GPU: by its compiled code, and by the least time that its instructions take.
 
 python -m dsdistill.bench.preflight --match "columns bf16 D64"                one kernel, with the Triton found here
 python -m dsdistill.bench.preflight --match "columns bf16 D64" --tile 32,64,4,2     the same with another tile
 launch/gpu_preflight.sh                                                       all of them, in an environment of its own
 
-The prediction assumes that every issue slot is used: it is what the kernel takes at least, on one call of B8 H16 N4096
-(attention), B8 N512 (pairwise) or 16,384 tokens (hidden). The floor is the same for the products, exponentials and
+The prediction assumes that every issue slot is used: it is the least time of the kernel on one call of B8 H16 N4096
+(attention), B8 N512 (pairwise) or 16,384 tokens (hidden). The floor is the least time of the products, exponentials and
 bytes that the definition needs, at the rates of the data sheets.
 """
 
@@ -27,7 +27,7 @@ from dsdistill.bench.aot import Variant
 from dsdistill.config import UserError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90")
-WIDTHS = (64, 128, 32, 256, 16)  # of heads; the most usual ones first, since a cut leaves what came before
+WIDTHS = (64, 128, 32, 256, 16)  # of heads; the most common ones first, in case the process is ended early
 TABLES = Path(__file__).parent / "results" / "preflight"  # apart from the records of GPUs
 # A prediction may rise by this factor before it counts as a regression.
 SLACK = 1.02
@@ -35,9 +35,9 @@ SLACK = 1.02
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's multiprocessors, clock in Hz, bytes/s, and dense operations a clock of one multiprocessor.
+    """A Gpu holds multiprocessors, clock in Hz, bytes/s, and dense operations per clock of one multiprocessor.
 
-    Special functions (exp2) run at 16 a clock on all of them, and 4 warps issue an instruction each.
+    On all GPUs a multiprocessor computes 16 special functions (exp2) per clock, and 4 warps issue an instruction each.
     """
 
     sms: int
@@ -66,10 +66,10 @@ THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048}
 
 @dataclass(frozen=True)
 class Call:
-    """The measured call as one kernel sees it.
+    """A Call is the measured call as one kernel sees it.
 
-    programs; tiles that each walks; products (operations) and exponentials of each tile by the definition; bytes of the
-    whole call; whether the compiler knows how many tiles there are and may unroll the loop over them.
+    programs; tiles per program; products (operations) and exponentials per tile by the definition; bytes of the
+    whole call; unrolled: the compiler knows how many tiles there are and may unroll the loop over them.
     """
 
     programs: float
@@ -81,11 +81,11 @@ class Call:
 
 
 def call_of(variant: Variant) -> Call | None:
-    """Return the call that a kernel is judged by; None for those without a prediction."""
+    """Return the call that a kernel is judged by; None for kernels without a prediction."""
     given = dict(variant.constants)
     types = dict(variant.signature)
     kernel = variant.kernel.removesuffix("_kernel")
-    if kernel == "rows" and "BT" in given:  # of hidden states
+    if kernel == "rows" and "BT" in given:  # the kernel of hidden states
         size = sum(2 if types[name] in ("*bf16", "*fp16") else 4 for name in ("y", "target", "gradient"))
         tokens, width = 16_384, given["D"]
         return Call(tokens / given["BT"], math.ceil(width / given["BD"]), 0, 0, tokens * width * size)
@@ -101,7 +101,7 @@ def call_of(variant: Variant) -> Call | None:
     rows, columns = given["BR"], given["BC"]
     heads, tokens = 8 * 16, columns if kernel == "full_row" else 4096
     owned, walked = (columns, rows) if kernel == "columns" else (rows, columns)
-    # The loss of kl alone needs the teacher's probabilities only.
+    # Without gradients, kl needs only the teacher's probabilities.
     one = kernel == "lse" or (given.get("DIVERGENCE") == 0 and given.get("WITH_GRADIENT") is False)
     exps = 0 if given.get("DIVERGENCE") == 2 else 1 if one else 2
     products = PRODUCTS[kernel] + sum(given.get(name) is True for name in ADDED)
@@ -117,12 +117,12 @@ def call_of(variant: Variant) -> Call | None:
 
 
 PRODUCTS = {"statistics": 2, "rows": 2, "columns": 2, "full_row": 2, "lse": 1}
-ADDED = ("WITH_GRADIENT", "WITH_KEY", "WITH_QUERY", "MERGED", "ALONE")  # each brings one more
+ADDED = ("WITH_GRADIENT", "WITH_KEY", "WITH_QUERY", "MERGED", "ALONE")  # each adds one product
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of the table.
+    """A Row is one kernel of the table.
 
     instructions, tensor, exp2: of one warp in one tile, 0 for architectures without a prediction. ms, floor, h200_ms,
     h200_floor: milliseconds of the call, on an A100 for sm_80, on an H100 and an H200 for sm_90.
@@ -148,7 +148,7 @@ class Row:
 
 
 def blocks_of(architecture: str, registers: int, shared: int, warps: int) -> int:
-    """Return how many programs a multiprocessor holds at a time; registers are given out 256 a warp."""
+    """Return how many programs a multiprocessor holds at a time; registers are allocated per warp in units of 256."""
     per_warp = -(-registers * 32 // 256) * 256
     room = aot.SHARED_LIMIT[architecture] + 1024  # each program takes 1024 bytes of its own
     by = (
@@ -160,7 +160,7 @@ def blocks_of(architecture: str, registers: int, shared: int, warps: int) -> int
 
 
 def seconds(gpu: Gpu, call: Call, warps: int, outside: sass.Count, loops: list[sass.Count]):
-    """Return the least seconds that the instructions take on a GPU whose every slot is used."""
+    """Return the least seconds that the instructions take on a GPU, with every issue slot used."""
 
     def cycles(count: sass.Count, times: float) -> tuple[float, float, float]:
         tensor = sum(work * warps / gpu.tensor[key] for key, work in count.products.items())
@@ -168,7 +168,7 @@ def seconds(gpu: Gpu, call: Call, warps: int, outside: sass.Count, loops: list[s
 
     parts = [cycles(outside, 1)] + [cycles(loop, call.tiles / passes(loop, call, warps)) for loop in loops]
     program = max(sum(part[i] for part in parts) for i in range(3))
-    # The multiprocessor with the most programs ends last.
+    # The multiprocessor with the most programs finishes last.
     most = math.ceil(call.programs / gpu.sms)
     return max(most * program / gpu.clock, call.bytes / gpu.bandwidth)
 
@@ -176,7 +176,7 @@ def seconds(gpu: Gpu, call: Call, warps: int, outside: sass.Count, loops: list[s
 def passes(loop: sass.Count, call: Call, warps: int) -> int:
     """Return how many tiles one pass of a loop covers.
 
-    Where it cannot be unrolled, more products than the definition has are work that warps do twice.
+    If the loop cannot be unrolled, products beyond those of the definition are work that warps repeat.
     """
     return 1 if not (call.unrolled and call.products) else max(1, round(loop.flops * warps / call.products))
 
@@ -189,7 +189,7 @@ def floor_seconds(gpu: Gpu, call: Call) -> float:
 
 
 def measure(variant: Variant) -> Row:
-    """Compile one kernel and count. For a process of its own or of a pool."""
+    """Compile one kernel and count its instructions, in a process of its own or of a pool."""
     given = dict(variant.constants)
     sizes = [
         given.get("BR", given.get("BT")),
@@ -201,12 +201,12 @@ def measure(variant: Variant) -> Row:
     blank = (None,) * 5
     try:
         kernel = aot.compiled(variant)
-    except Exception as error:  # the compiler's own failure is what is being looked for
+    except Exception as error:  # finding the compiler's failures is the purpose
         said = aot.last_line(error)
         return Row(variant.label, variant.architecture, tile, 0, 0, 0, 0, 0, 0, "", 0, *blank, said)
     result = aot.result_of(variant, kernel)
     outside, loops = sass.Count(), []
-    # The others have no prediction, and a listing takes as long as half a compilation.
+    # Other architectures have no prediction, and a listing takes half as long as a compilation.
     if variant.architecture in RUNS:
         outside, loops = sass.count(aot.dump(kernel.asm["cubin"], "-sass"))
     blocks = blocks_of(variant.architecture, result.registers, result.shared, variant.warps)
@@ -246,7 +246,7 @@ def measure(variant: Variant) -> Row:
 
 
 def cuda_rows() -> list[Row]:
-    """Return the CUDA sources' kernels, for each architecture the worst figures over all of them."""
+    """Return a row for each CUDA source and architecture, with the worst figures over its kernels."""
     rows = []
     for source in aot.cuda_sources():
         for r in aot.compile_cuda(source, ARCHITECTURES):
@@ -256,7 +256,7 @@ def cuda_rows() -> list[Row]:
     return rows
 
 
-# In a process of its own, since this one has loaded the extension of the source folder already, if there is one.
+# Run in a process of its own, since this one may already have loaded the extension of the source folder.
 LOADED = """
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("dsdistill._C", sys.argv[1])
@@ -276,13 +276,13 @@ print("torch", torch.__version__, *library.cuda_architectures)
 
 
 def check_library(path: Path) -> None:
-    """Load an extension that was built with CUDA kernels, and see that nothing of it is left unresolved.
+    """Load an extension that was built with CUDA kernels, and check that all its symbols are resolved.
 
     Raises AssertionError with what is missing.
     """
     said = output(sys.executable, "-c", LOADED, str(path))
     assert said.split()[2:] == list(aot.ARCHITECTURES), said
-    # A weak symbol that is not found is null, and shows only where it is called.
+    # A weak symbol that is not found is null, and fails only when it is called.
     symbols = [line.split() for line in output("nm", "-D", "--undefined-only", str(path)).splitlines()]
     weak = [name for kind, name in symbols if kind in "wv"]
     ours = [name for name in weak if not name.startswith(("_ITM_", "__cxa_", "__gmon_start__"))]
@@ -297,7 +297,7 @@ def check_library(path: Path) -> None:
 
 
 def output(*command: str) -> str:
-    """Return what a command prints. Raises AssertionError with its complaint where it fails."""
+    """Return what a command prints. Raise AssertionError with its error output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -335,7 +335,7 @@ def write_table(path: Path, rows: dict[tuple[str, str], Row]) -> None:
 
 
 def regressions(new: Row, old: Row | None) -> list[str]:
-    """Return what is worse than in the committed table: spills, programs a multiprocessor, units, predicted time."""
+    """Return what is worse than in the committed table: spills, programs per multiprocessor, units, predicted time."""
     if old is None:
         return []
     found = []
@@ -355,7 +355,7 @@ def regressions(new: Row, old: Row | None) -> list[str]:
 
 
 def show(rows: list[Row], committed: dict[tuple[str, str], Row]) -> int:
-    """Print the table; return how many kernels are worse than the committed one says."""
+    """Print the table; return how many kernels are worse than in the committed one."""
     head = f"{'kernel':54} {'arch':6} {'tile':14} {'regs':>4} {'stack':>5} {'shared':>6} {'blocks':>6} {'instr':>5} "
     print(
         head + f"{'tensor':>6} {'exp2':>4} {'cyc/4k':>6} {'ms':>8} {'floor':>7} {'H200 ms':>8} {'floor':>7}"
@@ -378,7 +378,7 @@ def show(rows: list[Row], committed: dict[tuple[str, str], Row]) -> int:
 
 
 def try_tile(text: str) -> None:
-    """Have attention's kernels take this tile, ROWS,COLUMNS,WARPS,STAGES, instead of the table's."""
+    """Make attention's kernels use this tile, ROWS,COLUMNS,WARPS,STAGES, instead of the table's."""
     from dsdistill.ops.attention import triton_schedule
     from dsdistill.ops.gpu import Tile, block_width
 
@@ -404,7 +404,7 @@ def variants(match: str) -> list[Variant]:
 
     named = [
         architecture for architecture in ARCHITECTURES if architecture in match
-    ]  # the others need no recording
+    ]  # only these need to be recorded
     found = aot.variants_of(all_calls(WIDTHS), named or ARCHITECTURES)
     return [v for v in found if match in f"{v.label} {v.architecture}"]
 
@@ -445,7 +445,7 @@ def main() -> int:
     rows, written = [], time.monotonic()
     for row in aot.compile_all(variants(given.match), measure):
         rows.append(row)
-        if given.write and time.monotonic() - written > 30:  # what a cut leaves
+        if given.write and time.monotonic() - written > 30:  # in case the process is ended early
             write()
             written = time.monotonic()
     if not given.match:

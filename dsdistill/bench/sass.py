@@ -1,4 +1,4 @@
-"""Count the instructions of a compiled GPU kernel: what its main loops issue, from the listing of cuobjdump -sass."""
+"""Count the instructions that the main loops of a compiled GPU kernel issue, from the output of cuobjdump -sass."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 TARGET = re.compile(r"0x([0-9a-f]+)")
-# Shape of a product by one warp: m16n8k16 and m16n8k8; of one by four warps (a warp group): 64 × columns × depth.
+# Shape of one warp's product: m16n8k16 and m16n8k8; of a warp group's (four warps): 64 × columns × depth.
 WARP = {"HMMA.16816": (16, 8, 16), "HMMA.1688": (16, 8, 8), "HMMA.1684": (16, 8, 4)}
 GROUP = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 
 
 @dataclass
 class Count:
-    """Instructions of one warp: all, those of the special functions (exp2, log2, 1/x, …), exp2 alone, loads, those
-    that reach the stack.
+    """A Count holds numbers of instructions of one warp: all, special functions (exp2, log2, 1/x, …), only exp2, loads,
+    and those that access the stack.
 
     products: multiply-adds on tensor cores times 2, by (instruction, operand type), such as ("HGMMA", "TF32").
     """
@@ -47,7 +47,7 @@ class Count:
 
 
 def flops(name: str) -> float:
-    """Return the floating-point operations of one warp's instruction on tensor cores; 0 for every other one."""
+    """Return the floating-point operations of one warp's tensor-core instruction; 0 for every other instruction."""
     group = GROUP.match(name)
     if group:
         rows, columns, depth = map(int, group.groups())
@@ -62,7 +62,7 @@ def instructions(listing: str) -> list[tuple[int, str, str]]:
 
 
 def loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """Return the first and last address of each loop that holds no other: a branch backwards ends it."""
+    """Return the first and last address of each innermost loop: a backward branch ends it."""
     found = []
     for address, name, rest in code:
         target = TARGET.search(rest) if name.startswith("BRA") else None
@@ -76,9 +76,9 @@ def loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
 
 
 def count(listing: str) -> tuple[Count, list[Count]]:
-    """Return what stands outside the main loops, and each main loop.
+    """Return the counts outside the main loops, and those of each main loop.
 
-    A main loop is an innermost loop with products on tensor cores; in a kernel that has none at all, one that loads.
+    A main loop is an innermost loop with products on tensor cores; in a kernel without such products, one with loads.
     Other loops count as outside, once.
     """
     code = instructions(listing)

@@ -1,8 +1,8 @@
-"""Benchmark of the whole training step: the teacher's forward, the student's forward and backward, the losses.
+"""Benchmark the whole training step: the teacher's forward, the student's forward and backward, the losses.
 
-Tokens/s and peak memory against sequence length, layers mapped and levels on. The step is the engine's own without
-its optimizer; DeepSpeed's part is left out, as one rank has none to wait for. Contenders run in turn within one
-process, so that a noisy machine troubles all alike; memory is measured in a process for each.
+It measures tokens/s and peak memory against sequence length, layers mapped and levels on. The step is the engine's own
+without its optimizer; DeepSpeed's part is left out, since one rank waits for no other. Contenders run in turn within
+one process, so that noise of the machine affects all alike; memory is measured in a process for each.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from dsdistill.data.batch import Batch
 from dsdistill.distributed.allocator import keep_freed_memory
 
 FLOOR = "logits"  # what the others are compared with
-SHORTEST = 8  # tokens: the longest sequence is halved this far at most
+SHORTEST = 8  # tokens of the shortest sequence after halving
 HALVINGS = 3
-# For the peak: freed blocks go back to the system at once and count no longer.
+# For the measured peak: freed blocks go back to the system at once and count no longer.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 MEMORY_SCRIPT = """
@@ -45,7 +45,7 @@ print(json.dumps(step.peaks_of(*json.loads(sys.argv[1]))))
 
 
 def points(sizes: Sizes) -> list[tuple[int, int]]:
-    """(tokens, layers mapped): the longest sequence halved and halved again, then with fewer layers."""
+    """Return (tokens, layers mapped): the longest sequence halved again and again, then with fewer layers."""
     lengths = [sizes.tokens >> i for i in reversed(range(HALVINGS + 1)) if sizes.tokens >> i >= SHORTEST]
     depth = sizes.student
     fewer = sorted({1, depth // 2} - {0, depth})
@@ -53,16 +53,16 @@ def points(sizes: Sizes) -> list[tuple[int, int]]:
 
 
 def one_step(loss: Callable[[Batch], Tensor], batch: Batch) -> None:
-    """Gradients add up from step to step, as they do over micro-batches."""
+    """Run forward and backward; gradients add up over calls, as over micro-batches."""
     loss(batch).backward()
 
 
 def measure(
     sizes: Sizes, arms: Sequence[str], dtype: str, repeats: int, seconds: float
 ) -> tuple[dict[tuple[int, int], dict[str, list[tuple[float, float]]]], dict[str, list[str]]]:
-    """(wall, processor) seconds of each round's step by point and arm, and the backends that the operators took.
+    """Return (wall, processor) seconds of each round's step by point and arm, and the backends that the operators used.
 
-    Arms in turn, there and back. seconds: after which no further repeat of a point begins.
+    Arms run in turn, in alternating order. seconds: time after which no further repeat of a point begins.
     """
     device, rounds, made, built = torch.device(operators.device()), {}, {}, None
     for tokens, mapped in points(sizes):
@@ -91,16 +91,16 @@ def measure(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return between which of the values their median lies in 95 of 100 samples, by its rank; both ends for few."""
+    """Return the 95% confidence interval of the median, as two of the values; for few the smallest and the largest."""
     ordered = sorted(values)
     left = max(
         0, int(len(ordered) / 2 - 0.98 * len(ordered) ** 0.5)
-    )  # of a binomial distribution, as a normal one
+    )  # normal approximation of the binomial distribution
     return ordered[left], ordered[-1 - left]
 
 
 def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
-    """MiB above weights and gradients during a step, by point. For a process of its own."""
+    """Return the peak MiB above weights and gradients during a step, by point, in a process of its own."""
     sizes = Sizes(**sizes)
     device, peaks, built = torch.device(operators.device()), [], None
     for tokens, mapped in points(sizes):
@@ -108,7 +108,7 @@ def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
             loss = None
             loss = make(arm, sizes, mapped, dtype, device)[1]
             built = mapped
-            # A small step first: gradients come to be, libraries and thread pools are not the step's.
+            # A small step first: it allocates gradients, libraries and thread pools, which must not count.
             small = Sizes(**asdict(sizes) | {"step": SHORTEST})
             loss(small.batch(SHORTEST, device)).backward()
         batch = sizes.batch(tokens, device)
@@ -118,7 +118,7 @@ def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
 
 
 def peak(call: Callable[[], None], device: torch.device) -> float:
-    """Return the MiB that a call takes at its peak, over what is held before it."""
+    """Return the peak MiB of a call above what is held before it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -132,7 +132,7 @@ def peak(call: Callable[[], None], device: torch.device) -> float:
 
 
 def peak_memory(arm: str, sizes: Sizes, dtype: str) -> list[float] | None:
-    """`peaks_of` in a fresh process; None where /proc is missing."""
+    """Return `peaks_of` from a fresh process; None if /proc is missing."""
     if operators.device() == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
     run = subprocess.run(
@@ -156,10 +156,10 @@ def run_step(
     json_path: str | Path | None = None,
     plot_path: str | Path | None = None,
 ) -> int:
-    """Measure the step and print a table. Returns 0.
+    """Measure the step and print a table. Return 0.
 
     Args:
-        options: of `Sizes`; `--shapes NAME=VALUE,...` on the command line.
+        options: fields of `Sizes`; `--shapes NAME=VALUE,...` on the command line.
         backends: the contenders, among ARMS; default: all that are installed. FLOOR is always measured, for the ratios.
 
     Raises:
@@ -193,7 +193,7 @@ def run_step(
             row["vs_logits_95"] = interval(
                 [x[0] / y[0] for x, y in zip(rounds[FLOOR], rounds[arm], strict=True)]
             )
-            # Steadier where others use the machine; of several threads it counts their waiting too.
+            # More stable on a shared machine; with several threads it includes their waiting.
             row["vs_logits_cpu"] = processor if operators.device() == "cpu" else None
             row |= {"memory_mib": peak, "memory_vs_logits": peak and floor and peak / floor}
             rows.append(row)

@@ -1,6 +1,6 @@
-"""Contenders of the step benchmark: the engine's own step with more and more levels on, and what it is compared with.
+"""Make the contenders of the step benchmark: the engine's own step with more and more levels on, and its rivals.
 
-Each makes a teacher and a student from random weights (the same in all) and gives the loss of a batch.
+Each makes a teacher and a student with random weights (the same in all) and returns the loss of a batch.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from dsdistill.engine.prepare import make_objectives, make_pair
 from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.build import build_model, for_task
 
-LEVELS = ("logits", "hidden", "attention", "pairwise")  # each with all before it
+LEVELS = ("logits", "hidden", "attention", "pairwise")  # each includes all before it
 RIVALS = ("eager", "textbrewer")  # logits, hidden states and attention from materialised maps
 ARMS = (*LEVELS, *RIVALS)
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # as a config calls them
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # names in a config
 TEMPERATURE = 2.0
 TEACHER_SEED, STUDENT_SEED = 0, 1
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A pair of BERT encoders with a head of two classes."""
+    """Sizes describes a pair of BERT encoders with a head of two classes."""
 
     teacher: int = 6  # layers
     student: int = 3
@@ -49,7 +49,7 @@ class Sizes:
     vocabulary: int = 30522
     tokens: int = 512  # the longest sequence
     step: int = 2048  # tokens of a step
-    rows: int = 0  # of a sequence that attention and pairwise compare; 0: all
+    rows: int = 0  # rows of a sequence that attention and pairwise compare; 0: all
     task: ClassVar[str] = "classification"
 
     def models(self) -> tuple[PretrainedConfig, PretrainedConfig]:
@@ -57,7 +57,7 @@ class Sizes:
         return self.architecture(self.student), self.architecture(self.teacher)
 
     def architecture(self, depth: int) -> PretrainedConfig:
-        """Without dropout: attention dropout would switch SDPA's fused kernels off."""
+        """Return an encoder without dropout: attention dropout would switch SDPA's fused kernels off."""
         config = AutoConfig.for_model(
             "bert",
             num_hidden_layers=depth,
@@ -72,11 +72,11 @@ class Sizes:
         return for_task(config, "classification", ("a", "b"), 0)
 
     def pairs(self, mapped: int) -> tuple[tuple[int, int], ...]:
-        """The last `mapped` of the uniformly mapped layers."""
+        """Return the last `mapped` pairs of the uniform layer map."""
         return layer_map("uniform", self.student, self.teacher)[-mapped:]
 
     def batch(self, tokens: int, device: torch.device) -> Batch:
-        """As many whole sequences as make a step."""
+        """Return as many whole sequences as make a step."""
         generator = torch.Generator().manual_seed(tokens)
         shape = max(1, self.step // tokens), tokens
         ids = torch.randint(1, self.vocabulary, shape, generator=generator)
@@ -86,7 +86,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Decoders(Sizes):
-    """A pair of causal language models, of which the student is narrower."""
+    """Decoders describes a pair of causal language models with a narrower student."""
 
     teacher: int = 24
     student: int = 6
@@ -137,7 +137,7 @@ def terms(level: str, pairs: tuple[tuple[int, int], ...], rows: int) -> dict[str
 def engine_step(
     level: str, sizes: Sizes, mapped: int, dtype: str, device: torch.device
 ) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
-    """The student's module and the loss of a batch, made of the parts that a run is made of (engine/train.py)."""
+    """Return the student's module and the loss of a batch, made from the same parts as a run (engine/train.py)."""
     precision = PRECISIONS[dtype]
     config = Config.model_validate(
         {
@@ -169,7 +169,7 @@ def engine_step(
 
 
 def eager_models(sizes: Sizes, dtype: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Teacher and student as the library builds them for attention maps, with the weights of `engine_step`."""
+    """Return teacher and student as transformers builds them for attention maps, with the weights of `engine_step`."""
     models = []
     for seed, depth in ((TEACHER_SEED, sizes.teacher), (STUDENT_SEED, sizes.student)):
         torch.manual_seed(seed)
@@ -186,7 +186,7 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
 def eager_step(
     sizes: Sizes, mapped: int, dtype: str, device: torch.device
 ) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
-    """The level "attention" written by hand: the library's hidden states and attention maps, in plain PyTorch."""
+    """Return the level "attention" in plain PyTorch, from the hidden states and attention maps of transformers."""
     teacher, student = eager_models(sizes, dtype, device)
     pairs = sizes.pairs(mapped)
     maps = {"output_hidden_states": True, "output_attentions": True}
@@ -222,7 +222,7 @@ def eager_step(
 def textbrewer_step(
     sizes: Sizes, mapped: int, dtype: str, device: torch.device
 ) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
-    """The level "attention" by TextBrewer, whose attention loss is the squared difference of the maps."""
+    """Return the level "attention" by TextBrewer, whose attention loss is the squared difference of the maps."""
     from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 
     teacher, student = eager_models(sizes, dtype, device)
@@ -245,7 +245,7 @@ def textbrewer_step(
         }
 
     distiller = GeneralDistiller(
-        # It makes this folder at once, and would write checkpoints there.
+        # TextBrewer makes this folder at once, and would write checkpoints there.
         TrainingConfig(device=str(device), output_dir=tempfile.mkdtemp(), log_dir=None),
         DistillationConfig(temperature=TEMPERATURE, intermediate_matches=matches),
         teacher,
@@ -260,6 +260,6 @@ def textbrewer_step(
 def make(
     arm: str, sizes: Sizes, mapped: int, dtype: str, device: torch.device
 ) -> tuple[nn.Module, Callable[[Batch], Tensor]]:
-    """What is trained, and the loss of a batch."""
+    """Return the trained module and the loss of a batch."""
     made = {"eager": eager_step, "textbrewer": textbrewer_step}.get(arm, functools.partial(engine_step, arm))
     return made(sizes, mapped, dtype, device)

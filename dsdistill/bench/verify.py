@@ -1,8 +1,8 @@
-"""Checks of the operators: one rule for errors, and properties that hold for every operator and backend.
+"""Check the operators by one rule for errors, and by properties that hold for every operator and backend.
 
-Truth is the reference in float64, on the inputs as rounded to the type under test. A result may be off by at
-most twice what the reference in the type under test is off, plus a few units of that type scaled by the RMS of
-the truth (by both models' own sizes where the value is a difference that cancels).
+The truth is the reference in float64, on the inputs as rounded to the dtype under test. The error of a result may be
+at most twice that of the reference in the dtype under test, plus a few units of that dtype scaled by the RMS of the
+truth (or by both models' own sizes if the value is a difference that cancels).
 
 Each check raises `Mismatch` with figures; tests/ops runs them one by one, `run_verify` all of them.
 """
@@ -26,8 +26,8 @@ from dsdistill.ops.gpu import interpreting
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Units in the last place, relative to the RMS of the truth. Half precision: gradients are rounded once at the end;
-# bfloat16 products of the native attention kernel round dS as well. float32: 130 is the most that was seen, in Triton's
-# interpreter on an AMD EPYC of 2026, where numpy adds in another order than on the machines before.
+# bfloat16 products of the native attention kernel round dS as well. float32: 130 is the largest error seen, in
+# Triton's interpreter on an AMD EPYC of 2026, where numpy adds in another order than on earlier machines.
 SLACK_ULPS = {torch.float64: 4096, torch.float32: 160, torch.bfloat16: 3, torch.float16: 2}
 
 
@@ -35,8 +35,8 @@ class Mismatch(AssertionError):
     """An operator's result is further from the truth than the rule allows."""
 
 
-# Triton's interpreter takes a second where a GPU takes a millisecond: parity there in float32, and all checks in
-# bfloat16 (parity in float16 too) on these.
+# Triton's interpreter takes a second where a GPU takes a millisecond. There these cases alone get all checks in
+# bfloat16, and parity in float16; parity in float32 is checked on more.
 INTERPRETED = {
     "kl-packed",
     "mse-grouped-ragged",
@@ -57,7 +57,7 @@ FEW = ("packed", "grouped-ragged", "peaked", "odd-width", "mean-heads")  # of ms
 
 
 def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity") -> bool:
-    """Whether `backend` must be able to run `case` in `dtype` where it runs here; in the interpreter, a selection."""
+    """Return whether a `backend` of this machine must run `case` in `dtype`; the interpreter runs a selection."""
     if backend == "cpp":
         return case.native
     if backend not in ("triton", "cuda"):
@@ -77,7 +77,7 @@ def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity"
 
 
 def device_of(backend: str) -> str:
-    """Where a backend is checked: the C++ kernels on the CPU, all others on the GPU if there is one."""
+    """Return where a backend is checked: the C++ kernels on the CPU, all others on the GPU if there is one."""
     return "cuda" if backend != "cpp" and torch.cuda.is_available() and not interpreting() else "cpu"
 
 
@@ -87,13 +87,13 @@ def on_device(case: Case, backend: str) -> Case:
 
 
 def cast(case: Case, dtype: torch.dtype) -> Case:
-    """The case with its floating tensors in `dtype` (weights stay in the accumulating type's reach)."""
+    """Return the case with its floating-point tensors in `dtype`."""
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.tensors.items()}
     return dataclasses.replace(case, tensors=tensors)
 
 
 def evaluate(case: Case, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and the gradients of the student's tensors, on the CPU."""
+    """Return the loss and the gradients of the student's tensors, on the CPU."""
     case = on_device(case, backend)
     tensors = {k: v.detach().clone() if v.is_floating_point() else v for k, v in case.tensors.items()}
     wanted = [name for name in STUDENT[case.operator] if name in tensors]
@@ -105,7 +105,7 @@ def evaluate(case: Case, backend: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _like_layout(copy: Tensor, original: Tensor) -> Tensor:
-    """`copy` with the strides of `original`, so that a test of non-contiguous inputs keeps them."""
+    """Return `copy` with the strides of `original`, so that a test of non-contiguous inputs keeps them."""
     return torch.empty_strided(
         original.shape, original.stride(), dtype=copy.dtype, device=original.device
     ).copy_(copy)
@@ -116,22 +116,22 @@ def rms(x: Tensor) -> float:
 
 
 def gradient_size(case: Case, truth: Tensor) -> float:
-    """What rounding of a gradient is relative to.
+    """Return the size that rounding of a gradient is relative to.
 
-    Its RMS; an eighth of its largest entry where few entries carry it (peaked attention); for a case whose
-    gradient vanishes, the size of the terms that cancel.
+    It is the largest of its RMS, an eighth of its largest entry (for gradients of few large entries, such as peaked
+    attention), and, for a case whose gradient vanishes, the size of the terms that cancel.
     """
     return max(rms(truth), truth.abs().max().item() / 8, case.gradient_floor)
 
 
 def worst(x: Tensor, truth: Tensor) -> float:
-    """Largest absolute error, infinite where `x` is not finite."""
+    """Return the largest absolute error, infinite if `x` is not finite."""
     difference = (x.double() - truth.double()).abs()
     return math.inf if not torch.isfinite(x).all() else (difference.max().item() if x.numel() else 0.0)
 
 
 def require(name: str, result: Tensor, truth: Tensor, same_precision: Tensor, size: float) -> float:
-    """The rule. size: the magnitude that rounding is relative to. Returns error / allowed."""
+    """Apply the rule for errors; return error / allowed. size: the magnitude that rounding is relative to."""
     dtype = result.dtype
     allowed = 2 * worst(same_precision, truth) + SLACK_ULPS[dtype] * torch.finfo(dtype).eps * size
     error = worst(result, truth)
@@ -141,7 +141,7 @@ def require(name: str, result: Tensor, truth: Tensor, same_precision: Tensor, si
 
 
 def own_size(case: Case) -> float:
-    """Value of the loss against a zero teacher plus that of a zero student: what a cancelling value is made of."""
+    """Return the loss against a zero teacher plus that of a zero student: the size of terms in a value that cancels."""
     total = 0.0
     students = STUDENT[case.operator]
     for zeroed in (lambda name: name in students, lambda name: name not in students):
@@ -154,7 +154,7 @@ def own_size(case: Case) -> float:
 
 
 def check_parity(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """Loss and gradients against float64. Returns the worst error / allowed."""
+    """Check loss and gradients against float64; return the worst error / allowed."""
     rounded = cast(case, dtype)
     exact = cast(rounded, torch.float64)
     loss, gradients = evaluate(rounded, backend)
@@ -174,9 +174,9 @@ def check_parity(case: Case, backend: str, dtype: torch.dtype) -> float:
 
 
 def check_padding(case: Case, backend: str, dtype: torch.dtype, extra: int = 5) -> float:
-    """Padding full of NaN changes neither the loss nor the gradients, and receives none."""
+    """Check that padding full of NaN changes neither the loss nor the gradients, and receives no gradient."""
     short = cast(case, dtype)
-    # Sum and mean both count valid tokens only, so the truth is the unpadded case.
+    # Sum and mean both count only valid tokens, so the truth is the unpadded case.
     tensors = dict(short.tensors)
     some = next(v for k, v in tensors.items() if TOKEN_AXIS.get(k) is not None)
     tokens = some.shape[TOKEN_AXIS[next(k for k in tensors if TOKEN_AXIS.get(k) is not None)]]
@@ -212,7 +212,7 @@ def check_padding(case: Case, backend: str, dtype: torch.dtype, extra: int = 5) 
 
 
 def as_identical(case: Case) -> Case | None:
-    """The case with the student as its own teacher; None where that has no meaning."""
+    """Return the case with the student as its own teacher; None if that has no meaning."""
     if "labels" in case.tensors or case.options.get("heads") == "mean":
         return None
     tensors = {k: v for k, v in case.tensors.items() if k not in ("projection", "bias")}
@@ -226,7 +226,7 @@ def as_identical(case: Case) -> Case | None:
 
 
 def check_identical(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """Teacher = student gives 0, and a gradient of 0, up to rounding of the ordinary case's sizes."""
+    """Check that teacher = student gives 0, with a gradient of 0, up to rounding of the ordinary case's sizes."""
     same = as_identical(case)
     if same is None:
         return 0.0
@@ -246,7 +246,7 @@ def check_identical(case: Case, backend: str, dtype: torch.dtype) -> float:
 
 
 def check_nothing_valid(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """All padding, all NaN: exactly 0, connected to the graph, with zero gradients."""
+    """Check that inputs of only padding, all NaN, give exactly 0, connected to the graph, with zero gradients."""
     tensors = dict(cast(case, dtype).tensors)
     for name, value in tensors.items():
         axis = TOKEN_AXIS.get(name)
@@ -269,7 +269,7 @@ def check_nothing_valid(case: Case, backend: str, dtype: torch.dtype) -> float:
 
 
 def check_magnitude(case: Case, backend: str, dtype: torch.dtype, magnitude: float = 1e4) -> float:
-    """Inputs of size 1e4 and of size 1e-4: everything finite whose true value the type can hold."""
+    """Check inputs of size 1e4 and 1e-4: every value is finite if the dtype can hold the true one."""
     for factor in (magnitude, 1 / magnitude):
         tensors = {
             k: v * factor if TOKEN_AXIS.get(k) is not None and v.is_floating_point() and k != "weights" else v
@@ -289,7 +289,7 @@ def check_magnitude(case: Case, backend: str, dtype: torch.dtype, magnitude: flo
 
 
 def check_layout(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """Non-contiguous inputs give the same loss and gradients as contiguous ones."""
+    """Check that non-contiguous inputs give the same loss and gradients as contiguous ones."""
     plain = cast(case, dtype)
     tensors = {
         k: v.transpose(0, -1).contiguous().transpose(0, -1) if v.is_floating_point() and v.dim() > 1 else v
@@ -306,7 +306,7 @@ def check_layout(case: Case, backend: str, dtype: torch.dtype) -> float:
 
 
 def check_value_only(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """Without gradients the value is the same and nothing is recorded."""
+    """Check that without gradients the value is the same and nothing is recorded."""
     plain = cast(case, dtype)
     placed = on_device(plain, backend)
     loss = FUNCTIONS[case.operator](**placed.tensors, **case.options, backend=backend)
@@ -331,7 +331,7 @@ CHECKS: dict[str, Callable[[Case, str, torch.dtype], float]] = {
 def run_verify(json_path: str | Path | None = None) -> int:
     """Run every check on every case, backend and dtype of this machine; print a table.
 
-    json_path: also write the rows there. Returns 0 if everything passed, 1 otherwise. Raises UserError for an
+    json_path: file to write the rows to as well. Returns 0 if everything passed, 1 otherwise. Raises UserError for an
     instruction set that does not exist.
     """
     check_instruction_set()

@@ -1,7 +1,7 @@
-"""Collect the wheels that a machine with a GPU and no package index lacks: run by launch/gpu_check.sh --wheels DIR.
+"""Collect the wheels that a machine with a GPU and no package index lacks, for launch/gpu_check.sh --wheels DIR.
 
-What is needed is what this environment has installed for dsdistill and its tests, at the same versions, apart from
-torch, Triton and NumPy, which a machine with a GPU has already; and liger-kernel, which is measured beside our losses.
+These are the packages that this environment has installed for dsdistill and its tests, at the same versions, without
+torch, Triton and NumPy, which a machine with a GPU has already; and liger-kernel, which is a rival of our losses.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pathlib import Path
 from dsdistill.config import UserError
 
 PRESENT = {"torch", "triton", "numpy"}
-# What our operators are measured against, here or not: name and version.
+# Rivals of our operators, whether installed here or not: name and version.
 RIVALS = {"liger-kernel": "0.8.5"}
 ROOTS = ("dsdistill", "pytest", "hypothesis", "setuptools", "wheel")
-# A wheel's tag names the oldest C library it runs with; pip takes only the tags that it is given.
+# A wheel's tag names the oldest C library that it runs with; pip accepts only the tags that it is given.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)] + ["manylinux2014_x86_64"]
 
 
 def normal(name: str) -> str:
-    """Return a distribution's name as the index spells it."""
+    """Return a distribution's normalised name, as the index spells it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def needed(python: str, have: Iterable[str] = ()) -> dict[str, str]:
-    """Return name and version of every distribution that dsdistill needs there.
+    """Return name and version of every distribution that dsdistill needs on the other machine.
 
-    python: version of the Python there, such as "3.12". have: names of what is there already.
+    python: version of its Python, such as "3.12". have: names of the distributions that it has already.
     """
     from packaging.requirements import Requirement
 
@@ -55,7 +55,7 @@ def needed(python: str, have: Iterable[str] = ()) -> dict[str, str]:
 
 
 def fetch(name: str, version: str, python: str, folder: Path) -> str | None:
-    """Put one wheel into `folder`, made from source where the index has no wheel. Return what went wrong, or None."""
+    """Put one wheel into `folder`, built from source if the index has no wheel. Return what went wrong, or None."""
     wanted = f"{name}=={version}"
     pip = [sys.executable, "-m", "pip"]
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]

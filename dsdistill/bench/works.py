@@ -1,4 +1,4 @@
-"""Make the measured calls of the microbenchmark, one an operator, with the arithmetic and bytes of its definition."""
+"""Make the measured calls of the microbenchmark, one per operator, with the operations and bytes of its definition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsdistill.bench.cases import FUNCTIONS
 
 
 def device() -> str:
-    """Return the GPU if there is one: everything here is measured on it then, and on the CPU otherwise."""
+    """Return the device that everything here is measured on: the GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -26,7 +26,7 @@ def randn(*shape: int) -> Tensor:
 class Work:
     """A Work is one measured call.
 
-    flops and bytes: of the definition, forward and backward, each tensor touched once.
+    flops and bytes: those of the definition, forward and backward, with each tensor read or written once.
     """
 
     operator: str
@@ -40,7 +40,7 @@ class Work:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the operator is given, by the names of its arguments."""
+        """Return the operator's tensors by the names of its arguments."""
         return dict(zip(self.names, (*self.student, *self.fixed), strict=True))
 
     def loss(self, backend: str) -> Tensor:
@@ -61,9 +61,10 @@ def attention_work(
     rows=0,
     dtype=torch.float32,
 ):
-    """masked: sequences from whole to half as long. packed: three documents a sequence. group: heads of a key head.
+    """Return a call of attention.
 
-    rows: queries of a sequence that are compared, one from each part of it; 0: all.
+    masked: sequences are from whole to half as long. packed: each sequence has three documents. group: query heads
+    per key head. rows: queries of a sequence that are compared, one from each part of it; 0: all.
     """
     query, teacher_query = (randn(batch, heads, tokens, width).to(dtype) for _ in range(2))
     key, teacher_key = (randn(batch, heads // group, tokens, width).to(dtype) for _ in range(2))
@@ -99,7 +100,7 @@ def attention_work(
 
 
 def drawn(lengths: list[int], rows: int) -> Tensor:
-    """Return (B, R) positions, drawn as a step draws them."""
+    """Return (B, R) positions, drawn as in a training step."""
     counts = torch.tensor(lengths)[:, None]
     generator = torch.Generator().manual_seed(0)
     offsets = torch.randint(2**31, (len(lengths), rows), generator=generator) % counts
@@ -107,12 +108,12 @@ def drawn(lengths: list[int], rows: int) -> Tensor:
 
 
 def share_of(lengths: list[int], rows: int) -> float:
-    """Return which share of the rows of sequences is compared."""
+    """Return the share of the sequences' rows that is compared."""
     return sum(min(rows, n) for n in lengths) / sum(lengths) if rows else 1.0
 
 
 def pairwise_work(batch=1, tokens=512, width=768, relation="cosine", rows=0, dtype=torch.float32):
-    """rows: as those of attention."""
+    """Return a call of pairwise; rows: as in attention_work."""
     chosen = {"row_index": drawn([tokens] * batch, rows)} if rows else {}
     student, teacher = (randn(batch, tokens, width).to(dtype) for _ in range(2))
     return Work(

@@ -1,4 +1,4 @@
-"""Add terms from outside: their settings become fields of a config like those of any other term."""
+"""Add terms from outside the package: their settings become fields of a config like those of any other term."""
 
 import keyword
 from typing import Any
@@ -11,10 +11,10 @@ from dsdistill.config.terms import Term, Terms, settings_of
 
 
 def add_term(name: str, settings: type[Term]) -> None:
-    """Let configs have a term `terms.NAME` with these settings; as any other term, it is absent unless a config has it.
+    """Let configs have a term `terms.NAME` with these settings; like any term, it is off unless a config names it.
 
-    The same class may be added again, and so may one that its module defined anew when it was imported again. Configs
-    that were loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for
+    The same class may be added again, and so may one that its module defines again on another import. Configs that
+    were loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for
     settings that are no subclass of Term.
     """
     if not (isinstance(settings, type) and issubclass(settings, Term)):
@@ -32,7 +32,7 @@ def add_term(name: str, settings: type[Term]) -> None:
             raise UserError("register_term: name", got, "a name that no other term has")
     elif hasattr(Terms, name):
         raise UserError("register_term: name", f"{name}, which means something else", "another name")
-    annotation: Any = settings | None  # a type that nobody knows before the module runs
+    annotation: Any = settings | None  # a type that no type checker can know
     Terms.model_fields[name] = FieldInfo(annotation=annotation, default=None)
     Terms.__annotations__[name] = annotation
     Terms.model_rebuild(force=True)

@@ -1,4 +1,4 @@
-"""Read what others wrote with bounds: no file that is too large, blocks or grows, and no YAML that expands."""
+"""Read foreign files with limits: no file that is too large, blocks or grows, and no YAML that expands."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from dsdistill.config.errors import UserError
 MIB, GIB = 2**20, 2**30
 UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
 
-# Of YAML: bytes of a file, levels, nodes with what aliases repeat, characters of an unquoted number, and
+# Limits of YAML: bytes of a file, levels, nodes with aliases expanded, characters of an unquoted number, and
 # interpolations in one text.
 YAML_BYTES, YAML_DEPTH, YAML_NODES, YAML_DIGITS, YAML_REFERENCES = 4 * MIB, 64, 10_000, 1000, 100
 
 
 def parse_size(text: str) -> int | None:
-    """Return the bytes of a text such as 80GiB; None where it is no size."""
+    """Return the bytes of a text such as 80GiB; None if it is no size."""
     match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)\s*({'|'.join(UNITS)})", text.strip())
     return None if match is None else int(float(match[1]) * UNITS[match[2]])
 
@@ -40,7 +40,7 @@ def open_file(path: str, most: int, limit: str) -> BinaryIO:
 
 
 def read_bytes(path: str, most: int, limit: str = "the largest that is read") -> bytes:
-    """Return the content of a regular file, whose size may be told wrongly (/proc), as `open_file` takes it."""
+    """Return the content of a file that `open_file` accepts, also if its reported size is wrong (/proc)."""
     with open_file(path, most, limit) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -80,9 +80,9 @@ def read_yaml(path: str) -> str:
 
 
 def check_yaml(text: str, place: str) -> None:
-    """Refuse YAML that is too deep or too large once its aliases are written out, before anything is built of it."""
-    nodes, open_nodes = 0, []  # of each open list or mapping: its anchor and how many nodes came before it
-    known: dict[str, tuple[int, int]] = {}  # of each anchor: nodes and levels
+    """Refuse YAML that is too deep or too large with its aliases expanded, before anything is built from it."""
+    nodes, open_nodes = 0, []  # for each open list or mapping: its anchor and the number of nodes before it
+    known: dict[str, tuple[int, int]] = {}  # nodes and levels by anchor
     deepest: list[int] = []  # levels below each open list or mapping
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         size, levels = 1, 0

@@ -1,4 +1,4 @@
-"""Find what a config says beyond the defaults."""
+"""Find the settings of a config that differ from their defaults."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from dsdistill.config.terms import Terms
 def changed(config: Config) -> dict[str, Any]:
     """Return the settings that differ from their defaults, as plain Python; `load` makes an equal config of them.
 
-    A section that is there, though by default it is not, is kept when all its settings are defaults: `task: {}`.
+    A section that is absent by default is kept even if all its settings are defaults: `task: {}`.
     """
     kept = _changed(config)
-    if config.task == EMBEDDING:  # its default is another: texts have no label
+    if config.task == EMBEDDING:  # this task has another default: texts have no label
         data = {name: value for name, value in kept.get("data", {}).items() if name != "label"}
         data |= {} if config.data.label is None else {"label": config.data.label}
         kept["data"] = data
-    base = config.terms if "terms" in kept else Terms()  # what a stage's terms are added to
+    base = config.terms if "terms" in kept else Terms()  # the terms that a stage changes
     if config.stages:
         kept["stages"] = [
             _changed(stage) | ({"terms": terms} if (terms := _terms(stage.terms, base)) else {})
@@ -27,7 +27,7 @@ def changed(config: Config) -> dict[str, Any]:
 
 
 def _changed(section: Section, base: Section | None = None) -> dict[str, Any]:
-    """Return what differs from `base`; without one, from the defaults of the section's class."""
+    """Return the settings that differ from `base`; without one, from the defaults of the section's class."""
     plain, kept = section.model_dump(mode="json"), {}
     for name, field in type(section).model_fields.items():
         own = getattr(section, name)
@@ -46,7 +46,7 @@ def _plain(value: Any, dumped: Any) -> Any:
 
 
 def _terms(terms: Terms, base: Terms) -> dict[str, Any]:
-    """Return what a stage changes of the run's terms: settings of a term, a term more, or null for one less."""
+    """Return what a stage changes in the run's terms: settings of a term, an added term, or null for a removed one."""
     kept: dict[str, Any] = {}
     for name in type(terms).model_fields:
         own, usual = getattr(terms, name), getattr(base, name)

@@ -1,4 +1,4 @@
-"""Check the rules between fields. This is pure: what needs a file or a model is checked where that is at hand."""
+"""Check the rules between fields, without files or models: what needs these is checked where they are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the schema calls check
 
 GROUP = 4  # examples that data.sampler hard_negative keeps together: one and its neighbours
 
-# Top-level keys DeepSpeed 0.19 reads; it swallows any other without a word (a test watches which).
+# Top-level keys that DeepSpeed 0.19 reads; it silently ignores any other (a test compares this list).
 DEEPSPEED_KEYS = frozenset(
     """
     activation_checkpointing aio autotuning comet comms_logger communication_data_type
@@ -32,7 +32,7 @@ DEEPSPEED_KEYS = frozenset(
     """.split()
 )
 
-# Settings DeepSpeed knows too but that belong to fields of ours: two places for one thing disagree one day.
+# Settings of DeepSpeed that have a field of their own here: two places for one setting could disagree.
 OWNED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -46,7 +46,7 @@ OWNED = {
     "torch_autocast": "train.dtype",
     "optimizer": "train.learning_rate and train.weight_decay",
     "scheduler": "train.scheduler",
-    # Other writers and formats than those that checkpoints are checked for and read by.
+    # Checkpoints are checked and read only in the writer and format that are used here.
     "checkpoint": "run.save_every and run.keep",
     "datastates_ckpt": "run.save_every and run.keep",
     "nebula": "run.save_every and run.keep",
@@ -155,7 +155,7 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_teacher(teacher: Teacher) -> None:
-    """Refuse what would have no effect."""
+    """Refuse settings of the teacher that would have no effect."""
     if teacher.path is not None and teacher.recipe is not None:
         raise UserError("teacher", "both path and recipe", "one of them")
     if teacher.zero_stage == 0 and teacher.deepspeed:
@@ -216,7 +216,7 @@ def _check_sampler(config: Config) -> None:
 
 
 def _check_labels(config: Config) -> None:
-    """Refuse settings about labels that would have no effect: labels act through the task's loss alone."""
+    """Refuse settings about labels that would have no effect: only the task's loss reads labels."""
     data, train = config.data, config.train
     if data.label_noise and config.task in ("causal_lm", "masked_lm", "embedding"):
         raise UserError(
@@ -236,7 +236,7 @@ def _check_labels(config: Config) -> None:
 
 
 def _check_classes(config: Config) -> None:
-    """Refuse settings about classes beside tasks that have none; which there are the data says."""
+    """Refuse settings about classes for tasks without classes; the classes themselves depend on the data."""
     positive, weights = config.evaluation.positive_class, config.train.class_weights
     if positive is not None and config.task != "classification":
         raise UserError("evaluation.positive_class", f"{positive} with task {config.task}", "classification")
@@ -275,7 +275,7 @@ def _check_deepspeed(settings: dict, model: str) -> None:
 def check_ranks(
     train: Train, stages: Sequence[Stage], sampler: str, world_size: int, task: str = "classification"
 ) -> None:
-    """Refuse sizes of batches that so many ranks cannot share, or that leave terms nothing to relate."""
+    """Refuse batch sizes that `world_size` ranks cannot share, or that leave terms no examples to relate."""
     at_once = train.micro_batch_size * world_size
     if train.batch_size % at_once:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Rules between the settings of a run's data."""
+"""Check the rules between the settings of a run's data."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ def check_data(data: Data, task: str) -> None:
 
 
 def check_streaming(config: "Config") -> None:
-    """Refuse what needs all examples of a set that is read as the run goes on."""
+    """Refuse settings that need all examples of a streamed set."""
     data = config.data
     if not data.streaming:
         return
@@ -92,7 +92,7 @@ def _check_sources(data: Data) -> None:
 
 
 def _check_language(data: Data, task: str) -> None:
-    """Refuse settings of language models' data beside another task, where they would have no effect."""
+    """Refuse settings of language models' data with another task, where they would have no effect."""
     if task != "causal_lm":
         for name in ("messages", "chat_template", "layout", "overlong"):
             if getattr(data, name) is not None and not (name == "layout" and data.layout == "separator"):
@@ -117,7 +117,7 @@ def _check_language(data: Data, task: str) -> None:
 
 
 def _is_plain(data: Data) -> bool:
-    """Return whether the data is single texts alone, as far as one source tells."""
+    """Return whether the data is one source of single texts."""
     one_source = isinstance(data.train, str) or not isinstance(data.train[0], Part)
     return one_source and data.messages is None and len(data.text) == 1
 

@@ -1,4 +1,4 @@
-"""The settings of a run's data."""
+"""Define the settings of a run's data."""
 
 from typing import Annotated, Any, Literal
 
@@ -197,11 +197,11 @@ class Data(Section):
     def most_bytes(self) -> int:
         """Return the size of the largest data file that is read, in bytes."""
         most = self.max_file if isinstance(self.max_file, int) else parse_size(self.max_file)
-        assert most is not None  # _size saw to it
+        assert most is not None  # _size has checked it
         return most
 
     @property
     def train_columns(self) -> int:
-        """Return how many columns of text a row of the train set has; parts that differ are refused elsewhere."""
+        """Return how many columns of text a row of the train set has; checks refuse parts that differ."""
         first = self.train[0]
         return len(first.text if isinstance(first, Part) and first.text is not None else self.text)

@@ -1,4 +1,4 @@
-"""Rules of task embedding: what it needs, and what has no effect beside it or beside other tasks."""
+"""Check the rules of task embedding: what it needs, and settings without effect in it or in other tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TASK = "embedding"
 
 
 def check_embedding(config: Config) -> None:
-    """Raise UserError for settings of task embedding that contradict each other, or that stand beside another task."""
+    """Raise UserError for settings of task embedding that contradict each other or belong to another task."""
     if config.task != TASK:
         _check_other(config)
         return
@@ -55,12 +55,12 @@ def check_embedding(config: Config) -> None:
 
 
 def relates(term: Term, task: str) -> bool:
-    """Return whether a term's value depends on which examples meet in a micro-batch; so does the contrast of pairs."""
+    """Return whether a term's value depends on which examples share a micro-batch, as in the contrast of pairs."""
     return term.relates or (task == TASK and isinstance(term, Task))
 
 
 def _check_other(config: Config) -> None:
-    """Refuse beside another task what would have no effect there."""
+    """Refuse settings of task embedding with another task, where they would have no effect."""
     for place, model in (("teacher", config.teacher), ("student", config.student)):
         if model is not None and model.pooling is not None:
             raise UserError(f"{place}.pooling", f"{model.pooling} with task {config.task}", "task embedding")
@@ -77,7 +77,7 @@ def _check_other(config: Config) -> None:
 
 
 def _check_parts(data: Data) -> None:
-    """Refuse parts of the train set of unlike forms, and those that no prompt belongs to."""
+    """Refuse parts of the train set that mix pairs and single texts, and parts without a matching prompt."""
     for index, part in enumerate(() if isinstance(data.train, str) else data.train):
         columns = part.text if isinstance(part, Part) and part.text is not None else data.text
         place = f"data.train.{index}.text"
@@ -92,7 +92,7 @@ def _check_parts(data: Data) -> None:
 
 
 def _terms(config: Config) -> list[tuple[str, Term]]:
-    """Return the terms of all stages, each after its place in the config."""
+    """Return the terms of all stages as (place in the config, term)."""
     if not config.stages:
         return [(f"terms.{name}", term) for name, term in config.terms.named().items()]
     return [
@@ -103,11 +103,11 @@ def _terms(config: Config) -> list[tuple[str, Term]]:
 
 
 def _check_pairs(data: Data, place: str) -> None:
-    """Refuse a contrast without pairs, or among pairs that are alike by degrees."""
+    """Refuse a contrast without pairs, or among pairs with scores of similarity."""
     if data.train_columns < 2:
         wanted = "data.text: [query, document], or other terms"
         raise UserError(place, "single texts, which have no other to be told from", wanted)
-    # Where some dev set is searched, pairs are not of the kind whose likeness people judge.
+    # If some dev set is searched, the label belongs to other dev sets, not to the train pairs.
     searched = isinstance(data.label, dict) and data.label.keys() != set(data.dev)
     if data.label is not None and not searched:
         got = f"pairs with scores (data.label: {data.label}), of which some are not alike"

@@ -1,10 +1,10 @@
-"""What a run raises that people are to read: their own mistakes, and why it cannot go on."""
+"""Define the errors that users read: their own mistakes, and why a run cannot go on."""
 
-LONGEST = 500  # characters that a message shows of a value
+LONGEST = 500  # most characters of a value in a message
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used.
+    """Something that the user gave cannot be used.
 
     Its message is one line that names the place (file, key, column), what was got and what is expected.
     The command line prints that line and exits with code 2; anything else that escapes is a bug of ours.
@@ -17,24 +17,25 @@ class UserError(ValueError):
         super().__init__(" ".join(f"{place}: got {got}, expected {expected}".splitlines()))
 
     def within(self, origin: str) -> "UserError":
-        """The same, its place inside `origin`, such as the config file it comes from."""
+        """Return the same error with its place inside `origin`, such as the config file that it comes from."""
         located = UserError.__new__(UserError)
         ValueError.__init__(located, f"{origin}: {self}")
         return located
 
 
 class RunError(RuntimeError):
-    """A run that was accepted cannot go on; its checkpoints are as they were. One line says why."""
+    """A run that was accepted cannot go on; its checkpoints are unchanged. One line says why."""
 
 
 class SharedError(RunError):
-    """A RunError that every rank raises, so that the first alone says it."""
+    """Every rank raises this RunError, so that only the first prints it."""
 
 
 class Stopped(BaseException):
     """A run was told to stop, by a signal or by its launcher's end; `code` is the exit code of its process.
 
-    Like KeyboardInterrupt it is no Exception, so that nobody takes it for a fault. One line says what became of it.
+    Like KeyboardInterrupt it is no Exception, so that no handler takes it for a fault. One line says what became of
+    the run.
     """
 
     def __init__(self, told: str, code: int):

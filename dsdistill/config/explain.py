@@ -1,4 +1,4 @@
-"""Say in one line for people what pydantic finds wrong with settings."""
+"""Turn what pydantic finds wrong with settings into one readable line."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ _BRANCHES = ("str", "int", "bool", "float")  # names of union branches that look
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ' (did you mean X?)', or nothing where no known word is near."""
+    """Return ' (did you mean X?)', or nothing if no known word is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -25,10 +25,10 @@ def explain(
     origin: str | None = None,
     within: tuple[str, ...] = (),
 ) -> UserError:
-    """Return one line for one of the places where pydantic found something in the settings of `section`.
+    """Return one line for one of the errors that pydantic found in the settings of `section`.
 
-    A misspelt key comes first, as it may explain more. origin: the file of the settings. within: the keys that lead to
-    the section.
+    A misspelt key comes first, since it may explain other errors. origin: the file of the settings. within: the keys
+    that lead to the section.
     """
     first = next((error for error in errors if error["type"] == "extra_forbidden"), _deepest(errors))
     inner = first.get("ctx", {}).get("error")
@@ -61,9 +61,9 @@ def explain(
 
 
 def _deepest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """Return the first error, or where it is one of a union's branches that of the branch which fits best."""
+    """Return the first error; if it comes from a branch of a union, that of the branch which fits best."""
     place = errors[0]["loc"][:-1]
-    if "layers" in errors[0]["loc"]:  # `explain` says what they may be
+    if "layers" in errors[0]["loc"]:  # `explain` lists the valid values
         return errors[0]
     beside = [error for error in errors if error["loc"][: len(place)] == place]
     return max(beside, key=lambda error: len(error["loc"]))
@@ -76,7 +76,7 @@ def _readable(location: tuple[int | str, ...]) -> str:
 
 
 def _section(section: type[Section], parents: list[int | str]) -> type[Section]:
-    """Return the section that a path of field names leads to from another."""
+    """Return the section that a path of field names leads to from `section`."""
     for name in (name for name in parents if isinstance(name, str)):
         annotation = section.model_fields[name].annotation
         candidates = [annotation, *get_args(annotation)]

@@ -1,4 +1,4 @@
-"""Write the reference of all settings of a config, as the schema has them: `python -m dsdistill.config.fields`."""
+"""Write the reference of all settings of a config from the schema: `python -m dsdistill.config.fields`."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ _PLAIN = {
 
 
 def reference() -> str:
-    """Return the reference in Markdown: a section's place, what it is, and a table of its settings."""
+    """Return the reference in Markdown: each section's place, its description, and a table of its settings."""
     schema = Config.model_json_schema()
     known, parts = schema["$defs"], [HEAD]
     sections = list(_sections(schema, "", known, set()))
@@ -52,7 +52,7 @@ def reference() -> str:
 def _sections(
     section: dict[str, Any], place: str, known: dict[str, Any], seen: set[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each section after its place in a config, then those within it; each kind of section comes once."""
+    """Yield (place in a config, section), then the sections within it; each kind of section comes once."""
     yield place, section
     for name, of in section["properties"].items():
         for kind in _named(of):
@@ -70,7 +70,7 @@ def _named(of: dict[str, Any]) -> list[str]:
 
 
 def _reference(of: dict[str, Any]) -> str | None:
-    """Return the name of the section that a setting is, or of those that it lists; None for a value."""
+    """Return the name of the section that a setting is or lists; None for a value."""
     for kind in (of, *of.get("anyOf", ()), *of.get("allOf", ())):
         if "$ref" in kind:
             return kind["$ref"].rpartition("/")[2]
@@ -79,7 +79,7 @@ def _reference(of: dict[str, Any]) -> str | None:
 
 
 def _kind(of: dict[str, Any]) -> str:
-    """Return in words what a value may be."""
+    """Return a description of a setting's valid values."""
     if "anyOf" in of:
         kinds = [_kind(kind) for kind in of["anyOf"] if kind.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))

@@ -1,7 +1,7 @@
 """Name the formats of config.yaml, and complete what an earlier format lacks.
 
-A change needs a new format where a default changes, or where a setting is added whose default would change a run that
-has begun. Then FORMAT is raised by one, and DEFAULTS gains the former value for every format before.
+A new format is needed if a default changes, or if a setting is added whose default would change a run that has begun.
+Then FORMAT is raised by one, and DEFAULTS gets the former value for every earlier format.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from dsdistill.config.schema import Config, Run
 from dsdistill.config.secrets import redacted
 from dsdistill.config.section import Section
 
-FORMAT = 4  # what `dump` writes; a file of format 1 does not name its format
+FORMAT = 4  # the format that `dump` writes; a file of format 1 does not name its format
 
-# By format and dotted key: the values with which runs of that format began, of settings that had another default then
-# or did not exist. `terms.NAME.KEY` stands for the terms of the stages as well.
-# The last layer was read before its final norm.
+# By format and dotted key: values with which runs of that format began, for settings that had another default then or
+# did not exist. `terms.NAME.KEY` stands for the terms of the stages too.
+# Up to format 2 the last layer was read before its final norm.
 _STATES = ("hidden", "feature", "pairwise", "contrastive", "sp", "rkd", "cka", "pkt", "trajectory", "smooth")
 _BEFORE = {f"terms.{name}.final_norm": "before" for name in _STATES}
-# Plain text ran on from document to document, and prompts had a layout of this project's own.
+# Up to format 3 plain text ran on from document to document, and prompts had a layout of this project's own.
 _UNPACKED = {"data.packing": False, "data.layout": "separator"}
 DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE | _UNPACKED, 2: _BEFORE | _UNPACKED, 3: _UNPACKED}
 
@@ -57,22 +57,22 @@ _KEYS = {
     "evaluation": "rcs structure latency generate",
 }
 _KEYS |= {f"stages.{section}": names for section, names in _KEYS.items() if section.split(".")[0] == "terms"}
-# The dotted keys that format 1 had, without the numbers of stages. A setting that came later is added here once its
-# default changes: teachers of the old default must not be taken for those of the new one.
+# The dotted keys of format 1, without the numbers of stages. A later setting is added here once its default changes:
+# teachers made with the old default must not be taken for those made with the new one.
 FORMAT_1 = frozenset(
     f"{section}.{name}".removeprefix(".") for section, names in _KEYS.items() for name in names.split()
 )
-# These came when teachers had names already, and decide nothing of what a teacher becomes.
+# These were added when teachers had names already, and have no influence on a teacher.
 _UNNAMED = frozenset({"run.save_minutes", "run.grace", "data.max_file"})
 
 
 def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
     """Take `format` out of a file's settings and return it.
 
-    saved: the settings are those of a run folder, which may be of an earlier format; one that names none is of format
-    1. Raises UserError for a format that is not read here; `origin` names the file.
+    saved: the settings are those of a run folder, which may have an earlier format; without a name it is format 1.
+    Raises UserError for a format that this version does not read; `origin` names the file.
     """
-    oldest = 1 if saved else 2  # a file that a user writes names none, or is a copy of what `dump` wrote
+    oldest = 1 if saved else 2  # a user's file names no format, or is a copy of a file that `dump` wrote
     named = settings.pop("format", 1 if saved else FORMAT)
     if type(named) is not int or not oldest <= named <= FORMAT:
         expected = f"{oldest} to {FORMAT} (other versions of dsdistill read others)"
@@ -81,9 +81,9 @@ def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
 
 
 def complete(settings: dict, written: int) -> None:
-    """Add to the settings of a config of the format `written` what DEFAULTS says of that format.
+    """Add to settings of the format `written` the values that DEFAULTS has for that format.
 
-    Only terms that are there are completed: one that a run does not have stays away. Every run has data.
+    Only terms that the run has are completed. Every run has data.
     """
     for key, value in DEFAULTS.get(written, {}).items():
         *parents, name = key.split(".")
@@ -105,14 +105,15 @@ def _sections(settings: dict, parents: list[str]) -> list[dict]:
 
 
 def teacher_identity(config: Config) -> str:
-    """Return the settings that decide what the teacher of a recipe becomes, as YAML; its name is a digest of this text.
+    """Return the settings that determine the teacher of a recipe, as YAML; its name is a digest of this text.
 
-    Settings that format 1 did not have are left out while they are as format 1 computed (at their defaults, unless
-    DEFAULTS says otherwise), so that a new setting does not have every teacher trained again. Secrets are redacted.
+    Settings that format 1 did not have are left out while they have the values that format 1 computed with (their
+    defaults, unless DEFAULTS says otherwise), so that a new setting does not make every teacher train again. Secrets
+    are redacted.
     """
     unnamed: dict[str, Any] = {"root": None, "cache": ""}
     if config.task != "causal_lm":
-        unnamed |= {"packing": False, "layout": "separator"}  # to no effect
+        unnamed |= {"packing": False, "layout": "separator"}  # without effect in these tasks
     neutral = config.model_copy(
         update={
             "run": Run(seed=config.run.seed),
@@ -120,7 +121,7 @@ def teacher_identity(config: Config) -> str:
         }
     )
     settings = redacted(neutral.model_dump(mode="json", exclude=_added(neutral, "")))
-    # Not dump's text, which quotes as its readers need it: the names of teachers must not change with that.
+    # Not `dump`, whose quoting may change: names of teachers must not change with it.
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

@@ -1,4 +1,4 @@
-"""From files and key=value to a Config; every mistake is one line that names file and key."""
+"""Make a Config from files and key=value; every mistake is reported in one line that names file and key."""
 
 import io
 import os
@@ -21,7 +21,7 @@ from dsdistill.config.schema import SAVED, Config
 from dsdistill.config.secrets import REDACTED, is_secret, mentions, places, redacted, without
 
 KEY_DEPTH = 32  # most levels of a dotted key
-EXPANDED = 2**24  # most characters and values, with every interpolation written out
+EXPANDED = 2**24  # most characters and values, with every interpolation expanded
 _REFERENCE = re.compile(r"\$\{\s*([^${}:\s]+)\s*\}")
 _KNOWN = re.compile(_REFERENCE.pattern + r"|\$\{\s*oc\.env:[^${}]*\}")
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, which OmegaConf halves
@@ -30,9 +30,9 @@ _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, whi
 def load(sources: Sequence[str]) -> Config:
     """Merge files and overrides from left to right.
 
-    sources: YAML files (each adds to or replaces what came before) and key=value overrides, where keys are
-    dotted, with numbers from 0 in lists, and values are YAML: ["configs/quickstart.yaml", "train.steps=5"]. A file with
-    `replace: [terms]` adds nothing to the terms of those before it: its own take their place.
+    sources: YAML files (each adds to or replaces earlier settings) and key=value overrides, where keys are dotted, with
+    numbers from 0 in lists, and values are YAML: ["configs/quickstart.yaml", "train.steps=5"]. With `replace: [terms]`
+    a file's terms replace those of earlier files instead of being added to them.
     """
     if not sources or _is_override(sources[0]):
         raise UserError(
@@ -74,7 +74,7 @@ def load(sources: Sequence[str]) -> Config:
 
 
 def recipe_of(config: Config) -> Config:
-    """Return the config that trains the teacher; its data is read from where this run's is."""
+    """Return the config that trains the teacher; its data has this run's root unless it names its own."""
     assert config.teacher is not None and config.teacher.recipe is not None
     recipe = load([config.teacher.recipe])
     if config.data.root is None or recipe.data.root is not None or recipe.data.source == "docstrings":
@@ -83,9 +83,10 @@ def recipe_of(config: Config) -> Config:
 
 
 def as_begun(config: Config, saved: str) -> Config:
-    """Return the config of a run that goes on, as the format that it began with would read it.
+    """Return the config of a resumed run as the format that it began with would read it.
 
-    saved: what `dump` wrote when the run began. What `config` does not say itself has the defaults of that time.
+    saved: the file that `dump` wrote when the run began. Settings that `config` does not set have the defaults of that
+    time.
     """
     written = take_format(_plain(_read(saved), saved), saved, saved=True)
     if written == FORMAT:
@@ -96,10 +97,10 @@ def as_begun(config: Config, saved: str) -> Config:
 
 
 def load_saved(path: str) -> Config:
-    """Return what `dump` wrote of a run, without its secrets.
+    """Return the config that `dump` wrote for a run, without its secrets.
 
-    What an earlier format lacks is completed by the defaults of its time. Rules between fields, which it passed, may
-    not hold: a baseline lost its terms. Raises UserError for a format that is newer than this version's.
+    Settings that an earlier format lacks get the defaults of its time. Rules between fields are not checked again: a
+    baseline, which has lost its terms, may break them. Raises UserError for a format newer than this version's.
     """
     settings = without(_plain(_read(path), path))
     complete(settings, take_format(settings, path, saved=True))
@@ -107,10 +108,9 @@ def load_saved(path: str) -> Config:
 
 
 def make_config(settings: dict[str, Any], origin: str = "config", *, saved: bool = False) -> Config:
-    """Return a Config of plain settings, after importing the plugins that they name.
+    """Return a Config made from plain settings, after importing the plugins that they name.
 
-    `origin` names the file in messages. saved: rules between fields are left out. Raises UserError for the
-    first mistake.
+    `origin` names the file in messages. saved: skip the rules between fields. Raises UserError for the first mistake.
     """
     import_plugins(settings.get("plugins"), origin)
     try:
@@ -122,8 +122,8 @@ def make_config(settings: dict[str, Any], origin: str = "config", *, saved: bool
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what OmegaConf's YAML takes for a number (12e4567) and PyYAML's does not, and U+0085, which would become a
-    space; escapes interpolations.
+    """A _Dumper quotes what OmegaConf but not PyYAML takes for a number (12e4567), and U+0085, which would become a
+    space; it escapes interpolations.
     """
 
 
@@ -137,7 +137,7 @@ _Dumper.add_representer(str, _text)
 
 
 def holds_secrets(path: str) -> bool:
-    """Return whether a config file has secrets in clear, as versions of before wrote them."""
+    """Return whether a config file has secrets in plain text, as earlier versions wrote them."""
     settings = _plain(_read(path), path)
     return repr(redacted(settings)) != repr(settings)
 
@@ -145,14 +145,14 @@ def holds_secrets(path: str) -> bool:
 def dump(config: Config, *, full: bool = True) -> str:
     """Return the resolved config as YAML, its format first and its secrets redacted.
 
-    Without secrets, `load` reads it back to an equal config. full: with what is as the defaults have it.
+    If it has no secrets, `load` reads it back to an equal config. full: include settings at their defaults.
     """
     settings = {"format": FORMAT} | redacted(config.model_dump(mode="json") if full else changed(config))
     return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _container(settings: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
-    """Return settings as plain Python; resolve: with interpolations filled in."""
+    """Return settings as plain Python; resolve: replace interpolations by their values."""
     return cast(dict[str, Any], OmegaConf.to_container(settings, resolve=resolve))
 
 
@@ -165,7 +165,7 @@ def _plain(settings: DictConfig, origin: str) -> dict[str, Any]:
 
 
 def _shown(source: str) -> str:
-    """Return a file's name or an override as messages show it."""
+    """Return a file's name or an override as messages show it, without secrets."""
     key, equals, value = source.partition("=")
     if not equals or not _is_override(source):
         return source
@@ -173,12 +173,12 @@ def _shown(source: str) -> str:
 
 
 def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
-    """Refuse interpolations that repeat each other until nothing could hold them."""
-    known: dict[tuple, int] = {}  # characters and values of each key's subtree, written out
+    """Refuse interpolations that expand, by repeating each other, beyond EXPANDED."""
+    known: dict[tuple, int] = {}  # characters and values of each key's subtree, expanded
 
     def size(path: tuple) -> int:
         if path not in known:
-            known[path] = 0  # those that lead back to themselves OmegaConf refuses
+            known[path] = 0  # OmegaConf refuses interpolations that lead back to themselves
             known[path] = written = measure(_at(settings, path), path)
             if written > EXPANDED:
                 key = ".".join(map(str, path))
@@ -205,7 +205,7 @@ def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
 
 
 def _target(name: str, path: tuple) -> tuple:
-    """Return the keys that `${name}` at `path` leads through; leading dots start beside it, or further up."""
+    """Return the path of keys that `${name}` at `path` refers to; leading dots are relative to its parents."""
     bare = name.lstrip(".")
     dots = len(name) - len(bare)
     keys = (int(key) if key.isdecimal() else key for key in re.split(r"[.\[\]]+", bare) if key)
@@ -213,7 +213,7 @@ def _target(name: str, path: tuple) -> tuple:
 
 
 def _at(settings: object, path: tuple) -> object:
-    """Return the value there, or None."""
+    """Return the value at a path of keys, or None."""
     for key in path:
         if isinstance(settings, dict):
             settings = settings.get(key, settings.get(str(key)))
@@ -241,9 +241,9 @@ def _read(path: str) -> DictConfig:
 
 
 def _replaced(source: str, settings: DictConfig) -> list[str]:
-    """Take `replace` out of a file's settings: the sections of which nothing stays that files before it said."""
+    """Take `replace` out of a file's settings: it names the sections that replace those of earlier files."""
     names = _container(OmegaConf.create({"of": settings.pop("replace", [])}))["of"]
-    sections = list(Config.model_fields)  # a list, as what is given need not be hashable
+    sections = list(Config.model_fields)  # a list, since names may not be hashable
     if not isinstance(names, list) or any(name not in sections for name in names):
         raise UserError(f"{source}: replace", names, f"a list of {', '.join(sections)}")
     return names

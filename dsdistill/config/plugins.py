@@ -1,4 +1,4 @@
-"""Import plugins: modules of the user's own that a config names, before its other settings are looked at."""
+"""Import plugins: the user's own modules that a config names, before its other settings are checked."""
 
 import contextlib
 import importlib
@@ -13,8 +13,8 @@ from dsdistill.config.errors import UserError
 def import_plugins(names: Any, origin: str) -> None:
     """Import the modules that `plugins` names, in their order; `origin` names the config in messages.
 
-    The current directory is tried after everything else that Python imports from. Names that are no texts are left to
-    the type check. Raises UserError for a name that is no dotted name and for a module that cannot be imported.
+    The current directory is searched after all other places that Python imports from. Names that are not strings are
+    left to the type check. Raises UserError for an invalid dotted name and for a module that cannot be imported.
     """
     for name in names if isinstance(names, list | tuple) else ():
         if not isinstance(name, str):
@@ -26,7 +26,7 @@ def import_plugins(names: Any, origin: str) -> None:
         try:
             with _current_directory():
                 importlib.import_module(name)
-        except UserError as error:  # a term that the module adds is refused
+        except UserError as error:  # a term that the module adds was refused
             raise error.within(f"{origin}: plugins: {name}") from error
         except (Exception, SystemExit) as error:  # the module's own code may raise anything
             reason = f"{name} ({type(error).__name__}: {error})"
@@ -35,7 +35,7 @@ def import_plugins(names: Any, origin: str) -> None:
 
 @contextlib.contextmanager
 def _current_directory() -> Iterator[None]:
-    """Have Python look for modules in the current directory too, after all other places."""
+    """Make Python search for modules in the current directory too, after all other places."""
     here = os.getcwd()
     if here in sys.path:
         yield
@@ -44,5 +44,5 @@ def _current_directory() -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ValueError):  # the module took it out itself
+        with contextlib.suppress(ValueError):  # the module may have removed it itself
             sys.path.remove(here)

@@ -1,4 +1,4 @@
-"""What a run began with, and whether a config would go on with it."""
+"""Check whether a config may go on with a run that began with another."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from dsdistill.config.load import load_saved
 from dsdistill.config.schema import Config
 from dsdistill.config.secrets import redacted, without
 
-# Settings that may change between a run and its continuation: they do not touch what is computed, or, the last two,
-# only in what order numbers are added. student.new_head only allows a start.
+# Settings that may change between a run and its continuation: they do not change what is computed or, the last two,
+# only the order in which numbers are added. student.new_head only allows a start.
 _FREE = (
     "run.name",
     "run.dir",
@@ -29,7 +29,7 @@ _FREE = (
 
 
 def check_same(saved: str, config: Config) -> None:
-    """Raise UserError where `config` would compute something else than the config that `dump` wrote to `saved`."""
+    """Raise UserError if `config` would compute something else than the config that `dump` wrote to `saved`."""
     before, after = _plain(load_saved(saved)), _plain(config)
     for key in before | after:
         if key not in _FREE and before.get(key) != after.get(key):

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, strict, frozen. Pure: nothing here reads a file or imports torch."""
+"""Define every setting of a run: typed, strict, frozen. Nothing here reads a file or imports torch."""
 
 import os
 from typing import Annotated, Any, Literal, Self
@@ -10,9 +10,9 @@ from dsdistill.config.section import NAME, LearningRate, NonNegative, Positive, 
 from dsdistill.config.terms import Task, Terms
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-# Tasks whose models predict tokens: they have no logits whole, and no labels beside their texts.
+# Tasks whose models predict tokens: their logits are never whole in memory, and labels come from the texts.
 LANGUAGE = ("causal_lm", "masked_lm")
-# The task whose models have no head: a text's vector is made of the last layer's states.
+# The task whose models have no head: a text's vector is computed from the last layer's states.
 EMBEDDING = "embedding"
 SAVED = object()  # context of a validation without the rules between fields
 
@@ -272,7 +272,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_stages(cls, settings: Any) -> Any:
-        """A stage's terms hold what it changes of the run's: an override of the run's then reaches every stage."""
+        """Add the run's terms to each stage's, which hold only changes, so that overrides reach every stage."""
         if isinstance(settings, dict) and isinstance(settings.get("stages"), list):
             settings = settings | {
                 "stages": [_with_terms(stage, settings.get("terms")) for stage in settings["stages"]]
@@ -282,7 +282,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_label(cls, settings: Any) -> Any:
-        """Texts of task embedding have no label unless the config names its column."""
+        """Set data.label to null for task embedding unless the config names the label's column."""
         if not isinstance(settings, dict) or settings.get("task") != EMBEDDING:
             return settings
         data = settings.get("data", {})
@@ -290,9 +290,9 @@ class Config(Section):
 
     @property
     def run_stages(self) -> tuple[Stage, ...]:
-        """The stages, each with what the whole run freezes; of a run without any, the one that it is.
+        """Return the stages, each with what the whole run freezes; a run without stages is one stage.
 
-        Without a head nobody reads what some encoders put upon their first token (BERT's pooler).
+        Without a head nothing reads the pooler that some encoders, such as BERT, have on their first token.
         """
         unread = ("pooler.*",) if self.task == EMBEDDING else ()
         return tuple(
@@ -302,12 +302,12 @@ class Config(Section):
 
     @property
     def rows(self) -> int:
-        """Return how many rows of a batch an example of the train set takes: two where its two texts are read apart."""
+        """Return how many rows of a batch a train example takes: two if its two texts are encoded separately."""
         return self.data.train_columns if self.task == EMBEDDING else 1
 
     @property
     def needs_spans(self) -> bool:
-        """Whether some stage, or evaluation, reads words and phrases."""
+        """Return whether some stage, or evaluation, reads words and phrases."""
         return self.evaluation.structure or any(
             term.reads_spans for stage in self.run_stages for term in stage.terms.named().values()
         )
@@ -326,14 +326,14 @@ class Config(Section):
 
 
 def take_over_terms() -> None:
-    """Have the sections that hold terms know those that `Terms` has now."""
+    """Rebuild the sections that hold terms, so that they know the terms that `Terms` has now."""
     for section in (Stage, Config):  # a Config holds stages, so it comes last
         section.model_rebuild(force=True)
 
 
 def _with_terms(stage: Any, terms: Any) -> Any:
     if not isinstance(stage, dict) or not isinstance(terms, dict):
-        return stage  # the type check says what is wrong
+        return stage  # the type check reports what is wrong
     changes = stage.get("terms")
     if changes is None:
         changes = {}

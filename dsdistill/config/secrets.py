@@ -1,20 +1,20 @@
-"""Secrets in a config: nothing that this project writes or prints holds them."""
+"""Redact the secrets in a config, so that nothing that this project writes or prints holds them."""
 
 import re
 from typing import Any
 
 REDACTED = "(redacted)"
 
-# A tokenizer is no token.
+# The key "tokenizer" contains "token" but names no secret.
 _TEXTS = re.compile(r"key|token(?!iz)|secret|password|passwd|passphrase|credential", re.IGNORECASE)
 _ANYTHING = re.compile(r"secret|password|passwd|passphrase|credential", re.IGNORECASE)
 
 
 def redacted(settings: Any, secret: str = "") -> Any:
-    """Return plain settings with (redacted) in the place of every secret.
+    """Return plain settings with (redacted) in place of every secret.
 
     A secret is a text under a key with "key", "token", "secret", "password" or the like in its name, at any depth
-    below that key; numbers count only where the name cannot mean one (`num_key_value_heads` is no secret).
+    below that key. Numbers count only if such a name cannot mean a number (`num_key_value_heads` is no secret).
     """
     if isinstance(settings, dict):
         return {
@@ -29,7 +29,7 @@ def redacted(settings: Any, secret: str = "") -> Any:
 
 
 def shown(dotted: str, value: Any) -> str:
-    """Return how a message shows the value of a dotted key: as Python writes it, without secrets."""
+    """Return the value of a dotted key as messages show it: its repr, without secrets."""
     return REDACTED if is_secret(dotted, value) else repr(redacted(value))
 
 
@@ -39,8 +39,8 @@ def mentions(text: str) -> bool:
 
 
 def is_secret(dotted: str, value: Any) -> bool:
-    """Return whether the dotted key alone, not what lies below it, makes `redacted` hide the value."""
-    return repr(redacted({dotted: value})[dotted]) != repr(redacted(value))  # as texts: NaN is unlike itself
+    """Return whether the dotted key itself, not a key within its value, makes `redacted` hide the value."""
+    return repr(redacted({dotted: value})[dotted]) != repr(redacted(value))  # as texts: NaN ≠ NaN
 
 
 def without(settings: Any) -> Any:

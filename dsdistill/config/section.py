@@ -1,4 +1,4 @@
-"""What every section of a config is, and the number types they share."""
+"""Define the base class of all sections of a config, and the number types that they share."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NAME = r"^[\w-][\w.-]*$"  # of something that a folder or file is called by
+NAME = r"^[\w-][\w.-]*$"  # pattern of names that become names of folders or files
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

@@ -1,6 +1,6 @@
-"""Settings of the loss terms.
+"""Define the settings of the loss terms.
 
-Layers are counted from 1; layer 0 is the output of the embeddings (losses as published count so too).
+Layers are counted from 1; layer 0 is the output of the embeddings, as in the papers of the losses.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -12,7 +12,7 @@ from dsdistill.config.section import NonNegative, Positive, Section
 
 LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
 LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
-# Where a student layer finds its teacher layer; an explicit map lists [student, teacher] pairs.
+# How student layers are mapped to teacher layers; an explicit map lists [student, teacher] pairs.
 LayerMap = Literal["uniform", "skip", "last", "emd", "cka_offline"] | LayerPairs
 LayerWeights = (
     Literal["uniform", "dynamic"] | Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)]
@@ -22,7 +22,7 @@ Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
 class ConstructedSection(Section):
-    """Validate a section that code may construct, too: a mistake raises the UserError that a config would get."""
+    """A ConstructedSection may also be made by code; a mistake then raises the same UserError as in a config."""
 
     def __init__(self, /, **settings: Any) -> None:
         try:
@@ -30,23 +30,23 @@ class ConstructedSection(Section):
         except ValidationError as error:
             raise explain(error.errors(), type(self), within=_place(type(self))) from None
 
-    # Within a config pydantic validates this section itself, and tells what is wrong by the place in that config.
+    # Within a config pydantic validates this section itself, and reports mistakes by their place in that config.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function takes any attribute
 
 
 class Term(ConstructedSection):
-    """Hold what every term has: a weight, and properties that say what the term needs of a run."""
+    """A Term has what every term has: a weight, and properties that say what the term needs from a run."""
 
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
 
     @property
     def relates(self) -> bool:
-        """Return whether the value depends on which examples meet in a micro-batch."""
+        """Return whether the value depends on which examples share a micro-batch."""
         return False
 
     @property
     def contrasts(self) -> bool:
-        """Return whether the term tells an example from others that meet it, as data.sampler hard_negative needs."""
+        """Return whether the term contrasts the examples of a micro-batch, as data.sampler hard_negative needs."""
         return False
 
     @property
@@ -61,7 +61,7 @@ class Term(ConstructedSection):
 
     @property
     def needs_previous(self) -> bool:
-        """Return whether the term compares the student with what the stage before handed over."""
+        """Return whether the term compares the student with the student at the end of the previous stage."""
         return False
 
     @property
@@ -76,7 +76,7 @@ class Term(ConstructedSection):
 
     @property
     def reads_labels(self) -> bool:
-        """Return whether the term reads the labels of the data: train.distill_weight weighs all others against it."""
+        """Return whether the term reads the data's labels: train.distill_weight weighs all other terms against it."""
         return False
 
 
@@ -159,7 +159,7 @@ class Layered(Term):
 
 
 class States(Term):
-    """What terms over hidden states have in common."""
+    """States holds what terms over hidden states have in common."""
 
     final_norm: Literal["after", "before"] = Field(
         default="after",
@@ -408,7 +408,7 @@ def settings_of(name: str) -> type[Term]:
 
 
 def _place(section: type[ConstructedSection]) -> tuple[str, ...]:
-    """Return the keys that lead to a section in a config; of one that no field has, the name of the class."""
+    """Return the keys that lead to a section in a config; for a section that no field has, the class name."""
     if section is Terms:
         return ("terms",)
     name = next((name for name in Terms.model_fields if settings_of(name) is section), None)

@@ -1,13 +1,13 @@
-"""AdaGrad, for DeepSpeed."""
+"""Implement AdaGrad for DeepSpeed."""
 
 import torch
 
 
 class AdaGrad(torch.optim.Optimizer):
-    """Duchi et al. 2011, as torch.optim.Adagrad with its defaults; weight decay is part of the gradient.
+    """AdaGrad (Duchi et al. 2011) equals torch.optim.Adagrad with its defaults; weight decay is added to the gradient.
 
-    DeepSpeed makes every torch.optim.Adagrad anew, with all parameters in one group, and then looks for the others:
-    a model of more than one group crashes in its first step.
+    DeepSpeed recreates every torch.optim.Adagrad with all parameters in one group, and then looks for the other groups:
+    a model with more than one group would crash in its first step.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, eps: float = 1e-10):

@@ -1,4 +1,4 @@
-"""Say where freed host memory goes: back to the system while models load, on CPUs kept for the next step after that."""
+"""Decide where freed host memory goes: back to the system while models load; later, on CPUs, to the next step."""
 
 import contextlib
 import ctypes
@@ -17,9 +17,9 @@ _LOADING = 2**20
 def loading(device: torch.device) -> Iterator[None]:
     """Give large blocks back to the system as soon as they are freed, while a model is loaded inside.
 
-    Loading frees as much as it keeps: whole tensors, of which a rank keeps a part. glibc would hold on to their room,
-    as it learns from the first large block that is freed. Afterwards all that is free goes back too, and steps on a
-    CPU keep what they free.
+    Loading frees as much as it keeps: whole tensors, of which a rank keeps a part. By default glibc would keep that
+    memory, since it adapts to the first large block that is freed. At the end all free memory goes back, and on a CPU
+    steps then keep what they free.
     """
     library = _tunable()
     if library is None:
@@ -36,9 +36,9 @@ def loading(device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from giving every large block back to the system as soon as it is freed, once models are loaded.
+    """Stop glibc from giving every large block back to the system as soon as it is freed; call it after loading.
 
-    By default each large tensor costs fresh pages, faulted in one by one, at every step: on a laptop that
+    By default each large tensor needs fresh pages, faulted in one by one, at every step: on a laptop that
     more than halves the speed of training.
     """
     library = _tunable()
@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
 
 
 def _tunable() -> ctypes.CDLL | None:
-    """Return the C library where it is glibc; None elsewhere, and where the user tuned malloc already."""
+    """Return the C library if it is glibc; None if it is another, or if the user has tuned malloc."""
     if any(
         name in os.environ for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
     ):

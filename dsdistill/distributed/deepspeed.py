@@ -1,4 +1,4 @@
-"""Start DeepSpeed, say what its engines are to do, and read what they save; engines.py makes them."""
+"""Start DeepSpeed, make the settings of its engines, and read what they save; engines.py makes the engines."""
 
 import contextlib
 import copy
@@ -37,12 +37,12 @@ from deepspeed.utils import (
 )
 from deepspeed.utils.tensor_fragment import fragment_address
 
-PATIENCE = datetime.timedelta(days=1)  # while rank 0 downloads or tokenises alone
-PICKLED = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]  # what it saves beside plain data
-FROZEN = "frozen.pt"  # of a checkpoint: weights that do not train, as they were before they were rounded
+PATIENCE = datetime.timedelta(days=1)  # timeout while rank 0 downloads or tokenises alone
+PICKLED = [fragment_address, ZeroStageEnum, LossScaler, DynamicLossScaler]  # DeepSpeed's, in checkpoints
+FROZEN = "frozen.pt"  # file of a checkpoint: weights that do not train, before they were rounded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Sections of which DeepSpeed refuses unknown keys, though only once the models are loaded.
+# Sections whose unknown keys DeepSpeed refuses, though only after the models are loaded.
 STRICT = {
     "zero_optimization": DeepSpeedZeroConfig,
     "tensorboard": TensorBoardConfig,
@@ -55,14 +55,14 @@ STRICT = {
 def start(timeout: float = 10.0) -> Ranks:
     """Join the process group; call stop() at the end.
 
-    timeout: minutes after which a rank that waits for the others in vain gives up.
+    timeout: minutes that a rank waits for the others before it gives up.
     """
     environment()
     device = _device()
     cuda = device.type == "cuda"
     if (
         not cuda and "OMP_NUM_THREADS" not in os.environ
-    ):  # ranks that each take every core spend their time waiting
+    ):  # ranks that each use every core slow each other down
         beside = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
     global _limit
@@ -76,7 +76,7 @@ def start(timeout: float = 10.0) -> Ranks:
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=_limit, device_id=bound
             )
-        deepspeed.init_distributed(  # takes the group that is there
+        deepspeed.init_distributed(  # uses the existing group
             dist_backend=backend, timeout=_limit, auto_mpi_discovery=False, verbose=False
         )
     size = dist.get_world_size()
@@ -86,7 +86,7 @@ def start(timeout: float = 10.0) -> Ranks:
 
 
 def join() -> torch.device:
-    """Return this rank's device; torch.distributed is started as its launcher says, where nobody has."""
+    """Return this rank's device; start torch.distributed from the launcher's variables unless it is running."""
     if not dist.is_initialized():
         environment()
     device = _device()
@@ -97,7 +97,7 @@ def join() -> torch.device:
 
 
 def _device() -> torch.device:
-    """Return the device of this rank, which is torch's current one from here on."""
+    """Return the device of this rank, and make it torch's current device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Only tensor-parallel inference uses this extension, and it costs a minute of compilation at first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -109,23 +109,23 @@ def _device() -> torch.device:
 
 
 _PATIENT = "patient"
-_limit: datetime.timedelta | None = None  # that of the run
+_limit: datetime.timedelta | None = None  # timeout of the run's collectives
 
 
 def limit_waits() -> None:
-    """Give the groups that DeepSpeed made the timeout of the run: without one of their own they wait half an hour."""
+    """Give DeepSpeed's process groups the timeout of the run; their default is half an hour."""
     for group in dist.distributed_c10d._world.pg_map if _limit is not None else ():
         if group.group_desc != _PATIENT:
             dist.distributed_c10d._set_pg_timeout(_limit, group)
 
 
 def timed_out(error: Exception) -> bool:
-    """Whether a collective gave up waiting; torch has no type of its own for it."""
+    """Return whether a collective timed out; torch has no exception type for it."""
     return isinstance(error, RuntimeError) and "timed out" in str(error).lower()
 
 
 def lost(error: Exception) -> bool:
-    """Whether a collective found another rank gone; torch has no type of its own for that either."""
+    """Return whether a collective found another rank gone; torch has no exception type for that either."""
     signs = (
         "connection closed by peer",
         "connection reset by peer",
@@ -135,14 +135,14 @@ def lost(error: Exception) -> bool:
 
 
 def stop() -> None:
-    """Leave the process group: without it some runs end in a crash after their work is done."""
+    """Leave the process group; otherwise some runs crash after their work is done."""
     stopping.disconnect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def precision(dtype: str) -> dict:
-    """Return the settings of an engine that computes in a type by its name."""
+    """Return the settings of an engine that computes in `dtype` (fp32, bf16 or fp16)."""
     return {"bf16": {"enabled": dtype == "bf16"}, "fp16": {"enabled": dtype == "fp16"}}
 
 
@@ -162,9 +162,9 @@ def teacher_settings(
 ) -> dict:
     """Return the DeepSpeed settings of a sharded teacher.
 
-    further: what the user adds. largest_layer: parameters of its largest layer. DeepSpeed's defaults would keep
-    almost all of a model of BERT's size gathered; these limits keep its shard and one layer (tight) or two (overlap)
-    on a rank.
+    further: the user's settings. largest_layer: parameter count of its largest layer. DeepSpeed's defaults would keep
+    almost all of a model of BERT's size gathered; with these limits a rank holds its shard and one layer (tight) or two
+    (overlap).
     """
     overlap = residency == "overlap" or (residency == "auto" and device.type == "cuda")
     zero = {
@@ -187,19 +187,19 @@ def student_settings(config: Config, world_size: int) -> dict:
         "gradient_clipping": train.clip,
         "zero_optimization": {"stage": config.student.zero_stage},
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # SGD and AdaGrad: plain rules, element by element
+        "zero_allow_untested_optimizer": True,  # SGD and AdaGrad update each element by itself
         **precision(train.dtype),
     }
     return _merge(ours, config.student.deepspeed)
 
 
 def zero_section(settings: dict) -> DeepSpeedZeroConfig:
-    """The ZeRO settings of an engine with DeepSpeed's defaults filled in."""
+    """Return the ZeRO settings of an engine with DeepSpeed's defaults filled in."""
     return DeepSpeedZeroConfig(**settings["zero_optimization"])
 
 
 def check_settings(config: Config, world_size: int) -> None:
-    """Raise UserError for a `deepspeed:` section that DeepSpeed itself would refuse; needs no process group."""
+    """Raise UserError for a `deepspeed:` section that DeepSpeed would refuse; no process group is needed."""
     _check_sections(student_settings(config, world_size), "student")
     place, given = "student.deepspeed", config.student.deepspeed
     zero = given.get("zero_optimization", {})
@@ -232,13 +232,13 @@ def _check_sections(settings: dict, model: str) -> None:
             section(**given)
         except pydantic.ValidationError as error:
             raise _explain(section, error.errors()[0], place) from None
-        except (AssertionError, TypeError) as error:  # an old key beside its new name, a number as a key
+        except (AssertionError, TypeError) as error:  # an old key and its new name, a number as a key
             raise UserError(place, str(error), "settings that DeepSpeed takes") from None
 
 
 def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> UserError:
     location = list(map(str, error["loc"]))
-    if not location:  # a rule between keys; the input is the whole section
+    if not location:  # the error concerns several keys: the input is the whole section
         return UserError(place, error["msg"], "settings that DeepSpeed takes")
     dotted = ".".join([place, *location])
     if error["type"] != "extra_forbidden":
@@ -256,7 +256,7 @@ def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> User
 
 @contextlib.contextmanager
 def known_pickles():
-    """torch.load takes tensors, plain Python and PICKLED here, and of the rest runs nothing, whoever calls it."""
+    """Make torch.load inside accept only tensors, plain Python and PICKLED, whoever calls it; nothing else is run."""
     asked = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in asked}
     os.environ.update(asked)
@@ -271,17 +271,17 @@ def known_pickles():
 
 
 def foreign(path: str) -> str | None:
-    """Why a file is none that a run of this project saves, None where it may be loaded; runs none of it."""
+    """Return why a file cannot be one that a run saves, None if it may be loaded; nothing in it is run."""
     try:
         with torch.serialization.safe_globals(PICKLED):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # of many kinds: it reads byte by byte what somebody may have made up
+    except Exception:  # many kinds are possible: the bytes may be anything
         return "is no file that torch.save writes"
     return f"would run {', '.join(sorted(names))}" if names else None
 
 
 def load_same(engine, folder: str, tag: str) -> None:
-    """Restore all of the engine from a checkpoint of as many ranks and the same ZeRO stage."""
+    """Restore all of the engine from a checkpoint of the same number of ranks and the same ZeRO stage."""
     with known_pickles():
         engine.load_checkpoint(folder, tag=tag)
 
@@ -292,7 +292,7 @@ def read_shards(folder: str) -> Shards:
 
 
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
-    """Return the float32 weights of a checkpoint, by name in the student's module; frozen ones as they were given."""
+    """Return a checkpoint's weights in float32, by name in the student's module; frozen ones are not rounded."""
     shards = read_shards(os.path.join(folder, tag))
     frozen = {}
     if os.path.exists(path := os.path.join(folder, tag, FROZEN)):
@@ -304,14 +304,14 @@ def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
 def load_reshaped(engine, folder: str) -> None:
     """Restore weights, optimizer and schedule from a checkpoint of another number of ranks or ZeRO stage.
 
-    DeepSpeed's universal checkpoints need the same stage and Adam, and write everything once more; so each rank reads
-    the shards as they are and keeps what is its own. Values are those saved, to the last bit.
+    DeepSpeed's universal checkpoints need the same stage and Adam, and write everything again. Here each rank reads
+    the shards as they are and keeps its own part. Values are those saved, to the last bit.
     """
     shards, optimizer = read_shards(folder), engine.optimizer
     sharded = engine.zero_optimization_stage() == 3
     _load_optimizer(optimizer, shards, sharded)
     if sharded:
-        optimizer.checkpoint_event_prologue()  # small parameters are whole at all times: no longer
+        optimizer.checkpoint_event_prologue()  # shards the small parameters too, which are kept whole otherwise
     for name, parameter in engine.module.named_parameters():
         whole = shards.weight(name)
         if sharded:
@@ -336,10 +336,10 @@ def load_reshaped(engine, folder: str) -> None:
 
 
 def _load_optimizer(optimizer, shards: Shards, sharded: bool) -> None:
-    """Rates and counts of steps; moments as zeros, which DeepSpeed would make at the first step."""
+    """Restore rates and step counts; make the moments as zeros, as DeepSpeed would at the first step."""
     base = optimizer.optimizer
     if sharded:
-        optimizer._set_fp32_optimizer_param_groups()  # it takes them out again after each use
+        optimizer._set_fp32_optimizer_param_groups()  # DeepSpeed takes them out again after each use
     flat = [partition for group in base.param_groups for partition in group["params"]]
     state = base.state_dict()
     state["state"] = {
@@ -352,11 +352,11 @@ def _load_optimizer(optimizer, shards: Shards, sharded: bool) -> None:
     if sharded:
         optimizer._clear_fp32_optimizer_param_groups()
     else:
-        optimizer._lazy_init_hp_params_optimizer_state()  # tells the parameters where their moments lie
+        optimizer._lazy_init_hp_params_optimizer_state()  # links the parameters to their moments
 
 
 def _fill_partition(parameter: nn.Parameter, whole: torch.Tensor, shards: Shards, name: str) -> None:
-    """Give this rank its part of a parameter that ZeRO-3 shards."""
+    """Set this rank's part of a parameter that ZeRO-3 shards, with its master and moments."""
     parameter.ds_tensor.data.copy_(own_part(parameter, whole))
     if parameter.requires_grad:
         set_master(parameter, whole)
@@ -365,7 +365,7 @@ def _fill_partition(parameter: nn.Parameter, whole: torch.Tensor, shards: Shards
 
 
 def set_master(parameter: nn.Parameter, whole: torch.Tensor) -> None:
-    """Give this rank's part of the optimizer's float32 master of a parameter its values, in any ZeRO stage."""
+    """Set this rank's part of a parameter's float32 master weights, in any ZeRO stage."""
     if hasattr(parameter, "ds_id"):
         safe_set_local_fp32_param(parameter, own_part(parameter, whole))
     else:
@@ -373,7 +373,7 @@ def set_master(parameter: nn.Parameter, whole: torch.Tensor) -> None:
 
 
 def own_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a value of a parameter that ZeRO-3 shards, padded at its end."""
+    """Return this rank's part of the value of a parameter that ZeRO-3 shards, padded at its end."""
     size = parameter.ds_tensor.numel()
     part = whole.flatten()[dist.get_rank() * size : (dist.get_rank() + 1) * size]
     return nn.functional.pad(part, (0, size - len(part)))
@@ -381,7 +381,7 @@ def own_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the library's warnings from the screen."""
+    """Suppress the library's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

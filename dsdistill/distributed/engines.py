@@ -1,8 +1,9 @@
-"""Make DeepSpeed's engines, of the teacher and of the student, and shard models by ZeRO-3 while they are read.
+"""Make DeepSpeed's engines for teacher and student, and shard models by ZeRO-3 while they are read.
 
-There are two ways, and in both a rank holds one tensor whole beside its parts. A model that is mapped from its files
-takes no memory yet: `partition` cuts it tensor by tensor. Where the library has to compute what it reads, it makes the
-model in parts itself (`constructing`): rank 0 alone reads then, and sends every tensor to the others.
+There are two ways; in both a rank holds one whole tensor besides its parts. A model that is mapped from its files
+takes no memory at first, and `partition` shards it tensor by tensor. If transformers must compute weights from what
+it reads, the model is sharded while it is built (`constructing`): only rank 0 reads, and sends every tensor to the
+others.
 """
 
 import contextlib
@@ -39,25 +40,25 @@ from dsdistill.distributed.writer import Writer
 def constructing(settings: dict) -> Iterator[None]:
     """Shard the weights of models that transformers makes or loads inside.
 
-    settings: of the DeepSpeed engine that is to run them; they say in which type a rank keeps its parts.
+    settings: those of the DeepSpeed engine that is to run them; they determine the dtype of a rank's parts.
     """
-    others = library_deepspeed._hf_deepspeed_config_weak_ref  # of a Trainer perhaps
+    others = library_deepspeed._hf_deepspeed_config_weak_ref  # perhaps a Trainer's
     living = HfDeepSpeedConfig(copy.deepcopy(settings))  # transformers looks for it while it loads
     try:
         yield
     finally:
-        del living  # or the next model would be sharded as this says
+        del living  # else the next model would be sharded too
         library_deepspeed._hf_deepspeed_config_weak_ref = others
 
 
 def partition(module: nn.Module, settings: dict, dtype: torch.dtype, device: torch.device) -> None:
-    """Leave each rank its part of every parameter of a module, in another type and on the device perhaps.
+    """Leave each rank its part of every parameter of a module, as `dtype` on `device`.
 
-    settings: of the DeepSpeed engine that is to run it.
+    settings: those of the DeepSpeed engine that is to run it.
     """
     first = None
     for parameter in module.parameters():
-        # A copy, as DeepSpeed sends rank 0's values to the others in place: pages of a file that is mapped would stay.
+        # A copy, since DeepSpeed overwrites the values in place with rank 0's: pages of a mapped file would stay.
         parameter.data = parameter.detach().to(device, dtype, copy=True)
         if first is None:
             first = parameter
@@ -76,8 +77,8 @@ def shard(
 ):
     """Return a frozen ZeRO-3 engine around the module that load() makes; its weights are sharded while they are read.
 
-    settings: of the engine, by the parameters of the module's largest layer; what these decide matters once it is read.
-    mapped: of a module that load() maps from files, the type and device of its parts.
+    settings: returns the engine's settings, given the largest layer's parameter count, which matters after loading.
+    mapped: dtype and device of the parts, if load() maps the module from files.
     """
     if mapped is not None:
         module = load()
@@ -103,13 +104,13 @@ def student_engine(
 ):
     """Return the engine that trains `module`.
 
-    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others. The
-    optimizer's float32 master weights begin with the very values of `module`, whatever the engine computes in; weights
-    that are float32 are rounded after that, also where they are sharded already.
+    terms: parameters of the objective, which may have a learning rate of their own; rate: that of all others. The
+    optimizer's float32 master weights begin with the exact values of `module`, whatever dtype the engine computes in.
+    Float32 weights are rounded only after that, also if they are sharded already.
     """
     settings = student_settings(config, ranks.world_size)
     dtype = DTYPES[config.train.dtype]
-    # On the CPU, and there without a copy: rounded weights are put in their place.
+    # Kept on the CPU. If they are there already this is no copy: rounding replaces the tensors.
     unrounded = {
         name: p.detach().cpu()
         for name, p in module.named_parameters()
@@ -117,8 +118,8 @@ def student_engine(
     }
     parts = round_parts(module, dtype)
     groups = parameter_groups(module, terms, config, rate)
-    # DeepSpeed takes memory for a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a
-    # heap that spreads, as blocks of 2 GB come and go in it at every step.
+    # DeepSpeed allocates a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a heap
+    # that grows, since blocks of 2 GB come and go in it at every step.
     everyone = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
     bucket = min(zero_section(settings).reduce_bucket_size, everyone)
     settings["zero_optimization"]["reduce_bucket_size"] = bucket
@@ -137,27 +138,27 @@ def student_engine(
             set_master(parameter, unrounded.pop(name))
         elif name in parts:
             safe_set_local_fp32_param(parameter, parts.pop(name))
-    # At the least scale step_gradient tells, and the run ends by name.
+    # At the smallest loss scale step_gradient reports it, and the run ends in one line that says why.
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.checkpoint_engine = Writer()
-    # DeepSpeed would copy its scripts for converting beside the checkpoints: `export` needs none, and a copy that
-    # failed would leave the other ranks waiting.
+    # DeepSpeed would copy its conversion scripts next to the checkpoints. `export` needs none, and a failed copy would
+    # leave the other ranks waiting.
     engine._copy_recovery_script = lambda save_path: None
     return engine
 
 
 class StepGradient(NamedTuple):
-    """A StepGradient says of a step's gradient whether the step counts; it is the same on every rank."""
+    """A StepGradient tells whether a step's gradient is finite; it is the same on every rank."""
 
     norm: float | Tensor
-    skipped: bool  # DeepSpeed has left the weights as they were
-    searching: bool  # fp16 is looking for its loss scale, which can still fall
+    skipped: bool  # DeepSpeed has left the weights unchanged
+    searching: bool  # fp16's loss scale is dynamic and can still fall
 
     def finite(self) -> bool:
-        """Return whether the gradient is finite; this waits for the device where the norm is there.
+        """Return whether the gradient is finite; this waits for the device if the norm is on it.
 
-        DeepSpeed passes over a step without a finite gradient and goes on, for ever. In fp16 that is how it finds its
-        loss scale: no fault as long as the scale can still fall.
+        DeepSpeed skips steps whose gradient is not finite, without a limit. In fp16 it finds its loss scale that way,
+        so that such a step is no fault as long as the scale can still fall.
         """
         return (not self.skipped and math.isfinite(self.norm)) or self.searching
 
@@ -172,16 +173,16 @@ def step_gradient(engine, skipped: int) -> StepGradient:
 def _optimizer(config: Config, settings: dict) -> Callable[..., torch.optim.Optimizer]:
     if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
         return {
-            "adamw": functools.partial(torch.optim.AdamW, fused=True),  # one pass over memory instead of ten
+            "adamw": functools.partial(torch.optim.AdamW, fused=True),  # one pass over memory, not ten
             "adam": functools.partial(torch.optim.Adam, fused=True),
             "adagrad": AdaGrad,
             "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
         }[config.train.optimizer]
-    return deepspeed.ops.adam.DeepSpeedCPUAdam  # AdamW's rule by default; compiled at first use
+    return deepspeed.ops.adam.DeepSpeedCPUAdam  # computes AdamW by default; compiled at first use
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Return whether a rank holds only its part of the parameter."""
+    """Return whether each rank holds only its part of the parameter."""
     return hasattr(parameter, "ds_id")
 
 
@@ -192,19 +193,19 @@ def gathered(parameters: list[nn.Parameter]):
 
 
 def whole(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's values, whole and on the CPU; every rank must call this for the same parameters."""
+    """Return a parameter's whole values on the CPU; every rank must call this for the same parameters."""
     with gathered([parameter]):
         values = parameter.detach().cpu()
         return values.clone() if is_sharded(parameter) else values
 
 
 def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Give parameters and buffers of a module, sharded or not, the values by their names; others stay as they are."""
+    """Set parameters and buffers of a module, sharded or not, to the values by name; others stay unchanged."""
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
         for name, value in values.items():
             if (tensor := own.get(name)) is None:
-                continue  # another name of one that is tied
+                continue  # another name of a tied weight
             if isinstance(tensor, nn.Parameter) and is_sharded(tensor):
                 tensor.ds_tensor.copy_(own_part(tensor, value))
             else:
@@ -212,10 +213,10 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def round_parts(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Give the sharded parameters of a module another type; return this rank's parts of those that train, by name.
+    """Cast the sharded parameters of a module; return this rank's unrounded parts of those that train, by name.
 
-    The parts are those from before, on the CPU; parameters of that type already are left out. DeepSpeed expects what
-    is sharded to have the type that its engine computes in, and casts only the rest.
+    The returned parts are on the CPU; parameters that have that dtype already are left out. DeepSpeed expects sharded
+    parameters to have the dtype that its engine computes in, and casts only the others.
     """
     before = {}
     if not any(map(is_sharded, module.parameters())):
@@ -227,7 +228,7 @@ def round_parts(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             if parameter.requires_grad:
                 before[name] = parameter.ds_tensor.detach().cpu()
             rounded = parameter.ds_tensor.data.to(dtype)
-            if parameter.ds_tensor.is_pinned():  # where parameters are offloaded
+            if parameter.ds_tensor.is_pinned():  # with offloaded parameters
                 rounded = rounded.pin_memory()
             parameter.ds_tensor.data, parameter.data = rounded, parameter.data.to(dtype)
     return before

@@ -1,4 +1,4 @@
-"""Which learning rate and weight decay a parameter has."""
+"""Choose the learning rate and weight decay of each parameter."""
 
 from collections.abc import Iterable
 
@@ -10,9 +10,9 @@ from dsdistill.config.schema import Config
 def parameter_groups(
     module: nn.Module, terms: Iterable[nn.Parameter], config: Config, rate: float
 ) -> list[dict]:
-    """Return the optimizer's groups of what trains in `module`, in order; none is empty.
+    """Return the optimizer's groups of the trained parameters of `module`, in order; none is empty.
 
-    terms: parameters of the objective, which may have a learning rate of their own; rate: of all others.
+    terms: parameters of the objective, which may have a learning rate of their own; rate: that of all others.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     mine = {id(parameter) for parameter in terms}
@@ -29,4 +29,4 @@ def parameter_groups(
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # that of the whole, where it is sharded
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ds_shape: whole shape if sharded

@@ -1,4 +1,4 @@
-"""The end of a process that was a rank."""
+"""End a process that was a rank."""
 
 import atexit
 import contextlib
@@ -13,18 +13,18 @@ from dsdistill import disk
 def leave(code: int = 0) -> None:
     """End this process with an exit code, without the teardown of the interpreter.
 
-    Call it once the process group is left and everything is written. A thread of torch's own that waits for the
-    interpreter while it goes, such as gloo's with a last tensor to let go of, aborts the process under CPython 3.13
-    and before: its work is done, and its exit code says that it failed (pytorch issues 38228, 190489).
+    Call it after the process group is left and everything is written. Under CPython 3.13 and earlier a thread of torch
+    that waits for the interpreter during teardown, such as gloo's to free a last tensor, aborts the process: its exit
+    code then reports a failure though its work is done (pytorch issues 38228, 190489).
     """
-    threading._shutdown()  # as the interpreter does, and multiprocessing in processes that it ends in this way
-    atexit._run_exitfuncs()  # W&B's and the like
+    threading._shutdown()  # as the interpreter does, and multiprocessing where it ends a process in this way
+    atexit._run_exitfuncs()  # for W&B and the like
     for stream in (sys.stdout, sys.stderr):
         if stream is None or stream.closed:
             continue
         try:
             stream.flush()
-        except OSError as error:  # a full disk, or nobody reads it any more
+        except OSError as error:  # a full disk, or a closed pipe
             code = code or 1
             if stream is sys.stdout and error.errno != errno.EPIPE:
                 with contextlib.suppress(OSError):

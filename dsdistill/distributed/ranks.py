@@ -1,4 +1,4 @@
-"""The processes of a run and what they tell each other."""
+"""Represent the processes of a run and what they exchange."""
 
 import contextlib
 import functools
@@ -19,19 +19,19 @@ from dsdistill.config import RunError, SharedError, Stopped, UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is among how many, and where it computes."""
+    """Ranks holds a process's rank, the number of ranks, and the device that the process computes on."""
 
     rank: int
     world_size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None  # for waits as long as a download; None: the ordinary group
+    patient: dist.ProcessGroup | None = None  # for long waits, such as a download; None: the default group
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, in place; the same on every rank."""
+        """Sum values over the ranks, in place, on every rank."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
@@ -41,7 +41,7 @@ class Ranks:
             dist.barrier()
 
     def gather(self, value: object) -> list:
-        """One small picklable object of every rank, on every rank, in the order of the ranks."""
+        """Return every rank's small picklable object, on every rank, in the order of the ranks."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -50,9 +50,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_alone(self):
-        """Rank 0 goes through the block first, the others when it is done: they find what it left in a cache.
+        """Let rank 0 run the block first, and the others after it: they find what it left in a cache.
 
-        Where rank 0 fails the others fail too: they would wait for it in vain, or drown its one line.
+        If rank 0 fails the others fail too: they would wait for it in vain, or hide its one line among theirs.
         """
         if not self.first:
             failure = self._first_is_done(None)
@@ -81,7 +81,7 @@ class Ranks:
                 self._first_is_done(failure)
 
     def _first_is_done(self, failure: tuple | None) -> tuple | None:
-        """What rank 0 gives, on every rank, once it gives it."""
+        """Return rank 0's argument on every rank, once rank 0 has called this."""
         shared = [failure]
         if self.world_size > 1:
             dist.broadcast_object_list(shared, src=0, group=self.patient, device=torch.device("cpu"))
@@ -89,10 +89,10 @@ class Ranks:
 
 
 def environment() -> None:
-    """Set what torch.distributed reads where no launcher has: one rank on this machine.
+    """Set the variables that torch.distributed reads, for one rank on this machine, unless a launcher has set them.
 
-    Raises UserError for variables of a launcher that contradict each other, and for a limit of open files that is less
-    than the sockets and files of a rank.
+    Raises UserError if a launcher's variables contradict each other, or if the limit of open files is below what a
+    rank's sockets and files need.
     """
     launched = "RANK" in os.environ
     if launched:
@@ -119,7 +119,7 @@ def _allow_files(needed: int) -> None:
 
 
 def _check_launch() -> None:
-    """Raise UserError for variables of a launcher that contradict each other."""
+    """Raise UserError if a launcher's variables contradict each other."""
     rank, size = _number("RANK"), _number("WORLD_SIZE")
     if "LOCAL_RANK" in os.environ:
         _number("LOCAL_RANK")
@@ -134,11 +134,11 @@ _BY_LAUNCHER = "what deepspeed or torchrun set, or RANK unset for one process"
 
 
 def private_store(timeout: timedelta) -> dist.Store | None:
-    """Return the store of a run on this machine alone; None where ranks of other machines may take part.
+    """Return the store of a run on this machine only; None if ranks of other machines may take part.
 
-    One rank has a store that listens nowhere, several have one that listens on the loopback interface alone: torch's
-    own listens on every interface, to whoever comes. Call it before anything opens a socket: all others follow.
-    Raises UserError where the port is taken. torchrun brings a store of its own.
+    The store of one rank listens nowhere, that of several only on the loopback interface; torch's own would accept
+    anyone on every interface. Call this before any socket is opened: it also sets the interface of gloo and NCCL.
+    Raises UserError if the port is taken. torchrun has its own store.
     """
     host = os.environ["MASTER_ADDR"].replace("localhost", "127.0.0.1")
     if not _loopback(host):

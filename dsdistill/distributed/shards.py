@@ -1,10 +1,10 @@
-"""What a DeepSpeed checkpoint holds, by the names of parameters, whatever ranks and ZeRO stage wrote it.
+"""Read a DeepSpeed checkpoint by the names of parameters, whatever number of ranks and ZeRO stage wrote it.
 
 Nothing is converted or written: files are mapped into memory, and a tensor is put together from its pieces when it
-is asked for. Stages 1 and 2 cut a parameter group's flat vector into one partition a rank, and each rank notes where
-in its partition which parameter lies; stage 3 cuts every parameter by itself, padded at its end.
+is asked for. Stages 1 and 2 cut a parameter group's flat vector into one partition per rank, and each rank notes where
+in its partition each parameter is; stage 3 cuts every parameter by itself, padded at its end.
 
-DeepSpeed saves by pickle, which could run what it holds: deepspeed.known_pickles() is to be around.
+DeepSpeed saves pickles, which can run code when they are loaded: use this inside deepspeed.known_pickles().
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Shards:
-    """The files of one checkpoint folder, one of each kind a rank."""
+    """Shards reads the files of one checkpoint folder, one of each kind per rank."""
 
     def __init__(self, folder: str):
         self._optimizers = [
@@ -34,7 +34,7 @@ class Shards:
         self._shapes: dict[str, torch.Size] = {}
         self._places: dict[
             str, tuple[int, int]
-        ] = {}  # of a trained parameter at stage 3: group, start on a rank
+        ] = {}  # for each trained parameter at stage 3: group, start on a rank
         for group, shapes in enumerate(self.common["param_shapes"]):
             start = 0
             for name, shape in shapes.items():
@@ -43,40 +43,40 @@ class Shards:
 
     @property
     def common(self) -> dict:
-        """What every rank wrote alike: schedule, counts of steps."""
+        """Return what is the same in every rank's file, such as schedule and step counts."""
         return self._models[0]
 
     @property
     def loss_scaler(self):
-        """Of fp16, else None or one that does nothing."""
+        """Return fp16's loss scaler; else None or one that does nothing."""
         return self._optimizers[0].get("loss_scaler")
 
     @property
     def settings(self) -> list[dict]:
-        """Of each parameter group: rate, decay and the like."""
+        """Return the settings of each parameter group: rate, decay and the like."""
         groups = self._optimizers[0][self._base]["param_groups"]
         return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
     @property
     def names(self) -> Iterator[str]:
-        """Of all parameters and buffers, tied ones under each of their names."""
+        """Return the names of all parameters and buffers; tied ones have several."""
         return iter(self.common["module"])
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """What the optimizer keeps for every element, by its names, such as exp_avg."""
+        """Return the names of what the optimizer keeps for every element, such as exp_avg."""
         return tuple(key for key, value in self._state().items() if self._is_moment(value))
 
     @property
     def counts(self) -> dict:
-        """What it keeps once, such as the steps it has made."""
+        """Return what the optimizer keeps once, such as its number of steps."""
         return {key: value for key, value in self._state().items() if not self._is_moment(value)}
 
     def trained(self, name: str) -> bool:
         return name in self._shapes
 
     def weight(self, name: str) -> Tensor:
-        """A parameter or buffer, whole; float32 where it is trained, else as it was in forward."""
+        """Return a whole parameter or buffer; in float32 if it is trained, else in the dtype of the forward pass."""
         name = self.common["shared_params"].get(name, name)
         if self.trained(name):
             return self._whole(name, lambda rank, group: rank[self._key][group])
@@ -87,7 +87,7 @@ class Shards:
         return self.common["module"][name]
 
     def moment(self, name: str, key: str) -> Tensor:
-        """One of `moments` of a trained parameter, whole."""
+        """Return one of `moments` of a trained parameter, whole."""
         return self._whole(name, lambda rank, group: rank[self._base]["state"][group][key])
 
     def _whole(self, name: str, flat) -> Tensor:
@@ -99,7 +99,7 @@ class Shards:
         return torch.cat(pieces).view(shape)
 
     def _pieces(self, name: str) -> Iterator[tuple[int, int, int, int]]:
-        """Rank, parameter group, start and length of each piece, in order."""
+        """Yield rank, parameter group, start and length of each piece, in order."""
         for rank, optimizer in enumerate(self._optimizers):
             if self.stage == 3:
                 (group, start), size = self._places[name], self._shapes[name].numel()
@@ -113,7 +113,7 @@ class Shards:
                     yield rank, group, places[name].start, places[name].numel
 
     def _state(self) -> dict:
-        """Of the first parameter group; empty before the first step."""
+        """Return the optimizer's state of the first parameter group; empty before the first step."""
         return self._optimizers[0][self._base]["state"].get(0, {})
 
     def _is_moment(self, value) -> bool:
@@ -121,7 +121,7 @@ class Shards:
 
 
 def _load(folder: str, pattern: str) -> list[dict]:
-    """In the order of the ranks."""
+    """Load the files that match a pattern, in the order of the ranks."""
     paths = sorted(
         Path(folder).glob(pattern),
         key=lambda path: [int(number) for number in re.findall(r"rank_(\d+)", path.name)],

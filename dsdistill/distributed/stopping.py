@@ -1,9 +1,9 @@
-"""A run that is told to stop: by a signal, or by the end of the launcher above it.
+"""Stop a run that is told to: by a signal, or by the end of the launcher above it.
 
-Python's own handlers do not run while the main thread waits in a collective. So a thread reads each signal at once
-and holds the deadlines, and another tells the other ranks through their store. Between training steps nothing is
-raised: the ranks vote in a collective that is there already, save, and leave together. Everywhere else `Stopped` is
-raised in the main thread; where it does not come out in time, the thread ends the process.
+Python's own handlers do not run while the main thread waits in a collective. So one thread reads each signal at once
+and watches the deadlines, and another tells the other ranks through their store. During training steps nothing is
+raised: the ranks vote in a collective that each step makes anyway, save, and leave together. Everywhere else `Stopped`
+is raised in the main thread; if that does not end the process in time, the thread does.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from collections.abc import Iterator
 from dsdistill.config import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Where ranks have several, the first of these counts.
+# If the ranks have several reasons, the first in this order counts.
 _REASONS = (*(number.name for number in _SIGNALS), "the end of its launcher")
 _ORPHANED = len(_SIGNALS)
 _WAKE = signal.SIGURG  # from a thread to the main thread; without a handler it does nothing
 
-ONE_REQUEST = 2.0  # seconds: Ctrl-C reaches a rank from the terminal, and once more from its launcher
-PROMPT = 5.0  # seconds that the main thread has outside of training
-_LOOK = 0.25  # seconds between two looks at launchers or store
+ONE_REQUEST = 2.0  # seconds: one Ctrl-C reaches a rank from the terminal and again from its launcher
+PROMPT = 5.0  # seconds that the main thread has to end outside of training
+_LOOK = 0.25  # seconds between two checks of launchers or store
 _KEY, _KNOWN = "dsdistill/stop", "dsdistill/stop/known"
 
 
 class _Watch:
-    """The watch over one run.
+    """A _Watch receives the requests to stop one run, and ends it.
 
     grace: seconds from the request until training must have saved.
     """
@@ -42,14 +42,14 @@ class _Watch:
         self.training = self.saving = self.raised = self.spoken = self.closed = False
         self.first = os.environ.get("RANK", "0") == "0"
         self.connected, self.shared = False, threading.Event()
-        self.heard = False  # of a request that reached another rank
+        self.heard = False  # whether another rank told of its request
         self.launchers = _launchers()
         self.ear, self.mouth = socket.socketpair()
         for end in (self.ear, self.mouth):
             end.setblocking(False)
 
     def note(self, reason: int) -> None:
-        """Take the first request. A handler calls this between any two instructions, so it takes no lock."""
+        """Note the first request. A signal handler may call this between any two instructions, so it takes no lock."""
         if self.reason is None:
             self.since = time.monotonic()
             self.deadline = self.since + (self.grace if self.training else PROMPT)
@@ -61,7 +61,7 @@ class _Watch:
         self.check()
 
     def check(self) -> None:
-        """Raise Stopped, once, where a request came and no step's end will see to it."""
+        """Raise Stopped, once, if a request came and no step's end will handle it."""
         if self.reason is not None and not self.training and not self.raised:
             raise self.stopped("")
 
@@ -91,7 +91,7 @@ class _Watch:
                 self.leave(late if self.training else "")
 
     def share(self, store, size: int) -> None:
-        """Learn what the other ranks know, and tell them, in a thread of its own: any call may wait for rank 0."""
+        """Exchange requests with the other ranks; this has its own thread, since any call may wait for rank 0."""
         try:
             while self.reason is None:
                 if not self.connected:
@@ -107,7 +107,7 @@ class _Watch:
             store.add(_KNOWN, 1)
             while self.first and store.add(_KNOWN, 0) < size:
                 time.sleep(_LOOK / 5)
-        except RuntimeError:  # rank 0, which holds the store, is gone: the main thread finds that out too
+        except RuntimeError:  # rank 0, which holds the store, is gone: the main thread notices that too
             return
         self.shared.set()
 
@@ -118,7 +118,7 @@ class _Watch:
         """End the process from the thread."""
         if self.first and not self.spoken:
             line = f"dsdistill: {self.stopped('', what)}\n"
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # standard error may be closed
                 os.write(2, f"\n{line}".encode() if self.training else line.encode())  # below the bar
         os._exit(self.code)
 
@@ -128,13 +128,13 @@ _watch: _Watch | None = None
 
 @contextlib.contextmanager
 def watch(grace: float = 60.0) -> Iterator[None]:
-    """Let the block, a whole run, be stopped; raises Stopped where it was.
+    """Watch for requests to stop during the block, a whole run; raise Stopped if one came.
 
-    grace: seconds in which training is to save. After Stopped the process must end: the watch stays on until then.
+    grace: seconds in which training is to save. After Stopped the process must end; the watch goes on until then.
     """
     global _watch
     _watch = this = _Watch(grace)
-    # A signal that whoever started this process told it to ignore stays ignored: SIGHUP under nohup.
+    # A signal that this process was started to ignore stays ignored, such as SIGHUP under nohup.
     taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, this.handle) for number in (*taken, _WAKE)}
     signal.set_wakeup_fd(this.mouth.fileno(), warn_on_full_buffer=False)
@@ -143,7 +143,7 @@ def watch(grace: float = 60.0) -> Iterator[None]:
         yield
     except Stopped:
         this.deadline = time.monotonic() + grace
-        # Rank 0, with which the store ends, waits until all know; the others until it may know.
+        # Rank 0 holds the store, so it waits until all ranks know; the others wait until rank 0 can know.
         if this.connected:
             this.shared.wait(3.0 if this.first else 1.0)
         this.spoken = True
@@ -158,21 +158,21 @@ def watch(grace: float = 60.0) -> Iterator[None]:
 
 
 def connect(store, size: int) -> None:
-    """Let ranks that share a c10d store know of each other's requests."""
+    """Exchange requests between ranks that share a c10d store."""
     if _watch is not None and size > 1:
         _watch.connected = True
         threading.Thread(target=_watch.share, args=(store.clone(), size), name="sharing", daemon=True).start()
 
 
 def disconnect() -> None:
-    """The store is about to go."""
+    """Note that the store is about to be closed."""
     if _watch is not None:
         _watch.connected = False
 
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Mark steps that vote: a request raises nothing before their end, for as long as the grace lasts."""
+    """Mark a block of steps that vote: until the grace is over, a request raises nothing inside."""
     if _watch is None:
         yield
         return
@@ -188,7 +188,7 @@ def training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Mark a save, which is finished whatever the grace says."""
+    """Mark a save: it may finish even after the grace is over."""
     if _watch is None:
         yield
         return
@@ -201,12 +201,12 @@ def saving() -> Iterator[None]:
 
 
 def votes() -> list[int]:
-    """Return what this rank was told, as counts that may be summed over the ranks."""
+    """Return this rank's request as counts, one for each reason, to be summed over the ranks."""
     return [int(_watch is not None and _watch.reason == reason) for reason in range(len(_REASONS))]
 
 
 def agreed(counts: list[int]) -> bool:
-    """Return whether the summed votes of all ranks say that they stop; from then on all give the same reason."""
+    """Return whether the summed votes say that the ranks stop; from then on all give the same reason."""
     reason = next((reason for reason, count in enumerate(counts) if count), None)
     if reason is None or _watch is None:
         return False
@@ -216,9 +216,9 @@ def agreed(counts: list[int]) -> bool:
 
 
 def stopped(place: str, what: str) -> Stopped:
-    """Return what every rank raises once they agreed.
+    """Return the exception that every rank raises once they have agreed.
 
-    place: the beginning of the line. what: what has become of the step.
+    place: the beginning of its line. what: whether the step was saved.
     """
     return _watch.stopped(place, what)
 
@@ -228,22 +228,22 @@ def requested() -> bool:
 
 
 def consequence() -> Stopped | None:
-    """Return what to raise instead of an error that another rank's end may have caused, where that rank was stopped."""
+    """Return Stopped if an error may come from another rank that was told to stop; else None."""
     this = _watch
     if this is None or (this.reason is None and not this.connected):
         return None
     if this.reason is None:
         this.raised = (
-            True  # a signal that comes now is the launcher's, which ends what another rank's fault has left
+            True  # a signal from now on is the launcher's, which ends all ranks after another rank's fault
         )
-        time.sleep(4 * _LOOK)  # the other thread may yet learn of a request
+        time.sleep(4 * _LOOK)  # the other thread may still learn of a request
         if not this.heard:
             return None
     return this.stopped("")
 
 
 def _launchers() -> list[tuple[int, str]]:
-    """Return process and start time of each launcher above this process, from the nearest on."""
+    """Return process id and start time of each launcher above this process, nearest first."""
     ancestors, parent = [], os.getppid()
     while parent > 1 and _launches(parent) and (stat := _stat(parent)) is not None:
         ancestors.append((parent, stat[19]))
@@ -269,7 +269,7 @@ _LAUNCHERS = {"deepspeed", "ds", "deepspeed.launcher.runner", "deepspeed.launche
 
 
 def _stat(process: int) -> list[str] | None:
-    """Return state, parent and so on of a process that lives; None for others."""
+    """Return state, parent and further fields of a living process; None for others."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -282,6 +282,6 @@ def _gone(launcher: tuple[int, str]) -> bool:
     process, start = launcher
     try:
         stat = _stat(process)
-    except OSError:  # says nothing about it: too many open files
+    except OSError:  # tells nothing about the process, such as too many open files
         return False
     return stat is None or stat[19] != start

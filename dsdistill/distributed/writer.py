@@ -1,4 +1,4 @@
-"""Write the files of a checkpoint, each rank its own: hashed while they are written, at once or from a copy."""
+"""Write a rank's files of a checkpoint and hash them meanwhile, either at once or later from a copy."""
 
 import copy
 import hashlib
@@ -16,9 +16,10 @@ from dsdistill.distributed.deepspeed import deepspeed
 
 
 class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEngine):
-    """A Writer is DeepSpeed's way to the disk for a student's engine; nothing is known of a failure before commit().
+    """A Writer writes what DeepSpeed saves for a student's engine; failures are raised only by commit().
 
-    DeepSpeed calls it decoupled, and waits for none of its files: `checkpoint.Saving` does, on all ranks together.
+    It tells DeepSpeed that it is decoupled, so that DeepSpeed does not wait for its files; `checkpoint.Saving` does, on
+    all ranks together.
     """
 
     def __init__(self):
@@ -31,16 +32,16 @@ class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEng
     def begin(self, later: bool) -> None:
         """Begin a checkpoint. later: `save` copies to the host, and a thread writes the copies while training goes on.
 
-        Files of a checkpoint before that nobody committed come to their end first.
+        This first waits for files of an earlier checkpoint that was not committed.
         """
         wait(self._files.values())
         self._later, self._files = later, {}
 
     def create(self, info) -> None:
-        """Do nothing: the folder is there."""
+        """Do nothing: the folder exists already."""
 
     def save(self, state_dict: dict, path: str) -> None:
-        """Write a file, now or later; a failure is kept for commit(), as DeepSpeed's collectives follow."""
+        """Write a file, now or later; a failure is kept for commit(), since DeepSpeed's collectives follow."""
         if "ds_config" in state_dict:
             state_dict = state_dict | {"ds_config": redacted(state_dict["ds_config"])}
         if self._later:
@@ -49,7 +50,7 @@ class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEng
             self._make(path, lambda: _done(_written(state_dict, path)))
 
     def add(self, path: str) -> None:
-        """Take a file into the checkpoint that DeepSpeed has copied there itself."""
+        """Add a file that DeepSpeed itself has copied into the checkpoint."""
         if self._later:
             self._make(path, lambda: self._pool.submit(fingerprint, path))
         else:
@@ -61,32 +62,32 @@ class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEng
         except (
             OSError,
             RuntimeError,
-        ) as error:  # the second: torch.save on a full disk, torch without memory
+        ) as error:  # RuntimeError: torch.save on a full disk, or torch out of memory
             self._files[path] = Future()
             self._files[path].set_exception(error)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Return what a file holds; the caller says which classes it may name (deepspeed.known_pickles)."""
+        """Return what a file holds; the caller limits its classes by deepspeed.known_pickles."""
         return torch.load(path, map_location=map_location, weights_only=True)
 
     @property
     def written(self) -> bool:
-        """Return whether nothing is left to wait for."""
+        """Return whether all files are written, or have failed."""
         return all(file.done() for file in self._files.values())
 
     def commit(self, info=None) -> bool:
-        """Wait until all files are written through; raise the first failure, OSError or RuntimeError."""
+        """Wait until all files are synced to the disk; raise the first failure, OSError or RuntimeError."""
         wait(self._files.values())
         for file in self._files.values():
             file.result()
         return True
 
     def prints(self, folder: str) -> dict[str, dict]:
-        """Return size and hash of this rank's files by their names below `folder`, after commit()."""
+        """Return size and hash of each of this rank's files, by its path within `folder`; call it after commit()."""
         return {os.path.relpath(path, folder): file.result() for path, file in self._files.items()}
 
     def is_decoupled(self) -> bool:
-        """Return that DeepSpeed commits nothing itself."""
+        """Return True: DeepSpeed commits nothing itself."""
         return True
 
     def cleanup(self) -> None:
@@ -101,7 +102,7 @@ def _done(value: dict) -> Future[dict]:
 
 
 class _Hashed:
-    """A _Hashed hashes a file that is written from its beginning to its end."""
+    """A _Hashed hashes what is written to a file, from its beginning to its end."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.hash = file, 0, hashlib.sha256()
@@ -116,7 +117,7 @@ class _Hashed:
 
 
 def _written(state: dict, path: str) -> dict:
-    """Write a file through to the disk; return its size and hash."""
+    """Write a file and sync it to the disk; return its size and hash."""
     with open(path, "wb") as file:
         made = _Hashed(file)
         torch.save(state, made)
@@ -125,15 +126,15 @@ def _written(state: dict, path: str) -> dict:
 
 
 def fingerprint(path: str) -> dict:
-    """Return size and hash of a file that is there."""
+    """Return size and hash of an existing file."""
     with open(path, "rb") as file:
         return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def on_host(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) -> Any:
-    """Return a copy of what a file is to hold, all tensors on the host; those that share memory go on sharing it.
+    """Return a copy of a file's future content with all tensors on the host; those that share memory still share it.
 
-    copies: by storage, of what has been copied already.
+    copies: copies made so far, by storage.
     """
     copies = {} if copies is None else copies
     if isinstance(value, Tensor):
@@ -144,7 +145,7 @@ def on_host(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) -
         made.set_(copies[whole._cdata], value.storage_offset(), value.size(), value.stride())
         return nn.Parameter(made, value.requires_grad) if isinstance(value, nn.Parameter) else made
     if isinstance(value, dict):
-        held = copy.copy(value)  # of its own class, with what that keeps beside the items
+        held = copy.copy(value)  # keeps its class and that class's attributes
         for key, item in value.items():
             held[key] = on_host(item, copies)
         return held

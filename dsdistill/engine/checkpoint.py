@@ -1,10 +1,10 @@
-"""Checkpoints that survive a kill at any moment.
+"""Save and load checkpoints that survive a kill at any moment.
 
 RUN/checkpoints/step-N/ holds what DeepSpeed saved, each rank's random state and a manifest of every file's size
-and hash, taken while each rank writes its own; what a file would run when it is loaded is looked up before.
+and hash. Each rank computes them while it writes its files. A file is searched for code before it is unpickled.
 RUN/checkpoints/newest names the folder to resume from. DeepSpeed's own `latest` is not used: it can point at a
-checkpoint that was still being written. Here the manifest is written after all ranks are done, and the pointer moves
-only then, atomically; where what it names does not verify, resuming falls back to the newest checkpoint that does.
+checkpoint that was still being written. Here the manifest is written after all ranks are done, and only then the
+pointer moves, atomically. If the checkpoint that it names does not verify, the newest one that does is resumed from.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ _STATE = "state.json"
 _POINTER = "newest"
 _STEP = re.compile(r"step-(\d+)")
 _OFFLOADED = "offloaded_tensors/rank{:02d}"  # DeepSpeed's own copy of what a rank has offloaded to NVMe
-# What a checkpoint's folder may hold of ours, by patterns.
+# Patterns of the files that a run writes into a checkpoint's folder.
 MADE = (
     "*_optim_states.pt", "*_model_states.pt", "random-*.pt", deepspeed.FROZEN, _STATE, _MANIFEST,
     ".partial-*", "*.partial", "offloaded_tensors/*",
@@ -46,11 +46,11 @@ _VERSIONS = ("torch", "deepspeed", "transformers")
 
 
 class Unsaved(SharedError):
-    """A checkpoint could not be saved; those of before are whole."""
+    """A checkpoint could not be saved; earlier ones are whole."""
 
 
 class Saving:
-    """A Saving is a checkpoint that is on its way; until finish() the one before counts."""
+    """A Saving is a checkpoint that is being written; until finish() a resume takes the one before."""
 
     def __init__(self, engine, run_dir: str, step: int, state: dict, ranks: Ranks):
         """Take a checkpoint of an engine whose checkpoint_engine is a Writer; arguments are those of begin()."""
@@ -58,7 +58,7 @@ class Saving:
         self.folder, self.tag = os.path.join(run_dir, FOLDER), tag_of(step)
         self.target = os.path.join(self.folder, self.tag)
         everything = state | {"step": step, "world_size": ranks.world_size, "versions": versions()}
-        self.state = json.dumps(everything)  # as it is now
+        self.state = json.dumps(everything)  # now: training may change it before finish()
 
     def begin(self, later: bool, frozen: dict[str, torch.Tensor]) -> None:
         """Hand all that a resume needs to the Writer."""
@@ -83,14 +83,13 @@ class Saving:
 
     @property
     def written(self) -> bool:
-        """Return whether this rank's files are; finish() then waits for other ranks at most."""
+        """Return whether this rank's files are written; finish() then waits only for other ranks."""
         return self.writer.written
 
     def finish(self, keep: int) -> None:
         """Wait for all files of all ranks, then make this the checkpoint to go on from, and remove those beyond `keep`.
 
-        Raises Unsaved, on every rank, where a file of any rank could not be written: the checkpoints of before are
-        whole.
+        Raises Unsaved, on every rank, if a file of any rank could not be written. Earlier checkpoints are whole.
         """
         with _together(self.target, self.ranks):
             self.writer.commit()
@@ -123,11 +122,11 @@ def begin(
 ) -> Saving:
     """Begin to save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
 
-    state: among it zero_stage, the student's, and at_once, the examples of all ranks that meet in a micro-batch.
-    later: what is saved is copied to the host, and written by a thread while training goes on; only one at a time.
-    frozen: weights that do not train and that the engine has rounded, by name, as they were before; of rank 0.
+    state: includes the student's zero_stage, and at_once, the examples of all ranks in one micro-batch.
+    later: a thread writes a copy in host memory while training goes on; only one checkpoint at a time.
+    frozen: on rank 0, by name, the weights that do not train, as they were before the engine rounded them.
 
-    Raises Unsaved, on every rank, where the folder cannot be made or written: the checkpoints of before are whole.
+    Raises Unsaved, on every rank, if the folder cannot be made or written. Earlier checkpoints are whole.
     """
     saving = Saving(engine, run_dir, step, state, ranks)
     saving.begin(later, frozen or {})
@@ -137,8 +136,8 @@ def begin(
 def _write_whole(folder: str, tag: str, state: str, manifest: dict[str, dict]) -> None:
     """Write what makes a saved checkpoint one to go on from: its state, its manifest, the pointer to it.
 
-    manifest: of what its ranks have written through to the disk. A power cut after the pointer has moved must find
-    all of it whole.
+    manifest: lists the files that the ranks have synced to the disk. After a power cut that follows the pointer's
+    move, all of them must be whole.
     """
     target = os.path.join(folder, tag)
     _write(os.path.join(target, _STATE), state)
@@ -152,14 +151,14 @@ def _write_whole(folder: str, tag: str, state: str, manifest: dict[str, dict]) -
 
 @contextlib.contextmanager
 def _together(target: str, ranks: Ranks) -> Iterator[None]:
-    """Let the ranks learn from each other whether all of them came through; where one did not, none goes on.
+    """Raise Unsaved on every rank if the body failed on any rank.
 
-    The reason is found while the files that were too large still lie there; then rank 0 removes them.
+    The reason is found while the files that were too large are still there; then rank 0 removes them.
     """
     failure = None
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         if deepspeed.timed_out(error) or deepspeed.lost(error):
             raise
         there = target if os.path.isdir(target) else os.path.dirname(target)
@@ -175,7 +174,7 @@ def _together(target: str, ranks: Ranks) -> Iterator[None]:
 
 
 def _remove(target: str) -> None:
-    """Remove a checkpoint: what save() writes, and what its manifest names; OSError where it holds something else."""
+    """Remove a checkpoint: files of ours and those its manifest names; raise OSError if it holds others."""
     try:
         named = _read(os.path.join(target, _MANIFEST))
     except (OSError, ValueError, RecursionError):
@@ -188,21 +187,21 @@ def tag_of(step: int) -> str:
 
 
 def newest(run_dir: str) -> str | None:
-    """Tag of the newest checkpoint that verifies, or None; says so when it had to pass one over."""
+    """Return the tag of the newest checkpoint that verifies, or None; log each one that is passed over."""
     folder = os.path.join(run_dir, FOLDER)
     pointed = _pointed(folder)
     for tag in _candidates(folder):
         reason = damage(os.path.join(folder, tag))
         if reason is None:
             return tag
-        if _pointed(folder) != pointed:  # a run that trains saved another meanwhile and removed this one
+        if _pointed(folder) != pointed:  # a run in training has meanwhile saved another and removed this one
             return newest(run_dir)
         log.warning("checkpoint %s is passed over: %s", tag, reason)
     return None
 
 
 def damage(folder: str) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None."""
     try:
         manifest = _read(os.path.join(folder, _MANIFEST))
     except (OSError, ValueError, RecursionError):
@@ -232,12 +231,12 @@ def damage(folder: str) -> str | None:
     return _odd_state(folder)
 
 
-# What a run writes into state.json, by the least value that it can have.
+# The counts that a run writes into state.json, with the least value of each.
 _COUNTS = {"stage": 0, "zero_stage": 1, "at_once": 1, "tokens": 0, "counted": 0, "world_size": 1, "step": 1}
 
 
 def _odd_state(folder: str) -> str | None:
-    """Return why a state.json, whose hash is right, is none that a run writes, or None."""
+    """Return why no run wrote this state.json, though its hash is right; None if a run may have."""
     try:
         state = _read(os.path.join(folder, _STATE))
     except (OSError, ValueError, RecursionError):
@@ -260,10 +259,10 @@ def _odd_state(folder: str) -> str | None:
 
 
 def check(run_dir: str, config: Config, world_size: int) -> str | None:
-    """Tag of the checkpoint that a run goes on from; None before its first.
+    """Return the tag of the checkpoint that a run goes on from; None before its first.
 
-    Raises UserError where there were some and none verifies, or where a term relates the examples that meet and fewer
-    or more would meet than before.
+    Raises UserError if there are checkpoints and none verifies, or if a term relates the examples of a micro-batch and
+    their number has changed.
     """
     folder, tag = os.path.join(run_dir, FOLDER), newest(run_dir)
     if tag is not None:
@@ -271,7 +270,7 @@ def check(run_dir: str, config: Config, world_size: int) -> str | None:
         _check_relations(run_dir, tag, config, world_size)
         tell_versions(read_state(run_dir, tag), tag)
         return tag
-    # A save that was interrupted before any was whole leaves neither of these, and costs nothing.
+    # A first save that was interrupted leaves neither of these, and costs nothing.
     if _pointed(folder) or any(
         os.path.isfile(os.path.join(folder, name, _MANIFEST)) for name in _tags(folder)
     ):
@@ -285,10 +284,10 @@ def check(run_dir: str, config: Config, world_size: int) -> str | None:
 
 
 def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: int) -> dict:
-    """Restore the engine and this rank's random state; returns the saved `state`.
+    """Restore the engine and this rank's random state; return the saved `state`.
 
-    By as many ranks and in the ZeRO stage that saved it a run goes on exactly; by others up to rounding, and what
-    chance draws in training (dropout) is drawn anew where the ranks are others.
+    With the same number of ranks and the same ZeRO stage a run goes on exactly, else up to rounding. With another
+    number of ranks, dropout is drawn anew.
     """
     folder, state = os.path.join(run_dir, FOLDER), read_state(run_dir, tag)
     same_ranks = state["world_size"] == ranks.world_size
@@ -324,14 +323,14 @@ def _read(path: str):
 
 
 def versions() -> dict[str, str]:
-    """Return what a checkpoint is saved with, by package."""
+    """Return the versions that a checkpoint is saved with, by package."""
     return {"dsdistill": __version__} | {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def tell_versions(state: dict, tag: str) -> None:
-    """Warn once, naming each package, where a checkpoint was saved with other versions than those that run now."""
+    """Warn once, naming each package, if a checkpoint was saved with versions other than those that run now."""
     before, now = state.get("versions"), versions()
-    if not isinstance(before, dict):  # a checkpoint of before versions were noted
+    if not isinstance(before, dict):  # the checkpoint is older than the note of versions
         return
     other = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
     if other:
@@ -358,7 +357,7 @@ def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) ->
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """State of the generators that dropout draws from."""
+    """Return the state of the generators that dropout draws from."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -372,12 +371,12 @@ def set_random_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def _candidates(folder: str) -> list[str]:
-    """Tags in the order in which to try them."""
+    """Return tags in the order in which to try them."""
     return list(dict.fromkeys([*_pointed(folder), *sorted(_tags(folder), reverse=True)]))
 
 
 def _pointed(folder: str) -> list[str]:
-    """The tag that the pointer names, where there is one."""
+    """Return the tag that the pointer names, as a list; empty without one."""
     try:
         with open(os.path.join(folder, _POINTER), encoding="utf-8") as file:
             tag = file.read(100).strip()
@@ -397,6 +396,6 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _write(path: str, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file whole or not at all."""
     with disk.writing(path) as file:
         file.write(text)

@@ -20,7 +20,7 @@ from dsdistill.report.methods import HEAD, table
 
 
 def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
-    """Return the seeds, and by its name the config files and overrides that each method is made of.
+    """Return the seeds, and the config files and overrides of each method by its name.
 
     The file: `seeds: [0, 1, 2]` and `methods: {NAME: [FILE or KEY=VALUE, ...], ...}`, files as `train` takes them.
     """
@@ -59,9 +59,9 @@ def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
 
 
 def compare(path: str, out: str, overrides: list[str]) -> str:
-    """Run what is not finished yet, in OUT/METHOD/seed-N; return the table, which OUT/table.md holds too.
+    """Run what is not finished yet, in OUT/METHOD/seed-N; return the table and write it to OUT/table.md.
 
-    Raises UserError, before the first run starts, for a config that is refused or is not what a run there began with.
+    Raises UserError, before the first run starts, for a config that is refused or differs from a finished run's there.
     """
     seeds, methods = read_methods(path)
     disk.check_writable(out, "--out")
@@ -88,7 +88,7 @@ def compare(path: str, out: str, overrides: list[str]) -> str:
 
 
 def _is_table(path: Path) -> bool:
-    """Return whether a comparison wrote this file, which the next one replaces."""
+    """Return whether a comparison wrote this file, so that the next one may replace it."""
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -100,7 +100,7 @@ def _folder(name: str) -> str:
 
 
 def _check(run: str, sources: list[str]) -> None:
-    """Raise UserError for a config that is refused, or other settings than those that a run there is finished with."""
+    """Raise UserError for a config that is refused, or that differs from that of a finished run there."""
     config, saved = load(sources), os.path.join(run, "config.yaml")
     if os.path.isfile(os.path.join(run, "summary.json")) and os.path.isfile(saved):
         check_same(saved, as_begun(config, saved))
@@ -108,9 +108,10 @@ def _check(run: str, sources: list[str]) -> None:
 
 @contextlib.contextmanager
 def _passing_on() -> Iterator[Callable[[list[str]], int]]:
-    """Yield a function that runs a command and returns its exit code; it passes signals on, and the command saves.
+    """Yield a function that runs a command and returns its exit code.
 
-    Raises Stopped where none runs. A process whose comparison is killed notices that by itself.
+    Signals are passed on to the command, which saves; Stopped is raised if none runs. If the comparison is killed, the
+    command notices that by itself.
     """
     child, told = None, None
 
@@ -153,4 +154,4 @@ def _run(run: str, sources: list[str], call: Callable[[list[str]], int]) -> None
         return
     for command in (*commands, ["evaluate", run]):
         if code := call([sys.executable, "-m", "dsdistill", *command]):
-            raise SystemExit(code)  # its own line stands on standard error
+            raise SystemExit(code)  # the command has said why on standard error

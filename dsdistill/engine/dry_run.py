@@ -1,7 +1,7 @@
-"""Find what a run would trip over that its config alone does not tell: `dsdistill train CONFIG --dry-run`.
+"""Find errors of a run that its config alone does not show, for `dsdistill train CONFIG --dry-run`.
 
-Sizes of batches are checked against the number of ranks, and data files and their columns by the files' beginnings.
-Models, tokenizers and hub data are not looked at.
+Batch sizes are checked against the number of ranks. Data files and their columns are checked by each file's first
+rows. Models, tokenizers and hub data are not looked at.
 """
 
 import os
@@ -22,15 +22,15 @@ LOOKED = 20  # rows of each file
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
-    """Check what a run of `config` would read and share out; return what was not looked at, a line each.
+    """Check the batch sizes and data files of a run of `config`; return what was not looked at, one line each.
 
     Args:
-        config: of the run. The recipe of its teacher is checked too.
-        world_size: ranks; None: as the launcher says (WORLD_SIZE), else 1.
+        config: the run's config. The recipe of its teacher is checked too.
+        world_size: number of ranks; None: the launcher's (WORLD_SIZE), else 1.
 
     Raises:
-        UserError: batches that so many ranks cannot share, a data file that is not there, has no rows or cannot be
-            read, or one without a column that the config names.
+        UserError: the ranks cannot share the batches; or a data file is not there, has no rows, cannot be read, or
+            lacks a column that the config names.
     """
     world_size = _ranks(world_size)
     check_ranks(config.train, config.run_stages, config.data.sampler, world_size, config.task)
@@ -56,7 +56,7 @@ def _ranks(world_size: int | None) -> int:
 
 
 def _check_data(data: Data, task: str) -> Iterator[str]:
-    """Look at the beginning of every file that a section names; yield what cannot be looked at."""
+    """Check the first rows of every file that a section names; yield what cannot be looked at."""
     if data.chat_template is not None:
         read_template(data.chat_template)
     read = [(part, name) for *_, part in parts(data) for name in names(part.train)]

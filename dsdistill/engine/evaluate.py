@@ -32,9 +32,9 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
     """Score the newest checkpoint of a run on its dev sets; return (and write) its summary with those scores.
 
     Args:
-        path: of the run.
-        data: files to score it on in place of the dev sets, with the run's own columns and classes. Their scores, the
-            task's own, stand below `others` by the names given here; all other scores stay as they are.
+        path: the run's folder.
+        data: files to score it on instead of the dev sets, with the run's own columns and classes. The task's scores on
+            them are written under `others`, by the names given here; all other scores stay as they are.
 
     Raises:
         UserError: there is no such run or file, or the data cannot be used.
@@ -79,7 +79,7 @@ def _computable(config: Config, path: str) -> Config:
 
 
 def _on_files(config: Config, data: Sequence[str]) -> Config:
-    """Return a run's config with these files as its dev sets and the task's own scores alone."""
+    """Return a run's config with these files as its dev sets and only the task's own scores."""
     for name in data:
         files.stream(name, None, (), config.data.most_bytes)  # refuses a file that is not there
     asked = Evaluation(positive_class=config.evaluation.positive_class)
@@ -87,10 +87,10 @@ def _on_files(config: Config, data: Sequence[str]) -> Config:
 
 
 def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict) -> None:
-    """Put the scores of a checkpoint's student and of the teacher into a summary, all that the config asks for.
+    """Put all the scores that the config asks for into a summary: of a checkpoint's student, and of the teacher.
 
-    Those that the run reports too are computed in the type that it trained in, so that they are the same; the student's
-    texts and times are those of the float32 weights.
+    Scores that the run reports too are computed in its training dtype, so that they are the same. The student's texts
+    and times are measured with float32 weights.
     """
     asked = prepared.config.evaluation
     module, loaded = _student(prepared, path, tag, ranks), _teacher(prepared, ranks)
@@ -116,7 +116,7 @@ def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict)
 
 
 def _others(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> dict[str, dict]:
-    """Return the scores of student and teacher on each dev set by its name, and the checkpoint they are of."""
+    """Return the scores of student and teacher on each dev set, by its name, with the checkpoint's tag."""
     module = _student(prepared, path, tag, ranks)
     teacher = _as_trained(module, _teacher(prepared, ranks), prepared)
     return {
@@ -144,14 +144,14 @@ def _student(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> StudentMo
 
 
 def _teacher(prepared: Prepared, ranks: Ranks) -> LazyTeacher | None:
-    """Return the teacher where the config asks for one; it is not loaded yet."""
+    """Return the teacher, not loaded yet; None if evaluation needs none."""
     if not (prepared.judged or prepared.config.evaluation.structure):
         return None
     return LazyTeacher(prepared.config, prepared.teacher, prepared.objectives, ranks, prepared.judged)
 
 
 def _as_trained(module: StudentModule, loaded: LazyTeacher | None, prepared: Prepared) -> Tracer | None:
-    """Give the student the type that it trained in; return what traces the teacher, None without one."""
+    """Cast the student to its training dtype; return the teacher's tracer, None without a teacher."""
     config = prepared.config
     cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # as the engine does, which keeps buffers
     if loaded is None:

@@ -1,4 +1,4 @@
-"""From a run to a plain model folder, with nothing of the distillation left in it."""
+"""Export the student of a run as a plain model folder, without projectors or other parts of the distillation."""
 
 import logging
 import math
@@ -28,11 +28,11 @@ from dsdistill.models.settings import carry_generation, stop_generation, text_co
 
 log = logging.getLogger("dsdistill")
 
-LEAST_SHARD = 10**6  # bytes; smaller ones would be mistakes, and a file a tensor
+LEAST_SHARD = 10**6  # bytes; a smaller size would be a mistake, and give one file for each tensor
 
 
 def read_config(path: str) -> Config:
-    """Config of a run folder; raises UserError where there is none."""
+    """Return the config of a run folder; raise UserError if there is none."""
     folder = RunFolder(path)
     if not os.path.isfile(folder / CONFIG):
         raise UserError(
@@ -43,7 +43,7 @@ def read_config(path: str) -> Config:
 
 
 def find_checkpoint(path: str) -> str:
-    """Tag of a run's newest good checkpoint; raises UserError where there is none."""
+    """Return the tag of a run's newest checkpoint that verifies; raise UserError if there is none."""
     tag = checkpoint.newest(path)
     if tag is None:
         raise UserError(path, "a run without a checkpoint that verifies", "a run that saved at least one")
@@ -51,7 +51,7 @@ def find_checkpoint(path: str) -> str:
 
 
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """The student of a checkpoint, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
+    """Return a checkpoint's student, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
     model = build_model(
         architecture(os.path.join(run, INIT), None, "student"),
         None,
@@ -70,7 +70,7 @@ def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, d
 
 
 def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """load_student of the newest checkpoint; of one newer still where a run that trains removes that under our eyes."""
+    """Load the student of the newest checkpoint; retry if a run in training removes that one meanwhile."""
     while True:
         tag = find_checkpoint(run)
         try:
@@ -85,22 +85,22 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
 
     For task embedding SentenceTransformer loads the folder too, with the same vectors.
 
-    A student with domain fusion is more than a plain model: OUT/student holds that, OUT/domain.safetensors the fusion,
-    and dsdistill.models.domain_fusion.load_exported puts them together.
+    A student with domain fusion has two parts: OUT/student holds the plain model, OUT/domain.safetensors the fusion.
+    dsdistill.models.domain_fusion.load_exported loads both.
 
-    A folder that is not there appears whole or not at all.
+    A new folder appears whole or not at all.
 
     Args:
         run: folder of a run.
         out: folder to be made.
-        dtype: of the weights that are written: fp32, bf16 or fp16; None: the run's `train.dtype`. Weights that the
-            library keeps in float32 in models of that type stay so.
-        max_shard_size: most bytes of a file of weights, or a size such as 5GB; 1MB at least. A tensor that is larger
+        dtype: dtype of the written weights: fp32, bf16 or fp16; None: the run's `train.dtype`. Weights that
+            transformers keeps in float32 in models of that dtype stay float32.
+        max_shard_size: most bytes of a file of weights, or a size such as 5GB; at least 1MB. A tensor that is larger
             has a file of its own.
 
     Raises:
-        UserError: a type or size that is none, a folder that holds something already, a run without a student, or
-            a weight that fp16 cannot hold.
+        UserError: an invalid dtype or size, a folder that is not empty, a run without a student, or a weight that
+            fp16 cannot hold.
     """
     if dtype is not None and dtype not in deepspeed.DTYPES:
         raise UserError("--dtype", repr(dtype), " or ".join(deepspeed.DTYPES))
@@ -125,7 +125,7 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
         tokenizer.save_pretrained(made)
         if (sentence := read_sentence(os.path.join(run, INIT), INIT)) is not None:
             write_sentence(made, sentence, text_config(model.config).hidden_size, config.data.max_length)
-        if fusion:  # the maps are of the teacher's states: they have done their work
+        if fusion:  # without the maps, which only training uses
             weights = {
                 name: value.to(kind).contiguous()
                 for name, value in fusion.items()
@@ -138,7 +138,7 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a float32 model's weights and buffers another type, but for those that the library keeps in float32."""
+    """Cast a float32 model's weights and buffers to `dtype`, except those that transformers keeps in float32."""
     if dtype == torch.float32:
         return
     most = torch.finfo(dtype).max
@@ -159,7 +159,7 @@ def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _ends(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer, as the student learned to write them; none where it learned plain text."""
+    """Return the tokens that end an answer, as the student learned to write them; none if it learned plain text."""
     if config.task != "causal_lm":
         return []
     sections = [part for *_, part in parts(config.data)]

@@ -1,4 +1,4 @@
-"""Write RUN/init (the student's architecture, tokenizer and first weights), and say how these are read."""
+"""Write RUN/init (the student's architecture, tokenizer and first weights), and read the student from it."""
 
 import logging
 import os
@@ -35,10 +35,10 @@ log = logging.getLogger("dsdistill")
 
 
 def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | None:
-    """Write RUN/init unless it is there; return where the student's first weights lie (None: random).
+    """Write RUN/init unless it is there; return the path of the student's first weights (None: random).
 
-    Rank 0 alone writes. A student that ZeRO-3 shards is read from files, so random weights are written for it too; one
-    with domain fusion is drawn whole, since the fusion takes the random numbers that follow.
+    Only rank 0 writes. A student that ZeRO-3 shards is read from files, so its random weights are written too. A
+    student with domain fusion is drawn whole instead, since the fusion takes the random numbers that follow.
     """
     target, config = folder / INIT, prepared.config
     with ranks.first_alone():
@@ -58,14 +58,14 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
                 if source is not None and config.task == "causal_lm":
                     entries = text_config(prepared.student).vocab_size
                     carry_generation(locate(source, "student.path"), name, entries)
-    # What rank 0 sees: a network's file system may show it to others a little later.
+    # Rank 0 decides for all: a network file system may show the files to other ranks a little later.
     return target if ranks.gather(holds_weights(target))[0] else config.student.path
 
 
 def _write_sentence(prepared: Prepared, target: str) -> None:
-    """Write how the student makes a vector of a text, so that whoever exports it needs no other folder.
+    """Write how the student turns a text into a vector, so that an export needs no other folder.
 
-    Prompts that a folder brings are written under the names that they have there, those that nobody used here too.
+    Prompts of a model's folder keep their names; those that the run does not use are written too.
     """
     config, data, pooling = prepared.config, prepared.config.data, prepared.pair.pooling[0]
     sentence = Sentence(pooling, *named_prompts(data.prompts or ()))
@@ -87,19 +87,19 @@ def read_student(
     *,
     anew: bool = False,
 ) -> StudentModule:
-    """Return the module that `make` makes, given the type to read its weights in; sharded where ZeRO-3 is to shard it.
+    """Return the module that `make` makes, given the dtype of its weights; sharded if ZeRO-3 shards the student.
 
-    Weights have the type of the run where it is the files' own too, else float32, so that no value is rounded before
-    the optimizer has it. What is random, all of it or a head, is drawn whole in float32. Whole is also what DeepSpeed
-    keeps on disks (NVMe), quantized or twice (ZeRO++).
+    Weights have the run's dtype if the files have it too, else float32, so that no value is rounded before the
+    optimizer has it. A student with random weights, if only a head, is made whole in float32. A student that DeepSpeed
+    keeps on disks (NVMe), quantized or twice (ZeRO++) is made whole too.
 
-    anew: other values take the place of these, which may be float32.
+    anew: other values, which may be float32, replace these weights later.
     """
     settings = deepspeed.student_settings(config, ranks.world_size)
     complete = init is not None and not _lacks(init, architecture, config.task)
     stored = stored_dtype(init, "student") if init is not None else None
     mapped = mapped_dtype(init, architecture, config.task, "student")
-    # What rank 0 finds, since all ranks must go one way.
+    # Rank 0 decides for all, since all ranks must take the same branch.
     complete, stored, mapped = ranks.gather((complete, stored, mapped))[0]
     same = complete and not anew and stored == deepspeed.DTYPES[config.train.dtype]
     computes = config.train.dtype if same else "fp32"
@@ -117,7 +117,7 @@ def read_student(
 
 
 def _kept_otherwise(settings: dict[str, Any]) -> bool:
-    """Return whether DeepSpeed keeps parts of weights in another way than as they are, once, in memory."""
+    """Return whether DeepSpeed keeps weights on disks, quantized or twice."""
     zero = deepspeed.zero_section(settings)
     quantized = zero.zero_quantized_weights or zero.zero_quantized_nontrainable_weights
     on_disk = zero.offload_param is not None and zero.offload_param.device == "nvme"
@@ -125,17 +125,17 @@ def _kept_otherwise(settings: dict[str, Any]) -> bool:
 
 
 def _cut(prepared: Prepared, target: str) -> None:
-    """Write the chosen layers of the teacher, and all that lies outside its layers, as they are stored.
+    """Write the chosen layers of the teacher, and all weights outside its layers, as they are stored.
 
     Weights that the teacher lacks, such as a head for these classes, are random. A teacher without files, or whose
-    files do not tell its layers, is built for this.
+    files do not show which weights belong to which layer, is built for this.
     """
     config, layers, path = prepared.config, prepared.config.student.from_teacher, prepared.config.teacher.path
-    if text_config(prepared.teacher) is not prepared.teacher:  # of images and text
+    if text_config(prepared.teacher) is not prepared.teacher:  # a model of images and text
         log.info("the student is cut in the text part of a %s", prepared.teacher.model_type)
     folder = at_hand(path, "teacher") if path is not None else None
     if folder is not None:
-        # A hub's files are here only now; what `prepare` checks of local ones holds for them as well.
+        # Files from the hub are here only now; they get the checks that `prepare` makes of local ones.
         missing, added = check_weights(folder, prepared.teacher, config.task, "teacher"), {}
         whole = skeleton(prepared.teacher, config.task, "teacher")
         check_missing(whole, missing, path, config.task, "teacher", needs_head=False)
@@ -147,7 +147,7 @@ def _cut(prepared: Prepared, target: str) -> None:
             return
         log.info("the names in the teacher's files do not tell its layers: it is built to cut the student")
     made = _random(prepared)
-    torch.manual_seed(config.run.seed)  # as a teacher without weights is drawn when it teaches
+    torch.manual_seed(config.run.seed)  # as in LazyTeacher: a teacher without weights is drawn twice alike
     teacher, missing = build_and_tell(
         prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
     )
@@ -163,7 +163,7 @@ def _random(prepared: Prepared) -> PreTrainedModel:
 
 
 def _is_drawn_for_parts(prepared: Prepared) -> bool:
-    """Return whether some weights of a student that ZeRO-3 shards are random, as far as files at hand tell."""
+    """Return whether ZeRO-3 shards the student and some of its weights are random, as far as local files show."""
     section = prepared.config.student
     if section.zero_stage != 3 or section.domain is not None:
         return False
@@ -171,13 +171,13 @@ def _is_drawn_for_parts(prepared: Prepared) -> bool:
 
 
 def _lacks(path: str, student: PretrainedConfig, task: str) -> bool:
-    """Return whether files lack some of the student's weights, or are not at hand to tell."""
+    """Return whether files lack some of the student's weights, or are not on this machine."""
     folder = at_hand(path, "student")
     return folder is None or bool(check_weights(folder, student, task, "student"))
 
 
 def _draw(prepared: Prepared, target: str) -> None:
-    """Write the student as every rank would draw it, whole or what its files lack of it."""
+    """Write the student as every rank would draw it: all weights, or those that its files lack."""
     config = prepared.config
     torch.manual_seed(config.run.seed)
     made = build_model(

@@ -1,4 +1,4 @@
-"""Watches losses and gradients of a run: stops it where they are no longer finite, and says where losses jump."""
+"""Watch losses and gradients of a run: stop it when they are no longer finite, and note when losses jump."""
 
 import json
 import logging
@@ -14,11 +14,11 @@ from dsdistill.engine.run_folder import BAD, SPIKES
 log = logging.getLogger("dsdistill")
 
 SPIKE = 4.0  # times the moving average
-MEMORY, SEEN = 0.98, 50  # of that average, and the steps before it is trusted
+MEMORY, SEEN = 0.98, 50  # decay of that average, and the steps before it is trusted
 
 
 class Guard:
-    """limit: steps in a row whose loss or gradient may not be finite; the last of them ends the run."""
+    """A Guard ends the run when `limit` steps in a row have a loss or gradient that is not finite."""
 
     def __init__(self, limit: int, run_dir: str, ranks: Ranks):
         self.limit, self.run_dir, self.ranks = limit, run_dir, ranks
@@ -27,10 +27,11 @@ class Guard:
     def finite(
         self, step: int, report: dict[str, dict], batches: list[Batch], last: bool, gradient: bool = True
     ) -> bool:
-        """Whether the step's loss and gradient are; the same on every rank.
+        """Return whether the step's loss and gradient are finite. All ranks agree.
 
         report: Objective.report of the whole step. batches: this rank's. last: no step follows in which the loss could
-        recover. gradient: whether that is finite, the same on every rank. Raises SharedError at the limit.
+        recover. gradient: whether the gradient is finite; all ranks agree. Raises SharedError at the limit, and in a
+        last step that is not finite.
         """
         terms = {name: term["raw"] for name, term in report.items()}
         if gradient and all(map(math.isfinite, terms.values())):
@@ -64,11 +65,11 @@ class Guard:
     def _note(self, name: str, record: dict) -> None:
         """Append one line to a file of the run folder.
 
-        BAD holds terms and examples of each step without a finite loss or gradient, SPIKES the steps whose loss jumped.
+        BAD holds terms and examples of each step that is not finite, SPIKES the steps whose loss jumped.
         """
         if self.ranks.first:
             path = os.path.join(self.run_dir, name)
             try:
                 disk.append(path, json.dumps(record) + "\n")
-            except OSError as error:  # the note is lost, the training is not
+            except OSError as error:  # only the note is lost
                 log.warning("%s cannot be written: %s", path, disk.reason(error))

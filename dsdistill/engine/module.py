@@ -1,4 +1,4 @@
-"""Make the module that a run trains: the distillation of one stage, and what evaluation asks of the student."""
+"""Make the module that a run trains: the distillation of one stage, with the outputs that evaluation reads."""
 
 import fnmatch
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from dsdistill.models.tracer import Tracer, callee
 
 
 class StudentModule(Distillation):
-    """Add to a Distillation what a run asks of its student: domain fusion, scores, and representations of texts."""
+    """A StudentModule is a Distillation with what a run adds: domain fusion, scores, and representations of texts."""
 
     def __init__(
         self,
@@ -39,9 +39,8 @@ class StudentModule(Distillation):
     ):
         """Put the model under capture.
 
-        evaluation: what evaluate() measures; it holds no parameters. represents: the last layer is kept for it.
-
-        domain: what to put before the model's first layer. geometry: of the student's attention layers.
+        evaluation: the objective that evaluate() measures; it has no parameters. represents: keep the last layer's
+        states for it. domain: the fusion before the model's first layer. geometry: of the student's attention layers.
         """
         self._last = text_config(model.config).num_hidden_layers
         hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
@@ -53,13 +52,13 @@ class StudentModule(Distillation):
         )
         super().__init__(student, teacher, objective, geometry or {}, previous)
         self.evaluation = evaluation
-        self.watch: SourceLosses | None = None  # of the sources of a mixture, in steps that are logged
+        self.watch: SourceLosses | None = None  # losses of a mixture's sources, in steps that are logged
         self.domain = domain
         if domain is not None:
             domain.attach(model)  # after the capture: layer 0 is what comes before the fusion
 
     def trace(self, batch: Batch, teacher: Trace | None = None) -> Trace:
-        """Return the student's trace; while training its fusion may take what the teacher knows."""
+        """Return the student's trace; during training its domain fusion may read the teacher's trace."""
         if self.domain is None:
             return super().trace(batch)
         targets = self.domain.prepare(teacher, batch.token_chance)
@@ -68,7 +67,7 @@ class StudentModule(Distillation):
         return made
 
     def seen(self, student: Trace, batch: Batch) -> None:
-        """Add up the losses of the sources, where somebody asked."""
+        """Add up the losses of the sources if the step is logged."""
         if self.watch is not None:
             self.watch.add(student, batch)
 
@@ -80,12 +79,12 @@ class StudentModule(Distillation):
         previous: Trace | None = None,
         ask: str = "scores",
     ):
-        """Return the loss of a micro-batch with `counts` and `traces`; without counts what `ask` names.
+        """Return the loss of a micro-batch if `counts` is given, else what `ask` names.
 
-        scores: (B, C) logits of classifiers and regressors; (B, D) normalised vectors of texts; (terms,) sums of the
-            evaluation objective for language models, with the teacher's trace its terms too.
+        scores: (B, C) logits of classifiers and regressors; (B, D) normalised vectors of texts; for language models
+            (terms,) sums of the evaluation objective, including terms that need the teacher's trace if it is given.
         mean: (B, D), packed (S, D), mean of the last layer's states over an example's tokens.
-        states: (B, N, D), the states themselves.
+        states: (B, N, D), the last layer's states.
         """
         if counts is not None:
             return self.loss(batch, teacher, counts, previous)
@@ -116,8 +115,8 @@ def make_student(
 ) -> StudentModule:
     """Return the module that a stage trains, on the CPU; run and planner both make it here.
 
-    init: where the first weights lie (None: random). layers: of the teacher, that the student's fusion maps.
-    dtype: of the weights of init. parts: teacher, previous and geometry of the StudentModule.
+    init: path of the first weights (None: random). layers: teacher layers that the student's fusion maps.
+    dtype: dtype of the weights of init. parts: teacher, previous and geometry of the StudentModule.
     """
     model = build_model(
         architecture,
@@ -129,7 +128,7 @@ def make_student(
         dtype=dtype,
     )
     if checkpointing:
-        # Newer transformers have another name for it, 5.17 knows this one alone.
+        # Newer transformers have another name for it; 5.17 knows only this one.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fusion = make_fusion(config, pair, layers)
     module = StudentModule(
@@ -141,12 +140,12 @@ def make_student(
 
 
 def brings_head(config: Config) -> bool:
-    """Return whether the student's weights must bring its head: new classes are usual, new words must be asked for."""
+    """Return whether the student's files must contain its head: only language models, unless student.new_head."""
     return config.task in LANGUAGE and not config.student.new_head
 
 
 def make_fusion(config: Config, pair: Pair, layers: tuple[int, ...]) -> DomainFusion | None:
-    """Return the student's domain fusion as training begins with it, its maps not yet fitted; None without one."""
+    """Return the student's domain fusion before its maps are fitted; None without one."""
     domain = config.student.domain
     if domain is None:
         return None
@@ -154,7 +153,7 @@ def make_fusion(config: Config, pair: Pair, layers: tuple[int, ...]) -> DomainFu
 
 
 def frozen(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a stage leaves this parameter of the student as it is."""
+    """Return whether a stage freezes this parameter of the student."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -1,6 +1,6 @@
-"""Note what a run is made from, and refuse to go on from it once that is something else under the same names.
+"""Note what a run is made from, and refuse to resume it once other contents have the same names.
 
-RUN/sources.json holds a digest of each: the tokenised examples, the tokenizer, the weights of each named model.
+RUN/sources.json holds digests of the tokenised examples, of the tokenizer and of the weights of each named model.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import SOURCES, RunFolder
 from dsdistill.models import tokenizer, weights
 
-CONTENT = "2:"  # begins digests of examples; those of before hashed every token
-_BYTES = 2**20  # of a note, at most
+CONTENT = "2:"  # prefix of digests of examples; older ones lack it and hash every token
+_BYTES = 2**20  # most bytes of a note
 
 
 def origins(prepared: Prepared) -> dict[str, str]:
     """Return digests of what a run is made from, by the key of the config that names it.
 
-    A model of the hub is noted by its commit, where the library tells that.
+    A model from the hub is noted by its commit, if the library knows it.
     """
     config, data = prepared.config, prepared.data
     found = {"data.tokenizer": tokenizer.fingerprint(prepared.tokenizer)}
@@ -49,8 +49,8 @@ def _dev_sets(data: Splits) -> dict[str, Set]:
 
 
 def content(examples: Set, classes: Sequence[str] = ()) -> str:
-    """Return a digest of what examples hold: their stores' hashes, which tokens are theirs, and their labels."""
-    if isinstance(examples, Streamed):  # the revision of its source stands for what nobody has read yet
+    """Return a digest of examples: of their stores' hashes, of the ranges of their tokens, and of their labels."""
+    if isinstance(examples, Streamed):  # the data is not read yet: the revision of its source stands for it
         return f"{CONTENT}{examples.digest}"
     digest = hashlib.sha256(json.dumps(classes).encode())
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
@@ -66,7 +66,7 @@ def content(examples: Set, classes: Sequence[str] = ()) -> str:
 
 
 def _former_content(examples: Set, classes: Sequence[str]) -> str:
-    """Return the digest of examples as runs noted it that began before there were stores: of every token."""
+    """Return the digest that runs older than the stores noted: it hashes every token."""
     digest = hashlib.sha256(json.dumps(classes).encode())
     assert isinstance(examples, Examples)  # such runs have one source, and documents do not share rows
     rows = range(len(examples))
@@ -81,9 +81,9 @@ def _former_content(examples: Set, classes: Sequence[str]) -> str:
 
 
 def check_origins(folder: RunFolder, found: dict[str, str], data: Splits[Set] | None = None) -> None:
-    """Raise UserError where a run that has begun was made from something else; runs of before this note go on.
+    """Raise UserError if a run that has begun was made from other contents; runs without this note go on.
 
-    data: that `found` tells of.
+    data: the sets whose digests `found` holds.
     """
     note = folder / SOURCES
     if not folder.begun or not os.path.lexists(note):
@@ -103,7 +103,7 @@ def check_origins(folder: RunFolder, found: dict[str, str], data: Splits[Set] | 
 
 
 def write_origins(folder: RunFolder, found: dict[str, str]) -> None:
-    """Write the note of a run that begins, or of one that began without it."""
+    """Write the note of a new run, or of an older one that has none."""
     note = folder / SOURCES
     if not folder.begun or not os.path.lexists(note):
         with disk.writing(note) as file:

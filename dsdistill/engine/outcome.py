@@ -1,4 +1,4 @@
-"""Hold what a step came to, until somebody reads it."""
+"""Hold the results of a step until they are read."""
 
 from dataclasses import dataclass, field
 
@@ -10,11 +10,11 @@ from dsdistill.distributed import engines
 
 
 class Later:
-    """Later holds values that are on their way from the device to the host; reading them waits until they are there."""
+    """Later holds values that are being copied from the device to the host; read() waits for them."""
 
     def __init__(self, values: Tensor):
         self.host, self._there = values, None
-        if values.is_cuda:  # into memory that it copies to by itself
+        if values.is_cuda:  # into pinned memory, which the GPU copies to while the host goes on
             self.host = torch.empty_like(values, device="cpu", pin_memory=True).copy_(
                 values, non_blocking=True
             )
@@ -30,12 +30,12 @@ class Later:
 
 @dataclass
 class Made:
-    """Made holds what a step came to."""
+    """Made holds the results of a step."""
 
     step: int
-    rate: float  # of learning
-    batches: list[Batch]  # of this rank
-    values: Later  # raw values of the terms, then what the ranks told each other; of all ranks
-    parts: int  # raw values
+    rate: float  # the learning rate
+    batches: list[Batch]  # this rank's
+    values: Later  # sums over all ranks: raw values of the terms, then the ranks' messages to each other
+    parts: int  # number of raw values
     gradient: engines.StepGradient
-    report: dict[str, dict] = field(default_factory=dict)  # of the terms, once it is read
+    report: dict[str, dict] = field(default_factory=dict)  # of the terms, once `values` is read

@@ -47,7 +47,7 @@ log = logging.getLogger("dsdistill")
 
 @dataclass
 class Prepared:
-    """A config whose parts fit together."""
+    """Prepared holds a config and what it names, checked to fit together."""
 
     config: Config
     recipe: "Prepared | None"  # the run that trains the teacher first
@@ -59,19 +59,19 @@ class Prepared:
     objectives: tuple[Objective, ...]  # one for each stage
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
-    contrast: Contrast | None  # what sets the domain apart, where the data tells
-    judged: bool  # the teacher has a trained head: its scores and the distance to it mean something
+    contrast: Contrast | None  # tells terms of the domain from general ones, if the data names texts of both
+    judged: bool  # the teacher has a trained head, so that its scores and the distance to it mean something
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
 
     @property
     def positive(self) -> int | None:
-        """Return the class that F1 is of, where there are two."""
+        """Return the index of the class whose F1 is scored, if there are two classes."""
         return positive_class(self.data.labels, self.config.evaluation.positive_class)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Close at its end what is read as the run goes on; what a run has finished with is removed."""
+        """Close streamed data at the end of the body; remove its stored parts if the body raised nothing."""
         finished = False
         try:
             yield
@@ -85,14 +85,14 @@ class Prepared:
 
     @property
     def scored(self) -> dict[str, str]:
-        """Return what a summary says beside its scores: the name of the class that F1 is of."""
+        """Return what a summary holds besides scores: the name of the class whose F1 is scored."""
         return {} if self.positive is None else {"positive_class": self.data.labels[self.positive]}
 
 
 def prepare(config: Config, world_size: int, found: Resolved | None = None) -> Prepared:
     """Resolve architectures, tokenizer and data, and check them against each other.
 
-    found: tokenizer and architectures, where they are resolved already. Raises UserError for the first thing that does
+    found: tokenizer and architectures, if they are resolved already. Raises UserError for the first thing that does
     not fit.
     """
     task, train = config.task, config.train
@@ -135,10 +135,10 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
         found.recipe is not None or refusals.has_head(task, config.teacher, teacher, objectives, of_teacher)
     )
     refusals.check_judge(config.evaluation, data, judged)
-    # All that the models alone tell is known: now the data is tokenised, where it is not yet.
+    # All checks of the models alone have passed: only now is the data tokenised, which may take long.
     recipe = _recipe(config, world_size, found.recipe)
     splits = read_sets(config, tokenizer, student, teacher)
-    positive_class(splits.labels, config.evaluation.positive_class)  # refuses a class that is none
+    positive_class(splits.labels, config.evaluation.positive_class)  # refuses an unknown class
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     contrast = _contrast(data, tokenizer)
     if task == "classification" and judged and (recipe is not None or config.teacher.path is not None):
@@ -170,7 +170,7 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
 
 
 def _recipe(config: Config, world_size: int, found: Resolved | None) -> Prepared | None:
-    """Prepare the run that trains the teacher, where the config names one."""
+    """Prepare the run that trains the teacher, if the config names one."""
     if found is None:
         return None
     recipe = prepare(found.config, world_size, found)
@@ -189,7 +189,7 @@ def _contrast(data: schema.Data, tokenizer: PreTrainedTokenizerBase) -> Contrast
 
 
 def tell_other_data(config: Config, recipe: Config) -> None:
-    """Overrides of the run's data do not reach its recipe: a teacher of other texts is allowed, but seldom meant."""
+    """Warn if the recipe's data differs: overrides do not reach the recipe, so this is allowed but seldom meant."""
     ours, theirs = _texts(config.data), _texts(recipe.data)
     other = [f"data.{key}: {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
     if other:
@@ -197,7 +197,7 @@ def tell_other_data(config: Config, recipe: Config) -> None:
 
 
 def _texts(data: schema.Data) -> dict:
-    """Return what they are read from."""
+    """Return what a config's texts are read from."""
     of = [part for *_, part in parts(data)]
     return {
         "source": ", ".join(part.source for part in of),
@@ -214,7 +214,7 @@ def make_pair(
     tokens: int,
     classes: tuple[str, ...] = (),
 ) -> Pair:
-    """Return what the terms know of the models; classes: of the data, where they are known."""
+    """Return what the terms know of the models; classes: the data's, if they are known."""
     domain = config.student.domain
     return Pair(
         Shape.of(student),
@@ -262,7 +262,7 @@ def make_objectives(config: Config, pair: Pair) -> tuple[Objective, ...]:
 def objective_layers(
     config: Config, student: PretrainedConfig, teacher: PretrainedConfig | None
 ) -> tuple[Objective, ...]:
-    """Return the objectives without weights: checks layer maps, heads and depths, from the architectures alone."""
+    """Return the objectives without weights; this checks layer maps, heads and depths from the architectures alone."""
     tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     with torch.device("meta"):
         return make_objectives(config, make_pair(config, student, teacher, tokens))

@@ -1,4 +1,4 @@
-"""Show examples as the models will see them, and count what became of the data, for `dsdistill preview`."""
+"""Show examples as the models will see them, and count examples and tokens of the sets, for `dsdistill preview`."""
 
 from dataclasses import dataclass, field
 from itertools import islice
@@ -9,9 +9,9 @@ from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate, texts_of
 from dsdistill.engine.resolve import read_sets, resolve
 
-SHOWN_BAD = 20  # rows that cannot be used, named one by one
+SHOWN_BAD = 20  # most rows that are named if they cannot be used
 
-# What a token is, and how a terminal shows it: a colour, and marks where there are no colours.
+# The kinds of tokens, and how a terminal shows them: by colours, or by marks if it has none.
 CONTEXT, LABELLED, PADDING, BORDER = "context", "labelled", "padding", "border"
 COLOURS = {CONTEXT: "\x1b[2m", LABELLED: "\x1b[32m", PADDING: "\x1b[90m", BORDER: "\x1b[33m"}
 MARKS = {CONTEXT: ("", ""), LABELLED: ("[", "]"), PADDING: ("<", ">"), BORDER: ("", "")}
@@ -25,7 +25,7 @@ class Bad:
     rows: dict[str, None] = field(default_factory=dict)  # by the messages of their errors, in order
 
     def __call__(self, error: UserError) -> None:
-        """Note a row; one that several sets have is one row."""
+        """Note a row; a row of several sets is noted once."""
         self.rows[str(error)] = None
 
 
@@ -40,12 +40,12 @@ class Preview:
 
 
 def preview(config: Config, count: int) -> Preview:
-    """Return the first `count` examples of the train set, as the set has them, and the numbers of every set.
+    """Return the first `count` examples of the train set, in the set's order, and the numbers of every set.
 
     A row that cannot be used is counted and left out; a run would refuse it.
     """
     bad = Bad()
-    found = resolve(config, lambda _: None)  # tokenising tells of the same rows
+    found = resolve(config, lambda _: None)  # tokenising reports the same rows
     data = read_sets(found.config, found.tokenizer, found.student, found.teacher, bad)
     pad = found.tokenizer.pad_token_id or 0
     rows = range(min(count, len(data.train)))
@@ -63,9 +63,9 @@ def preview(config: Config, count: int) -> Preview:
 
 
 def numbers(examples: Set, length: int) -> dict[str, Any]:
-    """Return what a set holds.
+    """Return the numbers of a set.
 
-    examples; documents where they are packed; tokens; labelled, the share of the tokens that have labels (None where
+    These are examples; documents if they are packed; tokens; labelled, the share of tokens that have labels (None if
     labels belong to whole examples); truncated and dropped documents; filler, the share of packed rows that is empty.
     """
     if isinstance(examples, Mixture):
@@ -97,12 +97,12 @@ def _labelled(examples: Examples, tokens: int) -> float | None:
 def _example(
     batch: Batch, text: int, tokenizer: Any, task: str, classes: tuple[str, ...] | None
 ) -> dict[str, Any]:
-    """Return an example, or of a pair one of its texts, as JSON: what the models read, and the text of it."""
+    """Return an example, or one text of a pair, as JSON: what the models read, and its text."""
     ids, mask = batch.input_ids[text].tolist(), batch.mask[text].tolist()
     assert batch.labels is not None
     labels = None if task == EMBEDDING else batch.labels[0].tolist()
     if task == "causal_lm" and batch.position_ids is not None:
-        # What comes first in a document follows nothing that it could be predicted from.
+        # The first token of a document follows nothing that it could be predicted from.
         labels = [NO_LABEL if at == 0 else label for at, label in zip(_positions(batch), labels, strict=True)]
     shown = {
         "id": batch.ids[0],
@@ -127,7 +127,7 @@ def _positions(batch: Batch) -> list[int]:
 def render(found: Preview, *, colours: bool, ids: bool) -> str:
     """Return a preview as text for a terminal.
 
-    colours: kinds of tokens are told by colours, else by marks. ids: the ids of the tokens follow each example.
+    colours: show kinds of tokens by colours, else by marks. ids: write the tokens' ids after each example.
     """
     lines = []
     for number, example in enumerate(found.examples, 1):
@@ -149,7 +149,7 @@ def render(found: Preview, *, colours: bool, ids: bool) -> str:
 
 
 def _painted(example: dict[str, Any], tokenizer: Any, colours: bool) -> str:
-    """Return the text of an example with each run of tokens of one kind by its colour or its marks."""
+    """Return the text of an example; each run of tokens of one kind has its colour or its marks."""
     labels = example["labels"]
     by_token = isinstance(labels, list)
     runs: list[tuple[str, list[int]]] = []

@@ -1,4 +1,4 @@
-"""Refuse what no run can do, before any weight is loaded; each check takes the part of the config it is about."""
+"""Refuse what no run can do, before any weight is loaded; each check takes the part of the config that it checks."""
 
 import fnmatch
 from collections.abc import Collection, Sequence
@@ -23,7 +23,7 @@ def check_precision(train: Train) -> None:
 
 
 def check_backend(train: Train, device: torch.device) -> None:
-    """Refuse a backend that no operator has here; what one term lacks its first call tells."""
+    """Refuse a backend that no operator has here; if only one term lacks it, that term's first call raises."""
     here = ["auto", *(name for name in available_backends() if name != "cpp" or device.type == "cpu")]
     if train.backend not in here:
         raise UserError("train.backend", f"{train.backend}, which cannot run here", ", ".join(here))
@@ -40,7 +40,7 @@ def check_sizes(
 ) -> None:
     """Refuse a model with fewer embeddings than the tokenizer has entries, or fewer positions than a text may have.
 
-    trained: it has weights, whose positions must not move.
+    trained: the model has weights, so that their positions must not shift.
     """
     pairs = len(data.text) == 2 and task not in ("causal_lm", EMBEDDING)
     check_vocabulary(tokenizer, model, place, pairs)
@@ -53,7 +53,7 @@ def check_sizes(
 def check_tokenizer(
     used: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, place: str, model: str
 ) -> None:
-    """Refuse a tokenizer that gives a model other ids than the model's own would: each id is another word to it."""
+    """Refuse a tokenizer that gives a model other ids than the model's own: they would mean other words to it."""
     if (unlike := difference(used, own)) is not None:
         raise UserError(
             place, f"a tokenizer {unlike} in the {model}'s own", f"the {model}'s own, or an equal one"
@@ -63,9 +63,9 @@ def check_tokenizer(
 def check_files(
     sections: dict[str, tuple[Teacher | Student | None, PretrainedConfig | None]], task: str
 ) -> dict[str, set[str]]:
-    """Refuse weights that are damaged or of other shapes; sections: by place, with the architecture.
+    """Refuse weights that are damaged or have other shapes; return the names that local files lack, by place.
 
-    Returns by place the names of weights that local files lack.
+    sections: each model's section and architecture, by place.
     """
     return {
         place: check_weights(section.path, model, task, place)
@@ -83,7 +83,7 @@ def check_lacking(
     *,
     needs_head: bool,
 ) -> None:
-    """Refuse a model whose files lack weights that it needs; needs_head: of build_model."""
+    """Refuse a model whose files lack weights that it needs; needs_head: as in build_model."""
     if missing:
         check_missing(skeleton(model, task, place), missing, section.path, task, place, needs_head=needs_head)
 
@@ -91,7 +91,7 @@ def check_lacking(
 def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedConfig, task: str) -> None:
     """Refuse patterns that name no parameter, or that leave none to train.
 
-    stages: as the config has them, without what the whole run freezes.
+    stages: as in the config, without student.freeze.
     """
     by_place = {f"stages.{index}.freeze": stage.freeze for index, stage in enumerate(stages)}
     by_place = {"student.freeze": student.freeze, **by_place}
@@ -102,7 +102,7 @@ def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedCon
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 raise UserError(place, f"{pattern}, which names nothing", f"a name such as {names[0]}")
-        # A stage freezes what the whole run does as well.
+        # A stage also freezes what the whole run freezes.
         if all(frozen(name, (*student.freeze, *patterns)) for name in names):
             raise UserError(place, "every parameter", "some left to train")
 
@@ -114,25 +114,25 @@ def has_head(
     objectives: Sequence[Objective],
     missing: Collection[str],
 ) -> bool:
-    """Return whether the teacher's head is trained for the task: one of hidden states alone may have none yet.
+    """Return whether the teacher's head is trained for the task; a head that no term reads may be untrained.
 
     missing: weights that its files lack.
     """
     if task == EMBEDDING or any(objective.needs("head") for objective in objectives):
-        return True  # there is none, or the weights must bring it
+        return True  # it has no head, or its files must contain it
     if missing:
         return False
     if task == "causal_lm":
         return True  # such a model has no other head
     heads = {"masked_lm": ("MaskedLM", "PreTraining", "LMHead")}.get(task, ("SequenceClassification",))
-    discriminators = ("ElectraForPreTraining", "FunnelForPreTraining")  # these tell tokens from replaced ones
+    discriminators = ("ElectraForPreTraining", "FunnelForPreTraining")  # they detect replaced tokens
     return teacher.path is not None and any(
         head in name for name in model.architectures or () for head in heads if name not in discriminators
     )
 
 
 def check_judge(evaluation: Evaluation, data: Data, judged: bool) -> None:
-    """Refuse what only a teacher with a trained head can tell."""
+    """Refuse settings that need a teacher with a trained head, if it has none."""
     if judged:
         return
     if evaluation.rcs:
@@ -148,9 +148,9 @@ def check_judge(evaluation: Evaluation, data: Data, judged: bool) -> None:
 
 
 def check_classes(labels: tuple[str, ...], theirs: tuple[str, ...], given: bool) -> None:
-    """Refuse a teacher of other classes than the data's, or of another order.
+    """Refuse a teacher with other classes than the data's, or in another order.
 
-    given: `data.labels` says what the order is, which a teacher whose classes have no names cannot tell.
+    given: `data.labels` gives the order; a teacher whose classes have no names needs it.
     """
     unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
     if len(theirs) != len(labels) or (not unnamed and theirs != labels):

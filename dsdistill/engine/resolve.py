@@ -1,4 +1,4 @@
-"""Resolve what the data of a config depends on, and read its sets: before a run, or without one."""
+"""Resolve what a config's data depends on, and read its sets, with or without a run."""
 
 import contextlib
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from dsdistill.models.tokenizer import entries, fingerprint
 
 
 class Made(Protocol):
-    """Made is what a recipe makes: its student is the teacher."""
+    """Made is what a recipe makes: its student is the run's teacher."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
@@ -35,17 +35,17 @@ class Made(Protocol):
 class Resolved:
     """Resolved holds the tokenizer and the architectures of a config."""
 
-    config: Config  # with the pooling and the prompts that folders of sentence encoders bring
+    config: Config  # with pooling and prompts from the folders of sentence encoders
     tokenizer: PreTrainedTokenizerBase
     student: PretrainedConfig
     teacher: PretrainedConfig | None
-    recipe: "Resolved | None"  # of the teacher
+    recipe: "Resolved | None"  # the teacher's
 
 
 def resolve(config: Config, bad: Bad | None = None) -> Resolved:
-    """Return tokenizer and architectures of a config, and of its teacher's recipe; no weights are looked at.
+    """Return tokenizer and architectures of a config, and of its teacher's recipe; weights are not read.
 
-    bad: is told of rows that cannot be read, where a tokenizer is trained on them.
+    bad: called for rows that cannot be read, if a tokenizer is trained on them.
     """
     recipe = None
     if config.teacher is not None and config.teacher.path is None and config.teacher.recipe is not None:
@@ -53,16 +53,16 @@ def resolve(config: Config, bad: Bad | None = None) -> Resolved:
     teacher = teacher_architecture(config.teacher, recipe)
     student = student_architecture(config.student, teacher)
     tokenizer = tokenizer_of(config, recipe, bad)
-    if config.data.chat_template is not None:  # what the student learns, its export says
+    if config.data.chat_template is not None:  # the export has the template that the student learns
         tokenizer.chat_template = read_template(config.data.chat_template)
     config = with_sentences(config, tokenizer, recipe)
     return Resolved(config, tokenizer, student, teacher, recipe)
 
 
 def with_sentences(config: Config, tokenizer: PreTrainedTokenizerBase, recipe: Made | None = None) -> Config:
-    """Return a config of task embedding with poolings and prompts as its models' folders have them; others as they are.
+    """Return a config of task embedding with poolings and prompts from its models' folders; others unchanged.
 
-    recipe: of the teacher. Raises UserError for a folder of another kind of sentence encoder.
+    recipe: the teacher's. Raises UserError for a folder of another kind of sentence encoder.
     """
     if config.task != EMBEDDING:
         return config
@@ -100,7 +100,7 @@ def read_sets(
     teacher: PretrainedConfig | None,
     bad: Bad | None = None,
 ) -> Splits[Set]:
-    """Return all sets of a config, tokenised, as its models are to read them; `bad` as of `load_data`."""
+    """Return all sets of a config, tokenised, as its models are to read them; `bad` as in `load_data`."""
     return load_data(
         config.data,
         config.task,
@@ -114,12 +114,12 @@ def read_sets(
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase) -> Words:
-    """Return a tokenizer and what tells it from others."""
+    """Return a tokenizer with its number of entries and its fingerprint."""
     return Words(tokenizer, entries(tokenizer), fingerprint(tokenizer))
 
 
 def teacher_architecture(teacher: schema.Teacher | None, recipe: Made | None) -> PretrainedConfig | None:
-    """Return the architecture of the teacher; recipe: of the run that trains it."""
+    """Return the architecture of the teacher; recipe: the run that trains it."""
     if teacher is None:
         return None
     if recipe is not None:
@@ -129,14 +129,14 @@ def teacher_architecture(teacher: schema.Teacher | None, recipe: Made | None) ->
 
 
 def student_architecture(student: schema.Student, teacher: PretrainedConfig | None) -> PretrainedConfig:
-    """Return the architecture of the student; teacher: what it may be cut from."""
+    """Return the architecture of the student; teacher: the one that it may be cut from."""
     if student.from_teacher is not None:
         return cut_architecture(teacher, student.from_teacher, student.config, "student")
     return architecture(student.path, student.config, "student")
 
 
 def tokenizer_of(config: Config, recipe: Made | None, bad: Bad | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run; raise UserError where a model that it feeds has another of its own."""
+    """Return the tokenizer of a run; raise UserError if a model of the run has another one of its own."""
     paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
     paths = {place: path for place, path in paths.items() if path}
     own = {"teacher": recipe.tokenizer} if recipe is not None else {}
@@ -169,7 +169,7 @@ def tokenizer_of(config: Config, recipe: Made | None, bad: Bad | None = None) ->
 
 
 def _own_tokenizers(paths: dict[str, str]) -> dict[str, PreTrainedTokenizerBase]:
-    """Return the tokenizers that models bring, by place; one without, or with one that fails, cannot be compared."""
+    """Return the models' own tokenizers, by place; a tokenizer that is missing or fails to load is left out."""
     found = {}
     for name, path in paths.items():
         with contextlib.suppress(UserError):

@@ -1,4 +1,4 @@
-"""Run everything: the teacher's recipe where one is named, the student, a baseline, the summary."""
+"""Run everything: the teacher's recipe if one is named, the student, a baseline, the summary."""
 
 import contextlib
 import copy
@@ -40,7 +40,7 @@ TEACHERS = "runs/teachers"
 
 
 def train(config: Config) -> dict:
-    """Run `config` on the processes that the launcher started (or this one); returns the summary on every rank."""
+    """Run `config` on the processes that the launcher started (or this one); return the summary on every rank."""
     RunFolder(config.run_dir).check()
     with running(config.run.timeout) as ranks:
         return run(config, ranks)
@@ -48,7 +48,7 @@ def train(config: Config) -> dict:
 
 @contextlib.contextmanager
 def running(timeout: float) -> Iterator[Ranks]:
-    """The processes of a run, from their meeting to their end; RunError where one does not come, or is lost."""
+    """Start the ranks of a run, and stop them at its end; raise RunError if one does not come, or is lost."""
     try:
         yield deepspeed.start(timeout)
     except RunError:
@@ -69,12 +69,12 @@ def running(timeout: float) -> Iterator[Ranks]:
     finally:
         if (
             not stopping.requested()
-        ):  # or others may wait in vain for what the group's end takes; the process ends
+        ):  # else closing the group could make ranks wait in vain; after a signal the process ends anyway
             deepspeed.stop()
 
 
 def run(config: Config, ranks: Ranks) -> dict:
-    """Train and evaluate as `config` says; a run that is finished already only gives its summary."""
+    """Train and evaluate as `config` says; for a finished run only return its summary."""
     folder = RunFolder(config.run_dir)
     with ranks.first_alone():
         done = folder.summary()
@@ -107,7 +107,7 @@ def _open(
 ) -> None:
     """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it.
 
-    prepared: of a run that notes what it is made from; a baseline is made from what its run is.
+    prepared: of a run that notes what it is made from; None for a baseline, which is made from the same as its run.
     """
     folder.claim()
     if not finished:
@@ -120,7 +120,7 @@ def _open(
 
 
 def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
-    """Point the config at the teacher that its recipe makes, training it unless it is there already."""
+    """Point the config at the teacher that its recipe makes; train that teacher unless it is there."""
     recipe = prepared.recipe
     home = os.path.join(TEACHERS, _fingerprint(recipe))
     model = os.path.join(home, MODEL)
@@ -140,11 +140,11 @@ def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
         if recipe.recipe is not None:
             use_recipe(recipe, folder, ranks)
         _distil(recipe, folder, ranks)
-        gc.collect()  # its engine, before the next ones are made
+        gc.collect()  # free its engine before the next ones are made
         with ranks.first_alone():
             if ranks.first:
                 export(home, model, dtype="fp32")  # a student learns from the weights as they are
-                folder.release()  # for a job that waits for it
+                folder.release()  # another job may wait for it
     prepared.config = with_fields(
         prepared.config, teacher=with_fields(prepared.config.teacher, path=model, recipe=None)
     )
@@ -170,13 +170,13 @@ def _distil(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> dict:
     if judge is not None:
         models["teacher"] = {**scores["teacher"], "parameters": count_parameters(teacher.model)}
     start = ranks.gather(folder.start_scores())[0] if config.run.evaluate_start else {}
-    if start:  # a first pass tells nothing of speed
+    if start:  # without speeds, which a first pass cannot measure
         kept = {name: value for name, value in start.items() if not name.endswith("_per_second")}
         models["start"] = {**kept, "parameters": student.parameters}
     models["student"] = _row(scores["student"], student)
     steps, peak = student.total, max(ranks.gather(peak_memory_mib(ranks)))
     if config.run.baseline:
-        del student  # its engine, before the next one is made
+        del student  # free its engine before the next one is made
         gc.collect()
         models["baseline"] = _baseline(prepared, init, folder, judge, ranks)
     summary = {
@@ -213,7 +213,7 @@ def _through_stages(
     folder: RunFolder,
     ranks: Ranks,
 ) -> Trainer:
-    """Train stage after stage, from the newest checkpoint that verifies; the trainer of the last."""
+    """Train stage after stage, from the newest checkpoint that verifies; return the last stage's trainer."""
     parts = prepared.config.run_stages
     tag = ranks.gather(folder.tag)[0]
     start = checkpoint.read_state(folder.path, tag)["stage"] if tag is not None else 0
@@ -223,7 +223,7 @@ def _through_stages(
         if trainer is not None:
             before = stages.hand_over(folder.path, parts[index - 1].name, trainer.end, ranks)
             trainer.engine.destroy()
-            del trainer  # its engine, before the next one is made
+            del trainer  # free its engine before the next one is made
             gc.collect()
         if len(parts) > 1:
             log.info("stage %s: %s", parts[index].name, ", ".join(prepared.objectives[index].terms))
@@ -236,18 +236,18 @@ def _through_stages(
 
 
 def _score_start(trainer: Trainer, folder: RunFolder, ranks: Ranks) -> None:
-    """Score the student before its first step; metrics.jsonl begins with what it came to, which a resume keeps."""
+    """Score the student before its first step; the scores are the first line of metrics.jsonl, which a resume keeps."""
     scores = trainer.evaluate()["student"]
     with ranks.first_alone():
         if ranks.first:
-            folder.rewind(-1)  # a start that failed may have written the same
+            folder.rewind(-1)  # a start that failed may have written this line already
             folder.log({"step": 0, "evaluation": scores})
 
 
 def _baseline(
     prepared: Prepared, init: str | None, folder: RunFolder, judge: Tracer | None, ranks: Ranks
 ) -> dict:
-    """The same student, steps and data on the task alone."""
+    """Train the same student on the task alone, with the same steps and data; return its scores."""
     log.info("training the baseline: the same student without distillation")
     config, task = prepared.config, prepared.config.terms.task
     alone = copy.copy(prepared)
@@ -263,7 +263,7 @@ def _baseline(
             dir=home.path,
             name=f"{config.run.name}-baseline",
             baseline=False,
-            evaluate_start=False,  # it is that of the run
+            evaluate_start=False,  # the run's own start scores hold for it too
         ),
     )
     alone.objectives = make_objectives(alone.config, prepared.pair)
@@ -284,7 +284,7 @@ def _row(scores: dict, trainer: Trainer) -> dict:
 
 
 def _shapes(prepared: Prepared) -> dict[str, dict]:
-    """Return what each model is called by transformers, its layers, width, heads and vocabulary."""
+    """Return each model's type in transformers, its layers, width, heads and vocabulary."""
     found = {}
     for name, model, shape in (
         ("teacher", prepared.teacher, prepared.pair.teacher),
@@ -297,14 +297,14 @@ def _shapes(prepared: Prepared) -> dict[str, dict]:
 
 
 def _examples(prepared: Prepared) -> dict[str, int]:
-    """Return how many examples each set has, as far as that is known."""
+    """Return how many examples each set has; a streamed train set is left out."""
     data = prepared.data
     counts = {} if isinstance(data.train, Streamed) else {"train": len(data.train)}
     return counts | {f"dev {name}".strip(): len(dev) for name, dev in data.devs.items()}
 
 
 def _fingerprint(prepared: Prepared) -> str:
-    """Names a teacher by all that decides what it becomes: its config and its tokenised data."""
+    """Return a teacher's name, made of all that determines the teacher: its config and its tokenised data."""
     digest = hashlib.sha256(teacher_identity(prepared.config).encode())
     for part in (prepared.data.train, *prepared.data.devs.values()):
         digest.update(content(part).encode())
@@ -312,5 +312,5 @@ def _fingerprint(prepared: Prepared) -> str:
 
 
 def with_fields(section, **changes):
-    """A frozen config section with some fields changed."""
+    """Return a copy of a frozen config section with some fields changed."""
     return section.model_copy(update=changes)

@@ -19,25 +19,25 @@ from dsdistill.data.sources import dev_sets, names, parts
 log = logging.getLogger("dsdistill")
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-TEACHER = "teacher.txt"  # where the teacher that a recipe made lies
+TEACHER = "teacher.txt"  # path of the teacher that a recipe made
 SOURCES = "sources.json"  # digests of what the run is made from
 CHECKPOINTS = "checkpoints"
 LOCK = "lock"
-MARKER = "dsdistill-run.txt"  # tells that the files of a folder are this project's to replace and to remove
+MARKER = "dsdistill-run.txt"  # marks a folder whose files a run may replace and remove
 
-INIT = "init"  # the student's architecture, tokenizer and, where cut from a teacher, first weights
+INIT = "init"  # the student's architecture, tokenizer and, if cut from a teacher, first weights
 LAYERS = "layers.json"  # the pairs that cka_offline found
 MAPS = "domain_maps.safetensors"  # of the teacher's states
-SAMPLING = "sampling.npy"  # what the teacher says of the train examples
-STAGES = "stages"  # what each hands on
-REPRESENTATIONS = "representations"  # of the dev set, on the way
+SAMPLING = "sampling.npy"  # the teacher's values of the train examples, for a sampler
+STAGES = "stages"  # the weights that each stage hands on
+REPRESENTATIONS = "representations"  # of the dev set, during training
 BASELINE = "baseline"  # a run of its own
 MODEL = "model"  # what a recipe's run exports
-BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"  # of the guard
+BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"  # written by Guard
 GENERATED, PREDICTIONS = "generated.jsonl", "predictions.jsonl"
 PLOT, PAGE = "loss.png", "report.html"
 NOTES = (BAD, SPIKES, GENERATED, PREDICTIONS, PLOT, PAGE)
-# All that a resumed run does not make again, and the files that are written there (`disk.remove`).
+# What a resumed run does not make again; for folders, patterns of the files in them (`disk.remove`).
 KEPT = {
     INIT: (
         "*config.json",
@@ -61,28 +61,28 @@ KEPT = {
 OWN = (CONFIG, METRICS, SUMMARY, TEACHER, SOURCES, CHECKPOINTS, LOCK, MARKER, *KEPT, *NOTES, BASELINE, MODEL)
 _MANIFEST, _MANIFEST_BYTES = "manifest.json", 2**24
 _REDIRECTED = (".log", ".out", ".err")  # what a shell or Slurm writes into a folder before the run begins
-_WAITING = 10_000  # most lines of the log that wait for room on a full disk
+_WAITING = 10_000  # most log lines that are kept in memory while the disk is full
 
 _held: dict[str, "_Lock"] = {}  # the locks of this process, by folder
 
 
 class RunFolder:
-    """A run folder, which rank 0 alone writes and all ranks read.
+    """A RunFolder is the folder of a run, which only rank 0 writes and all ranks read.
 
-    known: the path is one that only runs make (a baseline's, a recipe's teacher), so that an unmarked folder of
-    before is taken for one.
+    known: only runs make a folder at this path (a baseline, a recipe's teacher), so that an older folder without a
+    marker is taken for a run's.
     """
 
     def __init__(self, path: str, known: bool = False):
         self.path, self.known = path, known
         self.tag: str | None = None  # of the checkpoint to go on from or to evaluate, on rank 0
-        self._waiting: list[str] = []  # lines of the log that a full disk did not take
+        self._waiting: list[str] = []  # log lines that did not fit on a full disk
 
     def __truediv__(self, name: str) -> str:
         return os.path.join(self.path, name)
 
     def check(self) -> None:
-        """Raise UserError unless the folder is unused or a run's, and could be written; makes nothing."""
+        """Raise UserError unless the folder is unused or a run's, and can be written. Nothing is changed."""
         disk.check_writable(self.path)
         if not os.path.isdir(self.path):
             return
@@ -110,7 +110,7 @@ class RunFolder:
 
     @property
     def _of_before(self) -> bool:
-        """Return whether a version without markers ran here: a manifest tells, or summary and config."""
+        """Return whether a version without markers ran here, which left a manifest, or summary and config."""
         saved = self / CHECKPOINTS
         for name in sorted(os.listdir(saved)) if os.path.isdir(saved) else ():
             path = os.path.join(saved, name, _MANIFEST)
@@ -122,10 +122,10 @@ class RunFolder:
         return False
 
     def open(self, config: Config) -> None:
-        """Make the folder, or check that what lies there is an earlier part of this run; write the config.
+        """Make the folder, or check that it holds an earlier part of this run; write the config.
 
-        A start that failed before its first checkpoint binds nobody: its config is replaced, and what it prepared, of
-        another teacher or other data perhaps, is made again.
+        If no checkpoint was saved, the config there is replaced, and what the earlier start prepared is made again: it
+        may be of another teacher or other data.
         """
         self.claim()
         self.agree(config)
@@ -138,7 +138,7 @@ class RunFolder:
                 file.write(configs.dump(config))
 
     def agree(self, config: Config) -> None:
-        """Raise UserError where the folder holds a run that this config may not go on with; changes nothing."""
+        """Raise UserError if this config may not go on with the run in the folder. Nothing is changed."""
         saved = self / CONFIG
         if not self.begun or not os.path.exists(saved):
             return
@@ -149,7 +149,7 @@ class RunFolder:
         check_same(saved, config)
 
     def holds(self, config: Config) -> bool:
-        """Return whether config.yaml already says what `dump` would write."""
+        """Return whether config.yaml already holds what `dump` would write."""
         try:
             return configs.dump(configs.load_saved(self / CONFIG)) == configs.dump(config)
         except UserError:
@@ -166,7 +166,7 @@ class RunFolder:
         log.info("removed %s, which a start that failed had prepared", self / name)
 
     def claim(self) -> None:
-        """Take the folder for this process; raise UserError where it is no run's, or another process has it."""
+        """Lock and mark the folder, and remove scratch files; raise UserError if it is not a run's, or is locked."""
         self.check()
         if not self.lock():
             raise UserError(
@@ -177,12 +177,12 @@ class RunFolder:
                 file.write(
                     f"dsdistill {__version__} keeps a run in this folder: it replaces and removes files of its own.\n"
                 )
-        disk.sweep(self.path, OWN)  # an export into the folder may have a scratch name of its own there
+        disk.sweep(self.path, OWN)  # only ours: an export into this folder may have a scratch folder here too
         for name in (CHECKPOINTS, STAGES, REPRESENTATIONS):
             disk.sweep(self / name)
 
     def lock(self) -> bool:
-        """Take the folder for this process, until it ends however it ends; False where another has it."""
+        """Lock the folder until this process ends, however it ends; return False if another process has it."""
         home = os.path.realpath(self.path)
         try:
             os.makedirs(self.path, exist_ok=True)
@@ -197,9 +197,9 @@ class RunFolder:
         return True
 
     def keep(self) -> None:
-        """Make sure that the folder is still this process's, before something is written there.
+        """Make sure, before a write, that this process still has the folder.
 
-        Somebody may have removed the lock, or the whole folder. Raises RunError where another process came in between.
+        Somebody may have removed the lock, or the whole folder. Raises RunError if another process has taken it since.
         """
         held = _held.get(os.path.realpath(self.path))
         if held is None or held.current():
@@ -218,7 +218,7 @@ class RunFolder:
         _held.pop(os.path.realpath(self.path)).close()
 
     def wait(self, made: str) -> None:
-        """Return once `made` is there, or take the folder once no other process has it."""
+        """Wait until the folder `made` is there, or until this run folder is locked for this process."""
         told = False
         while not os.path.isdir(made) and not self.lock():
             if not told:
@@ -228,14 +228,14 @@ class RunFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether there is something to lose: a checkpoint or a summary."""
+        """Return whether there is something to lose: a checkpoint or a summary."""
         saved = self / CHECKPOINTS
         return os.path.exists(self / SUMMARY) or (
             os.path.isdir(saved) and not all(map(disk.is_scratch, os.listdir(saved)))
         )
 
     def pin_teacher(self, path: str) -> None:
-        """Note which teacher this run learns from; raise UserError where it began with another."""
+        """Note which teacher this run learns from; raise UserError if it began with another."""
         note = self / TEACHER
         if self.begun and os.path.exists(note):
             with open(note, encoding="utf-8") as file:
@@ -251,7 +251,7 @@ class RunFolder:
             file.write(path + "\n")
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
+        """Return the summary of a finished run, or None."""
         try:
             with open(self / SUMMARY, encoding="utf-8") as file:
                 summary = json.load(file)
@@ -265,7 +265,7 @@ class RunFolder:
             file.write("\n")
 
     def log(self, record: dict) -> None:
-        """Append one line to metrics.jsonl; while the disk is full, lines wait, and training goes on."""
+        """Append one line to metrics.jsonl; while the disk is full, lines are kept in memory and training goes on."""
         self.keep()
         lines = [*self._waiting, json.dumps(record) + "\n"]
         try:
@@ -282,7 +282,7 @@ class RunFolder:
         self._waiting = []
 
     def start_scores(self) -> dict[str, float]:
-        """Return the scores of the student before its first step, as metrics.jsonl has them; {} where it has none."""
+        """Return the student's scores before its first step from metrics.jsonl; {} if there are none."""
         try:
             with open(self / METRICS, encoding="utf-8") as file:
                 first = json.loads(file.readline())
@@ -291,7 +291,7 @@ class RunFolder:
         return first.get("evaluation", {}) if isinstance(first, dict) and first.get("step") == 0 else {}
 
     def rewind(self, step: int) -> None:
-        """Drop lines of steps after `step`: a resumed run computes them again."""
+        """Drop the log lines of steps after `step`: a resumed run writes them again."""
         if not os.path.exists(self / METRICS):
             return
         kept = []
@@ -307,9 +307,9 @@ class RunFolder:
 
 
 class _Lock:
-    """This is the open lock file of a folder, and the folder itself where its file system locks folders.
+    """A _Lock is the open lock file of a folder, and the open folder itself if its file system locks folders.
 
-    The file alone would not do: who removes it could lock a new one beside the process that holds the old.
+    The file alone would not suffice: if it is removed, a second process can lock a new one.
     """
 
     def __init__(self, folder: str, own: int, file: int):
@@ -317,7 +317,7 @@ class _Lock:
 
     @classmethod
     def take(cls, folder: str) -> "_Lock | None":
-        """Lock a folder that is there; None where another process has it."""
+        """Lock an existing folder; return None if another process has it."""
         own = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             if _lock(own, needed=False) and (file := _lock_file(folder)) is not None:
@@ -329,11 +329,11 @@ class _Lock:
         return None
 
     def current(self) -> bool:
-        """Return whether the folder and the file under the lock's name are those that are held."""
+        """Return whether the folder and the lock file at their paths are still those that are held."""
         return _is(self.own, self.folder) and _is(self.file, os.path.join(self.folder, LOCK))
 
     def renew(self) -> bool:
-        """Hold the file under the lock's name again where it was removed; False where the folder is another."""
+        """Lock a new lock file if the old one was removed; return False if the folder or its lock is another's."""
         if not _is(self.own, self.folder):
             return False
         if not self.current():
@@ -350,7 +350,7 @@ class _Lock:
 
 
 def _lock_file(folder: str) -> int | None:
-    """Return the descriptor of a folder's locked lock file; None where another process has it."""
+    """Return the descriptor of a folder's locked lock file; None if another process has it."""
     path = os.path.join(folder, LOCK)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -363,7 +363,10 @@ def _lock_file(folder: str) -> int | None:
 
 
 def _lock(descriptor: int, needed: bool = True) -> bool:
-    """Lock without waiting; False where another process has it. needed: NFS, for one, locks no folders."""
+    """Lock without waiting; return False if another process has it.
+
+    needed: raise OSError if the file system cannot lock this; NFS, for example, locks no folders.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -375,7 +378,7 @@ def _lock(descriptor: int, needed: bool = True) -> bool:
 
 
 def _is(descriptor: int, path: str) -> bool:
-    """Return whether a path leads to what is open; it may be a link to a folder, not one to a file."""
+    """Return whether a path leads to the open file or folder; of links only those to folders are followed."""
     try:
         there = os.stat(path, follow_symlinks=os.path.isdir(path))
         return os.path.samestat(os.fstat(descriptor), there)
@@ -384,9 +387,9 @@ def _is(descriptor: int, path: str) -> bool:
 
 
 def check_plain(path: str) -> None:
-    """Raise UserError where a run folder holds a link, a pipe or the like under one of its own names.
+    """Raise UserError if a run folder holds a link, a pipe or the like under one of its own names.
 
-    Whoever may write into a shared folder could have run files written or read elsewhere, or a run hang.
+    Otherwise anyone who may write into a shared folder could make a run read or write files elsewhere, or hang.
     """
     places = [os.path.join(path, name) for name in OWN]
     while places:
@@ -406,7 +409,7 @@ def check_plain(path: str) -> None:
 
 
 def as_begun(config: Config) -> Config:
-    """Return the config as the run that it resumes began with it, where an earlier version had other defaults."""
+    """Return the config with the defaults of the version that began the run which it resumes."""
     folder = RunFolder(config.run_dir)
     return (
         configs.as_begun(config, folder / CONFIG)
@@ -416,7 +419,7 @@ def as_begun(config: Config) -> Config:
 
 
 def check_sources(config: Config, sources: list[str]) -> None:
-    """Raise UserError where a run would write over, or remove, what it is to read.
+    """Raise UserError if a run would overwrite or remove what it is to read.
 
     sources: files and overrides of the command line.
     """

@@ -1,8 +1,8 @@
 """The stages of a run: where each ends, and what it hands to the next.
 
-What trains changes at a stage's end alone: a checkpoint, then an engine made anew around the student's weights and
-those that both stages' terms train. RUN/stages/NAME.safetensors holds them, as the next stage begins with them and
-as the frozen student that `smooth` compares with.
+What trains changes only between stages: after a checkpoint, a new engine is made around the student's weights and
+the weights of terms that both stages have. RUN/stages/NAME.safetensors holds these weights. The next stage begins with
+them, and its `smooth` term compares with a frozen student that has them.
 """
 
 import os
@@ -22,7 +22,7 @@ from dsdistill.models.tracer import Tracer, callee, freeze
 
 
 def ends(config: Config, steps: int) -> list[int]:
-    """Return the step that each stage ends with, by the stages' shares of `steps`."""
+    """Return the last step of each stage, from the stages' shares of `steps`."""
     shares = [stage.share for stage in config.run_stages]
     if steps < len(shares):
         raise UserError("train.steps", steps, f"at least one for each of {len(shares)} stages")
@@ -39,21 +39,21 @@ def weights_path(run_dir: str, name: str) -> str:
 
 
 def hand_over(run_dir: str, name: str, step: int, ranks: Ranks) -> str:
-    """Write what the stage that ends with `step` hands on, unless it is there; returns the file."""
+    """Write the weights of the stage that ends with `step`, unless they are there; return the file's path."""
     path = weights_path(run_dir, name)
     with ranks.first_alone():
         if ranks.first and not os.path.exists(path):
             weights = deepspeed.whole_weights(
                 os.path.join(run_dir, checkpoint.FOLDER), checkpoint.tag_of(step)
             )
-            # Tied weights come under each of their names; the format takes no shared memory.
+            # Tied weights have several names, and the format allows no shared memory: clone each.
             with disk.replacing(path) as made:
                 save_file({key: value.detach().clone() for key, value in weights.items()}, made)
     return path
 
 
 def load_weights(module: torch.nn.Module, path: str) -> None:
-    """Give a StudentModule what the stage before handed on; terms it did not have keep their own start."""
+    """Load the previous stage's weights into a StudentModule; terms new in this stage keep their initial weights."""
     given = load_file(path)
     own = module.state_dict()
     known = {name: value for name, value in given.items() if name in own}
@@ -68,7 +68,7 @@ def earlier_student(
 ) -> Tracer:
     """Return the student as a stage left it: frozen, whole on every rank, without dropout.
 
-    path: what that stage handed on; layers: to trace.
+    path: that stage's weights; layers: the layers to trace.
     """
     made = callee(
         build_model(

@@ -18,9 +18,9 @@ from dsdistill.models.weights import mapped_dtype
 
 
 class LazyTeacher:
-    """A LazyTeacher is the teacher of a run, which is loaded once: when it is first needed, perhaps before training.
+    """A LazyTeacher is the teacher of a run, loaded once: when it is first needed, perhaps before training.
 
-    It draws no random number that is left to others (dropout is off).
+    It takes no random numbers from others (dropout is off).
     """
 
     def __init__(
@@ -31,21 +31,21 @@ class LazyTeacher:
         ranks: Ranks,
         judged: bool = False,
     ):
-        """Note what to load. judged: its head is read by evaluation too."""
+        """Note what to load. judged: evaluation reads its head too."""
         self.config, self.architecture, self.ranks = config, architecture, ranks
         self.needs_head = judged or any(objective.needs("head") for objective in objectives)
 
     @functools.cached_property
     def callee(self) -> Callee:
-        """Return the model, whole on this rank or a part of it, as it is called."""
+        """Return the model and how it is called; this rank holds all of it, or its shard."""
         section, task, device = self.config.teacher, self.config.task, self.ranks.device
         name = teacher_dtype(self.config)
         dtype = deepspeed.DTYPES[name]
         with allocator.loading(device):
             if section.zero_stage == 3:
                 stored = mapped_dtype(section.path, self.architecture, task, "teacher")
-                stored = self.ranks.gather(stored)[0]  # all ranks must go one way
-                # Where the library makes the parts, the engine's settings say their type.
+                stored = self.ranks.gather(stored)[0]  # all ranks must take the same branch
+                # If DeepSpeed makes the shards while loading, its settings determine their dtype.
                 return _sharded(
                     functools.partial(self._load, stored or torch.float32),
                     task,
@@ -73,7 +73,7 @@ class LazyTeacher:
         )
 
     def tracer(self, objectives: Sequence[Objective], hidden: Iterable[int] = ()) -> Tracer:
-        """Return what traces the layers that the objectives read, and `hidden` beside them."""
+        """Return the tracer of the layers that the objectives read, and of the hidden states of layers `hidden`."""
         seen, attention = (
             frozenset().union(*(objective.layers(kind) for objective in objectives))
             for kind in ("teacher_hidden", "teacher_attention")
@@ -84,7 +84,7 @@ class LazyTeacher:
 
 
 def teacher_dtype(config: Config) -> str:
-    """Return the name of the type that a run's teacher computes in."""
+    """Return the name of the dtype that a run's teacher computes in."""
     return config.teacher.dtype or config.train.dtype
 
 
@@ -97,17 +97,17 @@ def shard_teacher(
 ) -> Callee:
     """Return a teacher sharded over all ranks by DeepSpeed's ZeRO-3, for a Distiller in any training loop.
 
-    Each rank holds 1/W of the weights, and whole layers only while they run. Every rank must call this, and run
-    the Distiller equally often. Where torch.distributed is not up yet it is started, as the launcher's variables say.
-    Beside a student under ZeRO-3 a Distiller's teacher runs while what the student prefetches is there.
+    Each of W ranks holds 1/W of the weights, and whole layers only while they run. Every rank must call this, and run
+    the Distiller equally often. If torch.distributed is not initialised yet, it is, from the launcher's variables.
+    If the student is under ZeRO-3 too, the parameters that it prefetches stay in memory while the teacher runs.
 
     Args:
         load: makes the model, such as lambda: AutoModelForCausalLM.from_pretrained(path). The weights are sharded
             while they are read.
-        dtype: fp32, bf16 or fp16, what the teacher computes in.
-        residency: tight, a rank holds one layer beside its shard; overlap, two, so that gathering hides behind
+        dtype: dtype that the teacher computes in: fp32, bf16 or fp16.
+        residency: tight, a rank holds one layer besides its shard; overlap, two, so that gathering hides behind
             compute; auto, overlap on a GPU.
-        settings: further ones of its DeepSpeed engine.
+        settings: further settings of its DeepSpeed engine.
 
     Raises:
         UserError: a setting that does not exist, or a model that is not one of transformers.
@@ -147,7 +147,7 @@ def _sharded(
 
 
 def largest_layer(module: nn.Module) -> int:
-    """Return the parameters of the largest block, sharded or not; of the model where it has no list of them."""
+    """Return the parameter count of the largest block, sharded or not; the model's if it has no list of blocks."""
     model = getattr(module, "model", module)
     model = model if isinstance(model, PreTrainedModel) else module
     return max(map(count_parameters, layer_list(model) or [model]))

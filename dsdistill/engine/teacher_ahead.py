@@ -8,26 +8,26 @@ from dsdistill.models.tracer import Tracer
 
 
 class TeacherAhead:
-    """A TeacherAhead makes each trace one micro-batch early, on a GPU on a stream of its own; elsewhere in turn.
+    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a stream of its own, elsewhere in turn.
 
-    A rank then holds two traces, and the teacher's activations beside the student's. No GPU has run it yet.
+    A rank then holds two traces, and the teacher's activations besides the student's. No GPU has run it yet.
     """
 
     def __init__(self, teacher: Tracer, device: torch.device):
         self.teacher = teacher
-        self.trace: Trace | None = None  # of the micro-batch at hand
+        self.trace: Trace | None = None  # of the current micro-batch
         self._next: Trace | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def go(self, batch: Batch, following: Batch | None) -> None:
-        """Take up a micro-batch, whose trace is made now if it was not made early; begin with the following one."""
+        """Set `trace` for a micro-batch, making it now if it was not made early; begin the following one's."""
         self.trace = self._next if self._next is not None else self._make(batch)
         if self._stream is not None:
             here = torch.cuda.current_stream()
             here.wait_stream(self._stream)
             for (
                 values
-            ) in self.trace.tensors():  # or the memory could be given away while the student reads it
+            ) in self.trace.tensors():  # else the allocator could reuse the memory while the student reads it
                 values.record_stream(here)
         self._next = self._make(following) if following is not None else None
 

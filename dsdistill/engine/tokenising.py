@@ -8,9 +8,9 @@ from dsdistill.engine.resolve import Resolved, read_sets, resolve
 
 
 def tokenize(config: Config, *, verify: bool = False) -> str:
-    """Tokenise all sets of a config and of its teacher's recipe; return a table of what they hold.
+    """Tokenise all sets of a config and of its teacher's recipe; return a table of their contents.
 
-    verify: sources and stores are read again whole, and compared.
+    verify: read sources and stores again, whole, and compare them.
 
     Raises:
         UserError: a row cannot be used; with `verify`, a source or a store that is not as it was.
@@ -38,6 +38,6 @@ def _tokenised(found: Resolved, verify: bool) -> str:
 
 
 def _paths(examples: Set) -> list[str]:
-    """Return the stores that a set lies in."""
+    """Return the paths of a set's stores."""
     parts = examples.parts if isinstance(examples, Mixture) else (examples,)
     return [path for part in parts for path in texts_of(part).documents.paths]

@@ -1,4 +1,4 @@
-"""A run from its config to its summary."""
+"""Train one stage of a run: the loop of steps, with its log, evaluations and checkpoints."""
 
 import contextlib
 import copy
@@ -40,17 +40,17 @@ log = logging.getLogger("dsdistill")
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """Progress says how far a run has come."""
 
     step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # of training, evaluation and saving apart
+    seconds: float = 0.0  # of training, without evaluation and saving
     tokens: int = 0  # valid tokens trained on, all ranks
     losses: float = 0.0  # summed over the steps since the last evaluation
-    counted: int = 0  # those steps
+    counted: int = 0  # number of those steps
 
 
 class _Forgiving:
-    """A stream whose failures cost what is shown, not the run: a log on a full disk, a terminal that is gone."""
+    """A _Forgiving stream ignores failed writes (a full disk, a closed terminal), so that they do not end the run."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -68,11 +68,11 @@ class _Forgiving:
 
 
 class Trainer:
-    """One student in one stage of its training.
+    """A Trainer trains the student in one stage.
 
-    index: of the stage. init: where the student's first weights lie (None: random). before: what the stage before
-    handed over (stages.hand_over); None for the first. teacher: None trains on the task alone. judge: the teacher
-    that evaluation compares with (the same, or one that a baseline does not learn from).
+    index: of the stage. init: path of the student's first weights (None: random). before: path of the previous stage's
+    weights (stages.hand_over); None in the first. teacher: None trains on the task alone. judge: the teacher that
+    evaluation compares with (the same, or one that a baseline does not learn from).
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Trainer:
         ends = stages.ends(config, self.total)
         self.start, self.end = (0, *ends)[index], ends[index]
         objective.begin(self.end - self.start)
-        self.frozen = {}  # as they are before the engine rounds them, for checkpoints
+        self.frozen = {}  # frozen weights before the engine rounds them, for checkpoints
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad and parameter.dtype != deepspeed.DTYPES[config.train.dtype]:
                 kept = engines.whole(parameter)
@@ -150,11 +150,11 @@ class Trainer:
             self._schedule,
         )
         if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # a run of the teacher's recipe may have come before
+            torch.cuda.reset_peak_memory_stats()  # the teacher's recipe may have trained in this process
         # Dropout differs between ranks, and between stages.
         torch.manual_seed(config.run.seed + ranks.rank + index * ranks.world_size)
         self.progress = Progress(self.start)
-        self._saving: checkpoint.Saving | None = None  # that is written while training goes on
+        self._saving: checkpoint.Saving | None = None  # the checkpoint that a thread writes during training
         overlaps = self.module.teacher is not None and config.teacher.overlap
         self._teacher_ahead = TeacherAhead(self.module.teacher, ranks.device) if overlaps else None
         self.step_size: dict[str, int] = {}  # documents and tokens of the latest step, all ranks
@@ -170,13 +170,13 @@ class Trainer:
         )
 
     def train_step(self, batches: list[Batch], following: Batch | None = None) -> Tensor:
-        """Make one optimizer step of this rank's micro-batches; return (parts,) float64, their raw values.
+        """Make one optimizer step from this rank's micro-batches; return (parts,) float64, their summed raw values.
 
         following: the first micro-batch of the next step, for a teacher that runs ahead.
         """
         batches = [batch.to(self.ranks.device) for batch in batches]
         counts = self.module.counts(batches)
-        if self.module.domain is not None:  # from the step alone, so that a resume goes on exactly
+        if self.module.domain is not None:  # depends on the step alone, so that a resume goes on exactly
             done = (self.progress.step - self.start) / (self.end - self.start)
             self.module.domain.share = 1 - done
         raw = torch.zeros(len(counts), dtype=torch.float64, device=self.ranks.device)
@@ -184,35 +184,36 @@ class Trainer:
             if self._teacher_ahead is not None:
                 self._teacher_ahead.go(batch, then)
             loss, parts = self._loss(batch, counts)
-            # Undoes DeepSpeed's mean over ranks and micro-batches: counts already are those of the whole step.
+            # This undoes DeepSpeed's mean over ranks and micro-batches: the loss is already divided by counts of the
+            # whole step.
             self.engine.backward(loss * (self.ranks.world_size * len(batches)))
             self.engine.step()
             raw += parts
         return raw
 
     def _loss(self, batch: Batch, counts: Tensor) -> Loss:
-        # Outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
+        # The teacher runs outside the engine, which under ZeRO-3 gathers the student before its forward pass begins.
         made = self._teacher_ahead.trace if self._teacher_ahead is not None else None
         with self.module.traces(batch, made) as traces:
             return self.engine(batch, counts, *traces)
 
     def run(self, folder: RunFolder, tag: str | None = None) -> None:
-        """Train to the stage's last step, from checkpoint `tag` of this stage where there is one."""
+        """Train to the stage's last step, from this stage's checkpoint `tag` if there is one."""
         try:
-            with logging_redirect_tqdm():  # lines of the log above the bar, not in it
+            with logging_redirect_tqdm():  # log lines go above the bar, not into it
                 self._resume(folder, tag)
-                with self._bar() as bar, stopping.training():  # the bar is closed before anything is said
+                with self._bar() as bar, stopping.training():  # the bar is closed before messages are printed
                     self._run(folder, bar)
-        except BackendError as error:  # some are found out by the first call alone
+        except BackendError as error:  # some appear only at the first call
             raise UserError("train.backend", str(error), "auto, or one that runs every term") from None
         except Exception as error:
             place = f"rank {self.ranks.rank}, step {self.progress.step + 1}"
             told = f"{type(error).__name__}: {error}".splitlines()[0]
-            error.add_note(f"dsdistill: {place}: {told}")  # the last line of a traceback, where there is one
+            error.add_note(f"dsdistill: {place}: {told}")  # becomes the last line of a traceback
             raise
 
     def _bar(self) -> tqdm:
-        """Return the progress bar: how far, the time left, and what `_log` last told."""
+        """Return the progress bar: steps done, the time left, and the values that `_log` set last."""
         self._shown = copy.copy(self.progress)
         return tqdm(
             total=self.total,
@@ -226,9 +227,9 @@ class Trainer:
         )
 
     def _pace(self) -> tuple[float, float]:
-        """Return seconds a step and tokens a second since the last logged step.
+        """Return seconds per step and tokens per second since the last logged step.
 
-        The clock was read where the step waited for the device already, so that nothing waits here.
+        The clock was read when a step had already waited for the device, so nothing waits here.
         """
         now, before = self.progress, self._shown
         seconds, self._shown = max(now.seconds - before.seconds, 1e-9), copy.copy(now)
@@ -243,15 +244,15 @@ class Trainer:
         with contextlib.closing(ahead):
             try:
                 self._steps(ahead, guard, points, folder, bar)
-            except SharedError:  # on every rank: what was saved before is kept
+            except SharedError:  # raised on every rank: the checkpoint that is being written is kept
                 self._finish_saving()
                 raise
 
     def _steps(
         self, ahead: Ahead, guard: Guard, points: Collection[int], folder: RunFolder, bar: tqdm
     ) -> None:
-        # The step before, where nobody has read yet what came of it. A stop that it brings word of finds one step more
-        # made, and saves nothing where that one is not finite.
+        # The step before, if its results have not been read yet. If they say that the run is to stop, one more step
+        # has been made by then, and nothing is saved if that one is not finite.
         behind: Made | None = None
         batches: list[Batch] | None = None
         while self.progress.step < self.end:
@@ -281,14 +282,14 @@ class Trainer:
 
     @property
     def _waits(self) -> bool:
-        """Return whether reading what a step came to would wait for a GPU, and can be left until the next step's end.
+        """Return whether reading a step's results would wait for a GPU, and can be put off until the next step's end.
 
-        Layer weights that move follow every step at once.
+        Layer weights that move need every step's results at once.
         """
         return self.ranks.device.type == "cuda" and not self.module.objective.moves
 
     def _asked(self, points: Collection[int]) -> bool:
-        """Return whether somebody reads what the latest step came to: the log, an evaluation or a checkpoint."""
+        """Return whether the latest step's results are needed now, for the log, an evaluation or a checkpoint."""
         step, every = self.progress.step, (self._evaluate_every, self.config.run.save_every)
         return self._logged(step) or step in points or any(n and step % n == 0 for n in every)
 
@@ -302,14 +303,14 @@ class Trainer:
         return self.progress.step == self.end
 
     def _timed_step(self, batches: list[Batch], following: Batch | None = None) -> Made:
-        """Make a step; return what it came to, which waits for nobody."""
+        """Make a step; return its results without waiting for the device."""
         started = time.perf_counter()
         self.module.watch = self._watch()
         rate, skipped = self.engine.get_lr()[0], self.engine.skipped_steps
         raw = self.train_step(batches, following)
-        # By rank 0's clock.
+        # Whether a checkpoint is due, by rank 0's clock.
         due = self.ranks.first and 0 < self.config.run.save_minutes * 60 <= time.monotonic() - self._saved
-        tokens = sum(int(b.mask.sum()) for b in batches)  # on the host, where the loader has left them
+        tokens = sum(int(b.mask.sum()) for b in batches)  # the loader leaves masks on the host: no wait
         documents = sum(int(b.documents.sum()) for b in batches)
         written = self._saving is not None and self._saving.written
         told = filled([tokens, documents, due, written, *stopping.votes()], raw)
@@ -320,7 +321,7 @@ class Trainer:
         return Made(self.progress.step, rate, batches, values, len(raw), gradient)
 
     def _settle(self, made: Made, guard: Guard) -> tuple[bool, bool, bool]:
-        """Read what a step came to, and count it; layer weights follow where it is finite.
+        """Read and count a step's results; update layer weights if the step is finite.
 
         Returns whether loss and gradient are finite, whether a checkpoint is due by the clock, and whether the ranks
         have agreed to stop.
@@ -338,13 +339,13 @@ class Trainer:
             self.progress.losses += sum(term["weighted"] for term in made.report.values())
             self.progress.counted += 1
         self.progress.seconds += time.perf_counter() - started
-        # A step of before the save can have told of the one before that alone.
+        # A step from before this save began can only tell of an earlier save.
         if self._saving is not None and made.step > self._saving.step and written == self.ranks.world_size:
             self._finish_saving()
         return finite, bool(due), stopping.agreed(votes)
 
     def _evaluate(self, folder: RunFolder) -> None:
-        """Score the student, where the step is one to do so."""
+        """Score the student if an evaluation is due after this step."""
         step, every = self.progress.step, self._evaluate_every
         if not every or step % every:
             return
@@ -356,12 +357,12 @@ class Trainer:
         self._monitor({f"Dev/{name}": value for name, value in scores.items()})
 
     def _save(self, folder: RunFolder, finite: bool, due: bool, ending: bool) -> None:
-        """Save a checkpoint where one is due; raise Stopped where the run was told to end."""
+        """Save a checkpoint if one is due; raise Stopped if the run was told to end."""
         step, every = self.progress.step, self.config.run.save_every
         if ending and not finite:
             raise stopping.stopped(f"step {step}, which is not finite: ", ", not saved")
         due = due or ending or (every and step % every == 0)
-        if not (self._last or (due and finite)):  # never weights that a bad loss has touched
+        if not (self._last or (due and finite)):  # never save after a step that is not finite
             return
         state = {
             "stage": self.index,
@@ -390,7 +391,7 @@ class Trainer:
             raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
 
     def _finish_saving(self) -> None:
-        """Wait for the checkpoint that is on its way, where there is one, and go on from it from now on."""
+        """Wait for the checkpoint that is being written, if there is one; a resume takes it from now on."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
@@ -417,9 +418,9 @@ class Trainer:
         return step % self.config.run.log_every == 0 or step == self.end
 
     def _watch(self) -> SourceLosses | None:
-        """Return what adds up the losses of each source in the step to come, where there are several."""
+        """Return what sums the losses of each source in the next step; None if there is one source, or no log line."""
         train = self.prepared.data.train
-        # The task's loss of texts without labels would be asked of pairs alone, and depends on which of them meet.
+        # The task loss of texts without labels exists for pairs only, and depends on which pairs share a batch.
         if self.config.task == EMBEDDING:
             return None
         if not isinstance(train, Mixture) or not self._logged(self.progress.step + 1):
@@ -440,7 +441,7 @@ class Trainer:
         }
 
     def _log(self, folder: RunFolder, made: Made, bar: tqdm) -> None:
-        """Write a line of metrics.jsonl, where the step is one of those."""
+        """Write a line of metrics.jsonl if the step is to be logged."""
         if not self._logged(self.progress.step):
             return
         terms = made.report
@@ -468,17 +469,20 @@ class Trainer:
         )
 
     def _monitor(self, values: dict[str, float]) -> None:
-        """To TensorBoard, W&B and the like, where student.deepspeed turns one on: DeepSpeed tells them rates alone."""
+        """Write values to TensorBoard, W&B and the like, if student.deepspeed enables one.
+
+        DeepSpeed itself writes only learning rates there.
+        """
         if self.engine.monitor.enabled:
             step = self.progress.step * self.config.train.batch_size  # DeepSpeed's axis: examples
             self.engine.monitor.write_events([(name, value, step) for name, value in values.items()])
 
     def evaluate(self, predictions: Predictions | None = None) -> dict[str, dict[str, float]]:
-        """Return the scores of student and teacher on the dev set; predictions: is told what they are made of."""
+        """Return the scores of student and teacher on the dev sets; predictions: collects the models' outputs."""
         return self._judging(score, self.engine, self.judge, self.prepared, self.ranks, predictions)
 
     def _judging(self, function: Callable, *arguments):
-        """Call with the student in evaluation mode."""
+        """Call a function with the student in evaluation mode."""
         self.engine.eval()
         try:
             return function(*arguments)
@@ -487,7 +491,7 @@ class Trainer:
 
 
 def peak_memory_mib(ranks: Ranks) -> int:
-    """This rank's peak: GPU memory where there is one, else resident memory."""
+    """Return this rank's peak in MiB: GPU memory if it has a GPU, else resident memory."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated() // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10

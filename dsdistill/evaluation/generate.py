@@ -1,4 +1,4 @@
-"""What a causal language model writes after the prompts of the dev set."""
+"""Generate texts with a causal language model after the prompts of the dev set."""
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -13,8 +13,8 @@ from dsdistill.data import Examples
 def prompt_and_reference(examples: Examples, row: int) -> tuple[list[int], list[int]]:
     """Return the tokens of an example before and after the place where writing begins.
 
-    Where some tokens are context, the reference is the last run that has labels: the response to a prompt, the last
-    turn of a conversation, with the token that ends it where it has one. Of plain text writing begins in the middle.
+    If some tokens are context, the reference is the last run of tokens with labels: the response to a prompt, or the
+    last turn of a conversation, with its end token if it has one. In plain text writing begins in the middle.
     """
     tokens, ranges = examples.tokens(row).tolist(), examples.ranges(row)
     if ranges is None:
@@ -35,16 +35,16 @@ def greedy(
     call: Callable | None = None,
     anyone: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
-    """Return the likeliest next token again and again, all prompts at once, over a cache of keys and values.
+    """Return the tokens of greedy decoding after each prompt; all prompts run in one batch, with a key-value cache.
 
     Args:
         model: in eval mode.
-        prompts: n ≥ 1 of any lengths, none empty; they are padded on the left here.
-        most: (n,) ≥ 1, new tokens of each at most.
-        ends: tokens that end a text, not returned; without any, every row gets its `most` tokens.
-        vocabulary: entries of the head that are tokens; it may be padded.
-        call: what runs the model; default: the model itself.
-        anyone: whether some rank goes on, given whether this one does: all ranks of a sharded model run together.
+        prompts: n ≥ 1 prompts of any lengths, none empty; they are padded on the left here.
+        most: (n,) ≥ 1, most new tokens of each.
+        ends: tokens that end a text, not returned; if empty, every row gets its `most` tokens.
+        vocabulary: entries of the head that are tokens; the head may be padded.
+        call: runs the model; default: the model itself.
+        anyone: returns whether any rank goes on, given whether this one does: ranks run a sharded model together.
     """
     call = model if call is None else call
     device = model.device
@@ -68,7 +68,7 @@ def greedy(
         written.append(tokens[:, 0])
         running = running & (len(written) < limits)
         running = running & ~torch.isin(tokens[:, 0], stops)
-        # A row that has ended runs along unseen: it must not walk past the last position that the model knows.
+        # A row that has ended still runs, masked: its position must not pass the last one that the model knows.
         mask = torch.cat([mask, running[:, None].to(mask.dtype)], dim=1)
         positions = positions[:, -1:] + running[:, None]
     rows = [row[:limit] for row, limit in zip(torch.stack(written, 1).tolist(), most, strict=True)]

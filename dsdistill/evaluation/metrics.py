@@ -1,6 +1,6 @@
-"""Figures of merit of predictions. Pure functions of tensors or arrays, float64 inside, plain floats out.
+"""Compute metrics of predictions by pure functions of tensors or arrays, in float64, as plain floats.
 
-Small formulas are written out: of our dependencies none offers them without scikit-learn or SciPy, which the tests
+Small formulas are written out: none of our dependencies offers them without scikit-learn or SciPy, which the tests
 use as oracles.
 """
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Fraction of equal entries; both (n,) class indices."""
+    """Return the fraction of equal entries; both (n,) class indices."""
     predicted, labels = _pair(predicted, labels)
     return (predicted == labels).double().mean().item()
 
 
 def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Mean F1 over the classes that occur in either; both (n,) class indices.
+    """Return the mean F1 over the classes that occur in either; both (n,) class indices.
 
     F1 = 2 hits / (predicted + labelled), so it needs no case for precision or recall of 0 / 0.
     """
@@ -29,22 +29,22 @@ def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def f1(predicted: ArrayLike, labels: ArrayLike, positive: int = 1) -> float:
-    """F1 of one class, as GLUE scores MRPC and QQP; both (n,) class indices. 0 where the class occurs in neither."""
+    """Return F1 of one class, as GLUE scores MRPC and QQP; 0 if neither has the class. Both (n,) class indices."""
     predicted, labels = (classes == positive for classes in _pair(predicted, labels))
     hits = (predicted & labels).sum().double()
     return (2 * hits / (predicted.sum() + labels.sum()).clamp(min=1)).item()
 
 
 def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Mean negative log-likelihood of the n labels, nats; (n, C) and (n,)."""
+    """Return the mean negative log-likelihood of the n labels, nats; (n, C) and (n,)."""
     logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
     return torch.nn.functional.cross_entropy(logits, labels).item()
 
 
 def mcc(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews correlation of (n,) class indices, any number of classes (Gorodkin 2004).
+    """Return the Matthews correlation of (n,) class indices, any number of classes (Gorodkin 2004).
 
-    0 where either is constant: the formula gives 0 / 0, and a constant guess tells nothing.
+    It is 0 if either is constant: the formula gives 0 / 0, and a constant guess tells nothing.
     """
     confusion = _confusion(*_pair(predicted, labels))
     n, hits = confusion.sum(), confusion.diag().sum()
@@ -56,40 +56,40 @@ def mcc(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 
 def kl(teacher_logits: ArrayLike, student_logits: ArrayLike) -> float:
-    """Mean KL(teacher ‖ student) of the n distributions, nats, temperature 1; both (n, C)."""
+    """Return the mean KL(teacher ‖ student) of the n distributions, nats, temperature 1; both (n, C)."""
     teacher, student = _pair(teacher_logits, student_logits, logits=True)
-    # Log-probabilities of both: -inf logits (a class ruled out by both) give 0 · (−inf + inf), which is 0 here.
+    # -inf logits (a class that both rule out) give 0 · (−inf + inf), which counts as 0 here.
     log_p, log_q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
     terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
     return terms.sum(-1).mean().item()
 
 
 def agreement(teacher_logits: ArrayLike, student_logits: ArrayLike) -> float:
-    """Fraction of the n examples on which both choose the same class; both (n, C)."""
+    """Return the fraction of the n examples on which both choose the same class; both (n, C)."""
     teacher, student = _pair(teacher_logits, student_logits, logits=True)
     return accuracy(teacher.argmax(-1), student.argmax(-1))
 
 
 def pearson(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Linear correlation of (n,) scores, −1 to 1.
+    """Return the linear correlation of (n,) scores, −1 to 1.
 
-    0 where either is constant: the correlation is 0 / 0 there, and a student that gives every pair the same score
-    has learned nothing.
+    It is 0 if either is constant: the formula gives 0 / 0, and a student that gives every pair the same score has
+    learned nothing.
     """
     x, y = (values.double() for values in _pair(predicted, labels))
-    # Constant is judged by equality: after centring, rounding leaves noise that would correlate with anything.
+    # Constants are found by equality: after centring, rounding leaves noise that would correlate with anything.
     if (x == x[0]).all() or (y == y[0]).all():
         return 0.0
     return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
 def spearman(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Pearson correlation of the ranks (ties share their mean rank) of (n,) scores; 0 where either is constant."""
+    """Return the Pearson correlation of the ranks of (n,) scores (ties share their mean rank); 0 if one is constant."""
     return pearson(*map(_ranks, _pair(predicted, labels)))
 
 
 def perplexity(nll: float, count: int) -> float:
-    """exp(nll / count).
+    """Return exp(nll / count).
 
     Args:
         nll: negative log-likelihood of all predicted tokens together, nats.
@@ -104,7 +104,7 @@ def perplexity(nll: float, count: int) -> float:
 
 
 def _pair(first: ArrayLike, second: ArrayLike, logits: bool = False) -> tuple[Tensor, Tensor]:
-    """Both as tensors of one shape, finite; a logit may be −inf (a class ruled out)."""
+    """Return both as finite tensors of equal shape; a logit may be −inf (a class ruled out)."""
     first, second = torch.as_tensor(first).cpu(), torch.as_tensor(second).cpu()
     if first.shape != second.shape or not first.numel():
         raise ValueError(
@@ -120,7 +120,7 @@ def _pair(first: ArrayLike, second: ArrayLike, logits: bool = False) -> tuple[Te
 
 
 def _confusion(predicted: Tensor, labels: Tensor) -> Tensor:
-    """(C, C) float64: examples of each class (row) by the class they were given (column)."""
+    """Return (C, C) float64: counts of examples by their class (row) and the predicted class (column)."""
     classes = int(max(predicted.max(), labels.max())) + 1
     pairs = torch.bincount(labels * classes + predicted, minlength=classes**2)
     return pairs.view(classes, classes).double()

@@ -1,4 +1,4 @@
-"""Choose the class that F1 is of."""
+"""Choose the class whose F1 is scored."""
 
 import re
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ _NEGATIONS = ("not_", "non_", "no_")
 
 
 def positive_class(names: Sequence[str], wanted: str | None) -> int | None:
-    """Return the index of the class that F1 is of; None where there are not two classes.
+    """Return the index of the class whose F1 is scored; None unless there are two classes.
 
-    It is the second, unless the second's name is that of the first after not_, non_ or no_: of equivalent and
-    not_equivalent it is the first. Capitals do not matter, and a space or a hyphen is as good as an underscore.
+    It is the second, unless its name is the first's after not_, non_ or no_: for equivalent and not_equivalent it is
+    the first. Capitals do not matter, and a space or a hyphen counts as an underscore.
 
     Args:
-        names: of the classes, in order.
+        names: the classes' names, in order.
         wanted: `evaluation.positive_class`.
 
     Raises:
-        UserError: a class is wanted that is none of two.
+        UserError: the wanted class does not exist, or there are not two classes.
     """
     if wanted is not None and (len(names) != 2 or wanted not in names):
         listed = ", ".join(names[:8]) + ", …" * (len(names) > 8)

@@ -1,4 +1,4 @@
-"""How good the models are on the dev set: the task's metrics and the distance to the teacher."""
+"""Score the models on the dev set: the task's metrics and the distance to the teacher."""
 
 import contextlib
 import time
@@ -19,7 +19,7 @@ Seen = Callable[[dict[str, Tensor], Tensor], None]
 
 
 class _Clock:
-    """A _Clock takes the time of one model's forward passes, on a GPU by events that are read once, at the end."""
+    """A _Clock measures the time of one model's forward passes; on a GPU by events that are read once, at the end."""
 
     def __init__(self):
         self.passes: list[tuple[float, float] | tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -39,7 +39,7 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of all passes, which waits for the last of them."""
+        """Return the seconds of all passes; this waits for the last of them."""
         total = 0.0
         for start, end in self.passes:
             if isinstance(start, float):
@@ -62,30 +62,30 @@ def evaluate(
     seen: Seen | None = None,
     dims: Sequence[int] = (),
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the student and, with one, of the teacher; the same on every rank.
+    """Return the metrics of the student and, if there is one, of the teacher, on every rank.
 
     Args:
-        student: of a batch and the teacher's trace: (B, C) logits, (B, D) vectors of texts, or where tokens are
-            predicted the sums of the evaluation objective (loss of those tokens; with a teacher also its KL to the
-            student).
+        student: takes a batch and the teacher's trace; returns (B, C) logits, (B, D) vectors of texts, or, if tokens
+            are predicted, the sums of the evaluation objective (loss of those tokens; with a teacher also its KL to
+            the student).
         teacher: makes the teacher's trace of a batch.
-        teacher_values: where tokens are predicted: the teacher's own loss, (1,); of texts its vectors, (B, D).
-        batches: this rank's share; every rank has equally many.
-        task: that of the config.
-        gather: one object of each rank → all of them, on every rank.
-        positive: of two classes the one that f1 is of; None: the second.
-        seen: is told in the order of the set, of classes each model's (n, C) logits and the (n,) labels, of scores
-            (n, 1) and (n,) alike; of queries
-            and documents what `similarity.search` gives of each model, (n, 2), and the places of the right documents.
-        dims: numbers of first values of the vectors that are scored by themselves too.
+        teacher_values: returns the teacher's own loss, (1,), if tokens are predicted; for texts its vectors, (B, D).
+        batches: this rank's share; every rank has the same number.
+        task: the config's task.
+        gather: returns every rank's object, on every rank.
+        positive: index of the class whose f1 is scored, if there are two; None: the second.
+        seen: called with outputs in the set's order: for classes each model's (n, C) logits and the (n,) labels, for
+            scores (n, 1) and (n,), for queries and documents each model's (n, 2) results of `similarity.search` and
+            the indices of the right documents.
+        dims: lengths of vector prefixes that are scored too.
 
     Returns:
-        {"student": {...}, "teacher": {...}}: of classes accuracy, loss (cross-entropy) and macro_f1, or of two classes
-        f1 of the positive one, mcc, pearson and spearman of the one class's probability, which are those of the
-        other's; of scores pearson, spearman and loss (squared error); of vectors what similarity.scores gives; of
-        texts perplexity. kl: mean KL(teacher‖student), nats, an example or token; for scores that of normal
-        distributions of variance 1 around them, half the squared difference. tokens_per_second of the forward passes,
-        of vectors texts_per_second too.
+        {"student": {...}, "teacher": {...}}. For classes: accuracy, loss (cross-entropy) and macro_f1; for two classes
+        f1 of the positive one instead, and mcc, pearson and spearman of one class's probability, which equal those of
+        the other's. For scores: pearson, spearman and loss (squared error). For vectors: the result of
+        similarity.scores. For tokens: perplexity. kl: mean KL(teacher‖student), nats, per example or token; for scores
+        that of normal distributions of variance 1 around them, half the squared difference. tokens_per_second of the
+        forward passes, and texts_per_second for vectors.
     """
     parts: list[dict[str, Tensor]] = []
     clocks = {"student": _Clock(), "teacher": _Clock()}
@@ -107,7 +107,7 @@ def evaluate(
             else:
                 part |= {"labels": batch.labels, "index": batch.index}
             parts.append(part)
-    # The only wait for the device: every batch is on its way by now.
+    # The only wait for the device: the work of all batches is queued by now.
     parts = [{name: value.cpu() for name, value in part.items()} for part in parts]
     tokens = sum(int(part.pop("tokens")) for part in parts)
     everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
@@ -201,7 +201,7 @@ def _regression(output: Tensor, labels: Tensor, teacher: Tensor | None) -> dict[
         "spearman": metrics.spearman(predicted, labels),
         "loss": (predicted - labels.double()).square().mean().item(),
     }
-    if teacher is not None:  # each score as the mean of a normal distribution of variance 1
+    if teacher is not None:  # each score is taken as the mean of a normal distribution of variance 1
         scores["kl"] = 0.5 * (teacher[:, 0].double() - predicted).square().mean().item()
     return scores
 

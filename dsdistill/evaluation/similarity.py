@@ -1,4 +1,4 @@
-"""Score the vectors of texts: against people's judgement, in search, and against the teacher's vectors."""
+"""Score the vectors of texts: against human judgements, in search, and against the teacher's vectors."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from dsdistill.evaluation import metrics
 
-ELEMENTS = 2**24  # cosines that are whole at once
+ELEMENTS = 2**24  # most cosines in memory at once
 TOP = 10
-OF = "_of_"  # before the length that a score is of
+OF = "_of_"  # stands before the vector length in a score's name
 
 
 def scores(
@@ -19,16 +19,16 @@ def scores(
     """Return the scores of a model's vectors on one set.
 
     Args:
-        vectors: (n, D) of the texts in the set's order, normalised; of pairs two, one after the other.
-        gold: (n / 2,) how alike the texts of each pair are to people; None where nobody said.
-        found: (n / 2, 2) what `search` gives of queries and their documents; None of other texts.
+        vectors: (n, D), normalised, of the texts in the set's order; the two texts of a pair follow each other.
+        gold: (n / 2,) human scores of how alike the texts of each pair are; None if there are none.
+        found: (n / 2, 2) result of `search` for queries and their documents; None for other texts.
         teacher: (n, D_t) vectors of the same texts.
 
     Returns:
-        with gold pearson and spearman of the cosines of pairs with it; of a search what `retrieval` gives; with a
-        teacher teacher_pearson and teacher_spearman of the cosines with the teacher's (of pairs with gold their two
-        texts', else those of each text and the next), and distance, the mean of 1 − cosine of the two models' vectors
-        of a text, where they are equally wide.
+        With gold: pearson and spearman of the pairs' cosines with it. For a search: the result of `retrieval`. With a
+        teacher: teacher_pearson and teacher_spearman of the student's with the teacher's cosines (of pairs if there is
+        gold, else of each text and the next), and, if both models are equally wide, distance, the mean of 1 − cosine
+        of their vectors of the same text.
     """
     made: dict[str, float] = {}
     if gold is not None:
@@ -58,10 +58,10 @@ def by_length(
     searched: bool,
     teacher: Tensor | None = None,
 ) -> dict[str, float]:
-    """Return one score of so many first values of the vectors, for each of `dims` that is below their width.
+    """Return one score of the vectors' first N values, for each N of `dims` below their width.
 
-    vectors, gold and teacher are as of `scores`; searched: the texts are queries and their documents. The scores are
-    spearman_of_N with gold, recall_10_of_N of a search, else teacher_spearman_of_N (Kusupati et al. 2022, Matryoshka).
+    vectors, gold and teacher are as in `scores`; searched: the texts are queries and their documents. The scores are
+    spearman_of_N with gold, recall_10_of_N for a search, else teacher_spearman_of_N (Kusupati et al. 2022, Matryoshka).
     """
     name = "spearman" if gold is not None else "recall_10" if searched else "teacher_spearman"
     made: dict[str, float] = {}
@@ -75,10 +75,10 @@ def by_length(
 
 
 def search(queries: Tensor, documents: Tensor) -> Tensor:
-    """Return (n, 2) int64: the rank, from 1, of query i's document, i, among all n by the cosine, and what comes first.
+    """Return (n, 2) int64: the rank, from 1, of query i's document, i, among all n by cosine, and the first document.
 
-    A document that is as near as the right one counts as before it: a model that gives all texts one vector finds
-    nothing. What comes first is the place of the right document at rank 1, else that of the nearest other.
+    A document that is as near as the right one is ranked before it, so that a model that gives all texts one vector
+    finds nothing. The first document is the index of the right one at rank 1, else that of the nearest other.
 
     queries, documents: (n, D), normalised; blocks of queries are compared with all documents.
     """
@@ -96,7 +96,7 @@ def search(queries: Tensor, documents: Tensor) -> Tensor:
 def retrieval(ranks: Tensor) -> dict[str, float]:
     """Return recall_1, recall_10, mrr_10 and ndcg_10 of searches with one right document each.
 
-    One document alone is right, so that nDCG is 1 / log₂(1 + rank) (Järvelin & Kekäläinen 2002).
+    Only one document is right, so that nDCG is 1 / log₂(1 + rank) (Järvelin & Kekäläinen 2002).
 
     ranks: (n,) of the right documents, from 1.
     """

@@ -1,10 +1,10 @@
-"""How much of the teacher's representation space a student keeps. Pure functions of arrays, float64 inside.
+"""Measure how much of the teacher's representation space a student keeps, by pure functions of arrays in float64.
 
 Vectors are mean-pooled last-layer states unless said otherwise, of text that neither model trained on and with dropout
-off. What is fitted is fitted on a second such set that shares no example with the first: at least 10 examples a
-feature, or the maps learn the examples. The papers that name these metrics print no formulas; all of them are this
-project's own readings, and each says nothing alone: a model that does not train has the best RCS, a model that has
-collapsed the highest C.
+off. Fits use a second such set that shares no example with the first, with at least 10 examples per feature: with fewer
+the maps would learn the examples. The papers that name these metrics print no formulas, so all formulas are this
+project's own readings. No metric is meaningful alone: a model that does not train has the best RCS, a collapsed model
+the highest C.
 """
 
 import itertools
@@ -20,12 +20,12 @@ from torch import Tensor
 from dsdistill.evaluation.metrics import spearman
 
 RIDGE = 1e-3  # penalty, relative to the mean variance of a feature
-COVERED = 0.95  # of the teacher's variance, by the principal components that R asks for
+COVERED = 0.95  # share of the teacher's variance that the principal components of R cover
 UNITS = 400  # most units of a level of structural consistency
 
 
 class Estimate(NamedTuple):
-    """A value and its bootstrap interval (percentiles)."""
+    """An Estimate is a value with its bootstrap interval (percentiles)."""
 
     value: float
     low: float
@@ -48,17 +48,17 @@ class Consistency:
 
 
 class Change(NamedTuple):
-    """Between consecutive stages, averaged; lower is steadier."""
+    """A Change holds means over pairs of consecutive stages; lower is more stable."""
 
     rcs: float  # 0 to 1
     cka_distance: float  # 1 − debiased CKA, which a rotation of the space leaves at 0
 
 
 def change(stages: Sequence[ArrayLike]) -> Change:
-    """RCS = mean over stages k ≥ 2 and examples i of (1 − cos(r_i^k, r_i^(k−1))) / 2, and 1 − debiased CKA beside it.
+    """Return RCS, the mean over stages k ≥ 2 and examples i of (1 − cos(r_i^k, r_i^(k−1))) / 2, and 1 − debiased CKA.
 
-    stages: for each the (n, d) vectors of the same n ≥ 4 examples at its end; at least 2. Report with KL and the
-    task's score: weights that never move score 0.
+    stages: at least 2, each the (n, d) vectors of the same n ≥ 4 examples at its end. Report RCS together with KL and
+    the task's score: weights that never move score 0.
     """
     vectors = [_matrix(stage) for stage in stages]
     if len(vectors) < 2:
@@ -70,13 +70,13 @@ def change(stages: Sequence[ArrayLike]) -> Change:
 
 
 def debiased_cka(x: ArrayLike, y: ArrayLike) -> float:
-    """HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) with the unbiased HSIC (Song et al. 2012) of linear kernels.
+    """Return HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)) with the unbiased HSIC (Song et al. 2012) of linear kernels.
 
-    (n, d_x) and (n, d_y), n ≥ 4. Near 0 for unrelated vectors however few there are (the plain one is not); it may
-    be slightly negative. 0 where all vectors of one side are alike.
+    x: (n, d_x), y: (n, d_y), n ≥ 4. The result is near 0 for unrelated vectors however few there are (plain CKA is
+    not), and may be slightly negative. It is 0 if all vectors of one side are equal.
     """
     x, y = _pair(x, y, at_least=4)
-    # Only differences matter; the mean taken off keeps them from drowning in it.
+    # Only differences matter: without the mean they lose no digits to it.
     kernels = [x @ x.T for x in (x - x.mean(0), y - y.mean(0))]
     for kernel in kernels:
         kernel.fill_diagonal_(0)
@@ -85,7 +85,7 @@ def debiased_cka(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def _hsic(k: Tensor, m: Tensor) -> float:
-    """Of two (n, n) kernels with zero diagonals."""
+    """Return the unbiased HSIC of two (n, n) kernels with zero diagonals."""
     n = len(k)
     value = (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(1))
     return value.item() / (n * (n - 3))
@@ -100,10 +100,10 @@ def semantic_alignment(
     samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """100 · max(0, mean cos(W (r_S − μ_S), r_T − μ_T)).
+    """Return 100 · max(0, mean cos(W (r_S − μ_S), r_T − μ_T)).
 
-    student (n, d_s), teacher (n, d_t): held-out. fit_student (m, d_s), fit_teacher (m, d_t): W, a ridge regression
-    with penalty 1e-3 · tr(XᵀX) / d_s, and the means come from these.
+    student (n, d_s), teacher (n, d_t): held-out. fit_student (m, d_s), fit_teacher (m, d_t): used to fit the means and
+    W, a ridge regression with penalty 1e-3 · tr(XᵀX) / d_s.
     """
     student, teacher = _pair(student, teacher)
     fit_student, fit_teacher = _pair(fit_student, fit_teacher)
@@ -124,7 +124,7 @@ def domain_capture(
     samples: int = 1000,
     seed: int = 0,
 ) -> Estimate:
-    """Semantic alignment of the spans that are terms of the domain.
+    """Return the semantic alignment of the spans that are terms of the domain.
 
     student, teacher: (n, d) mean-pooled states of spans; domain: (n,) bool. The map is fitted on spans of any kind.
     """
@@ -144,13 +144,13 @@ def representation_compactness(
     samples: int = 200,
     seed: int = 0,
 ) -> Compactness:
-    """100 · 2CR / (C + R): few directions (C) that still tell what the teacher tells (R).
+    """Return 100 · 2CR / (C + R): C is high for few directions, R if they still predict the teacher's.
 
-    C = 1 − (erank − 1) / (d_s − 1), erank the exponential of the entropy of the covariance's normalised eigenvalues
-    (Roy & Vetterli 2007), on held-out vectors: with fewer examples than features erank comes out too low.
-    R = mean over the teacher's principal components that cover 95% of its variance of the held-out R² of a ridge
-    regression from the student, clipped to [0, 1]. The components are whitened: unwhitened, a student that has kept
-    one direction alone would score high by that one.
+    C = 1 − (erank − 1) / (d_s − 1) on held-out vectors, where erank is the exponential of the entropy of the
+    covariance's normalised eigenvalues (Roy & Vetterli 2007). With fewer examples than features erank is too low.
+    R is the held-out R² of a ridge regression from the student, clipped to [0, 1], averaged over the teacher's
+    principal components that cover 95% of its variance. The components are whitened: otherwise a student that has kept
+    only the first direction would score high.
     """
     student, teacher = _pair(student, teacher)
     fit_student, fit_teacher = _pair(fit_student, fit_teacher)
@@ -177,9 +177,9 @@ def representation_compactness(
 
 
 def _compact(x: Tensor) -> tuple[float, float, float]:
-    """C, effective rank and participation ratio of (n, d) vectors."""
+    """Return C, effective rank and participation ratio of (n, d) vectors."""
     x = x - x.mean(0)
-    # The smaller of the two Gram matrices has all eigenvalues that are not 0.
+    # The smaller of the two Gram matrices has all nonzero eigenvalues.
     gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
     values = torch.linalg.eigvalsh(gram).clamp_min(0)
     if values.sum() <= 0:  # all vectors alike
@@ -191,14 +191,14 @@ def _compact(x: Tensor) -> tuple[float, float, float]:
 
 
 def _explained(predicted: Tensor, truth: Tensor) -> float:
-    """Mean over columns of R², each clipped to [0, 1]."""
+    """Return the mean of the columns' R², each clipped to [0, 1]."""
     spread = (truth - truth.mean(0)).square().sum(0)
     error = (truth - predicted).square().sum(0)
     return torch.where(spread > 0, 1 - error / spread.clamp_min(1e-300), 0.0).clamp(0, 1).mean().item()
 
 
 def _principal_components(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(d, k) directions that cover the variance and the (k,) standard deviations along them."""
+    """Return the (d, k) directions that cover the variance, and the (k,) standard deviations along them."""
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
@@ -215,12 +215,12 @@ def structural_consistency(
     samples: int = 200,
     seed: int = 0,
 ) -> Consistency:
-    """100 · max(0, mean over levels of ρ), ρ the Spearman correlation of both models' pairwise cosine distances.
+    """Return 100 · max(0, mean over levels of ρ), ρ the Spearman correlation of both models' pairwise cosine distances.
 
-    levels: by name (token, phrase, sequence), the student's and the teacher's groups of units: (n_g, d) arrays,
-    distances being taken within a group. Tokens and phrases form a group for each sequence, sequences one group
-    together. A level's ρ is the mean over its groups of 3 units or more; at most 400 units of a level are used,
-    drawn with the seed.
+    levels: by name (token, phrase, sequence), the student's and the teacher's groups of units, (n_g, d) arrays.
+    Distances are taken within a group. The tokens of a sequence form a group, and so do its phrases; all sequences form
+    one. A level's ρ is the mean over its groups of 3 units or more; at most 400 units of a level are used, drawn with
+    the seed.
     """
     generator = torch.Generator().manual_seed(seed)
     measured = {
@@ -237,7 +237,7 @@ def structural_consistency(
 
 
 class _Level:
-    """The distances of one level's groups, student's beside teacher's."""
+    """A _Level holds the distances of one level's groups, for student and teacher."""
 
     def __init__(self, name: str, student: Sequence, teacher: Sequence, generator: torch.Generator):
         if len(student) != len(teacher):
@@ -258,19 +258,19 @@ class _Level:
         return self.rhos.mean().item()
 
     def resampled(self, generator: torch.Generator) -> float:
-        """ρ of groups drawn with replacement; of units, where there is one group."""
+        """Return ρ of groups drawn with replacement; of units if there is one group."""
         if len(self.rhos) > 1:
             return (
                 self.rhos[torch.randint(len(self.rhos), (len(self.rhos),), generator=generator)].mean().item()
             )
         mine, other = self.distances[0]
         drawn = torch.randint(len(mine), (len(mine),), generator=generator)
-        # A unit drawn twice is at distance 0 from itself in both models: such pairs would raise ρ for nothing.
+        # A unit drawn twice has distance 0 to itself in both models: such pairs would raise ρ without meaning.
         return _rank_correlation(mine[drawn][:, drawn], other[drawn][:, drawn], drawn[:, None] != drawn)
 
 
 def _distances(x: Tensor) -> Tensor:
-    """(n, n) 1 − cosine."""
+    """Return (n, n) 1 − cosine."""
     unit = torch.nn.functional.normalize(x, dim=-1)
     return 1 - unit @ unit.T
 
@@ -283,12 +283,12 @@ def _rank_correlation(mine: Tensor, other: Tensor, keep: Tensor | None = None) -
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """(n,) cosine of rows; 0 where one of them is 0."""
+    """Return (n,) cosines of rows; 0 if one of them is 0."""
     return torch.nn.functional.cosine_similarity(*_pair(x, y), dim=-1, eps=1e-300)
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
-    """(d_x, d_y) W of least ‖X W − Y‖² + λ ‖W‖², columns centred."""
+    """Return (d_x, d_y) W that minimises ‖X W − Y‖² + λ ‖W‖², columns centred."""
     x, y = x - x.mean(0), y - y.mean(0)
     gram = x.T @ x
     penalty = RIDGE * gram.trace() / len(gram)
@@ -298,7 +298,7 @@ def _ridge(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _bootstrap(statistic: Callable[[Tensor], float], n: int, samples: int, seed: int) -> Estimate:
-    """`statistic` of all n examples, and its spread over sets of n drawn with replacement."""
+    """Return `statistic` of all n examples, and its interval over sets of n drawn with replacement."""
     generator = torch.Generator().manual_seed(seed)
     draws = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(samples)]
     return _estimate(statistic(torch.arange(n)), draws)

@@ -1,7 +1,7 @@
-"""How near written texts come to their references: BLEU, ROUGE and the character error rate.
+"""Score written texts against their references: BLEU, ROUGE and the character error rate.
 
-Each by the library that publications use (sacrebleu, rouge-score, jiwer), which `pip install dsdistill[generation]`
-brings; nothing else of ours needs them.
+Each is computed by the library that publications use (sacrebleu, rouge-score, jiwer);
+`pip install dsdistill[generation]` installs them, and nothing else here needs them.
 """
 
 import importlib.util
@@ -14,11 +14,11 @@ from dsdistill.config import UserError
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "jiwer": "jiwer"}
 
-# Words of letters and digits in any script; Chinese, Japanese and Korean characters one by one, as they have no spaces.
+# Words of letters and digits in any script; each Chinese, Japanese or Korean character is a word of its own.
 _EAST = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_EAST}]|[^\W_{_EAST}]+")
 
-# Scripts that put no spaces between words. Thai, Lao, Tibetan, Burmese and Khmer have marks that are no letters.
+# Scripts without spaces between words. Thai, Lao, Tibetan, Burmese and Khmer have marks that are not letters.
 _SCRIPTS = {
     "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
     "kana": "\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9d",
@@ -33,11 +33,11 @@ _PIECE = re.compile(
         ]
     )
 )
-_KANA = 0.05  # of the characters of Japanese text many more are kana, of Chinese text hardly any
+_KANA = 0.05  # share of kana: Japanese text has far more, Chinese text almost none
 
 
 class Words:
-    """What rouge-score counts; its own tokenizer, equal for English, knows no other letters than a to z."""
+    """Words is a tokenizer for rouge-score, whose own one knows only the letters a to z; both agree for English."""
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
@@ -56,13 +56,13 @@ def check_packages() -> None:
 
 
 def text_scores(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Scores of n texts against one reference each.
+    """Return the scores of n texts against one reference each.
 
     Returns:
-        bleu: of the corpus, 0 to 100, its words as `bleu_tokenizer` says; rouge_1, rouge_2, rouge_l: mean F1, 0 to 1,
-        without stemming; cer: edits of all texts (substituted, deleted and inserted characters) over characters of all
-        references, which may pass 1. Two texts without a word have a ROUGE of 1 where they are equal, such as two
-        blank ones.
+        bleu: of the corpus, 0 to 100, with the tokenizer of `bleu_tokenizer`; rouge_1, rouge_2, rouge_l: mean F1, 0 to
+        1, without stemming; cer: edits of all texts (substituted, deleted and inserted characters) divided by the
+        characters of all references, which may exceed 1. Two texts without a word have a ROUGE of 1 if they are equal,
+        such as two blank ones.
     """
     import jiwer
     from rouge_score.rouge_scorer import RougeScorer
@@ -83,17 +83,18 @@ def text_scores(written: Sequence[str], references: Sequence[str]) -> dict[str, 
 
 
 def bleu_signature(references: Sequence[str]) -> str:
-    """Return what sacreBLEU asks publications to print beside the BLEU of `text_scores` against these references."""
+    """Return the signature that sacreBLEU asks publications to print with the BLEU of `text_scores`."""
     metric = _bleu(references)
-    metric.corpus_score([""], [[""]])  # it learns the number of references from a score
+    metric.corpus_score([""], [[""]])  # the signature's number of references comes from a score
     return str(metric.get_signature())
 
 
 def bleu_tokenizer(references: Sequence[str]) -> str:
     """Return the name of sacreBLEU's tokenizer for texts like these.
 
-    Where most words are of a script without spaces, each of its characters counted as one: zh for Chinese, ja-mecab for
-    Japanese where its packages are installed, char for others such as Thai; else sacreBLEU's default, 13a.
+    It is sacreBLEU's default, 13a, unless most words are of a script without spaces, whose characters count as a word
+    each: then zh for Chinese, ja-mecab for Japanese if its packages are installed (else char), and char for others,
+    such as Thai.
     """
     found = Counter(match.lastgroup for text in references for match in _PIECE.finditer(text))
     unspaced = found["han"] + found["kana"] + found["marked"]

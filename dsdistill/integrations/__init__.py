@@ -1,4 +1,4 @@
-"""Distillation inside other libraries' training loops."""
+"""Run distillation inside other libraries' training loops."""
 
 from dsdistill.integrations.distill_trainer import DistillTrainer
 

@@ -1,4 +1,4 @@
-"""A Trainer of the transformers library whose loss is a distillation loss."""
+"""Provide a Trainer of the transformers library whose loss is a distillation loss."""
 
 import contextlib
 import inspect
@@ -30,9 +30,9 @@ from dsdistill.engine.teacher import shard_teacher
 from dsdistill.models.tracer import Callee, Tracer
 
 ORIGIN = "DistillTrainer"  # begins every message about an argument
-# What a checkpoint holds beside the student: the projectors, and layer weights that move.
+# What a checkpoint holds besides the student: the projectors, and layer weights that move.
 PROJECTORS, MOVING = "distillation.safetensors", "distillation.json"
-# What a Distiller or a collator reads beside the inputs of the student's own forward pass.
+# What a Distiller or a collator reads besides the inputs of the student's own forward pass.
 INPUTS = (
     "attention_mask",
     "token_type_ids",
@@ -50,7 +50,7 @@ REFUSED = {
 
 
 class _Student(Distiller):
-    """Be the module that a Trainer trains: a Distiller that answers as its student wherever it is asked of one."""
+    """A _Student is the module that a Trainer trains: a Distiller that looks like its student to the Trainer."""
 
     accepts_loss_kwargs = True  # so that a Trainer does not divide the loss by the number of micro-batches
 
@@ -68,9 +68,9 @@ class _Student(Distiller):
                 raise
             return getattr(self._tracers[0].model, name)
 
-    # One module has one forward pass, which engines wrap; a Trainer asks it three things.
+    # Engines wrap a module's only forward pass, but a Trainer needs three results from it.
     def forward(self, batch: Mapping[str, Any], counts: Tensor | None = None, wanted: str = "loss") -> Any:
-        """Return what is wanted of a batch: its loss, the student's own outputs, or the sums of an evaluation."""
+        """Return what `wanted` names: a batch's loss, the student's own outputs, or the sums of an evaluation."""
         if wanted == "outputs":
             return self.model(**batch)
         if wanted == "sums":
@@ -80,7 +80,7 @@ class _Student(Distiller):
     def _sums(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return (2, parts) float64: each part's sum over the batch, and what it is divided by.
 
-        The parts are those of all terms and, where there is a distance, the KL to the teacher.
+        The parts are those of all terms and, if there is a distance, the KL to the teacher.
         """
         batch = self._batch(inputs)
         with self.traces(batch) as (teacher, previous):
@@ -95,7 +95,7 @@ class _Student(Distiller):
         return torch.stack([torch.cat(sums[::-1]).double(), torch.cat(counts[::-1])])
 
     def values(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
-        """Return the value of each term over a set, before its weight, and `kl` where there is a distance."""
+        """Return the unweighted value of each term over a set, and `kl` if there is a distance."""
         parts = (sums / counts.masked_fill(counts == 0, math.nan)).float()
         own = sum(term.parts for term in self.objective.terms.values())
         found = {name: float(value[0]) for name, value in self.objective.values(parts[:own]).items()}
@@ -103,7 +103,7 @@ class _Student(Distiller):
 
 
 def _distance(task: str, teacher: Tracer, student: PreTrainedModel) -> Objective | None:
-    """Return what measures KL(teacher‖student) in nats; None where a model has no head that tells it."""
+    """Return the objective that measures KL(teacher‖student) in nats; None if a model has no head for it."""
     if task == EMBEDDING:
         return None
     terms = make_config(
@@ -125,7 +125,7 @@ def _distance(task: str, teacher: Tracer, student: PreTrainedModel) -> Objective
 
 
 class _Steps(TrainerCallback):
-    """Tell the layer weights of a training when it begins and when an optimizer step ends."""
+    """A _Steps tells layer weights when training begins and when an optimizer step ends."""
 
     def __init__(self, trainer: "DistillTrainer"):
         self.trainer = trainer
@@ -151,17 +151,17 @@ class DistillTrainer(Trainer):
         trainer.save_model("student")  # a plain model for from_pretrained
 
     The loss is that of a `Distiller`: every term divides by counts over all micro-batches and ranks of an optimizer
-    step, so that accumulation and data parallelism do not change it. The value of each term is logged under its name;
-    evaluation adds to what a Trainer reports each term's value over the set as `eval_TERM`, and as `eval_kl` the mean
-    KL(teacher‖student) in nats, an example or token. Samples that a sampler
-    repeats to give all ranks equally many are left out of these.
+    step, so that accumulation and data parallelism do not change it. The value of each term is logged under its name.
+    Evaluation adds to a Trainer's metrics each term's value over the set as `eval_TERM`, and as `eval_kl` the mean
+    KL(teacher‖student) in nats, per example or token. Samples that a sampler repeats to give all ranks the same number
+    are left out of these.
 
-    Data sets and collators are those of a Trainer; what a Distiller reads is listed at `data.inputs.as_batch`. Chat
-    sets with masked labels and batches without padding (`position_ids` that begin anew) go through as they are.
+    Data sets and collators are those of a Trainer; `data.inputs.as_batch` lists what a Distiller reads. Chat sets with
+    masked labels and batches without padding (`position_ids` that restart at 0) need no change.
 
-    DeepSpeed: create TrainingArguments(deepspeed=...) before the student, as for any Trainer. A teacher loaded after
-    arguments that say ZeRO-3 is sharded as the student is; one from `dsdistill.shard_teacher` with any. FSDP is
-    refused: nobody has tried it.
+    DeepSpeed: create TrainingArguments(deepspeed=...) before the student, as for any Trainer. A teacher that is loaded
+    after arguments with ZeRO-3 is sharded as the student is; `dsdistill.shard_teacher` shards one with any arguments.
+    FSDP is refused: it has not been tried.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class DistillTrainer(Trainer):
                 processing_class, compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics and so on.
 
         Raises:
-            UserError: one line for the first thing that does not fit.
+            UserError: says in one line what does not fit first.
         """
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         _check(args, trainer)
-        own = student  # compiled, if asked for, apart from the operators, which are compiled already
+        own = student  # compiled, if asked for, without the operators, which are compiled already
         if args.torch_compile:
             own = torch.compile(student, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         module = _Student(
@@ -205,10 +205,10 @@ class DistillTrainer(Trainer):
         )
         self.distiller = module
         self._accepts = _accepts_loss_kwargs(student)
-        self._outputs: list[Output] = []  # of the step that goes on
-        self._terms: dict[str, Tensor] = {}  # added up since the last log
+        self._outputs: list[Output] = []  # of the current step
+        self._terms: dict[str, Tensor] = {}  # summed since the last log
         self._steps = 0
-        self._seen: Tensor | None = None  # sums and counts of the evaluation that goes on
+        self._seen: Tensor | None = None  # sums and counts of the current evaluation
         self._restored: dict[str, dict] | None = None
         super().__init__(module, args, **trainer)
         self.add_callback(_Steps(self))
@@ -230,7 +230,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
-        """Return a step's micro-batches, and what the terms' sums are divided by in place of a number of tokens."""
+        """Return a step's micro-batches, and the divisors of the terms' sums instead of a number of tokens."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return samples, self.distiller.counts(samples) if samples else None
 
@@ -249,7 +249,7 @@ class DistillTrainer(Trainer):
         return (made.loss, made) if return_outputs else made.loss
 
     def _own_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, items: Any) -> Any:
-        """Return what a plain Trainer computes of the student."""
+        """Return the loss that a plain Trainer computes for the student."""
         ours, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, self._accepts
         try:
             return super().compute_loss(model, inputs, return_outputs, items)
@@ -257,7 +257,7 @@ class DistillTrainer(Trainer):
             self.model_accepts_loss_kwargs = ours
 
     def begin_training(self, steps: int) -> None:
-        """Prepare layer weights that move for so many optimizer steps, or put back those of a checkpoint."""
+        """Prepare layer weights that move for `steps` optimizer steps, or restore those of a checkpoint."""
         objective = self.distiller.objective
         objective.begin(steps)
         if self._restored is not None:
@@ -265,7 +265,7 @@ class DistillTrainer(Trainer):
         self._restored, self._outputs, self._terms, self._steps = None, [], {}, 0
 
     def end_step(self) -> None:
-        """Let layer weights follow the step that ended, and keep its terms for the log."""
+        """Update layer weights after a step, and keep its terms for the log."""
         self.distiller.update(self._outputs)
         for made in self._outputs:
             for name, value in made.terms.items():
@@ -273,7 +273,7 @@ class DistillTrainer(Trainer):
         self._outputs, self._steps = [], self._steps + 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as a Trainer does; beside a training loss stands the value of each term before its weight."""
+        """Log as a Trainer does; add each term's unweighted value to a training loss."""
         if "loss" in logs and self._steps:
             values = torch.stack([value.double() for value in self._terms.values()]) / self._steps
             if _ranks() > 1:
@@ -306,7 +306,7 @@ class DistillTrainer(Trainer):
         return given or objective.task == "causal_lm" or not objective.needs("labels")
 
     def _own_samples(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the batch with samples that a sampler repeats, to give all ranks equally many, turned into filler."""
+        """Return the batch; samples that a sampler repeats, so that all ranks have the same number, become filler."""
         state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
         if not state.end_of_dataloader or state.remainder <= 0 or _ranks() == 1:
             return inputs
@@ -320,7 +320,7 @@ class DistillTrainer(Trainer):
         return {**inputs, "attention_mask": mask, **labels}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Return what a Trainer does; the metrics hold each term's value over the whole set too."""
+        """Return what a Trainer returns; the metrics also hold each term's value over the whole set."""
         self._seen = None
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         seen, self._seen = self._seen, None
@@ -389,7 +389,7 @@ class DistillTrainer(Trainer):
 
 
 class _Outputs(nn.Module):
-    """Call the module that is trained for the student's own outputs; in evaluation it stands for the student."""
+    """An _Outputs calls the trained module for the student's own outputs; evaluation uses it as the student."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -413,9 +413,9 @@ def _check(args: TrainingArguments, trainer: Mapping[str, Any]) -> None:
 
 
 def _gathering(teacher: PreTrainedModel | Callee | None) -> PreTrainedModel | Callee | None:
-    """Return the teacher with an engine that gathers its layers, where it was loaded in parts and has none.
+    """Return the teacher with an engine that gathers its layers, if it was loaded sharded and has none.
 
-    The library loads every model so once TrainingArguments with ZeRO-3 are there.
+    Transformers loads every model sharded once TrainingArguments with ZeRO-3 exist.
     """
     if not isinstance(teacher, PreTrainedModel) or not any(map(is_sharded, teacher.parameters())):
         return teacher
@@ -432,7 +432,7 @@ def _accepts_loss_kwargs(student: PreTrainedModel) -> bool:
 
 
 def _of_student(module: Distiller, student: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's share of a state of the whole module, under the student's own names."""
+    """Return the student's part of the whole module's state, under the student's own names."""
     prefix = next(f"{name}." for name, part in module.named_modules() if part is student)
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 

@@ -1,16 +1,17 @@
-"""Tell how long a run would take, from the operations of a token and a share of the device's peak.
+"""Estimate how long a run takes, from the operations per token and a share of the device's peak.
 
-Operations of a token, a product and a sum counted as two:
+These are the operations per token; a multiplication and an addition count as two:
 
-  teacher    2 · N_t + A_t            N: values of matrices below the head that a token passes
-  student    6 · N_s + 3 · A_s        forward once, backward twice; 8 and 4 where layers run again in backward
-  heads      6 · V_s · D_s a term over logits (terms that are computed together are one), and 2 · V_t · D_t where the
-             teacher's are read
-  terms      6 · P for projectors of P values; 6/4 · A_s + 2/4 · A_t of each mapped attention layer
+  teacher    2 · N_t + A_t            N: elements of the matrices below the head that multiply a token
+  student    6 · N_s + 3 · A_s        forward once, backward twice; 8 and 4 if layers run again in backward
+  heads      6 · V_s · D_s for each term over logits (terms that are computed together count once), and 2 · V_t · D_t
+             if the teacher's logits are read
+  terms      6 · P for projectors of P values; 6/4 · A_s + 2/4 · A_t for each mapped attention layer
 
-A = Σ 4 · H · d · keys over the layers, keys being half of a sequence where attention is causal: query by key, and
-probabilities by value, 2 · H · d each. Relations of tokens (pairwise and the like) take less than a hundredth and are
-left out, as is all that is not a product: norms, softmax, the optimizer, communication. `utilisation` stands for those.
+A = Σ 4 · H · d · keys over the layers: 2 · H · d each for query by key and for probabilities by value. In causal
+attention keys is half of a sequence. Relations of tokens (pairwise and the like) take less than a hundredth and are
+left out. So is everything but matrix products: norms, softmax, the optimizer, communication. `utilisation` stands for
+these.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,16 @@ from dsdistill.config import Config, UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.planner.sizes import Size, attention_operations, terms_own
 
-# Dense operations a second of an A100 (its data sheet): tensor cores in half precision, and plain float32.
+# Dense operations per second of an A100 (its data sheet): tensor cores in half precision, and plain float32.
 PEAKS = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A Duration says how fast a run would be.
+    """A Duration estimates how fast a run is.
 
-    operations: of a token, by what takes them. tokens: a second, of all ranks. step: seconds of an optimizer step.
-    seconds: of all steps; None where epochs decide, whose steps the data tells.
+    operations: per token, by what needs them. tokens: per second, of all ranks. step: seconds of an optimizer step.
+    seconds: of all steps; None if epochs are given, since their steps depend on the data.
     """
 
     operations: dict[str, float]
@@ -46,7 +47,7 @@ def operations(
     student: tuple[PretrainedConfig, Size],
     objective: Objective,
 ) -> dict[str, float]:
-    """Return the operations of a token by what takes them, of a stage that this is the objective of."""
+    """Return the operations per token in the stage of this objective, by what needs them."""
     length, task = config.data.max_length, config.task
     again = config.student.gradient_checkpointing
     own, attention = student[1], attention_operations(student[0], task, length)
@@ -71,7 +72,7 @@ def operations(
 
 
 def duration(config: Config, needed: dict[str, float], world_size: int, rate: float) -> Duration:
-    """Return how long the steps take; rate: operations a second that a rank comes to."""
+    """Return how long the steps take; rate: operations per second that a rank achieves."""
     one = sum(needed.values())
     tokens = world_size * rate / one
     step = config.train.batch_size * config.rows * config.data.max_length / tokens
@@ -79,9 +80,9 @@ def duration(config: Config, needed: dict[str, float], world_size: int, rate: fl
 
 
 def check_rate(peak: float | None, utilisation: float, dtype: str, *, gpu: bool) -> float | None:
-    """Return the operations a second that a rank comes to; None where its peak is not known: that of a CPU.
+    """Return the operations per second that a rank achieves; None for a CPU whose peak is not given.
 
-    peak: at its best; None: an A100's in train.dtype. Raises UserError for numbers that are no peak or share.
+    peak: peak operations per second; None: an A100's in train.dtype. Raises UserError for an invalid peak or share.
     """
     if not 0 < utilisation <= 1:
         raise UserError("--utilisation", utilisation, "a share above 0, at most 1")

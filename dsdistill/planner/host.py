@@ -1,18 +1,18 @@
-"""Tell what a run takes of a node's host memory and of the disk, and of a rank's memory while models are read.
+"""Estimate a run's host memory and disk space on a node, and a rank's memory while models are read.
 
-With T values of the teacher in t bytes each, S of the student, on W ranks:
+With T values of the teacher in t bytes each, S values of the student in e bytes each, on W ranks:
 
   a whole teacher     1.1 · t · T and its largest tensor while it is read; then t · T on the device
   a sharded teacher   1.25 · t · T / W and its largest tensor while it is read; then t · T / W on the device
-  a cut student       1.3 · S in the type of the teacher's files, on the first rank alone; no teacher is built for it
-  a student           4 · S at most (float32, the optimizer's first values; half where its files have train.dtype);
-                      under ZeRO-3 4 · S / W, sharded as it is read
-  offload             of the optimizer 16 · S / W: values, two moments and gradients in float32; of parameters
-                      t · T / W, e · S / W; what is pinned is rounded up to a power of two, as torch's allocator does
-  an unfinished save  the largest part of what a rank writes; with run.save_async a copy of all that a node's ranks do,
+  a cut student       1.3 · S in the dtype of the teacher's files, on the first rank only; no teacher is built for it
+  a student           4 · S at most (float32, the optimizer's first values; half if its files have train.dtype);
+                      under ZeRO-3 4 · S / W, sharded while it is read
+  offload             optimizer: 16 · S / W (values, two moments and gradients in float32); parameters: t · T / W,
+                      e · S / W; pinned memory is rounded up to a power of two, as torch's allocator does
+  an unfinished save  the largest part that a rank writes; with run.save_async a copy of all that a node's ranks write,
                       while training goes on
 
-The factors were measured on CPUs, of a teacher of 600 M values in bf16; for GPUs they are taken over.
+The factors were measured on CPUs with a teacher of 600 M values in bf16, and are assumed for GPUs too.
 """
 
 import math
@@ -33,14 +33,14 @@ OFFLOADED, GRADIENTS, SAVING = "optimizer, offloaded", "gradients, offloaded", "
 OFFLOADED_WEIGHTS = "student, offloaded weights"
 TRAINING, READING_TEACHER, READING_STUDENT = "training", "reading the teacher", "making the student"
 
-# Of a process: Python and its libraries, 0.6 GiB as measured; what CUDA adds is a guess.
+# Bytes of a process: Python and its libraries, 0.6 GiB as measured; what CUDA adds is a guess.
 PROCESS = {False: int(0.6 * GIB), True: 3 * GIB}
 WHOLE_PEAK, SHARDED_PEAK, CUT_PEAK = 1.1, 1.25, 1.3
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts hold how many values the models have, and how many of them train."""
+    """Parts holds how many values the models have, and how many of them train."""
 
     teacher: Size | None
     student: Size
@@ -48,13 +48,13 @@ class Parts:
 
 
 def offload(section) -> tuple[bool, bool]:
-    """Return of a section of DeepSpeed's whether something waits in host memory, and whether that is pinned."""
+    """Return whether an offload section of DeepSpeed uses host memory, and whether that memory is pinned."""
     there = section is not None and section.device == "cpu"
     return there, there and bool(section.pin_memory)
 
 
 def loading(config: Config, parts: Parts, world_size: int, *, gpu: bool) -> Counter[str]:
-    """Return bytes of a rank by owner while the teacher is read, on its device; of a CPU rank that is its host."""
+    """Return the bytes on a rank's device by owner while the teacher is read; a CPU rank's device is the host."""
     if parts.teacher is None:
         return Counter()
     width, whole = deepspeed.DTYPES[teacher_dtype(config)].itemsize, config.teacher.zero_stage == 0
@@ -74,10 +74,10 @@ def node_memory(
     *,
     gpu: bool,
 ) -> dict[str, Counter[str]]:
-    """Return bytes of a node's host memory by owner, by moment of the run.
+    """Return bytes of a node's host memory by owner, for each moment of the run.
 
-    zero: of the student's engine. peak: bytes of a rank in a step, which on CPUs is host memory. ranks: of the node.
-    Data that is read, and files that the system keeps in memory because nothing else needs it, are not counted.
+    zero: settings of the student's engine. peak: bytes of a rank in a step, which on CPUs is host memory. ranks: of the
+    node. Training data and the system's file cache are not counted.
     """
     world = zero.world_size
     base = Counter({PROCESSES: ranks * PROCESS[gpu]})
@@ -92,7 +92,7 @@ def node_memory(
     moments = {}
     if parts.teacher is not None:
         held = loading(config, parts, world, gpu=False)
-        if gpu and not steady and config.teacher.zero_stage == 3:  # shards lie on the devices
+        if gpu and not steady and config.teacher.zero_stage == 3:  # shards are on the devices
             held = Counter({TEACHER: int(held[TEACHER] - share)})
         moments[READING_TEACHER] = base + Counter({name: ranks * size for name, size in held.items()})
     sharded = zero.stage == 3
@@ -140,7 +140,7 @@ def _rounded(size: float, pinned: bool) -> int:
 
 
 def _saving(parts: Parts, zero: Settings, ranks: int) -> float:
-    """Return bytes of a node that a save holds: a copy of the part that each of its ranks is writing."""
+    """Return the bytes of a node that a save takes: a copy of the part that each of its ranks is writing."""
     return ranks * 4 * parts.trained / zero.world_size
 
 
@@ -151,15 +151,15 @@ def _copied(parts: Parts, zero: Settings, ranks: int) -> float:
 
 
 def _stored(config: Config) -> int:
-    """Return bytes of a value in the teacher's files: published ones are in half precision, a recipe's in float32."""
+    """Return bytes per value in the teacher's files: 2 for a language model with a path, else 4."""
     return 2 if config.teacher.path is not None and config.task in LANGUAGE else 4
 
 
 def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
     """Return bytes of the run's folder: by what is written, and `at most`, with one checkpoint more than are kept.
 
-    A checkpoint has the weights in train.dtype (under ZeRO-3 they follow from the optimizer's), values and moments of
-    the optimizer in float32; what `export` writes is in train.dtype too.
+    A checkpoint has the weights in train.dtype (except under ZeRO-3, where the optimizer's suffice), and the
+    optimizer's values and moments in float32; `export` writes train.dtype too.
     """
     weights = zero.width * (_fixed(parts) + (0 if zero.stage == 3 else parts.trained))
     one = weights + 4 * (1 + STATES[zero.optimizer]) * parts.trained
@@ -184,5 +184,5 @@ def _drawn(config: Config) -> bool:
 
 
 def _fixed(parts: Parts) -> int:
-    """Return the student's values that do not train."""
+    """Return how many values of the student do not train."""
     return max(0, parts.student.total - parts.trained)

@@ -1,8 +1,8 @@
-"""Who holds how many bytes while a step runs that only pretends to compute.
+"""Count the bytes of each owner while a step runs on tensors without contents.
 
 Under FakeTensorMode every operation makes tensors with shapes but without contents, so that a model of any size runs
-on any machine. What is alive at each moment is then known exactly, whatever the architecture: autograd, checkpointing
-and the terms keep what they would keep.
+on any machine. It is then known exactly which tensors are alive at each moment, whatever the architecture: autograd,
+checkpointing and the terms keep what they would keep.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# One for all rehearsals, so that what one has made, such as a teacher, serves the next.
+# All rehearsals share one mode, so that tensors of one, such as a teacher's, can be used in the next.
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all living tensors that were made inside it, by owner.
+    """A Ledger counts the bytes of all living tensors that were made inside it, by owner.
 
-    shape: (B, N) of the batch. Where only contents could tell a number, the largest is taken: every element of a mask
-    counts, every token lies in a span, and the most spans of a sequence are its tokens.
+    shape: (B, N) of the batch. If a size depends on contents, the largest is taken: every element of a mask counts,
+    every token is in a span, and a sequence has at most as many spans as tokens.
 
     held: bytes by owner, now; peaks: the same at each phase's highest moment.
     """
@@ -47,17 +47,17 @@ class Ledger(TorchDispatchMode):
             yield self
 
     def enter(self, phase: str, owner: str) -> None:
-        """From here on what is made belongs to `owner`, and the highest moment goes to peaks[phase]."""
+        """Begin a phase: new tensors belong to `owner`, and the highest moment is kept in peaks[phase]."""
         self._phase, self._owner, self._highest = phase, owner, 0
         self._look()
 
     def add(self, owner: str, size: float) -> None:
-        """Bytes of what is not simulated, or less of them where `size` is negative."""
+        """Add bytes of something that is not simulated; a negative `size` removes them."""
         self.held[owner] += int(size)
         self._look()
 
     def give(self, tensors: Iterable[Tensor], owner: str) -> None:
-        """These tensors, made earlier, belong to `owner`."""
+        """Move tensors that were made earlier to another owner."""
         for tensor in tensors:
             entry = self._storages.get(address(tensor))
             if entry is not None:
@@ -71,14 +71,14 @@ class Ledger(TorchDispatchMode):
             result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and (place := address(leaf)) not in self._storages:
-                # A view of what was there before the ledger, such as a weight, is nothing new.
+                # A view of a tensor from before the ledger, such as a weight, takes no new memory.
                 given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
                 if all(address(x) != place for x in given):
                     self._note(leaf.untyped_storage(), place)
         return result
 
     def _asks_contents(self, function, args):
-        """The answer to an operation whose result depends on contents: the largest there can be."""
+        """Return the largest possible result of an operation whose result depends on contents; None for others."""
         if function is aten.nonzero.default:
             return _everywhere(args[0])
         if function is aten._local_scalar_dense.default:
@@ -114,10 +114,10 @@ class Ledger(TorchDispatchMode):
 
 
 def _everywhere(mask: Tensor) -> Tensor:
-    """Indices of all elements, as nonzero() would give those that are not 0."""
+    """Return indices of all elements, in the form of nonzero()."""
     return mask.new_empty(mask.numel(), mask.dim(), dtype=torch.int64)
 
 
 def address(tensor: Tensor) -> int:
-    """Return what tells a tensor's storage from others, as long as it lives."""
+    """Return an id of a tensor's storage that is unique while the storage lives."""
     return tensor.untyped_storage()._cdata

@@ -13,13 +13,13 @@ DAY = 86400
 
 
 def write(plan: Plan, path: str) -> None:
-    """Write the plan as JSON: bytes, and of its time seconds, tokens a second and operations a token."""
+    """Write the plan as JSON: bytes, and for its time seconds, tokens per second and operations per token."""
     time = None if plan.time is None else dataclasses.asdict(plan.time)
     disk.save_json(path, vars(plan) | {"peak": plan.peak, "host": plan.host, "time": time})
 
 
 def table(plan: Plan, config: Config, world_size: int, memory: int, host_memory: int | None = None) -> str:
-    """Return the plan for people. memory: bytes of a rank; host_memory: of a node, None where nobody told."""
+    """Return the plan as text. memory: bytes of a rank; host_memory: bytes of a node, None if not given."""
     train = config.train
     stage = f", stage {plan.stage}" if config.stages else ""
     head = (
@@ -46,7 +46,7 @@ def table(plan: Plan, config: Config, world_size: int, memory: int, host_memory:
 
 
 def _grid(title: str, columns: Mapping[str, Counter]) -> list[str]:
-    """Return lines of a table with a column for each moment, a row for each owner, and their sum."""
+    """Return the lines of a table with a column for each moment, a row for each owner, and a row of sums."""
     rows = [[title, *columns]]
     for owner in dict.fromkeys(owner for column in columns.values() for owner in column):
         sizes = [column[owner] for column in columns.values()]
@@ -82,7 +82,7 @@ def _time(plan: Plan, config: Config) -> list[str]:
 
 
 def refusal(plan: Plan, memory: int, host_memory: int | None = None) -> str | None:
-    """Return one line that says by how much the config does not fit, and what would; None where it does."""
+    """Return one line that says by how much the config does not fit, and what would fit; None if it fits."""
     need = plan.peak + plan.reserve
     if need > memory:
         if not plan.largest:

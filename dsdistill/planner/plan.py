@@ -1,8 +1,8 @@
-"""Tell what a run would take of memory, disk and time, before anything of it is loaded: `dsdistill plan`.
+"""Estimate the memory, disk space and time of a run before anything is loaded, for `dsdistill plan`.
 
-planner/rehearsal.py rehearses the step, planner/zero_memory.py tells DeepSpeed's part in it by formulas, and
-planner/host.py and planner/duration.py tell the rest. Architectures come from the models' `config:` where their files
-are not at hand; data, tokenizers and weights are not read.
+planner/rehearsal.py rehearses the step: it runs on tensors without contents. planner/zero_memory.py computes
+DeepSpeed's part by formulas, and planner/host.py and planner/duration.py the rest. Architectures come from the models'
+`config:` if their files are not on this machine; data, tokenizers and weights are not read.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ LOADING = "loading"
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes a rank.
+    """A Plan holds the bytes that a run needs, mostly per rank.
 
-    phases: by phase of the run, bytes by owner at the phase's highest moment; of `stage`, which needs the most.
-    instead: what is not there, and what it would take.
-    node: bytes of a node's host memory, by moment of the run and owner (planner/host.py). disk: of the run's folder.
-    time: of the stage that needs the most memory; None where no speed is known.
-    largest: most examples of a micro-batch that fit; 0: not even one, for which `least` is needed.
+    phases: bytes by owner at the highest moment of each phase of `stage`, the stage that needs the most.
+    instead: bytes of activations with and without checkpointing, and of tensors that the operators avoid.
+    node: bytes of a node's host memory, by moment of the run and owner (planner/host.py). disk: bytes of the run's
+    folder. time: of the stage that needs the most memory; None if no speed is known.
+    largest: most examples of a micro-batch that fit; 0: not even one fits, which needs `least`.
     """
 
     stage: str
@@ -57,7 +57,7 @@ class Plan:
     instead: dict[str, int]
     reserve: int
     largest: int
-    least: int  # the least that was rehearsed
+    least: int  # smallest need of the micro-batches that were rehearsed
     node: dict[str, Counter]
     disk: dict[str, int]
     time: Duration | None
@@ -73,29 +73,29 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Without the reserve."""
+        """Return the bytes of a rank at the highest moment, without the reserve."""
         return peak(self.phases)
 
 
 def parse_memory(text: str, option: str = "--gpu-memory") -> int:
-    """Return the bytes of a text such as 80GiB; raise UserError for another."""
+    """Return the bytes of a text such as 80GiB; raise UserError for anything else."""
     if (size := parse_size(text)) is None:
         raise UserError(option, repr(text), "a size such as 80GiB or 40000MiB")
     return size
 
 
 class Forecast:
-    """Rehearsals of one config on so many ranks; refuses what does not fit together before the first."""
+    """A Forecast rehearses one config on a number of ranks; it first refuses parts that do not fit together."""
 
     def __init__(self, config: Config, world_size: int, *, gpu: bool):
-        """gpu: the ranks are GPUs; else processes on CPUs."""
+        """Check that the config's parts fit together. gpu: ranks are GPUs, else processes on CPUs."""
         if world_size < 1:
             raise UserError("--world-size", world_size, "1 or more")
         check_ranks(config.train, config.run_stages, config.data.sampler, world_size)
         deepspeed.check_settings(config, world_size)
         self.config, self.world_size, self.gpu = config, world_size, gpu
         self.models = _models(config, gpu)
-        # Layers and heads fit.
+        # This checks that layers and heads fit together.
         self.objectives = objective_layers(config, self.models.student, self.models.teacher)
         self.rank = _rank(config, world_size, gpu)
         self.teacher = size_of(self.models.teacher, config.task) if self.models.teacher is not None else None
@@ -110,14 +110,14 @@ class Forecast:
         return host.node_memory(self.config, self.parts, self.rank.zero, peak, ranks, gpu=self.gpu)
 
     def time(self, stage: Stage, rate: float) -> Duration:
-        """Return how long the steps take, all of them taken to be of `stage`; rate: operations a second of a rank."""
+        """Return how long the steps take if all are of `stage`; rate: operations per second of a rank."""
         objective = self.objectives[[of.name for of in self.config.run_stages].index(stage.name)]
         theirs = (self.models.teacher, self.teacher) if self.teacher is not None else None
         needed = operations(self.config, theirs, (self.models.student, self.student), objective)
         return duration(self.config, needed, self.world_size, rate)
 
     def phases(self, stage: Stage, size: int, checkpointing: bool) -> dict[str, Counter]:
-        """Bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
+        """Return bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
         log.info("rehearsing a step of stage %s with micro-batches of %d", stage.name, size)
         accumulates = size * self.world_size < self.config.train.batch_size
         rank = dataclasses.replace(
@@ -128,7 +128,7 @@ class Forecast:
         return loading | {phase: ledger.peaks[phase] for phase in PHASES}
 
     def stages(self, size: int) -> dict[str, dict[str, Counter]]:
-        """phases of every stage, by its name, as the config says it but for the size."""
+        """Return the phases of every stage by its name, as the config says but with micro-batches of `size`."""
         checkpointing = self.config.student.gradient_checkpointing
         return {stage.name: self.phases(stage, size, checkpointing) for stage in self.config.run_stages}
 
@@ -148,8 +148,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a config.
 
-    memory: bytes a rank may take. ranks_per_node: by default all, but no more than 8. rate: operations a second that a
-    rank comes to; None: not known. Raises UserError for a config whose parts do not fit together.
+    memory: bytes that a rank may take. ranks_per_node: by default all, but at most 8. rate: operations per second that
+    a rank achieves; None: not known. Raises UserError for a config whose parts do not fit together.
     """
     forecast = Forecast(config, world_size, gpu=gpu)
     ranks = min(world_size, 8) if ranks_per_node is None else ranks_per_node
@@ -170,7 +170,7 @@ def make_plan(
     at = {size: stages}
 
     def need(batch: int) -> dict[tuple[str, str], Counter]:
-        """By stage and phase: which stage needs the most may change with the batch."""
+        """Return bytes by stage and phase: which stage needs the most may change with the batch."""
         if batch not in at:
             at[batch] = forecast.stages(batch)
         return {
@@ -197,13 +197,13 @@ def _models(config: Config, gpu: bool) -> Models:
     if config.teacher is not None:
         teacher = _teacher(config)
     student = student_architecture(config.student, teacher)
-    labels = config.data.labels or ("0", "1")  # their number is the data's; it hardly weighs
+    labels = config.data.labels or ("0", "1")  # the data has the true number, which hardly matters here
     for model in (student, teacher):
         if model is not None:
             for_task(model, config.task, labels, setting(text_config(model), "pad_token_id") or 0)
     tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     pair = make_pair(config, student, teacher, tokens)
-    if gpu:  # what `auto` takes there without a record; no kernel takes more
+    if gpu:  # `auto` uses it there without a record; no kernel needs more memory
         pair = dataclasses.replace(pair, backend="chunked")
     size = size_of(teacher, config.task).total if teacher is not None else 0
     return Models(student, teacher, pair, size)
@@ -242,12 +242,12 @@ def _rank(config: Config, world_size: int, gpu: bool) -> Rank:
             width=dtype.itemsize,
             optimizer=config.train.optimizer,
             bucket=student.reduce_bucket_size,
-            # At stage 3 one bucket serves reduction and backward alike.
+            # At stage 3 reduction and backward share one bucket.
             buffers=2 if student.overlap_comm and student.stage < 3 else 1,
             live=student.max_live_parameters,
             prefetch=student.prefetch_bucket_size,
             offloaded=_offloaded(student.offload_optimizer),
-            accumulates=False,  # a micro-batch's size tells
+            accumulates=False,  # `phases` sets this for each size of micro-batch
             lazy=not gpu,
         ),
         teacher_dtype=deepspeed.DTYPES[teacher_dtype(config)] if config.teacher is not None else dtype,
@@ -261,12 +261,12 @@ def _offloaded(section) -> bool:
 
 
 def _kept(phases: dict[str, Counter]) -> int:
-    """What a forward pass leaves for backward and the terms."""
+    """Return the bytes that a forward pass leaves for backward and the terms."""
     return phases["terms"][ACTIVATIONS] + phases["terms"][CAPTURED]
 
 
 def _materialised(config: Config, models: Models, stage: Stage, size: int) -> dict[str, int]:
-    """One copy, in train.dtype, of what the operators never hold."""
+    """Return the bytes of one copy, in train.dtype, of each tensor that the operators never hold."""
     width, tokens = deepspeed.DTYPES[config.train.dtype].itemsize, config.data.max_length
     pair, sizes = models.pair, {}
     (objective,) = objective_layers(
@@ -286,10 +286,10 @@ def _materialised(config: Config, models: Models, stage: Stage, size: int) -> di
 
 
 def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, room: int, tokens: int) -> int:
-    """The largest micro-batch that fits, 0 if none; size: one to begin with, tokens: of a sequence.
+    """Return the largest micro-batch that fits, 0 if none; size: the first to try, tokens: of a sequence.
 
-    Beyond REHEARSED tokens, where rehearsing takes minutes, everything grows as the phase that grows the fastest does
-    there: small batches would not do, because what is the same for all of them hides what grows.
+    Beyond REHEARSED tokens, where rehearsing takes minutes, memory is extrapolated as a straight line with the slope of
+    the phase that grows fastest there. Small batches would not do: their constant part hides what grows.
     """
     high = max(2 * size, REHEARSED // tokens)
     low = max(size, high // 2)
@@ -307,7 +307,7 @@ def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, r
         rise = (peak(need(high)) - peak(need(low))) / (high - low)
         guess = low + int((room - peak(need(low))) / rise)
         guess = min(max(guess, low + 1), high - 1)
-        for batch in (guess, guess + 1):  # nearly straight as it grows, so that one more often ends it
+        for batch in (guess, guess + 1):  # growth is almost linear, so the next size often ends the search
             if batch < high and peak(need(batch)) <= room:
                 low = batch
             else:

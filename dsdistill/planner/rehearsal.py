@@ -1,4 +1,4 @@
-"""One training step, rehearsed on tensors without contents: what a rank holds in each of its phases."""
+"""Rehearse one training step on tensors without contents, to find what a rank holds in each of its phases."""
 
 import contextlib
 import copy
@@ -41,17 +41,17 @@ PHASES = ("teacher", "forward", "terms", "backward", "reduce", "step")
 
 @dataclass(frozen=True)
 class Models:
-    """What a stage trains and learns from, by architecture."""
+    """Models holds the architectures of student and teacher."""
 
     student: PretrainedConfig
     teacher: PretrainedConfig | None
     pair: Pair
-    teacher_size: int = 0  # its parameters
+    teacher_size: int = 0  # number of its parameters
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Describe a rank and what its engines hold."""
+    """A Rank describes a rank and what its engines hold."""
 
     world_size: int
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Rank:
     zero: zero_memory.Settings  # of the student's engine
     teacher_dtype: torch.dtype
     teacher_offloaded: bool = False
-    overlap: bool = False  # of a sharded teacher's layers
+    overlap: bool = False  # a sharded teacher gathers the next layer ahead
 
 
 @functools.lru_cache(maxsize=2)  # a plan rehearses with several sizes of micro-batches
@@ -74,8 +74,8 @@ def _frozen(
     values: bool = False,
     unrotated: bool = False,
 ) -> Tracer:
-    """Return a model that leaves traces and learns nothing."""
-    config = copy.deepcopy(architecture.config)  # the library writes into a model's
+    """Return a frozen model that makes traces."""
+    config = copy.deepcopy(architecture.config)  # transformers writes into a model's config
     model = build_model(config, None, task, place, needs_head=False, attention=implementation)
     made = callee(model, task, place)
     freeze(made.module, dtype, torch.device("cpu"))
@@ -83,10 +83,10 @@ def _frozen(
 
 
 def _pretence(gpu: bool) -> list:
-    """Patches under which tensors without contents pass for a GPU's, where the difference is one of memory.
+    """Return patches that make tensors without contents look like a GPU's where that changes memory.
 
-    A torch without CUDA cannot make them. Heads in half precision are multiplied as they are, and attention draws
-    its dropout again in backward; on a CPU it leaves the fused kernel for it.
+    A torch without CUDA cannot make such tensors. On a GPU heads in half precision are multiplied without a cast, and
+    fused attention draws its dropout again in backward; on a CPU attention with dropout is not fused.
     """
     if not gpu:
         return []
@@ -113,7 +113,7 @@ def rehearse(
 ) -> Ledger:
     """Return what a rank holds in each phase of an optimizer step, with micro-batches of batch_size examples.
 
-    Every sequence is taken to be data.max_length long. whole: all layers of deep models run, and all blocks of
+    Every sequence is assumed to have data.max_length tokens. whole: run all layers of deep models, and all blocks of
     operators; else a few stand for the others (planner/stand_in.py, ops/common.py).
     """
     ledger = Ledger((batch_size * config.rows, config.data.max_length))
@@ -195,7 +195,7 @@ def rehearse(
 
 
 def _ahead(ledger: Ledger, teacher: Tracer, batch: Batch, rank: Rank) -> Trace:
-    """Return the teacher's trace of the micro-batch after; on a GPU it is computed while the student learns."""
+    """Return the teacher's trace of the next micro-batch; a GPU computes it while the student learns."""
     highest = ledger.peaks["teacher"]
     with torch.no_grad():
         made = teacher(batch)
@@ -206,7 +206,7 @@ def _ahead(ledger: Ledger, teacher: Tracer, batch: Batch, rank: Rank) -> Trace:
 
 
 def _forward(ledger, module, batch, teacher_trace, before, counts) -> Tensor:
-    """The loss; the terms are a phase of their own, which begins when the module calls its objective."""
+    """Return the loss; the terms are a phase of their own, which begins when the module calls its objective."""
 
     def begins(_, inputs):
         ledger.give(inputs[0].tensors(), CAPTURED)
@@ -221,7 +221,7 @@ def _forward(ledger, module, batch, teacher_trace, before, counts) -> Tensor:
 
 
 def _rest(ledger: Ledger, config: Config, models: Models, previous: Tracer | None, rank: Rank) -> None:
-    """What lies there all the time beside what the student's engine holds."""
+    """Add what a rank always holds besides the student's engine."""
     if models.teacher is not None:
         size = rank.teacher_dtype.itemsize * models.teacher_size
         sharded = config.teacher.zero_stage == 3
@@ -261,7 +261,7 @@ def _batch(config: Config, size: int) -> Batch:
 
 @contextlib.contextmanager
 def _gathering(ledger: Ledger, teacher: Tracer, config: Config, rank: Rank) -> Iterator[int]:
-    """A sharded teacher's modules are whole while they run; yields the bytes of a head that stays so for the terms."""
+    """Count a sharded teacher's modules as whole while they run; yield the bytes of a head kept whole for the terms."""
     if config.teacher.zero_stage != 3:
         yield 0
         return

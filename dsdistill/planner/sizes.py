@@ -1,4 +1,4 @@
-"""Count a model's parameters, and what of them is multiplied for each token, from its architecture alone."""
+"""Count a model's parameters, and those that are multiplied for each token, from its architecture alone."""
 
 import functools
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from dsdistill.models.settings import setting, text_config
 
 @dataclass(frozen=True)
 class Size:
-    """A Size counts values of a model, without a context of training.
+    """A Size counts a model's values.
 
-    named: parameters by name. multiplied: in matrices that a token passes below a language model's head; of a mixture
-    of experts, those that a token is sent to. head: of a language model's head.
+    named: values of each parameter, by name. multiplied: values of the matrices that multiply a token below a language
+    model's head; in a mixture of experts, of those that a token is sent to. head: values of a language model's head.
     """
 
     named: tuple[tuple[str, int], ...]
@@ -38,7 +38,7 @@ class Size:
 
 
 def size_of(config: PretrainedConfig, task: str) -> Size:
-    """Return the size of a model for a task; it is counted once in a process."""
+    """Return the size of a model for a task; a process counts it once."""
     return _size_of(keyed(config), task)
 
 
@@ -71,7 +71,7 @@ def _experts_share(text: PretrainedConfig) -> float:
 
 
 def trained(size: Size, stage: Stage, objective: Objective) -> int:
-    """Return how many values a stage trains: the student's that it does not freeze, and the terms' own."""
+    """Return how many values a stage trains: those of the student that it does not freeze, and the terms' own."""
     own = sum(count for name, count in size.named if not frozen(name, stage.freeze))
     return own + terms_own(objective)
 
@@ -82,9 +82,9 @@ def terms_own(objective: Objective) -> int:
 
 
 def attention_operations(config: PretrainedConfig, task: str, tokens: int) -> list[float]:
-    """Return for each layer what its attention takes forward for a token of a sequence: 4 · H · d a key that it sees.
+    """Return each layer's operations in forward attention per token: 4 · H · d for each key that the token sees.
 
-    In causal attention a token sees half the keys on average, in a sliding layer no more than the window.
+    In causal attention a token sees half the keys on average, in a layer with a sliding window at most the window.
     """
     text, shape = text_config(config), Shape.of(config)
     kinds = setting(text, "layer_types") or [None] * shape.depth

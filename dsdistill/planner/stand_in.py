@@ -1,12 +1,12 @@
 """Rehearse a few layers of each kind, and let what they held stand for the others.
 
-A model of 80 equal layers does the same 80 times. The first two and the last layer of each kind run; every layer
-between them is replaced by a function that makes the same output, holds as many bytes as the second one held until its
-backward pass, and has a gradient arrive at each of its parameters. So layer maps, terms, ZeRO's buckets and the counts
-of parameters are those of the whole model. Between two layers of a kind memory rises and falls evenly, so its highest
-moment lies at the first or at the last one, and these run.
+A model of 80 equal layers does the same 80 times. Only the first two and the last layer of each kind run. A function
+replaces every layer between them: it makes an output of the same shape, holds as many bytes until its backward pass as
+the second layer held, and has a gradient arrive at each of its parameters. So layer maps, terms, ZeRO's buckets and
+parameter counts are those of the whole model. Between two layers of a kind memory rises and falls evenly, so that the
+highest moment is at the first or at the last one, and these run.
 
-A layer whose queries and keys are captured runs as well, and so do all layers of a model with WHOLE layers or less.
+A layer whose queries and keys are captured runs too, and so do all layers of a model with at most WHOLE layers.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ WHOLE = 12
 
 
 class _Touch(torch.autograd.Function):
-    """Pass states on; in backward a gradient arrives at the parameter."""
+    """Pass states on; in backward give the parameter a gradient."""
 
     @staticmethod
     def forward(ctx, states: Tensor, parameter: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class _Touch(torch.autograd.Function):
 
 
 class _Hold(torch.autograd.Function):
-    """Make a layer's output, and hold so many bytes, and perhaps its input, until backward."""
+    """Make a layer's output, and hold `size` bytes, and with `own` its input, until backward."""
 
     @staticmethod
     def forward(ctx, states: Tensor, size: int, own: bool) -> Tensor:
@@ -52,21 +52,21 @@ class _Hold(torch.autograd.Function):
 
 
 class _Kind:
-    """A _Kind holds what a layer of a kind left when it ran.
+    """A _Kind notes what a layer of one kind held when it ran.
 
-    held: bytes beside its input and output, None before. own: whether it holds its input. known: whether a layer of
-    the kind can be replaced at all.
+    held: bytes besides its input and output, None before it ran. own: whether it holds its input. known: whether
+    layers of the kind can be replaced.
     """
 
     def __init__(self):
         self.held: int | None = None
         self.known = self.own = False
         self.rest: tuple | None = (
-            None  # what follows the first in a tuple of outputs; None: there is no tuple
+            None  # all but the first of a tuple of outputs; None: the output is no tuple
         )
 
     def note(self, states: Any, output: Any, held: int, saved: set[int] | None) -> None:
-        """Take down what a layer made of its input; saved: storages that backward needs, None where it runs again."""
+        """Note a layer's output for its input; saved: storages that backward needs, None if the layer runs again."""
         self.held = held
         first, *rest = output if isinstance(output, tuple) else (output,)
         if any(isinstance(x, Tensor) for x in rest) or not all(
@@ -91,7 +91,7 @@ class _Kind:
 
 @contextlib.contextmanager
 def few_layers(ledger: Ledger, model: PreTrainedModel, capture: Capture) -> Iterator[None]:
-    """Run only a few layers of the model inside; `capture` is what notes its states."""
+    """Run only a few layers of the model inside; `capture` is what captures its states."""
     layers = layer_list(model)
     if layers is None or len(layers) <= WHOLE:
         yield
@@ -99,7 +99,7 @@ def few_layers(ledger: Ledger, model: PreTrainedModel, capture: Capture) -> Iter
     with contextlib.ExitStack() as stack:
         for alike in _kinds(layers):
             places = [place for place in alike if place + 1 not in capture.attention]
-            if len(places) > 3:  # the very first layer may get states that need no gradient
+            if len(places) > 3:  # note the second: the first may get states that need no gradient
                 kind = _Kind()
                 _note(ledger, layers[places[1]], kind, stack)
                 for place in places[2:-1]:
@@ -108,7 +108,7 @@ def few_layers(ledger: Ledger, model: PreTrainedModel, capture: Capture) -> Iter
 
 
 def _kinds(layers: Sequence[nn.Module]) -> list[list[int]]:
-    """Return the places, from 0, of the layers of each kind: built alike, with the same parameters trained."""
+    """Return the indices, from 0, of the layers of each kind: built alike, with the same parameters trained."""
     places: dict[Any, list[int]] = {}
     for place, layer in enumerate(layers):
         trained = tuple(parameter.requires_grad for parameter in layer.parameters())
@@ -143,7 +143,7 @@ def _saving(saved: set[int]) -> torch.autograd.graph.saved_tensors_hooks:
 
     def pack(tensor: Tensor) -> Tensor:
         saved.add(address(tensor))
-        return tensor.detach()  # an output that held itself would never go
+        return tensor.detach()  # an output that held itself would never be freed
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
@@ -159,6 +159,6 @@ def _replace(layer: nn.Module, kind: _Kind, stack: contextlib.ExitStack) -> None
 
 
 def _put(layer: nn.Module, run: Any, stack: contextlib.ExitStack) -> None:
-    """Give a layer another forward for a while."""
+    """Replace a layer's forward until the stack is closed."""
     layer.forward = run
     stack.callback(layer.__dict__.pop, "forward")

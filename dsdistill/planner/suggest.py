@@ -19,9 +19,9 @@ OFFLOAD = "student.deepspeed.zero_optimization.offload_optimizer={device: cpu, p
 
 @dataclass(frozen=True)
 class Proposal:
-    """A Proposal is a set of overrides, and the bytes that it needs of a rank, reserve included, and of a host.
+    """A Proposal is a set of overrides, with the bytes that it needs on a rank, reserve included, and on a host.
 
-    host: None where what lies on a rank in any step is too much already; `needs` is that alone then.
+    host: None if what a rank always holds is too much already; `needs` is only that then.
     """
 
     overrides: tuple[str, ...]
@@ -39,14 +39,15 @@ def suggest(
     ranks: int,
     host_memory: int | None = None,
 ) -> list[Proposal]:
-    """Return what was tried, in order; the last one fits, where anything does.
+    """Return the proposals that were tried, in order; the last one fits, if any does.
 
-    make: the config under some overrides. memory: bytes of a rank; ranks: of a node; host_memory: bytes of a node.
+    make: returns the config under some overrides. memory: bytes of a rank; ranks: of a node; host_memory: bytes of a
+    node.
 
-    Tried in this order: the optimizer on the device before it waits in host memory, layers kept before they run again
-    in backward, a teacher whole on each rank before a sharded one, and the student's stages from 1 to 3, as less is
-    sent then. The first that fits gets the largest micro-batch that fits and that shares out the batch evenly.
-    Settings that could not fit, whatever a step takes, are not rehearsed.
+    The order is: the optimizer on the device before in host memory, activations kept before checkpointing, a whole
+    teacher on each rank before a sharded one, and the student's ZeRO stages from 1 to 3, since lower ones send less.
+    The first that fits gets the largest micro-batch that fits and divides the batch evenly. Settings that cannot fit,
+    whatever a step takes, are not rehearsed.
     """
     reserve, refused = RESERVE if gpu else 0, None
     room = memory - reserve
@@ -81,9 +82,9 @@ def suggest(
 
 
 def _sizes(config: Config, world_size: int) -> list[int]:
-    """Return the sizes of micro-batches that share out the batch evenly and that the terms and the sampler take.
+    """Return the sizes of micro-batches that divide the batch evenly and that the terms and the sampler accept.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     found, refused = [], None
     for size in range(1, config.train.batch_size // world_size + 1):
@@ -103,7 +104,7 @@ def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
     whole = config.teacher is not None and not config.teacher.deepspeed and config.teacher.residency == "auto"
     teachers = (None,) if config.teacher is None else ("0", "3") if whole else ("3",)
     stages = (1, 2, 3)
-    if world_size == 1:  # there is nobody to share with
+    if world_size == 1:  # one rank cannot shard anything
         teachers, stages = teachers[:1], stages[:1]
     for offload, again, teacher, stage in itertools.product((False, True), (False, True), teachers, stages):
         found = [f"student.zero_stage={stage}", f"student.gradient_checkpointing={str(again).lower()}"]
@@ -115,7 +116,7 @@ def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _least(forecast: Forecast) -> int:
-    """Return the bytes that lie on a rank whatever a step does."""
+    """Return the bytes that a rank holds whatever a step does."""
     zero, parts, config = forecast.rank.zero, forecast.parts, forecast.config
     held = zero.width * parts.student.total / (zero.world_size if zero.stage == 3 else 1)
     if config.student.deepspeed.get("zero_optimization", {}).get("offload_param"):
@@ -152,7 +153,7 @@ def _largest(
     rise = max(1.0, (second[0] - need) / (larger[0] - least))
     for size in reversed(larger):
         if size > larger[0] and need + rise * (size - least) > 1.05 * room:
-            continue  # grows nearly as a straight line
+            continue  # memory grows almost linearly
         found = second if size == larger[0] else _need(forecast, size, ranks)
         if found[0] <= room and (host_memory is None or found[1] <= host_memory):
             return size, *found
@@ -160,7 +161,7 @@ def _largest(
 
 
 def proposals(tried: Sequence[Proposal], memory: int) -> str:
-    """Return the proposal for people: overrides to type after the config, and what those tried before would need."""
+    """Return the proposal as text: overrides to type after the config, and what those tried before would need."""
     if tried and tried[-1].fits:
         lines = [f"proposed: {_words(tried[-1])}", f"  {_needs(tried[-1], memory)}"]
     else:

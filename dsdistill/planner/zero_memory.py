@@ -1,16 +1,17 @@
-"""What DeepSpeed ZeRO keeps of the student on a rank, and when, told to a ledger; no DeepSpeed runs.
+"""Record in a ledger what DeepSpeed ZeRO keeps of the student on a rank, and when; DeepSpeed itself does not run.
 
-Follows deepspeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py). With S trainable parameters of e bytes on w ranks:
+This follows deepspeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py). With S trainable parameters of e bytes on w
+ranks:
 
-  weights           S·e, at stage 3 S·e/w and, until the step, all of them gathered (its default limits let go of
-                    nothing in a model of less than 1e9 parameters); the buffers they arrive in live as long as
-                    anything fetched at once with them is still to be used, which is to the end of the forward pass
-  master weights    4·S/w in float32, also beside weights that are float32 themselves
+  weights           S·e; at stage 3 S·e/w and, until the step, all of them gathered (with the default limits nothing is
+                    released in a model of less than 1e9 parameters); the buffers that receive them live until all
+                    weights of the same fetch have been used, which is the end of the forward pass
+  master weights    4·S/w in float32, also if the weights are float32 themselves
   moments           8·S/w for Adam, 4·S/w for momentum SGD and AdaGrad
   gradients         at stage 1 S·e until the last micro-batch; from then on, as always at stage 2, those of parameters
                     that this rank's share touches, each whole; at stage 3 S·e/w
-  bucket            gradients are copied there to be reduced, and once more, flat, to be sent: on a GPU
-                    reduce_bucket_size elements, S if that is less, on a CPU what is written there
+  bucket            gradients are copied there to be reduced, and again, flat, to be sent: on a GPU reduce_bucket_size
+                    elements, or S if that is less; on a CPU only what is written there
 """
 
 import math
@@ -31,35 +32,35 @@ TEMPORARY = {
     "adam": 0,
     "sgd": 1,
     "adagrad": 3,
-}  # the same, while it steps: the fused ones need none
+}  # more of them during the optimizer's step: fused optimizers need none
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the student's engine."""
+    """Settings holds what determines the memory of the student's engine."""
 
     stage: int
     world_size: int
     width: int  # bytes of a weight
     optimizer: str
     bucket: int  # reduce_bucket_size, elements
-    buffers: int  # buckets: 2 where communication overlaps with backward
+    buffers: int  # number of buckets: 2 if communication overlaps with backward
     live: int  # most gathered elements at stage 3
-    prefetch: int  # of them, those that are fetched ahead at once
+    prefetch: int  # most elements that are prefetched together
     offloaded: bool  # optimizer and its state in host memory
     accumulates: bool  # over more than one micro-batch
-    lazy: bool  # a buffer costs only what is written there: CPUs
+    lazy: bool  # on CPUs: a buffer takes memory only where it is written
 
     @property
     def copies(self) -> int:
-        """Of what is gathered, while it is: the flat buffer it arrives in and, on CPUs, gloo's own."""
+        """Return the copies of weights while they are gathered: the flat buffer and, on CPUs, gloo's own."""
         return 0 if self.world_size == 1 else 1 + self.lazy
 
 
 class StudentZero:
-    """Follows the student's parameters through a step.
+    """A StudentZero follows the student's parameters through a step.
 
-    groups: trainable parameters by optimizer group, in order. frozen: elements that do not train.
+    groups: trainable parameters by optimizer group, in order. frozen: number of elements that do not train.
     """
 
     def __init__(
@@ -83,17 +84,17 @@ class StudentZero:
         self.mine = width * (
             self.share if self.sharded else max(self._touched())
         )  # gradients this rank keeps
-        self._filled = self._held = 0  # elements: in the bucket now, and what it takes
-        self._keeps = False  # a reduced gradient, of this backward pass
-        if self.sharded:  # both stay from step to step
+        self._filled = self._held = 0  # elements in the bucket, and elements that it has memory for
+        self._keeps = False  # whether a reduced gradient of this backward pass is kept
+        if self.sharded:  # gradients and bucket stay from step to step
             ledger.add(GRADIENTS, 0 if settings.offloaded else self.mine)
             self._allocate()
-        if settings.accumulates:  # what earlier micro-batches left
+        if settings.accumulates:  # gradients of earlier micro-batches
             mine = 0 if settings.offloaded else self.mine
             ledger.add(GRADIENTS, {1: width * self.total, 2: mine, 3: 0}[settings.stage])
 
     def _touched(self) -> list[int]:
-        """Elements, by rank, of the parameters of which the rank's share of a group holds some."""
+        """Return, by rank, the elements of all parameters that the rank's shares of the groups touch."""
         world = self.settings.world_size
         touched = [0] * world
         for group in self.groups:
@@ -105,15 +106,15 @@ class StudentZero:
         return touched
 
     def gather(self) -> None:
-        """Before the forward pass."""
+        """Add gathered weights and their buffers, before the forward pass."""
         self.ledger.add(GATHERED, self.whole + self.arriving)
 
     def arrived(self) -> None:
-        """After it."""
+        """Remove those buffers, after the forward pass."""
         self.ledger.add(GATHERED, -self.arriving)
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Do with each gradient what DeepSpeed's hooks do."""
+        """Count for each gradient what DeepSpeed's hooks do with it."""
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -128,7 +129,7 @@ class StudentZero:
         parameter.grad = None
 
     def _copy(self, size: int) -> None:
-        """One gradient into the bucket."""
+        """Copy one gradient into the bucket."""
         if self._filled + size > self.bucket and self._filled:
             self._reduce()
         if size <= self.bucket:
@@ -136,18 +137,18 @@ class StudentZero:
         self._filled += size
 
     def _allocate(self) -> None:
-        """The bucket, before the first gradient."""
+        """Allocate the bucket, before the first gradient."""
         if not self.settings.lazy:
             self._hold(self.settings.buffers * self.bucket)
 
     def _hold(self, elements: int) -> None:
-        """The bucket takes at least so many elements."""
+        """Grow the bucket's memory to at least so many elements."""
         if elements > self._held:
             self.ledger.add(BUCKETS, self.settings.width * (elements - self._held))
             self._held = elements
 
     def _reduce(self) -> None:
-        """Send the bucket, from a flat copy, and keep what is this rank's."""
+        """Send the bucket, from a flat copy, and keep this rank's part."""
         flat = self.settings.width * self._filled
         if self.sharded:
             flat *= max(1, self.settings.copies)
@@ -159,7 +160,7 @@ class StudentZero:
             self.ledger.add(GRADIENTS, self.mine)
 
     def reduce(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The end of a step's last backward pass."""
+        """Finish a step's last backward pass: reduce what is left."""
         if self.settings.stage == 1:
             for parameter in parameters:
                 size = parameter.numel()
@@ -172,10 +173,10 @@ class StudentZero:
             self.ledger.add(BUCKETS, -self.settings.width * self._held)
             self._held = 0
             if self.settings.stage == 2 and self.settings.accumulates and self._keeps:
-                self.ledger.add(GRADIENTS, -self.mine)  # added to what was there
+                self.ledger.add(GRADIENTS, -self.mine)  # summed into those of earlier micro-batches
 
     def step(self) -> None:
-        """The optimizer, one group at a time, on a flat float32 copy of its gradients."""
+        """Step the optimizer, one group at a time, on a flat float32 copy of its gradients."""
         self.ledger.add(GATHERED, -self.whole)  # DeepSpeed shards them again before it steps
         if self.settings.offloaded:
             return

@@ -1,4 +1,4 @@
-"""Show the results of a run: a table, a picture of its loss, and a page."""
+"""Show the results of a run: a table, a plot of its loss, and a page."""
 
 import os
 from collections.abc import Sequence
@@ -36,15 +36,15 @@ def show(run: str, summary: dict[str, Any]) -> None:
 
 
 def show_page(path: str) -> None:
-    """Write the page of a run or of a comparison that is done, and print where; else print why there is none."""
+    """Write the page of a run or a comparison and print its path; print the reason if it cannot be written."""
     try:
         print(f"page: {write_page(path)}")
-    except UserError as error:  # somebody else's file has its name; what is done is done all the same
+    except UserError as error:  # such as a foreign file of its name; the run has succeeded all the same
         print(f"no page: {error}")
 
 
 def show_comparison(path: str, *, table: bool = True) -> None:
-    """Print what a comparison came to, where the folder is one; table: that of the methods too."""
+    """Print the results of a comparison if the folder is one; table: print the table of methods too."""
     if not is_run(path) and (told := comparison_page.text(path, runs_of(path), table=table)):
         print(f"{told}\n")
 

@@ -15,7 +15,7 @@ from dsdistill.report.summary import aligned, title
 def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
     """Return the title and the parts of a comparison's page.
 
-    runs: of `runs_of`, at least one; those that are not finished are listed, and count in no mean.
+    runs: from `runs_of`, at least one; unfinished runs are listed but not part of any mean.
     """
     name = os.path.basename(os.path.abspath(path))
     every = [run for of in runs.values() for run in of]
@@ -38,7 +38,7 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
 
 
 def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
-    """Return the tables of a comparison for a terminal, "" where no run is finished; table: that of the methods too."""
+    """Return the tables of a comparison for a terminal, "" if no run is finished; table: with that of the methods."""
     rows, parts = scored(runs), []
     if rows and table:
         parts.append("\n".join([plain(rows), "", *legend(rows)]))
@@ -48,7 +48,7 @@ def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
 
 
 def _link(path: str, run: Run) -> Html | str:
-    """Return a run's name, as a link to its page where it has one."""
+    """Return a run's name, as a link to its page if it has one."""
     if not os.path.isfile(os.path.join(path, run.name, "report.html")):
         return run.name
     return tag("a", run.name, href=quote(f"./{run.name}/report.html", errors="replace"))

@@ -1,4 +1,4 @@
-"""Make the curves of a page from the log of a run, thinned to what a screen can show."""
+"""Make the curves of a page from the log of a run, with no more points than a screen can show."""
 
 import math
 from array import array
@@ -9,16 +9,16 @@ from typing import Any
 from dsdistill.report.run_files import RunFiles, mapping, number
 from dsdistill.report.summary import in_order, metric, title
 
-MOST = 1000  # points of a curve
-CHART, BUDGET = 16_000, 45_000  # points of a chart, and of a page
-FEWEST = 20  # points of a curve where there are very many
+MOST = 1000  # most points of a curve
+CHART, BUDGET = 16_000, 45_000  # most points of a chart, and of a page
+FEWEST = 20  # points that a curve keeps even among very many curves
 SMOOTHED, RUNS = (
     400,
     120,
-)  # points from which a curve is drawn by means over its faint values, and how many of these
-SIDE_BY_SIDE = 64  # curves of a chart
-LONGEST = 100  # characters of a curve's name
-DECADES = 100  # largest value over smallest from which a logarithmic scale shows more
+)  # number of points from which means are drawn over a curve's faint values, and number of means
+SIDE_BY_SIDE = 64  # most curves of a chart
+LONGEST = 100  # most characters of a curve's name
+DECADES = 100  # ratio of largest to smallest value from which a logarithmic scale is used
 
 
 class Curve:
@@ -31,7 +31,7 @@ class Curve:
         return len(self.x)
 
     def add(self, x: float, y: float | None) -> None:
-        """Add a point in place of those at x and beyond: a resume makes these again."""
+        """Add a point, which replaces those at x and beyond: a resumed run logs these again."""
         while self.x and self.x[-1] >= x:
             self.x.pop()
             self.y.pop()
@@ -39,10 +39,10 @@ class Curve:
         self.y.append(math.nan if y is None else y)
 
     def thinned(self, most: int) -> list[tuple[float, float | None]]:
-        """Return at most `most` points, the least and the greatest y among them, gaps as None.
+        """Return at most `most` points, including the smallest and the largest y, with gaps as None.
 
-        The points between the first and the last are cut into equal runs, of which each keeps its least and its
-        greatest y, and a gap where it has one.
+        The points between the first and the last are divided into equal runs. Each run keeps its smallest and its
+        largest y, and a gap if it has one.
         """
         n = len(self.x)
         kept: Iterable[int] = range(n)
@@ -63,7 +63,7 @@ class Curve:
         return [(self.x[i], None if math.isnan(self.y[i]) else self.y[i]) for i in kept]
 
     def smoothed(self, runs: int) -> list[tuple[float, float | None]]:
-        """Return the mean of each of `runs` equal runs of points, at the middle of its x; gaps count for none."""
+        """Return the mean of each of `runs` equal runs of points, at the middle of its x; gaps are ignored."""
         n, made = len(self.x), []
         for run in range(runs):
             first, end = run * n // runs, (run + 1) * n // runs
@@ -84,27 +84,25 @@ class Chart:
     x: str = "step"
     marked: bool = False  # bad steps and spikes are shown
     sparse: bool = False  # each point is drawn
-    logarithmic: bool | None = None  # at first; None: where the values ask for it
+    logarithmic: bool | None = None  # initial scale; None: chosen by the values
     x_logarithmic: bool = False
-    first_colour: int = 0  # so that a term has its colour in every chart
-    spreads: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # of a curve: each point's standard deviation
+    first_colour: int = 0  # gives a term the same colour in every chart
+    spreads: dict[str, list[float]] = field(default_factory=dict)  # by curve: each point's standard deviation
 
     def add(self, curve: str, x: float, y: float | None) -> None:
-        """Add a point to a curve of the chart, a new one where it has none of this name."""
+        """Add a point to a curve of the chart, which is made if there is none of this name."""
         if curve not in self.curves:  # a log has millions of points
             self.curves[curve] = Curve()
         self.curves[curve].add(x, y)
 
     @property
     def drawn(self) -> dict[str, Curve]:
-        """Return the curves that have a value, the first ones of very many."""
+        """Return the curves that have a value, at most the first SIDE_BY_SIDE."""
         there = {name: curve for name, curve in self.curves.items() if not all(map(math.isnan, curve.y))}
         return dict(list(there.items())[:SIDE_BY_SIDE])
 
     def plain(self, most: int) -> dict[str, Any]:
-        """Return the chart as the script reads it, with at most `most` points a curve."""
+        """Return the chart as the script reads it, with at most `most` points per curve."""
         curves = []
         for name, curve in self.drawn.items():
             plain: dict[str, Any] = {"name": name[:LONGEST], "xy": _flat(curve.thinned(most))}
@@ -129,7 +127,7 @@ class Chart:
 
 
 def wide(values: Iterable[float]) -> bool:
-    """Return whether values span decades, so that a logarithmic scale shows more."""
+    """Return whether positive values span two decades, so that a logarithmic scale shows more."""
     least, most = math.inf, 0.0
     for value in values:
         if value > 0 and math.isfinite(value):
@@ -146,7 +144,7 @@ def points_each(charts: Sequence[Chart]) -> list[int]:
 
 
 def _flat(points: list[tuple[float, float | None]]) -> list[float | int | None]:
-    """Return x and y by turns, in as few digits as a picture needs."""
+    """Return x and y alternating, with as few digits as a plot needs."""
     return [_short(value) for point in points for value in point]
 
 
@@ -158,12 +156,12 @@ def _short(value: float | None) -> float | int | None:
 
 @dataclass
 class Stretch:
-    """A Stretch is what the log says of one stage."""
+    """A Stretch holds what the log says about one stage."""
 
     first: float
     last: float
-    loss: float | None = None  # of its last step that was logged
-    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation in it
+    loss: float | None = None  # at its last logged step
+    scores: dict[str, float] = field(default_factory=dict)  # of its last evaluation
 
 
 class Log:
@@ -214,7 +212,7 @@ class Log:
         loss = number(record["loss"])
         self.loss.add("total", step, loss)
         terms = mapping(record.get("terms"))
-        for name in dict.fromkeys((*terms, *self.raw.curves)):  # a gap where a stage is without a term
+        for name in dict.fromkeys((*terms, *self.raw.curves)):  # a gap if a stage lacks a term
             term = mapping(terms.get(name))
             self.loss.add(name, step, number(term.get("weighted")))
             self.raw.add(name, step, number(term.get("raw")))

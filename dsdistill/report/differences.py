@@ -1,4 +1,4 @@
-"""Say how far methods differ in what they find, by a paired bootstrap over the queries of a dev set."""
+"""Estimate how far methods differ in recall, by a paired bootstrap over the queries of a dev set."""
 
 import os
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from dsdistill.report.summary import title
 
 RESAMPLES, SEED, LEVEL = 10_000, 0, 0.95
 CUTS = {"recall_1": 1, "recall_10": 10}  # ranks that count as found
-BLOCK = 2**24  # numbers of resamples that are whole at once
-TEACHER = ""  # among the names of methods, which are those of folders
+BLOCK = 2**24  # most numbers of resamples in memory at once
+TEACHER = ""  # stands for the teacher among names of methods, which are names of folders
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A Difference is the first method's recall less the second's on one dev set, and its interval."""
+    """A Difference is the first method's recall minus the second's on one dev set, with its interval."""
 
     first: str
     second: str
-    score: str  # SET/recall_10, or without a set recall_10
+    score: str  # SET/recall_10, or recall_10 if the set has no name
     mean: float
     low: float
     high: float
@@ -37,8 +37,8 @@ class Difference:
 def differences(path: str, runs: dict[str, list[Run]]) -> list[Difference]:
     """Return how far the methods of a comparison differ from the teacher, and from each other, on each dev set.
 
-    A query counts as the mean of a method's runs, so that it is paired with itself. Of runs with other queries under
-    the same name those that most methods have are taken; runs that are not finished are left out.
+    A query counts as the mean of a method's runs, so that it is paired with itself. If runs have different queries
+    under the same name, only runs with the queries that most methods have count; unfinished runs are left out.
     """
     sets: dict[str, dict[tuple[str, ...], dict[str, list[np.ndarray]]]] = {}
     for method, of in runs.items():
@@ -60,7 +60,7 @@ def differences(path: str, runs: dict[str, list[Run]]) -> list[Difference]:
 
 
 def rows(found: Sequence[Difference]) -> list[list[str]]:
-    """Return the head and the lines of a table of differences."""
+    """Return the header and the rows of a table of differences."""
     head = ["difference", "in", "mean", f"{LEVEL:.0%} interval", "excludes zero"]
     lines = [
         [
@@ -102,14 +102,14 @@ def _ranks(files: RunFiles) -> dict[str, tuple[tuple[str, ...], dict[str, np.nda
 
 
 def _hits(runs: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (n, cuts): the share of runs that find each query's document so early."""
+    """Return (n, cuts): the share of runs that rank each query's document within each cut."""
     return np.mean([np.stack([ranks <= most for most in CUTS.values()], axis=1) for ranks in runs], axis=0)
 
 
 def _differences(
     name: str, hits: dict[str, np.ndarray], pairs: Sequence[tuple[str, str]]
 ) -> list[Difference]:
-    """Return the differences of pairs of methods on one dev set, all by the same resamples."""
+    """Return the differences of pairs of methods on one dev set, all from the same resamples."""
     if not pairs:
         return []
     each = np.concatenate([hits[first] - hits[second] for first, second in pairs], axis=1)
@@ -127,7 +127,7 @@ def _differences(
 def resampled(each: np.ndarray) -> np.ndarray:
     """Return (RESAMPLES, k) means of (n, k) values over resamples of the n rows.
 
-    Rows that are equal are drawn together, by how often each kind of row comes: few kinds stand for many queries.
+    Equal rows are drawn together, by a multinomial over distinct rows: there are few of these for many queries.
     """
     kinds, counts = np.unique(each, axis=0, return_counts=True)
     generator, block = np.random.default_rng(SEED), max(1, BLOCK // len(kinds))

@@ -1,4 +1,4 @@
-"""Give the page's script its charts: a figure for each, and their points."""
+"""Make what the page's script needs to draw charts: a figure for each, and their points."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from dsdistill.report.markup import Html, data, section, tag
 def charts_section(
     title: str, charts: Sequence[Chart], marks: Sequence[dict[str, Any]], *notes: object
 ) -> list[Html]:
-    """Return the part of a page that shows charts, and the data that its script reads; a page has one of these.
+    """Return the section of a page that shows charts, and the data that its script reads; a page has one of these.
 
     marks: {x: step, kind: bad, spike or stage, text}, drawn as lines.
     """

@@ -1,10 +1,10 @@
-"""Make HTML in which nothing but our own tags is markup: every text is escaped where it enters."""
+"""Make HTML in which only our own tags are markup: every text is escaped when it is added."""
 
 import html
 import json
 from collections.abc import Iterable, Sequence
 
-LONGEST = 500  # characters of a text
+LONGEST = 500  # most characters of a text
 
 
 class Html(str):
@@ -14,7 +14,7 @@ class Html(str):
 
 
 def tag(name: str, *children: object, **attributes: object) -> Html:
-    """Return an element; a `class_` becomes `class`, `data_x` becomes `data-x`, and None leaves something out."""
+    """Return an element; `class_` becomes `class`, `data_x` becomes `data-x`; None leaves out a child or attribute."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
         for key, value in attributes.items()
@@ -24,7 +24,7 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
 
 
 def joined(children: Iterable[object]) -> Html:
-    """Return all children after each other, those escaped that are not markup."""
+    """Return all children joined; those that are not markup are escaped."""
     return Html(
         "".join(
             child if isinstance(child, Html) else html.escape(str(child))
@@ -35,7 +35,7 @@ def joined(children: Iterable[object]) -> Html:
 
 
 def cut(text: object) -> object:
-    """Return a text's first LONGEST characters, and markup as it is."""
+    """Return a text's first LONGEST characters; markup is returned unchanged."""
     if isinstance(text, Html) or len(told := str(text)) <= LONGEST:
         return text
     return f"{told[:LONGEST]}…"
@@ -47,7 +47,7 @@ def section(title: str, *children: object, name: str) -> Html:
 
 
 def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "") -> Html:
-    """Return a table that scrolls by itself where it is wider than the page; each row's first cell is its name.
+    """Return a table that scrolls by itself if it is wider than the page; each row's first cell is its name.
 
     kind: scores (numbers), parts (a column for each model) or texts, which a narrow screen shows below each other.
     """
@@ -64,7 +64,7 @@ def grid(head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "
 
 
 def data(name: str, content: object) -> Html:
-    """Return JSON for the page's script to read; it holds nothing that a parser of HTML could take for a tag."""
+    """Return JSON for the page's script to read; it contains nothing that an HTML parser could take for a tag."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""Set methods side by side: means and deviations over the runs of each, and how a score follows a setting."""
+"""Compare methods: means and deviations over the runs of each, and how a score depends on a setting."""
 
 import collections
 import math
@@ -12,11 +12,11 @@ from dsdistill.report.curves import Chart, wide
 from dsdistill.report.run_files import CONFIG, METRICS, SUMMARY, RunFiles, number, scores_of
 from dsdistill.report.summary import START, aligned, in_order, metric, title, turned
 
-HEAD = "| method | runs |"  # of the table
-SEED = "seed-"  # begins the name of a run's folder
-# What differs between machines or says nothing about a method.
+HEAD = "| method | runs |"  # beginning of the table
+SEED = "seed-"  # prefix of the name of a run's folder
+# Scores that depend on the machine and say nothing about a method.
 _LEFT_OUT = {"tokens_per_second", "training_tokens_per_second"}
-# What follows the scores that a search is told by.
+# Scores of a search that a comparison leaves out: others in the table say nearly the same.
 _OF_SEARCH = {"mrr_10", "ndcg_10", "teacher_pearson", "distance"}
 # Settings that differ between the runs of one method, or say nothing about it.
 _PLACES = ("run.dir", "run.name", "run.seed", "data.cache")
@@ -33,7 +33,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def plain(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the same for a terminal."""
+    """Return the same table for a terminal."""
     columns, lines = cells(rows)
     return "\n".join(aligned(turned([["method", "runs", *map(title, columns)], *lines])))
 
@@ -54,7 +54,7 @@ def legend(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
 def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     """Return the scores that a table of methods shows, and its lines: name, runs and those scores.
 
-    The first lines are the teacher's and, where runs scored it, the student's before its first step.
+    The first lines are the teacher's and, if runs scored it, the student's before its first step.
     """
     by_name: dict[str, list[dict[str, float]]] = {}
     for summaries in rows.values():
@@ -71,7 +71,7 @@ def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[s
 
 
 def _starts(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, float]]]:
-    """Return the scores of students before their first step: one line where all methods begin alike."""
+    """Return the scores of students before their first step: one line if all methods begin alike."""
     found: dict[str, list[dict[str, float]]] = {}
     for name, summaries in rows.items():
         starts = [run["models"]["start"] for run in summaries if "start" in run["models"]]
@@ -87,7 +87,7 @@ def _starts(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, f
 
 
 def _alike(first: dict[str, float], second: dict[str, float]) -> bool:
-    """Return whether two students have the same scores, as far as both have them (one may know no teacher)."""
+    """Return whether two students agree in all scores that both have (one may have no teacher)."""
     return all(
         math.isclose(first[score], second[score], rel_tol=1e-3, abs_tol=1e-4)
         for score in first.keys() & second.keys()
@@ -95,7 +95,7 @@ def _alike(first: dict[str, float], second: dict[str, float]) -> bool:
 
 
 def compared(runs: Iterable[dict[str, float]]) -> list[str]:
-    """Return the scores that tell methods apart, in the order of tables; of a search the most telling ones."""
+    """Return the scores that a comparison shows, in the order of tables; for a search only the most important."""
     scores = in_order(s for run in runs for s in run)
     left_out = _LEFT_OUT | (_OF_SEARCH if any(metric(score) == "recall_1" for score in scores) else set())
     return [score for score in scores if metric(score) not in left_out]
@@ -115,7 +115,7 @@ class Run:
     """A Run is one folder of a comparison."""
 
     name: str  # METHOD/seed-N, or METHOD
-    steps: int  # that the last line of its log tells
+    steps: int  # from the last line of its log
     summary: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -128,17 +128,17 @@ class Run:
 
 
 def is_run(folder: str) -> bool:
-    """Return whether a folder has anything that a run writes."""
+    """Return whether a folder has a file that a run writes."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, METRICS, SUMMARY))
 
 
 def _began(folder: str) -> bool:
-    """Return whether a folder is a run's own: a config.yaml alone may be anybody's."""
+    """Return whether a folder is surely a run's: a config.yaml alone may be anybody's."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in (METRICS, SUMMARY))
 
 
 def runs_of(folder: str) -> dict[str, list[Run]]:
-    """Return the runs METHOD/seed-N, or METHOD, below a folder by method, as far as they have come."""
+    """Return the runs METHOD/seed-N, or METHOD, below a folder, by method; they may be unfinished."""
     found: dict[str, list[Run]] = {}
     for method in _folders(folder):
         seeds = sorted(
@@ -188,7 +188,7 @@ def scored(runs: dict[str, list[Run]]) -> dict[str, list[dict[str, Any]]]:
 def sweeps(runs: dict[str, list[Run]]) -> list[Chart]:
     """Return a chart for each setting that methods sweep, and each score: means and deviations over the runs.
 
-    A sweep is two methods or more whose settings differ in one number alone.
+    A sweep is two or more methods whose settings differ in only one number.
     """
     settings: dict[str, dict[str, Any]] = {}
     for method, of in runs.items():

@@ -8,7 +8,7 @@ from typing import Any
 from dsdistill.report.markup import Html, cut, grid, section, tag
 from dsdistill.report.run_files import PREDICTIONS, RunFiles, listed, number, part
 
-EXAMPLES = 200  # dev examples that are shown
+EXAMPLES = 200  # most dev examples that are shown
 
 
 def mistakes(files: RunFiles) -> Html | None:
@@ -30,7 +30,7 @@ def mistakes(files: RunFiles) -> Html | None:
             if len(kept) > EXAMPLES:
                 heapq.heappop(kept)
     if not judged and kind is _VALUES:
-        return None  # its errors are told beside the teacher's alone
+        return None  # errors of scores are only judged against the teacher's
     told = kind.wrong.format(total, wrong)
     if not judged:
         told += "; no teacher was there to compare with."
@@ -85,7 +85,7 @@ def _error(record: dict[str, Any], model: str) -> float | None:
 
 
 def _judge_value(record: dict[str, Any]) -> tuple[bool, bool | None]:
-    """Return whether the student's error is more than twice the teacher's, which then is right."""
+    """Return whether the student's error is more than twice the teacher's; the teacher then counts as right."""
     student, teacher = _error(record, "student"), _error(record, "teacher")
     far = student is not None and teacher is not None and student > 2 * teacher
     return far, None if teacher is None else far
@@ -98,7 +98,7 @@ def _value(record: dict[str, Any]) -> list[object]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """A _Kind says how mistakes of one form are found and told."""
+    """A _Kind says how mistakes of one kind of output are found and shown."""
 
     judge: Callable[
         [dict[str, Any]], tuple[bool, bool | None]

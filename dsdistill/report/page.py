@@ -1,4 +1,4 @@
-"""Put together the page of a run or of a comparison: one HTML file that needs nothing beside it."""
+"""Put together the page of a run or of a comparison: one HTML file that needs no other file."""
 
 import base64
 import hashlib
@@ -53,7 +53,7 @@ def _ours(target: str) -> bool:
 
 
 def page(title: str, parts: Iterable[Html]) -> str:
-    """Return a whole page; its policy lets a browser run the page's own script and load nothing."""
+    """Return a whole page; its policy allows only the page's own style and script, and no loading."""
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     allowed = f"style-src {_hash(style)}; script-src {_hash(script)}"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""Plot the curves of a run as a PNG."""
 
 import json
 import math
@@ -19,14 +19,14 @@ COLOURS = (
     "#cc79a7",
     "#e69f00",
     "#56b4e9",
-)  # told apart by colour-blind eyes
+)  # distinct for colour-blind readers
 TOTAL = "#222222"
-DECADES = 100  # largest value over smallest from which a logarithmic scale shows more
-SMOOTHED = 100  # points from which a curve is drawn smoothed, over its faint raw values
+DECADES = 100  # ratio of largest to smallest value from which a logarithmic scale is used
+SMOOTHED = 100  # number of points from which a curve is drawn smoothed, over its faint raw values
 
 
 def read_log(path: str) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line cut short, by a kill or a reader too early, is left out.
+    """Return the records of a metrics.jsonl. An incomplete last line, after a kill or while it is written, is left out.
 
     Raises:
         UserError: no such file, or a line before the last is not JSON.
@@ -47,7 +47,7 @@ def read_log(path: str) -> list[dict[str, Any]]:
 
 
 def loss_plot(log: str, picture: str) -> None:
-    """Draw the loss, its weighted terms and, where the log has any, the evaluations over the steps, as PNG.
+    """Draw the loss, its weighted terms and the evaluations, if the log has any, over the steps, as PNG.
 
     Raises:
         UserError: the log cannot be read or has no step.
@@ -117,7 +117,7 @@ def _draw(axes: "Axes", x: list[int], y: list[float], label: str, colour: str, w
 
 
 def _smooth(values: list[float], half: int) -> list[float]:
-    """Mean of each value and up to `half` neighbours on either side; values that are not finite count for none."""
+    """Return the mean of each value with up to `half` neighbours on either side; only finite values count."""
     finite = [value if math.isfinite(value) else 0.0 for value in values]
     sums = [0.0, *accumulate(finite)]
     counts = [0, *accumulate(map(math.isfinite, values))]

@@ -1,4 +1,4 @@
-"""Read what a run folder holds, as far as it can be read: runs are killed, and folders come from elsewhere."""
+"""Read the files of a run folder as far as possible: runs are killed, and folders may come from elsewhere."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _LOG_BYTES, _LINE_BYTES, _JSON_BYTES = 2**36, 2**24, 2**24
 
 
 class RunFiles:
-    """RunFiles read one run folder; what cannot be read is left out, and `problems` says so."""
+    """RunFiles reads one run folder; what cannot be read is left out and listed in `problems`."""
 
     def __init__(self, path: str):
         self.path = path
@@ -30,7 +30,7 @@ class RunFiles:
         return os.path.isfile(os.path.join(self.path, name))
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """Yield the JSON objects of a file that has one a line; other lines are counted, and a file may be missing."""
+        """Yield the JSON objects of a file with one per line; other lines are counted; the file may be missing."""
         place, bad = os.path.join(self.path, name), 0
         if not os.path.lexists(place):
             return
@@ -53,7 +53,7 @@ class RunFiles:
             self.problems.append(f"{name}: {bad:,} line{'s' * (bad > 1)} cannot be read")
 
     def object(self, name: str) -> dict[str, Any]:
-        """Return the JSON object of a file, {} where there is none."""
+        """Return the JSON object of a file, {} if there is none."""
         place = os.path.join(self.path, name)
         if not os.path.lexists(place):
             return {}
@@ -64,7 +64,7 @@ class RunFiles:
             return {}
 
     def settings(self) -> dict[str, Any]:
-        """Return what config.yaml says, unchecked and without secrets, {} where it cannot be read."""
+        """Return the settings in config.yaml, unchecked and without secrets, {} if it cannot be read."""
         place = os.path.join(self.path, CONFIG)
         if not os.path.lexists(place):
             return {}
@@ -80,8 +80,8 @@ class RunFiles:
     def changed(self, settings: dict[str, Any]) -> tuple[str, bool]:
         """Return as YAML the settings that differ from their defaults, and True; else all of them, and False.
 
-        All are returned where a plugin would have to be imported to tell, as code of a run is not run to show it, and
-        where this version does not read the config.
+        All are returned if the config names plugins, since a run's code is not run just to show it, or if this version
+        cannot read the config.
         """
         if not settings:
             return "", True
@@ -93,7 +93,7 @@ class RunFiles:
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), False
 
     def checkpoint(self) -> dict[str, Any]:
-        """Return the state of the newest checkpoint, {} where there is none; no tensor is read."""
+        """Return the state of the newest checkpoint, {} if there is none; no tensor is read."""
         home = "checkpoints"
         place = os.path.join(self.path, home)
         names = sorted(os.listdir(place), reverse=True) if os.path.isdir(place) else []
@@ -105,7 +105,7 @@ class RunFiles:
 
 
 def number(value: object) -> float | None:
-    """Return a finite number as a float; None for anything else, as logs have NaN, words and nothing at all."""
+    """Return a finite number as a float; None for anything else: logs may have NaN, words or nothing."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -116,24 +116,24 @@ def number(value: object) -> float | None:
 
 
 def part(settings: object, *keys: str) -> Any:
-    """Return the value below nested mappings, None where one of them lacks it."""
+    """Return the value at a path of keys in nested mappings, None if one of them lacks its key."""
     for key in keys:
         settings = settings.get(key) if isinstance(settings, dict) else None
     return settings
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """Return a mapping as it is, and anything else as an empty one."""
+    """Return a mapping as it is; for anything else return an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def listed(value: object) -> list[Any]:
-    """Return a list as it is, and anything else as an empty one."""
+    """Return a list as it is; for anything else return an empty one."""
     return value if isinstance(value, list) else []
 
 
 def scores_of(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the scores of each model in a summary, those that are numbers."""
+    """Return those scores of each model in a summary that are finite numbers."""
     found = {}
     for model, scores in mapping(summary.get("models")).items():
         values = {name: number(value) for name, value in mapping(scores).items()}

@@ -1,4 +1,4 @@
-"""Say what a run is and what came of it: its models, terms and data, its scores, its curves, its troubles."""
+"""Make the parts of a run's page: its models, terms and data, its scores, its curves, its bad steps."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from dsdistill.report.run_files import (
 from dsdistill.report.summary import MODELS, facts, in_order, metric, notes, shown, title
 from dsdistill.report.troubles import trouble_table, troubles_of
 
-MARKS, NOTE = 300, 100  # troubled steps that are drawn, and characters of what is said of each
-SETTINGS = 30_000  # characters of settings that are shown
+MARKS, NOTE = 300, 100  # most bad steps that are drawn, and most characters of the note on each
+SETTINGS = 30_000  # most characters of settings that are shown
 
 
 def content(path: str) -> tuple[str, list[Html]]:
-    """Return the title and the parts of a run's page; what the folder lacks is said, and what it has is shown."""
+    """Return the title and the parts of a run's page; it shows what the folder has, and says what it lacks."""
     files = RunFiles(path)
     summary, settings = files.object(SUMMARY), files.settings()
     scores = scores_of(summary)
@@ -91,7 +91,7 @@ def _whole(score: str, value: float | None) -> float | None:
 def _ingredients(
     settings: dict[str, Any], summary: dict[str, Any], scores: dict[str, dict[str, float]]
 ) -> Html | None:
-    """Return what the run is made of, as far as config.yaml and summary.json say."""
+    """Return the run's models, terms and data, as far as config.yaml and summary.json give them."""
     if not settings:
         return None
     models = [model for model in ("teacher", "student") if part(settings, model) is not None]
@@ -213,7 +213,7 @@ def _curves(
 
 
 def _teachers_level(log: Log, scores: dict[str, float]) -> None:
-    """Draw the teacher's score, which does not change, over all the steps of each chart that has it."""
+    """Draw the teacher's score, which does not change, as a line over all steps of each chart of that score."""
     for measured, chart in log.scores.items():
         steps = [x for curve in chart.curves.values() for x in curve.x]
         for name in in_order(scores):

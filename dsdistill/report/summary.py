@@ -1,11 +1,11 @@
-"""What a run came to, as text."""
+"""Show the results of a run as text."""
 
 import re
 import sys
 from collections.abc import Iterable
 from typing import Any
 
-# Column titles of the scores that evaluation gives, in the order of the table; any other keeps its own name.
+# Column titles of scores, in the order of the table; any other score keeps its own name.
 TITLES = {
     "accuracy": "accuracy",
     "f1": "F1",
@@ -47,12 +47,12 @@ MODELS = ("teacher", "start", "student", "baseline")
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The models of a run side by side; one a line, or one a column where the lines would pass 100 characters.
+    """Return a table of a run's models: one per line, or one per column if lines would exceed 100 characters.
 
     Args:
-        summary: of summary.json: `models` (those of MODELS: name of a score → number; any may be absent)
-            and, where known, name, task, data (what else was scored), steps, world_size, seconds, peak_memory_mib (of a
-            rank), positive_class (that F1 is of) and bleu_signature.
+        summary: content of summary.json: `models` (those of MODELS: name of a score → number; any may be absent)
+            and, if known, name, task, data (what else was scored), steps, world_size, seconds, peak_memory_mib (of a
+            rank), positive_class (the class whose F1 is scored) and bleu_signature.
     """
     models = {name: summary["models"][name] for name in MODELS if name in summary["models"]}
     scores = in_order(score for of in models.values() for score in of)
@@ -64,14 +64,14 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def turned(rows: list[list[str]]) -> list[list[str]]:
-    """Return a table as it is, or with rows and columns in each other's place where its lines would pass 100."""
+    """Return a table as it is, or transposed if its lines would exceed 100 characters."""
     if sum(max(map(len, column)) + 2 for column in zip(*rows, strict=True)) > 102:
         return list(map(list, zip(*rows, strict=True)))
     return rows
 
 
 def aligned(rows: list[list[str]]) -> list[str]:
-    """Return the lines of a table, the first row its head."""
+    """Return the lines of a table whose first row is its header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
@@ -81,12 +81,12 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def metric(score: str) -> str:
-    """Return what a score measures: `accuracy` of `matched/accuracy`, which is that of the dev set matched."""
+    """Return a score's name without its dev set: `accuracy` for `matched/accuracy`."""
     return score.rpartition("/")[2]
 
 
 def title(score: str) -> str:
-    """Return how tables and pictures call a score."""
+    """Return the name of a score in tables and plots."""
     named, _, measured = score.rpartition("/")
     base, width = _length(measured)
     found = TITLES.get(base, base) + (f", {width} values" if width else "")
@@ -106,19 +106,19 @@ def in_order(scores: Iterable[str]) -> list[str]:
 
 
 def _length(measured: str) -> tuple[str, int]:
-    """Return the score that recall_10_of_128 is, and 128: it is of so many first values of vectors; 0: of all."""
+    """Return recall_10 and 128 for recall_10_of_128, a score of vectors' first 128 values; 0 means all values."""
     found = re.fullmatch(r"(.+)_of_(\d+)", measured)
     return (found[1], int(found[2])) if found else (measured, 0)
 
 
 def detail(score: str) -> bool:
-    """Ends of intervals and parts of other scores stand in the file, not in tables."""
+    """Return whether a score is only in the file, not in tables: interval ends and parts of other scores."""
     score = metric(score)
     return score.endswith(("_low", "_high")) or score.startswith("rho_") or score in _PARTS
 
 
 def facts(summary: dict[str, Any]) -> list[str]:
-    """Return name, task, steps, ranks, duration and memory of a run, as far as its summary has them."""
+    """Return name, task, steps, ranks, duration and memory of a run, those that its summary has."""
     found = [summary.get("name", "run"), summary.get("task"), summary.get("data")]
     if "steps" in summary:
         ranks = summary.get("world_size", 1)
@@ -131,7 +131,7 @@ def facts(summary: dict[str, Any]) -> list[str]:
 
 
 def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) -> list[str]:
-    """Return what the scores in a table mean, a line each; found: what they measure (`metric`), of these models."""
+    """Return a line on the meaning of each score in a table; found: the scores' names (`metric`), of these models."""
     told = [START] if "start" in models else []
     if "f1" in found and "positive_class" in summary:
         told.append(f"F1: of the class {summary['positive_class']}")
@@ -164,7 +164,7 @@ def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) 
 
 
 def shown(score: str, value: float | None) -> str:
-    """Return a score as tables show it."""
+    """Return a score's value as tables show it."""
     if value is None:
         return "-"
     score = metric(score)

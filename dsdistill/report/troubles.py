@@ -1,11 +1,11 @@
-"""List the steps of a run that were skipped, as something was not finite, or whose loss jumped."""
+"""List the steps of a run that were skipped because something was not finite, or whose loss jumped."""
 
 from typing import Any
 
 from dsdistill.report.markup import Html, grid, section, tag
 from dsdistill.report.run_files import BAD, SPIKES, RunFiles, listed, number
 
-LISTED, NAMED, LONGEST = 50, 5, 100  # steps, examples of each, and characters of their names
+LISTED, NAMED, LONGEST = 50, 5, 100  # most steps, examples of each, and characters of their names
 
 
 def troubles_of(files: RunFiles) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def troubles_of(files: RunFiles) -> list[dict[str, Any]]:
 
 
 def trouble_table(troubles: list[dict[str, Any]]) -> Html | None:
-    """Return the first of these steps as a table, None where there are none."""
+    """Return the first of these steps as a table, None if there are none."""
     if not troubles:
         return None
     rows = []

@@ -1,6 +1,6 @@
-"""Add a term of your own: it compares how long the states of student and teacher are, layer by layer.
+"""Add a term of your own: it compares the norms of the states of student and teacher, layer by layer.
 
-Beside a config, as a plugin (the module must be on Python's path, or in the current directory):
+With a config, as a plugin (the module must be on Python's path, or in the current directory):
 
     export PYTHONPATH=launch/examples
     dsdistill train configs/quickstart.yaml 'plugins=[new_term]' terms.length.weight=0.1
@@ -19,20 +19,20 @@ from dsdistill.terms import Term
 
 
 class Length(Term):
-    """Hold what `terms.length` may set in a config, beside `weight`."""
+    """Length holds the settings of `terms.length` in a config, besides `weight`."""
 
     layers: Literal["uniform", "last"] = Field(default="uniform", description="which layers are compared")
 
 
 class LengthTerm(AlignmentTerm):
-    """Compute the mean over valid tokens of (log ‖h_S‖ − log ‖h_T‖)², a part for each mapped layer."""
+    """Compute the mean over valid tokens of (log ‖h_S‖ − log ‖h_T‖)², one part for each mapped layer."""
 
     def __init__(self, config, pair):
         super().__init__(config, pair)
         self.layers = layer_map(config.layers, pair.student.depth, pair.teacher.depth, "terms.length.layers")
         self.parts, self.factor = len(self.layers), 1 / len(self.layers)
         self.weighting.values = [1.0] * self.parts
-        # Layers that the traces must hold.
+        # The traces must hold these layers.
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 

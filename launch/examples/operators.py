@@ -1,8 +1,8 @@
-"""Call the fused operators by themselves, beside the same losses written out in PyTorch.
+"""Call the fused operators by themselves, and compare them with the same losses written out in PyTorch.
 
     python launch/examples/operators.py [TOKENS]
 
-Each is a function of tensors that returns a scalar, and nothing of the size N × N or N × vocabulary is whole.
+Each is a function of tensors that returns a scalar, and no tensor of size N × N or N × vocabulary is ever whole.
 """
 
 import sys
@@ -26,7 +26,7 @@ def shown(name: str, fused: torch.Tensor, plain: torch.Tensor) -> None:
     print(f"{name:10} fused {fused.item():.6f}  plain {plain.item():.6f}")
 
 
-# Attention: KL between the rows of softmax(QKᵀ / √D), 4 heads of student and teacher of unequal widths.
+# Attention: KL between the rows of softmax(QKᵀ / √D); both models have 4 heads, of unequal widths.
 query, key = made(2, 4, N, 32, learns=True), made(2, 4, N, 32)
 guide = made(2, 4, N, 64), made(2, 4, N, 64)
 rows = [(q @ k.mT / q.shape[-1] ** 0.5).log_softmax(-1) for q, k in ((query, key), guide)]
@@ -38,7 +38,7 @@ student, teacher, projection = made(2, N, 128, learns=True), made(2, N, 256), ma
 plain = F.mse_loss(student @ projection.T, teacher)
 shown("hidden", hidden_alignment(student, teacher, projection=projection), plain)
 
-# How tokens relate: the cosines between all of a sequence, no projection needed.
+# Relations of tokens: the cosines between all tokens of a sequence; no projection is needed.
 units = [F.normalize(x, dim=-1) for x in (student, teacher)]
 plain = F.mse_loss(*(x @ x.mT for x in units))
 shown("pairwise", pairwise_alignment(student, teacher, relation="cosine"), plain)

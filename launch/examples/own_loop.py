@@ -43,7 +43,7 @@ for step in range(1, int(steps) + 1):
         batches.append(tokenizer(rows, padding=True, truncation=True, max_length=64, return_tensors="pt"))
     counts = distiller.counts(batches)  # of the whole step, over all ranks
     outputs = []
-    for batch in batches:  # each backward pass comes before the next forward pass, as DDP wants it
+    for batch in batches:  # each backward pass comes before the next forward pass, as DDP requires
         outputs.append(model(batch, counts=counts))
         outputs[-1].loss.backward()
     optimizer.step()

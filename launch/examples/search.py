@@ -1,9 +1,9 @@
-"""Search docstrings with an exported sentence encoder, and with the teacher beside it.
+"""Search docstrings with an exported sentence encoder, and with its teacher for comparison.
 
     python launch/examples/search.py ENCODER [QUERY ...]
 
 ENCODER is a folder that `dsdistill export` wrote, or any encoder whose text vector is the mean of its last states. The
-documents are those of the dev set `away`: docstrings of packages that the quickstart's students have not seen.
+documents are docstrings of packages that the quickstart's students have not seen (the dev set `away`).
 """
 
 import sys
@@ -45,7 +45,7 @@ def main() -> None:
 @torch.no_grad()
 def vectors(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """Return (n, D) normalised means of the last states."""
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # alike in length: little padding
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # similar lengths: little padding
     made = torch.empty(len(texts), model.config.hidden_size)
     for some in (order[start : start + ROWS] for start in range(0, len(order), ROWS)):
         rows = [texts[place] for place in some]

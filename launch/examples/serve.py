@@ -3,8 +3,8 @@
     python launch/examples/serve.py FOLDER [PORT]                     PORT 0, the default, is any that is free
     curl -d 'Return the largest element.' http://127.0.0.1:PORT
 
-FOLDER is what `dsdistill export` wrote. The body of a request is a text, a line each for several; the answer is JSON.
-It listens on this machine alone: who may ask, and how much, a server for others would have to say.
+FOLDER is what `dsdistill export` wrote. The body of a request is a text, or several with one per line; the answer is
+JSON. It listens only on this machine: a server for others would also need to limit who may ask, and how much.
 """
 
 import json
@@ -14,14 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-LONGEST = 2**20  # bytes of a request
+LONGEST = 2**20  # most bytes of a request
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answer a request by the probabilities of the classes."""
 
     def do_POST(self) -> None:
-        """Read the texts, a line each, and write a list of {label: probability}."""
+        """Read the texts, one per line, and write a list of {label: probability}."""
         size = int(self.headers.get("Content-Length", "0"))
         texts = self.rfile.read(min(size, LONGEST)).decode("utf-8", "replace").splitlines()
         if not texts or size > LONGEST:

@@ -1,4 +1,4 @@
-"""Pass over a whole set: every example once, the work shared by the ranks, results in the set's order."""
+"""Pass over a whole set: every example once, shared among the ranks, with results in the set's order."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def over(prepared: Prepared, ranks: Ranks, examples: Set, read: Callable[[Batch], T]) -> list[T]:
-    """Return what `read` makes of each batch of one pass over `examples`, of all ranks, on every rank.
+    """Apply `read` to each batch of one pass over `examples`; return the results of all ranks, on every rank.
 
-    read: of a batch on this rank's device, without gradients; what it returns is small and picklable. Every rank
-    reads equally many batches, the last perhaps of filler rows alone; `in_order` puts rows in the set's order.
+    read: called without gradients for a batch on this rank's device; its result must be small and picklable. Every
+    rank reads the same number of batches; the last may hold only filler rows. `in_order` restores the set's order.
     """
     made = []
     with torch.no_grad():
@@ -33,7 +33,7 @@ def over(prepared: Prepared, ranks: Ranks, examples: Set, read: Callable[[Batch]
 
 
 def indexed(train: Set) -> Set:
-    """Return a train set that can be read by the numbers of its examples: of a streamed one the first part."""
+    """Return a train set that can be indexed: the first part of a streamed one, else the set itself."""
     return train.first() if isinstance(train, Streamed) else train
 
 

@@ -33,9 +33,9 @@ def score(
     ranks: Ranks,
     predictions: Predictions | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of student and teacher on each dev set; those of a set that has a name are NAME/SCORE.
+    """Return the scores of student and teacher on each dev set; scores of a named set are called NAME/SCORE.
 
-    student: a StudentModule in eval mode, or the engine around one. predictions: is told what they are made of.
+    student: a StudentModule in eval mode, or the engine around one. predictions: collects the models' outputs.
     """
     found: dict[str, dict[str, float]] = {}
     for name, examples in prepared.data.devs.items():
@@ -54,7 +54,7 @@ def score_on(
     ranks: Ranks,
     seen: Seen | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of student and teacher on one set; seen: as of `evaluate`."""
+    """Return the scores of student and teacher on one set; seen: as in `evaluate`."""
     batches = evaluation_batches(
         examples,
         prepared.config.train.micro_batch_size,
@@ -77,13 +77,13 @@ def score_on(
 
 
 def _lengths(config: Config) -> list[int]:
-    """Return how many first values of a vector the terms of some stage train to be one."""
+    """Return the prefix lengths at which the terms of any stage train a vector's first values as a vector."""
     terms = [stage.terms.embedding for stage in config.run_stages]
     return sorted({width for term in terms if term is not None for width in term.dims or ()})
 
 
 def _teacher_values(prepared: Prepared, trace: Trace, batch: Batch) -> Tensor:
-    """Return what the teacher's trace says by itself: vectors of texts, or the loss of tokens."""
+    """Return the teacher's own outputs: vectors of texts, or sums of the loss of tokens."""
     if prepared.config.task == EMBEDDING:
         return unit_vectors(trace.output, batch, prepared.pair.pooling[1])
     return prepared.evaluation.sums(trace, None, batch)
@@ -92,7 +92,7 @@ def _teacher_values(prepared: Prepared, trace: Trace, batch: Batch) -> Tensor:
 def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:
     """Return (examples, D) float32 mean last-layer states of the first dev set, in its order, on every rank.
 
-    student: as of `score`, with `represents`.
+    student: as in `score`, with `represents`.
     """
     parts = over(
         prepared,
@@ -106,10 +106,10 @@ def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:
 def latency(model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
     """Return the median milliseconds of a forward pass over one example, unpadded, after a warm-up.
 
-    Over up to TIMED examples, evenly spaced in the first dev set: as long as its texts are, and the same for every
-    model.
+    Up to TIMED examples are timed, evenly spaced in the first dev set, so that lengths are typical of it and the same
+    for every model.
 
-    model: in eval mode, where it is to be measured.
+    model: in eval mode, on the device to measure.
     """
     dev = prepared.data.dev
     sample = dev.take(np.linspace(0, len(dev) - 1, min(TIMED, len(dev)), dtype=int).tolist())

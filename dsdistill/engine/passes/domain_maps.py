@@ -24,7 +24,7 @@ def fit_maps(
 ) -> dict[str, Tensor] | None:
     """Return the principal components of teacher states over train examples; RUN keeps them for every resume.
 
-    Examples come evenly from the whole train set, which may begin with one of several files.
+    Examples are evenly spaced in the whole train set, whose beginning may come from one of several files.
     """
     if prepared.config.student.domain is None:
         return None
@@ -52,7 +52,7 @@ def _moments(
     sums = {layer: [0.0, torch.zeros(width).double(), torch.zeros(width, width).double()] for layer in layers}
     rows = torch.linspace(0, len(train) - 1, min(EXAMPLES, len(train))).long().tolist()
 
-    def read(batch: Batch) -> None:  # adds up on this rank: products are too large to gather by batch
+    def read(batch: Batch) -> None:  # sums on this rank: products are too large to gather for each batch
         with teacher.frozen(batch) as trace:
             for layer, parts in sums.items():
                 states = normed(trace.hidden[layer][batch.mask]).double().cpu()

@@ -21,13 +21,12 @@ from dsdistill.models.tokenizer import entries
 def generation(
     student: PreTrainedModel, teacher: LazyTeacher | None, prepared: Prepared, path: str, ranks: Ranks
 ) -> tuple[dict[str, dict[str, float]], str]:
-    """Return scores of the texts that both write, the teacher where there is one; the same on every rank.
+    """Return scores of the texts that student and teacher (if any) write, and BLEU's signature, on every rank.
 
-    The second is BLEU's signature. A reference is what the tokenizer makes of the first dev set's text: one that knows
-    no capitals is not asked for them, and one that loses nothing leaves it as it is. The texts go to
-    RUN/generated.jsonl.
+    References are texts of the first dev set, encoded and decoded by the tokenizer: a model whose tokenizer drops
+    capitals is not asked for them. The texts are written to RUN/generated.jsonl.
 
-    student: whole, in eval mode. teacher: as evaluation has it, perhaps sharded. path: of the run.
+    student: whole, in eval mode. teacher: as evaluation has it, perhaps sharded. path: the run's folder.
     """
     config, tokenizer = prepared.config, prepared.tokenizer
     examples = prepared.data.dev
@@ -57,10 +56,10 @@ def _written(
     prepared: Prepared,
     ranks: Ranks,
 ) -> list[str]:
-    """Return a text for each pair of prompt and reference, in their order, the work shared out over the ranks.
+    """Return a text for each pair of prompt and reference, in their order; the ranks share the work.
 
-    Every rank runs a teacher equally often, as a sharded one needs them all: one that has nothing left to write writes
-    what nobody reads.
+    Every rank runs the teacher equally often, since a sharded one needs all ranks. A rank without prompts left writes
+    texts that are dropped.
     """
     tokenizer, longest = prepared.tokenizer, prepared.config.data.max_length
     prompted = prepared.data.dev.prompted
@@ -70,7 +69,8 @@ def _written(
     if together:
         model, call = writer.callee.model, functools.partial(writer.callee.call, whole=True)
         setting |= {"call": call, "anyone": functools.partial(_anyone, ranks)}
-    # Prompts of like length meet; a response may fill the room that training gave it, a block has its own length.
+    # Prompts of similar length share a batch. A response may be as long as data.max_length allows; plain text gets
+    # the length of its reference.
     order = np.argsort([-len(prompt) for prompt, _ in pairs], kind="stable").tolist()
     at_once, mine = prepared.config.train.micro_batch_size, order[ranks.rank :: ranks.world_size]
     written = []
@@ -94,7 +94,7 @@ def _anyone(ranks: Ranks, goes_on: bool) -> bool:
 
 
 def stops(tokenizer: PreTrainedTokenizerBase, references: list[list[int]]) -> set[int]:
-    """Return the tokens that end a response: what ends a text, and what a chat template ends turns with."""
+    """Return the tokens that end a response: the one that ends a text, and those that end a chat template's turns."""
     last = {reference[-1] for reference in references}
     special = {token for token, of in tokenizer.added_tokens_decoder.items() if of.special}
     return {special_tokens(tokenizer)[2][0], *(last & special)}

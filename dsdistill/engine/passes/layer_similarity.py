@@ -1,6 +1,6 @@
 """Measure before training which layers of the two models are alike.
 
-`layers: cka_offline` is resolved here, once; RUN/layers.json keeps it for every resume.
+This resolves `layers: cka_offline`, once; RUN/layers.json keeps the pairs for every resume.
 """
 
 import json
@@ -32,9 +32,9 @@ EXAMPLES = 256
 def resolve_layers(
     prepared: Prepared, init: str | None, folder: RunFolder, ranks: Ranks, teacher: LazyTeacher | None
 ) -> None:
-    """Put pairs in the place of `cka_offline` in the objectives of `prepared`.
+    """Replace `cka_offline` by layer pairs in the objectives of `prepared`.
 
-    init: where the student's first weights lie.
+    init: path of the student's first weights (None: random).
     """
     if not _wanted(prepared.config):
         return
@@ -53,9 +53,10 @@ def resolve_layers(
 
 
 def most_similar(similarity: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Return the (student, teacher) pairs, from 1, of the greatest total similarity; later layers take later ones.
+    """Return the (student, teacher) pairs, counted from 1, of greatest total similarity, both in increasing order.
 
-    similarity: (L_S, L_T). Without the order each layer would take its argmax; several might take the same.
+    similarity: (L_S, L_T). Without that order each student layer would take its argmax, and several could take the
+    same teacher layer.
     """
     students, teachers = similarity.shape
     best = np.full((students + 1, teachers + 1), -np.inf)

@@ -1,4 +1,4 @@
-"""Write what student and teacher predict of each dev example, or find for each query."""
+"""Write what student and teacher predict for each dev example, or find for each query."""
 
 import functools
 import json
@@ -16,33 +16,33 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.run_folder import PREDICTIONS
 
-LONGEST = 1000  # characters of a query or document
+LONGEST = 1000  # most characters written of a query or document
 
 
 class Predictions:
-    """Predictions collect the models' outputs on the dev sets while they are scored, and write them to a run folder."""
+    """Predictions collects the models' outputs while dev sets are scored, and writes them to a run folder."""
 
     def __init__(self):
         self.sets: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
 
     def take(self, name: str, outputs: dict[str, Tensor], labels: Tensor) -> None:
-        """Keep what the models gave for one dev set.
+        """Keep the outputs of the models on one dev set.
 
         Args:
-            name: of the dev set, "" for one without a name.
-            outputs: (n, C) logits of each model, in the order of the set, of scores (n, 1); of queries (n, 2) as
-                `similarity.search` gives them.
-            labels: (n,) int64 classes, or scores; of queries the places of their documents.
+            name: the dev set's name, "" if it has none.
+            outputs: by model, in the set's order: (n, C) logits of classes, (n, 1) scores, or (n, 2) results of
+                queries as `similarity.search` returns them.
+            labels: (n,) int64 classes, scores, or for queries the indices of their documents.
         """
         self.sets[name] = outputs, labels
 
     def write(self, path: str, prepared: Prepared, ranks: Ranks) -> None:
-        """Write RUN/predictions.jsonl, one dev example a line; where tokens are predicted there is none.
+        """Write RUN/predictions.jsonl, one dev example a line; tasks that predict tokens have no such file.
 
-        A line has the example's `id`, its `set` where that has a name, `texts` (what the tokenizer gives back of the
-        tokens that the models read), and for each model: of classes, beside `label`, its class and that class's
-        `probability`; of scores, beside `label`, its `value`; of queries and documents the `rank` of the right
-        document and, where that is not 1, the text that it puts `first`.
+        A line has the example's `id`, its `set` if that has a name, and `texts`, decoded from the tokens that the
+        models read. For classes it has the `label`, each model's class and that class's `probability`; for scores the
+        `label` and each model's `value`; for queries each model's `rank` of the right document and, if that is not 1,
+        the text that it ranks `first`.
         """
         if not self.sets:
             return

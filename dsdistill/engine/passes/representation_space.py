@@ -1,7 +1,7 @@
 """Measure how much of the teacher's representation space the student keeps, on the dev set.
 
-Both models read the whole text, nothing masked. What is fitted is fitted on train examples, ten a feature where there
-are so many.
+Both models read the whole text, with no token masked. Fits use train examples: ten for each feature if there are
+enough.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ from dsdistill.evaluation.structure import (
 )
 from dsdistill.models.tracer import Tracer
 
-PER_FEATURE = 10  # train examples
+PER_FEATURE = 10  # train examples for each feature
 GROUPS = 64  # dev examples whose tokens and phrases are compared among themselves
 PHRASES = 4  # most phrases of a train example
 
 
 @dataclass
 class Vectors:
-    """Vectors hold what both models make of some examples, in their order; pairs are (student, teacher)."""
+    """Vectors holds both models' representations of some examples, in order; pairs are (student, teacher)."""
 
     sequences: tuple[Tensor, Tensor]  # (n, D) mean-pooled last layer
     phrases: tuple[list[Tensor], list[Tensor]]  # (phrases, D) of each example
@@ -45,8 +45,8 @@ class Vectors:
 def measure(module: StudentModule, teacher: Tracer, prepared: Prepared, ranks: Ranks) -> dict[str, float]:
     """Return semantic alignment, compactness and structural consistency (0 to 100), with their bootstrap intervals.
 
-    module: in eval mode, with `represents`; teacher: traces its last layer. domain_capture where data.domain and
-    data.general tell terms of the domain.
+    module: in eval mode, with `represents`; teacher: traces its last layer. domain_capture is added if data.domain and
+    data.general are given and the dev set has terms of the domain.
     """
     pair = prepared.pair
     train, wanted = indexed(prepared.data.train), PER_FEATURE * max(pair.student.width, pair.teacher.width)
@@ -104,7 +104,7 @@ def collect(
 
 
 def _examples(states: tuple[Tensor, Tensor], batch: Batch, prepared: Prepared, most: int | None) -> list:
-    """Return for each example its place, sequences, phrases, which of those are terms, and tokens."""
+    """Return each example's index, sequence vectors, phrase vectors, which phrases are terms, and token vectors."""
     pooled = [mean_pool(of, batch.mask).cpu() for of in states]
     read = []
     for row, place in enumerate(batch.index.tolist()):

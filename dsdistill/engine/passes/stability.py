@@ -1,4 +1,4 @@
-"""Measure how steady a run is: it keeps representations of the dev set, and this says how far they turn."""
+"""Measure how stable a run is: how far its representations of the dev set change between points of training."""
 
 import os
 
@@ -13,7 +13,7 @@ from dsdistill.report.summary import metric
 
 
 def points(count: int, steps: int) -> list[int]:
-    """Return the steps after which representations are kept: `count`, evenly spread, the last the run's end."""
+    """Return the steps after which representations are kept: `count`, evenly spaced, the last at the run's end."""
     return sorted({max(1, round(steps * (index + 1) / count)) for index in range(count)})
 
 
@@ -39,10 +39,10 @@ def kept(run_dir: str, until: int) -> list[np.ndarray]:
 
 
 def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, float]:
-    """Return RCS and 1 − debiased CKA between the points up to `step`; nothing where fewer than two were kept.
+    """Return RCS and 1 − debiased CKA between the points up to `step`; nothing if fewer than two were kept.
 
-    A model that never moved has an RCS of 0: without what else tells how near the teacher is (the KL, or of vectors
-    teacher_spearman) it has none.
+    A model that never moved has an RCS of 0. So both are left out unless `scores` also shows how near the teacher is
+    (the KL, or teacher_spearman for vectors).
     """
     states = kept(run_dir, step)
     if len(states) < 2 or not {"kl", "teacher_spearman"} & set(map(metric, scores)):

@@ -21,13 +21,13 @@ from dsdistill.engine.teacher import LazyTeacher
 from dsdistill.models.logits import softcapped
 from dsdistill.models.trace import Trace
 
-ROWS = 256  # tokens whose logits are whole at once
+ROWS = 256  # most tokens whose logits are in memory at once
 
 
 def make_sampler(
     prepared: Prepared, folder: RunFolder, ranks: Ranks, teacher: LazyTeacher | None
 ) -> Sampler | None:
-    """Return the sampler, None for every example once; what the teacher says is kept in RUN, for every resume."""
+    """Return the sampler, None if every example comes once; RUN keeps the teacher's values for every resume."""
     data, train = prepared.config.data, prepared.data.train
     if data.sampler == "domain_aware":
         return Weighted(prepared.contrast.scores(train), data.sampler_temperature or 1.0)
@@ -67,7 +67,7 @@ def _values(prepared: Prepared, ranks: Ranks, guide: LazyTeacher) -> Tensor:
 
 
 def entropy(trace: Trace, batch: Batch, task: str) -> Tensor:
-    """Return (B,), packed (S,): the mean entropy of an example's predictions, relative to the most possible."""
+    """Return (B,), packed (S,): the mean entropy of an example's predictions, divided by the largest possible."""
     if trace.logits is not None:
         return _relative(trace.logits.float())
     rows = batch.unpacked
