@@ -22,47 +22,47 @@ AttentionName = Literal["auto", "sdpa", "eager", "flex_attention", "flash_attent
 
 
 class Run(Section):
-    """Where a run lives and how often it speaks."""
+    """The run's folder, logging, evaluations and checkpoints."""
 
     name: str = Field(default="run", pattern=NAME, description="name of the run, used for its folder")
-    dir: str | None = Field(default=None, description="run folder; default runs/NAME")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of everything random")
+    dir: str | None = Field(default=None, description="run folder; default: runs/NAME")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(default=0, description="seed of all random numbers")
     resume: Literal["auto", "never"] = Field(
         default="auto",
-        description="auto: go on from the newest checkpoint that verifies; never: refuse a used folder",
+        description="auto: continue from the newest intact checkpoint; never: refuse a used folder",
     )
     log_every: Positive = Field(default=10, description="optimizer steps between two lines of metrics.jsonl")
     evaluate_every: Annotated[int, Field(ge=0)] | Literal["epoch"] = Field(
         default=0,
-        description="optimizer steps between two evaluations on the dev sets, or epoch; 0: only at the end",
+        description="optimizer steps between evaluations on the dev sets; epoch: after each epoch; 0: only at the end",
     )
     evaluate_start: bool = Field(
         default=False,
-        description="score the student on the dev sets before its first step too; tables show this as `start`",
+        description="also score the student on the dev sets before its first step; tables show this as `start`",
     )
     save_every: Annotated[int, Field(ge=0)] = Field(
         default=0, description="optimizer steps between two checkpoints; 0: only at the end"
     )
     save_minutes: Annotated[float, Field(ge=0)] = Field(
         default=30.0,
-        description="minutes after the last checkpoint at which another is saved as well; 0: never by the clock",
+        description="also save a checkpoint when the last one is this many minutes old; 0: never by time",
     )
     save_async: bool = Field(
         default=False,
-        description="checkpoints before the last are copied to host memory and written while training goes on",
+        description="copy every checkpoint but the last to host memory, and write it while training continues",
     )
-    keep: Positive = Field(default=2, description="newest checkpoints kept")
+    keep: Positive = Field(default=2, description="number of newest checkpoints that are kept")
     timeout: Annotated[float, Field(gt=0)] = Field(
         default=10.0,
-        description="minutes after which a process that waits for the others in vain ends the run",
+        description="minutes that a process waits for the others before it ends the run",
     )
     grace: Annotated[float, Field(gt=0)] = Field(
         default=60.0,
-        description="seconds that a run which is told to stop has for its step and its checkpoint",
+        description="seconds to finish the step and save a checkpoint after a request to stop",
     )
     baseline: bool = Field(
         default=False,
-        description="afterwards train the same student on the task alone, and report both side by side",
+        description="afterwards train the same student with the task's loss alone, and report both side by side",
     )
 
 
@@ -70,18 +70,19 @@ class Model(Section):
     path: str | None = Field(default=None, description="hub id, local folder, or minilm (the PyPI package)")
     config: dict[str, Any] | None = Field(
         default=None,
-        description="architecture (model_type and what differs from its defaults): alone it makes a random model; "
-        "beside path it lets checks run offline and overrides dropout and the like",
+        description="architecture: model_type and the settings that are not its defaults; without path: a model with "
+        "random weights; with path: lets checks run offline, and overrides settings such as dropout",
     )
     attn_implementation: AttentionName = Field(
         default="auto",
-        description="of attention, by its transformers name; auto: sdpa where the class supports it, else eager",
+        description="attention implementation, by its transformers name; auto: sdpa if the class supports it, else "
+        "eager",
     )
     pooling: Pooling | None = Field(
         default=None,
-        description="task embedding: how the last layer's states become a text's vector, which is always normalised: "
-        "their mean, the first token's or the last's; default: what 1_Pooling in the model's folder says, else of a "
-        "student as the teacher, else mean",
+        description="task embedding: how the last layer's states become a text's vector, which is always normalised; "
+        "mean: their mean; cls: the first token's state; last: the last token's state; default: as 1_Pooling in the "
+        "model's folder says, else (for a student) as for the teacher, else mean",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
@@ -94,164 +95,189 @@ class Teacher(Model):
 
     recipe: str | None = Field(
         default=None,
-        description="config that trains this teacher first, where path is absent (kept and reused)",
+        description="config that first trains this teacher, if path is absent; the teacher is kept and reused",
     )
     zero_stage: Literal[0, 3] = Field(
         default=3, description="0: whole on every rank; 3: sharded over the ranks"
     )
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
-        default=None, description="of its weights, from the moment they are read; default: train.dtype"
+        default=None, description="dtype in which the weights are loaded and kept; default: train.dtype"
     )
     residency: Literal["auto", "tight", "overlap"] = Field(
         default="auto",
-        description="of a sharded teacher, what a rank holds beside its shard: tight, one layer; overlap, two, so "
-        "that gathering hides behind compute; auto: tight on CPU, overlap on GPU",
+        description="layers that a rank holds in addition to its shard of the teacher; tight: one; overlap: two, so "
+        "that gathering overlaps with compute; auto: tight on CPU, overlap on GPU",
     )
     overlap: bool = Field(
         default=False,
-        description="on a GPU the teacher runs on the next micro-batch while the student learns from this one; takes "
-        "the memory of a second trace",
+        description="on a GPU, run the teacher on the next micro-batch while the student learns from this one; needs "
+        "memory for a second trace (the captured states)",
     )
 
 
 class Domain(Section):
-    """What the student's input is given of the teacher's states, later of their prediction."""
+    """Features of the teacher's states that are added to the student's input; later the student predicts them."""
 
-    width: Positive = Field(default=64, description="d', features that teacher states are mapped to")
+    width: Positive = Field(
+        default=64, description="d', number of features that the teacher's states are mapped to"
+    )
     teacher_map: Literal["frozen", "trained"] = Field(
         default="frozen",
-        description="φ, the teacher's principal components; trained is refused: it collapses",
+        description="φ, the map to the features; frozen: the teacher's principal components; trained: refused, as it "
+        "collapses",
     )
 
 
 class Student(Model):
     """The model that is trained."""
 
-    domain: Domain | None = Field(default=None, description="domain structural mapping, with terms.domain")
+    domain: Domain | None = Field(
+        default=None, description="domain structural mapping, used with terms.domain"
+    )
 
     from_teacher: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
-        description="teacher layers, counted from 1, that become the student's layers (equal width)",
+        description="layers of the teacher, counted from 1, that become the student's layers; both have the same "
+        "width",
     )
     new_head: bool = Field(
         default=False,
-        description="of tasks that predict tokens: train a random head where the weights of path bring none",
+        description="for tasks that predict tokens: train a random head if the weights of path have none",
     )
     zero_stage: Literal[1, 2, 3] = Field(
-        default=2, description="what is sharded: 1 optimizer, 2 + gradients, 3 + weights"
+        default=2, description="what is sharded; 1: optimizer states; 2: gradients too; 3: weights too"
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute layers in backward to save memory"
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        default=(), description="parameters that stay as they are in every stage, by patterns (*embeddings*)"
+        default=(),
+        description="patterns of parameters that are not trained in any stage, such as *embeddings*",
     )
 
 
 class Train(Section):
     """Optimisation. Batch sizes count examples."""
 
-    steps: Positive | None = Field(default=None, description="optimizer steps; default: epochs decide")
-    epochs: Positive = Field(default=1, description="passes over the train set, where steps is not given")
+    steps: Positive | None = Field(
+        default=None, description="number of optimizer steps; default: determined by epochs"
+    )
+    epochs: Positive = Field(default=1, description="passes over the train set, if steps is not given")
     group_by_length: bool = Field(
-        default=False, description="steps of examples of like length: less padding, a little less chance"
+        default=False,
+        description="each step takes examples of similar length: less padding, slightly less random order",
     )
-    batch_size: Positive = Field(default=32, description="examples an optimizer step, over all ranks")
-    micro_batch_size: Positive = Field(default=8, description="examples a rank handles at once")
+    batch_size: Positive = Field(default=32, description="examples per optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(default=8, description="examples that a rank processes at once")
     optimizer: Literal["adamw", "adam", "adagrad", "sgd"] = Field(
-        default="adamw", description="adam: weight decay as part of the gradient; sgd: with momentum 0.9"
+        default="adamw", description="adam: weight decay is added to the gradient; sgd: with momentum 0.9"
     )
-    learning_rate: LearningRate = Field(default=5e-5, description="highest, after warm-up")
+    learning_rate: LearningRate = Field(
+        default=5e-5, description="highest learning rate, reached after warm-up"
+    )
     projector_learning_rate: LearningRate | None = Field(
-        default=None, description="of what the terms themselves train; default: learning_rate"
+        default=None,
+        description="learning rate of the terms' own parameters, such as projectors; default: learning_rate",
     )
-    weight_decay: NonNegative = Field(default=0.01, description="on matrices alone (no biases, no norms)")
+    weight_decay: NonNegative = Field(
+        default=0.01, description="weight decay, applied only to matrices (not to biases and norms)"
+    )
     distill_weight: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="w: the task's weight is multiplied by 1 − w, every other term's by w; default: neither",
+        description="w: the task's weight is multiplied by 1 − w, every other term's by w; default: weights stay "
+        "unchanged",
     )
     scheduler: Scheduler = Field(
         default="linear", description="learning-rate schedule, by its transformers name"
     )
-    warmup: Fraction = Field(default=0.1, description="fraction of the steps")
+    warmup: Fraction = Field(default=0.1, description="length of warm-up, as a fraction of the steps")
     label_smoothing: Fraction = Field(
         default=0.0, description="share of every label's probability that is spread evenly over all classes"
     )
     class_weights: Annotated[tuple[NonNegative, ...], Field(strict=False)] | dict[str, NonNegative] | None = (
         Field(
             default=None,
-            description="classification: weights of the classes in the task's loss, in order or by name; those "
-            "that are not named weigh 1",
+            description="classification: class weights in the task's loss, in order or by name; classes that are not "
+            "named have weight 1",
         )
     )
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
     bad_steps: Positive = Field(
         default=3,
-        description="steps in a row whose loss or gradient may not be finite; the last of them ends the run",
+        description="number of steps in a row with a loss or gradient that is not finite, after which the run ends",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="of weights in forward; fp16: GPU only"
+        default="fp32", description="dtype of the weights in the forward pass; fp16: GPU only"
     )
     backend: Literal["auto", "reference", "chunked", "cpp", "triton", "cuda"] = Field(
         default="auto",
-        description="of the alignment operators; those over logits have only reference and chunked, and choose else",
+        description="operator backend; losses over a vocabulary support only reference, chunked and triton, and use "
+        "auto for any other value",
     )
 
 
 class Evaluation(Section):
-    """What is measured beside the task's own scores and the distance to the teacher."""
+    """Measurements in addition to the task's scores and the distance to the teacher."""
 
     rcs: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="points of a run, evenly spread and the last its end, at which representations are kept for the "
-        "representation consistency score (of the published three stages: 3); 0: none",
+        description="number of points at which representations are kept for the representation consistency score, "
+        "evenly spaced over the run, the last at its end (3 for the published three stages); 0: none",
     )
     structure: bool = Field(
         default=False,
-        description="semantic alignment, representation compactness, structural consistency and, with data.domain, "
-        "domain capture: how much of the teacher's representation space the student keeps",
+        description="measure how much of the teacher's representation space the student keeps: semantic alignment, "
+        "representation compactness, structural consistency and, with data.domain, domain capture",
     )
     positive_class: str | None = Field(
         default=None,
-        description="of two classes: the name of the one that F1 is of; default: the second, unless it is called as "
-        "the first after not_, non_ or no_",
+        description="for two classes: name of the class whose F1 is scored; default: the second, but the first if "
+        "the second's name is the first's after not_, non_ or no_",
     )
-    latency: bool = Field(default=False, description="median time of one example by itself, on one process")
+    latency: bool = Field(
+        default=False, description="measure the median time of a single example, on one process"
+    )
     generate: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="dev examples, from the front, after whose prompts student and teacher write (greedily, in "
-        "`evaluate`) for BLEU, ROUGE and character error rate; of plain text half a block is the prompt; 0: none",
+        description="number of dev examples, from the front, whose prompts student and teacher continue (greedily, "
+        "in `evaluate`) for BLEU, ROUGE and character error rate; for plain text the prompt is half a block; 0: none",
     )
 
 
 class Stage(Section):
-    """A part of the steps with terms of its own; optimizer and learning-rate schedule begin anew."""
+    """A part of the steps with its own terms; the optimizer and the learning-rate schedule start anew."""
 
-    name: str = Field(pattern=NAME, description="for the log and its file of weights")
+    name: str = Field(pattern=NAME, description="for the log and for the stage's file of weights")
     share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        default=1.0, description="of the steps, relative to the other stages"
+        default=1.0, description="share of the steps, relative to the other stages"
     )
     terms: Terms = Field(
         default_factory=Terms,
-        description="added to the run's terms, or changing them; null leaves a term out",
+        description="additions and changes to the run's terms; null removes a term",
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        default=(), description="student parameters that stay as they are, beside student.freeze"
+        default=(),
+        description="patterns of student parameters that are not trained in this stage, in addition to student.freeze",
     )
-    learning_rate: LearningRate | None = Field(default=None, description="default: train.learning_rate")
-    scheduler: Scheduler | None = Field(default=None, description="default: train.scheduler")
+    learning_rate: LearningRate | None = Field(
+        default=None, description="highest learning rate; default: train.learning_rate"
+    )
+    scheduler: Scheduler | None = Field(
+        default=None, description="learning-rate schedule; default: train.scheduler"
+    )
     warmup: Fraction | None = Field(
-        default=None, description="fraction of the stage's steps; default: train.warmup"
+        default=None,
+        description="length of warm-up, as a fraction of the stage's steps; default: train.warmup",
     )
 
 
 class Config(Section):
-    """One run."""
+    """The settings of one run."""
 
     task: Literal["classification", "regression", "causal_lm", "masked_lm", "embedding"] = Field(
         default="classification",
-        description="what the models are to do: it decides their heads and metrics; embedding: none has a head, and "
-        "texts need no labels",
+        description="task of the models, which determines their heads and metrics; embedding: models without a head, "
+        "and texts that need no labels",
     )
     run: Run = Run()
     data: Data = Data()
@@ -259,14 +285,14 @@ class Config(Section):
     student: Student
     terms: Terms = Field(default_factory=lambda: Terms(task=Task()))
     stages: Annotated[tuple[Stage, ...], Field(strict=False)] = Field(
-        default=(), description="trained one after the other; default: one of all the steps"
+        default=(), description="stages, trained one after the other; default: one stage with all steps"
     )
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     plugins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
-        description="modules, by their dotted names, that are imported before the config is checked, such as those "
-        "that add terms; from the Python path, or else the current directory",
+        description="modules to import before the config is checked, by their dotted names, such as those that add "
+        "terms; found on the Python path, else in the current directory",
     )
 
     @model_validator(mode="before")

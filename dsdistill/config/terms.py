@@ -22,7 +22,7 @@ Relation = Literal["query_key", "query_query", "key_key", "value_value"]
 
 
 class ConstructedSection(Section):
-    """A ConstructedSection may also be made by code; a mistake then raises the same UserError as in a config."""
+    """A ConstructedSection may also be built in code; mistakes then raise the same UserError as in a config."""
 
     def __init__(self, /, **settings: Any) -> None:
         try:
@@ -35,7 +35,7 @@ class ConstructedSection(Section):
 
 
 class Term(ConstructedSection):
-    """A Term has what every term has: a weight, and properties that say what the term needs from a run."""
+    """Term is the base class of all terms: a weight, and properties that say what the term needs from a run."""
 
     weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
 
@@ -81,14 +81,14 @@ class Term(ConstructedSection):
 
 
 class Task(Term):
-    """Cross-entropy against the labels (squared error for regression; embedding: contrast in the batch).
+    """Cross-entropy with the labels (regression: squared error; embedding: contrast in the batch).
 
-    Task embedding needs pairs without scores for it: each query must find its document among those of all pairs that
-    meet in a micro-batch, on all ranks together (van den Oord et al. 2018, InfoNCE).
+    For task embedding it needs pairs without scores: each query must identify its document among the documents of all
+    pairs in a micro-batch, over all ranks (van den Oord et al. 2018, InfoNCE).
     """
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        default=0.05, description="embedding: τ, divides the cosines of queries and documents"
+        default=0.05, description="embedding: τ, which divides the cosines of queries and documents"
     )
 
     @property
@@ -101,20 +101,21 @@ class Task(Term):
 
 
 class Embedding(Term):
-    """Vectors of texts, projected to the teacher's width where the widths differ (task embedding alone)."""
+    """Difference of text vectors; the student's are projected if the widths differ (task embedding only)."""
 
     divergence: Literal["cosine", "mse"] = Field(
         default="cosine",
-        description="cosine: 1 − cosine of the two vectors; mse: a value of the pooled vectors before they are "
-        "normalised (of unit vectors it would be the cosine again)",
+        description="cosine: 1 − cosine of the two vectors; mse: squared difference, mean over the values of the "
+        "pooled vectors before they are normalised (for unit vectors it would be the cosine again)",
     )
     dims: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
-        description="Matryoshka: so many first values of the student's vector are compared as vectors of their own, "
-        "such as [384, 256, 128], and the mean is taken; default: all values alone",
+        description="Matryoshka: lengths, such as [384, 256, 128]; the first values of the student's vector are "
+        "compared as a vector of each length, and the mean is taken; default: the whole vector only",
     )
     projector: Literal["auto", "linear"] = Field(
-        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
+        default="auto",
+        description="auto: a linear map without bias if the widths differ, else none; linear: always the linear map",
     )
 
 
@@ -122,12 +123,12 @@ class SoftLabel(Term):
     """Divergence of the output distributions at temperature τ (squared difference for regression)."""
 
     temperature: Annotated[float, Field(gt=0)] = Field(
-        default=2.0, description="τ, divides the logits of both"
+        default=2.0, description="τ, which divides the logits of both models"
     )
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = Field(
         default="forward_kl",
-        description="forward_kl: KL(teacher‖student); reverse_kl, jsd (generalised), skew_kl: nats too; "
-        "tvd: total variation, 0 to 1",
+        description="forward_kl: KL(teacher‖student), in nats like reverse_kl, jsd (generalised) and skew_kl; tvd: "
+        "total variation, 0 to 1",
     )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="teacher's share in jsd's mixture"
@@ -147,47 +148,51 @@ class SoftLabel(Term):
 class Layered(Term):
     layers: LayerMap = Field(
         default="uniform",
-        description="uniform, skip, last, [student, teacher] pairs; emd: every pair, weighted anew each step; "
-        "cka_offline: the most similar layers in order, found before training",
+        description="uniform, skip, last, or [student, teacher] pairs; emd: every pair, with new weights at each "
+        "step; cka_offline: the most similar layers in order, found before training",
     )
-    layer_agg: Literal["mean", "sum"] = Field(default="mean", description="over the mapped layers")
+    layer_agg: Literal["mean", "sum"] = Field(
+        default="mean", description="how the losses of the mapped layers are combined"
+    )
     layer_weights: LayerWeights = Field(
         default="uniform",
-        description="dynamic: layers that lag behind gain weight while training; a list: λ of each mapped layer in "
-        "order (the embeddings first), summed, in place of layer_agg",
+        description="dynamic: layers that lag behind gain weight during training; a list: λ of each mapped layer in "
+        "order (the embeddings first), for a weighted sum in place of layer_agg",
     )
 
 
 class States(Term):
-    """States holds what terms over hidden states have in common."""
+    """States holds the settings that all terms over hidden states share."""
 
     final_norm: Literal["after", "before"] = Field(
         default="after",
-        description="the last layer's states: after the final norm, as transformers' hidden_states[-1] and other "
-        "libraries have them, or before it; one and the same for models without such a norm (BERT)",
+        description="the last layer's states: after the final norm, as in transformers' hidden_states[-1] and other "
+        "libraries, or before it; no difference for models without such a norm (BERT)",
     )
 
 
 class Hidden(Layered, States):
-    """Hidden states, projected to the teacher's width where the widths differ."""
+    """Difference of hidden states; the student's are projected to the teacher's width if the widths differ."""
 
     divergence: Literal["mse", "cosine"] = Field(
-        default="mse", description="mse: a value of a token's state; cosine: 1 − cosine of a token's states"
+        default="mse",
+        description="mse: squared difference, mean over a state's values; cosine: 1 − cosine of a token's two states",
     )
     embedding: bool = Field(
         default=True, description="also match the embeddings' output (layer 0 with layer 0)"
     )
     projector: Literal["auto", "linear"] = Field(
-        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
+        default="auto",
+        description="auto: a linear map without bias if the widths differ, else none; linear: always the linear map",
     )
 
 
 class Feature(Hidden):
-    """A second term over hidden states, by direction where `hidden` goes by value."""
+    """A second term over hidden states; by default it compares directions, while `hidden` compares values."""
 
     divergence: Literal["mse", "cosine"] = Field(
         default="cosine",
-        description="mse: a value of a token's state; cosine: 1 − cosine of a token's states",
+        description="mse: squared difference, mean over a state's values; cosine: 1 − cosine of a token's two states",
     )
     embedding: bool = Field(
         default=False, description="also match the embeddings' output (layer 0 with layer 0)"
@@ -195,40 +200,42 @@ class Feature(Hidden):
 
 
 class RelationHeads(Section):
-    """Heads that queries, keys and values are split into, where the numbers differ."""
+    """Separate numbers of heads for queries, keys and values."""
 
-    query: Positive | None = Field(default=None, description="for query_query, and for query_key")
-    key: Positive | None = Field(default=None, description="for key_key")
-    value: Positive | None = Field(default=None, description="for value_value")
+    query: Positive | None = Field(default=None, description="number of heads for query_query and query_key")
+    key: Positive | None = Field(default=None, description="number of heads for key_key")
+    value: Positive | None = Field(default=None, description="number of heads for value_value")
 
 
 class Attention(Layered):
-    """Attention and its kin, the relations of queries, keys or values among themselves; never as a whole matrix."""
+    """Attention, and relations of queries, keys or values among themselves, without building whole matrices."""
 
     divergence: Literal["kl", "mse", "score_mse"] = Field(
         default="kl",
-        description="kl: of each row of probabilities, nats (MiniLM); mse: of probabilities; score_mse: of the "
-        "scores before softmax (TinyBERT)",
+        description="kl: KL of each row of probabilities, in nats (MiniLM); mse: squared difference of "
+        "probabilities; score_mse: squared difference of the scores before softmax (TinyBERT)",
     )
     heads: Literal["match", "mean", "group"] = Field(
         default="match",
-        description="for unequal counts: mean, probabilities averaged over all heads of each model; group, each "
-        "student head against the average of as many teacher heads as there are to each, in their order",
+        description="match: head by head, equal numbers of heads only; mean: probabilities averaged over all heads "
+        "of each model; group: each student head against the average of a group of neighbouring teacher heads, the "
+        "groups in order and of equal size",
     )
     relations: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = Field(
         default=("query_key",),
-        description="what is related to what, summed; query_key is attention itself; MiniLM: + value_value; "
-        "MiniLMv2: query_query, key_key, value_value",
+        description="relations to compare, whose losses are summed; query_key is attention itself; MiniLM: + "
+        "value_value; MiniLMv2: query_query, key_key, value_value",
     )
     relation_heads: Literal["auto"] | Positive | RelationHeads | None = Field(
         default=None,
-        description="heads joined and split anew into this many (MiniLMv2): a number, one for each of query, key and "
-        "value, or auto, as many as the student has or the next fewer that divide both widths; default: as they are",
+        description="number of heads after all heads are joined and split again (MiniLMv2): a number; one for each "
+        "of query, key and value; or auto: the student's number, or the next smaller one that divides both widths; "
+        "default: the heads are not split again",
     )
     rows: Positive | None = Field(
         default=None,
-        description="rows (queries) of a sequence, or of a packed row, that training compares, drawn anew each step, "
-        "one from each part of it; such as 256; evaluation compares all; default: all",
+        description="number of rows (queries), such as 256, that training compares in a sequence or packed row, "
+        "drawn again at each step, one from each equal part of it; evaluation compares all rows; default: all",
     )
 
 
@@ -238,22 +245,23 @@ class Pairwise(Layered, States):
     layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
     relation: Literal["cosine", "dot", "distance"] = Field(
         default="cosine",
-        description="of two tokens' states; distance is relative to the sequence's mean (RKD)",
+        description="relation of two tokens' states; distance is relative to the sequence's mean distance (RKD)",
     )
     center: bool = Field(
-        default=False, description="take the mean of a sequence's tokens off first, of both models (L_struct)"
+        default=False,
+        description="first subtract the mean of the sequence's tokens, in both models (L_struct)",
     )
     rows: Positive | None = Field(
         default=None,
-        description="tokens of a sequence that training relates to all of it, drawn anew each step as those of "
-        "attention; not with distance; default: all",
+        description="number of tokens that training relates to all tokens of their sequence, drawn as in attention; "
+        "not with distance; default: all",
     )
 
 
 class Related(Layered, States):
-    """Terms that relate the examples of a micro-batch, those of all ranks together, by their mean-pooled states.
+    """Related is the base class of terms that relate the mean-pooled examples of a micro-batch, over all ranks.
 
-    What they compare depends on which examples meet, so a split of the batch changes their value.
+    Their values depend on which examples share a micro-batch, so another split of the batch changes them.
     """
 
     layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
@@ -264,11 +272,14 @@ class Related(Layered, States):
 
 
 class Contrastive(Related):
-    """An example's two vectors must find each other among those of the others."""
+    """Contrast: a student vector must identify the teacher's vector of the same example among all (InfoNCE)."""
 
-    temperature: Annotated[float, Field(gt=0)] = Field(default=0.07, description="divides the cosines")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=0.07, description="τ, which divides the cosines"
+    )
     projector: Literal["auto", "linear"] = Field(
-        default="auto", description="auto: none at equal width, else linear; linear: always, bias-free"
+        default="auto",
+        description="auto: a linear map without bias if the widths differ, else none; linear: always the linear map",
     )
 
     @property
@@ -277,17 +288,17 @@ class Contrastive(Related):
 
 
 class SimilarityPreserving(Related):
-    """Rows of the matrix of inner products, normalised (SP)."""
+    """Difference of the examples' matrices of inner products, with normalised rows (SP)."""
 
 
 class RelationalKD(Related):
-    """Distances and angles between examples (RKD)."""
+    """Difference of the distances and angles between examples (RKD)."""
 
-    distance: NonNegative = Field(default=1.0, description="factor of the distances' loss")
-    angle: NonNegative = Field(default=2.0, description="factor of the angles' loss")
+    distance: NonNegative = Field(default=1.0, description="factor of the distance loss")
+    angle: NonNegative = Field(default=2.0, description="factor of the angle loss")
     triples: Positive = Field(
         default=32768,
-        description="most angles compared; where there are more, so many drawn with a fixed seed",
+        description="largest number of angles compared; if there are more, this number is drawn with a fixed seed",
     )
 
 
@@ -296,26 +307,29 @@ class KernelAlignment(Related):
 
 
 class ProbabilisticTransfer(Related):
-    """Which examples are neighbours, as probabilities from cosines (PKT)."""
+    """Divergence of the probabilities that examples are neighbours, computed from cosines (PKT)."""
 
 
 class Trajectory(States):
-    """How words and phrases lie to each other, layer by layer (MTA): data.chunker finds them."""
+    """Relations between words and between phrases, layer by layer (MTA); data.chunker finds both."""
 
     word_layers: Annotated[tuple[LayerPair, ...], Field(strict=False)] = Field(
-        default=(), description="[student, teacher] pairs that are compared over words, the lower ones"
+        default=(), description="[student, teacher] pairs of lower layers, compared over words"
     )
     phrase_layers: Annotated[tuple[LayerPair, ...], Field(strict=False)] = Field(
-        default=(), description="[student, teacher] pairs that are compared over phrases, the upper ones"
+        default=(), description="[student, teacher] pairs of upper layers, compared over phrases"
     )
     structure: NonNegative = Field(
-        default=2.0, description="λ_DSA: of the spans' pairwise cosines, mean over layers"
+        default=2.0,
+        description="λ_DSA: factor of the loss on the spans' pairwise cosines, a mean over layers",
     )
     hidden: NonNegative = Field(
-        default=0.2, description="λ_Hid: of the spans' tokens, projected, 1 − cosine, sum over layers"
+        default=0.2,
+        description="λ_Hid: factor of 1 − cosine of the spans' projected tokens, summed over layers",
     )
     pairs: Literal["ordered", "upper"] = Field(
-        default="ordered", description="pairs of spans that are summed: both ways round, or once"
+        default="ordered",
+        description="pairs of spans in the sum; ordered: both orders of each pair; upper: each pair once",
     )
 
     @property
@@ -324,31 +338,38 @@ class Trajectory(States):
 
 
 class FeatureDynamics(Term):
-    """What a language model would predict from its middle layers, and how that changes on the way up (FDD)."""
+    """A language model's predictions from middle layers, and how they change from layer to layer (FDD)."""
 
     layers: Literal["uniform"] | LayerPairs = Field(
-        default="uniform", description="uniform, or [student, teacher] pairs from below upwards"
+        default="uniform", description="uniform, or [student, teacher] pairs from lower to upper layers"
     )
-    levels: NonNegative = Field(default=1.0, description="of the predictions' KL, summed over layers")
+    levels: NonNegative = Field(default=1.0, description="factor of the predictions' KL, summed over layers")
     changes: NonNegative = Field(
-        default=1.0, description="of 1 − cosine of their change from one layer to the next, summed"
+        default=1.0,
+        description="factor of 1 − cosine of the predictions' changes from one layer to the next, summed",
     )
 
 
 class DomainMapping(Term):
-    """Domain structural mapping: with student.domain, whose features hidden states are compared in."""
+    """Domain structural mapping: hidden states are compared in the features of student.domain, which it needs."""
 
     layers: LayerMap = Field(
         default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
     )
-    hidden: NonNegative = Field(default=1.0, description="of the mapped layers' states in d' features")
-    tokens: NonNegative = Field(default=1.0, description="of how the tokens of a sequence lie to each other")
-    phrases: NonNegative = Field(default=1.0, description="of how its phrases do")
+    hidden: NonNegative = Field(
+        default=1.0, description="factor of the loss on the mapped layers' states in d' features"
+    )
+    tokens: NonNegative = Field(
+        default=1.0, description="factor of the loss on relations between the tokens of a sequence"
+    )
+    phrases: NonNegative = Field(
+        default=1.0, description="factor of the loss on relations between the phrases of a sequence"
+    )
     sequences: NonNegative = Field(
-        default=1.0, description="of how the examples that meet in a micro-batch do"
+        default=1.0, description="factor of the loss on relations between the examples of a micro-batch"
     )
     predictor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
-        default=1.0, description="of what the student predicts of the teacher"
+        default=1.0, description="factor of the loss on the student's prediction of the teacher's features"
     )
 
     @property
@@ -365,7 +386,7 @@ class DomainMapping(Term):
 
 
 class Smooth(States):
-    """How far the student's last layer has moved since the end of the stage before."""
+    """Distance of the student's last layer from its state at the end of the previous stage."""
 
     weight: NonNegative = Field(default=0.1, description="factor of this term in the loss")
 
