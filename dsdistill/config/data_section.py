@@ -112,7 +112,7 @@ class Data(Section):
         default=None,
         description="layout of prompt and response; template: a user turn and an assistant turn; raw: one directly "
         "after the other, unchanged; separator: [CLS] prompt [SEP] response [SEP] or, for tokenizers without these, "
-        "prompt, line break, response, end of text; default: template if the tokenizer has one, else separator",
+        "prompt, line break, response, end of text; default: template if there is a chat template, else separator",
     )
     packing: Literal["auto", True, False] = Field(
         default="auto",

@@ -49,7 +49,8 @@ class Run(Section):
     )
     save_async: bool = Field(
         default=False,
-        description="copy every checkpoint but the last to host memory, and write it while training continues",
+        description="copy all checkpoints except the run's last to host memory, and write them while training "
+        "continues",
     )
     keep: Positive = Field(default=2, description="number of newest checkpoints that are kept")
     timeout: Annotated[float, Field(gt=0)] = Field(
@@ -231,8 +232,8 @@ class Evaluation(Section):
     )
     positive_class: str | None = Field(
         default=None,
-        description="for two classes: name of the class whose F1 is scored; default: the second, but the first if "
-        "the second's name is the first's after not_, non_ or no_",
+        description="for two classes: name of the class whose F1 is scored; default: the second, or the first if the "
+        "second has its name with not_, non_ or no_ in front",
     )
     latency: bool = Field(
         default=False, description="measure the median time of a single example, on one process"

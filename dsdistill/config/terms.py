@@ -101,7 +101,7 @@ class Task(Term):
 
 
 class Embedding(Term):
-    """Difference of text vectors; the student's are projected to the teacher's width if needed (task embedding)."""
+    """Difference of text vectors (task embedding only); the student's are projected if the widths differ."""
 
     divergence: Literal["cosine", "mse"] = Field(
         default="cosine",
@@ -115,7 +115,8 @@ class Embedding(Term):
     )
     projector: Literal["auto", "linear"] = Field(
         default="auto",
-        description="auto: a linear map without bias if the widths differ, else none; linear: always the linear map",
+        description="auto: a bias-free linear map to the teacher's width if the widths differ, else none; linear: "
+        "always the linear map",
     )
 
 
@@ -183,7 +184,8 @@ class Hidden(Layered, States):
     )
     projector: Literal["auto", "linear"] = Field(
         default="auto",
-        description="auto: a linear map without bias if the widths differ, else none; linear: always the linear map",
+        description="auto: a bias-free linear map to the teacher's width if the widths differ, else none; linear: "
+        "always the linear map",
     )
 
 
@@ -279,7 +281,8 @@ class Contrastive(Related):
     )
     projector: Literal["auto", "linear"] = Field(
         default="auto",
-        description="auto: a linear map without bias if the widths differ, else none; linear: always the linear map",
+        description="auto: a bias-free linear map to the teacher's width if the widths differ, else none; linear: "
+        "always the linear map",
     )
 
     @property
