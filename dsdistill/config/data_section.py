@@ -88,8 +88,8 @@ class Data(Section):
     prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] | None = Field(
         default=None,
         description="embedding: prefix of each text, one for each column of `text`; default: the query and document "
-        "prompts in the folder of the teacher (of the student, if there is no teacher), or its default prompt for "
-        "single texts",
+        "prompts (for single texts the default prompt) of the teacher's sentence-encoder folder, else of the "
+        "student's",
     )
     chat_template: str | None = Field(
         default=None, description="file with a chat template (Jinja) that replaces the tokenizer's own"
