@@ -1,4 +1,4 @@
-"""The rows of a step: every token as likely as any other, by draw and layer alone, one from each part."""
+"""Every token is as likely to be drawn as any other; draw and layer alone decide, one row from each part."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ LENGTHS = (7, 5, 2)  # 35 draws of the same number of each sequence's tokens mee
 
 
 def all_draws(count: int):
-    """All rows that equal offsets of the parts give. The loss adds up over rows, so no others are needed."""
+    """Yield the rows of all equal offsets. The loss adds up over rows, so other offsets are not needed."""
     counts = torch.tensor(LENGTHS)[:, None]
     for number in range(70):
         yield stratified(number % counts.expand(-1, count), counts)
@@ -81,7 +81,7 @@ def test_without_a_draw_torchs_generator_decides():
 
 
 def test_draws_are_even_and_unrelated():
-    """Of 4,000 sequences of 50 tokens; 10 rows each. A share of 1/5 has a deviation of 0.0063."""
+    """Draw 10 rows of each of 4,000 sequences of 50 tokens. A share of 1/5 has a deviation of 0.0063."""
     mask = torch.ones(4000, 50, dtype=torch.bool)
     batch = replace(make_batch("classification"), mask=mask, draw=torch.arange(4000))
     chosen = [rows_of(batch, 10, layer, True)[0] for layer in (1, 2)]
@@ -95,7 +95,7 @@ def test_draws_are_even_and_unrelated():
 
 
 def test_packed_documents_keep_their_draws():
-    """A row's draw and where a document lies in it decide, whichever rows share the batch."""
+    """The row's draw and the document's place in the row decide, whichever rows share the batch."""
     documents = [Document(torch.arange(2, 2 + n).numpy()) for n in (9, 9, 9, 9)]
     both = replace(packed_batch([documents[:2], documents[2:]], 0), draw=torch.tensor([5, 6]))
     second = replace(packed_batch([documents[2:]], 0), draw=torch.tensor([6]))

@@ -63,7 +63,7 @@ def scores_of(weights: dict, state: dict, terms: dict, rows: list[dict]) -> dict
 
 @pytest.mark.parametrize("way", trainers.WAYS)
 def test_ranks_train_to_the_same(trained, truth, way):
-    """Weights, each term of each step, and what evaluation says of seven rows, one of which two ranks repeat."""
+    """Compare weights, each term of each step, and the scores of seven rows, one of which two ranks repeat."""
     terms = loops.MOVING if way.endswith("moving") else loops.TERMS
     weights, told = truth["moving" if way.endswith("moving") else ""]
     found = torch.load(trained / f"{way}.pt")
@@ -134,7 +134,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
 
 def test_the_best_student_comes_back(tmp_path):
-    """Scores grow worse at a great learning rate; at the end the first checkpoint is loaded."""
+    """Scores grow worse at a large learning rate; at the end the best checkpoint is loaded."""
     made = trainers.trainer(
         tmp_path,
         eval_dataset=trainers.examples(4),
@@ -154,7 +154,7 @@ def test_the_best_student_comes_back(tmp_path):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of a classifier."""
+    """Hold random rows for a classifier of three classes."""
 
     def __init__(self, count: int, labelled: bool = True):
         generator = torch.Generator().manual_seed(count)
@@ -213,7 +213,7 @@ def test_evaluates_as_a_trainer_does(tmp_path):
 
 
 def test_sets_without_labels(tmp_path):
-    """What needs no labels is measured; where a term needs them nothing is said of the terms."""
+    """Terms that need no labels are measured; if one term needs labels, evaluation reports no term."""
     unlabelled = {name: value for name, value in CLASSES.items() if name != "task"}
     found = classifier(tmp_path, terms=unlabelled).evaluate(Rows(6, labelled=False))
     assert {f"eval_{name}" for name in [*unlabelled, "kl"]} <= found.keys() and "eval_loss" not in found
@@ -275,7 +275,7 @@ def test_refuses(tmp_path, given, message):
 
 
 def test_other_columns_are_left_out(tmp_path):
-    """A data set of the datasets library keeps what the student, the terms and the collators of chats read."""
+    """A data set of the datasets library keeps the columns that the student, the terms and TRL's collator read."""
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([row | {"title": "x", "seq_lengths": [9]} for row in Rows(4).rows])
     kept = classifier(tmp_path)._remove_unused_columns(rows).column_names
@@ -319,7 +319,7 @@ def chats(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_chats_that_trl_prepares(tmp_path, padding_free):
-    """Its data set and collator go through unchanged: labels are those of answers, documents of a row stay apart."""
+    """TRL's data set and collator work unchanged: only answers have labels, and a row's documents stay apart."""
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     settings = {
         "per_device_train_batch_size": 3,

@@ -30,7 +30,7 @@ class InOrder(DistillTrainer):
 
 
 def examples(count: int = STEPS * MICRO * ROWS) -> list[dict]:
-    """Rows of unequal lengths whose first tokens are a prompt."""
+    """Return rows of unequal lengths; the first token of some is a prompt without a label."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What a step sends, as the formulas of dsdistill/distributed/README.md have it, counted on real ranks."""
+"""Count what a step sends on real ranks, and compare it with the formulas of dsdistill/distributed/README.md."""
 
 import json
 from pathlib import Path

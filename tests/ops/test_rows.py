@@ -31,13 +31,13 @@ def tensors(heads=(4, 2, 4, 1), tokens=N, batch=3, widths=(5, 3)):
 
 
 def with_gradients(given, function=attention_alignment, **options):
-    """The loss and its gradients at the student's tensors."""
+    """Return the loss and its gradients with respect to the student's tensors."""
     loss = function(*given, **options)
     return [loss, *torch.autograd.grad(loss, [x for x in given if x.requires_grad])]
 
 
 def all_draws(counts, rows):
-    """Every choice of `rows` of each sequence's tokens, or of all where there are fewer; −1 fills up."""
+    """Yield every choice of `rows` of each sequence's tokens; of shorter ones all tokens, filled up with −1."""
     choices = []
     for count in counts:
         own = itertools.combinations(range(count), min(rows, count))
@@ -194,7 +194,7 @@ def test_pairwise_rows_in_any_order_with_repeats(backend, tokens):
 
 
 def test_pairwise_rows_by_hand():
-    """Of (1,0), (1,1) against (1,0), (0,2) as dots: row 0 differs by 1 in one place, row 1 by 1 and by 2."""
+    """Compare the dots of (1,0), (1,1) with those of (1,0), (0,2): row 0 differs by 1 once, row 1 by 1 and by 2."""
     student = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
     teacher = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     for backend in EXACT:
