@@ -28,6 +28,7 @@ from dsdistill.bench.arguments import check_common
 from dsdistill.bench.contenders import CONTENDERS, HEADS, RIVALS, contender, present, unasked
 from dsdistill.bench.works import WORKS, Work, device, randn
 from dsdistill.config import UserError
+from dsdistill.engine.machine import processor
 from dsdistill.ops import clock
 from dsdistill.ops.backends import extension
 
@@ -176,13 +177,9 @@ def peak_memory(operator: str, options: dict, dtype: str, name: str) -> float | 
 
 def machine() -> dict:
     native = extension()
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), model)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": model,
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if device() == "cuda" else None,
         "threads": torch.get_num_threads(),

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import torch
@@ -32,6 +32,7 @@ from dsdistill.engine.resolve import (
     words_of,
 )
 from dsdistill.evaluation.positive import positive_class
+from dsdistill.evaluation.scores import Outputs
 from dsdistill.evaluation.text import check_packages
 from dsdistill.models.build import (
     for_task,
@@ -63,6 +64,9 @@ class Prepared:
     judged: bool  # the teacher has a trained head, so that its scores and the distance to it mean something
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
+    outputs: dict[str, Outputs] = field(
+        default_factory=dict
+    )  # the teacher's on dev sets (passes/teacher_outputs.py)
 
     @property
     def positive(self) -> int | None:

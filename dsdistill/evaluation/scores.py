@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,14 @@ from dsdistill.models.trace import Trace
 
 Gather = Callable[[Any], list]
 Seen = Callable[[dict[str, Tensor], Tensor], None]
+
+
+@dataclass
+class Outputs:
+    """Outputs are what a teacher gives for one set: the same for every student, so that one pass can serve many."""
+
+    values: Tensor  # (n, C) logits or scores, or (n, D) vectors of texts, float32, in the set's order
+    speeds: dict[str, float]  # of that pass: tokens_per_second, and texts_per_second for vectors
 
 
 class _Clock:
@@ -37,17 +46,16 @@ class _Clock:
         end.record()
         self.passes.append((start, end))
 
-    @property
-    def seconds(self) -> float:
-        """Return the seconds of all passes; this waits for the last of them."""
-        total = 0.0
+    def seconds(self) -> list[float]:
+        """Return the seconds of each pass; this waits for the last of them."""
+        found = []
         for start, end in self.passes:
             if isinstance(start, float):
-                total += end - start
+                found.append(end - start)
             else:
                 end.synchronize()
-                total += start.elapsed_time(end) / 1000
-        return total
+                found.append(start.elapsed_time(end) / 1000)
+        return found
 
 
 def evaluate(
@@ -61,6 +69,8 @@ def evaluate(
     positive: int | None = None,
     seen: Seen | None = None,
     dims: Sequence[int] = (),
+    known: Outputs | None = None,
+    keep: Callable[[Outputs], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of the student and, if there is one, of the teacher, on every rank.
 
@@ -78,6 +88,8 @@ def evaluate(
             scores (n, 1) and (n,), for queries and documents each model's (n, 2) results of `similarity.search` and
             the indices of the right documents.
         dims: lengths of vector prefixes that are scored too.
+        known: the teacher's outputs on this set, if no tokens are predicted; it is not run then.
+        keep: called with the teacher's outputs if no tokens are predicted and it was run.
 
     Returns:
         {"student": {...}, "teacher": {...}}. For classes: accuracy, loss (cross-entropy) and macro_f1; for two classes
@@ -85,8 +97,10 @@ def evaluate(
         the other's. For scores: pearson, spearman and loss (squared error). For vectors: the result of
         similarity.scores. For tokens: perplexity. kl: mean KL(teacher‖student), nats, per example or token; for scores
         that of normal distributions of variance 1 around them, half the squared difference. tokens_per_second of the
-        forward passes, and texts_per_second for vectors.
+        forward passes, and texts_per_second for vectors; the first pass of a rank is not timed if it has more.
     """
+    if known is not None:
+        teacher = None
     parts: list[dict[str, Tensor]] = []
     clocks = {"student": _Clock(), "teacher": _Clock()}
     paired = False
@@ -109,32 +123,58 @@ def evaluate(
             parts.append(part)
     # The only wait for the device: the work of all batches is queued by now.
     parts = [{name: value.cpu() for name, value in part.items()} for part in parts]
-    tokens = sum(int(part.pop("tokens")) for part in parts)
-    everyone = gather((parts, {name: clock.seconds for name, clock in clocks.items()}, tokens))
+    read = {"tokens": [int(part.pop("tokens")) for part in parts]}
+    if task == EMBEDDING:
+        read["texts"] = [int((part["index"] >= 0).sum()) for part in parts]
+    everyone = gather((parts, {name: clock.seconds() for name, clock in clocks.items()}, read))
     parts = [part for rank_parts, _, _ in everyone for part in rank_parts]
-    if task == EMBEDDING:
-        scores = _vectors(parts, paired, seen, dims)
+    speeds = {
+        name: _speeds([(seconds[name], counts) for _, seconds, counts in everyone])
+        for name in ("student", "teacher")
+        if name in parts[0]
+    }
+    if task in LANGUAGE:
+        scores = _language(parts)
     else:
-        scores = _language(parts) if task in LANGUAGE else _labelled(parts, task, positive, seen)
-    read = {"tokens": sum(count for _, _, count in everyone)}
-    if task == EMBEDDING:
-        read["texts"] = sum(int((part["index"] >= 0).sum()) for part in parts)
-    for name, values in scores.items():
-        slowest = max(seconds[name] for _, seconds, _ in everyone)
-        values |= {f"{unit}_per_second": round(count / slowest, 1) for unit, count in read.items()}
-    return scores
+        outputs, labels = _ordered(parts)
+        if known is not None:
+            outputs["teacher"], speeds["teacher"] = known.values, known.speeds
+        elif "teacher" in outputs and keep is not None:
+            keep(Outputs(outputs["teacher"], speeds["teacher"]))
+        if task == EMBEDDING:
+            scores = _vectors(outputs, labels, paired, seen, dims)
+        else:
+            scores = _labelled(outputs, labels, task, positive, seen)
+    return {name: values | speeds[name] for name, values in scores.items()}
+
+
+def _speeds(ranks: list[tuple[list[float], dict[str, list[int]]]]) -> dict[str, float]:
+    """Return how many tokens and texts a second all ranks read together, from the seconds and counts of their passes.
+
+    A first pass also allocates memory and chooses kernels, so it counts only where there is no other.
+    """
+    first = 1 if all(len(seconds) > 1 for seconds, _ in ranks) else 0
+    slowest = max(sum(seconds[first:]) for seconds, _ in ranks)
+    return {
+        f"{unit}_per_second": round(sum(sum(counts[unit][first:]) for _, counts in ranks) / slowest, 1)
+        for unit in ranks[0][1]
+    }
+
+
+def _ordered(parts: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return each model's outputs, and the labels, in the order of the set."""
+    index = torch.cat([part["index"] for part in parts])
+    found = {
+        name: restore(torch.cat([part[name] for part in parts]), index)
+        for name in ("student", "teacher", "labels")
+        if name in parts[0]
+    }
+    return found, found.pop("labels")
 
 
 def _vectors(
-    parts: list[dict], paired: bool, seen: Seen | None, dims: Sequence[int]
+    outputs: dict[str, Tensor], labels: Tensor, paired: bool, seen: Seen | None, dims: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    index = torch.cat([part["index"] for part in parts])
-    labels, *vectors = (
-        restore(torch.cat([part[name] for part in parts]), index)
-        for name in ("labels", "student", "teacher")
-        if name in parts[0]
-    )
-    outputs = dict(zip(("student", "teacher"), vectors, strict=False))
     gold = labels[::2] if paired and not labels.isnan().any() else None
     searched = paired and gold is None
     found: dict[str, Tensor] = {}
@@ -151,15 +191,8 @@ def _vectors(
 
 
 def _labelled(
-    parts: list[dict], task: str, positive: int | None, seen: Seen | None
+    outputs: dict[str, Tensor], labels: Tensor, task: str, positive: int | None, seen: Seen | None
 ) -> dict[str, dict[str, float]]:
-    index = torch.cat([part["index"] for part in parts])
-    labels = restore(torch.cat([part["labels"] for part in parts]), index)
-    outputs = {
-        name: restore(torch.cat([part[name] for part in parts]), index)
-        for name in ("student", "teacher")
-        if name in parts[0]
-    }
     if seen is not None:
         seen(outputs, labels)
     scores = {}

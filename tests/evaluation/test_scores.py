@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dsdistill.data.batch import NO_LABEL, Batch
-from dsdistill.evaluation.scores import evaluate
+from dsdistill.evaluation.scores import _speeds, evaluate
 from dsdistill.models.trace import Trace
 
 
-def run(task: str, order: list[list[int]], labels, student, teacher=None, positive=None) -> dict:
+def run(task: str, order: list[list[int]], labels, student, teacher=None, positive=None, **further) -> dict:
     """Scores of outputs that are given whole, (examples, C); order: the examples of each batch, −1 a filler."""
     batches, outputs = [], {}
     for chosen in order:
@@ -31,6 +31,7 @@ def run(task: str, order: list[list[int]], labels, student, teacher=None, positi
         task=task,
         gather=lambda found: [found],
         positive=positive,
+        **further,
     )
 
 
@@ -96,3 +97,33 @@ def test_scores():
         rel=1e-6,
     )
     assert found["teacher"]["loss"] == pytest.approx((1 + 1 + 0.5**2) / 3) and found["teacher"]["kl"] == 0
+
+
+def test_kept_outputs_of_a_teacher_serve_another_student():
+    """The order of the batches does not matter; a teacher that would raise is not run."""
+    generator = torch.Generator().manual_seed(0)
+    labels, teacher, student, other = torch.tensor([1, 0, 0, 1]), *torch.randn(3, 4, 2, generator=generator)
+    kept = []
+    first = run("classification", [[2, 0], [-1, 3, 1]], labels, student, teacher, keep=kept.append)
+    assert torch.equal(kept[0].values, teacher)
+    assert kept[0].speeds == {"tokens_per_second": first["teacher"]["tokens_per_second"]}
+    wanted = run("classification", [[0, 1, 2, 3]], labels, other, teacher)
+    wrong = torch.full_like(teacher, math.nan)
+    found = run("classification", [[3, 2], [1, 0]], labels, other, wrong, known=kept[0], keep=kept.append)
+    assert len(kept) == 1
+    for model in ("student", "teacher"):
+        wanted[model].pop("tokens_per_second")
+        assert (found[model].pop("tokens_per_second") == kept[0].speeds["tokens_per_second"]) == (
+            model == "teacher"
+        )
+        assert found[model] == pytest.approx(wanted[model], rel=1e-6, abs=1e-9)
+
+
+def test_speeds_leave_out_the_first_pass():
+    """Two ranks that read 30 and 20 tokens in 2 and 4 seconds after their first passes."""
+    ranks = [([9.0, 1.0, 1.0], {"tokens": [50, 10, 20]}), ([9.0, 4.0], {"tokens": [70, 20]})]
+    assert _speeds(ranks) == {"tokens_per_second": 12.5}
+    assert _speeds([([2.0], {"tokens": [10], "texts": [4]})]) == {
+        "tokens_per_second": 5.0,
+        "texts_per_second": 2.0,
+    }

@@ -18,6 +18,7 @@ from dsdistill.data import Batch, Set, evaluation_batches
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.passes import in_order, over
 from dsdistill.engine.passes.predictions import Predictions
+from dsdistill.engine.passes.teacher_outputs import TeacherOutputs
 from dsdistill.engine.prepare import Prepared
 from dsdistill.evaluation.scores import Seen, evaluate
 from dsdistill.models.trace import Trace
@@ -54,7 +55,11 @@ def score_on(
     ranks: Ranks,
     seen: Seen | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of student and teacher on one set; seen: as in `evaluate`."""
+    """Return the scores of student and teacher on one set; seen: as in `evaluate`.
+
+    The teacher reads a set once: its outputs are kept for further evaluations, and in the cache for other runs.
+    """
+    kept = TeacherOutputs(examples, prepared, ranks) if teacher is not None else None
     batches = evaluation_batches(
         examples,
         prepared.config.train.micro_batch_size,
@@ -73,6 +78,8 @@ def score_on(
             positive=prepared.positive,
             seen=seen,
             dims=_lengths(prepared.config),
+            known=kept.find() if kept is not None else None,
+            keep=kept.keep if kept is not None else None,
         )
 
 

@@ -1,0 +1,115 @@
+"""Keep what the teacher puts out for the dev sets: in memory for a run, in the cache for other runs.
+
+A teacher never changes, so one pass over a set serves every evaluation of every student. Runs that differ in anything
+that the outputs, or the measured speed, may depend on do not share them: see `_name`.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dsdistill import disk
+from dsdistill.config.schema import LANGUAGE
+from dsdistill.data import Set
+from dsdistill.data.cache import is_there
+from dsdistill.distributed.ranks import Ranks
+from dsdistill.engine import checkpoint
+from dsdistill.engine.machine import processor
+from dsdistill.engine.origins import content
+from dsdistill.engine.prepare import Prepared
+from dsdistill.engine.teacher import teacher_dtype
+from dsdistill.evaluation.scores import Outputs
+from dsdistill.models import weights
+
+log = logging.getLogger("dsdistill")
+
+MOST = 2**26  # bytes of outputs that are kept; a pass over a larger set takes its time anyway
+_VALUES, _SPEEDS = "values", "speeds"
+
+
+class TeacherOutputs:
+    """TeacherOutputs finds the teacher's outputs on one set, and keeps those that a pass has made."""
+
+    def __init__(self, examples: Set, prepared: Prepared, ranks: Ranks):
+        self.examples, self.prepared, self.ranks = examples, prepared, ranks
+        # For tokens nothing is kept: the distance to the teacher needs its logits, which are too many.
+        self.possible = prepared.config.task not in LANGUAGE
+        self.shared = (
+            prepared.config.teacher.path is not None
+        )  # a teacher with random weights is no other run's
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Return the name of these outputs, on every rank that of rank 0."""
+        return self.ranks.gather(_name(self.examples, self.prepared, self.ranks))[0]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.prepared.config.data.cache, f"teacher-{self.key}.safetensors").expanduser()
+
+    def find(self) -> Outputs | None:
+        """Return the outputs, the same on every rank, or None if they must be made."""
+        if not self.possible:
+            return None
+        if self.key not in self.prepared.outputs:
+            with self.ranks.first_alone():
+                found = self._read() if self.ranks.first else None
+            found = self.ranks.gather(found)[0]
+            if found is None:
+                return None
+            self.prepared.outputs[self.key] = found
+        return self.prepared.outputs[self.key]
+
+    def keep(self, outputs: Outputs) -> None:
+        """Keep outputs that a pass has made, unless they are large."""
+        if outputs.values.nbytes > MOST:
+            return
+        self.prepared.outputs[self.key] = outputs
+        if not (self.ranks.first and self.shared):
+            return
+        try:
+            with disk.replacing(self.path) as made:
+                speeds = {_SPEEDS: json.dumps(outputs.speeds)}
+                save_file({_VALUES: outputs.values.contiguous()}, made, metadata=speeds)
+        except disk.Unwritable as error:
+            log.warning("the teacher's outputs are not kept in the cache: %s", error)
+
+    def _read(self) -> Outputs | None:
+        """Return the outputs that the cache has; None if it has none or a damaged file."""
+        if not (self.shared and is_there(self.path)):
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                values, speeds = file.get_tensor(_VALUES), json.loads(file.metadata()[_SPEEDS])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            log.warning("%s is damaged and made again", self.path)
+            return None
+        log.info("the teacher's outputs on %d texts: from %s", len(values), self.path)
+        return Outputs(values, speeds)
+
+
+def _name(examples: Set, prepared: Prepared, ranks: Ranks) -> str:
+    """Return a digest of the teacher, of the set, of how the teacher reads it, and of the machine."""
+    config, path = prepared.config, prepared.config.teacher.path
+    of = {
+        "teacher": config.teacher.model_dump(mode="json", exclude={"path", "recipe"}),
+        # A model of the hub whose commit is not known goes by its name.
+        "weights": path and (weights.fingerprint(path, "teacher") or path),
+        "seed": config.run.seed if path is None else None,
+        "dtype": teacher_dtype(config),
+        "pooling": prepared.pair.pooling[1],
+        "task": config.task,
+        "set": content(examples, prepared.data.labels),
+        "batch": [config.train.micro_batch_size, ranks.world_size, prepared.tokenizer.pad_token_id],
+        "versions": checkpoint.versions(),
+        "machine": [processor(), torch.get_num_threads()],
+    }
+    if ranks.device.type == "cuda":
+        of["machine"].append(torch.cuda.get_device_name(ranks.device))
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
