@@ -50,6 +50,7 @@ def check_streaming(config: "Config") -> None:
         ("data.sampler", sampler, "uniform: others look at all examples first"),
         ("data.fraction", data.fraction < 1, "1: train.steps says how much is used"),
         ("data.max_train", data.max_train is not None, "null: train.steps says how much is used"),
+        ("data.holdout", data.holdout is not None, "null: a streamed set is not known beforehand"),
         ("data.train_tokenizer", data.train_tokenizer is not None, "null, and data.tokenizer"),
         ("train.group_by_length", config.train.group_by_length, "false"),
         ("run.evaluate_every", config.run.evaluate_every == "epoch", "a number of steps"),
@@ -67,6 +68,13 @@ def _check_sources(data: Data) -> None:
         raise UserError("data.subset", f"{data.subset} with data.source {data.source}", "a hub data set")
     if data.root is not None and data.source == "docstrings":
         raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
+    if data.holdout is not None:
+        if isinstance(data.dev, dict) and "holdout" in data.dev:
+            raise UserError("data.dev", "a set named holdout beside data.holdout", "another name")
+        if not isinstance(data.train, str) and isinstance(data.train[0], Part):
+            raise UserError(
+                "data.holdout", f"{data.holdout} with several sources in data.train", "one source"
+            )
     if isinstance(data.train, str):
         return
     if not isinstance(data.train[0], Part):

@@ -151,6 +151,12 @@ class Data(Section):
     max_dev: Positive | None = Field(
         default=None, description="number of dev examples used, from the front; default: all"
     )
+    holdout: Positive | None = Field(
+        default=None,
+        description="number of train examples to hold out, which are scored as the dev set holdout: choose settings on "
+        "it, and look at dev once; the same for every seed; short texts stay with those that contain them, and those "
+        "on both sides are left out; give a teacher recipe the same number",
+    )
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0,
         description="share of the train examples used, drawn with run.seed; a larger share contains a smaller one",

@@ -23,6 +23,7 @@ QUERY = range(20, 201)  # characters
 DOCUMENT = 80  # fewest characters
 MOST = 1000  # characters of a document; what follows is cut off
 _OTHER_NAMES = re.compile("scipy", re.IGNORECASE)  # what NAMES lacks
+_PARAGRAPHS = re.compile(r"\n[ \t]*\n")  # what stands between two
 _RULES = re.compile(r"(^|\s)[-=~^#*.+|]{2,}(?=\s|$)")  # what underlines headings and frames tables
 
 
@@ -57,7 +58,7 @@ def collect() -> list[dict[str, str]]:
 
 def divided(docstring: str) -> tuple[str, str]:
     """Return the first paragraph of a docstring and the rest, each on one line and with package names masked."""
-    first, _, rest = re.sub(r"\n[ \t]*\n", "\n\n", docstring.strip()).partition("\n\n")
+    first, _, rest = _PARAGRAPHS.sub("\n\n", docstring.strip()).partition("\n\n")
     return docstrings.clean(_OTHER_NAMES.sub(MASK, first)), _line(rest)
 
 
@@ -80,9 +81,11 @@ def _collect() -> list[dict[str, str]]:
                 split = "dev" if int(digest(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
             most = min(taken + PER_MODULE, PER_PACKAGE)
             for name, docstring in docstrings_in(path):
+                if taken >= most or not _PARAGRAPHS.search(docstring):  # most have one paragraph alone
+                    continue
                 query, document = divided(docstring)
                 letters = {re.sub("[^a-z]+", "", text.lower()) for text in (query, document)}
-                if taken >= most or len(query) not in QUERY or len(document) < DOCUMENT or letters & seen:
+                if len(query) not in QUERY or len(document) < DOCUMENT or letters & seen:
                     continue
                 seen |= letters
                 taken += 1

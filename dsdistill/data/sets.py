@@ -29,6 +29,7 @@ from dsdistill.data.documents import (
 )
 from dsdistill.data.encode import edges
 from dsdistill.data.examples import Examples, Packed, Rows, Splits, TextPairs, cut, end_to_end, whole
+from dsdistill.data.holdout import HOLDOUT, held_out
 from dsdistill.data.hub import revision
 from dsdistill.data.layout import Raw, default_layout, render_template
 from dsdistill.data.masking import HIDDEN, PREDICTED, masking
@@ -87,6 +88,9 @@ def load_data(
         raise UserError(
             "data.tokenizer", "one that does not tell where its tokens lie", "a fast one (tokenizer.json)"
         )
+    asked = section
+    if section.holdout is not None:  # it is drawn from the whole set; the limit is for the rest
+        section = section.model_copy(update={"max_train": None})
     loading = _Loading(section, task, words, with_spans, bad)
     classes: tuple[str, ...] = ()
     if task in LANGUAGE:
@@ -115,6 +119,14 @@ def load_data(
         rows, dev_rows, classes = read(section, task, bad)
         trains = [loading.labelled(of, part) for of, (*_, part) in zip(rows, parts(section), strict=True)]
         devs = {name: loading.labelled(of, section) for name, of in dev_rows.items()}
+    if asked.holdout is not None:
+        labelled = task not in (*LANGUAGE, EMBEDDING)
+        special = {*words.tokenizer.all_special_ids} - {words.tokenizer.unk_token_id} if labelled else None
+        rest, devs[HOLDOUT] = held_out(trains[0], asked.holdout, special)
+        blocks = packed and asked.messages is None and len(asked.text) == 1  # the limit is in blocks
+        trains = [
+            rest if asked.max_train is None or blocks else rest.take(range(min(asked.max_train, len(rest))))
+        ]
     if task == "masked_lm":
         hide = masking(words.tokenizer, PREDICTED, 0.0, seed)
         devs = {name: replace(dev, masking=hide) for name, dev in devs.items()}
@@ -122,7 +134,7 @@ def load_data(
         trains = [_drawn(train, section, seed, len(classes)) for train in trains]
         trains = [
             loading.finished(train, part, seed, packed)
-            for train, (*_, part) in zip(trains, parts(section), strict=True)
+            for train, (*_, part) in zip(trains, parts(asked), strict=True)
         ]
     weighed = [(name, weight) for name, weight, _ in parts(section)]
     train = trains[0] if len(trains) == 1 else Mixture(tuple(trains), *zip(*weighed, strict=True))

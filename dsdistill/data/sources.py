@@ -88,7 +88,13 @@ def with_dev_files(section: Section, files: Sequence[str]) -> Section:
     for name, weight, part in parts(section):
         same = {key: getattr(part, key) for key in Part.model_fields if key not in ("name", "weight")}
         train.append(Part(name=name or None, weight=weight, **same))
-    changes: dict[str, Any] = {"source": "files", "subset": None, "root": None, "max_dev": None}
+    changes: dict[str, Any] = {
+        "source": "files",
+        "subset": None,
+        "root": None,
+        "max_dev": None,
+        "holdout": None,
+    }
     return section.model_copy(
         update={**changes, "train": tuple(train), "dev": {name: name for name in files}}
     )

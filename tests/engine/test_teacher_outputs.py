@@ -12,11 +12,13 @@ import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from dsdistill.config import load
-from dsdistill.engine.passes import teacher_outputs
+from dsdistill.data import TextPairs
+from dsdistill.engine.passes import at_once, teacher_outputs
 from dsdistill.engine.passes.teacher_outputs import TeacherOutputs
 from dsdistill.engine.prepare import prepare
 from dsdistill.evaluation.scores import Outputs
 from tests.conftest import BERT, sentence
+from tests.data.rig import made
 from tests.engine.launch import run_configs
 
 SPEED = "tokens_per_second"
@@ -174,3 +176,12 @@ def test_large_outputs_are_not_kept(keeper, monkeypatch):
     kept = keeper()
     kept.keep(MADE)
     assert kept.find() is None and not kept.path.exists()
+
+
+def test_a_batch_of_pairs_has_no_more_rows_than_one_of_training():
+    pairs = TextPairs(made([[1], [2]]))
+    for columns, examples, size in ((1, pairs, 2), (2, pairs, 4), (1, pairs.texts, 4)):
+        config = SimpleNamespace(
+            train=SimpleNamespace(micro_batch_size=4), data=SimpleNamespace(train_columns=columns)
+        )
+        assert at_once(SimpleNamespace(config=config), examples) == size

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dsdistill.data import Batch, Set, Streamed, evaluation_batches, restore
+from dsdistill.data import Batch, Set, Streamed, TextPairs, evaluation_batches, restore
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.prepare import Prepared
 
@@ -23,13 +23,23 @@ def over(prepared: Prepared, ranks: Ranks, examples: Set, read: Callable[[Batch]
     with torch.no_grad():
         for batch in evaluation_batches(
             examples,
-            prepared.config.train.micro_batch_size,
+            at_once(prepared, examples),
             ranks.world_size,
             ranks.rank,
             prepared.tokenizer.pad_token_id,
         ):
             made.append(read(batch.to(ranks.device)))
     return [part for of_rank in ranks.gather(made) for part in of_rank]
+
+
+def at_once(prepared: Prepared, examples: Set) -> int:
+    """Return how many examples of a set a batch of one pass has, so that it has no more rows than one in training.
+
+    A pair of texts is two rows; training may read single texts while dev sets have pairs.
+    """
+    size = prepared.config.train.micro_batch_size
+    doubled = isinstance(examples, TextPairs) and prepared.config.data.train_columns == 1
+    return max(1, size // 2) if doubled else size
 
 
 def indexed(train: Set) -> Set:

@@ -16,7 +16,7 @@ from dsdistill.config import Config
 from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Batch, Set, evaluation_batches
 from dsdistill.distributed.ranks import Ranks
-from dsdistill.engine.passes import in_order, over
+from dsdistill.engine.passes import at_once, in_order, over
 from dsdistill.engine.passes.predictions import Predictions
 from dsdistill.engine.passes.teacher_outputs import TeacherOutputs
 from dsdistill.engine.prepare import Prepared
@@ -62,7 +62,7 @@ def score_on(
     kept = TeacherOutputs(examples, prepared, ranks) if teacher is not None else None
     batches = evaluation_batches(
         examples,
-        prepared.config.train.micro_batch_size,
+        at_once(prepared, examples),
         ranks.world_size,
         ranks.rank,
         prepared.tokenizer.pad_token_id,

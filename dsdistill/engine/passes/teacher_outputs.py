@@ -22,6 +22,7 @@ from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
 from dsdistill.engine.machine import processor
 from dsdistill.engine.origins import content
+from dsdistill.engine.passes import at_once
 from dsdistill.engine.prepare import Prepared
 from dsdistill.engine.teacher import teacher_dtype
 from dsdistill.evaluation.scores import Outputs
@@ -106,7 +107,7 @@ def _name(examples: Set, prepared: Prepared, ranks: Ranks) -> str:
         "pooling": prepared.pair.pooling[1],
         "task": config.task,
         "set": content(examples, prepared.data.labels),
-        "batch": [config.train.micro_batch_size, ranks.world_size, prepared.tokenizer.pad_token_id],
+        "batch": [at_once(prepared, examples), ranks.world_size, prepared.tokenizer.pad_token_id],
         "versions": checkpoint.versions(),
         "machine": [processor(), torch.get_num_threads()],
     }

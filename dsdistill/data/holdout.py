@@ -1,0 +1,154 @@
+"""Hold rows out of a train set, to choose settings on them: the dev set is then looked at once.
+
+Some sets (SST-2) have the phrases of a sentence as rows of their own, with labels that say much about the sentence's. So
+a short text is held out only together with every text that contains it, and texts of both sides are left out.
+"""
+
+import logging
+from collections.abc import Collection
+
+import numpy as np
+
+from dsdistill.config.errors import UserError
+from dsdistill.data.examples import Examples, TextPairs, texts_of
+
+log = logging.getLogger("dsdistill")
+
+HOLDOUT = "holdout"  # name of the dev set
+LONGEST = (
+    64  # most tokens of texts that are looked for in each other, without the special tokens at their ends
+)
+KEPT, HELD, BOTH = range(3)
+
+
+def held_out(
+    train: Examples | TextPairs, count: int, special: Collection[int] | None
+) -> tuple[Examples | TextPairs, Examples | TextPairs]:
+    """Return the rest of a train set, and `count` of its examples; no text of one is, or lies in, a text of the other.
+
+    The draw depends only on the set: it is the same for every seed, and for a teacher with the same holdout.
+
+    Args:
+        train: all examples.
+        count: how many to hold out.
+        special: ids that stand at the ends of examples and are no text, if texts of at most LONGEST tokens are to be
+            looked for in each other; None: only equal examples stay together.
+
+    Raises:
+        UserError: nothing would be left, or so many cannot be held out.
+    """
+    texts = _numbered(train)
+    holders, inner = (np.empty(0, np.int64),) * 2
+    if special is not None:
+        holders, inner = _contained(texts_of(train), texts, special)
+    side = _sides(texts, holders, inner, count)
+    held, kept = np.flatnonzero(side == HELD), np.flatnonzero(side == KEPT)
+    if len(held) < count or not len(kept):
+        raise UserError(
+            "data.holdout", f"{count} of {len(train)} train examples", "fewer, so that some are left"
+        )
+    left = len(train) - len(held) - len(kept)
+    also = f", {left:,} that share text with both sides are left out" if left else ""
+    log.info("holdout: %s of %s train examples%s", f"{count:,}", f"{len(train):,}", also)
+    return train.take(kept.tolist()), train.take(held.tolist())
+
+
+def _numbered(train: Examples | TextPairs) -> np.ndarray:
+    """Return (n,) int64: equal numbers for examples of equal tokens, counted by first appearance."""
+    own, each = texts_of(train), 2 if isinstance(train, TextPairs) else 1
+    known: dict[tuple[bytes, ...], int] = {}
+    return np.array(
+        [
+            known.setdefault(tuple(own.tokens(each * row + i).tobytes() for i in range(each)), len(known))
+            for row in range(len(train))
+        ]
+    )
+
+
+def _contained(
+    examples: Examples, texts: np.ndarray, special: Collection[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (m,) and (m,): texts, and other texts whose tokens lie in them, both of at most LONGEST tokens."""
+    rows = np.unique(texts, return_index=True)[1]  # one example of each text
+    parts = [_bare(examples.tokens(row), special) for row in rows.tolist()]
+    short = [0 < len(part) <= LONGEST for part in parts]
+    names, parts = texts[rows[short]], [part for part, fits in zip(parts, short, strict=True) if fits]
+    if not parts:
+        return names, names
+    sizes = np.array([len(part) for part in parts])
+    ends = sizes.cumsum()
+    owners = np.repeat(np.arange(len(parts)), sizes)  # of each token
+    room = ends[owners] - np.arange(ends[-1])  # tokens from each place to the end of its text
+    sums = _Sums(np.concatenate(parts))
+    found = []
+    for length in np.unique(sizes).tolist():
+        alike = np.flatnonzero(sizes == length)
+        hashes = sums.of(ends[alike] - length, length)
+        order = hashes.argsort()
+        places = np.flatnonzero((room >= length) & (sizes[owners] > length))
+        windows = sums.of(places, length)
+        match = order[np.searchsorted(hashes, windows, sorter=order).clip(max=len(alike) - 1)]
+        equal = hashes[match] == windows
+        found.append(np.stack([names[owners[places[equal]]], names[alike[match[equal]]]]))
+    holders, inner = np.concatenate(found, axis=1)
+    return holders, inner
+
+
+def _bare(tokens: np.ndarray, special: Collection[int]) -> np.ndarray:
+    """Return tokens without special ones at both ends."""
+    first, past = 0, len(tokens)
+    while first < past and int(tokens[first]) in special:
+        first += 1
+    while past > first and int(tokens[past - 1]) in special:
+        past -= 1
+    return tokens[first:past]
+
+
+class _Sums:
+    """_Sums computes hashes of runs of tokens, modulo 2⁶⁴, each from two sums over all tokens before it."""
+
+    def __init__(self, tokens: np.ndarray):
+        # Each id becomes an arbitrary number of 64 bits, so that no texts of a language are prone to collide.
+        mixed = np.random.default_rng(0).integers(0, 2**64, int(tokens.max()) + 1, dtype=np.uint64)[tokens]
+        factors = np.full(len(tokens) + 1, 0xD1342543DE82EF95, dtype=np.uint64)
+        factors[0] = 1
+        self.powers = np.multiply.accumulate(factors)
+        self.sums = np.concatenate([[np.uint64(0)], np.add.accumulate(mixed * self.powers[:-1])])
+
+    def of(self, places: np.ndarray, length: int) -> np.ndarray:
+        """Return the hash of the `length` tokens from each place, wherever they stand."""
+        return (self.sums[places + length] - self.sums[places]) * self.powers[len(self.powers) - 1 - places]
+
+
+def _sides(texts: np.ndarray, holders: np.ndarray, inner: np.ndarray, count: int) -> np.ndarray:
+    """Return (n,): for each example HELD, KEPT, or BOTH if its text lies in sentences of both sides.
+
+    Sentences, the texts that lie in no other, are drawn one by one until `count` examples lie in drawn ones alone.
+    Examples of the last one that are too many are left out too.
+    """
+    total = int(texts.max()) + 1
+    sentences = np.setdiff1d(np.arange(total), inner)
+    whole = np.isin(holders, sentences)
+    pairs = np.unique(np.stack([holders[whole], inner[whole]]), axis=1)
+    holders, inner = np.concatenate([pairs, np.stack([sentences, sentences])], axis=1)
+    order = holders.argsort(kind="stable")
+    parts = dict(
+        zip(
+            sentences.tolist(),
+            np.split(inner[order], np.searchsorted(holders[order], sentences)[1:]),
+            strict=True,
+        )
+    )
+    examples = np.bincount(texts, minlength=total)
+    missing = np.bincount(inner, minlength=total)  # sentences with a text that are not drawn
+    drawn, found = np.zeros(total, bool), 0
+    for sentence in np.random.default_rng(0).permutation(sentences).tolist():
+        if found >= count:
+            break
+        own = parts[sentence]
+        missing[own] -= 1
+        drawn[own] = True
+        found += int(examples[own[missing[own] == 0]].sum())
+    side = np.where(missing == 0, HELD, np.where(drawn, BOTH, KEPT))[texts]
+    side[np.flatnonzero(side == HELD)[count:]] = BOTH
+    return side
