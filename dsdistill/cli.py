@@ -44,6 +44,7 @@ def root(
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    _quiet_libraries()
 
 
 @app.command()
@@ -74,7 +75,6 @@ def train(
             raise UserError(name, "a run", "--dry-run beside it")
     config = load(settings)
     if dry_run:
-        _quiet_libraries()
         from dsdistill.config import dump
         from dsdistill.engine.dry_run import check
 
@@ -90,7 +90,6 @@ def train(
     from dsdistill.distributed import stopping
 
     with stopping.watch(config.run.grace):
-        _quiet_libraries()
         from dsdistill.engine.run import train as run
         from dsdistill.engine.run_folder import as_begun, check_sources
         from dsdistill.report import show
@@ -151,7 +150,6 @@ def plan(
     check_file(json, "--json", settings)
     config = load(settings)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported
-    _quiet_libraries()
     from dsdistill.planner.duration import check_rate
     from dsdistill.planner.listing import refusal, table, write
     from dsdistill.planner.plan import make_plan, parse_memory
@@ -196,7 +194,6 @@ def tokenize(
     What is there already is kept; a stopped run of this command goes on where it was.
     """
     config = load(settings)
-    _quiet_libraries()
     from dsdistill.engine.tokenising import tokenize as run
 
     try:
@@ -222,7 +219,6 @@ def preview(
 
     check_file(json, "--json", settings)
     config = load(settings)
-    _quiet_libraries()
     from dsdistill.engine.preview import preview as look
     from dsdistill.engine.preview import render
 
@@ -252,7 +248,6 @@ def evaluate(
     from dsdistill.distributed import stopping
 
     with stopping.watch():
-        _quiet_libraries()
         from dsdistill.engine.evaluate import evaluate_run
         from dsdistill.report import show, show_others
 
@@ -264,9 +259,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    methods: Annotated[
+    plan: Annotated[
         str,
-        typer.Argument(metavar="METHODS", help="A YAML file of seeds and methods.", show_default=False),
+        typer.Argument(metavar="PLAN", help="A YAML file of seeds and methods.", show_default=False),
     ],
     settings: Annotated[
         list[str] | None,
@@ -275,15 +270,21 @@ def compare(
         ),
     ] = None,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the runs.")] = "runs/compare",
+    scale: Annotated[str, typer.Option("--scale", help="small, or node if the plan has it.")] = "small",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all configs, list the runs, stop.")
+    ] = False,
 ):
-    """Train and evaluate every method of METHODS with every seed; print means and deviations, and write a page.
+    """Train and evaluate every method of PLAN with every seed; print a table and verdicts, and write a page.
 
     Runs that are finished are kept: a stopped comparison goes on where it was, a longer list adds its runs.
     """
     from dsdistill.engine.compare import compare as run
     from dsdistill.report import show_comparison, show_page
 
-    typer.echo(run(methods, out, settings or []))
+    typer.echo(run(plan, out, settings or [], scale, dry_run))
+    if dry_run:
+        return
     show_comparison(out, table=False)
     show_page(out)
 
@@ -323,7 +324,6 @@ def export(
     ] = "5GB",
 ):
     """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
-    _quiet_libraries()
     from dsdistill.engine.export import export as write
 
     write(run, out, dtype=dtype, max_shard_size=shard)
@@ -347,7 +347,6 @@ def verify(
     from dsdistill.disk import check_file
 
     check_file(json, "--json")
-    _quiet_libraries()
     if aot:
         from dsdistill.bench.aot import run_aot
 
@@ -403,7 +402,6 @@ def bench(
 
     check_file(json, "--json")
     check_file(plot, "--plot")
-    _quiet_libraries()
     from dsdistill.bench.arguments import parse_shapes
     from dsdistill.bench.data_speed import run_data
     from dsdistill.bench.loading import run_load

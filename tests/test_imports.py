@@ -12,10 +12,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from dsdistill import cli
-from dsdistill.config import load
+from dsdistill.config import UserError, load
 from dsdistill.config.load import recipe_of
 from dsdistill.data.sources import dev_sets, names, parts
-from dsdistill.engine.compare import read_methods
+from dsdistill.engine.studies import SCALES, read_plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dsdistill"
@@ -169,7 +169,7 @@ def test_no_file_is_long():
 
 
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
-COMPARISONS = [path for path in ALL if path.name.startswith("compare_")]
+COMPARISONS = [path for path in ALL if path.parent.name == "reproduce"]
 CONFIGS = [path for path in ALL if path not in COMPARISONS]
 # Fragments that follow another config.
 AFTER = {
@@ -235,10 +235,15 @@ def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys, 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.name)
 def test_every_plan_of_a_comparison_loads(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    seeds, methods = read_methods(str(path))
-    assert len(seeds) >= 3 and len(methods) >= 2
-    for sources in methods.values():
-        load(sources)
+    for scale in SCALES:
+        try:
+            seeds, cells, _ = read_plan(str(path), scale)
+        except UserError as error:
+            assert scale == "node" and "--scale" in str(error)
+            continue
+        assert len(seeds) >= 3 and len(cells) >= 2
+        for sources in cells.values():
+            load(sources)
 
 
 def test_the_quickstart_is_there():

@@ -1,7 +1,7 @@
 """Hold rows out of a train set, to choose settings on them: the dev set is then looked at once.
 
-Some sets (SST-2) have the phrases of a sentence as rows of their own, with labels that say much about the sentence's. So
-a short text is held out only together with every text that contains it, and texts of both sides are left out.
+Some sets (SST-2) have the phrases of a sentence as rows of their own, whose labels say much about the sentence's. So a
+short text is held out only together with every text that contains it, and texts of both sides are left out.
 """
 
 import logging

@@ -3,67 +3,33 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import yaml
-
 from dsdistill import disk
 from dsdistill.config import Stopped, UserError, as_begun, load
-from dsdistill.config.bounded import read_yaml
 from dsdistill.config.resume import check_same
+from dsdistill.engine.studies import folder, read_plan
+from dsdistill.report.axis_plot import PICTURE, axis_plot
 from dsdistill.report.methods import HEAD, table
 
 
-def read_methods(path: str) -> tuple[list[int], dict[str, list[str]]]:
-    """Return the seeds, and the config files and overrides of each method by its name.
-
-    The file: `seeds: [0, 1, 2]` and `methods: {NAME: [FILE or KEY=VALUE, ...], ...}`, files as `train` takes them.
-    """
-    try:
-        settings = yaml.safe_load(read_yaml(path))
-    except UserError:
-        raise
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(path, str(error).split("\n")[0], "a readable YAML file") from None
-    known = {"seeds", "methods"}
-    if not isinstance(settings, dict) or set(settings) != known:
-        raise UserError(
-            path,
-            list(settings) if isinstance(settings, dict) else type(settings).__name__,
-            "seeds and methods",
-        )
-    seeds, methods = settings["seeds"], settings["methods"]
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{path}: seeds", seeds, "a list of whole numbers")
-    if not isinstance(methods, dict) or not methods:
-        raise UserError(f"{path}: methods", methods, "a mapping of names to lists of files")
-    for name, sources in methods.items():
-        if not isinstance(sources, list) or not sources or not all(isinstance(s, str) for s in sources):
-            raise UserError(
-                f"{path}: methods.{name}", sources, "a list of config files and key=value overrides"
-            )
-    methods = {str(name): sources for name, sources in methods.items()}
-    folders: dict[str, str] = {}
-    for name in methods:
-        other = folders.setdefault(_folder(name), name)
-        if other != name:
-            raise UserError(
-                f"{path}: methods", f"{other!r} and {name!r}", "names that differ in letters or digits"
-            )
-    return seeds, methods
-
-
-def compare(path: str, out: str, overrides: list[str]) -> str:
+def compare(path: str, out: str, overrides: list[str], scale: str = "small", dry: bool = False) -> str:
     """Run what is not finished yet, in OUT/METHOD/seed-N; return the table and write it to OUT/table.md.
+
+    Args:
+        path: the plan; `studies.read_plan` says what it holds.
+        out: folder of the runs. It also gets study.json and, if the plan has an axis, axis.png.
+        overrides: files and overrides after every method's own.
+        scale: which sources a plan with several takes.
+        dry: only check every config; return the list of runs.
 
     Raises UserError, before the first run starts, for a config that is refused or differs from a finished run's there.
     """
-    seeds, methods = read_methods(path)
+    seeds, methods, study = read_plan(path, scale)
     disk.check_writable(out, "--out")
     written = Path(out, "table.md")
     if os.path.lexists(written) and not _is_table(written):
@@ -71,20 +37,33 @@ def compare(path: str, out: str, overrides: list[str]) -> str:
     runs = []
     for name, sources in methods.items():
         for seed in seeds:
-            run = os.path.join(out, _folder(name), f"seed-{seed}")
+            run = os.path.join(out, folder(name), f"seed-{seed}")
             settings = [*sources, *overrides, f"run.seed={seed}", f"run.dir={run}"]
             _check(run, settings)
             runs.append((name, seed, run, settings))
+    if dry:
+        return "\n".join(f"{name}, seed {seed}: {run}{_how_far(run)}" for name, seed, run, _ in runs)
+    study.write(out)
     rows: dict[str, list[dict]] = {}
     with _passing_on() as call:
         for name, seed, run, settings in runs:
             print(f"{name}, seed {seed}: {run}", file=sys.stderr, flush=True)
             _run(run, settings, call)
             rows.setdefault(name, []).append(json.loads(Path(run, "summary.json").read_text()))
-    text = table(rows)
+    text = table(rows, study)
     with disk.writing(written) as file:
         file.write(text)
+    if study.axis:
+        with disk.replacing(Path(out, PICTURE)) as made:
+            axis_plot(study, rows, made)
     return text
+
+
+def _how_far(run: str) -> str:
+    """Return what a list of runs says of one that has begun."""
+    if os.path.isfile(os.path.join(run, "summary.json")):
+        return " (finished)"
+    return " (begun)" if os.path.isdir(run) else ""
 
 
 def _is_table(path: Path) -> bool:
@@ -93,10 +72,6 @@ def _is_table(path: Path) -> bool:
         return False
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline(100).startswith(HEAD)
-
-
-def _folder(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
 
 
 def _check(run: str, sources: list[str]) -> None:

@@ -1,14 +1,18 @@
 """Show methods side by side: the table of means and deviations, how far the runs are, and a plot of each sweep."""
 
 import os
+from typing import Any
 from urllib.parse import quote
 
+from dsdistill.report.claims import legend as how_judged
+from dsdistill.report.claims import rows_of, verdicts
 from dsdistill.report.differences import differences
 from dsdistill.report.differences import legend as how_told
 from dsdistill.report.differences import rows as told_by_pairs
 from dsdistill.report.figures import charts_section
 from dsdistill.report.markup import Html, grid, section, tag
-from dsdistill.report.methods import Run, cells, legend, plain, scored, sweeps
+from dsdistill.report.methods import Run, by_cell, cells, legend, plain, scored, sweeps
+from dsdistill.report.study import Study, read_study
 from dsdistill.report.summary import aligned, title
 
 
@@ -17,17 +21,20 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
 
     runs: from `runs_of`, at least one; unfinished runs are listed but not part of any mean.
     """
-    name = os.path.basename(os.path.abspath(path))
+    name, study = os.path.basename(os.path.abspath(path)), read_study(path)
     every = [run for of in runs.values() for run in of]
     done = sum(bool(run.summary.get("finished")) for run in every)
     told = f"comparison · {len(runs)} methods · {done} of {len(every)} runs finished"
-    parts = [tag("header", tag("h1", name), tag("p", told, class_="facts"))]
-    rows = scored(runs)
+    about = tag("p", study.title) if study is not None and study.title else None
+    parts = [tag("header", tag("h1", name), tag("p", told, class_="facts"), about)]
+    rows = scored(by_cell(runs, study))
     if rows:
-        columns, lines = cells(rows)
-        notes = [tag("p", note, class_="note") for note in legend(rows)]
+        columns, lines = cells(rows, study)
+        notes = [tag("p", note, class_="note") for note in legend(rows, study)]
         table = grid(["method", "runs", *map(title, columns)], lines, "scores")
         parts.append(section("Methods", table, *notes, name="methods"))
+        if study is not None:
+            parts += _claimed(study, rows)
         if found := differences(path, runs):
             head, *pairs = told_by_pairs(found)
             note = tag("p", how_told(), class_="note")
@@ -39,12 +46,32 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
 
 def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
     """Return the tables of a comparison for a terminal, "" if no run is finished; table: with that of the methods."""
-    rows, parts = scored(runs), []
+    study = read_study(path)
+    rows, parts = scored(by_cell(runs, study)), []
     if rows and table:
-        parts.append("\n".join([plain(rows), "", *legend(rows)]))
+        parts.append("\n".join([plain(rows, study), "", *legend(rows, study)]))
+    if rows and study is not None and (judged := verdicts(study, rows)):
+        parts.append("\n".join([*aligned(rows_of(judged)), "", how_judged(_seeds(rows))]))
     if found := differences(path, runs):
         parts.append("\n".join([*aligned(told_by_pairs(found)), "", how_told()]))
     return "\n\n".join(parts)
+
+
+def _claimed(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[Html]:
+    """Return the sections on what a paper claims, and on what of it was left out."""
+    parts = []
+    if found := verdicts(study, rows):
+        head, *lines = rows_of(found)
+        note = tag("p", how_judged(_seeds(rows)), class_="note")
+        parts.append(section("Claims", grid(head, lines, "scores"), note, name="claims"))
+    if study.left_out:
+        parts.append(section("Left out", grid(["", "why"], study.left_out.items()), name="left-out"))
+    return parts
+
+
+def _seeds(rows: dict[str, list[dict[str, Any]]]) -> int:
+    """Return how many runs the methods have at most."""
+    return max(map(len, rows.values()))
 
 
 def _link(path: str, run: Run) -> Html | str:

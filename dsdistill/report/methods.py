@@ -10,6 +10,7 @@ from typing import Any
 
 from dsdistill.report.curves import Chart, wide
 from dsdistill.report.run_files import CONFIG, METRICS, SUMMARY, RunFiles, number, scores_of
+from dsdistill.report.study import Study
 from dsdistill.report.summary import START, aligned, in_order, metric, title, turned
 
 HEAD = "| method | runs |"  # beginning of the table
@@ -22,25 +23,28 @@ _OF_SEARCH = {"mrr_10", "ndcg_10", "teacher_pearson", "distance"}
 _PLACES = ("run.dir", "run.name", "run.seed", "data.cache")
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def table(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) -> str:
     """Return a Markdown table: the teacher's scores, then each method's, mean ± standard deviation over its runs.
 
-    rows: summaries by method; the scores are those of its student.
+    rows: summaries by method; the scores are those of its student. study: its scores are the columns, and the published
+    numbers stand in brackets.
     """
-    columns, lines = cells(rows)
+    columns, lines = cells(rows, study)
     head = [HEAD + " " + " | ".join(map(title, columns)) + " |", "|---|---:|" + "---:|" * len(columns)]
     return "\n".join([*head, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
 
 
-def plain(rows: dict[str, list[dict[str, Any]]]) -> str:
+def plain(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) -> str:
     """Return the same table for a terminal."""
-    columns, lines = cells(rows)
+    columns, lines = cells(rows, study)
     return "\n".join(aligned(turned([["method", "runs", *map(title, columns)], *lines])))
 
 
-def legend(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+def legend(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) -> list[str]:
     """Return what the lines of a table of methods mean."""
     told = ["Mean ± standard deviation over the finished runs of a method."]
+    if study is not None and study.published:
+        told.append("In brackets: what the paper prints.")
     runs = [run["models"] for of in rows.values() for run in of]
     if any("start" in models for models in runs):
         told.append(f"{START}.")
@@ -51,7 +55,9 @@ def legend(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     return told
 
 
-def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+def cells(
+    rows: dict[str, list[dict[str, Any]]], study: Study | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Return the scores that a table of methods shows, and its lines: name, runs and those scores.
 
     The first lines are the teacher's and, if runs scored it, the student's before its first step.
@@ -63,11 +69,23 @@ def cells(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[str], list[list[s
                 by_name["teacher"] = [summary["models"]["teacher"]]
     by_name |= _starts(rows)
     by_name |= {name: [summary["models"]["student"] for summary in runs] for name, runs in rows.items()}
-    columns = compared(scores for runs in by_name.values() for scores in runs)
+    if study is not None:
+        by_name |= {name: [] for name in study.published if name not in by_name}
+    if study is not None and study.metrics:
+        columns = list(study.metrics)
+    else:
+        columns = compared(scores for runs in by_name.values() for scores in runs)
     return columns, [
-        [name, str(len(runs)), *(_cell([scores[c] for scores in runs if c in scores]) for c in columns)]
+        [name, str(len(runs)), *(_beside(name, column, runs, study) for column in columns)]
         for name, runs in by_name.items()
     ]
+
+
+def _beside(name: str, column: str, runs: list[dict[str, float]], study: Study | None) -> str:
+    """Return a score's mean and deviation, with the published number in brackets if there is one."""
+    measured = _cell([scores[column] for scores in runs if column in scores])
+    printed = None if study is None else study.beside(name, column)
+    return measured if printed is None else f"{measured} ({printed:g})"
 
 
 def _starts(rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, float]]]:
@@ -172,6 +190,15 @@ def _steps(files: RunFiles) -> int:
     for record in files.lines(METRICS):
         last = number(record.get("step")) or last
     return int(last)
+
+
+def by_cell(runs: dict[str, list[Run]], study: Study | None) -> dict[str, list[Run]]:
+    """Return runs by the names of a study's cells, in its order, in place of the names of their folders."""
+    if study is None:
+        return runs
+    names = dict(zip(study.folders, study.cells, strict=True))
+    named = {names[folder]: runs[folder] for folder in study.folders if folder in runs}
+    return named | {folder: of for folder, of in runs.items() if folder not in names}
 
 
 def scored(runs: dict[str, list[Run]]) -> dict[str, list[dict[str, Any]]]:
