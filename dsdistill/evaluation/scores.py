@@ -94,10 +94,11 @@ def evaluate(
     Returns:
         {"student": {...}, "teacher": {...}}. For classes: accuracy, loss (cross-entropy) and macro_f1; for two classes
         f1 of the positive one instead, and mcc, pearson and spearman of one class's probability, which equal those of
-        the other's. For scores: pearson, spearman and loss (squared error). For vectors: the result of
-        similarity.scores. For tokens: perplexity. kl: mean KL(teacher‖student), nats, per example or token; for scores
-        that of normal distributions of variance 1 around them, half the squared difference. tokens_per_second of the
-        forward passes, and texts_per_second for vectors; the first pass of a rank is not timed if it has more.
+        the other's; with a teacher agreement, the share of examples for which both predict the same class. For scores:
+        pearson, spearman and loss (squared error). For vectors: the result of similarity.scores. For tokens:
+        perplexity. kl: mean KL(teacher‖student), nats, per example or token; for scores that of normal distributions
+        of variance 1 around them, half the squared difference. tokens_per_second of the forward passes, and
+        texts_per_second for vectors; the first pass of a rank is not timed if it has more.
     """
     if known is not None:
         teacher = None
@@ -224,6 +225,7 @@ def _classification(
     scores["loss"] = metrics.cross_entropy(output, labels)
     if teacher is not None:
         scores["kl"] = metrics.kl(teacher, output)
+        scores["agreement"] = metrics.agreement(teacher, output)
     return scores
 
 

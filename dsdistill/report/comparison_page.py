@@ -4,6 +4,7 @@ import os
 from typing import Any
 from urllib.parse import quote
 
+from dsdistill.report import mcnemar
 from dsdistill.report.claims import legend as how_judged
 from dsdistill.report.claims import rows_of, verdicts
 from dsdistill.report.differences import differences
@@ -11,6 +12,7 @@ from dsdistill.report.differences import legend as how_told
 from dsdistill.report.differences import rows as told_by_pairs
 from dsdistill.report.figures import charts_section
 from dsdistill.report.markup import Html, grid, section, tag
+from dsdistill.report.mcnemar import paired
 from dsdistill.report.methods import Run, by_cell, cells, legend, plain, scored, sweeps
 from dsdistill.report.study import Study, read_study
 from dsdistill.report.summary import aligned, title
@@ -35,6 +37,10 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
         parts.append(section("Methods", table, *notes, name="methods"))
         if study is not None:
             parts += _claimed(study, rows)
+        if tests := paired(path, by_cell(runs, study), study):
+            head, *lines = mcnemar.rows_of(tests)
+            note = tag("p", mcnemar.legend(), class_="note")
+            parts.append(section("Examples", grid(head, lines, "scores"), note, name="mcnemar"))
         if found := differences(path, runs):
             head, *pairs = told_by_pairs(found)
             note = tag("p", how_told(), class_="note")
@@ -52,6 +58,8 @@ def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
         parts.append("\n".join([plain(rows, study), "", *legend(rows, study)]))
     if rows and study is not None and (judged := verdicts(study, rows)):
         parts.append("\n".join([*aligned(rows_of(judged)), "", how_judged(_seeds(rows))]))
+    if tests := paired(path, by_cell(runs, study), study):
+        parts.append("\n".join([*aligned(mcnemar.rows_of(tests)), "", mcnemar.legend()]))
     if found := differences(path, runs):
         parts.append("\n".join([*aligned(told_by_pairs(found)), "", how_told()]))
     return "\n\n".join(parts)

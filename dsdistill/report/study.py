@@ -72,7 +72,7 @@ class Study:
 def read_study(folder: str) -> Study | None:
     """Return the study of a comparison's folder; None if it has none, or one that nobody can read."""
     try:
-        found = read_json(Path(folder, STUDY), _BYTES)
+        found = read_json(str(Path(folder, STUDY)), _BYTES)
         return _study(found)
     except (UserError, OSError, ValueError, TypeError, KeyError):
         return None

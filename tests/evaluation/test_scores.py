@@ -52,6 +52,7 @@ def test_two_classes():
             "pearson": 0.4 / math.sqrt(0.445 * 0.75),
             "spearman": 3 / math.sqrt(5 * 3),  # ranks 4, 2, 3, 1 and 4, 2, 2, 2
             "loss": -math.log(0.9 * 0.75 * 0.25 * 0.9) / 4,
+            "agreement": 3 / 4,  # the teacher predicts class 1 for the first alone, and class 0 for ties
             "kl": (
                 0.8 * math.log(0.8 / 0.9)
                 + 0.2 * math.log(0.2 / 0.1)
