@@ -42,13 +42,14 @@ def read_plan(path: str, scale: str = "small") -> tuple[list[int], Cells, Study]
     methods = settings.get("methods", {OURS: []} if "axis" in settings else None)
     if not isinstance(methods, dict) or not methods:
         raise UserError(f"{path}: methods", methods, "a mapping of names to lists of files")
+    absent: dict[str, str] = {}
     chosen = {
-        str(name): [*base, *_sources(of, f"{path}: methods.{name}", scale, empty=bool(base))]
-        for name, of in methods.items()
+        name: [*base, *_sources(of, f"{path}: methods.{name}", scale, empty=bool(base))]
+        for name, of in _there(methods, scale, absent).items()
     }
     cells, place = dict(chosen), {}
     if "axis" in settings:
-        title, values = _axis(settings["axis"], path, scale)
+        title, values = _axis(settings["axis"], path, scale, absent)
         alone = list(chosen) == [OURS]
         cells, place = {}, {"axis": title}
         of: list[tuple[Any, str]] = []
@@ -63,7 +64,7 @@ def read_plan(path: str, scale: str = "small") -> tuple[list[int], Cells, Study]
         folders=folders,
         title=str(settings.get("title", "")),
         metrics=_texts(settings.get("metrics", []), f"{path}: metrics"),
-        left_out={str(name): str(why) for name, why in _mapping(settings, "left_out", path).items()},
+        left_out={str(name): str(why) for name, why in _mapping(settings, "left_out", path).items()} | absent,
         **place,
     )
     return seeds, cells, _with_paper(study, settings, path)
@@ -101,15 +102,31 @@ def _sources(given: Any, place: str, scale: str, *, empty: bool = False) -> list
     return given
 
 
-def _axis(given: Any, path: str, scale: str) -> tuple[str, dict[Any, list[str]]]:
+def _there(given: Mapping[Any, Any], scale: str, absent: dict[str, str]) -> dict[str, Any]:
+    """Return what a mapping has at this scale, and note the rest."""
+    found = {}
+    for name, sources in given.items():
+        if isinstance(sources, dict) and sources and set(sources) <= set(SCALES) - {scale}:
+            absent[str(name)] = f"only at scale {', '.join(sources)}"
+        else:
+            found[str(name)] = sources
+    if not found:
+        raise UserError("--scale", f"{scale}, which no part of the plan has", ", ".join(SCALES))
+    return found
+
+
+def _axis(given: Any, path: str, scale: str, absent: dict[str, str]) -> tuple[str, dict[Any, list[str]]]:
     """Return the title of an axis and the sources of each value."""
     place = f"{path}: axis"
     if not isinstance(given, dict) or len(given) != 1:
         raise UserError(place, given, "one setting or title, with its values")
     title, values = next(iter(given.items()))
     if isinstance(values, dict) and len(values) > 1:
+        there = _there(values, scale, absent)
         return str(title), {
-            value: _sources(of, f"{place}.{value}", scale, empty=True) for value, of in values.items()
+            value: _sources(there[str(value)], f"{place}.{value}", scale, empty=True)
+            for value in values
+            if str(value) in there
         }
     if isinstance(values, list) and len(values) > 1 and all(isinstance(v, str | int | float) for v in values):
         return str(title), {value: [f"{title}={value}"] for value in values}
