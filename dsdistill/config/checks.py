@@ -118,11 +118,12 @@ def _check_terms(config: Config, section: Terms, place: str, first: bool) -> Non
     if matching and config.teacher is None:
         raise UserError(f"{place}.{matching[0]}", "no teacher", f"a teacher section, or {place}.task alone")
     for name, term in terms.items():
-        if config.task == "regression" and isinstance(term, SoftLabel) and term.divergence != "forward_kl":
+        squared = ("forward_kl", "logit_mse")  # both are the squared difference of two scores
+        if config.task == "regression" and isinstance(term, SoftLabel) and term.divergence not in squared:
             raise UserError(
                 f"{place}.{name}.divergence",
                 f"{term.divergence} with task regression",
-                "forward_kl: a score has the distance to the teacher's alone",
+                "forward_kl or logit_mse: a score has the distance to the teacher's alone",
             )
         if term.needs_previous and first:
             raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")

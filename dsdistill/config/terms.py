@@ -126,16 +126,23 @@ class SoftLabel(Term):
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="τ, which divides the logits of both models"
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = Field(
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl", "tvd", "logit_mse"
+    ] = Field(
         default="forward_kl",
-        description="forward_kl: KL(teacher‖student), in nats like reverse_kl, jsd (generalised) and skew_kl; tvd: "
-        "total variation, 0 to 1",
+        description="forward_kl: KL(teacher‖student), in nats like reverse_kl, jsd (generalised), skew_kl and "
+        "skew_reverse_kl (from a mixture of both) and akl (forward and reverse KL, weighted by where the models "
+        "differ); tvd: total variation, 0 to 1; logit_mse: squared difference of the logits, mean over classes",
     )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="teacher's share in jsd's mixture"
     )
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="teacher's share in skew_kl's mixture"
+        default=0.1,
+        description="share in the mixture: the teacher's in skew_kl, the student's in skew_reverse_kl",
+    )
+    mu: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="largest probability of akl's head of the vocabulary, to the teacher"
     )
     scale_tau2: bool = Field(
         default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"

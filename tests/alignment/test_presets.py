@@ -77,6 +77,31 @@ def distilbert(student, teacher, batch, term):
     return 5 * soft + 2 * F.cross_entropy(student.logits, batch.labels) + cosine
 
 
+def skew_kl(student, teacher, batch, term):
+    """KL(p ‖ αp + (1 − α)q), α = 0.1 (Ko et al. 2024, equation 3)."""
+    p, q = teacher.logits.softmax(-1), student.logits.softmax(-1)
+    return (p * (p / (0.1 * p + 0.9 * q)).log()).sum(-1).mean()
+
+
+def adaptive_kl(student, teacher, batch, term):
+    """The mean of forward and reverse KL, weighted by the gaps of head and tail (Wu et al. 2024), with μ = 0.5."""
+    total = 0.0
+    for p, q in zip(teacher.logits.softmax(-1), student.logits.softmax(-1), strict=True):
+        order = p.argsort(descending=True)
+        p, q = p[order], q[order]
+        size = max(1, int((p.cumsum(0) <= 0.5).sum()))
+        gaps = (p - q).detach().abs()
+        forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+        total = total + (gaps[:size].sum() * forward + gaps[size:].sum() * reverse) / gaps.sum()
+    return total / len(batch.mask)
+
+
+def logit_mse(student, teacher, batch, term):
+    """Half the labels, half the squared difference of the logits, a mean over classes (Kim et al. 2021)."""
+    squared = F.mse_loss(student.logits, teacher.logits)
+    return 0.5 * F.cross_entropy(student.logits, batch.labels) + 0.5 * squared
+
+
 def fine_tuning(student, teacher, batch, term):
     return F.cross_entropy(student.logits, batch.labels)
 
@@ -90,6 +115,9 @@ PRESETS = {
     "MiniLMv2": ("minilmv2", 0, 8, NARROW | {"num_attention_heads": 6}, minilmv2),
     "MiniLMv2, fine-tuning": ("minilmv2", 1, None, NARROW, fine_tuning),
     "DistilBERT": ("distilbert", 0, None, EQUAL, distilbert),
+    "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
+    "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),
+    "logit MSE": ("logit_mse", 0, None, NARROW, logit_mse),
 }
 
 

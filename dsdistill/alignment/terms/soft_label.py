@@ -66,6 +66,7 @@ class SoftLabelTerm(AlignmentTerm):
             "divergence": config.divergence,
             "beta": config.beta,
             "alpha": config.alpha,
+            "mu": config.mu,
             "reduction": "sum",
         }
 
