@@ -144,6 +144,11 @@ class SoftLabel(Term):
     mu: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="largest probability of akl's head of the vocabulary, to the teacher"
     )
+    positions: Literal["predicted", "valid"] = Field(
+        default="predicted",
+        description="tasks that predict tokens; predicted: the positions whose token has a label; valid: those of all "
+        "tokens, so for masked_lm also tokens that are not masked, and for causal_lm prompts",
+    )
     scale_tau2: bool = Field(
         default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
     )

@@ -17,6 +17,7 @@ FEATURES = 5  # of domain structural mapping
 CASES = {
     "task": {},
     "soft_label": {"divergence": "jsd"},
+    "soft_label, all tokens": {"positions": "valid"},
     "embedding": {"dims": [16, 8]},
     "hidden": {},
     "feature": {},

@@ -35,6 +35,12 @@ CASES = {
         },
         SMALL_BERT,
     ),
+    "bert-masked": (
+        "bert",
+        "masked_lm",
+        ALL_TERMS | {"soft_label": {"positions": "valid", "divergence": "akl"}},
+        SMALL_BERT,
+    ),
     "bert-domain": (
         "bert",
         "masked_lm",

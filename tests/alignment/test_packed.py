@@ -24,6 +24,7 @@ CASES = {
     "task": {},
     "soft_label": {},
     "soft_label, jsd": {"divergence": "jsd"},
+    "soft_label, all tokens": {"positions": "valid", "divergence": "akl"},
     "hidden": {"embedding": True},
     "hidden, cosine": {"divergence": "cosine"},
     "feature": {},

@@ -77,6 +77,16 @@ def distilbert(student, teacher, batch, term):
     return 5 * soft + 2 * F.cross_entropy(student.logits, batch.labels) + cosine
 
 
+def distilbert_masked(student, teacher, batch, term):
+    """The same for masked language modelling: KL over every valid token, cross-entropy over the masked ones."""
+    log_p, log_q = (x.logits.div(2).log_softmax(-1)[batch.mask] for x in (teacher, student))
+    soft = 4 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    masked = F.cross_entropy(student.logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+    valid = batch.mask
+    cosine = F.cosine_similarity(student.hidden[-1][valid], teacher.hidden[-1][valid], dim=-1)
+    return 5 * soft + 2 * masked + (1 - cosine).mean()
+
+
 def skew_kl(student, teacher, batch, term):
     """KL(p ‖ αp + (1 − α)q), α = 0.1 (Ko et al. 2024, equation 3)."""
     p, q = teacher.logits.softmax(-1), student.logits.softmax(-1)
@@ -115,6 +125,7 @@ PRESETS = {
     "MiniLMv2": ("minilmv2", 0, 8, NARROW | {"num_attention_heads": 6}, minilmv2),
     "MiniLMv2, fine-tuning": ("minilmv2", 1, None, NARROW, fine_tuning),
     "DistilBERT": ("distilbert", 0, None, EQUAL, distilbert),
+    "DistilBERT, masked LM": ("distilbert", 0, None, EQUAL, distilbert_masked),
     "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
     "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),
     "logit MSE": ("logit_mse", 0, None, NARROW, logit_mse),
@@ -125,9 +136,10 @@ PRESETS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_equals_the_published_formula(name, lengths):
     preset, stage, heads, student, formula = PRESETS[name]
-    rig = Rig("bert", terms=terms_of(preset, stage, heads), student=student, teacher=TEACHER)
+    task = "masked_lm" if "masked LM" in name else "classification"
+    rig = Rig("bert", task, terms_of(preset, stage, heads), student, TEACHER)
     rig.module.double(), rig.teacher.double()
-    batch = make_batch("classification", lengths, width=max(lengths))
+    batch = make_batch(task, lengths, width=max(lengths))
     total, _, gradients = rig.step(batch)
 
     rig.module.zero_grad()
