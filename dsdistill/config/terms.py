@@ -191,6 +191,10 @@ class Hidden(Layered, States):
         default="mse",
         description="mse: squared difference, mean over a state's values; cosine: 1 − cosine of a token's two states",
     )
+    tokens: Literal["all", "first"] = Field(
+        default="all",
+        description="tokens that are compared; first: the first of each sequence alone, [CLS] (not for causal_lm)",
+    )
     embedding: bool = Field(
         default=True, description="also match the embeddings' output (layer 0 with layer 0)"
     )

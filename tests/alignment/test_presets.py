@@ -87,6 +87,18 @@ def distilbert_masked(student, teacher, batch, term):
     return 5 * soft + 2 * masked + (1 - cosine).mean()
 
 
+def pkd(student, teacher, batch, term):
+    """Sun et al. 2019, equations 6 to 8: (1 − α) CE + α KD + β' PT over [CLS] of all layers but the last.
+
+    β' = 0.13 is β = 100 over 768 values. With 4 and 2 layers the first learns from the second.
+    """
+    log_p, log_q = (x.logits.div(10).log_softmax(-1) for x in (teacher, student))
+    soft = 100 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    mine, other = (F.normalize(x[:, 0], dim=-1) for x in (student.hidden[1], teacher.hidden[2]))
+    patient = (mine - other).square().sum(-1).mean()
+    return 0.5 * F.cross_entropy(student.logits, batch.labels) + 0.5 * soft + 0.13 * patient
+
+
 def skew_kl(student, teacher, batch, term):
     """KL(p ‖ αp + (1 − α)q), α = 0.1 (Ko et al. 2024, equation 3)."""
     p, q = teacher.logits.softmax(-1), student.logits.softmax(-1)
@@ -126,6 +138,7 @@ PRESETS = {
     "MiniLMv2, fine-tuning": ("minilmv2", 1, None, NARROW, fine_tuning),
     "DistilBERT": ("distilbert", 0, None, EQUAL, distilbert),
     "DistilBERT, masked LM": ("distilbert", 0, None, EQUAL, distilbert_masked),
+    "PKD": ("pkd", 0, None, EQUAL, pkd),
     "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
     "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),
     "logit MSE": ("logit_mse", 0, None, NARROW, logit_mse),

@@ -1,4 +1,4 @@
-"""Compare the hidden states of mapped layers (Jiao et al. 2020, TinyBERT, equations 8 and 9)."""
+"""Compare the hidden states of mapped layers (TinyBERT, Jiao et al. 2020; PKD, Sun et al. 2019)."""
 
 import torch
 from torch import nn
@@ -6,6 +6,7 @@ from torch import nn
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
+from dsdistill.config import UserError
 from dsdistill.config.terms import Hidden
 from dsdistill.ops import hidden_alignment
 
@@ -13,7 +14,9 @@ from dsdistill.ops import hidden_alignment
 class HiddenTerm(AlignmentTerm):
     """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
-    Each mapped layer has a projector of its own; the paper's code shares one. The last layer is read after the final
+    The squared distance is TinyBERT's (equations 8 and 9). Each mapped layer has a projector of its own; the paper's
+    code shares one. With `tokens: first` only the first token of each sequence is compared, [CLS]; PKD's squared
+    distance of its normalised states (equation 7) is twice the cosine distance. The last layer is read after the final
     norm, as other libraries read it, or with `final_norm: before` as the layer outputs it.
     """
 
@@ -25,6 +28,9 @@ class HiddenTerm(AlignmentTerm):
         mine, other = pair.shapes
         mapped = layer_map(config.layers, mine.depth, other.depth, f"terms.{self.name}.layers")
         self._map_layers(config, ((0, 0), *mapped) if config.embedding else mapped)
+        if config.tokens == "first" and pair.task == "causal_lm":
+            got = "first with task causal_lm, whose first token sees no other"
+            raise UserError(f"terms.{self.name}.tokens", got, "all")
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
         project = config.projector == "linear" or mine.width != other.width
@@ -43,8 +49,12 @@ class HiddenTerm(AlignmentTerm):
             return [str(student) for student, _ in self.layers]
         return [f"{student}-{teacher}" for student, teacher in self.layers]
 
+    @property
+    def _tokens(self) -> slice:
+        return slice(1 if self.config.tokens == "first" else None)
+
     def counts(self, batch, geometry):
-        count = batch.mask.sum().double()
+        count = batch.mask[:, self._tokens].sum().double()
         if self.config.divergence == "mse":
             count = count * self.pair.shapes[1].width
         return count.expand(self.parts)
@@ -55,9 +65,9 @@ class HiddenTerm(AlignmentTerm):
             align = hidden_alignment if self.projectors is None else self.projectors[name]
             sums.append(
                 align(
-                    self.state(student, mine),
-                    self.state(teacher, other),
-                    mask=batch.mask,
+                    self.state(student, mine)[:, self._tokens],
+                    self.state(teacher, other)[:, self._tokens],
+                    mask=batch.mask[:, self._tokens],
                     divergence=self.config.divergence,
                     reduction="sum",
                     backend=self.pair.backend,
