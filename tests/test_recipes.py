@@ -18,6 +18,7 @@ PRESETS = {
     "tinybert": [["hidden", "attention"], ["soft_label"]],
     "minilm": [["attention"], ["task"]],
     "minilmv2": [["attention"], ["task"]],
+    "mobilebert": [["feature_map", "attention"]] * 3 + [["task", "soft_label"]],
     "pkd": [["task", "soft_label", "feature"]],
     "skew_kl": [["soft_label"]],
     "akl": [["soft_label"]],

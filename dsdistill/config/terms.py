@@ -217,6 +217,24 @@ class Feature(Hidden):
     )
 
 
+class FeatureMap(States):
+    """Difference of normalised hidden states, and of the means and variances that normalising takes away (MobileBERT)."""
+
+    layers: LayerMap = Field(
+        default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
+    )
+    maps: NonNegative = Field(
+        default=100.0, description="factor of the squared difference of the normalised states"
+    )
+    means: NonNegative = Field(
+        default=5000.0, description="factor of the squared difference of the states' means over their values"
+    )
+    variances: NonNegative = Field(
+        default=5.0,
+        description="factor of the absolute difference of the states' variances over their values",
+    )
+
+
 class RelationHeads(Section):
     """Separate numbers of heads for queries, keys and values."""
 
@@ -426,6 +444,7 @@ class Terms(ConstructedSection):
     embedding: Embedding | None = None
     hidden: Hidden | None = None
     feature: Feature | None = None
+    feature_map: FeatureMap | None = None
     attention: Attention | None = None
     pairwise: Pairwise | None = None
     contrastive: Contrastive | None = None

@@ -22,6 +22,7 @@ CASES = {
     "hidden": {},
     "feature": {},
     "feature, first token": {"tokens": "first", "divergence": "mse"},
+    "feature_map": {},
     "attention": {"relations": ["query_key", "value_value"]},
     "attention, relation heads": {"relations": ["query_query", "key_key"], "relation_heads": 4},
     "attention, mse of mean heads": {"divergence": "mse", "heads": "mean"},

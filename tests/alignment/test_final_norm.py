@@ -63,6 +63,7 @@ def test_before_is_what_the_layer_leaves(family):
 
 TERMS = {
     "feature": LAST,
+    "feature_map": {"layers": "last"},
     "pairwise": {"layers": "last"},
     "contrastive": {},
     "sp": {},

@@ -28,6 +28,7 @@ CASES = {
     "hidden": {"embedding": True},
     "hidden, cosine": {"divergence": "cosine"},
     "feature": {},
+    "feature_map": {},
     "attention": {"relations": ["query_key", "value_value"]},
     "attention, mean heads": {"heads": "mean", "divergence": "mse"},
     "attention, groups": {"heads": "group"},

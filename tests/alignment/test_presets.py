@@ -87,6 +87,34 @@ def distilbert_masked(student, teacher, batch, term):
     return 5 * soft + 2 * masked + (1 - cosine).mean()
 
 
+def mobilebert(layers):
+    def formula(student, teacher, batch, term):
+        """Sun et al. 2020 and its code: 100 FMT + 5000 means + 5 variances + attention, of one pair of layers.
+
+        Attention less the teacher's entropy, a constant.
+        """
+        (s, t), valid = layers, batch.mask
+        mine, other = student.hidden[s][valid], teacher.hidden[t][valid]
+        if mine.shape[1] != other.shape[1]:
+            mapped = mine @ term["feature_map"].projectors[f"{s}-{t}"].weight.T
+        else:
+            mapped = mine
+        maps = F.mse_loss(*(F.layer_norm(x, x.shape[-1:], eps=1e-12) for x in (mapped, other)))
+        means = F.mse_loss(mine.mean(-1), other.mean(-1))
+        variances = F.l1_loss(mine.var(-1, correction=0), other.var(-1, correction=0))
+        attention = row_kl(teacher.scores(t), student.scores(s), valid).mean()
+        return 100 * maps + 5000 * means + 5 * variances + attention
+
+    return formula
+
+
+def half_labels(student, teacher, batch, term):
+    """Cross-entropy with half the label and half the teacher's distribution, less half its entropy, a constant."""
+    p, log_q = teacher.logits.softmax(-1), student.logits.log_softmax(-1)
+    target = 0.5 * F.one_hot(batch.labels, 3) + 0.5 * p
+    return -(target * log_q).sum(-1).mean() + 0.5 * (p * p.log()).sum(-1).mean()
+
+
 def pkd(student, teacher, batch, term):
     """Sun et al. 2019, equations 6 to 8: (1 − α) CE + α KD + β' PT over [CLS] of all layers but the last.
 
@@ -124,6 +152,15 @@ def logit_mse(student, teacher, batch, term):
     return 0.5 * F.cross_entropy(student.logits, batch.labels) + 0.5 * squared
 
 
+def scatter_norms(*models):
+    """Fresh LayerNorms give every state the mean 0 and the variance 1, which tells no state from another."""
+    torch.manual_seed(3)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" in name:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+
+
 def fine_tuning(student, teacher, batch, term):
     return F.cross_entropy(student.logits, batch.labels)
 
@@ -138,6 +175,9 @@ PRESETS = {
     "MiniLMv2, fine-tuning": ("minilmv2", 1, None, NARROW, fine_tuning),
     "DistilBERT": ("distilbert", 0, None, EQUAL, distilbert),
     "DistilBERT, masked LM": ("distilbert", 0, None, EQUAL, distilbert_masked),
+    "MobileBERT, first": ("mobilebert", 0, None, NARROW, mobilebert((1, 2))),
+    "MobileBERT, second, equally wide": ("mobilebert", 1, None, EQUAL, mobilebert((2, 4))),
+    "MobileBERT, task": ("mobilebert", 3, None, NARROW, half_labels),
     "PKD": ("pkd", 0, None, EQUAL, pkd),
     "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
     "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),
@@ -152,6 +192,7 @@ def test_equals_the_published_formula(name, lengths):
     task = "masked_lm" if "masked LM" in name else "classification"
     rig = Rig("bert", task, terms_of(preset, stage, heads), student, TEACHER)
     rig.module.double(), rig.teacher.double()
+    scatter_norms(rig.student, rig.teacher)
     batch = make_batch(task, lengths, width=max(lengths))
     total, _, gradients = rig.step(batch)
 

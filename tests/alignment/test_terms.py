@@ -223,7 +223,7 @@ class TestFeature:
     def test_first_tokens(self):
         """A mean over sequences, each by its first token; a decoder's first token sees no other."""
         terms = {"feature": {"tokens": "first", "layers": "last", "divergence": "mse"}}
-        rig, batch, raw, student, teacher = run("bert", terms)
+        rig, _, raw, student, teacher = run("bert", terms)
         projection = rig.objective.terms["feature"].projectors["2-3"].weight
         expected = F.mse_loss(student[1][2][:, 0] @ projection.T, teacher[1][3][:, 0])
         assert raw["feature"] == pytest.approx(expected.item(), rel=1e-4)

@@ -7,6 +7,7 @@ from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
 from dsdistill.alignment.terms.domain import DomainTerm
 from dsdistill.alignment.terms.dynamics import FeatureDynamicsTerm
 from dsdistill.alignment.terms.embedding import EmbeddingTerm
+from dsdistill.alignment.terms.feature_map import FeatureMapTerm
 from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
 from dsdistill.alignment.terms.related import (
@@ -30,6 +31,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "embedding": EmbeddingTerm,
     "hidden": HiddenTerm,
     "feature": FeatureTerm,
+    "feature_map": FeatureMapTerm,
     "attention": AttentionTerm,
     "pairwise": PairwiseTerm,
     "contrastive": ContrastiveTerm,
