@@ -1,83 +1,21 @@
-"""Define the settings of the loss terms.
+"""Define the settings of the loss terms."""
 
-Layers are counted from 1; layer 0 is the output of the embeddings, as in the papers of the losses.
-"""
+from typing import Annotated, Literal, get_args
 
-from typing import Annotated, Any, Literal, get_args
+from pydantic import Field
 
-from pydantic import Field, ValidationError
-
-from dsdistill.config.explain import explain
 from dsdistill.config.section import NonNegative, Positive, Section
-
-LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
-LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
-# How student layers are mapped to teacher layers; an explicit map lists [student, teacher] pairs.
-LayerMap = Literal["uniform", "skip", "last", "emd", "cka_offline"] | LayerPairs
-LayerWeights = (
-    Literal["uniform", "dynamic"] | Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)]
+from dsdistill.config.term_base import (
+    ConstructedSection,
+    Layered,
+    LayerMap,
+    LayerPair,
+    LayerPairs,
+    States,
+    Term,
 )
 
 Relation = Literal["query_key", "query_query", "key_key", "value_value"]
-
-
-class ConstructedSection(Section):
-    """A ConstructedSection may also be built in code; mistakes then raise the same UserError as in a config."""
-
-    def __init__(self, /, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise explain(error.errors(), type(self), within=_place(type(self))) from None
-
-    # Within a config pydantic validates this section itself, and reports mistakes by their place in that config.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function takes any attribute
-
-
-class Term(ConstructedSection):
-    """Term is the base class of all terms: a weight, and properties that say what the term needs from a run."""
-
-    weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
-
-    @property
-    def relates(self) -> bool:
-        """Return whether the value depends on which examples share a micro-batch."""
-        return False
-
-    @property
-    def contrasts(self) -> bool:
-        """Return whether the term contrasts the examples of a micro-batch, as data.sampler hard_negative needs."""
-        return False
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Return whether the term compares the student with a teacher."""
-        return True
-
-    @property
-    def needs_head(self) -> bool:
-        """Return whether the term reads the teacher's logits, so that the teacher's head must be trained."""
-        return False
-
-    @property
-    def needs_previous(self) -> bool:
-        """Return whether the term compares the student with the student at the end of the previous stage."""
-        return False
-
-    @property
-    def needs_domain(self) -> bool:
-        """Return whether the term trains the fusion that student.domain describes."""
-        return False
-
-    @property
-    def reads_spans(self) -> bool:
-        """Return whether the term compares words and phrases, which data.chunker finds."""
-        return False
-
-    @property
-    def reads_labels(self) -> bool:
-        """Return whether the term reads the data's labels: train.distill_weight weighs all other terms against it."""
-        return False
 
 
 class Task(Term):
@@ -158,32 +96,6 @@ class SoftLabel(Term):
         return True
 
 
-class Layered(Term):
-    layers: LayerMap = Field(
-        default="uniform",
-        description="uniform, skip, last, or [student, teacher] pairs; emd: every pair, with new weights at each "
-        "step; cka_offline: the most similar layers in order, found before training",
-    )
-    layer_agg: Literal["mean", "sum"] = Field(
-        default="mean", description="how the losses of the mapped layers are combined"
-    )
-    layer_weights: LayerWeights = Field(
-        default="uniform",
-        description="dynamic: layers that lag behind gain weight during training; a list: λ of each mapped layer in "
-        "order (the embeddings first), for a weighted sum in place of layer_agg",
-    )
-
-
-class States(Term):
-    """States holds the settings that all terms over hidden states share."""
-
-    final_norm: Literal["after", "before"] = Field(
-        default="after",
-        description="the last layer's states: after the final norm, as in transformers' hidden_states[-1] and other "
-        "libraries, or before it; no difference for models without such a norm (BERT)",
-    )
-
-
 class Hidden(Layered, States):
     """Difference of hidden states; the student's are projected to the teacher's width if the widths differ."""
 
@@ -191,7 +103,7 @@ class Hidden(Layered, States):
         default="mse",
         description="mse: squared difference, mean over a state's values; cosine: 1 − cosine of a token's two states",
     )
-    tokens: Literal["all", "first"] = Field(
+    positions: Literal["all", "first"] = Field(
         default="all",
         description="tokens that are compared; first: the first of each sequence alone, [CLS] (not for causal_lm)",
     )
@@ -218,7 +130,7 @@ class Feature(Hidden):
 
 
 class FeatureMap(States):
-    """Difference of normalised hidden states, and of the means and variances that normalising takes away (MobileBERT)."""
+    """Difference of normalised hidden states, and of the means and variances that this takes away (MobileBERT)."""
 
     layers: LayerMap = Field(
         default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
@@ -457,6 +369,10 @@ class Terms(ConstructedSection):
     domain: DomainMapping | None = None
     smooth: Smooth | None = None
 
+    @classmethod
+    def place(cls) -> tuple[str, ...]:
+        return ("terms",)
+
     def named(self) -> dict[str, Term]:
         return {name: term for name, term in self if term is not None and term.weight > 0}
 
@@ -464,11 +380,3 @@ class Terms(ConstructedSection):
 def settings_of(name: str) -> type[Term]:
     """Return the class of a term's settings."""
     return get_args(Terms.model_fields[name].annotation)[0]
-
-
-def _place(section: type[ConstructedSection]) -> tuple[str, ...]:
-    """Return the keys that lead to a section in a config; for a section that no field has, the class name."""
-    if section is Terms:
-        return ("terms",)
-    name = next((name for name in Terms.model_fields if settings_of(name) is section), None)
-    return (section.__name__,) if name is None else ("terms", name)

@@ -21,7 +21,7 @@ CASES = {
     "embedding": {"dims": [16, 8]},
     "hidden": {},
     "feature": {},
-    "feature, first token": {"tokens": "first", "divergence": "mse"},
+    "feature, first token": {"positions": "first", "divergence": "mse"},
     "feature_map": {},
     "attention": {"relations": ["query_key", "value_value"]},
     "attention, relation heads": {"relations": ["query_query", "key_key"], "relation_heads": 4},

@@ -27,7 +27,7 @@ CASES = {
         "classification",
         ALL_TERMS
         | {
-            "feature": {"tokens": "first"},
+            "feature": {"positions": "first"},
             "trajectory": {"word_layers": [[1, 2]], "phrase_layers": [[2, 3], [1, 1]]},
             "attention": {"relations": ["query_key", "value_value"]},
             "pairwise": {"center": True},

@@ -95,10 +95,8 @@ def mobilebert(layers):
         """
         (s, t), valid = layers, batch.mask
         mine, other = student.hidden[s][valid], teacher.hidden[t][valid]
-        if mine.shape[1] != other.shape[1]:
-            mapped = mine @ term["feature_map"].projectors[f"{s}-{t}"].weight.T
-        else:
-            mapped = mine
+        projectors = term["feature_map"].projectors  # None for equal widths
+        mapped = mine if projectors is None else mine @ projectors[f"{s}-{t}"].weight.T
         maps = F.mse_loss(*(F.layer_norm(x, x.shape[-1:], eps=1e-12) for x in (mapped, other)))
         means = F.mse_loss(mine.mean(-1), other.mean(-1))
         variances = F.l1_loss(mine.var(-1, correction=0), other.var(-1, correction=0))

@@ -222,14 +222,14 @@ class TestFeature:
 
     def test_first_tokens(self):
         """A mean over sequences, each by its first token; a decoder's first token sees no other."""
-        terms = {"feature": {"tokens": "first", "layers": "last", "divergence": "mse"}}
+        terms = {"feature": {"positions": "first", "layers": "last", "divergence": "mse"}}
         rig, _, raw, student, teacher = run("bert", terms)
         projection = rig.objective.terms["feature"].projectors["2-3"].weight
         expected = F.mse_loss(student[1][2][:, 0] @ projection.T, teacher[1][3][:, 0])
         assert raw["feature"] == pytest.approx(expected.item(), rel=1e-4)
-        line = r"^terms.hidden.tokens: got first with task causal_lm, [^\n]*, expected all"
+        line = r"^terms.hidden.positions: got first with task causal_lm, [^\n]*, expected all"
         with pytest.raises(UserError, match=line):
-            Rig("llama", "causal_lm", {"hidden": {"tokens": "first"}})
+            Rig("llama", "causal_lm", {"hidden": {"positions": "first"}})
 
     def test_its_messages_name_it(self):
         with pytest.raises(UserError, match=r"^terms.feature.layers: got student layer 7"):

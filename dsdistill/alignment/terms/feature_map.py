@@ -1,5 +1,7 @@
 """Compare normalised hidden states, and the mean and variance that normalising takes away (MobileBERT)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +69,12 @@ class FeatureMapTerm(AlignmentTerm):
 
     def _maps(self, name: str, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return the sum over tokens of the mean squared difference of the normalised states."""
-        options = {"mask": mask, "divergence": "cosine", "reduction": "sum", "backend": self.pair.backend}
+        options: dict[str, Any] = {
+            "mask": mask,
+            "divergence": "cosine",
+            "reduction": "sum",
+            "backend": self.pair.backend,
+        }
         if self.projectors is not None:
             return 2 * self.projectors[name](student, centred(teacher), centre=True, **options)
         return 2 * hidden_alignment(centred(student), centred(teacher), **options)

@@ -15,7 +15,7 @@ class HiddenTerm(AlignmentTerm):
     """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
     The squared distance is TinyBERT's (equations 8 and 9). Each mapped layer has a projector of its own; the paper's
-    code shares one. With `tokens: first` only the first token of each sequence is compared, [CLS]; PKD's squared
+    code shares one. With `positions: first` only the first token of each sequence is compared, [CLS]; PKD's squared
     distance of its normalised states (equation 7) is twice the cosine distance. The last layer is read after the final
     norm, as other libraries read it, or with `final_norm: before` as the layer outputs it.
     """
@@ -28,9 +28,9 @@ class HiddenTerm(AlignmentTerm):
         mine, other = pair.shapes
         mapped = layer_map(config.layers, mine.depth, other.depth, f"terms.{self.name}.layers")
         self._map_layers(config, ((0, 0), *mapped) if config.embedding else mapped)
-        if config.tokens == "first" and pair.task == "causal_lm":
+        if config.positions == "first" and pair.task == "causal_lm":
             got = "first with task causal_lm, whose first token sees no other"
-            raise UserError(f"terms.{self.name}.tokens", got, "all")
+            raise UserError(f"terms.{self.name}.positions", got, "all")
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
         project = config.projector == "linear" or mine.width != other.width
@@ -51,7 +51,7 @@ class HiddenTerm(AlignmentTerm):
 
     @property
     def _tokens(self) -> slice:
-        return slice(1 if self.config.tokens == "first" else None)
+        return slice(1 if self.config.positions == "first" else None)
 
     def counts(self, batch, geometry):
         count = batch.mask[:, self._tokens].sum().double()
