@@ -5,6 +5,7 @@ They are the settings of a config, checked in the same way and with the same mes
 
 from dsdistill.config.terms import (
     Attention,
+    ContextualKD,
     Contrastive,
     DomainMapping,
     Feature,
@@ -27,6 +28,7 @@ from dsdistill.config.terms import (
 
 __all__ = [
     "Attention",
+    "ContextualKD",
     "Contrastive",
     "DomainMapping",
     "Feature",

@@ -19,6 +19,7 @@ PRESETS = {
     "minilm": [["attention"], ["task"]],
     "minilmv2": [["attention"], ["task"]],
     "mobilebert": [["feature_map", "attention"]] * 3 + [["task", "soft_label"]],
+    "ckd": [["soft_label", "ckd"]],
     "pkd": [["task", "soft_label", "feature"]],
     "skew_kl": [["soft_label"]],
     "akl": [["soft_label"]],

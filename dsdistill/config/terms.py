@@ -206,6 +206,29 @@ class Pairwise(Layered, States):
     )
 
 
+class ContextualKD(States):
+    """Relations between words, and between the layers of a word, the embeddings among them (CKD)."""
+
+    layers: LayerMap = Field(
+        default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
+    )
+    word_pairs: NonNegative = Field(
+        default=1.0, description="factor of the KL of a word's cosines with the other words"
+    )
+    word_triples: NonNegative = Field(
+        default=1.0, description="factor of the squared difference of the angles between a word's neighbours"
+    )
+    layer_pairs: NonNegative = Field(
+        default=1.0, description="factor of the KL of the cosines between the layers of a word"
+    )
+    layer_triples: NonNegative = Field(
+        default=1.0, description="factor of the squared difference of the angles between the layers of a word"
+    )
+    window: Positive = Field(
+        default=21, description="word_triples: number of words around and with a word, odd"
+    )
+
+
 class Related(Layered, States):
     """Related is the base class of terms that relate the mean-pooled examples of a micro-batch, over all ranks.
 
@@ -359,6 +382,7 @@ class Terms(ConstructedSection):
     feature_map: FeatureMap | None = None
     attention: Attention | None = None
     pairwise: Pairwise | None = None
+    ckd: ContextualKD | None = None
     contrastive: Contrastive | None = None
     sp: SimilarityPreserving | None = None
     rkd: RelationalKD | None = None

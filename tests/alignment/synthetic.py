@@ -30,6 +30,7 @@ CASES = {
     "attention, scores": {"divergence": "score_mse"},
     "pairwise": {"center": True},
     "pairwise, distance": {"relation": "distance"},
+    "ckd": {"window": 5},
     "contrastive": {},
     "sp": {},
     "rkd": {},

@@ -65,6 +65,7 @@ TERMS = {
     "feature": LAST,
     "feature_map": {"layers": "last"},
     "pairwise": {"layers": "last"},
+    "ckd": {},
     "contrastive": {},
     "sp": {},
     "rkd": {},

@@ -72,7 +72,7 @@ CASES = {
     "llama-classifier": (
         "llama",
         "classification",
-        ALL_TERMS | {"feature_map": {"layers": [[1, 2]]}},
+        ALL_TERMS | {"feature_map": {"layers": [[1, 2]]}, "ckd": {"window": 5}},
         SMALL_LLAMA,
     ),
     "roberta-regression": ("roberta", "regression", REGRESSION, SMALL_BERT),

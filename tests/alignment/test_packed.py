@@ -36,6 +36,7 @@ CASES = {
     "attention, relation heads": {"relations": ["query_query", "key_key"], "relation_heads": 2},
     "pairwise": {"layers": "uniform", "center": True},
     "pairwise, distance": {"relation": "distance"},
+    "ckd": {"window": 5},
     "contrastive": {},
     "sp": {},
     "rkd": {},

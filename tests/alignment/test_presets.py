@@ -113,6 +113,43 @@ def half_labels(student, teacher, batch, term):
     return -(target * log_q).sum(-1).mean() + 0.5 * (p * p.log()).sum(-1).mean()
 
 
+def ckd(student, teacher, batch, term):
+    """Park et al. 2021 by its code's divisors, word by word: embeddings and two layers, windows of 21 words."""
+    maps, sums = [(0, 0), (1, 2), (2, 4)], {kind: [0.0, 0] for kind in ("wp", "wt", "lp", "lt")}
+
+    def add(kind, value, count):
+        sums[kind][0], sums[kind][1] = sums[kind][0] + value, sums[kind][1] + count
+
+    def cosines(x):
+        unit = F.normalize(x, dim=-1)
+        return unit @ unit.T
+
+    def pairs(kind, mine, other):
+        apart = ~torch.eye(len(mine), dtype=torch.bool)
+        p, q = (cosines(x)[apart].view(len(x), -1).log_softmax(-1) for x in (other, mine))
+        add(kind, (p.exp() * (p - q)).sum(), len(mine) ** 2)
+
+    def triples(kind, vertex, mine, other):
+        a, b = (cosines(x - x[vertex]) for x in (mine, other))
+        add(kind, (a - b).square().sum(), a.numel())
+
+    for row, valid in enumerate(batch.mask):
+        words = [(student.hidden[s][row][valid], teacher.hidden[t][row][valid]) for s, t in maps]
+        for mine, other in words:
+            pairs("wp", mine, other)
+            for i in range(len(mine)):
+                near = slice(max(0, i - 10), i + 11)
+                triples("wt", min(i, 10), mine[near], other[near])
+        for i in range(int(valid.sum())):
+            mine, other = (torch.stack([of[side][i] for of in words]) for side in (0, 1))
+            pairs("lp", mine, other)
+            for vertex in range(3):
+                triples("lt", vertex, mine, other)
+    p, log_q = teacher.logits.softmax(-1), student.logits.log_softmax(-1)
+    soft = (p * (p.log() - log_q)).sum(-1).mean()
+    return soft + sum(value / count for value, count in sums.values())
+
+
 def pkd(student, teacher, batch, term):
     """Sun et al. 2019, equations 6 to 8: (1 − α) CE + α KD + β' PT over [CLS] of all layers but the last.
 
@@ -176,6 +213,7 @@ PRESETS = {
     "MobileBERT, first": ("mobilebert", 0, None, NARROW, mobilebert((1, 2))),
     "MobileBERT, second, equally wide": ("mobilebert", 1, None, EQUAL, mobilebert((2, 4))),
     "MobileBERT, task": ("mobilebert", 3, None, NARROW, half_labels),
+    "CKD": ("ckd", 0, None, NARROW, ckd),
     "PKD": ("pkd", 0, None, EQUAL, pkd),
     "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
     "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),

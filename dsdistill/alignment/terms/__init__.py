@@ -4,6 +4,7 @@ import inspect
 
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
+from dsdistill.alignment.terms.contextual import ContextualTerm
 from dsdistill.alignment.terms.domain import DomainTerm
 from dsdistill.alignment.terms.dynamics import FeatureDynamicsTerm
 from dsdistill.alignment.terms.embedding import EmbeddingTerm
@@ -34,6 +35,7 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "feature_map": FeatureMapTerm,
     "attention": AttentionTerm,
     "pairwise": PairwiseTerm,
+    "ckd": ContextualTerm,
     "contrastive": ContrastiveTerm,
     "sp": SimilarityTerm,
     "rkd": RelationalTerm,
