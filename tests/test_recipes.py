@@ -20,6 +20,7 @@ PRESETS = {
     "minilmv2": [["attention"], ["task"]],
     "mobilebert": [["feature_map", "attention"]] * 3 + [["task", "soft_label"]],
     "ckd": [["soft_label", "ckd"]],
+    "bert_emd": [["task", "soft_label", "hidden", "attention"]],
     "pkd": [["task", "soft_label", "feature"]],
     "skew_kl": [["soft_label"]],
     "akl": [["soft_label"]],

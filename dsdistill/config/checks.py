@@ -128,6 +128,12 @@ def _check_terms(config: Config, section: Terms, place: str, first: bool) -> Non
         if term.needs_previous and first:
             raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")
         if getattr(term, "layers", None) != "emd":
+            if isinstance(term, Layered) and term.layer_masses != "own":
+                raise UserError(
+                    f"{place}.{name}.layer_masses",
+                    f"shared with layers: {term.layers}",
+                    "layers: emd beside it",
+                )
             continue
         if not isinstance(term, Layered):
             raise UserError(

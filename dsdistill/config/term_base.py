@@ -100,6 +100,11 @@ class Layered(Term):
         description="dynamic: layers that lag behind gain weight during training; a list: λ of each mapped layer in "
         "order (the embeddings first), for a weighted sum in place of layer_agg",
     )
+    layer_masses: Literal["own", "shared"] = Field(
+        default="own",
+        description="layers: emd; own: the term's layers have masses of their own; shared: after each step they are "
+        "the mean over all terms that share them, as in BERT-EMD's code",
+    )
 
 
 class States(Term):

@@ -150,6 +150,24 @@ def ckd(student, teacher, batch, term):
     return soft + sum(value / count for value, count in sums.values())
 
 
+def bert_emd(student, teacher, batch, term):
+    """Li et al. 2020, with the equal flow of the first step: 0.01 of layers and embeddings + 0.8 KD + 0.2 CE."""
+    valid, hidden = batch.mask, term["hidden"].projectors
+
+    def states(s, t):
+        return F.mse_loss((student.hidden[s] @ hidden[f"{s}"].weight.T)[valid], teacher.hidden[t][valid])
+
+    both = (valid[:, None, :, None] & valid[:, None, None, :]).expand(-1, 4, -1, -1)
+    layers = states(0, 0)
+    for s in (1, 2):
+        for t in (1, 2, 3, 4):
+            attention = F.mse_loss(student.scores(s)[both], teacher.scores(t)[both])
+            layers = layers + (states(s, t) + attention) / 8
+    log_p, log_q = (x.logits.log_softmax(-1) for x in (teacher, student))
+    soft = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return 0.01 * layers + 0.8 * soft + 0.2 * F.cross_entropy(student.logits, batch.labels)
+
+
 def pkd(student, teacher, batch, term):
     """Sun et al. 2019, equations 6 to 8: (1 − α) CE + α KD + β' PT over [CLS] of all layers but the last.
 
@@ -214,6 +232,7 @@ PRESETS = {
     "MobileBERT, second, equally wide": ("mobilebert", 1, None, EQUAL, mobilebert((2, 4))),
     "MobileBERT, task": ("mobilebert", 3, None, NARROW, half_labels),
     "CKD": ("ckd", 0, None, NARROW, ckd),
+    "BERT-EMD": ("bert_emd", 0, None, NARROW, bert_emd),
     "PKD": ("pkd", 0, None, EQUAL, pkd),
     "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
     "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),

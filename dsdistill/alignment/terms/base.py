@@ -169,7 +169,8 @@ class AlignmentTerm(nn.Module, ABC):
         self.parts = len(pairs)
         if config.layers == "emd":
             depths = depths or [shape.depth for shape in self.pair.shapes]
-            self.weighting = EarthMover(depths[0], depths[1], before=self.parts - depths[0] * depths[1])
+            before, shared = self.parts - depths[0] * depths[1], config.layer_masses == "shared"
+            self.weighting = EarthMover(depths[0], depths[1], before, shared)
             return
         self.factor = 1 / self.parts if config.layer_agg == "mean" else 1.0
         weights = config.layer_weights
