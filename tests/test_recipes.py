@@ -82,6 +82,17 @@ def test_an_arm_of_an_ablation(name, recipe, size):
     assert (found.student.domain is None) and found.data.sampler == "uniform"
 
 
+def test_the_other_reading_of_structure():
+    """presets/learned_structure.yaml after multi_stage_small: its stages, with components in the place of pairs."""
+    first, second = after("multi_stage_small"), after("multi_stage_small", preset("learned_structure"))
+    assert [stage.name for stage in second.run_stages] == [stage.name for stage in first.run_stages]
+    for mine, other in zip(first.run_stages, second.run_stages, strict=True):
+        terms, others = mine.terms.named(), other.terms.named()
+        assert terms.keys() - {"pairwise"} == others.keys() - {"feature"}
+        assert others["feature"].layers == terms["pairwise"].layers and others["feature"].components == 64
+        assert all(others[name] == terms[name] for name in terms.keys() - {"pairwise"})
+
+
 @pytest.mark.parametrize("recipe", ["multi_stage_small", "multi_level_small"])
 @pytest.mark.parametrize("name", [None, *(name for name in PRESETS if name not in CLASSES)])
 def test_another_task_keeps_the_terms(name, recipe):

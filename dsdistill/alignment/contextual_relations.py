@@ -30,7 +30,7 @@ def word_pairs(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     def loss(rows: slice, units: Tensor) -> Tensor:
         left_out = ~mask[:, None] | (places[rows, None] == places)
         scores = ((x[:, rows] @ x.transpose(1, 2)).masked_fill(left_out, _NEVER) for x in (other, units))
-        return _divergence(*scores, left_out, mask[:, rows])
+        return _divergence(left_out, mask[:, rows], *scores)
 
     # Every block of rows reads all words, so gradients of the whole sequence are added up.
     size = max(1, BLOCK_ELEMENTS // max(1, batch * tokens))
@@ -74,7 +74,7 @@ def layer_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
     def loss(mine: Tensor, other: Tensor, counted: Tensor) -> Tensor:
         units = (unit_vectors(x)[0] for x in (other, mine))
         scores = ((x @ x.transpose(1, 2)).masked_fill(own, _NEVER) for x in units)
-        return _divergence(*scores, own, counted[:, None].expand(-1, len(own)))
+        return _divergence(own, counted[:, None].expand(-1, len(own)), *scores)
 
     return _by_word(student, teacher, mask, loss)
 
@@ -103,7 +103,8 @@ def _by_word(
     counted = mask.flatten()
 
     def part(rows: slice, *layers: Tensor) -> Tensor:
-        return loss(*(torch.stack([x[rows] for x in of], 1) for of in (layers, other)), counted[rows])
+        stacked = [torch.stack([x[rows] for x in of], 1) for of in (layers, other)]
+        return loss(stacked[0], stacked[1], counted[rows])
 
     size = max(1, BLOCK_ELEMENTS // (len(mine) * max(mine[0].shape[1], other[0].shape[1])))
     return _over_blocks(len(counted), size, mine, part)
@@ -126,7 +127,7 @@ def _over_blocks(count: int, size: int, inputs: Sequence[Tensor], loss: Callable
     return with_stored_gradients(compute, inputs, None)
 
 
-def _divergence(teacher: Tensor, student: Tensor, left_out: Tensor, asks: Tensor) -> Tensor:
+def _divergence(left_out: Tensor, asks: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
     """Return Σ KL(p ‖ q) of scores (…, U, U), over the rows that ask, (…, U); rows without any other unit have 0."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     counted = asks[..., None] & ~left_out

@@ -115,6 +115,11 @@ class Hidden(Layered, States):
         description="auto: a bias-free linear map to the teacher's width if the widths differ, else none; linear: "
         "always the linear map",
     )
+    components: Positive | None = Field(
+        default=None,
+        description="number d' of principal components of the teacher's normed states, fitted before training, with "
+        "which the student's projected states are compared; default: the states themselves",
+    )
 
 
 class Feature(Hidden):

@@ -20,6 +20,7 @@ CASES = {
     "soft_label, all tokens": {"positions": "valid"},
     "embedding": {"dims": [16, 8]},
     "hidden": {},
+    "hidden, components": {"components": 5},
     "feature": {},
     "feature, first token": {"positions": "first", "divergence": "mse"},
     "feature_map": {},

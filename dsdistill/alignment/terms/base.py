@@ -1,7 +1,7 @@
 """Define the base class of every term of the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dsdistill.config import UserError
 from dsdistill.config.terms import Layered
 from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
+from dsdistill.models.domain_fusion import TeacherMap
 from dsdistill.models.settings import attention_layers, setting, text_config
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.ops import HEAD_BACKENDS, VocabularyLosses, Weight
@@ -117,6 +118,11 @@ class AlignmentTerm(nn.Module, ABC):
         own = (self.student_hidden, self.pair.student), (self.teacher_hidden, self.pair.teacher)
         reads = any(shape is not None and shape.depth in layers for layers, shape in own)
         return reads and getattr(self.config, "final_norm", "before") == "after"
+
+    @property
+    def teacher_maps(self) -> Mapping[int, TeacherMap]:
+        """Return the term's frozen maps of teacher layers, by layer; they are fitted before training."""
+        return {}
 
     def state(self, trace: Trace, layer: int) -> Tensor:
         """Return a layer's states, (B, N, D); the last layer's before or after the final norm, as `final_norm` says."""

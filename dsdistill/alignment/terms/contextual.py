@@ -57,12 +57,13 @@ class ContextualTerm(AlignmentTerm):
 
     def sums(self, student, teacher, batch):
         states = [(self.state(student, mine), self.state(teacher, other)) for mine, other in self.layers]
+        across = [pair[0] for pair in states], [pair[1] for pair in states]
         sums: list[Tensor] = []
         for name, _, _ in self.kinds:
             if name == "layer_pairs":
-                sums.append(layer_pairs(*zip(*states, strict=True), batch.mask))
+                sums.append(layer_pairs(*across, batch.mask))
             elif name == "layer_triples":
-                sums.append(layer_triples(*zip(*states, strict=True), batch.mask))
+                sums.append(layer_triples(*across, batch.mask))
             else:
                 sums += [self._words(name, *pair, batch) for pair in states]
         return torch.stack(sums)

@@ -1,13 +1,15 @@
 """Compare the hidden states of mapped layers (TinyBERT, Jiao et al. 2020; PKD, Sun et al. 2019)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.config import UserError
 from dsdistill.config.terms import Hidden
+from dsdistill.models.domain_fusion import TeacherMap
+from dsdistill.models.trace import Trace
 from dsdistill.ops import hidden_alignment
 
 
@@ -15,9 +17,16 @@ class HiddenTerm(AlignmentTerm):
     """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
     The squared distance is TinyBERT's (equations 8 and 9). Each mapped layer has a projector of its own; the paper's
-    code shares one. With `positions: first` only the first token of each sequence is compared, [CLS]; PKD's squared
-    distance of its normalised states (equation 7) is twice the cosine distance. The last layer is read after the final
-    norm, as other libraries read it, or with `final_norm: before` as the layer outputs it.
+    code shares one. The last layer is read after the final norm, as other libraries read it, or with
+    `final_norm: before` as the layer outputs it.
+
+    With `positions: first` only the first token of each sequence is compared, [CLS]; PKD's squared distance of its
+    normalised states (equation 7) is twice the cosine distance.
+
+    With `components: d'` the student learns φ of the teacher's states, their first d' principal components after
+    LayerNorm (TeacherMap), through a trained linear map ψ: the second reading of L_struct of the structured multi-stage
+    method (PairwiseTerm is the first). φ is fitted before training and frozen; it reads the teacher's last layer before
+    the final norm.
     """
 
     name = "hidden"
@@ -33,12 +42,23 @@ class HiddenTerm(AlignmentTerm):
             raise UserError(f"terms.{self.name}.positions", got, "all")
         self.student_hidden = frozenset(student for student, _ in self.layers)
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
-        project = config.projector == "linear" or mine.width != other.width
+        self.width = config.components or other.width
+        if self.width > other.width:
+            raise UserError(
+                f"terms.{self.name}.components", self.width, f"at most the teacher's width, {other.width}"
+            )
+        project = config.projector == "linear" or mine.width != self.width or config.components is not None
         self.projectors = (
-            nn.ModuleDict({name: Projector(mine.width, other.width) for name in self._names()})
+            nn.ModuleDict({name: Projector(mine.width, self.width) for name in self._names()})
             if project
             else None
         )
+        fitted = sorted(self.teacher_hidden) if config.components is not None else ()
+        self.maps = nn.ModuleDict({str(layer): TeacherMap(other.width, self.width) for layer in fitted})
+
+    @property
+    def teacher_maps(self):
+        return {int(layer): made for layer, made in self.maps.items()}
 
     def _names(self) -> list[str]:
         """Return the name of each part's projector, the same in every stage that maps these layers.
@@ -56,8 +76,14 @@ class HiddenTerm(AlignmentTerm):
     def counts(self, batch, geometry):
         count = batch.mask[:, self._tokens].sum().double()
         if self.config.divergence == "mse":
-            count = count * self.pair.shapes[1].width
+            count = count * self.width
         return count.expand(self.parts)
+
+    def _target(self, teacher: Trace, layer: int) -> Tensor:
+        """Return what the student's layer is compared with, (B, N, width)."""
+        if not self.maps:
+            return self.state(teacher, layer)
+        return self.maps[str(layer)](teacher.hidden[layer]).to(teacher.hidden[layer].dtype)
 
     def sums(self, student, teacher, batch):
         sums = []
@@ -66,7 +92,7 @@ class HiddenTerm(AlignmentTerm):
             sums.append(
                 align(
                     self.state(student, mine)[:, self._tokens],
-                    self.state(teacher, other)[:, self._tokens],
+                    self._target(teacher, other)[:, self._tokens],
                     mask=batch.mask[:, self._tokens],
                     divergence=self.config.divergence,
                     reduction="sum",
