@@ -82,6 +82,13 @@ def test_an_arm_of_an_ablation(name, recipe, size):
     assert (found.student.domain is None) and found.data.sampler == "uniform"
 
 
+def test_domains_that_are_weighed_by_the_gap():
+    """presets/ddk.yaml after domain_mapping_small: each source has a dev set of its name."""
+    config = after("domain_mapping_small", preset("ddk"))
+    assert list(config.terms.named()) == ["task", "soft_label"] and config.data.sampler == "ddk"
+    assert [part.name for part in config.data.train] == list(config.data.dev)
+
+
 def test_the_other_reading_of_structure():
     """presets/learned_structure.yaml after multi_stage_small: its stages, with components in the place of pairs."""
     first, second = after("multi_stage_small"), after("multi_stage_small", preset("learned_structure"))

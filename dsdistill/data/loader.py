@@ -5,7 +5,7 @@ share them: another machine trains on the same batches, and a resumed run asks f
 the k steps before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil
@@ -17,7 +17,7 @@ from torch import Tensor
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import Batch
 from dsdistill.data.collate import Set, collate
-from dsdistill.data.mixture import Mixture
+from dsdistill.data.mixture import Mixture, Schedule
 from dsdistill.data.samplers import Sampler
 
 _CHANCE, _ROWS = 4, 5  # streams of random numbers
@@ -67,6 +67,7 @@ class Loader:
         self.accumulation = batch_size // at_once  # micro-batches a step on each rank
         self.steps_per_epoch = ceil(len(examples) / batch_size)
         self.chances = chances
+        self.schedule: Schedule = ()  # of a mixture
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._chance = np.empty(0, dtype=np.float32)
 
@@ -79,7 +80,7 @@ class Loader:
             if self.sampler is not None:
                 self._order = self.sampler.order(chance)
             elif isinstance(self.examples, Mixture):
-                self._order = self.examples.order(self.seed, epoch)
+                self._order = self.examples.order(self.seed, epoch, self.schedule)
             else:
                 self._order = chance.permutation(len(self.examples))
             if self.by_length:
@@ -89,6 +90,13 @@ class Loader:
                 self._chance = draws.random(len(self.examples), np.float32)
             self._epoch = epoch
         return self._order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def reweigh(self, step: int, weights: Sequence[float]) -> None:
+        """Draw the sources of a mixture by these weights from this step of the run on, counted from 0."""
+        epoch, own = divmod(step, self.steps_per_epoch)
+        draw = epoch * len(self.examples) + own * self.batch_size
+        self.schedule = (*self.schedule, (draw, tuple(weights)))
+        self._epoch = -1  # the order is made anew
 
     def _grouped(self, order: np.ndarray, chance: np.random.Generator) -> np.ndarray:
         """Return the order with lengths sorted inside pools of many steps, and the steps of all pools shuffled."""
@@ -163,6 +171,13 @@ class Ahead:
         if step + 1 < self.end:
             self._next = step + 1, self._pool.submit(self._made, step + 1)
         return batches
+
+    def reweigh(self, step: int, weights: Sequence[float]) -> None:
+        """Change the loader's weights before any batch of this step or a later one has been taken."""
+        waiting, self._next = self._next, None
+        if waiting is not None:
+            waiting[1].result()  # the thread reads the loader
+        self.loader.reweigh(step, weights)
 
     def _made(self, step: int) -> list[Batch]:
         batches = self.loader.step(*divmod(step, self.loader.steps_per_epoch))
