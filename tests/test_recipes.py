@@ -21,6 +21,7 @@ PRESETS = {
     "mobilebert": [["feature_map", "attention"]] * 3 + [["task", "soft_label"]],
     "ckd": [["soft_label", "ckd"]],
     "bert_emd": [["task", "soft_label", "hidden", "attention"]],
+    "mixkd": [["task", "soft_label"]],
     "pkd": [["task", "soft_label", "feature"]],
     "skew_kl": [["soft_label"]],
     "akl": [["soft_label"]],

@@ -216,6 +216,12 @@ def _check_sampler(config: Config) -> None:
         raise UserError(place, f"entropy with task {config.task}", "a task of classes or tokens")
     if data.sampler == "ddk":
         _check_domains(config)
+    if data.mixup is not None and config.task not in ("classification", "regression"):
+        raise UserError("data.mixup", f"{data.mixup} with task {config.task}", "classification or regression")
+    if data.mixup is not None and config.needs_spans:
+        raise UserError(
+            "data.mixup", f"{data.mixup} with a term over spans", "none: mixed texts have no words"
+        )
     if data.sampler == "hard_negative":
         if not all(
             any(term.contrasts for term in stage.terms.named().values()) for stage in config.run_stages

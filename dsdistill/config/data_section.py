@@ -181,6 +181,11 @@ class Data(Section):
         "domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev sets, of the "
         "same names, the student is further behind its teacher, found again at each evaluation",
     )
+    mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="classification and regression: half of a step's examples are mixed with others, whose share is "
+        "drawn from Beta(mixup, mixup): both models read mixed embeddings of tokens, and labels are mixed (MixKD)",
+    )
     sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="T in p ∝ exp(score / T); default: 0.1 for entropy, 1 (nat per token) for domain_aware",

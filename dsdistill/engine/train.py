@@ -131,6 +131,7 @@ class Trainer:
             config.train.group_by_length,
             prepared.sampler,
             chances=config.student.domain is not None,
+            mixup=config.data.mixup,
         )
         self.total = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
         ends = stages.ends(config, self.total)
