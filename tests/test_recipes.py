@@ -21,7 +21,6 @@ PRESETS = {
     "mobilebert": [["feature_map", "attention"]] * 3 + [["task", "soft_label"]],
     "ckd": [["soft_label", "ckd"]],
     "bert_emd": [["task", "soft_label", "hidden", "attention"]],
-    "mixkd": [["task", "soft_label"]],
     "pkd": [["task", "soft_label", "feature"]],
     "skew_kl": [["soft_label"]],
     "akl": [["soft_label"]],
@@ -81,6 +80,15 @@ def test_an_arm_of_an_ablation(name, recipe, size):
     found = after(recipe + size, preset(name))
     assert [list(stage.terms.named()) for stage in found.run_stages] == ARMS[name, recipe]
     assert (found.student.domain is None) and found.data.sampler == "uniform"
+
+
+@pytest.mark.parametrize("recipe", ["multi_stage", "multi_level", "multi_stage_small", "multi_level_small"])
+@pytest.mark.parametrize("others", [[], ["stsb"]], ids=["classes", "scores"])
+def test_mixed_texts(recipe, others):
+    """presets/mixkd.yaml after recipes of classes, and of scores."""
+    config = after(recipe, preset("mixkd"), *map(preset, others))
+    assert list(config.terms.named()) == ["task", "soft_label"] and config.data.mixup == 0.4
+    assert config.terms.soft_label.divergence == "logit_mse" and len(config.run_stages) == 1
 
 
 def test_domains_that_are_weighed_by_the_gap():
