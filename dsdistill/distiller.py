@@ -17,7 +17,7 @@ from dsdistill.alignment.probing import check_pair
 from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.config import Config, UserError, make_config
 from dsdistill.config.schema import EMBEDDING, LANGUAGE, AttentionName, Pooling
-from dsdistill.config.terms import Terms
+from dsdistill.config.terms import Hidden, Terms
 from dsdistill.data.batch import Batch
 from dsdistill.data.inputs import as_batch
 from dsdistill.models.build import NEEDED, plain_model, task_of
@@ -422,6 +422,12 @@ def _config(
     data = {"data": {"text": ["query", "document"]}} if task == EMBEDDING else {}
     made = make_config({"task": task, **models, **data, "terms": dict(given), "train": train}, ORIGIN)
     for name, term in made.terms.named().items():
+        if isinstance(term, Hidden) and term.components is not None:
+            raise UserError(
+                f"{ORIGIN}: terms.{name}.components",
+                f"{term.components}, which are fitted on a train set before training",
+                "none, or `dsdistill train`",
+            )
         if getattr(term, "layers", None) == "cka_offline":
             raise UserError(
                 f"{ORIGIN}: terms.{name}.layers",

@@ -5,10 +5,12 @@ They are the settings of a config, checked in the same way and with the same mes
 
 from dsdistill.config.terms import (
     Attention,
+    ContextualKD,
     Contrastive,
     DomainMapping,
     Feature,
     FeatureDynamics,
+    FeatureMap,
     Hidden,
     KernelAlignment,
     Layered,
@@ -26,10 +28,12 @@ from dsdistill.config.terms import (
 
 __all__ = [
     "Attention",
+    "ContextualKD",
     "Contrastive",
     "DomainMapping",
     "Feature",
     "FeatureDynamics",
+    "FeatureMap",
     "Hidden",
     "KernelAlignment",
     "Layered",

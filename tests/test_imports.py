@@ -176,6 +176,8 @@ AFTER = {
     "deepspeed/": "configs/quickstart.yaml",
     "quickstart/": "configs/quickstart.yaml",
     "presets/domain_": "configs/recipes/domain_mapping_small.yaml",
+    "presets/ddk": "configs/recipes/domain_mapping_small.yaml",
+    "presets/learned_": "configs/recipes/multi_stage_small.yaml",
     "presets/novels": "configs/recipes/feature_alignment_small.yaml",
     "presets/": "configs/recipes/multi_level_small.yaml",
 }

@@ -18,7 +18,15 @@ PRESETS = {
     "tinybert": [["hidden", "attention"], ["soft_label"]],
     "minilm": [["attention"], ["task"]],
     "minilmv2": [["attention"], ["task"]],
+    "mobilebert": [["feature_map", "attention"]] * 3 + [["task", "soft_label"]],
+    "ckd": [["soft_label", "ckd"]],
+    "bert_emd": [["task", "soft_label", "hidden", "attention"]],
+    "pkd": [["task", "soft_label", "feature"]],
+    "skew_kl": [["soft_label"]],
+    "akl": [["soft_label"]],
+    "logit_mse": [["task", "soft_label"]],
 }
+CLASSES = {"skew_kl", "akl"}  # divergences of distributions: scores have none
 # Arms of one recipe's ablation.
 ARMS = {
     ("domain_none", "domain_mapping"): [["task"]],
@@ -74,8 +82,35 @@ def test_an_arm_of_an_ablation(name, recipe, size):
     assert (found.student.domain is None) and found.data.sampler == "uniform"
 
 
+@pytest.mark.parametrize("recipe", ["multi_stage", "multi_level", "multi_stage_small", "multi_level_small"])
+@pytest.mark.parametrize("others", [[], ["stsb"]], ids=["classes", "scores"])
+def test_mixed_texts(recipe, others):
+    """presets/mixkd.yaml after recipes of classes, and of scores."""
+    config = after(recipe, preset("mixkd"), *map(preset, others))
+    assert list(config.terms.named()) == ["task", "soft_label"] and config.data.mixup == 0.4
+    assert config.terms.soft_label.divergence == "logit_mse" and len(config.run_stages) == 1
+
+
+def test_domains_that_are_weighed_by_the_gap():
+    """presets/ddk.yaml after domain_mapping_small: each source has a dev set of its name."""
+    config = after("domain_mapping_small", preset("ddk"))
+    assert list(config.terms.named()) == ["task", "soft_label"] and config.data.sampler == "ddk"
+    assert [part.name for part in config.data.train] == list(config.data.dev)
+
+
+def test_the_other_reading_of_structure():
+    """presets/learned_structure.yaml after multi_stage_small: its stages, with components in the place of pairs."""
+    first, second = after("multi_stage_small"), after("multi_stage_small", preset("learned_structure"))
+    assert [stage.name for stage in second.run_stages] == [stage.name for stage in first.run_stages]
+    for mine, other in zip(first.run_stages, second.run_stages, strict=True):
+        terms, others = mine.terms.named(), other.terms.named()
+        assert terms.keys() - {"pairwise"} == others.keys() - {"feature"}
+        assert others["feature"].layers == terms["pairwise"].layers and others["feature"].components == 64
+        assert all(others[name] == terms[name] for name in terms.keys() - {"pairwise"})
+
+
 @pytest.mark.parametrize("recipe", ["multi_stage_small", "multi_level_small"])
-@pytest.mark.parametrize("name", [None, *PRESETS])
+@pytest.mark.parametrize("name", [None, *(name for name in PRESETS if name not in CLASSES)])
 def test_another_task_keeps_the_terms(name, recipe):
     """presets/stsb.yaml after a recipe and a preset, as `compare` puts them."""
     sources = [preset(name)] if name else []

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dsdistill.alignment.terms import TERMS, Pair
 from dsdistill.alignment.terms.base import AlignmentTerm
+from dsdistill.alignment.weighting import EarthMover, share_masses
+from dsdistill.config import UserError
 from dsdistill.config.terms import Terms
 from dsdistill.data.batch import Batch
 from dsdistill.models.trace import Geometry, Trace
@@ -39,6 +41,7 @@ class Objective(nn.Module):
         modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
         # A ModuleDict is a mapping of modules without their exact type.
         self.terms = cast(Mapping[str, AlignmentTerm], nn.ModuleDict(modules))
+        _check_shared(modules)
         # Terms that are computed together: the first one's name → the later one's name.
         self._joined = {term.joins: name for name, term in modules.items() if term.joins in modules}
 
@@ -131,6 +134,7 @@ class Objective(nn.Module):
         """Update layer weights after a step: raw (parts of all terms,) holds its values, the same on every rank."""
         for name, values in self._by_term(raw).items():
             self.terms[name].weighting.update(values)
+        share_masses(term.weighting for term in self.terms.values())
 
     def values(self, raw: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Return each term before and after its weight, and its (parts,) values, from raw (parts of all terms,).
@@ -223,6 +227,15 @@ def filled(values: Sequence[float], like: Tensor) -> Tensor:
     if len(set(values)) == 1:
         return like.new_full((len(values),), values[0])
     return torch.stack([like.new_full((), value) for value in values])
+
+
+def _check_shared(terms: Mapping[str, AlignmentTerm]) -> None:
+    """Refuse terms that share the masses of their layers but map different numbers of layers."""
+    movers = {name: term.weighting for name, term in terms.items() if isinstance(term.weighting, EarthMover)}
+    shapes = {name: mover.shape for name, mover in movers.items() if mover.shared}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {shape[0]} × {shape[1]}" for name, shape in shapes.items())
+        raise UserError("terms.layer_masses", f"shared by terms of different layers ({listed})", "own")
 
 
 def _release(layers: dict, kind: str, done: AlignmentTerm, later: list[AlignmentTerm]) -> None:

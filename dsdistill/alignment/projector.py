@@ -26,6 +26,12 @@ class Projector(Projection):
     """
 
     # A linear map takes one tensor; this module compares two, so that its weight is used inside its own forward.
-    def forward(self, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
-        """Return hidden_alignment of (B, N, D_s) with (B, N, D_t) through this projection."""
-        return hidden_alignment(student, teacher, projection=self.weight, **options)
+    def forward(  # type: ignore[override]
+        self, student: Tensor, teacher: Tensor, centre: bool = False, **options: Any
+    ) -> Tensor:
+        """Return hidden_alignment of (B, N, D_s) with (B, N, D_t) through this projection.
+
+        centre: subtract from each projected state the mean of its D_t values.
+        """
+        weight = self.weight - self.weight.mean(0) if centre else self.weight
+        return hidden_alignment(student, teacher, projection=weight, **options)

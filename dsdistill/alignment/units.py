@@ -13,6 +13,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def centred(states: Tensor) -> Tensor:
+    """Return states (…, D) minus the mean of their D values, in the type of `states`."""
+    return (wide(states) - wide(states).mean(-1, keepdim=True)).to(states.dtype)
+
+
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of each sequence's valid tokens, (B, D), 0 without any; float32, or float64 for such input.
 

@@ -4,6 +4,8 @@ Weights learned by minimising the loss itself would go to the layer that is easi
 are constants for autograd and the same on every rank, because they follow the losses of the whole step.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 
@@ -75,13 +77,14 @@ class EarthMover(Uniform):
     The parts are first `before` parts of weight 1 (the embeddings'), then all (student, teacher) pairs, with the
     teacher's layer changing fastest. The pairs' weights are the flow, which sums to 1. Layer masses start equal and
     shift to the cheap layers. The paper computes the flow per batch; here it follows the losses of the step before, so
-    that it does not depend on how a batch is split over ranks.
+    that it does not depend on how a batch is split over ranks. `shared` masses are the mean of those of several terms
+    (share_masses), as in the code that the paper names, where attention and hidden states share them.
     """
 
     moves = True
 
-    def __init__(self, student_depth: int, teacher_depth: int, before: int = 0):
-        self.shape, self.before = (student_depth, teacher_depth), before
+    def __init__(self, student_depth: int, teacher_depth: int, before: int = 0, shared: bool = False):
+        self.shape, self.before, self.shared = (student_depth, teacher_depth), before, shared
         self.masses = [[1 / n] * n for n in self.shape]
         pairs = student_depth * teacher_depth
         self.values = [1.0] * before + [1 / pairs] * pairs
@@ -102,6 +105,15 @@ class EarthMover(Uniform):
 
     def load(self, state: dict) -> None:
         vars(self).update(state)
+
+
+def share_masses(rules: Iterable[Uniform]) -> None:
+    """Give those rules that share their masses the mean of these; call it after each `update`."""
+    movers = [rule for rule in rules if isinstance(rule, EarthMover) and rule.shared]
+    for side in range(2) if movers else ():
+        mean = np.mean([mover.masses[side] for mover in movers], axis=0).tolist()
+        for mover in movers:
+            mover.masses[side] = list(mean)
 
 
 def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.ndarray:

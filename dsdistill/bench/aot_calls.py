@@ -19,7 +19,7 @@ from dsdistill.ops.hidden import rows as hidden
 from dsdistill.ops.pairwise import triton_panels as pairwise
 from dsdistill.ops.pairwise.native import RELATION_CODES
 from dsdistill.ops.soft_label import fused
-from dsdistill.ops.soft_label.divergence import DIVERGENCES
+from dsdistill.ops.soft_label.divergence import FUSED, Formula
 from dsdistill.ops.soft_label.head import Head
 from dsdistill.ops.soft_label.losses import Labels, SoftLabels
 
@@ -115,7 +115,7 @@ def attention_calls(widths: Sequence[int]) -> Iterator[tuple[str, Callable[[], N
 def vocabulary_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield one kernel for each divergence and gradient dtype, with all options, and some with fewer."""
     for name, gradient in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("loss", None)):
-        for divergence in DIVERGENCES:
+        for divergence in FUSED:
             for options in (True, False) if divergence in ("forward_kl", "jsd") else (True,):
                 call = functools.partial(vocabulary_call, gradient, divergence, options, True)
                 yield f"vocabulary {name} {divergence}{' all options' if options else ''}", call
@@ -138,8 +138,8 @@ def vocabulary_call(
     task = Labels(labels, 0.1 if options else 0.0) if with_task else None
     soft = None
     if divergence:
-        formula = {"temperature": 2.0, "divergence": divergence, "beta": 0.5, "alpha": 0.1}
-        soft = SoftLabels(_empty(1, tokens, 64), head, **formula)
+        formula = Formula(divergence, beta=0.5, alpha=0.1, mu=0.5)
+        soft = SoftLabels(_empty(1, tokens, 64), head, temperature=2.0, formula=formula)
     given = {"labels": labels.flatten() if with_task else z, "teacher": z}
     out = None if gradient is None else _empty(tokens, entries, dtype=gradient)
     fused.run(head, z, given, task, soft, _empty(2), out)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsdistill import ops
+from dsdistill.ops.soft_label.divergence import DIVERGENCES
 
 # Weights of task and soft labels in the checked total of `vocabulary_losses`.
 WEIGHTS = (0.7, 1.6)
@@ -246,7 +247,7 @@ def soft_label_cases() -> Iterator[Case]:
         "teacher_head": _normal(61, 20, seed=3, scale=0.5),
     }
     bias = {"student_bias": _normal(61, seed=4), "teacher_bias": _normal(61, seed=5)}
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"):
+    for divergence in DIVERGENCES:
         options = {"divergence": divergence}
         yield Case("soft-label", f"{divergence}-plain", tensors, options, native=False)
         masked = {**tensors, **bias, "mask": _ragged(2, 33)}
@@ -275,7 +276,7 @@ def _vocabulary_cases(tensors: dict[str, Tensor], ragged: dict[str, Tensor]) -> 
     masked = {**tensors, **ragged}
     warm = {"temperature": 2.5, "beta": 0.3, "alpha": 0.2}
     capped = {"student_softcap": 3.0, "teacher_softcap": 1.5, "label_smoothing": 0.2}
-    for divergence in ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"):
+    for divergence in DIVERGENCES:
         yield Case(
             "vocabulary", f"{divergence}-warm", masked, {"divergence": divergence, **warm}, native=False
         )

@@ -214,7 +214,7 @@ def run_bench(
                         group (query heads that share a key head), rows (queries compared; default: all)
             pairwise    batch, tokens, width, relation (cosine, dot, distance), rows (default: all)
             hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
-            soft-label  tokens, vocabulary, width, divergence (forward_kl, reverse_kl, jsd, skew_kl, tvd)
+            soft-label  tokens, vocabulary, width, divergence, as terms.soft_label
             vocabulary  the same: task and soft labels together
         backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
             inputs' half precision; "liger" liger-kernel's fused losses, if it is installed; "apart" task and soft

@@ -22,6 +22,7 @@ from dsdistill.bench.arguments import check_instruction_set
 from dsdistill.bench.cases import FUNCTIONS, STUDENT, TOKEN_AXIS, Case, all_cases
 from dsdistill.ops import available_backends
 from dsdistill.ops.gpu import interpreting
+from dsdistill.ops.soft_label.divergence import FUSED
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +64,11 @@ def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity"
     if backend not in ("triton", "cuda"):
         return True
     if dtype == torch.float64:
+        return False
+    if (
+        case.operator in ("soft-label", "vocabulary")
+        and case.options.get("divergence", FUSED[0]) not in FUSED
+    ):
         return False
     if case.options.get("heads") == "group" or (case.operator == "pairwise" and "row_index" in case.tensors):
         return False

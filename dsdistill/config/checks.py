@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsdistill.config.data_checks import check_data, check_streaming
+from dsdistill.config.data_section import Part
 from dsdistill.config.embedding_checks import check_embedding, relates
 from dsdistill.config.errors import UserError
 from dsdistill.config.explain import nearest
@@ -118,15 +119,22 @@ def _check_terms(config: Config, section: Terms, place: str, first: bool) -> Non
     if matching and config.teacher is None:
         raise UserError(f"{place}.{matching[0]}", "no teacher", f"a teacher section, or {place}.task alone")
     for name, term in terms.items():
-        if config.task == "regression" and isinstance(term, SoftLabel) and term.divergence != "forward_kl":
+        squared = ("forward_kl", "logit_mse")  # both are the squared difference of two scores
+        if config.task == "regression" and isinstance(term, SoftLabel) and term.divergence not in squared:
             raise UserError(
                 f"{place}.{name}.divergence",
                 f"{term.divergence} with task regression",
-                "forward_kl: a score has the distance to the teacher's alone",
+                "forward_kl or logit_mse: a score has the distance to the teacher's alone",
             )
         if term.needs_previous and first:
             raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")
         if getattr(term, "layers", None) != "emd":
+            if isinstance(term, Layered) and term.layer_masses != "own":
+                raise UserError(
+                    f"{place}.{name}.layer_masses",
+                    f"shared with layers: {term.layers}",
+                    "layers: emd beside it",
+                )
             continue
         if not isinstance(term, Layered):
             raise UserError(
@@ -206,6 +214,14 @@ def _check_sampler(config: Config) -> None:
         raise UserError(place, f"{data.sampler} without a teacher", "a teacher section")
     if data.sampler == "entropy" and config.task in ("regression", "embedding"):
         raise UserError(place, f"entropy with task {config.task}", "a task of classes or tokens")
+    if data.sampler == "ddk":
+        _check_domains(config)
+    if data.mixup is not None and config.task not in ("classification", "regression"):
+        raise UserError("data.mixup", f"{data.mixup} with task {config.task}", "classification or regression")
+    if data.mixup is not None and config.needs_spans:
+        raise UserError(
+            "data.mixup", f"{data.mixup} with a term over spans", "none: mixed texts have no words"
+        )
     if data.sampler == "hard_negative":
         if not all(
             any(term.contrasts for term in stage.terms.named().values()) for stage in config.run_stages
@@ -213,6 +229,31 @@ def _check_sampler(config: Config) -> None:
             raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
         if config.train.group_by_length:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
+
+
+def _check_domains(config: Config) -> None:
+    """Refuse what data.sampler ddk cannot work with."""
+    data, place = config.data, "data.sampler"
+    parts = [part for part in data.train if isinstance(part, Part)]
+    if len(parts) < 2:
+        raise UserError(place, "ddk with one source", "data.train as a list of sources")
+    if config.task not in ("causal_lm", "masked_lm"):
+        raise UserError(place, f"ddk with task {config.task}", "causal_lm or masked_lm")
+    if config.teacher is None:
+        raise UserError(place, "ddk without a teacher", "a teacher section")
+    for index, part in enumerate(parts):
+        if part.weight != 1:
+            raise UserError(f"data.train.{index}.weight", f"{part.weight} with data.sampler ddk", "no weight")
+    if not config.run.evaluate_every:
+        raise UserError(
+            "run.evaluate_every", "0 with data.sampler ddk", "the steps of an interval, such as 1000"
+        )
+    for name, given in (
+        ("train.group_by_length", config.train.group_by_length),
+        ("teacher.overlap", config.teacher.overlap),
+    ):
+        if given:
+            raise UserError(name, "true with data.sampler ddk", "false")
 
 
 def _check_labels(config: Config) -> None:

@@ -83,9 +83,9 @@ def _check_sources(data: Data) -> None:
                 "data.train", f"a list with data.source {data.source}", "one split, or source: files"
             )
         return
-    if data.sampler not in ("uniform", "random_masked"):
+    if data.sampler not in ("uniform", "random_masked", "ddk"):
         raise UserError(
-            "data.sampler", f"{data.sampler} with several sources", "uniform: their weights decide"
+            "data.sampler", f"{data.sampler} with several sources", "uniform: their weights decide; or ddk"
         )
     for index, part in enumerate(data.train):
         place, source = f"data.train.{index}", part.source or data.source

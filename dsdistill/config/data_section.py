@@ -179,12 +179,18 @@ class Data(Section):
         description="kind of train_tokenizer; wordpiece: uncased words and their pieces; bytes: a lossless "
         "byte-level BPE, with <|im_start|> and <|im_end|> for conversations",
     )
-    sampler: Literal["uniform", "entropy", "random_masked", "hard_negative", "domain_aware"] = Field(
+    sampler: Literal["uniform", "entropy", "random_masked", "hard_negative", "domain_aware", "ddk"] = Field(
         default="uniform",
         description="how train examples are drawn, the same number in each epoch; uniform: each once; entropy: those "
         "with high teacher entropy more often; random_masked: uniform, with 15% of the input masked for both models; "
         "hard_negative: examples with their nearest neighbours in teacher space that have other answers; "
-        "domain_aware: those like `domain` more often",
+        "domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev sets, of the "
+        "same names, the student is further behind its teacher, found again at each evaluation",
+    )
+    mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="classification and regression: half of a step's examples are mixed with others, whose share is "
+        "drawn from Beta(mixup, mixup): both models read mixed embeddings of tokens, and labels are mixed (MixKD)",
     )
     sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,

@@ -1,83 +1,21 @@
-"""Define the settings of the loss terms.
+"""Define the settings of the loss terms."""
 
-Layers are counted from 1; layer 0 is the output of the embeddings, as in the papers of the losses.
-"""
+from typing import Annotated, Literal, get_args
 
-from typing import Annotated, Any, Literal, get_args
+from pydantic import Field
 
-from pydantic import Field, ValidationError
-
-from dsdistill.config.explain import explain
 from dsdistill.config.section import NonNegative, Positive, Section
-
-LayerPair = Annotated[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], Field(strict=False)]
-LayerPairs = Annotated[tuple[LayerPair, ...], Field(strict=False, min_length=1)]
-# How student layers are mapped to teacher layers; an explicit map lists [student, teacher] pairs.
-LayerMap = Literal["uniform", "skip", "last", "emd", "cka_offline"] | LayerPairs
-LayerWeights = (
-    Literal["uniform", "dynamic"] | Annotated[tuple[NonNegative, ...], Field(strict=False, min_length=1)]
+from dsdistill.config.term_base import (
+    ConstructedSection,
+    Layered,
+    LayerMap,
+    LayerPair,
+    LayerPairs,
+    States,
+    Term,
 )
 
 Relation = Literal["query_key", "query_query", "key_key", "value_value"]
-
-
-class ConstructedSection(Section):
-    """A ConstructedSection may also be built in code; mistakes then raise the same UserError as in a config."""
-
-    def __init__(self, /, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise explain(error.errors(), type(self), within=_place(type(self))) from None
-
-    # Within a config pydantic validates this section itself, and reports mistakes by their place in that config.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # a function takes any attribute
-
-
-class Term(ConstructedSection):
-    """Term is the base class of all terms: a weight, and properties that say what the term needs from a run."""
-
-    weight: NonNegative = Field(default=1.0, description="factor of this term in the loss")
-
-    @property
-    def relates(self) -> bool:
-        """Return whether the value depends on which examples share a micro-batch."""
-        return False
-
-    @property
-    def contrasts(self) -> bool:
-        """Return whether the term contrasts the examples of a micro-batch, as data.sampler hard_negative needs."""
-        return False
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Return whether the term compares the student with a teacher."""
-        return True
-
-    @property
-    def needs_head(self) -> bool:
-        """Return whether the term reads the teacher's logits, so that the teacher's head must be trained."""
-        return False
-
-    @property
-    def needs_previous(self) -> bool:
-        """Return whether the term compares the student with the student at the end of the previous stage."""
-        return False
-
-    @property
-    def needs_domain(self) -> bool:
-        """Return whether the term trains the fusion that student.domain describes."""
-        return False
-
-    @property
-    def reads_spans(self) -> bool:
-        """Return whether the term compares words and phrases, which data.chunker finds."""
-        return False
-
-    @property
-    def reads_labels(self) -> bool:
-        """Return whether the term reads the data's labels: train.distill_weight weighs all other terms against it."""
-        return False
 
 
 class Task(Term):
@@ -126,16 +64,28 @@ class SoftLabel(Term):
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=2.0, description="τ, which divides the logits of both models"
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd"] = Field(
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl", "tvd", "logit_mse"
+    ] = Field(
         default="forward_kl",
-        description="forward_kl: KL(teacher‖student), in nats like reverse_kl, jsd (generalised) and skew_kl; tvd: "
-        "total variation, 0 to 1",
+        description="forward_kl: KL(teacher‖student), in nats like reverse_kl, jsd (generalised), skew_kl and "
+        "skew_reverse_kl (from a mixture of both) and akl (forward and reverse KL, weighted by where the models "
+        "differ); tvd: total variation, 0 to 1; logit_mse: squared difference of the logits, mean over classes",
     )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="teacher's share in jsd's mixture"
     )
     alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="teacher's share in skew_kl's mixture"
+        default=0.1,
+        description="share in the mixture: the teacher's in skew_kl, the student's in skew_reverse_kl",
+    )
+    mu: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="largest probability of akl's head of the vocabulary, to the teacher"
+    )
+    positions: Literal["predicted", "valid"] = Field(
+        default="predicted",
+        description="tasks that predict tokens; predicted: the positions whose token has a label; valid: those of all "
+        "tokens, so for masked_lm also tokens that are not masked, and for causal_lm prompts",
     )
     scale_tau2: bool = Field(
         default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
@@ -146,38 +96,16 @@ class SoftLabel(Term):
         return True
 
 
-class Layered(Term):
-    layers: LayerMap = Field(
-        default="uniform",
-        description="uniform, skip, last, or [student, teacher] pairs; emd: every pair, with new weights at each "
-        "step; cka_offline: the most similar layers in order, found before training",
-    )
-    layer_agg: Literal["mean", "sum"] = Field(
-        default="mean", description="how the losses of the mapped layers are combined"
-    )
-    layer_weights: LayerWeights = Field(
-        default="uniform",
-        description="dynamic: layers that lag behind gain weight during training; a list: λ of each mapped layer in "
-        "order (the embeddings first), for a weighted sum in place of layer_agg",
-    )
-
-
-class States(Term):
-    """States holds the settings that all terms over hidden states share."""
-
-    final_norm: Literal["after", "before"] = Field(
-        default="after",
-        description="the last layer's states: after the final norm, as in transformers' hidden_states[-1] and other "
-        "libraries, or before it; no difference for models without such a norm (BERT)",
-    )
-
-
 class Hidden(Layered, States):
     """Difference of hidden states; the student's are projected to the teacher's width if the widths differ."""
 
     divergence: Literal["mse", "cosine"] = Field(
         default="mse",
         description="mse: squared difference, mean over a state's values; cosine: 1 − cosine of a token's two states",
+    )
+    positions: Literal["all", "first"] = Field(
+        default="all",
+        description="tokens that are compared; first: the first of each sequence alone, [CLS] (not for causal_lm)",
     )
     embedding: bool = Field(
         default=True, description="also match the embeddings' output (layer 0 with layer 0)"
@@ -186,6 +114,11 @@ class Hidden(Layered, States):
         default="auto",
         description="auto: a bias-free linear map to the teacher's width if the widths differ, else none; linear: "
         "always the linear map",
+    )
+    components: Positive | None = Field(
+        default=None,
+        description="number d' of principal components of the teacher's normed states, fitted before training, with "
+        "which the student's projected states are compared; default: the states themselves",
     )
 
 
@@ -198,6 +131,24 @@ class Feature(Hidden):
     )
     embedding: bool = Field(
         default=False, description="also match the embeddings' output (layer 0 with layer 0)"
+    )
+
+
+class FeatureMap(States):
+    """Difference of normalised hidden states, and of the means and variances that this takes away (MobileBERT)."""
+
+    layers: LayerMap = Field(
+        default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
+    )
+    maps: NonNegative = Field(
+        default=100.0, description="factor of the squared difference of the normalised states"
+    )
+    means: NonNegative = Field(
+        default=5000.0, description="factor of the squared difference of the states' means over their values"
+    )
+    variances: NonNegative = Field(
+        default=5.0,
+        description="factor of the absolute difference of the states' variances over their values",
     )
 
 
@@ -257,6 +208,29 @@ class Pairwise(Layered, States):
         default=None,
         description="number of tokens that training relates to all tokens of their sequence, drawn as in attention; "
         "not with distance; default: all",
+    )
+
+
+class ContextualKD(States):
+    """Relations between words, and between the layers of a word, the embeddings among them (CKD)."""
+
+    layers: LayerMap = Field(
+        default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
+    )
+    word_pairs: NonNegative = Field(
+        default=1.0, description="factor of the KL of a word's cosines with the other words"
+    )
+    word_triples: NonNegative = Field(
+        default=1.0, description="factor of the squared difference of the angles between a word's neighbours"
+    )
+    layer_pairs: NonNegative = Field(
+        default=1.0, description="factor of the KL of the cosines between the layers of a word"
+    )
+    layer_triples: NonNegative = Field(
+        default=1.0, description="factor of the squared difference of the angles between the layers of a word"
+    )
+    window: Positive = Field(
+        default=21, description="word_triples: number of words around and with a word, odd"
     )
 
 
@@ -410,8 +384,10 @@ class Terms(ConstructedSection):
     embedding: Embedding | None = None
     hidden: Hidden | None = None
     feature: Feature | None = None
+    feature_map: FeatureMap | None = None
     attention: Attention | None = None
     pairwise: Pairwise | None = None
+    ckd: ContextualKD | None = None
     contrastive: Contrastive | None = None
     sp: SimilarityPreserving | None = None
     rkd: RelationalKD | None = None
@@ -422,6 +398,10 @@ class Terms(ConstructedSection):
     domain: DomainMapping | None = None
     smooth: Smooth | None = None
 
+    @classmethod
+    def place(cls) -> tuple[str, ...]:
+        return ("terms",)
+
     def named(self) -> dict[str, Term]:
         return {name: term for name, term in self if term is not None and term.weight > 0}
 
@@ -429,11 +409,3 @@ class Terms(ConstructedSection):
 def settings_of(name: str) -> type[Term]:
     """Return the class of a term's settings."""
     return get_args(Terms.model_fields[name].annotation)[0]
-
-
-def _place(section: type[ConstructedSection]) -> tuple[str, ...]:
-    """Return the keys that lead to a section in a config; for a section that no field has, the class name."""
-    if section is Terms:
-        return ("terms",)
-    name = next((name for name in Terms.model_fields if settings_of(name) is section), None)
-    return (section.__name__,) if name is None else ("terms", name)

@@ -62,6 +62,13 @@ class Batch:
     # query, then its document; -1 for filler. None: each example is one row.
     pair: Tensor | None = None
 
+    # Rows that are mixed with others (MixKD), all three or none: (B, N) int64 and (B,), as labels, the tokens and the
+    # label of each row's partner, and (B,) float32 in [0, 1], the row's own share λ, 1 for rows that are not mixed.
+    # Both models read λ E(ids) + (1 − λ) E(partner) in place of the embeddings E of tokens; `mask` covers both texts.
+    partner_ids: Tensor | None = None
+    partner_labels: Tensor | None = None
+    share: Tensor | None = None
+
     # Labels of causal language models are the input ids themselves, not shifted, and NO_LABEL where nothing is to
     # be predicted (padding, prompts). Labels of masked ones are the tokens that were hidden. The class or score of a
     # filler row is NO_LABEL, too.

@@ -86,6 +86,25 @@ def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None =
     return _with_sources(batch, examples, rows)
 
 
+def mixed(batch: Batch, other: Batch, share: Tensor, pad_id: int) -> Batch:
+    """Return the rows of `batch` mixed with those of `other`, as many; share (B,) float32: that of `batch`'s rows."""
+    width = max(of.mask.shape[1] for of in (batch, other))
+
+    def widen(values: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+    reads_other = (share < 1)[:, None] & widen(other.mask, False)
+    return replace(
+        batch,
+        input_ids=widen(batch.input_ids, pad_id),
+        mask=widen(batch.mask, False) | reads_other,
+        token_types=None if batch.token_types is None else widen(batch.token_types, 0),
+        partner_ids=widen(other.input_ids, pad_id),
+        partner_labels=other.labels,
+        share=share,
+    )
+
+
 def _with_sources(batch: Batch, examples: Set, rows: Sequence[int]) -> Batch:
     """Return the batch with the source of each example, if there are several sources."""
     if not isinstance(examples, Mixture):

@@ -5,7 +5,7 @@ share them: another machine trains on the same batches, and a resumed run asks f
 the k steps before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import Batch
-from dsdistill.data.collate import Set, collate
-from dsdistill.data.mixture import Mixture
+from dsdistill.data.collate import Set, collate, mixed
+from dsdistill.data.mixture import Mixture, Schedule
 from dsdistill.data.samplers import Sampler
 
-_CHANCE, _ROWS = 4, 5  # streams of random numbers
+_CHANCE, _ROWS, _MIXED = 4, 5, 6  # streams of random numbers
 POOL = 50  # steps whose examples are sorted by length together
 
 
@@ -37,6 +37,8 @@ class Loader:
         sampler: draws an epoch's examples; None: each once.
         by_length: a step's examples have similar lengths, so that short texts are not padded to the longest of a step.
         chances: batches hold `Batch.chance`.
+        mixup: half of a step's examples are mixed with others of the step, with shares from Beta(mixup, mixup), as
+            Batch.share says; None: none.
 
     Raises:
         UserError: batch_size is not a multiple of micro_batch_size × world_size.
@@ -54,6 +56,7 @@ class Loader:
         by_length: bool = False,
         sampler: Sampler | None = None,
         chances: bool = False,
+        mixup: float | None = None,
     ):
         at_once = micro_batch_size * world_size  # rows
         if batch_size % at_once:
@@ -66,7 +69,8 @@ class Loader:
         self.seed, self.pad_id, self.by_length, self.sampler = seed, pad_id, by_length, sampler
         self.accumulation = batch_size // at_once  # micro-batches a step on each rank
         self.steps_per_epoch = ceil(len(examples) / batch_size)
-        self.chances = chances
+        self.chances, self.mixup = chances, mixup
+        self.schedule: Schedule = ()  # of a mixture
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._chance = np.empty(0, dtype=np.float32)
 
@@ -79,7 +83,7 @@ class Loader:
             if self.sampler is not None:
                 self._order = self.sampler.order(chance)
             elif isinstance(self.examples, Mixture):
-                self._order = self.examples.order(self.seed, epoch)
+                self._order = self.examples.order(self.seed, epoch, self.schedule)
             else:
                 self._order = chance.permutation(len(self.examples))
             if self.by_length:
@@ -89,6 +93,13 @@ class Loader:
                 self._chance = draws.random(len(self.examples), np.float32)
             self._epoch = epoch
         return self._order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def reweigh(self, step: int, weights: Sequence[float]) -> None:
+        """Draw the sources of a mixture by these weights from this step of the run on, counted from 0."""
+        epoch, own = divmod(step, self.steps_per_epoch)
+        draw = epoch * len(self.examples) + own * self.batch_size
+        self.schedule = (*self.schedule, (draw, tuple(weights)))
+        self._epoch = -1  # the order is made anew
 
     def _grouped(self, order: np.ndarray, chance: np.random.Generator) -> np.ndarray:
         """Return the order with lengths sorted inside pools of many steps, and the steps of all pools shuffled."""
@@ -115,11 +126,15 @@ class Loader:
         # ranks have equal work and do not wait for each other. A sampler's groups stay in one micro-batch.
         if self.sampler is None or not self.sampler.grouped:
             rows = rows[np.argsort(examples.lengths.numpy()[rows], kind="stable")]
-        batches = []
+        batches, partners = [], self._partners(epoch, step, rows)
         for places in np.array_split(np.arange(len(rows)), self.accumulation):
             mine = places[self.rank :: self.world_size]
             own = rows[mine]
             batch = collate(examples, own.tolist(), self.pad_id, epoch)
+            if partners is not None and len(own):
+                others, shares = (of[mine] for of in partners)
+                other = collate(examples, others.tolist(), self.pad_id, epoch)
+                batch = mixed(batch, other, torch.from_numpy(shares), self.pad_id)
             # The two texts of a pair are rows of their own.
             drawn = (
                 np.repeat(draws[mine], len(batch.input_ids) // len(own))
@@ -129,6 +144,15 @@ class Loader:
             batch = replace(batch, draw=torch.from_numpy(drawn))
             batches.append(replace(batch, chance=self._drawn(own, batch)) if self.chances else batch)
         return batches
+
+    def _partners(self, epoch: int, step: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return each row's partner among a step's rows, and the row's own share; None without `mixup`."""
+        if self.mixup is None:
+            return None
+        chance = np.random.default_rng([self.seed, epoch, step, _MIXED])
+        shares = chance.beta(self.mixup, self.mixup, len(rows)).astype(np.float32)
+        shares[chance.permutation(len(rows))[: -(-len(rows) // 2)]] = 1
+        return chance.permutation(rows), shares
 
     def _drawn(self, rows: np.ndarray, batch: Batch) -> Tensor:
         """Return the draws of a batch's examples; the documents of a block share the block's draw."""
@@ -163,6 +187,13 @@ class Ahead:
         if step + 1 < self.end:
             self._next = step + 1, self._pool.submit(self._made, step + 1)
         return batches
+
+    def reweigh(self, step: int, weights: Sequence[float]) -> None:
+        """Change the loader's weights before any batch of this step or a later one has been taken."""
+        waiting, self._next = self._next, None
+        if waiting is not None:
+            waiting[1].result()  # the thread reads the loader
+        self.loader.reweigh(step, weights)
 
     def _made(self, step: int) -> list[Batch]:
         batches = self.loader.step(*divmod(step, self.loader.steps_per_epoch))

@@ -1,5 +1,6 @@
 """Draw examples from several sources by their weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from dsdistill.data.examples import Examples, Packed, TextPairs
 
 GOLDEN = (5**0.5 - 1) / 2
+Schedule = Sequence[tuple[int, Sequence[float]]]  # from which draw on the sources have other weights
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,19 @@ class Mixture:
         """Return which source an example is from."""
         return int(np.searchsorted(self.bounds, row, side="right")) - 1
 
-    def order(self, seed: int, epoch: int) -> np.ndarray:
+    def order(self, seed: int, epoch: int, schedule: Schedule = ()) -> np.ndarray:
         """Return (n,) int64, the examples of an epoch, where n is the number of examples of all sources.
 
         In every run of draws each source has its share, up to one or two examples. A source is gone through in a new
-        order each time, and continues from epoch to epoch where it stopped. The draw depends only on seed and epoch.
+        order each time, and continues from epoch to epoch where it stopped. The draw depends only on the arguments.
+
+        schedule: (draw, weights) pairs by rising draw, counted from the first of epoch 0: other weights from it on.
         """
         count = len(self)
         before = np.zeros(len(self.parts), np.int64)
         for earlier in range(epoch):
-            before += np.bincount(self._sources(earlier * count, count), minlength=len(self.parts))
-        owners = self._sources(epoch * count, count)
+            before += np.bincount(self._sources(earlier * count, count, schedule), minlength=len(self.parts))
+        owners = self._sources(epoch * count, count, schedule)
         order = np.empty(count, np.int64)
         for source, part in enumerate(self.parts):
             own = owners == source
@@ -62,11 +66,15 @@ class Mixture:
             order[own] = self.bounds[source] + drawn
         return order
 
-    def _sources(self, start: int, count: int) -> np.ndarray:
+    def _sources(self, start: int, count: int, schedule: Schedule) -> np.ndarray:
         """Return (count,) the sources of these draws; a golden-ratio sequence spreads each source evenly."""
         points = (np.arange(start, start + count) * GOLDEN + 0.5) % 1
-        shares = np.cumsum(self.weights) / sum(self.weights)
-        return np.searchsorted(shares, points, side="right").clip(max=len(self.parts) - 1)
+        owners = np.empty(count, np.int64)
+        for first, weights in ((0, self.weights), *schedule):
+            part = slice(min(max(0, first - start), count), None)
+            shares = np.cumsum(weights) / sum(weights)
+            owners[part] = np.searchsorted(shares, points[part], side="right").clip(max=len(self.parts) - 1)
+        return owners
 
     def unmasked(self) -> "Mixture":
         """Return the examples with nothing hidden from the models."""

@@ -142,6 +142,7 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
     # All checks of the models alone have passed: only now is the data tokenised, which may take long.
     recipe = _recipe(config, world_size, found.recipe)
     splits = read_sets(config, tokenizer, student, teacher)
+    refusals.check_domains(data, getattr(splits.train, "names", ()), splits.devs)
     positive_class(splits.labels, config.evaluation.positive_class)  # refuses an unknown class
     stages.ends(config, train.steps or train.epochs * ceil(len(splits.train) / train.batch_size))
     contrast = _contrast(data, tokenizer)

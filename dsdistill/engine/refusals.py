@@ -141,9 +141,17 @@ def check_judge(evaluation: Evaluation, data: Data, judged: bool) -> None:
             f"{evaluation.rcs} with a teacher whose head is not trained",
             "one that is, whose KL stands beside it, or 0",
         )
-    if data.sampler == "entropy":
+    if data.sampler in ("entropy", "ddk"):
+        got = f"{data.sampler} with a teacher whose head is not trained"
+        raise UserError("data.sampler", got, "one that is, or another")
+
+
+def check_domains(data: Data, sources: Sequence[str], devs: Collection[str]) -> None:
+    """Refuse data.sampler ddk without a dev set of each source's name."""
+    missing = [name for name in sources if name not in devs]
+    if data.sampler == "ddk" and missing:
         raise UserError(
-            "data.sampler", "entropy with a teacher whose head is not trained", "one that is, or another"
+            "data.dev", f"no set named {missing[0]}", f"one for each source: {', '.join(sources)}"
         )
 
 

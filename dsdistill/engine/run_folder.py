@@ -29,6 +29,7 @@ INIT = "init"  # the student's architecture, tokenizer and, if cut from a teache
 LAYERS = "layers.json"  # the pairs that cka_offline found
 MAPS = "domain_maps.safetensors"  # of the teacher's states
 SAMPLING = "sampling.npy"  # the teacher's values of the train examples, for a sampler
+SHARES = "shares.json"  # of the sources, from which step on
 STAGES = "stages"  # the weights that each stage hands on
 REPRESENTATIONS = "representations"  # of the dev set, during training
 BASELINE = "baseline"  # a run of its own
@@ -55,6 +56,7 @@ KEPT = {
     LAYERS: (),
     MAPS: (),
     SAMPLING: (),
+    SHARES: (),
     STAGES: ("*.safetensors", "*.partial"),
     REPRESENTATIONS: ("step-*.npy", "partial.npy"),
 }

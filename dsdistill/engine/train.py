@@ -22,7 +22,7 @@ from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
 from dsdistill.distributed import deepspeed, engines, stopping
 from dsdistill.distributed.ranks import Ranks
-from dsdistill.engine import checkpoint, stages
+from dsdistill.engine import checkpoint, reweighing, stages
 from dsdistill.engine.first_weights import read_student
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule, fused_layers, make_student
@@ -131,6 +131,7 @@ class Trainer:
             config.train.group_by_length,
             prepared.sampler,
             chances=config.student.domain is not None,
+            mixup=config.data.mixup,
         )
         self.total = config.train.steps or config.train.epochs * self.loader.steps_per_epoch
         ends = stages.ends(config, self.total)
@@ -243,6 +244,8 @@ class Trainer:
         ahead = Ahead(self.loader, self.end, pinned=self.ranks.device.type == "cuda")
         with contextlib.closing(ahead):
             try:
+                given = self.prepared, ahead, folder, self.ranks, self.progress.step
+                self._reweighed = reweighing.begin(*given, self.evaluate)
                 self._steps(ahead, guard, points, folder, bar)
             except SharedError:  # raised on every rank: the checkpoint that is being written is kept
                 self._finish_saving()
@@ -349,7 +352,7 @@ class Trainer:
         step, every = self.progress.step, self._evaluate_every
         if not every or step % every:
             return
-        scores = self.evaluate()["student"]
+        scores = self._reweighed(step, self.evaluate())["student"]
         mean = self.progress.losses / max(1, self.progress.counted)
         self.progress.losses, self.progress.counted = 0.0, 0
         if self.ranks.first:

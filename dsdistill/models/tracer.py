@@ -105,7 +105,8 @@ class Tracer:
         if batch.position_ids is not None:
             flat = wants_one_row(self.model)
             inputs = {name: one_row(values) for name, values in inputs.items()} if flat else inputs
-        with self.capture.recording() as made, _without_cache(self.model):
+        mixed = _mixed_embeddings(self.model, batch)
+        with self.capture.recording() as made, _without_cache(self.model), mixed:
             outputs = self.callee.call(**inputs)
         made = self._complete(made, outputs)
         return in_rows(made, *batch.mask.shape) if flat else made
@@ -150,6 +151,34 @@ def check_checkpointing(model: PreTrainedModel, place: str) -> None:
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})",
             )
         return  # all layers have the same
+
+
+@contextlib.contextmanager
+def _mixed_embeddings(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """Mix the embeddings of a batch's tokens with those of its partners, if it has any.
+
+    Both are looked up in one call of the embeddings, in which alone their weight is whole under ZeRO-3.
+    """
+    if batch.share is None:
+        yield
+        return
+    assert batch.partner_ids is not None  # it comes with shares
+    partner, own = batch.partner_ids, batch.share[:, None, None]
+
+    def both(_, arguments):
+        return (torch.cat([arguments[0], partner]), *arguments[1:])
+
+    def mix(_, arguments, found):
+        mine, other = found.chunk(2)
+        return (own * mine + (1 - own) * other).to(found.dtype)
+
+    embeddings = model.get_input_embeddings()
+    hooks = embeddings.register_forward_pre_hook(both), embeddings.register_forward_hook(mix)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -63,7 +63,9 @@ def test_before_is_what_the_layer_leaves(family):
 
 TERMS = {
     "feature": LAST,
+    "feature_map": {"layers": "last"},
     "pairwise": {"layers": "last"},
+    "ckd": {},
     "contrastive": {},
     "sp": {},
     "rkd": {},

@@ -27,12 +27,18 @@ CASES = {
         "classification",
         ALL_TERMS
         | {
-            "feature": {},
+            "feature": {"positions": "first"},
             "trajectory": {"word_layers": [[1, 2]], "phrase_layers": [[2, 3], [1, 1]]},
             "attention": {"relations": ["query_key", "value_value"]},
             "pairwise": {"center": True},
             "smooth": {},
         },
+        SMALL_BERT,
+    ),
+    "bert-masked": (
+        "bert",
+        "masked_lm",
+        ALL_TERMS | {"soft_label": {"positions": "valid", "divergence": "akl"}},
         SMALL_BERT,
     ),
     "bert-domain": (
@@ -63,7 +69,12 @@ CASES = {
         ALL_TERMS | {"attention": {"divergence": "mse", "layers": [[1, 1], [2, 2]]}},
         {"hidden_size": 24, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
     ),
-    "llama-classifier": ("llama", "classification", ALL_TERMS, SMALL_LLAMA),
+    "llama-classifier": (
+        "llama",
+        "classification",
+        ALL_TERMS | {"feature_map": {"layers": [[1, 2]]}, "ckd": {"window": 5}},
+        SMALL_LLAMA,
+    ),
     "roberta-regression": ("roberta", "regression", REGRESSION, SMALL_BERT),
     "gpt2-language": ("gpt2", "causal_lm", ALL_TERMS, {"n_embd": 24, "n_layer": 2}),
     "llama-groups": (

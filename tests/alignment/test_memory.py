@@ -17,7 +17,7 @@ from tests.alignment.synthetic import CASES, NO_KERNEL, Synthetic, term_of
 
 N, LENGTHS, VOCABULARY = 2048, (2048, 1500), 8192
 # "auto" runs them in C++, unwatched here.
-NATIVE = {"hidden", "attention", "pairwise", "trajectory", "domain"}
+NATIVE = {"hidden", "feature_map", "attention", "pairwise", "trajectory", "domain"}
 RUNS = [(case, "auto") for case in CASES]
 RUNS += [(case, "chunked") for case in CASES if term_of(case) in NATIVE and case not in NO_KERNEL]
 

@@ -77,6 +77,143 @@ def distilbert(student, teacher, batch, term):
     return 5 * soft + 2 * F.cross_entropy(student.logits, batch.labels) + cosine
 
 
+def distilbert_masked(student, teacher, batch, term):
+    """The same for masked language modelling: KL over every valid token, cross-entropy over the masked ones."""
+    log_p, log_q = (x.logits.div(2).log_softmax(-1)[batch.mask] for x in (teacher, student))
+    soft = 4 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    masked = F.cross_entropy(student.logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+    valid = batch.mask
+    cosine = F.cosine_similarity(student.hidden[-1][valid], teacher.hidden[-1][valid], dim=-1)
+    return 5 * soft + 2 * masked + (1 - cosine).mean()
+
+
+def mobilebert(layers):
+    def formula(student, teacher, batch, term):
+        """Sun et al. 2020 and its code: 100 FMT + 5000 means + 5 variances + attention, of one pair of layers.
+
+        Attention less the teacher's entropy, a constant.
+        """
+        (s, t), valid = layers, batch.mask
+        mine, other = student.hidden[s][valid], teacher.hidden[t][valid]
+        projectors = term["feature_map"].projectors  # None for equal widths
+        mapped = mine if projectors is None else mine @ projectors[f"{s}-{t}"].weight.T
+        maps = F.mse_loss(*(F.layer_norm(x, x.shape[-1:], eps=1e-12) for x in (mapped, other)))
+        means = F.mse_loss(mine.mean(-1), other.mean(-1))
+        variances = F.l1_loss(mine.var(-1, correction=0), other.var(-1, correction=0))
+        attention = row_kl(teacher.scores(t), student.scores(s), valid).mean()
+        return 100 * maps + 5000 * means + 5 * variances + attention
+
+    return formula
+
+
+def half_labels(student, teacher, batch, term):
+    """Cross-entropy with half the label and half the teacher's distribution, less half its entropy, a constant."""
+    p, log_q = teacher.logits.softmax(-1), student.logits.log_softmax(-1)
+    target = 0.5 * F.one_hot(batch.labels, 3) + 0.5 * p
+    return -(target * log_q).sum(-1).mean() + 0.5 * (p * p.log()).sum(-1).mean()
+
+
+def ckd(student, teacher, batch, term):
+    """Park et al. 2021 by its code's divisors, word by word: embeddings and two layers, windows of 21 words."""
+    maps, sums = [(0, 0), (1, 2), (2, 4)], {kind: [0.0, 0] for kind in ("wp", "wt", "lp", "lt")}
+
+    def add(kind, value, count):
+        sums[kind][0], sums[kind][1] = sums[kind][0] + value, sums[kind][1] + count
+
+    def cosines(x):
+        unit = F.normalize(x, dim=-1)
+        return unit @ unit.T
+
+    def pairs(kind, mine, other):
+        apart = ~torch.eye(len(mine), dtype=torch.bool)
+        p, q = (cosines(x)[apart].view(len(x), -1).log_softmax(-1) for x in (other, mine))
+        add(kind, (p.exp() * (p - q)).sum(), len(mine) ** 2)
+
+    def triples(kind, vertex, mine, other):
+        a, b = (cosines(x - x[vertex]) for x in (mine, other))
+        add(kind, (a - b).square().sum(), a.numel())
+
+    for row, valid in enumerate(batch.mask):
+        words = [(student.hidden[s][row][valid], teacher.hidden[t][row][valid]) for s, t in maps]
+        for mine, other in words:
+            pairs("wp", mine, other)
+            for i in range(len(mine)):
+                near = slice(max(0, i - 10), i + 11)
+                triples("wt", min(i, 10), mine[near], other[near])
+        for i in range(int(valid.sum())):
+            mine, other = (torch.stack([of[side][i] for of in words]) for side in (0, 1))
+            pairs("lp", mine, other)
+            for vertex in range(3):
+                triples("lt", vertex, mine, other)
+    p, log_q = teacher.logits.softmax(-1), student.logits.log_softmax(-1)
+    soft = (p * (p.log() - log_q)).sum(-1).mean()
+    return soft + sum(value / count for value, count in sums.values())
+
+
+def bert_emd(student, teacher, batch, term):
+    """Li et al. 2020, with the equal flow of the first step: 0.01 of layers and embeddings + 0.8 KD + 0.2 CE."""
+    valid, hidden = batch.mask, term["hidden"].projectors
+
+    def states(s, t):
+        return F.mse_loss((student.hidden[s] @ hidden[f"{s}"].weight.T)[valid], teacher.hidden[t][valid])
+
+    both = (valid[:, None, :, None] & valid[:, None, None, :]).expand(-1, 4, -1, -1)
+    layers = states(0, 0)
+    for s in (1, 2):
+        for t in (1, 2, 3, 4):
+            attention = F.mse_loss(student.scores(s)[both], teacher.scores(t)[both])
+            layers = layers + (states(s, t) + attention) / 8
+    log_p, log_q = (x.logits.log_softmax(-1) for x in (teacher, student))
+    soft = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return 0.01 * layers + 0.8 * soft + 0.2 * F.cross_entropy(student.logits, batch.labels)
+
+
+def pkd(student, teacher, batch, term):
+    """Sun et al. 2019, equations 6 to 8: (1 − α) CE + α KD + β' PT over [CLS] of all layers but the last.
+
+    β' = 0.13 is β = 100 over 768 values. With 4 and 2 layers the first learns from the second.
+    """
+    log_p, log_q = (x.logits.div(10).log_softmax(-1) for x in (teacher, student))
+    soft = 100 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    mine, other = (F.normalize(x[:, 0], dim=-1) for x in (student.hidden[1], teacher.hidden[2]))
+    patient = (mine - other).square().sum(-1).mean()
+    return 0.5 * F.cross_entropy(student.logits, batch.labels) + 0.5 * soft + 0.13 * patient
+
+
+def skew_kl(student, teacher, batch, term):
+    """KL(p ‖ αp + (1 − α)q), α = 0.1 (Ko et al. 2024, equation 3)."""
+    p, q = teacher.logits.softmax(-1), student.logits.softmax(-1)
+    return (p * (p / (0.1 * p + 0.9 * q)).log()).sum(-1).mean()
+
+
+def adaptive_kl(student, teacher, batch, term):
+    """The mean of forward and reverse KL, weighted by the gaps of head and tail (Wu et al. 2024), with μ = 0.5."""
+    total = 0.0
+    for p, q in zip(teacher.logits.softmax(-1), student.logits.softmax(-1), strict=True):
+        order = p.argsort(descending=True)
+        p, q = p[order], q[order]
+        size = max(1, int((p.cumsum(0) <= 0.5).sum()))
+        gaps = (p - q).detach().abs()
+        forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+        total = total + (gaps[:size].sum() * forward + gaps[size:].sum() * reverse) / gaps.sum()
+    return total / len(batch.mask)
+
+
+def logit_mse(student, teacher, batch, term):
+    """Half the labels, half the squared difference of the logits, a mean over classes (Kim et al. 2021)."""
+    squared = F.mse_loss(student.logits, teacher.logits)
+    return 0.5 * F.cross_entropy(student.logits, batch.labels) + 0.5 * squared
+
+
+def scatter_norms(*models):
+    """Fresh LayerNorms give every state the mean 0 and the variance 1, which tells no state from another."""
+    torch.manual_seed(3)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" in name:
+                parameter.data.add_(0.3 * torch.randn_like(parameter))
+
+
 def fine_tuning(student, teacher, batch, term):
     return F.cross_entropy(student.logits, batch.labels)
 
@@ -90,6 +227,16 @@ PRESETS = {
     "MiniLMv2": ("minilmv2", 0, 8, NARROW | {"num_attention_heads": 6}, minilmv2),
     "MiniLMv2, fine-tuning": ("minilmv2", 1, None, NARROW, fine_tuning),
     "DistilBERT": ("distilbert", 0, None, EQUAL, distilbert),
+    "DistilBERT, masked LM": ("distilbert", 0, None, EQUAL, distilbert_masked),
+    "MobileBERT, first": ("mobilebert", 0, None, NARROW, mobilebert((1, 2))),
+    "MobileBERT, second, equally wide": ("mobilebert", 1, None, EQUAL, mobilebert((2, 4))),
+    "MobileBERT, task": ("mobilebert", 3, None, NARROW, half_labels),
+    "CKD": ("ckd", 0, None, NARROW, ckd),
+    "BERT-EMD": ("bert_emd", 0, None, NARROW, bert_emd),
+    "PKD": ("pkd", 0, None, EQUAL, pkd),
+    "skew KL": ("skew_kl", 0, None, NARROW, skew_kl),
+    "adaptive KL": ("akl", 0, None, NARROW, adaptive_kl),
+    "logit MSE": ("logit_mse", 0, None, NARROW, logit_mse),
 }
 
 
@@ -97,9 +244,11 @@ PRESETS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_equals_the_published_formula(name, lengths):
     preset, stage, heads, student, formula = PRESETS[name]
-    rig = Rig("bert", terms=terms_of(preset, stage, heads), student=student, teacher=TEACHER)
+    task = "masked_lm" if "masked LM" in name else "classification"
+    rig = Rig("bert", task, terms_of(preset, stage, heads), student, TEACHER)
     rig.module.double(), rig.teacher.double()
-    batch = make_batch("classification", lengths, width=max(lengths))
+    scatter_norms(rig.student, rig.teacher)
+    batch = make_batch(task, lengths, width=max(lengths))
     total, _, gradients = rig.step(batch)
 
     rig.module.zero_grad()

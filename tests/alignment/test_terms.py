@@ -135,6 +135,17 @@ class TestSoftLabel:
         expected = factor * F.mse_loss(student[0][:, 0], teacher[0][:, 0]).item()
         assert raw["soft_label"] == pytest.approx(expected, rel=1e-4)
 
+    @pytest.mark.parametrize("divergence", ["forward_kl", "logit_mse"])
+    def test_squared_logits_are_the_same_at_every_temperature(self, divergence):
+        """τ² takes back the division by τ; KL alone depends on τ."""
+        terms = ({"soft_label": {"divergence": divergence, "temperature": t}} for t in (1.0, 3.0))
+        (_, _, first, student, teacher), (_, _, second, *_) = (run("bert", each) for each in terms)
+        same = first["soft_label"] == pytest.approx(second["soft_label"], rel=1e-5)
+        assert same == (divergence == "logit_mse")
+        if same:
+            expected = F.mse_loss(student[0], teacher[0]).item()
+            assert first["soft_label"] == pytest.approx(expected, rel=1e-4)
+
     @pytest.mark.parametrize(("student", "teacher"), [(64, 72), (72, 64)])
     def test_heads_padded_to_different_widths(self, student, teacher):
         """Padding rows of a head belong to no token: they take part in neither distribution."""
@@ -208,6 +219,17 @@ class TestFeature:
         assert raw["feature"] == pytest.approx(expected, rel=1e-4)
         with pytest.raises(UserError, match=r"^terms.feature.layer_weights: got 3 weights, expected 2"):
             Rig("bert", terms={"feature": {"layer_weights": [1, 2, 3]}}, student=STUDENT["bert"])
+
+    def test_first_tokens(self):
+        """A mean over sequences, each by its first token; a decoder's first token sees no other."""
+        terms = {"feature": {"positions": "first", "layers": "last", "divergence": "mse"}}
+        rig, _, raw, student, teacher = run("bert", terms)
+        projection = rig.objective.terms["feature"].projectors["2-3"].weight
+        expected = F.mse_loss(student[1][2][:, 0] @ projection.T, teacher[1][3][:, 0])
+        assert raw["feature"] == pytest.approx(expected.item(), rel=1e-4)
+        line = r"^terms.hidden.positions: got first with task causal_lm, [^\n]*, expected all"
+        with pytest.raises(UserError, match=line):
+            Rig("llama", "causal_lm", {"hidden": {"positions": "first"}})
 
     def test_its_messages_name_it(self):
         with pytest.raises(UserError, match=r"^terms.feature.layers: got student layer 7"):

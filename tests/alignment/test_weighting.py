@@ -1,12 +1,17 @@
 """Layer weights: the rules by hand, and that they come back from a checkpoint."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from dsdistill.alignment.objective import Objective
+from dsdistill.alignment.terms import Pair, Shape
 from dsdistill.alignment.weighting import Dynamic, EarthMover, transport
+from dsdistill.config import UserError
+from dsdistill.config.terms import Terms
 from tests.alignment.rig import Rig, make_batch
 
 
@@ -111,6 +116,35 @@ class TestInAnObjective:
         assert sum(term["weighted"] for term in report.values()) == pytest.approx(loss.item(), rel=1e-5)
         loss.backward()
         assert all(p.weight.grad.isfinite().all() for p in hidden.projectors.values())
+
+    def test_shared_masses(self):
+        """Both terms go on with the mean of the masses that each would have had alone, and with a flow of these."""
+        settings = {"layers": "emd", "layer_masses": "shared"}
+        terms = {"hidden": settings | {"embedding": False}, "attention": settings | {"heads": "mean"}}
+        batch, masses = make_batch("classification"), []
+        for kept in (["hidden"], ["attention"], ["hidden", "attention"]):
+            given = {name: terms[name] for name in kept}
+            rig = Rig("bert", terms=given, student={"num_hidden_layers": 2})
+            _, raw = self.step(rig, batch)
+            rig.objective.update(raw)
+            masses.append([term.weighting.masses for term in rig.objective.terms.values()])
+        (alone,), (other,), together = masses
+        for side in range(2):
+            mean = (np.array(alone[side]) + np.array(other[side])) / 2
+            assert together[0][side] == together[1][side] == pytest.approx(mean.tolist(), rel=1e-9)
+        assert alone[0] != pytest.approx(other[0], rel=1e-3)
+        rig.objective.update(raw)
+        for term, costs in zip(rig.objective.terms.values(), raw.split(6), strict=True):
+            flow = transport(costs.reshape(2, 3).numpy(), *together[0]).flatten()
+            assert term.weighting.values == pytest.approx(flow.tolist(), abs=1e-9)
+
+    def test_masses_are_shared_by_terms_of_the_same_layers(self):
+        settings = {"layers": "emd", "layer_masses": "shared"}
+        terms = Terms(hidden=settings, attention=settings)
+        shape = Shape(depth=4, width=8, heads=2, key_heads=2, head_width=4, vocabulary=9)
+        hybrid = dataclasses.replace(shape, attention_layers=(2, 4))
+        with pytest.raises(UserError, match=r"hidden 4 × 4, attention 2 × 4\), expected own"):
+            Objective(terms, Pair(hybrid, shape, "causal_lm", "auto"))
 
     def test_dynamic(self):
         terms = {"hidden": {"layer_weights": "dynamic", "layer_agg": "sum", "weight": 2.0}}

@@ -266,6 +266,10 @@ class TestRulesBetweenFields:
                 ["student.domain.width=4", "terms.domain.layers=emd"],
                 "terms.domain.layers: got emd, expected uniform, skip, last, or",
             ),
+            (
+                ["terms.hidden.layer_masses=shared"],
+                "terms.hidden.layer_masses: got shared with layers: uniform, expected layers: emd beside it",
+            ),
             (["evaluation.rcs=1"], "evaluation.rcs: got 1, expected 2 points or more"),
             (["teacher=null", "terms.hidden=null", "evaluation.rcs=3"], "evaluation.rcs: got 3 without a"),
             (

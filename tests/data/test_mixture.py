@@ -49,6 +49,36 @@ def test_an_epoch_depends_on_seed_and_number_alone():
     assert mixture().order(3, 4).tolist() != mixture().order(3, 5).tolist()
 
 
+def test_other_weights_from_a_draw_on():
+    """What was drawn before stays, each part has its shares, and a source goes on where it stopped."""
+    mixed, schedule = mixture(), [(130, (6.0, 3.0, 1.0)), (210, (0.0, 1.0, 1.0))]
+    plain = np.concatenate([mixed.order(3, epoch) for epoch in range(3)])
+    drawn = np.concatenate([mixed.order(3, epoch, schedule) for epoch in range(3)])
+    assert drawn[:130].tolist() == plain[:130].tolist()
+    owners = np.searchsorted(mixed.bounds, drawn, side="right") - 1
+    for start, end, weights in ((0, 130, mixed.weights), (130, 210, (6, 3, 1)), (210, 300, (0, 1, 1))):
+        shares = np.array(weights) / sum(weights)
+        found = np.bincount(owners[start:end], minlength=3)
+        assert np.abs(found - shares * (end - start)).max() <= 3
+    for source, size in enumerate((50, 30, 20)):
+        own = (drawn - mixed.bounds[source])[owners == source]
+        for turn in range(len(own) // size):
+            assert sorted(own[turn * size : (turn + 1) * size]) == list(range(size))
+
+
+def test_a_loader_and_its_thread_take_other_weights():
+    """The batches that the thread has made ahead are made anew."""
+    mixed, weights = mixture(), (0.0, 0.0, 1.0)
+    ahead = Ahead(Loader(mixed, 8, 8, 1, 0, 3, 0), 40, pinned=False)
+    for step in range(14):  # in the second epoch of 13 steps
+        ahead.step(step)
+    ahead.reweigh(14, weights)
+    sources = [batch.source.unique().tolist() for step in range(14, 30) for batch in ahead.step(step)]
+    ahead.close()
+    assert sources == [[2]] * 16
+    assert [batch.source.unique().tolist() for batch in Loader(mixed, 8, 8, 1, 0, 3, 0).step(1, 1)] != [[2]]
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_batches_tell_their_sources(ranks):
     mixed = mixture()

@@ -338,6 +338,10 @@ class TestRefusals:
                 "Distiller: terms.hidden.layers: got teacher layer 9, expected 1 to 3",
             ),
             ({"hidden": {"layers": "cka_offline"}}, "Distiller: terms.hidden.layers: got cka_offline"),
+            (
+                {"feature": {"components": 4}},
+                "Distiller: terms.feature.components: got 4, which are fitted on",
+            ),
             ({}, "Distiller: terms: got no term with a weight above 0"),
             (["task"], "Distiller: terms: got list, expected a dict of terms by name"),
             ({"smooth": {}, "task": {}}, "Distiller: terms.smooth: got no stage before this one"),

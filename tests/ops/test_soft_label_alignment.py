@@ -22,12 +22,13 @@ def test_cross_entropy_check(check, case, backend, dtype):
     run_check(check, case, backend, dtype)
 
 
-FIVE = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
+# The factors of akl are constants for its gradient, so that it is not the slope of its value.
+SLOPES = tuple(divergence for divergence in DIVERGENCES if divergence != "akl")
 
 
 @gradient_cases(
     "soft-label",
-    *(f"{divergence}-{kind}" for divergence in FIVE for kind in ("warm", "capped")),
+    *(f"{divergence}-{kind}" for divergence in SLOPES for kind in ("warm", "capped")),
     "student-capped",
     "teacher-capped",
 )
@@ -52,7 +53,11 @@ BY_HAND = {
     "jsd": 0.25 * entropy_terms(P, (0.3125, 0.6875)) + 0.75 * entropy_terms(Q, (0.3125, 0.6875)),
     # α = 0.2: 0.2 p + 0.8 q.
     "skew_kl": entropy_terms(P, (0.3, 0.7)),
+    "skew_reverse_kl": entropy_terms(Q, (0.45, 0.55)),  # α = 0.2: 0.2 q + 0.8 p
+    "akl": (entropy_terms(P, Q) + entropy_terms(Q, P))
+    / 2,  # one entry each in head and tail, both 0.25 apart
     "tvd": 0.25,
+    "logit_mse": (math.log(2) ** 2 + math.log(1.5) ** 2) / 2,
 }
 
 
@@ -64,6 +69,43 @@ def test_by_hand(divergence):
         logits_s, logits_t, divergence=divergence, temperature=2.0, beta=0.25, alpha=0.2, reduction="sum"
     )
     assert loss.item() == pytest.approx(BY_HAND[divergence], rel=1e-5)
+
+
+def adaptive_kl(student, teacher, mu):
+    """Adaptive KL of one row of logits, entry by entry (Wu et al. 2024), and how many entries its head has."""
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    order = sorted(range(len(p)), key=lambda i: -p[i].item())
+    head, mass = [], 0.0
+    for i in order:
+        mass += p[i].item()
+        if head and mass > mu:
+            break
+        head.append(i)
+    gaps = [sum(abs(p[i] - q[i]).item() for i in part) for part in (head, set(order) - set(head))]
+    forward, reverse = (sum(a[i] * (a[i] / b[i]).log() for i in order) for a, b in ((p, q), (q, p)))
+    return (gaps[0] * forward + gaps[1] * reverse) / sum(gaps), len(head)
+
+
+@pytest.mark.parametrize("mu", [0.4, 0.5, 0.8])
+def test_adaptive_kl_by_loops(mu):
+    """Value and gradient; in some rows the most likely entry alone has more than μ, in some the head has several."""
+    torch.manual_seed(0)
+    hidden_s, hidden_t = (torch.randn(1, 12, 3, dtype=torch.float64) for _ in range(2))
+    head_s, head_t = (torch.randn(9, 3, dtype=torch.float64) for _ in range(2))
+    hidden_s.requires_grad_()
+    rows = [
+        adaptive_kl(s, t, mu) for s, t in zip(hidden_s[0] @ head_s.T, hidden_t[0] @ head_t.T, strict=True)
+    ]
+    expected = sum(value for value, _ in rows)
+    assert {1, 2} <= {size for _, size in rows}
+    true = torch.autograd.grad(expected, hidden_s)[0]
+    options = {"divergence": "akl", "mu": mu, "reduction": "sum"}
+    for backend in PLAIN:
+        loss = soft_label_alignment(hidden_s, head_s, hidden_t, head_t, **options, backend=backend)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, hidden_s)[0], true)
+    loss = logit_alignment(hidden_s @ head_s.T, hidden_t @ head_t.T, **options)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("backend", PLAIN)
@@ -81,7 +123,8 @@ def test_heads_equal_their_logits(backend, divergence):
 def test_bounds_and_symmetry():
     torch.manual_seed(0)
     student, teacher = 20 * torch.randn(50, 9), 20 * torch.randn(50, 9)
-    assert logit_alignment(student, teacher, divergence="skew_kl", alpha=0.1).item() <= math.log(10)
+    for divergence in ("skew_kl", "skew_reverse_kl"):
+        assert logit_alignment(student, teacher, divergence=divergence, alpha=0.1).item() <= math.log(10)
     there = logit_alignment(student, teacher, divergence="jsd", beta=0.5)
     back = logit_alignment(teacher, student, divergence="jsd", beta=0.5)
     torch.testing.assert_close(there, back)
@@ -299,6 +342,7 @@ def test_mask_and_places_exclude_each_other():
         ({"temperature": 0.0}, "above 0"),
         ({"divergence": "kl"}, "'forward_kl'"),
         ({"beta": 1.5}, "beta"),
+        ({"mu": -0.1}, "mu"),
         ({"student_bias": torch.randn(10)}, "V=11"),
         ({"student_softcap": 0.0}, "student_softcap: got 0.0, expected a number above 0, or None"),
         ({"teacher_softcap": -3.0}, "teacher_softcap: got -3.0, expected"),

@@ -4,9 +4,11 @@ import inspect
 
 from dsdistill.alignment.terms.attention import AttentionTerm
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair, Shape
+from dsdistill.alignment.terms.contextual import ContextualTerm
 from dsdistill.alignment.terms.domain import DomainTerm
 from dsdistill.alignment.terms.dynamics import FeatureDynamicsTerm
 from dsdistill.alignment.terms.embedding import EmbeddingTerm
+from dsdistill.alignment.terms.feature_map import FeatureMapTerm
 from dsdistill.alignment.terms.hidden import FeatureTerm, HiddenTerm
 from dsdistill.alignment.terms.pairwise import PairwiseTerm
 from dsdistill.alignment.terms.related import (
@@ -30,8 +32,10 @@ TERMS: dict[str, type[AlignmentTerm]] = {
     "embedding": EmbeddingTerm,
     "hidden": HiddenTerm,
     "feature": FeatureTerm,
+    "feature_map": FeatureMapTerm,
     "attention": AttentionTerm,
     "pairwise": PairwiseTerm,
+    "ckd": ContextualTerm,
     "contrastive": ContrastiveTerm,
     "sp": SimilarityTerm,
     "rkd": RelationalTerm,

@@ -1,7 +1,7 @@
 """Define the base class of every term of the loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dsdistill.config import UserError
 from dsdistill.config.terms import Layered
 from dsdistill.config.terms import Term as TermConfig
 from dsdistill.data.batch import Batch
+from dsdistill.models.domain_fusion import TeacherMap
 from dsdistill.models.settings import attention_layers, setting, text_config
 from dsdistill.models.trace import Geometry, Trace
 from dsdistill.ops import HEAD_BACKENDS, VocabularyLosses, Weight
@@ -118,6 +119,11 @@ class AlignmentTerm(nn.Module, ABC):
         reads = any(shape is not None and shape.depth in layers for layers, shape in own)
         return reads and getattr(self.config, "final_norm", "before") == "after"
 
+    @property
+    def teacher_maps(self) -> Mapping[int, TeacherMap]:
+        """Return the term's frozen maps of teacher layers, by layer; they are fitted before training."""
+        return {}
+
     def state(self, trace: Trace, layer: int) -> Tensor:
         """Return a layer's states, (B, N, D); the last layer's before or after the final norm, as `final_norm` says."""
         return trace.state(layer, after=getattr(self.config, "final_norm", "before") == "after")
@@ -169,7 +175,8 @@ class AlignmentTerm(nn.Module, ABC):
         self.parts = len(pairs)
         if config.layers == "emd":
             depths = depths or [shape.depth for shape in self.pair.shapes]
-            self.weighting = EarthMover(depths[0], depths[1], before=self.parts - depths[0] * depths[1])
+            before, shared = self.parts - depths[0] * depths[1], config.layer_masses == "shared"
+            self.weighting = EarthMover(depths[0], depths[1], before, shared)
             return
         self.factor = 1 / self.parts if config.layer_agg == "mean" else 1.0
         weights = config.layer_weights

@@ -18,7 +18,8 @@ class PairwiseTerm(AlignmentTerm):
 
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
     formula. There are two readings: φ and ψ both give the centred, row-normalised Gram matrix of a sequence's tokens,
-    or φ is a PCA fitted on the teacher and ψ a trained linear map. The first is built here. It has no parameters; φ and
+    or φ is a PCA fitted on the teacher and ψ a trained linear map. The first is built here, the second in HiddenTerm
+    (`components`). It has no parameters; φ and
     ψ trained together on this loss alone would both collapse to 0. With `rows` training relates that many tokens of
     each sequence, drawn anew at each step, to all of its tokens; evaluation relates all. The last layer is read after
     the final norm, or with `final_norm: before` as the layer outputs it.

@@ -1,5 +1,6 @@
 """Compare the student's output distribution with the teacher's (Hinton et al. 2015)."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dsdistill.alignment.terms.task import (
 from dsdistill.config import UserError
 from dsdistill.config.schema import LANGUAGE
 from dsdistill.config.terms import SoftLabel
-from dsdistill.data.batch import NO_LABEL
+from dsdistill.data.batch import NO_LABEL, Batch
 from dsdistill.ops import logit_alignment, soft_label_alignment, vocabulary_losses
 
 
@@ -36,9 +37,10 @@ def common_vocabulary(pair: Pair, place: str) -> int | None:
 class SoftLabelTerm(AlignmentTerm):
     """Compute the divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
-    For language models it is computed over the positions that predict a token, from hidden states and heads; if the
-    heads are padded to different sizes, over the tokenizer's entries. For regression it is the squared difference of
-    both scores divided by τ, which is 2 KL of unit normal distributions around them; τ² cancels τ there.
+    For language models it is computed from hidden states and heads, over the positions that predict a token with a
+    label, or with `positions: valid` (as DistilBERT's code) over those of all valid tokens; if the heads are padded to
+    different sizes, over the tokenizer's entries. For regression it is the squared difference of both scores divided by
+    τ, which is 2 KL of unit normal distributions around them; τ² cancels τ there, as it does in logit_mse.
     """
 
     name = "soft_label"
@@ -48,14 +50,21 @@ class SoftLabelTerm(AlignmentTerm):
     def __init__(self, config: SoftLabel, pair: Pair):
         super().__init__(config, pair)
         self.needs_logits = pair.task not in LANGUAGE
-        self.needs_labels = pair.task in LANGUAGE  # they tell which tokens are predicted
-        self.joins = "task" if pair.task in LANGUAGE else None
+        # Labels tell which tokens are predicted; the task's loss is over those.
+        self.needs_labels = pair.task in LANGUAGE and config.positions == "predicted"
+        self.joins = "task" if self.needs_labels else None
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0
         self.common = common_vocabulary(pair, "terms.soft_label") if pair.task in LANGUAGE else None
 
+    def _read(self, batch: Batch) -> Batch:
+        """Return the batch with labels at the positions that are compared."""
+        if self.config.positions == "predicted":
+            return batch
+        return replace(batch, labels=batch.input_ids, counted=None)
+
     def counts(self, batch, geometry):
         if self.pair.task in LANGUAGE:
-            return count_predicted(batch, self.pair.task)[None]
+            return count_predicted(self._read(batch), self.pair.task)[None]
         return batch.rows.sum().double()[None]
 
     @property
@@ -66,6 +75,7 @@ class SoftLabelTerm(AlignmentTerm):
             "divergence": config.divergence,
             "beta": config.beta,
             "alpha": config.alpha,
+            "mu": config.mu,
             "reduction": "sum",
         }
 
@@ -87,7 +97,7 @@ class SoftLabelTerm(AlignmentTerm):
             student_softcap=student.softcap,
             teacher_softcap=teacher.softcap,
             backend=self.pair.logit_backend,
-            **counted_states(batch, self.pair.task),
+            **counted_states(self._read(batch), self.pair.task),
             **options,
         )[None]
 

@@ -1,5 +1,6 @@
 """Compute the task's own loss against the labels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,12 +61,22 @@ def counted_states(batch: Batch, task: str) -> dict[str, Any]:
     return {"mask": targets(batch, task) != NO_LABEL} if index is None else {"index": index}
 
 
+def _weighed(share: Tensor | None, loss: Callable[..., Tensor], *given: Tensor, **options: Any) -> Tensor:
+    """Return the sum of a loss over the rows, each times its share if there are shares."""
+    if share is None:
+        return loss(*given, reduction="sum", **options)
+    return (share * loss(*given, reduction="none", **options)).sum()
+
+
 class TaskTerm(AlignmentTerm):
     """Compute cross-entropy over examples or predicted tokens; squared error for scores; contrast of pairs of texts.
 
     Labels are smoothed and classes weighted as by torch's cross_entropy. With w the weights of the C classes, ε the
     smoothing and q the student's probabilities, an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the
     sum, and w_y to the divisor.
+
+    A row that is mixed with another (Batch.share, MixKD, Liang et al. 2021) has λ of its own label's loss and 1 − λ of
+    the other's; a score is λ of its own and 1 − λ of the other's.
 
     A pair of a query q_i and a document d_i adds −log softmax_j(cos(q_i, d_j) / τ) at j = i to the sum, where j runs
     over the pairs of a micro-batch on all ranks (InfoNCE, van den Oord et al. 2018). As with a RelatedTerm, the number
@@ -93,15 +104,27 @@ class TaskTerm(AlignmentTerm):
             return count_predicted(batch, task)[None]
         if task == "regression":
             return batch.rows.sum().double()[None]
-        labels = self._classes(batch)
-        if not self.pair.class_weights:
-            return (labels != NO_LABEL).sum().double()[None]
-        weights = torch.tensor(self.pair.class_weights, dtype=torch.float64, device=labels.device)
-        return weights[labels.clamp(min=0)].masked_fill(labels == NO_LABEL, 0).sum()[None]
+        counted = [self._weights(labels, share) for labels, share in self._classes(batch)]
+        return torch.stack(counted).sum()[None]
 
-    def _classes(self, batch: Batch) -> Tensor:
-        """Return (B,) int64 classes, NO_LABEL for rows that do not count."""
-        return _labels(batch).masked_fill(~batch.rows, NO_LABEL)
+    def _weights(self, labels: Tensor, share: Tensor | None) -> Tensor:
+        """Return (B,) float64: what each row adds to the divisor."""
+        if self.pair.class_weights:
+            weights = torch.tensor(self.pair.class_weights, dtype=torch.float64, device=labels.device)
+            counted = weights[labels.clamp(min=0)].masked_fill(labels == NO_LABEL, 0)
+        else:
+            counted = (labels != NO_LABEL).double()
+        return counted if share is None else counted * share
+
+    def _classes(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
+        """Return (B,) int64 classes, NO_LABEL for rows that do not count, and their shares; two of each if mixed."""
+        own = _labels(batch).masked_fill(~batch.rows, NO_LABEL)
+        if batch.share is None or batch.partner_labels is None:
+            return [(own, None)]
+        return [
+            (own, batch.share),
+            (batch.partner_labels.masked_fill(~batch.rows, NO_LABEL), 1 - batch.share),
+        ]
 
     def sums(self, student, teacher, batch):
         task = self.pair.task
@@ -121,18 +144,26 @@ class TaskTerm(AlignmentTerm):
                 backend=self.pair.logit_backend,
             )
         elif task == "regression":
-            difference = student.logits[:, 0].float() - batch.labels.float()
+            scores = batch.labels.float()
+            if batch.share is not None:
+                scores = batch.share * scores + (1 - batch.share) * batch.partner_labels.float()
+            difference = student.logits[:, 0].float() - scores
             loss = torch.where(batch.rows, difference, 0.0).square().sum()
         else:
             logits, weights = student.logits.float(), self.pair.class_weights
-            loss = F.cross_entropy(
-                logits,
-                self._classes(batch),
-                weight=logits.new_tensor(weights) if weights else None,
-                ignore_index=NO_LABEL,
-                reduction="sum",
-                label_smoothing=self.pair.smoothing,
-            )
+            losses = [
+                _weighed(
+                    share,
+                    F.cross_entropy,
+                    logits,
+                    labels,
+                    weight=logits.new_tensor(weights) if weights else None,
+                    ignore_index=NO_LABEL,
+                    label_smoothing=self.pair.smoothing,
+                )
+                for labels, share in self._classes(batch)
+            ]
+            loss = torch.stack(losses).sum()
         return loss[None]
 
     def _contrast(self, vectors: Tensor, batch: Batch) -> Tensor:

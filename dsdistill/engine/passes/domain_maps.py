@@ -1,4 +1,4 @@
-"""Fit the frozen maps of teacher states that a student's domain fusion needs, before training."""
+"""Fit the frozen maps of teacher states that a student's domain fusion and terms need, before training."""
 
 import os
 
@@ -22,26 +22,38 @@ from dsdistill.models.tracer import Tracer
 def fit_maps(
     prepared: Prepared, folder: RunFolder, ranks: Ranks, teacher: LazyTeacher | None
 ) -> dict[str, Tensor] | None:
-    """Return the principal components of teacher states over train examples; RUN keeps them for every resume.
+    """Fit the maps of the student's fusion and of terms to teacher states over train examples.
 
-    Examples are evenly spaced in the whole train set, whose beginning may come from one of several files.
+    The fusion's weights are returned (None without a fusion), those of terms are filled in. RUN keeps both for every
+    resume. Examples are evenly spaced in the whole train set, whose beginning may come from one of several files.
     """
-    if prepared.config.student.domain is None:
+    fusion, layers = None, fused_layers(prepared.objectives)
+    if prepared.config.student.domain is not None:
+        fusion = make_fusion(prepared.config, prepared.pair, layers)
+    # By the start of their names in the file: maps of one width and layer are the same in every term.
+    maps = {} if fusion is None else {f"{layer}.": [(layer, fusion.maps[str(layer)])] for layer in layers}
+    for term in (term for objective in prepared.objectives for term in objective.terms.values()):
+        for layer, made in term.teacher_maps.items():
+            maps.setdefault(f"terms.{len(made.components)}.{layer}.", []).append((layer, made))
+    if not maps:
         return None
     path = folder / MAPS
     if not ranks.gather(os.path.isfile(path))[0]:
-        layers = fused_layers(prepared.objectives)
-        fusion = make_fusion(prepared.config, prepared.pair, layers)
-        for layer, (count, total, products) in _moments(
-            prepared, layers, ranks, teacher.tracer((), layers)
-        ).items():
-            fusion.maps[str(layer)].fit(count, total, products)
+        wanted = tuple(sorted({layer for same in maps.values() for layer, _ in same}))
+        moments, weights = _moments(prepared, wanted, ranks, teacher.tracer((), wanted)), {}
+        for start, ((layer, made), *_) in maps.items():
+            made.fit(*moments[layer])
+            weights |= {start + name: value.contiguous() for name, value in made.state_dict().items()}
         with ranks.first_alone():
             if ranks.first:
-                weights = {name: value.contiguous() for name, value in fusion.maps.state_dict().items()}
-                with disk.replacing(path) as made:
-                    save_file(weights, made)
-    return load_file(path)
+                with disk.replacing(path) as new:
+                    save_file(weights, new)
+    kept = load_file(path)
+    for start, same in maps.items():
+        for _, made in same:
+            own = {name: value for name, value in kept.items() if name.startswith(start)}
+            made.load_state_dict({name.removeprefix(start): value for name, value in own.items()})
+    return None if fusion is None else fusion.maps.state_dict()
 
 
 def _moments(

@@ -36,14 +36,14 @@ def soft_label_total(
     student_softcap: float | None,
     teacher_softcap: float | None,
     fused: bool = False,
-    **formula,
+    **given,
 ) -> tuple[Tensor, Gradients]:
     """Return the same sum as `reference.soft_label_total`, and gradients at student hidden, head and bias if needed."""
     student = Head(student_head, student_bias, dtype, student_softcap, fused)
     teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap, fused)
     if index is None and mask is not None:
         index = mask.flatten().nonzero()[:, 0]
-    loss = SoftLabels(teacher_hidden, teacher, **formula)
+    loss = SoftLabels(teacher_hidden, teacher, **given)
     totals, gradients = _over_blocks(needs, student_hidden, student, index, [loss], None, fused)
     return totals[0], gradients
 
@@ -89,7 +89,7 @@ def vocabulary_totals(
     teacher_softcap: float | None,
     label_smoothing: float,
     fused: bool = False,
-    **formula,
+    **given,
 ) -> tuple[Tensor, Gradients]:
     """Return (2,) sums, of cross-entropy and of soft labels, and the gradients of weights · sums.
 
@@ -99,7 +99,7 @@ def vocabulary_totals(
     teacher = Head(teacher_head, teacher_bias, dtype, teacher_softcap, fused)
     if index is None:
         index = (labels != ignore_index).flatten().nonzero()[:, 0]
-    losses: list[Loss] = [Labels(labels, label_smoothing), SoftLabels(teacher_hidden, teacher, **formula)]
+    losses: list[Loss] = [Labels(labels, label_smoothing), SoftLabels(teacher_hidden, teacher, **given)]
     return _over_blocks(needs, student_hidden, student, index, losses, weights, fused)
 
 

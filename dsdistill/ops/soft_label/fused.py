@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops.gpu import Tile, architecture, interpreting, launch
-from dsdistill.ops.soft_label.divergence import DIVERGENCES
+from dsdistill.ops.soft_label.divergence import FUSED, Formula
 from dsdistill.ops.soft_label.head import Head
 from dsdistill.ops.soft_label.losses import Labels, Loss, Places, SoftLabels
 
@@ -86,8 +86,8 @@ def run(
     tile = TILES[architecture(z.device)]
     values = torch.empty(len(z), 2, device=z.device)
     teacher = head if soft is None else soft.teacher
-    divergence, beta, alpha = ("forward_kl", 0.5, 0.5) if soft is None else soft.formula
-    share = beta if divergence == "jsd" else alpha
+    formula = Formula("forward_kl", 0.5, 0.5, 0.5) if soft is None else soft.formula
+    share = formula.beta if formula.divergence == "jsd" else formula.alpha
     arguments = {
         **given,
         "student": z,
@@ -111,7 +111,7 @@ def run(
         "log_rest": math.log1p(-share) if share < 1 else -math.inf,
         "BT": tile.rows,
         "BV": tile.columns,
-        "DIVERGENCE": DIVERGENCES.index(divergence),
+        "DIVERGENCE": FUSED.index(formula.divergence),
         "TASK": task is not None,
         "SOFT": soft is not None,
         "SMOOTHED": task is not None and task.smoothing > 0,

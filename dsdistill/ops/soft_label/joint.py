@@ -61,6 +61,7 @@ def vocabulary_losses(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.1,
+    mu: float = 0.5,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> VocabularyLosses:
@@ -79,7 +80,7 @@ def vocabulary_losses(
         weights: of task and soft labels in `total`: numbers, or scalar tensors on any device, taken as constants.
         common: number of first entries of both heads that the soft labels compare (padding comes after them). The task
             sees all V_s. Default: all, where V_s = V_t.
-        student_softcap, teacher_softcap, temperature, divergence, beta, alpha: as `soft_label_alignment`; the task
+        student_softcap, teacher_softcap, temperature, divergence, beta, alpha, mu: as `soft_label_alignment`; the task
             sees the student's soft cap, too, but no temperature.
         label_smoothing: as `token_cross_entropy`.
         reduction: "mean" over the tokens that count, or "sum".
@@ -99,7 +100,7 @@ def vocabulary_losses(
     check_labels(labels, student_hidden)
     check_index(index, None, student_hidden)
     common = _check_common(common, student_head.shape[0], teacher_head.shape[0])
-    formula = check_formula(temperature, divergence, beta, alpha)
+    formula = check_formula(temperature, divergence, beta, alpha, mu)
     caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
     check_softcaps(**caps)
     check_range("label_smoothing", label_smoothing, 0, 1)

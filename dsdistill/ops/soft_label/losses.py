@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsdistill.ops.soft_label.divergence import divergence_rows, logit_gradient
+from dsdistill.ops.soft_label.divergence import Formula, described, divergence_rows, logit_gradient
 from dsdistill.ops.soft_label.head import Head
 
 Places = Tensor | slice  # of a block's tokens among all: (K,) int64, or a range
@@ -31,31 +31,22 @@ class Loss(Protocol):
 class SoftLabels:
     """Compute the divergence between both models' predictions over the entries of the teacher's head."""
 
-    def __init__(
-        self,
-        teacher_hidden: Tensor,
-        teacher: Head,
-        *,
-        temperature: float,
-        divergence: str,
-        beta: float,
-        alpha: float,
-    ):
+    def __init__(self, teacher_hidden: Tensor, teacher: Head, *, temperature: float, formula: Formula):
         self.entries = teacher.matrix.shape[0]
         self.hidden, self.teacher = teacher_hidden.detach().flatten(0, 1), teacher
-        self.temperature, self.formula = temperature, (divergence, beta, alpha)
+        self.temperature, self.formula = temperature, formula
 
     def block(self, places: Places) -> Tensor:
         return self.teacher.logits(self.hidden[places])
 
     def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-        log_q = (z[:, : self.entries] / self.temperature).log_softmax(-1)
-        log_p = given.div_(self.temperature).log_softmax(-1)
-        p = torch.exp(log_p, out=given)
-        value = divergence_rows(log_p, log_q, p, *self.formula).sum()
+        log_q = described(z[:, : self.entries] / self.temperature, self.formula)
+        log_p = described(given.div_(self.temperature), self.formula)
+        p = given if log_p is given else torch.exp(log_p, out=given)
+        value = divergence_rows(log_p, log_q, p, self.formula).sum()
         if not with_gradient:
             return value, None
-        return value, logit_gradient(log_p, log_q, p, *self.formula).div_(self.temperature)
+        return value, logit_gradient(log_p, log_q, p, self.formula).div_(self.temperature)
 
 
 class Labels:

@@ -26,7 +26,7 @@ from dsdistill.ops.common import (
 from dsdistill.ops.gpu import triton_lack
 from dsdistill.ops.records import gpu_choice
 from dsdistill.ops.soft_label import chunked, reference
-from dsdistill.ops.soft_label.divergence import DIVERGENCES
+from dsdistill.ops.soft_label.divergence import DIVERGENCES, FUSED, Formula
 
 # The backends of all operators over a vocabulary that read heads.
 HEAD_BACKENDS = ("chunked", "reference", "triton")
@@ -56,6 +56,7 @@ def soft_label_alignment(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.1,
+    mu: float = 0.5,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -73,10 +74,12 @@ def soft_label_alignment(
         index: (K,) int64, ascending, in place of `mask`: flat places b·N + n of the tokens that count. Nothing then
             waits for the device to find them. The values are not checked.
         temperature: τ > 0.
-        divergence: "forward_kl", "reverse_kl", "jsd", "skew_kl" (all in nats) or "tvd".
-        beta: teacher's share in jsd's mixture. alpha: teacher's share in skew_kl's. Both in [0, 1].
+        divergence: "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl" (all in nats), "tvd", or
+            "logit_mse" (a squared logit, divided by τ²).
+        beta: teacher's share in jsd's mixture. alpha: share in the mixture of the teacher in skew_kl, of the student
+            in skew_reverse_kl. mu: largest probability of the head of the vocabulary in akl. All in [0, 1].
         reduction: "mean" over valid tokens, or "sum".
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked" or "triton" (which lacks skew_reverse_kl, akl and logit_mse).
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to the student's hidden states, head and bias
@@ -96,7 +99,7 @@ def soft_label_alignment(
         )
     check_mask(mask, (batch, tokens), student_hidden)
     check_index(index, mask, student_hidden)
-    formula = check_formula(temperature, divergence, beta, alpha)
+    formula = check_formula(temperature, divergence, beta, alpha, mu)
     caps = {"student_softcap": student_softcap, "teacher_softcap": teacher_softcap}
     check_softcaps(**caps)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -200,6 +203,7 @@ def logit_alignment(
     divergence: str = "forward_kl",
     beta: float = 0.5,
     alpha: float = 0.1,
+    mu: float = 0.5,
     reduction: str = "mean",
 ) -> Tensor:
     """Return the same divergences between logits that already exist, such as a classifier's.
@@ -220,7 +224,7 @@ def logit_alignment(
     check_tensor("student_logits", student_logits, shape)
     check_tensor("teacher_logits", teacher_logits, shape, like=student_logits)
     check_mask(mask, tuple(student_logits.shape[:-1]), student_logits)
-    formula = check_formula(temperature, divergence, beta, alpha)
+    formula = check_formula(temperature, divergence, beta, alpha, mu)
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(student_logits, teacher_logits)
     with without_autocast(student_logits.device):
@@ -266,18 +270,16 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
     check_device("labels", labels, hidden)
 
 
-def check_formula(temperature: float, divergence: str, beta: float, alpha: float) -> dict:
+def check_formula(temperature: float, divergence: str, beta: float, alpha: float, mu: float) -> dict:
+    """Return what backends take of a divergence: `temperature` and `formula`."""
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a number above 0")
     check_choice("divergence", divergence, DIVERGENCES)
     check_range("beta", beta, 0, 1)
     check_range("alpha", alpha, 0, 1)
-    return {
-        "temperature": float(temperature),
-        "divergence": divergence,
-        "beta": float(beta),
-        "alpha": float(alpha),
-    }
+    check_range("mu", mu, 0, 1)
+    formula = Formula(divergence, float(beta), float(alpha), float(mu))
+    return {"temperature": float(temperature), "formula": formula}
 
 
 def check_softcaps(**caps: float | None) -> None:
@@ -304,6 +306,8 @@ def choose(
     like = tensors[0]
     assert like is not None  # the student is always given
     lack = triton_lack(*tensors)
+    if not lack and variant not in (*FUSED, "task"):
+        lack = f"the kernel has no divergence {variant}"
     if lack:
         missing["triton"] = lack
     else:

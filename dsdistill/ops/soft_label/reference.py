@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsdistill.ops.common import index_mask, zero_masked
-from dsdistill.ops.soft_label.divergence import divergence_rows
+from dsdistill.ops.soft_label.divergence import Formula, described, divergence_rows
 
 
 def logits(
@@ -23,14 +23,12 @@ def logit_rows(
     mask: Tensor | None,
     *,
     temperature: float,
-    divergence: str,
-    beta: float,
-    alpha: float,
+    formula: Formula,
 ) -> Tensor:
     """Return the divergence of each row of (..., V) logits, 0 where masked."""
-    log_q = (student_logits / temperature).log_softmax(-1)
-    log_p = (teacher_logits.detach() / temperature).log_softmax(-1)
-    rows = divergence_rows(log_p, log_q, log_p.exp(), divergence, beta, alpha)
+    log_q = described(student_logits / temperature, formula)
+    log_p = described(teacher_logits.detach() / temperature, formula)
+    rows = divergence_rows(log_p, log_q, log_p.exp(), formula)
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
@@ -47,16 +45,16 @@ def soft_label_total(
     dtype: torch.dtype,
     student_softcap: float | None,
     teacher_softcap: float | None,
-    **formula,
+    **given,
 ) -> Tensor:
-    """Return the sum over valid tokens, undivided. Shapes as `soft_label_alignment`; formula as `logit_rows`."""
+    """Return the sum over valid tokens, undivided. Shapes as `soft_label_alignment`; given as `logit_rows`."""
     if index is not None:
         mask = index_mask(index, student_hidden.shape[:2])
     student_hidden, teacher_hidden = zero_masked(student_hidden, mask), zero_masked(teacher_hidden, mask)
     student_logits = logits(student_hidden, student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
         teacher_logits = logits(teacher_hidden, teacher_head, teacher_bias, dtype, teacher_softcap)
-    return logit_rows(student_logits, teacher_logits, mask, **formula).sum()
+    return logit_rows(student_logits, teacher_logits, mask, **given).sum()
 
 
 def cross_entropy_total(
@@ -102,7 +100,7 @@ def vocabulary_totals(
     dtype: torch.dtype,
     student_softcap: float | None,
     teacher_softcap: float | None,
-    **formula,
+    **given,
 ) -> Tensor:
     """Return (2,): `cross_entropy_total`, and `soft_label_total` of the same tokens over the teacher's entries."""
     common = teacher_head.shape[0]
@@ -129,6 +127,6 @@ def vocabulary_totals(
         dtype=dtype,
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
-        **formula,
+        **given,
     )
     return torch.stack([task, soft])

@@ -11,13 +11,13 @@ here. Nothing of the size of the vocabulary is written but the gradient, once.
 import triton
 import triton.language as tl
 
-from dsdistill.ops.soft_label.divergence import DIVERGENCES
+from dsdistill.ops.soft_label.divergence import FUSED
 from dsdistill.ops.triton_common import narrow
 
-FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
-REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
-JSD = tl.constexpr(DIVERGENCES.index("jsd"))
-TVD = tl.constexpr(DIVERGENCES.index("tvd"))
+FORWARD_KL = tl.constexpr(FUSED.index("forward_kl"))
+REVERSE_KL = tl.constexpr(FUSED.index("reverse_kl"))
+JSD = tl.constexpr(FUSED.index("jsd"))
+TVD = tl.constexpr(FUSED.index("tvd"))
 # Where a running maximum starts. Finite: its difference to itself is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
 
