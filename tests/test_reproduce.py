@@ -61,7 +61,7 @@ def chinese(rng: random.Random) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder of the sets that the plans read, 48 rows to train on and 16 to score, and one teacher for each of them."""
+    """A folder of the sets that the plans read, 48 rows to train on and 16 to score, and a teacher for each."""
     root, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     for split, count in (("train", 48), ("dev", 16)):
         for name in ("sst2", "cola", "mrpc", "rte", "stsb"):
