@@ -113,10 +113,11 @@ def _saved(model, tokenizer: str, folder: Path) -> None:
 
 def small(plan: str, sources: list[str], root: Path) -> list[str]:
     """Return the sources of a cell with small data, few steps, and a teacher that is there."""
-    teacher = {"multi_s": "scores", "multi_l": "classes", "trajec": "captions", "featur": "captions"}
-    of = teacher.get(plan[:7], teacher.get(plan[:6], "medical"))
-    if "stsb" in " ".join(sources):
-        of = "scores"
+    base = " ".join(sources)
+    if "multi_level" in base or "multi_stage" in base:
+        of = "scores" if "stsb" in base else "classes"
+    else:
+        of = "medical" if "domain_mapping" in base else "captions"
     return [
         *sources,
         f"data.root={root}",

@@ -40,6 +40,11 @@ def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
     return weights.masked_fill(~mask, 0) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def even_weights(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Return (B, N): the same weight for each token of a sequence, in place of those of `token_weights`."""
+    return wide(hidden.new_ones(())) * mask / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 class SpanGrid:
     """Lay out the spans of one kind as (B, K) units, where K is the most that a row has."""
 

@@ -304,6 +304,11 @@ class Trajectory(States):
         default=0.2,
         description="λ_Hid: factor of 1 − cosine of the spans' projected tokens, summed over layers",
     )
+    weighted: bool = Field(
+        default=True,
+        description="weigh tokens by how much the teacher's other tokens attend to them; false: all alike (an arm of the "
+        "paper's ablation)",
+    )
     pairs: Literal["ordered", "upper"] = Field(
         default="ordered",
         description="pairs of spans in the sum; ordered: both orders of each pair; upper: each pair once",

@@ -30,11 +30,11 @@ def plain_weights(states, valid):
     return scores.masked_fill(torch.eye(n, dtype=torch.bool), -math.inf).softmax(-1).mean(0)
 
 
-def plain_term(student, teacher, spans, batch, projection):
+def plain_term(student, teacher, spans, batch, projection, weighted=True):
     """DSA over ordered pairs and Hid of one layer, both means over sequences."""
     structure = hidden = 0.0
     for row, valid in enumerate(batch.mask):
-        weights = plain_weights(teacher[row], valid)
+        weights = plain_weights(teacher[row], valid) if weighted else torch.ones(len(valid)) / valid.sum()
         own = [(first, past) for r, first, past in spans if r == row]
         if not own or not weights.any():
             continue
@@ -118,10 +118,10 @@ def test_structure_by_hand(pairs, expected):
     assert found.tolist() == pytest.approx([expected]) and term.counts(batch, {}).tolist() == [1]
 
 
-@pytest.mark.parametrize("pairs", ["ordered", "upper"])
-def test_definition(pairs):
+@pytest.mark.parametrize(("pairs", "weighted"), [("ordered", True), ("upper", True), ("ordered", False)])
+def test_definition(pairs, weighted):
     """Value and gradients, in float64."""
-    options = LAYERS | {"pairs": pairs, "structure": 3.0, "hidden": 0.5}
+    options = LAYERS | {"pairs": pairs, "weighted": weighted, "structure": 3.0, "hidden": 0.5}
     rig = Rig("bert", terms={"trajectory": options}, student=STUDENT)
     rig.module.double(), rig.teacher.double()
     batch = make_batch("classification")
@@ -133,7 +133,7 @@ def test_definition(pairs):
     expected = 0.0
     for kind, name, s, t in ((WORD, "word-1-2", 1, 2), (PHRASE, "phrase-2-3", 2, 3)):
         spans = [tuple(span[:3]) for span in batch.spans.tolist() if span[3] == kind]
-        structure, hidden = plain_term(mine[s], other[t], spans, batch, projectors[name].weight)
+        structure, hidden = plain_term(mine[s], other[t], spans, batch, projectors[name].weight, weighted)
         assert structure > 1e-3 and hidden > 1e-2
         expected = expected + 3.0 * (structure / 2 if pairs == "upper" else structure) / 2 + 0.5 * hidden
     expected.backward()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsdistill.alignment.layer_map import layer_map
 from dsdistill.alignment.projector import Projector
-from dsdistill.alignment.span_grid import SpanGrid, token_weights
+from dsdistill.alignment.span_grid import SpanGrid, even_weights, token_weights
 from dsdistill.alignment.terms.base import AlignmentTerm, Pair
 from dsdistill.alignment.units import unpacked
 from dsdistill.config import UserError
@@ -21,7 +21,8 @@ class TrajectoryTerm(AlignmentTerm):
            its tokens' states; ŵ is its share of the weight. `pairs: upper` takes only i < j, which is half of the sum.
       Hid  Σ_t w_t (1 − cos(W h_S, h_T)) over the tokens in a span; each layer has a trained W.
 
-    Token weights w come from the teacher's states of the same layer and serve both models. Lower layers compare words,
+    Token weights w come from the teacher's states of the same layer and serve both models; `weighted: false` gives all
+    tokens of a sequence the same. Lower layers compare words,
     upper ones phrases. No code is published: which weights the student's spans take, which pairs are summed, and the
     mean over sequences are this project's own readings. A sequence with fewer than two spans has a DSA of 0. The last
     layer is read after the final norm, or with `final_norm: before` as the layer outputs it.
@@ -66,7 +67,8 @@ class TrajectoryTerm(AlignmentTerm):
         }
         own = {n: unpacked(self.state(student, n), batch) for n in self.student_hidden}
         theirs = {n: unpacked(self.state(teacher, n), batch) for n in self.teacher_hidden}
-        weights = {n: token_weights(states, rows.mask) for n, states in theirs.items()}
+        weigh = token_weights if self.config.weighted else even_weights
+        weights = {n: weigh(states, rows.mask) for n, states in theirs.items()}
         structure, hidden = [], []
         for kind, mine, other in self.mapped:
             states = own[mine], theirs[other]
