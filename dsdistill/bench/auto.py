@@ -53,9 +53,15 @@ CLASSES: tuple[tuple[str, dict], ...] = (
         for tokens, width in ((8, 16), (128, 384), (2048, 384))
     ),
     *(
-        (operator, {"tokens": tokens, "vocabulary": vocabulary, "width": width})
+        (operator, {"tokens": tokens, "vocabulary": vocabulary, "width": 384})
         for operator in ("soft-label", "cross-entropy", "vocabulary")
-        for tokens, vocabulary, width in ((32, 2, 384), (512, 16, 384), (512, 1024, 384), (256, 8192, 384))
+        for tokens, vocabulary, width in (
+            (32, 2, 384),
+            (512, 16, 384),
+            (512, 1024, 384),
+            (256, 8192, 384),
+            (512, 16384, 384),
+        )
     ),
 )
 
