@@ -27,6 +27,7 @@ if X86:
     INSTRUCTION_SETS["avx2"] = (32, ["-mavx2", "-mfma"])
     INSTRUCTION_SETS["avx512"] = (64, ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"])
     INSTRUCTION_SETS["avx512_bf16"] = (64, [*INSTRUCTION_SETS["avx512"][1], "-mavx512bf16"])
+    INSTRUCTION_SETS["amx_bf16"] = (64, [*INSTRUCTION_SETS["avx512_bf16"][1], "-mamx-tile", "-mamx-bf16"])
 
 KERNELS = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.name != "cpu.cpp")
@@ -62,8 +63,9 @@ class BuildNative(build_ext):
         torch_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Wno-attributes"]
         jobs = [(source, "torch", torch_flags) for source in SOURCES]
         for name, (width, flags) in INSTRUCTION_SETS.items():
-            # No psABI note: vectors never cross a compilation unit.
+            # No psABI note: vectors never cross a compilation unit. GCC 12 warns of its own intrinsics.
             isa = [f"-DDSD_ISA={name}", f"-DDSD_VECTOR_BYTES={width}", "-Wno-psabi", *flags]
+            isa += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if width == 64 else []
             jobs += [(source, name, isa) for source in KERNELS]
         nvcc = self.nvcc()
         if nvcc:

@@ -362,7 +362,7 @@ def bench(
         str,
         typer.Argument(
             metavar="OPERATOR",
-            help="attention, pairwise, hidden, soft-label, vocabulary, step, data, or load.",
+            help="attention, pairwise, hidden, soft-label, cross-entropy, vocabulary, auto, step, data, or load.",
             show_default=False,
         ),
     ],
@@ -395,6 +395,7 @@ def bench(
     """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one.
 
     step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
+    auto: what `backend: auto` takes for each operator, dtype and class of shapes, and what is the fastest.
     data: tokens/s, memory and room of tokenising, and the seconds of a start.
     load: memory of two ranks while they load a large teacher and a student cut from it; exit code 1 over a limit.
     """
@@ -403,12 +404,13 @@ def bench(
     check_file(json, "--json")
     check_file(plot, "--plot")
     from dsdistill.bench.arguments import parse_shapes
+    from dsdistill.bench.auto import run_auto
     from dsdistill.bench.data_speed import run_data
     from dsdistill.bench.loading import run_load
     from dsdistill.bench.operators import run_bench
     from dsdistill.bench.step import run_step
 
-    measure = {"step": run_step, "data": run_data, "load": run_load}.get(
+    measure = {"auto": run_auto, "step": run_step, "data": run_data, "load": run_load}.get(
         operator, functools.partial(run_bench, operator)
     )
     raise typer.Exit(

@@ -153,7 +153,7 @@ class Task {
       T *s = scores_s + i * layout.score_stride, *t = scores_t + i * layout.score_stride;
       row_first = sight.first(positions, count, places[i], row_first);
       row_last = sight.last(positions, count, places[i], row_last);
-      sight.hide(b, positions, places[i], first, last, row_first, row_last, s, t);
+      sight.hide(b, positions, places[i], first, last, row_first, row_last, absent<T>, absent<T>, s, t);
       double of_row;
       if (a.divergence == Divergence::kl)
         of_row = row<T, Divergence::kl>(s, t, width, gradient);
@@ -253,23 +253,23 @@ void run_tasks(const AttentionArguments& a, int64_t first, int64_t last, void* w
   for (int64_t i = first; i < last; ++i) run_task(a, task, i);
 }
 
+// elements, row_width: of one share's key gradients, as columns of row_width features.
 template <class T>
-void merge_shares(const AttentionArguments& a, int64_t first, int64_t last) {
-  const Layout<T> layout(a);
+void merge_shares(const AttentionArguments& a, int64_t first, int64_t last, int64_t elements, int64_t row_width) {
   T row[1024];
   const int64_t panel = TILE_COLUMNS<T>;
   for (int64_t head = first; head < last; ++head) {
     const int64_t b = head / a.student_kv_heads;
-    const T* parts = static_cast<const T*>(a.key_gradients) + head * a.shares * layout.key_gradient_elements;
+    const T* parts = static_cast<const T*>(a.key_gradients) + head * a.shares * elements;
     for (int64_t j = 0; j < a.counts[b]; ++j) {
-      const int64_t column = (j / panel) * panel * layout.student_row_width + j % panel;
+      const int64_t column = (j / panel) * panel * row_width + j % panel;
       const int64_t out = (head * a.tokens + a.positions[b * a.tokens + j]) * a.student_width;
       for (int64_t from = 0; from < a.student_width; from += 1024) {
         const int64_t length = smaller(1024, a.student_width - from);
         for (int64_t d = 0; d < length; ++d) {
           row[d] = 0;
           for (int64_t share = 0; share < a.shares; ++share)
-            row[d] += parts[share * layout.key_gradient_elements + column + (from + d) * panel];
+            row[d] += parts[share * elements + column + (from + d) * panel];
         }
         write_run<T>(a.d_key, a.d_key_type, out + from, length, T(key_factor(a)), row);
       }
@@ -284,6 +284,9 @@ int64_t workspace_bytes(const AttentionArguments& a, bool float64) {
   return float64 ? Layout<double>(a).elements() * 8 : Layout<float>(a).elements() * 4;
 }
 int64_t key_gradient_elements(const AttentionArguments& a, bool float64) {
+#ifdef __AVX512BF16__
+  if (uses_pairs(a)) return PairLayout(a).key_gradient();
+#endif
   return float64 ? Layout<double>(a).key_gradient_elements : Layout<float>(a).key_gradient_elements;
 }
 void run(const AttentionArguments& a, bool float64, int64_t first, int64_t last, void* workspace) {
@@ -297,7 +300,12 @@ void run(const AttentionArguments& a, bool float64, int64_t first, int64_t last,
   float64 ? run_tasks<double>(a, first, last, workspace) : run_tasks<float>(a, first, last, workspace);
 }
 void merge(const AttentionArguments& a, bool float64, int64_t first, int64_t last) {
-  float64 ? merge_shares<double>(a, first, last) : merge_shares<float>(a, first, last);
+  const int64_t elements = key_gradient_elements(a, float64);
+#ifdef __AVX512BF16__
+  if (uses_pairs(a)) return merge_shares<float>(a, first, last, elements, PairLayout(a).row_width);
+#endif
+  float64 ? merge_shares<double>(a, first, last, elements, Layout<double>(a).student_row_width)
+          : merge_shares<float>(a, first, last, elements, Layout<float>(a).student_row_width);
 }
 
 }  // namespace

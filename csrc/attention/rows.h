@@ -128,17 +128,18 @@ class Sight {
     return j;
   }
 
-  // Scores over keys [begin, end) of query i: those that it does not see become absent.
+  // Scores over keys [begin, end) of query i: those that it does not see become hidden_s and hidden_t.
   template <class T>
   void hide(int64_t b, const int64_t* positions, int64_t i, int64_t begin, int64_t end, int64_t row_first,
-            int64_t row_last, T* s, T* t) const {
-    for (int64_t j = begin; j < row_first; ++j) s[j - begin] = t[j - begin] = absent<T>;
-    for (int64_t j = row_last; j < end; ++j) s[j - begin] = t[j - begin] = absent<T>;
+            int64_t row_last, T hidden_s, T hidden_t, T* s, T* t) const {
+    const auto set = [=](int64_t j) { s[j - begin] = hidden_s, t[j - begin] = hidden_t; };
+    for (int64_t j = begin; j < smaller(row_first, end); ++j) set(j);
+    for (int64_t j = larger(row_last, begin); j < end; ++j) set(j);
     if (!a.segments) return;
     const int64_t* segments = a.segments + b * a.tokens;
     const int64_t own = segments[positions[i]];
-    for (int64_t j = row_first; j < row_last; ++j)
-      if (segments[positions[j]] != own) s[j - begin] = t[j - begin] = absent<T>;
+    for (int64_t j = larger(row_first, begin); j < smaller(row_last, end); ++j)
+      if (segments[positions[j]] != own) set(j);
   }
 
  private:

@@ -4,8 +4,33 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef DSD_X86
+#include <cpuid.h>
+#endif
+#if defined(DSD_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dsd {
 namespace {
+
+#ifdef DSD_X86
+// Whether the processor has tile registers with bfloat16 products and Linux lets this process use them. Their state is
+// large, so it must be asked for: once a process, for all its threads.
+bool tiles_permitted() {
+#ifdef __linux__
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  if (!(edx & AMX_BF16) || !(edx & AMX_TILE)) return false;
+  constexpr long REQUEST = 0x1023, XTILEDATA = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl(2)
+  return syscall(SYS_arch_prctl, REQUEST, XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool present(InstructionSet set) {
   if (set == InstructionSet::portable) return true;
@@ -15,7 +40,11 @@ bool present(InstructionSet set) {
   if (set == InstructionSet::avx2) return avx2;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return avx512 && (set == InstructionSet::avx512 || __builtin_cpu_supports("avx512bf16"));
+  if (set == InstructionSet::avx512) return avx512;
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (set == InstructionSet::avx512_bf16) return avx512_bf16;
+  static const bool tiles = tiles_permitted();
+  return avx512_bf16 && tiles;
 #else
   return false;
 #endif
@@ -42,6 +71,8 @@ std::atomic<int>& chosen() {
 
 const char* name_of(InstructionSet set) {
   switch (set) {
+    case InstructionSet::amx_bf16:
+      return "amx_bf16";
     case InstructionSet::avx512_bf16:
       return "avx512_bf16";
     case InstructionSet::avx512:
@@ -55,8 +86,8 @@ const char* name_of(InstructionSet set) {
 
 std::vector<InstructionSet> usable_instruction_sets() {
   std::vector<InstructionSet> sets;
-  for (InstructionSet set :
-       {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::avx512_bf16})
+  for (InstructionSet set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512,
+                             InstructionSet::avx512_bf16, InstructionSet::amx_bf16})
     if (present(set)) sets.push_back(set);
   return sets;
 }

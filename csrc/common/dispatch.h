@@ -6,7 +6,7 @@
 
 namespace dsd {
 
-enum class InstructionSet : int { portable, avx2, avx512, avx512_bf16 };
+enum class InstructionSet : int { portable, avx2, avx512, avx512_bf16, amx_bf16 };
 
 const char* name_of(InstructionSet set);
 
@@ -21,8 +21,11 @@ void choose_instruction_set(const std::string& name);
 
 // The build of a kernel for the instruction set that runs.
 template <class Kernel>
-const Kernel& select(const Kernel& portable, const Kernel* avx2, const Kernel* avx512, const Kernel* avx512_bf16) {
+const Kernel& select(const Kernel& portable, const Kernel* avx2, const Kernel* avx512, const Kernel* avx512_bf16,
+                     const Kernel* amx_bf16) {
   switch (instruction_set()) {
+    case InstructionSet::amx_bf16:
+      return *amx_bf16;
     case InstructionSet::avx512_bf16:
       return *avx512_bf16;
     case InstructionSet::avx512:
@@ -35,8 +38,9 @@ const Kernel& select(const Kernel& portable, const Kernel* avx2, const Kernel* a
 }
 
 #ifdef DSD_X86
-#define DSD_SELECT(kernel) \
-  ::dsd::select(::dsd::portable::kernel, &::dsd::avx2::kernel, &::dsd::avx512::kernel, &::dsd::avx512_bf16::kernel)
+#define DSD_SELECT(kernel)                                                                                          \
+  ::dsd::select(::dsd::portable::kernel, &::dsd::avx2::kernel, &::dsd::avx512::kernel, &::dsd::avx512_bf16::kernel, \
+                &::dsd::amx_bf16::kernel)
 #else
 #define DSD_SELECT(kernel) (::dsd::portable::kernel)
 #endif

@@ -60,6 +60,7 @@ DSD_DECLARE(portable)
 DSD_DECLARE(avx2)
 DSD_DECLARE(avx512)
 DSD_DECLARE(avx512_bf16)
+DSD_DECLARE(amx_bf16)
 #undef DSD_DECLARE
 
 }  // namespace dsd

@@ -21,7 +21,7 @@ RIVALS = ("eager", "eager-half", "compile", "apart", "liger", "sdpa", "flex")
 PLANS = ("triton-row", "triton-merged", "triton-sweeps")  # single plans of attention
 CONTENDERS = (*RIVALS, "chunked", "cpp", "cuda", "triton", *PLANS)
 LIGER_BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
-HEADS = ("soft-label", "vocabulary")  # operators that read heads
+HEADS = ("soft-label", "cross-entropy", "vocabulary")  # operators that read heads
 
 
 def present(operator: str, options: dict, dtype: str) -> set[str]:
@@ -35,7 +35,8 @@ def present(operator: str, options: dict, dtype: str) -> set[str]:
         found -= {"triton", *PLANS, "eager-half", "sdpa", "flex"}
     if operator in HEADS:
         found.discard("cpp")
-        if options.get("divergence", "forward_kl") in LIGER_BETA and find_spec("liger_kernel"):
+        soft = operator != "cross-entropy" and options.get("divergence", "forward_kl") in LIGER_BETA
+        if soft and find_spec("liger_kernel"):
             found.add("liger")
     if operator == "vocabulary":
         found.add("apart")

@@ -208,14 +208,15 @@ def run_bench(
     """Measure one operator and print a table. Return 0, or 1 if a contender failed its check.
 
     Args:
-        operator: "attention", "pairwise", "hidden", "soft-label" or "vocabulary".
+        operator: "attention", "pairwise", "hidden", "soft-label", "cross-entropy" or "vocabulary".
         options: sizes and choices of the measured call, all optional; `--shapes NAME=VALUE,...` on the command line:
             attention   batch, heads, tokens, width, divergence (kl, mse, score_mse), causal, masked, packed,
                         group (query heads that share a key head), rows (queries compared; default: all)
             pairwise    batch, tokens, width, relation (cosine, dot, distance), rows (default: all)
             hidden      tokens, width, teacher_width, projected (false: none), divergence (mse, cosine)
             soft-label  tokens, vocabulary, width, divergence, as terms.soft_label
-            vocabulary  the same: task and soft labels together
+            cross-entropy  tokens, vocabulary, width
+            vocabulary  as soft-label: task and soft labels together
         backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
             inputs' half precision; "liger" liger-kernel's fused losses, if it is installed; "apart" task and soft
             labels by separate operators; "sdpa" and "flex" one model's attention of that shape.
@@ -226,7 +227,9 @@ def run_bench(
     """
     if operator not in WORKS:
         raise UserError(
-            "bench operator", repr(operator), f"one of {', '.join(map(repr, WORKS))}, 'step', 'data', 'load'"
+            "bench operator",
+            repr(operator),
+            f"one of {', '.join(map(repr, WORKS))}, 'auto', 'step', 'data', 'load'",
         )
     check_common(dtype, DTYPES, backends, CONTENDERS)
     options = options or {}

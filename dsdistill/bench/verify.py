@@ -21,6 +21,7 @@ from dsdistill import disk
 from dsdistill.bench.arguments import check_instruction_set
 from dsdistill.bench.cases import FUNCTIONS, STUDENT, TOKEN_AXIS, Case, all_cases
 from dsdistill.ops import available_backends
+from dsdistill.ops.backends import extension
 from dsdistill.ops.gpu import interpreting
 from dsdistill.ops.soft_label.divergence import FUSED
 
@@ -341,6 +342,9 @@ def run_verify(json_path: str | Path | None = None) -> int:
     instruction set that does not exist.
     """
     check_instruction_set()
+    if (native := extension()) is not None:
+        usable = ", ".join(native.instruction_sets())
+        print(f"native operators run {native.instruction_set()}; built and usable here: {usable}")
     rows = []
     for backend in available_backends():
         for dtype in DTYPES:

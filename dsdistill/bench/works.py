@@ -187,10 +187,26 @@ def vocabulary_work(tokens=512, vocabulary=30522, width=768, divergence="forward
     )
 
 
+def cross_entropy_work(tokens=512, vocabulary=30522, width=768, dtype=torch.float32):
+    soft = soft_label_work(tokens, vocabulary, width, dtype=dtype)
+    labels = torch.randint(vocabulary, (1, tokens), device=device())
+    return Work(
+        "cross-entropy",
+        f"task {tokens} tokens V{vocabulary} D{width}",
+        soft.student,
+        (labels,),
+        ("hidden", "head", "labels"),
+        {},
+        6 * tokens * vocabulary * width,
+        soft.bytes,
+    )
+
+
 WORKS: dict[str, Callable[..., Work]] = {
     "attention": attention_work,
     "pairwise": pairwise_work,
     "hidden": hidden_work,
     "soft-label": soft_label_work,
+    "cross-entropy": cross_entropy_work,
     "vocabulary": vocabulary_work,
 }

@@ -306,8 +306,8 @@ class Trajectory(States):
     )
     weighted: bool = Field(
         default=True,
-        description="weigh tokens by how much the teacher's other tokens attend to them; false: all alike (an arm of the "
-        "paper's ablation)",
+        description="weigh tokens by how much the teacher's other tokens attend to them; false: all alike, as in an "
+        "ablation of the paper",
     )
     pairs: Literal["ordered", "upper"] = Field(
         default="ordered",

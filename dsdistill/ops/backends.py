@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,97 @@ def _has_amx() -> bool:
 
 
 AMX = _has_amx()  # found at import: torch.compile cannot trace the reading of a file
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Sizes at which "auto" changes its backend on one kind of processor, as `dsdistill bench auto` measures them.
+
+    identity_scores, identity_scores_bfloat16: (tokens, power, least): raw scores of attention take the identity
+        from N ≥ tokens · D^power and N ≥ least on; the second where all tensors are bfloat16.
+    identity_relations: (tokens, more): cosine and dot take the identity from N ≥ 2.5 D on if N ≥ tokens · D + more.
+    native_rows: widest features of pairwise rows that the native kernel takes.
+    few_tokens: below it `reference` takes projected hidden states, "mse" and "cosine" alike.
+    small_projection: elements of a projection below which the native kernel takes them all the same.
+    eager_mse: elements of a projection from which PyTorch takes "mse" (float32 inputs, half-precision ones), None:
+        never. Blocks then bound the memory from eager_tokens on.
+    eager_logits: tokens × entries up to which `reference` takes losses over a vocabulary: no more than in one block.
+    """
+
+    identity_scores: tuple[float, float, int]
+    identity_scores_bfloat16: tuple[float, float, int]
+    identity_relations: tuple[float, int]
+    native_rows: int
+    few_tokens: int
+    small_projection: int
+    eager_mse: tuple[int, int] | None
+    eager_tokens: int
+    eager_logits: int
+
+
+# "avx512" also stands for kinds that nobody has measured.
+THRESHOLDS = {
+    "avx512": Thresholds(
+        identity_scores=(6, 1, 0),
+        identity_scores_bfloat16=(6, 1, 0),
+        identity_relations=(0, 0),
+        native_rows=0,
+        few_tokens=128,
+        small_projection=1 << 16,
+        eager_mse=None,
+        eager_tokens=0,
+        eager_logits=1 << 22,
+    ),
+    "amx": Thresholds(
+        identity_scores=(4, 1, 300),
+        identity_scores_bfloat16=(195, 0.5, 0),
+        identity_relations=(1.8, 280),
+        native_rows=512,
+        few_tokens=0,
+        small_projection=1 << 16,
+        eager_mse=(1 << 17, 1 << 19),
+        eager_tokens=1025,
+        eager_logits=1 << 22,
+    ),
+}
+CPU = THRESHOLDS["amx" if AMX else "avx512"]
+
+
+def attention_order(raw: bool, queries: int, width: int, bfloat16: bool) -> tuple[str, ...]:
+    """Return the backends of a CPU, the fastest first. raw: raw scores of all pairs; bfloat16: all four tensors."""
+    tokens, power, least = CPU.identity_scores_bfloat16 if bfloat16 else CPU.identity_scores
+    if raw and queries >= max(least, tokens * width**power):
+        return ("chunked", "cpp", "reference")
+    return ("cpp", "chunked", "reference")
+
+
+def pairwise_order(identity: bool, compared: int, width: int, rows: bool) -> tuple[str, ...]:
+    """Return the same. identity: N ≥ 2.5 D; compared: rows; width: the wider model's; rows: not all are compared."""
+    tokens, more = CPU.identity_relations
+    # Of all rows the native kernel computes half, of chosen ones each.
+    if (identity and compared >= tokens * width + more) or (rows and width > CPU.native_rows):
+        return ("chunked", "cpp", "reference")
+    return ("cpp", "chunked", "reference")
+
+
+def hidden_order(mse: bool, tokens: int, projection: int, half: bool) -> tuple[str, ...]:
+    """Return the same. projection: its elements, 0: none; half: the student is in half precision."""
+    if projection <= CPU.small_projection:
+        return ("cpp", "chunked", "reference")
+    if tokens < CPU.few_tokens:
+        # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
+        return ("reference", "cpp", "chunked")
+    if mse and CPU.eager_mse is not None and projection >= CPU.eager_mse[half]:
+        # PyTorch's products of float32 are faster there than those of the native kernel.
+        return (
+            ("reference", "chunked", "cpp") if tokens < CPU.eager_tokens else ("chunked", "cpp", "reference")
+        )
+    return ("cpp", "chunked", "reference")
+
+
+def vocabulary_order(logits: int) -> tuple[str, ...]:
+    """Return the same for losses over a vocabulary. logits: tokens × entries of the student."""
+    return ("reference", "chunked") if logits <= CPU.eager_logits else ("chunked", "reference")
 
 
 def load_extension() -> None:
@@ -113,6 +205,17 @@ _taken: dict[str, set[str]] = {}
 def backends_taken() -> dict[str, list[str]]:
     """Return what "auto" has chosen in this process so far, by operator."""
     return {operator: sorted(backends) for operator, backends in sorted(_taken.items())}
+
+
+def taken_in(call: Callable[[], object]) -> str:
+    """Return what "auto" chooses in a call of one operator; `backends_taken` does not see it."""
+    global _taken
+    before, _taken = _taken, {}
+    try:
+        call()
+        return next(iter(next(iter(_taken.values()))))
+    finally:
+        _taken = before
 
 
 @functools.cache

@@ -42,13 +42,14 @@ def check_tensor(
 
     expected: shape letters in order with their sizes, None where any size will do.
     """
-    sizes = tuple(expected.values())
-    if tensor.dim() != len(sizes) or any(
-        e is not None and g != e for g, e in zip(tensor.shape, sizes, strict=True)
-    ):
+    shape, same = tensor.shape, tensor.dim() == len(expected)
+    if same:
+        for got, wanted in zip(shape, expected.values(), strict=True):
+            same = same and (wanted is None or got == wanted)
+    if not same:
         letters = ", ".join(k if v is None else f"{k}={v}" for k, v in expected.items())
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({letters})")
-    if not tensor.is_floating_point():
+    if not tensor.dtype.is_floating_point:
         raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
     if like is not None:
         check_device(name, tensor, like)
@@ -144,8 +145,10 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name}: got {value}, expected a number in [{low}, {high}]")
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context without autocast, which would turn the operators' float32 sums into bfloat16."""
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # entering the other takes 10 µs
     return torch.autocast(device.type, enabled=False)
 
 
@@ -153,13 +156,6 @@ def row_weights(mask: Tensor | None, weights: Tensor | None, shape: tuple[int, i
     """Return each token's weight, (B, N): `weights` (1 for None) where valid, 0 where masked."""
     weights = torch.ones(shape, dtype=dtype, device=device) if weights is None else weights.detach().to(dtype)
     return weights if mask is None else weights.masked_fill(~mask, 0)
-
-
-def index_mask(index: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return (B, N) bool, True at the flat places (K,)."""
-    mask = torch.zeros(*shape, dtype=torch.bool, device=index.device)
-    mask.view(-1).index_fill_(0, index, True)
-    return mask
 
 
 def zero_masked(x_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
@@ -180,8 +176,18 @@ def unit_vectors_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> T
     return (grad_unit - unit * (grad_unit * unit).sum(-1, keepdim=True)) * inverse
 
 
-def safe_divide(total: Tensor, count: Tensor) -> Tensor:
-    """Return total / count, or total itself (which is then 0) where nothing was counted."""
+def readable(x: Tensor) -> bool:
+    """Return whether reading values of `x` waits for no device and breaks no graph that is being traced."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def safe_divide(total: Tensor, count: Tensor | int) -> Tensor:
+    """Return total / count, or total itself (which is then 0) where nothing was counted.
+
+    A number costs one operation instead of five.
+    """
+    if isinstance(count, int):
+        return total / max(count, 1)
     return total / torch.where(count > 0, count, 1).to(total.dtype)
 
 
@@ -215,7 +221,7 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
 def with_stored_gradients(
     compute: Compute,
     inputs: Sequence[Tensor | None],
-    count: Tensor | None,
+    count: Tensor | int | None,
     wide: Sequence[bool] | None = None,
 ) -> Tensor:
     """Return total / count (total itself for None), with the gradients that `compute` found in the forward pass.
@@ -240,13 +246,17 @@ def with_native_gradients(operator, arguments: Sequence, inputs: Sequence[Tensor
     The operator's last arguments say which gradients to return.
     """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    if torch.compiler.is_compiling() or not any(needs):
+    if torch.compiler.is_compiling():
         return operator(*arguments, *needs)[0]
 
     def compute(_):
-        loss, *gradients = operator(*arguments, *needs)
+        # No gradient is recorded here: the operator's own autograd would only cost time.
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, *gradients = operator(*arguments, *needs)
         return loss, [g if need else None for g, need in zip(gradients, needs, strict=True)]
 
+    if not any(needs):
+        return compute(needs)[0]
     return _StoredGradients.apply(compute, needs, None, [False] * len(inputs), *inputs)
 
 
@@ -254,7 +264,10 @@ class _StoredGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, compute, needs, count, wide, *inputs):
         total, gradients = compute(needs)
-        factor = None if count is None else safe_divide(torch.ones_like(total), count)
+        factor: Tensor | float | None = None
+        if count is not None:
+            number = isinstance(count, int)
+            factor = 1 / max(count, 1) if number else safe_divide(torch.ones_like(total), count)
         ctx.gradients = []
         for g, x, stays in zip(gradients, inputs, wide, strict=True):
             if g is not None and factor is not None:

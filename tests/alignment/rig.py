@@ -118,6 +118,7 @@ class Rig:
         student_family: str | None = None,
         tokens: int = 60,
         domain: DomainFusion | None = None,
+        backend: str = "auto",
         **pair,
     ):
         """Build the models; pair: further fields of the Pair."""
@@ -132,9 +133,8 @@ class Rig:
             models.append(peaked(model, 6.0))
         self.student, self.teacher = models[0].train(), models[1].eval().requires_grad_(False)
         width = 0 if domain is None else domain.lift.in_features
-        self.pair = Pair(
-            Shape.of(self.student.config), Shape.of(self.teacher.config), task, "auto", tokens, width, **pair
-        )
+        shapes = Shape.of(self.student.config), Shape.of(self.teacher.config)
+        self.pair = Pair(*shapes, task, backend, tokens, width, **pair)
         torch.manual_seed(7)
         self.objective = Objective(Terms.model_validate(terms or ALL_TERMS), self.pair)
         self.before = None  # the student as the stage before left it

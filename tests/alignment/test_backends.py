@@ -35,7 +35,7 @@ def test_nothing_is_left_to_auto(case, taken_by_auto):
 @pytest.mark.parametrize("backend", ["cpp", "cuda"])
 def test_operators_over_a_vocabulary_have_no_other_kernels(case, backend, taken_by_auto):
     loss(case, backend)
-    assert list(taken_by_auto().values()) == [["chunked"]]
+    assert list(taken_by_auto().values()) == [["reference"]]  # few logits
 
 
 def test_every_term_is_tried():

@@ -38,10 +38,11 @@ def batches(task):
     return batch, replace(batch, counted=chosen.flatten().nonzero()[:, 0])
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("task", CASES)
-def test_losses_and_gradients_are_the_same_to_the_last_bit(task):
+def test_losses_and_gradients_are_the_same_to_the_last_bit(task, backend):
     family, terms = CASES[task]
-    rig = Rig(family, task, terms)
+    rig = Rig(family, task, terms, backend=backend)
     without, with_counted = batches(task)
     assert torch.equal(rig.counts([without]), rig.counts([with_counted]))
     assert rig.counts([with_counted]).dtype == torch.float64
@@ -51,11 +52,12 @@ def test_losses_and_gradients_are_the_same_to_the_last_bit(task):
         assert torch.equal(found[2][name], gradient), name
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("task", CASES)
-def test_nothing_is_searched_for(task):
+def test_nothing_is_searched_for(task, backend):
     """No `nonzero` is asked for, forward or backward, by counts or sums; without `counted` it is."""
     family, terms = CASES[task]
-    rig = Rig(family, task, terms)
+    rig = Rig(family, task, terms, backend=backend)
     asked = []
     for batch in batches(task):
         student, teacher = rig.module.trace(batch), rig.teacher_trace(batch)

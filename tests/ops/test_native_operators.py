@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsdistill.bench import verify
+from dsdistill.bench.cases import Case, attention_tensors
 from dsdistill.bench.operators import peak_memory
 from dsdistill.ops import attention_alignment, hidden_alignment, pairwise_alignment
 from dsdistill.ops.backends import extension
@@ -100,18 +101,61 @@ def test_compiles_into_one_graph():
 SETS = native.instruction_sets() if native else []
 
 
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("operator", ["attention", "pairwise", "hidden"])
-def test_every_instruction_set(name, operator):
+@pytest.fixture(params=SETS)
+def instruction_set(request):
     before = native.instruction_set()
-    native.choose_instruction_set(name)
-    try:
-        for case in verify.all_cases():
-            if case.operator == operator and case.native:
-                verify.check_parity(case, "cpp", torch.float32)
-                verify.check_parity(case, "cpp", torch.bfloat16)
-    finally:
-        native.choose_instruction_set(before)
+    native.choose_instruction_set(request.param)
+    yield request.param
+    native.choose_instruction_set(before)
+
+
+@pytest.mark.parametrize("operator", ["attention", "pairwise", "hidden"])
+def test_every_instruction_set(instruction_set, operator):
+    for case in verify.all_cases():
+        if case.operator == operator and case.native:
+            verify.check_parity(case, "cpp", torch.float32)
+            verify.check_parity(case, "cpp", torch.bfloat16)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "mse", "score_mse"])
+def test_several_chunks_of_keys(instruction_set, divergence):
+    """bfloat16 exponentials are rescaled from chunk to chunk of 256 keys, some of which a query does not see at all."""
+    tokens = 530
+    rising = attention_tensors(batch=1, heads=2, tokens=tokens, width=24, kv=1, peak=3.0)
+    for name in ("student_key", "teacher_key"):  # later maxima are larger
+        rising[name] = rising[name] * torch.linspace(0.1, 2, tokens, dtype=torch.float64)[:, None]
+    segments = {"segments": (torch.arange(tokens) // 300).expand(1, tokens)}
+    for tensors, options in (
+        (rising, {}),
+        (rising, {"causal": True}),
+        (rising, {"window": 290}),
+        (rising | segments, {"causal": True}),
+        (rising, {"student_scale": -0.3, "teacher_scale": 0.1}),
+    ):
+        case = Case(
+            "attention", "chunks", tensors, options | {"divergence": divergence}, divergence == "score_mse"
+        )
+        verify.check_parity(case, "cpp", torch.bfloat16)
+
+
+def test_a_scale_of_zero_shows_no_hidden_key(instruction_set):
+    """All visible keys then have the same probability, in both models."""
+    inputs = [x.detach().bfloat16().requires_grad_() for x in attention_inputs(tokens=70)]
+    options = {"causal": True, "student_scale": 0.0, "backend": "cpp"}
+    loss = attention_alignment(*inputs, teacher_scale=0.0, **options)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    expected = attention_alignment(*inputs, **options | {"backend": "reference"})
+    assert attention_alignment(*inputs, **options).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_products_of_torch_are_undisturbed(instruction_set):
+    """Both torch and the kernels configure AMX's tile registers, in the same threads."""
+    inputs = [x.detach().bfloat16().requires_grad_() for x in attention_inputs(tokens=130)]
+    a, b = torch.randn(70, 96).bfloat16(), torch.randn(96, 50).bfloat16()
+    before = a @ b
+    first = attention_alignment(*inputs, backend="cpp")
+    assert torch.equal(a @ b, before)
+    assert torch.equal(attention_alignment(*inputs, backend="cpp"), first)
 
 
 def test_unknown_instruction_set_is_named():

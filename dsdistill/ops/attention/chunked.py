@@ -26,11 +26,6 @@ BLOCK_ELEMENTS = 1 << 21
 MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 64, 16, 512
 
 
-def identity_wins(pairs: Pairs, width: int) -> bool:
-    """Return whether raw scores are cheaper by the identity, O(N D²), than by the native kernel, O(N² D)."""
-    return pairs.unrestricted and pairs.queries >= 6 * width
-
-
 def attention_total(
     needs: Sequence[bool],
     student_query: Tensor,

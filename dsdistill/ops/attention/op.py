@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsdistill.ops.attention import chunked, native, reference, triton_schedule
 from dsdistill.ops.attention.pairs import Pairs
-from dsdistill.ops.backends import choose_backend, native_lack
+from dsdistill.ops.backends import attention_order, choose_backend, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -186,20 +186,23 @@ def _at(index: Tensor, query: Tensor) -> Tensor:
 
 
 def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
-    preference, missing = ["chunked", "reference"], {}
-    heads = setting["heads"]
+    missing = {}
+    heads, pairs = setting["heads"], setting["pairs"]
     lack = native_lack(tensors[0])
     if heads != "match":
         lack = lack or f"heads={heads!r} has no native kernel"
     if lack:
         missing["cpp"] = lack
+        preference = ["chunked", "reference"]
     else:
-        by_identity = setting["divergence"] == "score_mse" and chunked.identity_wins(
-            setting["pairs"], max(tensors[0].shape[3], tensors[2].shape[3])
-        )
-        preference.insert(1 if by_identity else 0, "cpp")
+        raw = setting["divergence"] == "score_mse" and pairs.unrestricted
+        half = all(x.dtype == torch.bfloat16 for x in tensors)
+        width = max(tensors[0].shape[3], tensors[2].shape[3])
+        preference = [*attention_order(raw, pairs.queries, width, half)]
+    if backend == "auto" and tensors[0].device.type == "cpu":
+        return choose_backend("attention_alignment", backend, preference=preference, missing=missing)
     lack = "heads='group' has no Triton kernel" if heads == "group" else triton_schedule.lack(tensors)
-    if setting["pairs"].rows is not None and heads == "mean":
+    if pairs.rows is not None and heads == "mean":
         lack = lack or "rows have no Triton kernel with heads='mean'"
     if lack:
         missing["triton"] = lack
@@ -213,7 +216,7 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
         "attention_alignment",
         variant,
         tensors[0],
-        setting["pairs"].tokens,
+        pairs.tokens,
         {"triton": lack or triton_schedule.left_to_chunked(tensors)},
         attention_alignment,
         small,
@@ -228,12 +231,15 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
     )
 
 
-def _count(pairs: Pairs, batch: int, heads: int, divergence: str, how: str, device: torch.device) -> Tensor:
+def _count(
+    pairs: Pairs, batch: int, heads: int, divergence: str, how: str, device: torch.device
+) -> Tensor | int:
     """Return what "mean" divides by: valid rows (kl) or existing entries, times the heads compared."""
+    count: Tensor | int
     if divergence != "kl":
         count = pairs.count(batch, device)
     elif pairs.mask is None:
-        count = torch.full((), batch * pairs.tokens, device=device)
+        count = batch * pairs.tokens
     else:
         count = pairs.mask.sum()
     return count if how == "mean" else count * heads

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdistill.ops.backends import AMX, choose_backend, cuda_lack, native_lack
+from dsdistill.ops.backends import choose_backend, cuda_lack, hidden_order, native_lack
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -25,8 +25,6 @@ from dsdistill.ops.hidden import chunked, native, reference, rows
 from dsdistill.ops.records import gpu_choice
 
 DIVERGENCES = ("mse", "cosine")
-FEW_TOKENS = 128
-FEW_TOKENS_AMX = 512
 
 
 def hidden_alignment(
@@ -96,9 +94,10 @@ def hidden_alignment(
             "divergence": divergence,
             "dtype": dtype,
         }
-        count = None
+        count: Tensor | int | None = None
         if reduction == "mean":
-            count = token_weights.sum() * (teacher_width if divergence == "mse" else 1)
+            count = batch * tokens if mask is None and weights is None else token_weights.sum()
+            count = count * (teacher_width if divergence == "mse" else 1)
         if chosen in rows.ROWS:
             coefficient = torch.ones((), device=student.device)
             if count is not None:
@@ -124,20 +123,19 @@ def _choose(
     projection: Tensor | None,
     bias: Tensor | None,
 ) -> str:
-    preference, missing = ["chunked", "reference"], {}
+    missing = {}
     tensors = (student, teacher, projection, bias)
+    tokens = student.shape[0] * student.shape[1]
     lack = native_lack(student)
     if lack:
         missing["cpp"] = lack
-    elif projection is not None and student.shape[0] * student.shape[1] < FEW_TOKENS:
-        # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
-        preference = ["reference", "cpp", "chunked"]
-    elif projection is not None and AMX and divergence == "mse":
-        # torch's products are faster there than those of the native kernel; see ops/README.md.
-        few = student.shape[0] * student.shape[1] < FEW_TOKENS_AMX
-        preference = ["reference", "chunked", "cpp"] if few else ["chunked", "cpp", "reference"]
+        preference = ["chunked", "reference"]
     else:
-        preference.insert(0, "cpp")
+        size = 0 if projection is None else projection.shape[0] * projection.shape[1]
+        half = student.dtype in (torch.bfloat16, torch.float16)
+        preference = [*hidden_order(divergence == "mse", tokens, size, half)]
+    if backend == "auto" and student.device.type == "cpu":
+        return choose_backend("hidden_alignment", backend, preference=preference, missing=missing)
     lacks = {"cuda": cuda_lack(*tensors), "triton": triton_lack(*tensors)}
     for name, lack in lacks.items():
         if lack:
@@ -150,7 +148,6 @@ def _choose(
     }
     if projection is not None:
         small["projection"] = (48, 40)
-    tokens = student.shape[0] * student.shape[1]
     variant = divergence if projection is None else f"{divergence} projected"
     fast = gpu_choice("hidden_alignment", variant, student, tokens, lacks, hidden_alignment, small)
     if fast and backend == "auto":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops.attention.op import attention_alignment
-from dsdistill.ops.backends import choose_backend, native_lack
+from dsdistill.ops.backends import choose_backend, native_lack, pairwise_order
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -95,9 +95,9 @@ def pairwise_alignment(
         token_weights = row_weights(mask, weights, (batch, tokens), dtype, student.device)
         if weights is None:
             token_weights = token_weights / token_weights.sum(1, keepdim=True).clamp(min=1)
-        count = None
+        count: Tensor | int | None = None
         if reduction == "mean":
-            count = torch.full((), batch, device=student.device) if mask is None else mask.any(1).sum()
+            count = batch if mask is None else mask.any(1).sum()
         if chosen == "triton":
             coefficient = torch.ones((), device=student.device)
             if count is not None:
@@ -158,16 +158,19 @@ def _rows_total(
 
 
 def _choose(backend: str, student: Tensor, teacher: Tensor, relation: str, rows: int | None) -> str:
-    preference, missing = ["chunked", "reference"], {}
+    missing = {}
     _, tokens, width = student.shape
     compared = tokens if rows is None else rows
     by_identity = relation != "distance" and chunked.use_identity(compared, width, teacher.shape[2])
     lack = native_lack(student)
     if lack:
         missing["cpp"] = lack
+        preference = ["chunked", "reference"]
     else:
-        # The identity of `chunked` then needs fewer products than half a matrix does. With `rows` there is no half.
-        preference.insert(1 if by_identity or rows is not None else 0, "cpp")
+        widest = max(width, teacher.shape[2])
+        preference = [*pairwise_order(by_identity, compared, widest, rows is not None)]
+    if backend == "auto" and student.device.type == "cpu":
+        return choose_backend("pairwise_alignment", backend, preference=preference, missing=missing)
     lack = triton_lack(student, teacher)
     if rows is not None:
         lack = lack or "rows have no Triton kernel"

@@ -28,6 +28,8 @@ from dsdistill.ops.soft_label.op import (
     check_models,
     check_softcaps,
     choose,
+    places_of,
+    rows_at,
 )
 
 Weight = float | Tensor
@@ -109,21 +111,30 @@ def vocabulary_losses(
     teacher = (teacher_hidden, teacher_head[:common], None if teacher_bias is None else teacher_bias[:common])
     inputs = (student_hidden, student_head, student_bias)
     dtype = accumulate_dtype(*inputs, *teacher)
-    setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
+    setting: dict[str, Any] = {"ignore_index": ignore_index, "dtype": dtype}
     setting |= {"label_smoothing": float(label_smoothing), **formula, **caps}
     given = (*inputs, *teacher)
-    chosen = choose("vocabulary_losses", backend, given, divergence, _total, SMALL_CALL)
-    setting["fused"] = chosen == "triton"
+    chosen = choose("vocabulary_losses", backend, given, divergence, _total, SMALL_CALL, index)
     with without_autocast(student_hidden.device):
+        if chosen == "reference":
+            index, valid, number = places_of(labels != ignore_index, index)
+            hidden, teacher_rows, labels = rows_at(index, student_hidden, teacher_hidden, labels)
+            task, soft = reference.vocabulary_totals(
+                hidden, *inputs[1:], teacher_rows, *teacher[1:], labels, valid=valid, **setting
+            )
+            if reduction == "mean":
+                task, soft = safe_divide(task, number), safe_divide(soft, number)
+            first, second = (
+                _scalar(weight, task.device, dtype) if isinstance(weight, Tensor) else weight
+                for weight in weights
+            )
+            return VocabularyLosses(first * task + second * soft, task, soft)
         scale = torch.stack([_scalar(weight, student_hidden.device, dtype) for weight in weights])
+        setting |= {"index": index, "fused": chosen == "triton"}
         share = torch.ones((), dtype=dtype, device=student_hidden.device)  # factor from a sum to the mean
         if reduction == "mean":
             count = (labels != ignore_index).sum() if index is None else share * index.numel()
             share = safe_divide(share, count)
-        if chosen == "reference":
-            del setting["fused"]
-            sums = reference.vocabulary_totals(*inputs, *teacher, labels, **setting) * share
-            return VocabularyLosses((scale * sums).sum(), *sums.unbind())
         found = []
 
         def stored(needs):

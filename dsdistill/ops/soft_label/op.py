@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdistill.ops.backends import choose_backend
+from dsdistill.ops.backends import choose_backend, vocabulary_order
 from dsdistill.ops.common import (
     REDUCTIONS,
     accumulate_dtype,
@@ -19,6 +19,7 @@ from dsdistill.ops.common import (
     check_mask,
     check_range,
     check_tensor,
+    readable,
     safe_divide,
     with_stored_gradients,
     without_autocast,
@@ -106,20 +107,28 @@ def soft_label_alignment(
 
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias)
     dtype = accumulate_dtype(*tensors)
-    setting: dict[str, Any] = {"mask": mask, "index": index, "dtype": dtype, **formula, **caps}
-    chosen = choose("soft_label_alignment", backend, tensors, divergence, soft_label_alignment, SMALL_CALL)
+    setting: dict[str, Any] = {"dtype": dtype, **formula, **caps}
+    chosen = choose(
+        "soft_label_alignment", backend, tensors, divergence, soft_label_alignment, SMALL_CALL, index
+    )
     with without_autocast(student_hidden.device):
-        count = None
+        count: Tensor | int | None = None
         if reduction == "mean" and mask is not None:
             count = mask.sum()
         elif reduction == "mean":
-            size = batch * tokens if index is None else index.numel()
-            count = torch.full((), size, device=student_hidden.device)
+            count = batch * tokens if index is None else index.numel()
         if chosen == "reference":
-            total = reference.soft_label_total(*tensors, **setting)
+            if mask is not None:
+                index, mask, count = places_of(mask, None)
+                count = None if reduction == "sum" else count
+            hidden, teacher = rows_at(index, student_hidden, teacher_hidden)
+            total = reference.soft_label_total(
+                hidden, student_head, teacher, *tensors[3:], mask=mask, **setting
+            )
             return total if count is None else safe_divide(total, count)
+        setting |= {"mask": mask, "index": index, "fused": chosen == "triton"}
         return with_stored_gradients(
-            lambda needs: chunked.soft_label_total(needs, *tensors, **setting, fused=chosen == "triton"),
+            lambda needs: chunked.soft_label_total(needs, *tensors, **setting),
             (student_hidden, student_head, student_bias),
             count,
             WIDE,
@@ -172,18 +181,23 @@ def token_cross_entropy(
     check_choice("reduction", reduction, REDUCTIONS)
     dtype = accumulate_dtype(hidden, head, bias)
     small = {name: shape for name, shape in SMALL_CALL.items() if name.startswith("student")}
-    chosen = choose("token_cross_entropy", backend, (hidden, head, bias), "task", _task_of_logits, small)
+    chosen = choose(
+        "token_cross_entropy", backend, (hidden, head, bias), "task", _task_of_logits, small, index
+    )
     with without_autocast(hidden.device):
-        count = None
-        if reduction == "mean" and index is not None:
-            count = torch.full((), index.numel(), device=hidden.device)
-        elif reduction == "mean":
-            count = (labels != ignore_index).sum()
-        setting: dict[str, Any] = {"index": index, "ignore_index": ignore_index, "dtype": dtype}
+        setting: dict[str, Any] = {"ignore_index": ignore_index, "dtype": dtype}
         setting |= {"softcap": softcap, "label_smoothing": float(label_smoothing)}
         if chosen == "reference":
-            total = reference.cross_entropy_total(hidden, head, labels, bias, **setting)
-            return total if count is None else safe_divide(total, count)
+            index, valid, number = places_of(labels != ignore_index, index)
+            hidden, labels = rows_at(index, hidden, labels)
+            total = reference.cross_entropy_total(hidden, head, labels, bias, valid=valid, **setting)
+            return safe_divide(total, number) if reduction == "mean" else total
+        setting["index"] = index
+        count: Tensor | int | None = None
+        if reduction == "mean" and index is not None:
+            count = index.numel()
+        elif reduction == "mean":
+            count = (labels != ignore_index).sum()
         return with_stored_gradients(
             lambda needs: chunked.cross_entropy_total(
                 needs, hidden, head, labels, bias, **setting, fused=chosen == "triton"
@@ -234,7 +248,7 @@ def logit_alignment(
         rows = reference.logit_rows(student_logits.to(dtype), teacher_logits.to(dtype), mask, **formula)
         if reduction == "sum":
             return rows.sum()
-        count = torch.full((), rows.numel(), device=rows.device) if mask is None else mask.sum()
+        count = rows.numel() if mask is None else mask.sum()
         return safe_divide(rows.sum(), count)
 
 
@@ -270,6 +284,25 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
     check_device("labels", labels, hidden)
 
 
+def rows_at(index: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """Return the rows of tensors (B, N, …) at the flat places (K,), as (1, K, …); without places the tensors."""
+    return [x if index is None else x.flatten(0, 1).index_select(0, index)[None] for x in tensors]
+
+
+def places_of(valid: Tensor, index: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
+    """Return the places of the tokens that count, a mask of them, and how many; neither of both if all count.
+
+    valid: (B, N) bool, not read if there are places already. A mask is returned where it cannot be read at once.
+    """
+    if index is not None:
+        return index, None, index.numel()
+    if not readable(valid):
+        return None, valid, valid.sum()
+    index = valid.flatten().nonzero()[:, 0]
+    everything = index.numel() == valid.numel()
+    return None if everything else index, None, index.numel()
+
+
 def check_formula(temperature: float, divergence: str, beta: float, alpha: float, mu: float) -> dict:
     """Return what backends take of a divergence: `temperature` and `formula`."""
     if not temperature > 0:
@@ -295,16 +328,25 @@ def choose(
     variant: str,
     function: Callable[..., Tensor],
     small: dict[str, tuple[int, ...]],
+    index: Tensor | None,
 ) -> str:
-    """Return the backend of an operator over a vocabulary. tensors: the student's hidden states come first.
+    """Return the backend of an operator over a vocabulary. tensors: the student's hidden states and head come first.
 
-    variant, function, small: as `gpu_choice`.
+    index: the tokens that count, None: all. variant, function, small: as `gpu_choice`.
     """
-    preference, missing = ["chunked", "reference"], {}
-    for name in ("cpp", "cuda"):
-        missing[name] = f"losses over a vocabulary have only {', '.join(map(repr, HEAD_BACKENDS))}"
+    missing = {}
+    if backend in ("cpp", "cuda"):
+        missing[backend] = f"losses over a vocabulary have only {', '.join(map(repr, HEAD_BACKENDS))}"
     like = tensors[0]
-    assert like is not None  # the student is always given
+    head = tensors[1]
+    assert like is not None and head is not None  # the student is always given
+    tokens = like.shape[0] * like.shape[1]
+    preference = ["chunked", "reference"]
+    if like.device.type == "cpu":
+        counted = tokens if index is None else index.numel()
+        preference = [*vocabulary_order(counted * head.shape[0])]
+    if backend == "auto" and like.device.type == "cpu":
+        return choose_backend(operator, backend, preference=preference, missing=missing)
     lack = triton_lack(*tensors)
     if not lack and variant not in (*FUSED, "task"):
         lack = f"the kernel has no divergence {variant}"
@@ -312,7 +354,6 @@ def choose(
         missing["triton"] = lack
     else:
         preference.append("triton")
-    tokens = like.shape[0] * like.shape[1]
     fast = gpu_choice(operator, variant, like, tokens, {"triton": lack}, function, small)
     if fast and backend == "auto":
         preference = [fast, *preference]

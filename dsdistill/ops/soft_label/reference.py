@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdistill.ops.common import index_mask, zero_masked
+from dsdistill.ops.common import zero_masked
 from dsdistill.ops.soft_label.divergence import Formula, described, divergence_rows
 
 
@@ -26,8 +26,10 @@ def logit_rows(
     formula: Formula,
 ) -> Tensor:
     """Return the divergence of each row of (..., V) logits, 0 where masked."""
-    log_q = described(student_logits / temperature, formula)
-    log_p = described(teacher_logits.detach() / temperature, formula)
+    teacher_logits = teacher_logits.detach()
+    if temperature != 1:
+        student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
+    log_q, log_p = described(student_logits, formula), described(teacher_logits, formula)
     rows = divergence_rows(log_p, log_q, log_p.exp(), formula)
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
@@ -41,15 +43,12 @@ def soft_label_total(
     teacher_bias: Tensor | None,
     *,
     mask: Tensor | None,
-    index: Tensor | None,
     dtype: torch.dtype,
     student_softcap: float | None,
     teacher_softcap: float | None,
     **given,
 ) -> Tensor:
     """Return the sum over valid tokens, undivided. Shapes as `soft_label_alignment`; given as `logit_rows`."""
-    if index is not None:
-        mask = index_mask(index, student_hidden.shape[:2])
     student_hidden, teacher_hidden = zero_masked(student_hidden, mask), zero_masked(teacher_hidden, mask)
     student_logits = logits(student_hidden, student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
@@ -63,7 +62,7 @@ def cross_entropy_total(
     labels: Tensor,
     bias: Tensor | None,
     *,
-    index: Tensor | None,
+    valid: Tensor | None,
     ignore_index: int,
     dtype: torch.dtype,
     softcap: float | None,
@@ -71,13 +70,18 @@ def cross_entropy_total(
 ) -> Tensor:
     """Return Σ −Σ_v t_v log softmax(z)_v over the tokens that count; z = hidden headᵀ + bias, soft-capped if asked for.
 
-    t is ε/V everywhere, plus 1 − ε at the label.
+    t is ε/V everywhere, plus 1 − ε at the label. valid: (B, N) bool, the tokens that count; None: all.
     """
-    if index is not None:
-        labels = labels.masked_fill(~index_mask(index, labels.shape), ignore_index)
-    hidden = zero_masked(hidden, labels != ignore_index)
+    z = logits(zero_masked(hidden, valid), head, bias, dtype, softcap)
+    return _cross_entropy(z, labels, valid, ignore_index, label_smoothing)
+
+
+def _cross_entropy(
+    z: Tensor, labels: Tensor, valid: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    labels = labels if valid is None else labels.masked_fill(~valid, ignore_index)
     return F.cross_entropy(
-        logits(hidden, head, bias, dtype, softcap).flatten(0, -2),
+        z.flatten(0, -2),
         labels.flatten(),
         ignore_index=ignore_index,
         reduction="sum",
@@ -94,39 +98,19 @@ def vocabulary_totals(
     teacher_bias: Tensor | None,
     labels: Tensor,
     *,
-    index: Tensor | None,
+    valid: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     dtype: torch.dtype,
     student_softcap: float | None,
     teacher_softcap: float | None,
     **given,
-) -> Tensor:
-    """Return (2,): `cross_entropy_total`, and `soft_label_total` of the same tokens over the teacher's entries."""
-    common = teacher_head.shape[0]
-    task = cross_entropy_total(
-        student_hidden,
-        student_head,
-        labels,
-        student_bias,
-        index=index,
-        ignore_index=ignore_index,
-        dtype=dtype,
-        softcap=student_softcap,
-        label_smoothing=label_smoothing,
-    )
-    soft = soft_label_total(
-        student_hidden,
-        student_head[:common],
-        teacher_hidden,
-        teacher_head,
-        None if student_bias is None else student_bias[:common],
-        teacher_bias,
-        mask=None if index is not None else labels != ignore_index,
-        index=index,
-        dtype=dtype,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        **given,
-    )
-    return torch.stack([task, soft])
+) -> tuple[Tensor, Tensor]:
+    """Return `cross_entropy_total`, and `soft_label_total` of the same tokens over the teacher's entries."""
+    z = logits(zero_masked(student_hidden, valid), student_head, student_bias, dtype, student_softcap)
+    with torch.no_grad():
+        hidden = zero_masked(teacher_hidden, valid)
+        teacher_logits = logits(hidden, teacher_head, teacher_bias, dtype, teacher_softcap)
+    task = _cross_entropy(z, labels, valid, ignore_index, label_smoothing)
+    soft = logit_rows(z[..., : teacher_head.shape[0]], teacher_logits, valid, **given).sum()
+    return task, soft
