@@ -10,7 +10,7 @@ import yaml
 from dsdistill.config.load import make_config
 from dsdistill.data import Loader
 from dsdistill.engine.prepare import prepare
-from tests.engine.launch import run_configs
+from tests.engine.launch import launch, run_configs
 from tests.engine.plain import plain_run
 
 CASES = list(itertools.product((1, 2, 3), (1, 2), (False, True)))
@@ -69,6 +69,7 @@ def losses(module_tmp, models_dir, data_dir):
     batches = [loader.step(*divmod(step, loader.steps_per_epoch))[0] for step in range(10)]
     assert {len(batch.mask) for batch in batches} == {8, 5}, "the last batch of an epoch must be ragged"
     projectors = [p.weight.detach() for p in prepared.objectives[0].terms["hidden"].projectors.values()]
+    (module_tmp / "one.yaml").write_text(yaml.safe_dump(one))
     return plain_run(one, projectors, batches), found, prepared
 
 
@@ -99,3 +100,18 @@ def test_ranks_have_unequal_token_counts(losses):
         left, right = (sum(int(batch.mask.sum()) for batch in loader.step(*at)) for loader in loaders)
         unequal += left != right
     assert unequal > 5
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trainer_has_the_same_losses(losses, module_tmp, ranks):
+    """DistillTrainer on the same rows, in micro-batches of two, and a run on two ranks under ZeRO-2."""
+    _, found, _ = losses
+    worker, out = Path(__file__).with_name("trainer_worker.py"), module_tmp / f"trainer-{ranks}.json"
+    done = launch(worker, module_tmp / "one.yaml", out, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = json.loads(out.read_text())
+    assert len(lines) == 4
+    for expected, line in zip(found[2, 2, False], lines, strict=False):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        for name, term in expected["terms"].items():
+            assert line[name] == pytest.approx(term["raw"], rel=1e-5, abs=1e-7), (name, expected["step"])
