@@ -47,8 +47,8 @@ class Thresholds:
     native_rows: widest features of pairwise rows that the native kernel takes.
     few_tokens: below it `reference` takes projected hidden states, "mse" and "cosine" alike.
     small_projection: elements of a projection below which the native kernel takes them all the same.
-    eager_mse: elements of a projection from which PyTorch takes "mse" (float32 inputs, half-precision ones), None:
-        never. Blocks then bound the memory from eager_tokens on.
+    eager_mse: elements of a projection from which PyTorch takes "mse", None: never. The first is for fewer than
+        eager_tokens in float32, the second for all other calls. From eager_tokens on blocks bound the memory.
     eager_logits: tokens × entries up to which `reference` takes losses over a vocabulary: no more than in one block.
     """
 
@@ -115,11 +115,10 @@ def hidden_order(mse: bool, tokens: int, projection: int, half: bool) -> tuple[s
     if tokens < CPU.few_tokens:
         # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
         return ("reference", "cpp", "chunked")
-    if mse and CPU.eager_mse is not None and projection >= CPU.eager_mse[half]:
+    few = tokens < CPU.eager_tokens
+    if mse and CPU.eager_mse is not None and projection >= CPU.eager_mse[half or not few]:
         # PyTorch's products of float32 are faster there than those of the native kernel.
-        return (
-            ("reference", "chunked", "cpp") if tokens < CPU.eager_tokens else ("chunked", "cpp", "reference")
-        )
+        return ("reference", "chunked", "cpp") if few else ("chunked", "cpp", "reference")
     return ("cpp", "chunked", "reference")
 
 
