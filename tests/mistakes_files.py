@@ -41,7 +41,7 @@ YAML = {
         ["more than 10,000 values"],
     ),
     "aliases that deepen": (_levels("a", 100, "[@]"), ["levels"]),
-    "an alias inside its anchor": ("run: &a [1, *a]", ["*a, an alias of itself"]),
+    "an alias inside its anchor": ("run: &a [1, *a]", ["*a, an alias inside its own value"]),
     "a million values": ("run: [" + "1," * 1_000_000 + "]", ["more than 10,000 values"]),
     "five megabytes": ("# " + "x" * (5 << 20), ["5,242,882 bytes"]),
     "a number to base 60": ("run: 1" + ":1" * 20_000, ["a number of 40,001 characters"]),

@@ -34,7 +34,7 @@ ARGUMENTS = {
         ["train", "CONFIG", "train.batch_size="],
         ["train.batch_size: got None", "integer"],
     ),
-    "override without a key": (["train", "CONFIG", "=5"], ["an unknown key with 5"]),
+    "override without a key": (["train", "CONFIG", "=5"], ["an unknown key with value 5"]),
     "override below a value": (["train", "CONFIG", "train.steps.more=5"], ["train.steps"]),
     "override of broken YAML": (["train", "CONFIG", "data.text=[a"], ["data.text=[a"]),
     "interpolation": (["train", "CONFIG", "run.name=${nowhere}"], ["nowhere"]),

@@ -327,7 +327,7 @@ class TestRefusals:
         [
             (
                 {"hiden": {}},
-                "Distiller: terms.hiden: got an unknown key with {}, expected a known key (did you",
+                "Distiller: terms.hiden: got an unknown key with value {}, expected a known key (did you",
             ),
             (
                 {"hidden": {"layers": "unifrm"}},
