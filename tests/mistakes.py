@@ -327,7 +327,7 @@ DATA = {
         "train.tsv",
         b"text\n \n  \n",
         {"task": "masked_lm", "terms": {"task": {}}, "student.new_head": True},
-        ["got blank rows alone in text", "expected some text"],
+        ["got only blank rows in column text", "expected some text"],
     ),
     "a missing text among blanks": (
         "train.jsonl",

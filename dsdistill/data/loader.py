@@ -120,7 +120,7 @@ class Loader:
             mine = places[self.rank :: self.world_size]
             own = rows[mine]
             batch = collate(examples, own.tolist(), self.pad_id, epoch)
-            # The two texts of a pair are rows of their own.
+            # The two texts of a pair are separate rows.
             drawn = (
                 np.repeat(draws[mine], len(batch.input_ids) // len(own))
                 if len(own)
@@ -146,7 +146,7 @@ class Ahead:
     Args:
         loader: the loader of the train set.
         end: number of steps of the run; no batch is made beyond it.
-        pinned: batches are in pinned memory, from which a GPU copies by itself.
+        pinned: batches are in pinned memory, from which copies to a GPU can be asynchronous.
     """
 
     def __init__(self, loader: Loader, end: int, pinned: bool):
