@@ -144,7 +144,7 @@ CONFIG = {
     "long sequences": ({"data.max_length": 65}, ["data.max_length: got 65", "64 positions"]),
     "structure": (
         {"student.config": {"num_hidden_layers": 3}},
-        ["student.config.num_hidden_layers: got 3, expected 2, as the weights have it"],
+        ["student.config.num_hidden_layers: got 3, expected 2, as in the weights"],
     ),
     "unknown architecture key": (
         {"student.config": {"layers": 3}},

@@ -277,7 +277,7 @@ def _with_capitals(folder):
 ENCODERS = {
     "the largest values": (
         _largest_values,
-        ["which pools by ['max'], expected mean, cls or lasttoken alone"],
+        ["which pools by ['max'], expected one of mean, cls and lasttoken"],
     ),
     "a dense layer": (_dense, ["whose modules are Transformer, Pooling, Dense"]),
     "capitals that the library lowers": (_with_capitals, ["with do_lower_case"]),
