@@ -15,7 +15,7 @@ if [ -e "$runs/config.yaml" ]; then # its page would be made in place of the tab
 fi
 trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved
 
-# The same command goes on where a run was stopped, and passes over runs that are finished.
+# The same command continues a run that was stopped, and skips runs that are finished.
 train() {
   local name=$1 config=$2 port
   shift 2

@@ -54,7 +54,7 @@ CONFIG = {
     ),
     "DeepSpeed's checkpoints": (
         {"student.deepspeed": {"checkpoint": {"checkpoint_serialization": False}}},
-        ["student.deepspeed.checkpoint: got ", "expected run.save_every and run.keep in its place"],
+        ["student.deepspeed.checkpoint: got ", "expected run.save_every and run.keep instead"],
     ),
     "DeepSpeed's elastic checkpoints": (
         {"student.deepspeed": {"zero_optimization": {"elastic_checkpoint": True}}},
@@ -83,7 +83,7 @@ CONFIG = {
     "label column": ({"data.label": "lable"}, ["train.tsv: got no column 'lable'", "label"]),
     "smoothing of scores": (
         {"train.label_smoothing": 0.1, "task": "regression", "data.label": "score"},
-        ["train.label_smoothing: got task regression, expected a task of classes or tokens"],
+        ["train.label_smoothing: got task regression, expected task classification, causal_lm or masked_lm"],
     ),
     "smoothing that nobody reads": (
         {"train.label_smoothing": 0.1, "terms": {"hidden": {}}},
@@ -144,7 +144,7 @@ CONFIG = {
     "long sequences": ({"data.max_length": 65}, ["data.max_length: got 65", "64 positions"]),
     "structure": (
         {"student.config": {"num_hidden_layers": 3}},
-        ["student.config.num_hidden_layers: got 3, expected 2, as the weights have it"],
+        ["student.config.num_hidden_layers: got 3, expected 2, as in the weights"],
     ),
     "unknown architecture key": (
         {"student.config": {"layers": 3}},
@@ -198,7 +198,7 @@ CONFIG = {
     ),
     "long texts that run on": (
         {"task": "causal_lm", "data.packing": False, "data.overlong": "drop"},
-        ["data.overlong: got drop with data.packing false, where plain text runs on"],
+        ["data.overlong: got drop with data.packing false, which continues a text"],
     ),
     "language model of an encoder": ({"task": "causal_lm", "data.train": "t.txt"}, ["got model type bert"]),
     "no tokenizer": (
@@ -327,7 +327,7 @@ DATA = {
         "train.tsv",
         b"text\n \n  \n",
         {"task": "masked_lm", "terms": {"task": {}}, "student.new_head": True},
-        ["got blank rows alone in text", "expected some text"],
+        ["got only blank rows in column text", "expected some text"],
     ),
     "a missing text among blanks": (
         "train.jsonl",

@@ -58,11 +58,11 @@ EMBEDDING = {
     "scores that are not there": ({**PAIRS, "data.label": "gold"}, ["dev.tsv: got no column 'gold'"]),
     "scores of a dev set that is not there": (
         {**PAIRS, "data.dev": {"a": "dev.tsv", "b": "dev.tsv"}, "data.label": {"a": "gold", "c": "gold"}},
-        ["data.label: got a column of c, expected dev sets by name: a, b"],
+        ["data.label: got a column for c, expected names of dev sets: a, b"],
     ),
     "scores by name of a set without one": (
         {**PAIRS, "data.label": {"a": "gold"}},
-        ["data.label: got a column of a, expected dev sets by name: data.dev: {NAME: FILE, ...}"],
+        ["data.label: got a column for a, expected names of dev sets: data.dev: {NAME: FILE, ...}"],
     ),
     "labels by name of another task": (
         {"data.label": {"a": "label"}},
@@ -78,9 +78,9 @@ EMBEDDING = {
     ),
     "prompts of another number": (
         {**PAIRS, "data.prompts": ["query: "]},
-        ["data.prompts: got 1 for 2 columns", "one for each"],
+        ["data.prompts: got 1 for 2 columns", "one prompt for each column"],
     ),
-    "classes": ({**SINGLE, "data.labels": ["a", "b"]}, ["data.labels: got classes with task embedding"]),
+    "classes": ({**SINGLE, "data.labels": ["a", "b"]}, ["data.labels: got class names with task embedding"]),
     "rows without a label": (
         {**SINGLE, "data.drop_unlabelled": True},
         ["data.drop_unlabelled: got true without data.label"],
@@ -130,6 +130,6 @@ EMBEDDING = {
             "data.dev": "dev",
             "data.label": "score",
         },
-        ["data.label: got score with data.source docstrings, which nobody has judged"],
+        ["data.label: got score with data.source docstrings, which has no scores"],
     ),
 }

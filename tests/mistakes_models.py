@@ -134,7 +134,7 @@ FOLDERS = {
     "a pipe as weights": (pipe("model.safetensors"), ["without weights"]),
     "a checkpoint's shard": (
         text("shard-00001-model-00001-of-00001.safetensors", b""),
-        ["a checkpoint's shard"],
+        ["a shard of a checkpoint"],
     ),
     "a pipe as tokenizer": (pipe("tokenizer.json"), ["tokenizer.json", "a pipe"]),
     "a device as tokenizer": (device("tokenizer.json"), ["tokenizer.json", "a device"]),

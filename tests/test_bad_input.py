@@ -34,7 +34,7 @@ ARGUMENTS = {
         ["train", "CONFIG", "train.batch_size="],
         ["train.batch_size: got None", "integer"],
     ),
-    "override without a key": (["train", "CONFIG", "=5"], ["an unknown key with 5"]),
+    "override without a key": (["train", "CONFIG", "=5"], ["an unknown key with value 5"]),
     "override below a value": (["train", "CONFIG", "train.steps.more=5"], ["train.steps"]),
     "override of broken YAML": (["train", "CONFIG", "data.text=[a"], ["data.text=[a"]),
     "interpolation": (["train", "CONFIG", "run.name=${nowhere}"], ["nowhere"]),
@@ -277,7 +277,7 @@ def _with_capitals(folder):
 ENCODERS = {
     "the largest values": (
         _largest_values,
-        ["which pools by ['max'], expected mean, cls or lasttoken alone"],
+        ["which pools by ['max'], expected one of mean, cls and lasttoken"],
     ),
     "a dense layer": (_dense, ["whose modules are Transformer, Pooling, Dense"]),
     "capitals that the library lowers": (_with_capitals, ["with do_lower_case"]),

@@ -84,7 +84,7 @@ class TestRunFolder:
 
     def test_of_another_run(self, config, refused, used):
         line = refused("train", config(), "train.learning_rate=0.5")
-        assert "config.yaml: train.learning_rate: got 0.5, expected 0.001 as this run began" in line
+        assert "config.yaml: train.learning_rate: got 0.5, expected 0.001 as at this run's start" in line
 
     def test_of_a_run_with_other_terms(self, config, refused, used):
         assert "terms.pairwise" in refused("train", config(), "terms.pairwise=null")
@@ -193,7 +193,7 @@ class TestRunFolder:
         folder.open(alone)
         (used / "baseline" / "checkpoints" / "step-00000001").mkdir(parents=True)
         folder.open(alone)
-        with pytest.raises(UserError, match=r"config\.yaml: terms\..* as this run began"):
+        with pytest.raises(UserError, match=r"config\.yaml: terms\..* as at this run's start"):
             folder.open(whole)
 
     def test_waited_for_until_what_it_makes_is_there(self, tmp_path):

@@ -251,7 +251,7 @@ def test_every_family_as_the_library_has_it_is_let_through():
 def test_interpolations_of_other_kinds_are_refused(config, refused, text):
     """Their sizes are not counted; plain ones and the environment's are."""
     line = refused("train", config({"run.name": text}))
-    assert "run.name: got an interpolation of another kind, expected ${KEY}, ${oc.env:NAME}" in line
+    assert "run.name: got an unsupported interpolation, expected ${KEY}, ${oc.env:NAME}" in line
 
 
 def test_what_lies_beside_a_model_is_not_read(config, models_dir, tmp_path):

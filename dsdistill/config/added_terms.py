@@ -31,7 +31,7 @@ def add_term(name: str, settings: type[Term]) -> None:
             got = f"{name}, which is {taken.__module__}.{taken.__qualname__}"
             raise UserError("register_term: name", got, "a name that no other term has")
     elif hasattr(Terms, name):
-        raise UserError("register_term: name", f"{name}, which means something else", "another name")
+        raise UserError("register_term: name", f"{name}, which the class Terms uses already", "another name")
     annotation: Any = settings | None  # a type that no type checker can know
     Terms.model_fields[name] = FieldInfo(annotation=annotation, default=None)
     Terms.__annotations__[name] = annotation

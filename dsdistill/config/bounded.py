@@ -1,4 +1,4 @@
-"""Read foreign files with limits: no file that is too large, blocks or grows, and no YAML that expands."""
+"""Read files from outside with limits: they must not be too large, block or grow, and YAML must not expand."""
 
 import json
 import os
@@ -51,14 +51,14 @@ def read_bytes(path: str, most: int, limit: str = "the largest that is read") ->
 def read_json(path: str, most: int) -> dict[str, Any]:
     """Return the JSON object in a file of at most `most` bytes.
 
-    Raises UserError for one that cannot be read, is no JSON or no object.
+    Raises UserError for a file that cannot be read, is not JSON, or does not hold one object.
     """
     try:
         content = json.loads(read_bytes(path, most).decode("utf-8"))
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(path, f"{type(error).__name__}: {error}", "a readable file of JSON") from None
+        raise UserError(path, f"{type(error).__name__}: {error}", "a readable JSON file") from None
     if not isinstance(content, dict):
         raise UserError(path, f"a {type(content).__name__}", "one JSON object")
     return content
@@ -91,9 +91,7 @@ def check_yaml(text: str, place: str) -> None:
             deepest.append(0)
             nodes += 1
             if len(open_nodes) > YAML_DEPTH:
-                raise UserError(
-                    place, f"YAML of more than {YAML_DEPTH} levels", "settings that are less deep"
-                )
+                raise UserError(place, f"YAML of more than {YAML_DEPTH} levels", f"at most {YAML_DEPTH}")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
@@ -102,7 +100,9 @@ def check_yaml(text: str, place: str) -> None:
             anchor = None
             size, levels = known.get(event.anchor, (1, 0))
             if any(event.anchor == name for name, _ in open_nodes):
-                raise UserError(place, f"*{event.anchor}, an alias of itself", "settings that end")
+                raise UserError(
+                    place, f"*{event.anchor}, an alias inside its own value", "an alias of another value"
+                )
         elif isinstance(event, yaml.ScalarEvent):
             anchor = event.anchor
             if (
@@ -110,9 +110,15 @@ def check_yaml(text: str, place: str) -> None:
                 and len(event.value) > YAML_DIGITS
                 and event.value[0] in "+-.0123456789"
             ):
-                raise UserError(place, f"a number of {len(event.value):,} characters", "a shorter one")
+                raise UserError(
+                    place, f"a number of {len(event.value):,} characters", f"at most {YAML_DIGITS:,}"
+                )
             if event.value.count("${") > YAML_REFERENCES:
-                raise UserError(place, f"a text of more than {YAML_REFERENCES} interpolations", "fewer")
+                raise UserError(
+                    place,
+                    f"a text of more than {YAML_REFERENCES} interpolations",
+                    f"at most {YAML_REFERENCES}",
+                )
         else:
             continue
         if anchor is not None:
@@ -121,6 +127,6 @@ def check_yaml(text: str, place: str) -> None:
         if deepest:
             deepest[-1] = max(deepest[-1], levels)
         if nodes > YAML_NODES:
-            raise UserError(place, f"YAML of more than {YAML_NODES:,} values", "fewer")
+            raise UserError(place, f"YAML of more than {YAML_NODES:,} values", f"at most {YAML_NODES:,}")
         if len(open_nodes) + levels > YAML_DEPTH:
-            raise UserError(place, f"YAML of more than {YAML_DEPTH} levels", "settings that are less deep")
+            raise UserError(place, f"YAML of more than {YAML_DEPTH} levels", f"at most {YAML_DEPTH}")

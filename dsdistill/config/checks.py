@@ -1,4 +1,4 @@
-"""Check the rules between fields, without files or models: what needs these is checked where they are read."""
+"""Check the rules between fields. Rules that need files or models are checked where those are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEEPSPEED_KEYS = frozenset(
     """.split()
 )
 
-# Settings of DeepSpeed that have a field of their own here: two places for one setting could disagree.
+# Settings of DeepSpeed that have a field in this config: two places for one setting could disagree.
 OWNED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -67,23 +67,23 @@ def check(config: Config) -> None:
         raise UserError(
             "evaluation.rcs",
             f"{config.evaluation.rcs} without a teacher",
-            "a teacher, whose KL stands beside it",
+            "a teacher section: the score is read together with the KL from the teacher",
         )
     if config.evaluation.generate and config.task != "causal_lm":
         raise UserError("evaluation.generate", f"task {config.task}", "causal_lm, or 0")
     names = [stage.name for stage in config.stages]
     if len(set(names)) < len(names):
-        raise UserError("stages", f"names {names}", "a name of its own for each")
+        raise UserError("stages", f"names {names}", "a different name for each stage")
     if (
         config.teacher is not None
         and config.teacher.path is None
         and config.teacher.recipe is None
         and config.teacher.config is None
     ):
-        raise UserError("teacher", "neither path, recipe nor config", "one of them")
+        raise UserError("teacher", "neither path, recipe nor config", "path, recipe or config")
     if config.run.baseline and config.teacher is None:
         raise UserError(
-            "run.baseline", "true without a teacher", "a teacher: without one the run is the baseline"
+            "run.baseline", "true without a teacher", "false: a run without a teacher is the baseline already"
         )
     _check_student(config)
     check_data(config.data, config.task)
@@ -124,10 +124,10 @@ def _check_terms(config: Config, section: Terms, place: str, first: bool) -> Non
             raise UserError(
                 f"{place}.{name}.divergence",
                 f"{term.divergence} with task regression",
-                "forward_kl or logit_mse: a score has the distance to the teacher's alone",
+                "forward_kl or logit_mse: the loss on scores is always the squared difference",
             )
         if term.needs_previous and first:
-            raise UserError(f"{place}.{name}", "no stage before this one", f"{name} from the second stage on")
+            raise UserError(f"{place}.{name}", "no stage before this one", f"{name} only in a later stage")
         if getattr(term, "layers", None) != "emd":
             if isinstance(term, Layered) and term.layer_masses != "own":
                 raise UserError(
@@ -142,11 +142,13 @@ def _check_terms(config: Config, section: Terms, place: str, first: bool) -> Non
             )
         if term.layer_weights != "uniform":
             raise UserError(
-                f"{place}.{name}.layer_weights", f"{term.layer_weights} with layers: emd", "one of them"
+                f"{place}.{name}.layer_weights",
+                f"{term.layer_weights} with layers: emd",
+                "layer_weights: uniform, or other layers",
             )
     if config.train.distill_weight is not None and len({term.reads_labels for term in terms.values()}) < 2:
         raise UserError(
-            "train.distill_weight", f"{place} of {', '.join(terms)} alone", "terms.task and at least another"
+            "train.distill_weight", f"{place} with only {', '.join(terms)}", "terms.task and another term"
         )
 
 
@@ -165,7 +167,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_teacher(teacher: Teacher) -> None:
     """Refuse settings of the teacher that would have no effect."""
     if teacher.path is not None and teacher.recipe is not None:
-        raise UserError("teacher", "both path and recipe", "one of them")
+        raise UserError("teacher", "both path and recipe", "only one of them")
     if teacher.zero_stage == 0 and teacher.deepspeed:
         raise UserError("teacher.deepspeed", "settings with teacher.zero_stage 0", "teacher.zero_stage 3")
     if teacher.zero_stage == 0 and teacher.residency != "auto":
@@ -177,7 +179,9 @@ def _check_teacher(teacher: Teacher) -> None:
 def _check_chunker(config: Config) -> None:
     if config.data.chunker != "builtin" and not config.needs_spans:
         raise UserError(
-            "data.chunker", f"{config.data.chunker} without a term over spans", "terms.trajectory"
+            "data.chunker",
+            f"{config.data.chunker}, but nothing in this run reads words or phrases",
+            "builtin, or a term that reads them, such as terms.trajectory",
         )
 
 
@@ -187,7 +191,7 @@ def _check_domain(config: Config) -> None:
     if domain is None:
         if mapping:
             raise UserError(
-                f"terms.{mapping[0]}", "no student.domain", "student.domain: {width: ...} beside it"
+                f"terms.{mapping[0]}", "no student.domain", "a section student.domain: {width: ...}"
             )
         return
     if domain.teacher_map == "trained":
@@ -197,36 +201,40 @@ def _check_domain(config: Config) -> None:
             "frozen",
         )
     if not mapping:
-        raise UserError("student.domain", "no terms.domain", "terms.domain, which trains what it predicts")
+        raise UserError("student.domain", "no terms.domain", "terms.domain, which trains the predictor")
     if smoothing := [name for name, term in terms if term.needs_previous]:
-        raise UserError("student.domain", f"terms.{smoothing[0]} beside it", "one of them")
+        raise UserError("student.domain", f"terms.{smoothing[0]} in the same run", "only one of the two")
 
 
 def _check_sampler(config: Config) -> None:
     data, place = config.data, "data.sampler"
     if data.sampler_temperature is not None and data.sampler not in ("entropy", "domain_aware"):
         raise UserError(
-            "data.sampler_temperature", f"a value with sampler {data.sampler}", "entropy or domain_aware"
+            "data.sampler_temperature",
+            f"a value with sampler {data.sampler}",
+            "sampler entropy or domain_aware",
         )
     if data.sampler == "domain_aware" and data.domain is None:
         raise UserError(place, "domain_aware without data.domain", "data.domain and data.general")
     if data.sampler in ("entropy", "hard_negative") and config.teacher is None:
         raise UserError(place, f"{data.sampler} without a teacher", "a teacher section")
     if data.sampler == "entropy" and config.task in ("regression", "embedding"):
-        raise UserError(place, f"entropy with task {config.task}", "a task of classes or tokens")
+        raise UserError(
+            place, f"entropy with task {config.task}", "task classification, causal_lm or masked_lm"
+        )
     if data.sampler == "ddk":
         _check_domains(config)
     if data.mixup is not None and config.task not in ("classification", "regression"):
         raise UserError("data.mixup", f"{data.mixup} with task {config.task}", "classification or regression")
     if data.mixup is not None and config.needs_spans:
         raise UserError(
-            "data.mixup", f"{data.mixup} with a term over spans", "none: mixed texts have no words"
+            "data.mixup", f"{data.mixup} with a term over spans", "no such term: mixed texts have no words"
         )
     if data.sampler == "hard_negative":
         if not all(
             any(term.contrasts for term in stage.terms.named().values()) for stage in config.run_stages
         ):
-            raise UserError(place, "hard_negative without a contrast", "terms.contrastive")
+            raise UserError(place, "hard_negative without terms.contrastive", "this term in every stage")
         if config.train.group_by_length:
             raise UserError("train.group_by_length", "true with data.sampler hard_negative", "false")
 
@@ -261,10 +269,12 @@ def _check_labels(config: Config) -> None:
     data, train = config.data, config.train
     if data.label_noise and config.task in ("causal_lm", "masked_lm", "embedding"):
         raise UserError(
-            "data.label_noise", f"task {config.task}", "classification or regression (text has no labels)"
+            "data.label_noise", f"task {config.task}", "classification or regression: text has no labels"
         )
     if train.label_smoothing and config.task in ("regression", "embedding"):
-        raise UserError("train.label_smoothing", f"task {config.task}", "a task of classes or tokens")
+        raise UserError(
+            "train.label_smoothing", f"task {config.task}", "task classification, causal_lm or masked_lm"
+        )
     settings = {
         "data.label_noise": data.label_noise,
         "train.label_smoothing": train.label_smoothing,
@@ -299,9 +309,7 @@ def _check_deepspeed(settings: dict, model: str) -> None:
     place = f"{model}.deepspeed"
     for key in settings:
         if key in OWNED:
-            raise UserError(
-                f"{place}.{key}", "a setting that dsdistill makes itself", f"{OWNED[key]} in its place"
-            )
+            raise UserError(f"{place}.{key}", "a key that dsdistill sets itself", f"{OWNED[key]} instead")
         if key not in DEEPSPEED_KEYS:
             raise UserError(
                 f"{place}.{key}", "an unknown DeepSpeed key", "a known one" + nearest(key, DEEPSPEED_KEYS)
@@ -310,13 +318,13 @@ def _check_deepspeed(settings: dict, model: str) -> None:
     if not isinstance(zero, dict):
         raise UserError(f"{place}.zero_optimization", type(zero).__name__, "a mapping")
     if "stage" in zero:
-        raise UserError(f"{place}.zero_optimization.stage", zero["stage"], f"{model}.zero_stage in its place")
+        raise UserError(f"{place}.zero_optimization.stage", zero["stage"], f"{model}.zero_stage instead")
 
 
 def check_ranks(
     train: Train, stages: Sequence[Stage], sampler: str, world_size: int, task: str = "classification"
 ) -> None:
-    """Refuse batch sizes that `world_size` ranks cannot share, or that leave terms no examples to relate."""
+    """Refuse batch sizes that `world_size` ranks cannot share, or that leave a term no examples to compare."""
     at_once = train.micro_batch_size * world_size
     if train.batch_size % at_once:
         raise UserError(
@@ -328,12 +336,12 @@ def check_ranks(
         if at_once == 1 and relates(term, task):
             raise UserError(
                 f"terms.{name}",
-                "one example at once (train.micro_batch_size 1 on 1 rank)",
-                "at least 2: the term relates examples that meet in a micro-batch",
+                "one example at a time (train.micro_batch_size 1 on 1 rank)",
+                "at least 2: the term compares the examples of a micro-batch with each other",
             )
     if sampler == "hard_negative" and at_once % GROUP:
         raise UserError(
             "train.micro_batch_size",
-            f"{at_once} examples at once on {world_size} rank(s)",
+            f"{at_once} examples at a time on {world_size} rank(s)",
             f"a multiple of {GROUP}: hard_negative keeps an example and its neighbours together",
         )

@@ -15,17 +15,17 @@ def check_data(data: Data, task: str) -> None:
     _check_language(data, task)
     _check_packing(data, task)
     if (data.domain is None) != (data.general is None):
-        raise UserError("data.domain and data.general", "one of them", "both or neither")
+        raise UserError("data.domain and data.general", "only one of them", "both or neither")
     for name in ("domain", "general"):
         if getattr(data, name) is not None and data.source != "files":
-            raise UserError(f"data.{name}", f"files with data.source {data.source}", "source: files")
+            raise UserError(f"data.{name}", f"files with data.source {data.source}", "data.source files")
     if data.tokenizer is not None and data.train_tokenizer is not None:
-        raise UserError("data.train_tokenizer", "a size beside data.tokenizer", "one of them")
+        raise UserError("data.train_tokenizer", "a size together with data.tokenizer", "only one of the two")
     if data.tokenizer_kind != "wordpiece" and data.train_tokenizer is None:
         raise UserError(
             "data.tokenizer_kind",
             f"{data.tokenizer_kind} without data.train_tokenizer",
-            "its number of entries",
+            "data.train_tokenizer, the vocabulary size",
         )
 
 
@@ -36,7 +36,7 @@ def check_streaming(config: "Config") -> None:
         return
     if config.train.steps is None:
         raise UserError(
-            "data.streaming", "true without train.steps", "train.steps: nobody knows how long an epoch is"
+            "data.streaming", "true without train.steps", "train.steps: the length of an epoch is unknown"
         )
     if data.source in ("docstrings", "files") or data.root is not None:
         root = "" if data.root is None else " and data.root"
@@ -47,10 +47,14 @@ def check_streaming(config: "Config") -> None:
         raise UserError("data.streaming", "true with several sources in data.train", "one split")
     sampler = data.sampler not in ("uniform", "random_masked")
     for place, given, wanted in (
-        ("data.sampler", sampler, "uniform: others look at all examples first"),
-        ("data.fraction", data.fraction < 1, "1: train.steps says how much is used"),
-        ("data.max_train", data.max_train is not None, "null: train.steps says how much is used"),
-        ("data.holdout", data.holdout is not None, "null: a streamed set is not known beforehand"),
+        ("data.sampler", sampler, "uniform or random_masked: others read all examples first"),
+        ("data.fraction", data.fraction < 1, "1: train.steps decides how much is used"),
+        ("data.max_train", data.max_train is not None, "null: train.steps decides how much is used"),
+        (
+            "data.holdout",
+            data.holdout is not None,
+            "null: the examples of a streamed set are not known in advance",
+        ),
         ("data.train_tokenizer", data.train_tokenizer is not None, "null, and data.tokenizer"),
         ("train.group_by_length", config.train.group_by_length, "false"),
         ("run.evaluate_every", config.run.evaluate_every == "epoch", "a number of steps"),
@@ -70,7 +74,7 @@ def _check_sources(data: Data) -> None:
         raise UserError("data.root", f"{data.root} with data.source docstrings", "files or a hub data set")
     if data.holdout is not None:
         if isinstance(data.dev, dict) and "holdout" in data.dev:
-            raise UserError("data.dev", "a set named holdout beside data.holdout", "another name")
+            raise UserError("data.dev", "a set named holdout together with data.holdout", "another name")
         if not isinstance(data.train, str) and isinstance(data.train[0], Part):
             raise UserError(
                 "data.holdout", f"{data.holdout} with several sources in data.train", "one source"
@@ -85,12 +89,14 @@ def _check_sources(data: Data) -> None:
         return
     if data.sampler not in ("uniform", "random_masked", "ddk"):
         raise UserError(
-            "data.sampler", f"{data.sampler} with several sources", "uniform: their weights decide; or ddk"
+            "data.sampler",
+            f"{data.sampler} with several sources",
+            "uniform (the sources' weights decide) or ddk",
         )
     for index, part in enumerate(data.train):
         place, source = f"data.train.{index}", part.source or data.source
         if part.train is None and part.source is None and part.subset is None:
-            raise UserError(place, "neither source, subset nor train", "one of them")
+            raise UserError(place, "neither source, subset nor train", "at least one of them")
         if part.train is None and source == "files":
             raise UserError(f"{place}.train", "nothing with source files", "a file, or a list of files")
         if part.train is not None and not isinstance(part.train, str) and source != "files":
@@ -118,7 +124,7 @@ def _check_language(data: Data, task: str) -> None:
             if getattr(data, name) != default:
                 got = f"{getattr(data, name)} with plain text"
                 raise UserError(
-                    f"data.{name}", got, "data.messages, or a prompt and its response (data.text)"
+                    f"data.{name}", got, "data.messages, or two columns in data.text: prompt and response"
                 )
     if task in ("causal_lm", "masked_lm") and data.drop_unlabelled:
         raise UserError("data.drop_unlabelled", f"true with task {task}", "a task with labels")
@@ -132,7 +138,7 @@ def _is_plain(data: Data) -> bool:
 
 def _check_packing(data: Data, task: str) -> None:
     if _is_plain(data) and data.packing is False and data.overlong is not None:
-        got = f"{data.overlong} with data.packing false, where plain text runs on"
+        got = f"{data.overlong} with data.packing false, which continues a text in the next block"
         raise UserError("data.overlong", got, "packing auto or true, or no overlong")
     if data.packing is not True:
         return

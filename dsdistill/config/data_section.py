@@ -23,7 +23,7 @@ def _size(value: Any) -> Any:
 
 
 class Part(Section):
-    """One of several sources of the train set; settings that it does not give are those of `data`."""
+    """One of several sources of the train set. Settings that are not given here are those of `data`."""
 
     name: str | None = Field(default=None, description="name in the log; default: its subset, source or file")
     source: str | None = Field(default=None, description="as data.source")
@@ -39,7 +39,8 @@ class Part(Section):
         default=None, description="number of examples used, from the front; default: all"
     )
     weight: LearningRate = Field(
-        default=1.0, description="share of the drawn examples that come from it, relative to the other parts"
+        default=1.0,
+        description="share of the drawn examples that come from this part, relative to the other parts",
     )
 
 
@@ -60,8 +61,8 @@ class Data(Section):
     subset: str | None = Field(default=None, description="subset of a hub data set, such as sst2")
     root: str | None = Field(
         default=None,
-        description="folder of relative train and dev paths; for a hub data set: folder of a local copy, read from "
-        "ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
+        description="folder where relative paths in train and dev start; for a hub data set: folder of a local copy, "
+        "which is read from ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
     )
     train: str | Files | Parts = Field(
         default="train",
@@ -74,11 +75,9 @@ class Data(Section):
     )
     text: Texts = Field(
         default=("text",),
-        description="columns of the text, or of the two texts of a pair; a file without them may have text_a and "
-        "text_b; embedding: a pair is a query and its document, or two texts whose similarity is in `label`, and "
-        "each text is encoded separately; parts of the train set may have single texts while the dev sets have "
-        "pairs; causal_lm: a pair is a prompt, which has no loss, and its response, one example per row, as `layout` "
-        "says; blank single texts are left out by tasks that predict tokens and by embedding",
+        description="column of the text, or the two columns of a pair of texts; pairs are prompt and response "
+        "(causal_lm), or query and document or two texts with a similarity in `label` (embedding); "
+        "dsdistill/data/README.md says more",
     )
     messages: str | None = Field(
         default=None,
@@ -135,16 +134,18 @@ class Data(Section):
     )
     label: str | DevLabels | None = Field(
         default="label",
-        description="column of the label, unused by tasks that predict tokens; embedding: column of the dev sets "
-        "with human scores, on any scale, of how similar two texts are, or, if only some dev sets have scores, "
-        "columns by name: {stsb: score}; default for embedding: none",
+        description="column of the label; not read by tasks that predict tokens; embedding: column of similarity "
+        "scores in the dev sets, or one column for each dev set that has scores: {stsb: score}; default for "
+        "embedding: none",
     )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None,
         description="names of the classes in order; labels may then be numbers from 0; default: the data set's own "
         "names, else the names in the train set, sorted",
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(default=128, description="longest sequence, tokens")
+    max_length: Annotated[int, Field(ge=2)] = Field(
+        default=128, description="length of the longest sequence, in tokens"
+    )
     max_train: Positive | None = Field(
         default=None, description="number of train examples used, from the front; default: all"
     )
@@ -153,9 +154,9 @@ class Data(Section):
     )
     holdout: Positive | None = Field(
         default=None,
-        description="number of train examples to hold out, which are scored as the dev set holdout: choose settings on "
-        "it, and look at dev once; the same for every seed; short texts stay with those that contain them, and those "
-        "on both sides are left out; give a teacher recipe the same number",
+        description="number of train examples that are not trained on but scored as the dev set holdout, so that you "
+        "choose settings on it and look at dev once; every seed holds out the same ones; a short text goes with the "
+        "texts that contain it, and is left out if these are on both sides; give a teacher recipe the same number",
     )
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0,
@@ -183,9 +184,9 @@ class Data(Section):
         default="uniform",
         description="how train examples are drawn, the same number in each epoch; uniform: each once; entropy: those "
         "with high teacher entropy more often; random_masked: uniform, with 15% of the input masked for both models; "
-        "hard_negative: examples with their nearest neighbours in teacher space that have other answers; "
-        "domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev sets, of the "
-        "same names, the student is further behind its teacher, found again at each evaluation",
+        "hard_negative: each example with its nearest neighbours, by the teacher's vectors, that have another "
+        "answer; domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev sets, "
+        "of the same names, the student is further behind its teacher, found again at each evaluation",
     )
     mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
@@ -203,7 +204,7 @@ class Data(Section):
     general: Files | None = Field(default=None, description="files with general text")
     chunker: Literal["builtin", "spacy", "jieba"] = Field(
         default="builtin",
-        description="method that finds words and phrases for terms over spans; builtin: runs of content words; "
+        description="method that finds the words and phrases that some terms compare; builtin: runs of content words; "
         "spacy: English, parsed; jieba: Chinese; spacy and jieba must be installed",
     )
     cache: str = Field(

@@ -1,4 +1,4 @@
-"""Check the rules of task embedding: what it needs, and settings without effect in it or in other tasks."""
+"""Check the rules of task embedding: what it needs, and which settings would have no effect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_embedding(config: Config) -> None:
             "data.label", f"{data.label} with single texts", "two columns in data.text, or no label"
         )
     if data.label is not None and data.source == "docstrings":
-        got = f"{data.label} with data.source docstrings, which nobody has judged"
+        got = f"{data.label} with data.source docstrings, which has no scores"
         raise UserError("data.label", got, "no label, or another source")
     if data.drop_unlabelled and data.label is None:
         raise UserError("data.drop_unlabelled", "true without data.label", "false")
@@ -40,13 +40,13 @@ def check_embedding(config: Config) -> None:
         sets = list(data.dev) if isinstance(data.dev, dict) else []
         unknown = sorted(data.label.keys() - set(sets))
         if unknown:
-            wanted = f"dev sets by name: {', '.join(sets) or 'data.dev: {NAME: FILE, ...}'}"
-            raise UserError("data.label", f"a column of {', '.join(unknown)}", wanted)
+            wanted = f"names of dev sets: {', '.join(sets) or 'data.dev: {NAME: FILE, ...}'}"
+            raise UserError("data.label", f"a column for {', '.join(unknown)}", wanted)
     if data.labels is not None:
-        raise UserError("data.labels", "classes with task embedding", "none")
+        raise UserError("data.labels", "class names with task embedding", "no data.labels")
     if data.prompts is not None and len(data.prompts) != len(data.text):
         got = f"{len(data.prompts)} for {len(data.text)} columns of data.text"
-        raise UserError("data.prompts", got, "one for each")
+        raise UserError("data.prompts", got, "one prompt for each column")
     if data.sampler in ("hard_negative", "domain_aware") and data.train_columns == 2:
         raise UserError("data.sampler", f"{data.sampler} with pairs", "uniform, or single texts")
     if config.student.domain is not None:
@@ -87,7 +87,7 @@ def _check_parts(data: Data) -> None:
             got = f"{len(columns)} column(s), where the part before has {data.train_columns}"
             raise UserError(place, got, "pairs in all parts, or single texts in all")
         if len(columns) < len(data.text) and any(data.prompts or ()) and columns[0] not in data.text:
-            got = f"{columns[0]}, to which no prompt of data.prompts belongs"
+            got = f"column {columns[0]}, for which data.prompts has no prompt"
             raise UserError(place, got, " or ".join(data.text))
 
 
@@ -106,9 +106,9 @@ def _check_pairs(data: Data, place: str) -> None:
     """Refuse a contrast without pairs, or among pairs with scores of similarity."""
     if data.train_columns < 2:
         wanted = "data.text: [query, document], or other terms"
-        raise UserError(place, "single texts, which have no other to be told from", wanted)
+        raise UserError(place, "single texts, which form no pairs to contrast", wanted)
     # If some dev set is searched, the label belongs to other dev sets, not to the train pairs.
     searched = isinstance(data.label, dict) and data.label.keys() != set(data.dev)
     if data.label is not None and not searched:
-        got = f"pairs with scores (data.label: {data.label}), of which some are not alike"
+        got = f"pairs with scores (data.label: {data.label}), some of which are not similar"
         raise UserError(place, got, "pairs without a label, or other terms")

@@ -45,9 +45,9 @@ def explain(
         known = _section(section, parents).model_fields
         hint = nearest(str(key), known) or f" ({', '.join(known)})"
         dotted = ".".join(map(str, location))
-        return UserError(f"{start}{dotted}", f"an unknown key with {got}", "a known key" + hint)
+        return UserError(f"{start}{dotted}", f"an unknown key with value {got}", "a known key" + hint)
     if first["type"] == "missing":
-        return UserError(place, "nothing", "a value, this key is needed")
+        return UserError(place, "nothing", "a value: this key is required")
     if path.endswith(".layers"):  # a union: pydantic reports each of its branches
         return UserError(
             place,

@@ -12,9 +12,10 @@ HEAD = """# The settings of a config
 
 <!-- Written by `python -m dsdistill.config.fields` from the schema; a test holds it current. -->
 
-A config is YAML. Each table below is one of its sections; on a command line a setting is written with dots, such as
-`train.steps=100`. An empty default is `null`; `needed` marks what must be given. What contradicts another setting is
-refused in one line, with what was got and what is expected, before a model loads.
+A config is a YAML file. Each table below describes one of its sections. On a command line the name of a setting is
+written with dots, such as `train.steps=100`. An empty default means `null`; `needed` means that the setting must be
+given. If settings contradict each other, the run is refused before a model loads, and one line says what was got and
+what is expected.
 """
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _PLAIN = {

@@ -20,7 +20,7 @@ FORMAT = 4  # the format that `dump` writes; a file of format 1 does not name it
 # Up to format 2 the last layer was read before its final norm.
 _STATES = ("hidden", "feature", "pairwise", "contrastive", "sp", "rkd", "cka", "pkt", "trajectory", "smooth")
 _BEFORE = {f"terms.{name}.final_norm": "before" for name in _STATES}
-# Up to format 3 plain text ran on from document to document, and prompts had a layout of this project's own.
+# Up to format 3 plain text ran on from document to document, and prompts had a layout that only this project used.
 _UNPACKED = {"data.packing": False, "data.layout": "separator"}
 DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE | _UNPACKED, 2: _BEFORE | _UNPACKED, 3: _UNPACKED}
 
@@ -75,7 +75,7 @@ def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
     oldest = 1 if saved else 2  # a user's file names no format, or is a copy of a file that `dump` wrote
     named = settings.pop("format", 1 if saved else FORMAT)
     if type(named) is not int or not oldest <= named <= FORMAT:
-        expected = f"{oldest} to {FORMAT} (other versions of dsdistill read others)"
+        expected = f"{oldest} to {FORMAT} (another version of dsdistill may read it)"
         raise UserError(f"{origin}: format", repr(named), expected)
     return named
 

@@ -45,7 +45,9 @@ def load(sources: Sequence[str]) -> Config:
                 key, value = source.split("=", 1)
                 check_yaml(value, _shown(source))
                 if key.count(".") + key.count("[") > KEY_DEPTH:
-                    raise UserError(_shown(source), "a key of too many levels", "a key of the config")
+                    raise UserError(
+                        _shown(source), f"a key of more than {KEY_DEPTH} levels", "a key of the config"
+                    )
                 parsed = _container(OmegaConf.from_dotlist([f"value={value}"]))
                 OmegaConf.update(merged, key, parsed["value"], merge=True)
             else:
@@ -64,10 +66,12 @@ def load(sources: Sequence[str]) -> Config:
             RecursionError,
         ) as error:
             form = "key=value" if _is_override(source) else "valid YAML"
-            raise UserError(_shown(source), _first_line(error), f"{form} that fits what is there") from None
+            raise UserError(
+                _shown(source), _first_line(error), f"{form} that fits the settings before it"
+            ) from None
     settings = _plain(merged, origin)
     if hidden := places(settings):
-        wanted = "the value itself, as ${oc.env:NAME} from the environment: no run folder holds it"
+        wanted = "the value itself, such as ${oc.env:NAME} from the environment: run folders do not hold it"
         raise UserError(f"{origin}: {hidden[0]}", REDACTED, wanted)
     complete(settings, take_format(settings, origin))
     return make_config(settings, origin)
@@ -182,7 +186,11 @@ def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
             known[path] = written = measure(_at(settings, path), path)
             if written > EXPANDED:
                 key = ".".join(map(str, path))
-                raise UserError(f"{origin}: {key}", f"interpolations of {written:.1e} characters", "fewer")
+                raise UserError(
+                    f"{origin}: {key}",
+                    f"interpolations of {written:.1e} characters",
+                    f"at most {EXPANDED:.1e}",
+                )
         return known[path]
 
     def measure(value: object, path: tuple) -> int:
@@ -196,8 +204,8 @@ def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
             key = ".".join(map(str, path))
             raise UserError(
                 f"{origin}: {key}",
-                "an interpolation of another kind",
-                "${KEY}, ${oc.env:NAME} or \\${ for the text",
+                "an unsupported interpolation",
+                "${KEY}, ${oc.env:NAME}, or \\${ for the characters ${",
             )
         return len(value) + sum(size(_target(name, path)) for name in _REFERENCE.findall(value))
 

@@ -34,7 +34,9 @@ def check_same(saved: str, config: Config) -> None:
     for key in before | after:
         if key not in _FREE and before.get(key) != after.get(key):
             raise UserError(
-                f"{saved}: {key}", after.get(key), f"{before.get(key)} as this run began, or another run.name"
+                f"{saved}: {key}",
+                after.get(key),
+                f"{before.get(key)} as at this run's start, or another run.name",
             )
 
 

@@ -63,7 +63,7 @@ class Run(Section):
     )
     baseline: bool = Field(
         default=False,
-        description="afterwards train the same student with the task's loss alone, and report both side by side",
+        description="also train the same student afterwards with the task's loss only, and report both together",
     )
 
 
@@ -153,7 +153,7 @@ class Student(Model):
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
-        description="patterns of parameters that are not trained in any stage, such as *embeddings*",
+        description="name patterns of parameters that are not trained in any stage, such as *embeddings*",
     )
 
 
@@ -169,7 +169,7 @@ class Train(Section):
         description="each step takes examples of similar length: less padding, slightly less random order",
     )
     batch_size: Positive = Field(default=32, description="examples per optimizer step, over all ranks")
-    micro_batch_size: Positive = Field(default=8, description="examples that a rank processes at once")
+    micro_batch_size: Positive = Field(default=8, description="examples that a rank processes at a time")
     optimizer: Literal["adamw", "adam", "adagrad", "sgd"] = Field(
         default="adamw", description="adam: weight decay is added to the gradient; sgd: with momentum 0.9"
     )
@@ -205,7 +205,7 @@ class Train(Section):
     clip: NonNegative = Field(default=1.0, description="largest gradient norm; 0: no clipping")
     bad_steps: Positive = Field(
         default=3,
-        description="number of steps in a row with a loss or gradient that is not finite, after which the run ends",
+        description="number of steps in a row whose loss or gradient is not finite, after which the run ends",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="dtype of the weights in the forward pass; fp16: GPU only"
@@ -222,8 +222,9 @@ class Evaluation(Section):
 
     rcs: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="number of points at which representations are kept for the representation consistency score, "
-        "evenly spaced over the run, the last at its end (3 for the published three stages); 0: none",
+        description="number of points in training at which representations are kept for the representation "
+        "consistency score; they are evenly spaced, and the last is the end of the run; the paper has 3 and calls them "
+        "stages (not the `stages` of a config); 0: no score",
     )
     structure: bool = Field(
         default=False,
@@ -232,8 +233,8 @@ class Evaluation(Section):
     )
     positive_class: str | None = Field(
         default=None,
-        description="for two classes: name of the class whose F1 is scored; default: the second, or the first if the "
-        "second has its name with not_, non_ or no_ in front",
+        description="for two classes: name of the class whose F1 is scored; default: the second class, but the first "
+        "if the second is named like it with not_, non_ or no_ in front",
     )
     latency: bool = Field(
         default=False, description="measure the median time of a single example, on one process"
@@ -241,14 +242,14 @@ class Evaluation(Section):
     generate: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="number of dev examples, from the front, whose prompts student and teacher continue (greedily, "
-        "in `evaluate`) for BLEU, ROUGE and character error rate; for plain text the prompt is half a block; 0: none",
+        "in `evaluate`) for BLEU, ROUGE and character error rate; plain text: half a block is the prompt; 0: none",
     )
 
 
 class Stage(Section):
-    """A part of the steps with its own terms; the optimizer and the learning-rate schedule start anew."""
+    """A part of the steps with its own terms; the optimizer and the learning-rate schedule start again."""
 
-    name: str = Field(pattern=NAME, description="for the log and for the stage's file of weights")
+    name: str = Field(pattern=NAME, description="name in the log and in the name of the stage's weights file")
     share: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0, description="share of the steps, relative to the other stages"
     )
@@ -258,7 +259,7 @@ class Stage(Section):
     )
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
-        description="patterns of student parameters that are not trained in this stage, in addition to student.freeze",
+        description="name patterns of parameters that are not trained in this stage, in addition to student.freeze",
     )
     learning_rate: LearningRate | None = Field(
         default=None, description="highest learning rate; default: train.learning_rate"
@@ -292,8 +293,8 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     plugins: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(),
-        description="modules to import before the config is checked, by their dotted names, such as those that add "
-        "terms; found on the Python path, else in the current directory",
+        description="dotted names of modules to import before the config is checked, such as modules that add terms; "
+        "they are looked for on the Python path, then in the current directory",
     )
 
     @model_validator(mode="before")
@@ -345,7 +346,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
-        from dsdistill.config.checks import check  # the cross-field rules fill a file of their own
+        from dsdistill.config.checks import check  # these rules are in a separate file
 
         if info.context is not SAVED:
             check(self)

@@ -1,4 +1,7 @@
-"""Define the settings of the loss terms."""
+"""Define the settings of the loss terms.
+
+Layers are counted from 1; layer 0 is the output of the embeddings, as in the papers.
+"""
 
 from typing import Annotated, Literal, get_args
 
@@ -49,7 +52,7 @@ class Embedding(Term):
     dims: Annotated[tuple[Positive, ...], Field(strict=False, min_length=1)] | None = Field(
         default=None,
         description="Matryoshka: lengths d, such as [384, 256, 128]; the first d values of the student's vector are "
-        "compared as a vector of their own, and the mean over all d is taken; default: the whole vector only",
+        "compared as if they were the whole vector, and the loss is the mean over all d; default: the whole vector",
     )
     projector: Literal["auto", "linear"] = Field(
         default="auto",
@@ -68,9 +71,10 @@ class SoftLabel(Term):
         "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl", "tvd", "logit_mse"
     ] = Field(
         default="forward_kl",
-        description="forward_kl: KL(teacher‖student), in nats like reverse_kl, jsd (generalised), skew_kl and "
-        "skew_reverse_kl (from a mixture of both) and akl (forward and reverse KL, weighted by where the models "
-        "differ); tvd: total variation, 0 to 1; logit_mse: squared difference of the logits, mean over classes",
+        description="forward_kl: KL(teacher‖student); reverse_kl: KL(student‖teacher); jsd: generalised JSD; skew_kl and "
+        "skew_reverse_kl: KL to a mixture of both models; akl: forward and reverse KL, weighted by where the models "
+        "differ; these are in nats; tvd: total variation, 0 to 1; logit_mse: squared difference of the logits, mean "
+        "over classes",
     )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="teacher's share in jsd's mixture"
@@ -207,7 +211,7 @@ class Pairwise(Layered, States):
     rows: Positive | None = Field(
         default=None,
         description="number of tokens that training relates to all tokens of their sequence, drawn as in attention; "
-        "not with distance; default: all",
+        "not supported with relation distance; default: all",
     )
 
 
@@ -298,7 +302,7 @@ class Trajectory(States):
     )
     structure: NonNegative = Field(
         default=2.0,
-        description="λ_DSA: factor of the loss on the spans' pairwise cosines, a mean over layers",
+        description="λ_DSA: factor of the loss on the spans' pairwise cosines, averaged over layers",
     )
     hidden: NonNegative = Field(
         default=0.2,

@@ -65,7 +65,7 @@ def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -
 def readable(place: str, schema: "pyarrow.Schema", wanted: Iterable[str]) -> list[str]:
     """Return the wanted columns that exist; raise UserError for one that cannot be read."""
     if len(set(schema.names)) < len(schema.names):
-        raise UserError(place, "a column twice", "each name once")
+        raise UserError(place, "two columns of one name", "each name once")
     names = []
     for name in dict.fromkeys(wanted):
         if name not in schema.names:
@@ -146,7 +146,7 @@ def _decoded(place: str, name: str, column: "pyarrow.Array") -> int:
 
 def _bound(place: str, size: int, most: int) -> None:
     if size > most:
-        raise UserError(place, f"{size:,} bytes once decompressed", f"at most {most:,} (data.max_file)")
+        raise UserError(place, f"{size:,} bytes when decompressed", f"at most {most:,} (data.max_file)")
 
 
 def _declared(place: str, metadata: dict[bytes, bytes] | None, names: list[str]) -> dict[str, list[str]]:
@@ -185,5 +185,5 @@ def _class_names(place: str, feature: dict[str, Any]) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError(place, f"class names {names!r}", "each name once")
     if whole and count != len(names):
-        raise UserError(place, f"{len(names)} class names for {count} classes", "one name a class")
+        raise UserError(place, f"{len(names)} class names for {count} classes", "one name for each class")
     return names

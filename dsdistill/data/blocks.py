@@ -48,7 +48,7 @@ def packed(examples: Examples, length: int, cache: Path, drawn: Any) -> Packed:
                     _write(path, _made(lengths, length))
                     found = _read(path, len(lengths))
         except disk.Unwritable as error:
-            log.warning("blocks are made at every start: %s", error)
+            log.warning("blocks cannot be kept in the cache and are made again at every start: %s", error)
     return Packed(examples, *(found or _made(lengths, length)))
 
 
@@ -66,9 +66,9 @@ def _read(path: Path, documents: int) -> tuple[np.ndarray, ...] | None:
         found = tuple(np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in NAMES)
         order, bounds, sizes = found
         if not len(order) == bounds[-1] == documents or len(sizes) != len(bounds) - 1:
-            raise ValueError("of other documents")
+            raise ValueError("made of other documents")
     except (OSError, ValueError, IndexError, TypeError) as error:
-        log.warning("%s is damaged (%s) and made again", path, next(iter(str(error).splitlines()), ""))
+        log.warning("%s is damaged (%s) and is made again", path, next(iter(str(error).splitlines()), ""))
         return None
     return found
 

@@ -27,14 +27,14 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
         except OSError as error:
             raise _unreadable(path, error) from None
         except (ValueError, RecursionError):
-            log.warning("%s is damaged and made again", path)
+            log.warning("%s is damaged and is made again", path)
     made = list(make())
     try:
         # Other ranks and runs may write the same file now: each writes a complete one, and the last to finish wins.
         with disk.writing(path) as file:
             file.writelines(json.dumps(row) + "\n" for row in made)
     except disk.Unwritable as error:
-        log.warning("nothing is kept in the cache: %s", error)
+        log.warning("rows cannot be kept in the cache: %s", error)
     return made
 
 

@@ -1,4 +1,4 @@
-"""Render conversations by a chat template, and find the turns in the text that are to be learned."""
+"""Render conversations with a chat template, and find the turns in the text that have labels."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,24 @@ log = logging.getLogger("dsdistill")
 
 
 class Chat:
-    """Render conversations by a tokenizer's chat template, and say which characters are learned.
+    """Render conversations with a tokenizer's chat template, and say which characters have labels.
 
     Text and ids are those of `tokenizer.apply_chat_template`: the template alone decides whether a text begins with
     the begin token.
 
-    Turns of the assistant have labels. If the template has marks ({% generation %}), the marked text has them. Else a
-    turn begins after the conversation before it and the prompt for the assistant: this is what the model would write
-    from there on. It ends with its last special token (the end of the turn), which has a label; blank characters that
-    the template writes after that token have none, as the model has stopped by then. If the template has no such token,
-    the turn ends where the template ends it.
+    Turns of the assistant have labels. If the template has marks ({% generation %}), the marked text has labels.
+    Otherwise a turn begins after the prompt for the assistant, where the model would begin to write. It ends with its
+    last special token (the end of the turn), which has a label. Blank characters after that token have none, because
+    the model has stopped there. If the template has no such token, the turn ends where its text ends.
 
     A template may change earlier turns once later ones follow: Qwen3's drops their thinking. A model then never
-    writes these turns as they are in the whole conversation. So each turn of the assistant becomes an example of
-    its own, which ends with it, or the conversation is refused, as `turns` says. Marks are trusted as they are.
+    writes these turns as they are in the whole conversation. So each turn of the assistant becomes a
+    separate example, which ends with that turn, or the conversation is refused, as `turns` says. Marks are not checked.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        template: text of a template in place of the tokenizer's.
-        options: further variables of the template beside the messages (`data.template_options`).
+        template: text of a template that replaces the tokenizer's.
+        options: variables of the template in addition to the messages (`data.template_options`).
         train_on: as `data.train_on`.
         turns: as `data.turns`.
 
@@ -50,7 +49,7 @@ class Chat:
     ):
         if not tokenizer.is_fast:
             raise UserError(
-                "data.tokenizer", "one that does not tell where its tokens lie", "a fast one (tokenizer.json)"
+                "data.tokenizer", "a tokenizer without token offsets", "a fast tokenizer (tokenizer.json)"
             )
         self.tokenizer, self.train_on, self.turns = tokenizer, train_on, turns
         self.template = ChatTemplate(tokenizer, template, options)
@@ -77,13 +76,13 @@ class Chat:
         turns = [i for i in range(read.prompt, len(read.messages)) if read.messages[i]["role"] == "assistant"]
         if not turns:
             roles = ", ".join(dict.fromkeys(of["role"] for of in read.messages[read.prompt :]))
-            raise UserError(place, f"turns of {roles} alone", "one of the assistant, or data.train_on: all")
+            raise UserError(place, f"only turns of {roles}", "a turn of the assistant, or data.train_on: all")
         if self.train_on == "last":
             turns = turns[-1:]
         by = self._by_marks if self.template.has_marks else self._by_prefixes
         found = by(read, turns, place)
         if any(first >= last for rendered in found for first, last in rendered.spans or ()):
-            raise UserError(place, "a turn of the assistant without any text", "text in it")
+            raise UserError(place, "an empty turn of the assistant", "a turn with text")
         return found
 
     def encode(self, conversation: Any, place: str = "conversation") -> list[tuple[list[int], list[Range]]]:
@@ -98,7 +97,7 @@ class Chat:
             marks = marks[len(self.template.render_marked(messages[:others], tools, place)[1]) :]
         if not marks:
             raise UserError(
-                place, "turns of which the chat template marks nothing", "one that it marks as generated"
+                place, "no text that the chat template marks as generated", "a turn that it marks"
             )
         return [Rendered(text, tuple(marks))]
 
@@ -116,8 +115,8 @@ class Chat:
         if self.turns == "refuse":
             raise UserError(
                 f"{place}, message {turns[spans.index(None)] + 1}",
-                "a turn that the chat template writes otherwise once others follow",
-                "data.turns: split, or a template that leaves turns as they are",
+                "a turn whose text the chat template changes when other turns follow",
+                "data.turns: split, or a template that does not change earlier turns",
             )
         return [
             Rendered(text, (self._last_span(conversation, turn, opening, text, place),))
@@ -141,7 +140,7 @@ class Chat:
         before_it, found, _ = first.partition(prompt) if prompt else ("", "", "")
         if not found:
             raise UserError(
-                place, "a conversation that begins with the assistant", "a turn of the user first"
+                place, "a conversation that begins with the assistant", "one that begins with the user"
             )
         return [before_it + prompt, *openings]
 
@@ -180,8 +179,11 @@ class Chat:
 
         The turn need not begin after the opening. A template may change the text before the turn once the turn follows
         (Hermes 3: a line break after a tool's answer), and its prompt for the assistant may contain more than the turn
-        written later (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then begins after the
-        prompt, or where text and opening differ first.
+        written later (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then begins
+        after the prompt, if the text has it once more than before. Otherwise it begins at the start of the line, or
+        after the last special token, before the character where text and opening first differ; this is logged once.
+
+        Raises UserError if that place lies before the end of the earlier turns.
         """
         if text.startswith(opening):
             return len(opening), self._end(text, len(opening))
@@ -195,14 +197,14 @@ class Chat:
         if first < len(before):
             raise UserError(
                 place,
-                "a chat template whose prompt for the assistant is not how its turns begin",
-                "one that marks them ({% generation %})",
+                "a chat template whose assistant turns do not begin with its prompt for the assistant",
+                "a template that marks these turns ({% generation %})",
             )
         if not self._warned:
             self._warned = True
             log.warning(
-                "%s: the chat template's prompt for the assistant is %r and its turn begins with %r: labels begin "
-                "where they part",
+                "%s: the chat template's prompt for the assistant is %r, but its turn begins with %r; labels begin "
+                "where the two first differ",
                 place,
                 opening[len(before) :],
                 text[len(before) : len(opening)],
@@ -232,7 +234,7 @@ def turn_end(tokenizer: Any, options: Mapping[str, Any] | None = None) -> int | 
     try:
         ids, spans = Chat(tokenizer, options=options).encode(asked)[-1]
     except UserError as error:  # such as a template that asks for tools
-        log.warning("the token that ends a turn is not known: %s", error)
+        log.warning("the token that ends a turn is unknown: %s", error)
         return None
     last = ids[spans[-1][1] - 1]
     known = tokenizer.added_tokens_decoder.get(last)

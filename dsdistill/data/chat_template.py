@@ -1,4 +1,4 @@
-"""Apply a chat template as the tokenizer does, and report its failures in one line."""
+"""Apply a chat template as the tokenizer does, and report each failure in one line."""
 
 import inspect
 import logging
@@ -27,7 +27,7 @@ def read_template(path: str) -> str:
     try:
         return read_bytes(os.path.expanduser(path), MIB).decode("utf-8")
     except FileNotFoundError:
-        raise UserError(place, "no such file", "a file of a Jinja template") from None
+        raise UserError(place, "no such file", "a file with a Jinja template") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(place, str(error), "a readable UTF-8 file") from None
 
@@ -37,8 +37,8 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: a template in place of the tokenizer's.
-        options: further variables beside the messages; `tools` among them is for conversations without their own.
+        text: a template that replaces the tokenizer's.
+        options: variables in addition to the messages; `tools` is for conversations that have none.
 
     Raises:
         UserError: there is no template, it is broken, or it does not read an option.
@@ -56,7 +56,7 @@ class ChatTemplate:
         # The tokens of the tokenizer that may end a turn.
         self.special = tuple(of for of in sorted(tokens | set(tokenizer.all_special_tokens)) if of.strip())
         self._seen: set[str] = set()  # what was checked in its texts: roles, tool_calls and tools
-        self._takes_parts: bool | None = None  # whether it takes content that is a list
+        self._takes_parts: bool | None = None  # whether it accepts content that is a list
 
     def render(
         self, conversations: list[list[Message]], tools: Any, place: str, prompt: bool = False
@@ -160,7 +160,7 @@ class ChatTemplate:
                     raise UserError(
                         f"{place}, message {index + 1}",
                         f"{what}, which the chat template leaves out",
-                        "what it shows, or another template (data.chat_template)",
+                        "messages that the template shows, or another template (data.chat_template)",
                     )
                 self._seen.add(what)
 
@@ -178,8 +178,10 @@ class ChatTemplate:
         if not source:
             raise UserError(
                 "data.chat_template",
-                "nothing, and a tokenizer without a chat template" if self.given is None else "an empty one",
-                "a file of a chat template, or a tokenizer with one",
+                "null, and a tokenizer without a chat template"
+                if self.given is None
+                else "an empty template",
+                "a file with a chat template, or a tokenizer that has one",
             )
         texts = list(source.values()) if isinstance(source, dict) else [source]
         for text in texts:
@@ -188,8 +190,8 @@ class ChatTemplate:
             except TemplateSyntaxError as error:
                 raise UserError(
                     "data.tokenizer" if self.given is None else "data.chat_template",
-                    f"a chat template whose line {error.lineno} has an error ({error.message})",
-                    "a Jinja template",
+                    f"a chat template with an error in line {error.lineno} ({error.message})",
+                    "a valid Jinja template",
                 ) from None
             except Exception:  # it may refuse this conversation
                 continue
@@ -199,9 +201,9 @@ class ChatTemplate:
         place = f"data.template_options.{name}"
         own = inspect.signature(self.tokenizer.apply_chat_template).parameters.keys()
         if name in own - {"kwargs", "tools", "documents"}:
-            raise UserError(place, "a setting of how templates are applied", "what the template reads")
+            raise UserError(place, "an argument of apply_chat_template", "a variable that the template reads")
         if not self._names(name):
-            raise UserError(place, "an option that the chat template does not read", "one that it does")
+            raise UserError(place, "an option that the chat template does not read", "one that it reads")
 
     def _names(self, name: str) -> bool:
         return re.search(rf"\b{re.escape(name)}\b", self.text) is not None
@@ -219,5 +221,7 @@ def _probe_calls(calls: Any) -> Any:
 def _refused(place: str, error: Exception) -> UserError:
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return UserError(
-        place, f"a conversation that the chat template refuses ({reason})", "one in the form that it takes"
+        place,
+        f"a conversation that the chat template refuses ({reason})",
+        "a conversation in the form that it accepts",
     )

@@ -70,7 +70,7 @@ def _parsed(value: Any, place: str) -> Any:
             json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(
-            place, f"{value[:60]!r} ({error})", "a list of messages, or one as JSON text"
+            place, f"{value[:60]!r} ({error})", "a list of messages, or JSON text of such a list"
         ) from None
     return parsed
 
@@ -80,7 +80,7 @@ def _messages(value: Any, place: str) -> list[Message]:
     if not isinstance(value, list):
         raise UserError(place, f"a {type(value).__name__}", "a list of messages")
     if not value:
-        raise UserError(place, "an empty list", "a message at least")
+        raise UserError(place, "an empty list", "at least one message")
     return [_message(message, f"{place}, message {i}") for i, message in enumerate(value, 1)]
 
 
@@ -106,7 +106,7 @@ def _check_part(part: Any, place: str) -> None:
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise UserError(
-            place, f"a part of type {kind!r} in its content", "parts {type: text, text: ...} alone"
+            place, f"a part of type {kind!r} in its content", "only parts of the form {type: text, text: ...}"
         )
 
 
@@ -127,9 +127,9 @@ def _calls(said: Any, place: str) -> list[dict[str, Any]]:
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise UserError(place, f"the call {str(said)[:60]!r}", "JSON of name and arguments")
+            raise UserError(place, f"the call {str(said)[:60]!r}", "JSON with name and arguments")
     if not calls:
-        raise UserError(place, "no call", "JSON of name and arguments")
+        raise UserError(place, "no call", "JSON with name and arguments")
     return [
         {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
         for call in calls
@@ -142,5 +142,7 @@ def read_tools(value: Any, place: str) -> list[dict[str, Any]] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{place}, tools", f"{str(tools)[:60]}", "a list of dicts, each a tool's JSON schema")
+        raise UserError(
+            f"{place}, tools", f"{str(tools)[:60]}", "a list of dicts: the JSON schemas of the tools"
+        )
     return tools

@@ -1,6 +1,6 @@
 """Turn the rows of a source into documents of tokens, with a reader for each task and layout.
 
-A reader goes through the rows one by one and yields items, of which many are tokenised at once.
+A reader goes through the rows one by one and yields items; many items are tokenised together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class Item:
     piece: int = 0  # of its row; a row may also give several documents
     begins: bool = True  # whether it begins a document; otherwise it continues the piece before
     ends: bool = True
-    rendered: Rendered | None = None  # for a conversation: which parts of its text are learned
+    rendered: Rendered | None = None  # for a conversation: which parts of its text have labels
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class RenderedReader:
     def items(self, stream: Stream, rows: Iterator[tuple[int, Row]]) -> Iterator[Item]:
         """Yield the rendered text of each row; a conversation may be split into several."""
         if stream.plain:
-            raise UserError(stream.place, "plain text", f"a file with the column {self.columns[0]}")
+            raise UserError(stream.place, "plain text", f"a file with a column {self.columns[0]}")
         for number, (line, row) in rows:
             names = _present(self.columns, row, stream) if len(self.columns) == 4 else self.columns
             values = tuple(_value(stream, line, row, name) for name in names)
@@ -173,7 +173,7 @@ class SeparatedReader:
         """Yield the prompt and response of each row."""
         for item in _pairs(stream, rows, self.columns):
             if not item.texts[1].strip():
-                raise UserError(stream.at(item.line), "an empty response", "text that gives tokens")
+                raise UserError(stream.at(item.line), "an empty response", "text with at least one token")
             yield item
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
@@ -183,7 +183,9 @@ class SeparatedReader:
         documents = []
         for item, prompt, response in zip(items, found[::2], found[1::2], strict=True):
             if not len(response[0]):
-                raise UserError(place, f"row {item.line} with an empty response", "text that gives tokens")
+                raise UserError(
+                    place, f"row {item.line} with an empty response", "text with at least one token"
+                )
             ids, before, kept = separated(prompt[0], response[0], self._special, self._most)
             spans = None
             if self._chunk is not None:
@@ -219,7 +221,7 @@ class SpecialReader:
         if max_length <= special + len(columns) - 1:
             least = special + len(columns) - 1
             raise UserError(
-                "data.max_length", max_length, f"above {least} (of these the tokenizer adds {special})"
+                "data.max_length", max_length, f"above {least} (the tokenizer adds {special} special tokens)"
             )
         self._tokenizer, self._most, self._chunk = tokenizer, max_length, chunk
         self._labelled, self._prompt = labelled, prompt
@@ -257,7 +259,9 @@ class SpecialReader:
         documents = []
         for i, (item, ids) in enumerate(zip(items, encoded["input_ids"], strict=True)):
             if not ids:  # would look like filler
-                raise UserError(place, f"row {item.line} without a token", "text that gives tokens")
+                raise UserError(
+                    place, f"row {item.line}, which gives no token", "text with at least one token"
+                )
             documents.append(
                 Document(
                     item,

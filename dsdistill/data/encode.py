@@ -29,7 +29,7 @@ def _guarded(function: Any, place: str, *arguments: Any, **options: Any) -> Any:
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            place, f"texts that the tokenizer fails on ({reason})", "a tokenizer for such texts"
+            place, f"texts on which the tokenizer fails ({reason})", "a tokenizer that can encode them"
         ) from None
 
 

@@ -99,10 +99,12 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
-            str(path), f"{type(error).__name__}: {error}", "a readable file, gzip where it ends in .gz"
+            str(path),
+            f"{type(error).__name__}: {error}",
+            "a readable file; one whose name ends in .gz must be in gzip format",
         ) from error
     except MemoryError:
-        raise UserError(str(path), "more than this machine's memory holds", "a smaller file") from None
+        raise UserError(str(path), "a file larger than this machine's memory", "a smaller file") from None
 
 
 def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: int) -> Stream:
@@ -139,11 +141,13 @@ def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
         return file
     whole = io.BytesIO(file.read(4))
     if whole.getvalue() != b"PAR1":
-        raise UserError(place, f"{whole.getvalue()!r} at its start", "a parquet file")
+        raise UserError(place, f"a file that begins with {whole.getvalue()!r}", "a parquet file")
     whole.seek(0, os.SEEK_END)
     while part := file.read(LINE):
         if whole.tell() + len(part) > most:
-            raise UserError(place, f"more than {most:,} bytes decompressed", f"at most that ({LIMIT})")
+            raise UserError(
+                place, f"more than {most:,} bytes when decompressed", f"at most {most:,} ({LIMIT})"
+            )
         whole.write(part)
     whole.seek(0)
     return whole
@@ -156,9 +160,13 @@ def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
         number += 1
         size += len(line)
         if len(line) > LINE:
-            raise UserError(f"{place}, line {number}", f"more than {LINE:,} bytes", "a shorter line")
+            raise UserError(
+                f"{place}, line {number}", f"more than {LINE:,} bytes", f"a line of at most {LINE:,}"
+            )
         if size > most:
-            raise UserError(place, f"more than {most:,} bytes decompressed", f"at most that ({LIMIT})")
+            raise UserError(
+                place, f"more than {most:,} bytes when decompressed", f"at most {most:,} ({LIMIT})"
+            )
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -211,7 +219,7 @@ def _jsonl(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        at, wanted = f"{place}, line {i}", "one JSON object a line"
+        at, wanted = f"{place}, line {i}", "one JSON object on each line"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -220,7 +228,7 @@ def _jsonl(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
         if not isinstance(row, dict):
             yield UserError(at, f"a {type(row).__name__}", wanted)
         elif (half := _half_character(line, row)) is not None:
-            yield UserError(at, f"{half}, half of a character", "text")
+            yield UserError(at, f"{half}, half of a surrogate pair", "valid Unicode text")
         else:
             yield i, row
 

@@ -1,7 +1,8 @@
-"""Hold rows out of a train set, to choose settings on them: the dev set is then looked at once.
+"""Hold examples out of a train set, so that settings are chosen on them and the dev set is used only once.
 
-Some sets (SST-2) have the phrases of a sentence as rows of their own, whose labels say much about the sentence's. So a
-short text is held out only together with every text that contains it, and texts of both sides are left out.
+Some sets (SST-2) have the phrases of a sentence as further rows, and their labels tell much about the sentence's label.
+So a text is held out only if all texts that contain it are held out. If only some of them are, the text is left out: it
+is neither trained on nor scored.
 """
 
 import logging
@@ -15,27 +16,27 @@ from dsdistill.data.examples import Examples, TextPairs, texts_of
 log = logging.getLogger("dsdistill")
 
 HOLDOUT = "holdout"  # name of the dev set
-LONGEST = (
-    64  # most tokens of texts that are looked for in each other, without the special tokens at their ends
-)
+LONGEST = 64  # texts with more tokens (special ones at the ends not counted) are not compared for containment
 KEPT, HELD, BOTH = range(3)
 
 
 def held_out(
     train: Examples | TextPairs, count: int, special: Collection[int] | None
 ) -> tuple[Examples | TextPairs, Examples | TextPairs]:
-    """Return the rest of a train set, and `count` of its examples; no text of one is, or lies in, a text of the other.
+    """Return (rest, held-out examples) of a train set; no text of one part equals a text of the other.
+
+    Nor does a text of one part lie in a text of the other, if `special` is given and both have at most LONGEST tokens.
 
     The draw depends only on the set: it is the same for every seed, and for a teacher with the same holdout.
 
     Args:
         train: all examples.
         count: how many to hold out.
-        special: ids that stand at the ends of examples and are no text, if texts of at most LONGEST tokens are to be
-            looked for in each other; None: only equal examples stay together.
+        special: ids of special tokens, which are removed from the ends of examples before texts of at most LONGEST
+            tokens are looked for in each other; None: only equal examples stay together.
 
     Raises:
-        UserError: nothing would be left, or so many cannot be held out.
+        UserError: no train example would be left, or fewer than `count` can be held out.
     """
     texts = _numbered(train)
     holders, inner = (np.empty(0, np.int64),) * 2
@@ -45,16 +46,18 @@ def held_out(
     held, kept = np.flatnonzero(side == HELD), np.flatnonzero(side == KEPT)
     if len(held) < count or not len(kept):
         raise UserError(
-            "data.holdout", f"{count} of {len(train)} train examples", "fewer, so that some are left"
+            "data.holdout",
+            f"{count} of {len(train)} train examples",
+            "fewer, so that some are left to train on",
         )
     left = len(train) - len(held) - len(kept)
-    also = f", {left:,} that share text with both sides are left out" if left else ""
+    also = f"; {left:,} that share text with both parts are left out" if left else ""
     log.info("holdout: %s of %s train examples%s", f"{count:,}", f"{len(train):,}", also)
     return train.take(kept.tolist()), train.take(held.tolist())
 
 
 def _numbered(train: Examples | TextPairs) -> np.ndarray:
-    """Return (n,) int64: equal numbers for examples of equal tokens, counted by first appearance."""
+    """Return (n,) int64: the number of each example's text; equal texts have equal numbers, from 0 by appearance."""
     own, each = texts_of(train), 2 if isinstance(train, TextPairs) else 1
     known: dict[tuple[bytes, ...], int] = {}
     return np.array(
@@ -68,7 +71,7 @@ def _numbered(train: Examples | TextPairs) -> np.ndarray:
 def _contained(
     examples: Examples, texts: np.ndarray, special: Collection[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (m,) and (m,): texts, and other texts whose tokens lie in them, both of at most LONGEST tokens."""
+    """Return (m,) and (m,): numbers of texts, and of shorter texts whose tokens lie in them; at most LONGEST tokens."""
     rows = np.unique(texts, return_index=True)[1]  # one example of each text
     parts = [_bare(examples.tokens(row), special) for row in rows.tolist()]
     short = [0 < len(part) <= LONGEST for part in parts]
@@ -77,7 +80,7 @@ def _contained(
         return names, names
     sizes = np.array([len(part) for part in parts])
     ends = sizes.cumsum()
-    owners = np.repeat(np.arange(len(parts)), sizes)  # of each token
+    owners = np.repeat(np.arange(len(parts)), sizes)  # each token's text
     room = ends[owners] - np.arange(ends[-1])  # tokens from each place to the end of its text
     sums = _Sums(np.concatenate(parts))
     found = []
@@ -108,7 +111,7 @@ class _Sums:
     """_Sums computes hashes of runs of tokens, modulo 2⁶⁴, each from two sums over all tokens before it."""
 
     def __init__(self, tokens: np.ndarray):
-        # Each id becomes an arbitrary number of 64 bits, so that no texts of a language are prone to collide.
+        # Each id becomes an arbitrary number of 64 bits, so that regular texts do not collide more often than others.
         mixed = np.random.default_rng(0).integers(0, 2**64, int(tokens.max()) + 1, dtype=np.uint64)[tokens]
         factors = np.full(len(tokens) + 1, 0xD1342543DE82EF95, dtype=np.uint64)
         factors[0] = 1
@@ -116,15 +119,15 @@ class _Sums:
         self.sums = np.concatenate([[np.uint64(0)], np.add.accumulate(mixed * self.powers[:-1])])
 
     def of(self, places: np.ndarray, length: int) -> np.ndarray:
-        """Return the hash of the `length` tokens from each place, wherever they stand."""
+        """Return the hash of the `length` tokens from each place; it does not depend on the place."""
         return (self.sums[places + length] - self.sums[places]) * self.powers[len(self.powers) - 1 - places]
 
 
 def _sides(texts: np.ndarray, holders: np.ndarray, inner: np.ndarray, count: int) -> np.ndarray:
-    """Return (n,): for each example HELD, KEPT, or BOTH if its text lies in sentences of both sides.
+    """Return (n,): for each example HELD, KEPT, or BOTH if its text lies in sentences of both parts.
 
-    Sentences, the texts that lie in no other, are drawn one by one until `count` examples lie in drawn ones alone.
-    Examples of the last one that are too many are left out too.
+    Sentences are the texts that lie in no other text. They are drawn one by one until `count` examples or more lie
+    only in drawn sentences. The first `count` of these in the set are HELD, and the others become BOTH.
     """
     total = int(texts.max()) + 1
     sentences = np.setdiff1d(np.arange(total), inner)
@@ -140,7 +143,9 @@ def _sides(texts: np.ndarray, holders: np.ndarray, inner: np.ndarray, count: int
         )
     )
     examples = np.bincount(texts, minlength=total)
-    missing = np.bincount(inner, minlength=total)  # sentences with a text that are not drawn
+    missing = np.bincount(
+        inner, minlength=total
+    )  # for each text: how many sentences with it are not drawn yet
     drawn, found = np.zeros(total, bool), 0
     for sentence in np.random.default_rng(0).permutation(sentences).tolist():
         if found >= count:

@@ -1,4 +1,4 @@
-"""Read data sets of the Hugging Face hub by `datasets`: downloaded once, or read over the network as needed."""
+"""Read data sets of the Hugging Face hub with `datasets`: downloaded once, or over the network during the run."""
 
 import copy
 import functools
@@ -129,4 +129,4 @@ class Remote:
             return next(tables, None)
         except Exception as error:  # each network library raises its own types
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise RunError(f"{self.place} cannot be read further: {reason}") from error
+            raise RunError(f"reading {self.place} failed: {reason}") from error

@@ -1,4 +1,4 @@
-"""Make a Batch of a collator's tensors, whatever their form."""
+"""Make a Batch from a collator's tensors, in any of their common forms."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,10 +49,10 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
         )
     for name in _REFUSED:
         if inputs.get(name) is not None:
-            raise UserError("batch", name, "input_ids alone")
+            raise UserError("batch", name, "only input_ids")
     shape = tuple(ids.shape)
     if not ids.numel():
-        raise UserError("batch: input_ids", f"shape {shape}", "one token at least")
+        raise UserError("batch: input_ids", f"shape {shape}", "at least one token")
     ids = ids.long()
     mask = _tensor(inputs, "attention_mask", dimensions=2, shape=shape)
     positions = _positions(inputs, shape)
@@ -68,11 +68,11 @@ def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
     spans, pair = _spans(inputs, shape), _pair(inputs, shape)
     if documents is not None:
         if labels is not None and labels.dim() == 1:
-            raise UserError("batch", "several documents in a row", f"one a row with task {task}")
+            raise UserError("batch", "several documents in one row", f"one in each row with task {task}")
         if spans is not None:
-            raise UserError("batch", "spans of packed rows", "spans of rows of one document each")
+            raise UserError("batch", "spans with packed rows", "rows of one document each")
         if pair is not None:
-            raise UserError("batch", "pairs of packed rows", "pairs of rows of one text each")
+            raise UserError("batch", "pair with packed rows", "rows of one text each")
         columns, valid = _unpacked(columns, documents, valid)
     elif mask is not None:
         columns, valid, before = _moved(columns, valid)
@@ -97,7 +97,9 @@ def _tensor(
     if values.dim() != dimensions or values.is_floating_point() or (shape and tuple(values.shape) != shape):
         wanted = " × ".join(map(str, shape)) if shape else {1: "(n,)", 2: "(B, N)"}[dimensions]
         raise UserError(
-            f"batch: {name}", f"{tuple(values.shape)} {values.dtype}", f"{wanted} integers, one a token"
+            f"batch: {name}",
+            f"{tuple(values.shape)} {values.dtype}",
+            f"{wanted} integers, one for each token",
         )
     return values
 
@@ -134,7 +136,7 @@ def _spans(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
     limits = torch.tensor([shape[0] - 1, shape[1], shape[1]], device=spans.device)
     if len(spans) and bool(((spans[:, :3] < 0) | (spans[:, :3] > limits)).any()):
         raise UserError(
-            "batch: spans", "some outside of the batch", f"rows and tokens of {shape[0]} × {shape[1]}"
+            "batch: spans", "spans outside the batch", f"rows below {shape[0]} and tokens up to {shape[1]}"
         )
     return spans.long()
 
@@ -147,7 +149,7 @@ def _pair(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
     counts = own.unique(return_counts=True)[1]
     if len(pair) != shape[0] or bool((counts != 2).any()):
         raise UserError(
-            "batch: pair", f"{pair.tolist()[:12]}", f"{shape[0]} integers, each twice, or -1 at filler"
+            "batch: pair", f"{pair.tolist()[:12]}", f"{shape[0]} integers, each of them twice; -1 for filler"
         )
     return pair.long()
 
@@ -160,14 +162,16 @@ def _labels(inputs: Mapping[str, Any], ids: Tensor, task: str) -> Tensor | None:
         if labels is None:
             return ids if task == "causal_lm" else None
         if not isinstance(labels, Tensor) or labels.shape != ids.shape or labels.is_floating_point():
-            raise UserError("batch: labels", _shown(labels), f"{tuple(ids.shape)} integers, one a token")
+            raise UserError(
+                "batch: labels", _shown(labels), f"{tuple(ids.shape)} integers, one for each token"
+            )
         return labels.long()
     if labels is None:
         return None
     if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if not isinstance(labels, Tensor) or labels.shape != ids.shape[:1]:
-        raise UserError("batch: labels", _shown(labels), f"({ids.shape[0]},), one a row")
+        raise UserError("batch: labels", _shown(labels), f"({ids.shape[0]},), one for each row")
     if task == "classification" and labels.is_floating_point():
         raise UserError("batch: labels", str(labels.dtype), "integers, the indices of classes")
     return labels.long() if task == "classification" else labels
@@ -188,7 +192,9 @@ def _documents(mask: Tensor | None, positions: Tensor | None, valid: Tensor) -> 
         follows = positions == torch.nn.functional.pad(positions[:, :-1], (1, 0), value=-1) + 1
         if not bool((~valid | torch.where(starts, positions == 0, follows)).all()):
             raise UserError(
-                "batch: position_ids", "some that do not count up by 1 from 0", "0, 1, 2, … in each document"
+                "batch: position_ids",
+                "positions that do not count up by 1 from 0",
+                "0, 1, 2, … in each document",
             )
     if starts is None:
         return None

@@ -12,7 +12,7 @@ from dsdistill.data.table import Table
 INTEGER = re.compile(r"-?\d{1,18}")  # longer ones are treated as names
 DECIMAL = re.compile(r"(-?\d{1,18})\.0+")  # integers take this form in a column with gaps
 NO_CLASS = "-1"  # hub sets write this where a label is not public
-DROPS = "data.drop_unlabelled: true leaves such rows out"
+DROPS = "data.drop_unlabelled: true leaves out such rows"
 SHOWN = 12  # classes that a message lists
 
 
@@ -32,7 +32,7 @@ def classes_of(tables: Sequence[tuple[str, Table]], given: tuple[str, ...] | Non
         given: `data.labels`.
 
     Raises:
-        UserError: a name comes twice, there are fewer than two classes, a row has no label, or some tables have
+        UserError: a name is given twice, there are fewer than two classes, a row has no label, or some tables have
             numbers and others names, so that the class of a number is unknown.
     """
     if given is not None:
@@ -62,8 +62,10 @@ def _check_alike(tables: Sequence[tuple[str, Table]], found: Sequence[set[str]])
     named = next((names for names in found if not any(map(_is_number, names))), None)
     for (column, table), names in zip(tables, found, strict=True):
         if named is not None and all(map(_is_number, names)):
-            got = f"label {table.column(column)[0]!r} in column {column} beside names such as {min(named)!r}"
-            raise UserError(table.at(0), got, "names, or data.labels: the names in the order of the numbers")
+            got = f"label {table.column(column)[0]!r} in column {column} together with names such as {min(named)!r}"
+            raise UserError(
+                table.at(0), got, "only names, or data.labels with the names in the order of the numbers"
+            )
 
 
 def class_indices(table: Table, column: str, classes: Classes) -> list[int]:
@@ -92,7 +94,7 @@ def _known(classes: Classes, name: str) -> str:
     names = classes.names
     known = f"one of the {len(names)} classes {', '.join(names[:SHOWN])}" + ", …" * (len(names) > SHOWN)
     if not classes.ordered and _is_number(name) != all(map(_is_number, names)):
-        known += " (data.labels gives the names in the order of the numbers)"
+        known += " (data.labels may list the names in the order of the numbers)"
     return known
 
 

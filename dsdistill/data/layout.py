@@ -25,7 +25,7 @@ def default_layout(tokenizer: Any, data: Data) -> Layout:
 
 @functools.cache  # train and dev sets ask alike
 def _tell(layout: str, why: str) -> None:
-    log.info("prompts and responses: data.layout is %s, as %s", layout, why)
+    log.info("prompts and responses: data.layout is %s, because %s", layout, why)
 
 
 def render_template(chat: Chat, prompt: str, response: str, place: str) -> Rendered:
@@ -68,4 +68,4 @@ class Raw:
 
 def _check(response: str, place: str) -> None:
     if not response:
-        raise UserError(place, "an empty response", "text that gives tokens")
+        raise UserError(place, "an empty response", "text")

@@ -135,7 +135,7 @@ class Loader:
                 others, shares = (of[mine] for of in partners)
                 other = collate(examples, others.tolist(), self.pad_id, epoch)
                 batch = mixed(batch, other, torch.from_numpy(shares), self.pad_id)
-            # The two texts of a pair are rows of their own.
+            # The two texts of a pair are separate rows.
             drawn = (
                 np.repeat(draws[mine], len(batch.input_ids) // len(own))
                 if len(own)
@@ -170,7 +170,7 @@ class Ahead:
     Args:
         loader: the loader of the train set.
         end: number of steps of the run; no batch is made beyond it.
-        pinned: batches are in pinned memory, from which a GPU copies by itself.
+        pinned: batches are in pinned memory, from which copies to a GPU can be asynchronous.
     """
 
     def __init__(self, loader: Loader, end: int, pinned: bool):

@@ -1,4 +1,4 @@
-"""Choose which tokens of an example are hidden from the models, and which of them are to be predicted.
+"""Choose which tokens of an example the models do not see, and which tokens they must predict.
 
 The draw depends only on (seed, epoch, example), not on ranks, micro-batches or a resumed run.
 """
@@ -11,8 +11,8 @@ import numpy as np
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL
 
-PREDICTED = 0.15  # share of the tokens that a masked language model is to predict
-HIDDEN = 0.15  # share that the sampler random_masked takes from the input
+PREDICTED = 0.15  # share of the tokens that a masked language model must predict
+HIDDEN = 0.15  # share of the tokens that the sampler random_masked hides
 _DEV, _STREAM = 2**32 - 1, 3
 
 
@@ -20,9 +20,10 @@ _DEV, _STREAM = 2**32 - 1, 3
 class Masking:
     """Mask tokens of an example; all except special tokens can be chosen.
 
-    predicted: share of these tokens that become labels, at least one: 80% of them turn into the mask token, 10% into
-        any other, 10% stay (Devlin et al. 2019).
-    hidden: further share of them that turns into the mask token without becoming labels.
+    predicted: share of these tokens that become labels, at least one unless the share is 0. Each of them becomes the
+        mask token with probability 0.8, a random token that is not special with 0.1, or stays (Devlin et al. 2019).
+    hidden: share of the same tokens that also become the mask token, but no labels; they are taken from those that are
+        not predicted, as far as these suffice.
     """
 
     predicted: float
@@ -33,7 +34,7 @@ class Masking:
     seed: int
 
     def draw(self, tokens: np.ndarray, example: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return (n,) what the models see of (n,) tokens, and (n,) labels, NO_LABEL where nothing is to be predicted.
+        """Return (n,) what the models see of (n,) tokens, and (n,) labels, NO_LABEL where nothing is predicted.
 
         epoch: None for the dev set, whose draw is always the same, whatever the run's seed.
         """
@@ -55,7 +56,7 @@ class Masking:
 def masking(tokenizer: Any, predicted: float, hidden: float, seed: int) -> Masking:
     """Return the masking for a tokenizer; raise UserError if it has no mask token."""
     if tokenizer.mask_token_id is None:
-        raise UserError("data.tokenizer", "a tokenizer without a mask token", "one with a mask token")
+        raise UserError("data.tokenizer", "a tokenizer without a mask token", "one that has it")
     special = np.array(sorted(tokenizer.all_special_ids))
     ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], special)  # ids may have holes between them
     return Masking(predicted, hidden, tokenizer.mask_token_id, special, ordinary, seed)

@@ -8,13 +8,14 @@ from dsdistill.data.examples import Examples
 
 BIGRAM = 0.6  # weight of the bigram in its mixture with the unigram
 ADDED = 0.1  # to each unigram count
-TERM = 1.0  # nats a token, on average, by which a domain term is likelier in the domain
+TERM = 1.0  # nats per token, on average, by which a domain term is more likely in the domain
 
 
 class Bigrams:
     """Compute p(w | v) = λ c(v, w) / c(v) + (1 − λ) (c(w) + α) / (N + α V), λ = 0.6, α = 0.1.
 
-    c(v) counts v only before another token of its example.
+    w follows v. c(w) counts all tokens, N is their number, and V the size of the vocabulary; c(v) counts v only where
+    another token of the same example follows it. If c(v) = 0, the first summand is 0, so that such p do not sum to 1.
     """
 
     def __init__(self, examples: Examples, vocabulary: int):
@@ -42,7 +43,7 @@ class Contrast:
     general: Bigrams
 
     def scores(self, examples: Examples) -> np.ndarray:
-        """Return (n,) mean log-likelihoods of a token under the domain's model minus the general one's, in nats."""
+        """Return (n,) mean log-likelihoods per token by the domain's model minus those by the general one, in nats."""
         before, after = _pairs(examples)
         gained = self.domain.log_likelihood(before, after) - self.general.log_likelihood(before, after)
         counts = examples.lengths.numpy() - 1
@@ -50,9 +51,10 @@ class Contrast:
         return np.bincount(owner, gained, len(examples)) / counts.clip(min=1)
 
     def is_term(self, tokens: np.ndarray) -> bool:
-        """Return whether a span of these tokens is a domain term: on average each is e times as likely there.
+        """Return whether a span of these tokens is a domain term.
 
-        Unigrams are used, as bigrams would depend on the words around a span. This is the project's own reading.
+        It is one if its tokens' log-likelihood in the domain is higher by more than TERM on average. Unigrams are used,
+        because bigrams would depend on the words around a span. This definition is the project's own.
         """
         return (
             float(np.mean(np.log(self.domain.unigram[tokens] / self.general.unigram[tokens]))) > TERM

@@ -49,9 +49,7 @@ def special_tokens(tokenizer: Any) -> Special:
     """
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if end is None:
-        raise UserError(
-            "data.tokenizer", "one without a token that ends a text", "one with an eos or sep token"
-        )
+        raise UserError("data.tokenizer", "a tokenizer without an end token", "one with an eos or sep token")
     first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     start = [] if first in (None, end) else [first]
     separator = tokenizer.sep_token_id

@@ -86,7 +86,7 @@ def load_data(
     """
     if with_spans and not words.tokenizer.is_fast:
         raise UserError(
-            "data.tokenizer", "one that does not tell where its tokens lie", "a fast one (tokenizer.json)"
+            "data.tokenizer", "a tokenizer without token offsets", "a fast tokenizer (tokenizer.json)"
         )
     asked = section
     if section.holdout is not None:  # it is drawn from the whole set; the limit is for the rest
@@ -254,7 +254,7 @@ class _Loading:
         plain = layout == "plain"
         running = plain and section.packing is False  # from document to document
         if layout == "separator" and section.overlong not in (None, "truncate"):
-            got = f"{section.overlong} with layout separator, which truncates"
+            got = f"{section.overlong} with layout separator, which always truncates"
             raise UserError("data.overlong", got, "truncate, or layout template or raw")
         found, left = [], limit
         for stream in sources:

@@ -52,7 +52,7 @@ def _prompts(section: Section, single: tuple[str, ...]) -> tuple[str, ...]:
     if not any(section.prompts or ()):
         return ("",)
     if single[0] not in section.text:
-        got = f"{single[0]} alone, to which no prompt of the pairs {', '.join(section.text)} belongs"
+        got = f"text: [{single[0]}], for which data.prompts has no prompt (it has those of {', '.join(section.text)})"
         raise UserError("data.train", got, f"text: [{section.text[0]}] or data.prompts: ['', '']")
     return (section.prompts[section.text.index(single[0])],)
 
@@ -118,7 +118,7 @@ def read(
         UserError: the data cannot be used; its message names file, row and column.
     """
     if section.label is None:
-        raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
+        raise UserError("data.label", "null", f"the name of the label's column, which task {task} needs")
     trains = [
         (part, [_labelled(part, name, task, bad) for name in names(part.train)])
         for *_, part in parts(section)
@@ -201,7 +201,9 @@ def _rows(tables: list[Table], section: Section, known: Classes | None, limit: i
     """Return the rows of all tables, one after the other. known: their classes; None for scores."""
     found = [text for table in tables for text in _texts(table, section)]
     if len({len(text) for text in found}) > 1:
-        raise UserError(_places(tables), "one text here and pairs there", "files of one form")
+        raise UserError(
+            _places(tables), "single texts in one file and pairs in another", "files of the same form"
+        )
     ids = [name for table in tables for name in _ids(table)]
     if len(tables) > 1 and len(set(ids)) < len(ids):
         ids = [f"{table.place}:{name}" for table in tables for name in _ids(table)]
@@ -240,7 +242,12 @@ def _labelled(section: Section, split: str, task: str, bad: Bad | None) -> Table
         return table
     kept = labelled(table, section.label, (section.labels or ()) if task == CLASSES else (NO_CLASS,))
     if len(kept) < len(table):
-        log.info("%s: %d of %d rows have no label", table.place, len(table) - len(kept), len(table))
+        log.info(
+            "%s: %d of %d rows have no label and are left out",
+            table.place,
+            len(table) - len(kept),
+            len(table),
+        )
     return kept
 
 
@@ -248,7 +255,7 @@ def _table(section: Section, split: str, task: str, bad: Bad | None) -> Table:
     if section.source == "docstrings":
         if task == "regression":
             raise UserError(
-                "data.source", "docstrings for task regression", "a source whose labels are numbers"
+                "data.source", "docstrings with task regression", "a source with numbers as labels"
             )
         return docstrings.table(split, section.cache)
     return _stream(section, split, task).table(bad)

@@ -155,9 +155,11 @@ def open_store(path: Path) -> Documents:
         begins = [part.astype(np.int64) + at for part, at in zip(columns["begins"], before, strict=False)]
         starts = np.concatenate([*begins, before[-1:]])
         if starts[0] or (np.diff(starts) < 0).any() or [*map(len, columns["lines"])] != documents:
-            raise ValueError("documents that do not follow each other")
+            raise ValueError("documents out of order")
     except (OSError, KeyError, IndexError, TypeError, ValueError, UserError) as error:
-        raise UserError(str(path), f"a damaged store ({error})", "none there: remove it") from None
+        raise UserError(
+            str(path), f"a damaged store ({error})", "an intact one: remove it, and it is made again"
+        ) from None
     return Documents(
         Mapped(columns["ids"]),
         starts,

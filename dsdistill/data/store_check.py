@@ -35,11 +35,17 @@ def verify_stores(paths: Iterable[str]) -> int:
             for column, before in read_json(path / name / SHARD_NOTE, NOTE_BYTES)["hashes"].items():
                 file = path / name / f"{column}.bin"
                 if file_hash(file) != before:
-                    raise UserError(str(file), "other contents than were written", f"none: remove {path}")
+                    raise UserError(
+                        str(file),
+                        "a file that has changed since it was written",
+                        f"an intact store: remove {path}",
+                    )
         source, before = note["made_from"]["source"].get("path"), note["contents"]
         if source is not None and before is not None and file_hash(source) != before:
             raise UserError(
-                source, f"other contents than {path} was made from", f"the same, or remove {path}"
+                source,
+                f"a file that has changed since {path} was made from it",
+                f"the same contents, or remove {path}",
             )
         count += 1
     return count

@@ -218,7 +218,7 @@ class _Writer:
         documents, tokens = self._sum("documents"), self._sum("tokens")
         if not documents:
             shutil.rmtree(self.path, ignore_errors=True)
-            got = "no rows" if not self.rows else f"blank rows alone in {self.reader.columns[0]}"
+            got = "no rows" if not self.rows else f"only blank rows in column {self.reader.columns[0]}"
             raise UserError(self.stream.place, "an empty file" if self.stream.plain else got, "some text")
         hashes = [[note["hashes"], note["tokens"]] for note in self.notes]
         note = {
@@ -262,7 +262,7 @@ class _Writer:
         while (note := self._folder(len(self.notes)) / SHARD_NOTE).exists():
             self.notes.append(read_json(note, NOTE_BYTES))
         if self.notes:
-            log.info("%s: going on after %d shards", self.stream.place, len(self.notes))
+            log.info("%s: continuing after %d shards", self.stream.place, len(self.notes))
 
     def _shards(self) -> None:
         after = self.notes[-1]["reached"] if self.notes else [0, -1]

@@ -1,4 +1,4 @@
-"""Read a train set that may be larger than the disk in order, in parts that are small stores of their own.
+"""Read a train set in order, even if it is larger than the disk, in parts that are small separate stores.
 
 HOME/                   in the cache, for one run
   source.json           the revision that is read
@@ -275,8 +275,8 @@ class Streamed:
             elif (before := self._notes.held[place]).contents != note.contents:
                 raise UserError(
                     f"{self.source.place}, part {place + 1}",
-                    f"other contents than before ({note.examples} examples)",
-                    f"what this run read there before ({before.examples} examples)",
+                    f"contents that have changed ({note.examples} examples)",
+                    f"what this run read before ({before.examples} examples)",
                 )
             with disk.writing(folder / COMPLETE):
                 pass
@@ -373,7 +373,7 @@ class _Notes:
                 self.held += [Note(**json.loads(line)) for line in whole.splitlines()]
             except (ValueError, TypeError) as error:
                 raise UserError(
-                    str(self.path), f"a damaged file ({error})", "none there: remove it"
+                    str(self.path), f"a damaged file ({error})", "an intact one: remove it"
                 ) from None
             self._read += len(whole)
 
@@ -426,7 +426,7 @@ def _shared(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _unshared(path: Path) -> Iterator[bool]:
-    """Try to hold the lock of a file; yield whether nobody reads it, which is also so if it does not exist."""
+    """Try to hold the lock of a file; yield True if no process reads it or if it does not exist."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

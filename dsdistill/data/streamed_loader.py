@@ -64,7 +64,7 @@ class StreamedLoader(Loader):
 
 
 def as_one(parts: Sequence[Examples | Packed]) -> Examples | Packed:
-    """Join sets of one form without labels of their own, one after the other."""
+    """Join sets of the same form, whose examples have no separate labels, one after the other."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Packed):

@@ -48,7 +48,7 @@ class Stream:
         return f"{self.place}, {self.unit} {line}"
 
     def table(self, bad: Bad | None = None) -> "Table":
-        """Return all rows at once; `bad` as in `rows`.
+        """Return all rows together; `bad` as in `rows`.
 
         Raises:
             UserError: there is no row, or a row that cannot be read.

@@ -187,7 +187,7 @@ def student_settings(config: Config, world_size: int) -> dict:
         "gradient_clipping": train.clip,
         "zero_optimization": {"stage": config.student.zero_stage},
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # SGD and AdaGrad update each element by itself
+        "zero_allow_untested_optimizer": True,  # SGD and AdaGrad update each element separately
         **precision(train.dtype),
     }
     return _merge(ours, config.student.deepspeed)
@@ -205,15 +205,17 @@ def check_settings(config: Config, world_size: int) -> None:
     zero = given.get("zero_optimization", {})
     if not zero.get("compute_grad_norm", True):
         place = f"{place}.zero_optimization.compute_grad_norm"
-        raise UserError(place, "false", "true: without it a gradient that is not finite spoils the weights")
+        raise UserError(place, "false", "true: otherwise a gradient that is not finite destroys the weights")
     if zero.get("elastic_checkpoint", False):
         raise UserError(
-            f"{place}.zero_optimization.elastic_checkpoint", "true", "false: every run is elastic"
+            f"{place}.zero_optimization.elastic_checkpoint",
+            "true",
+            "false: every checkpoint can be loaded on another number of ranks",
         )
     kinds = given.get("data_types", {})
     if config.train.dtype == "bf16" and config.student.zero_stage == 1 and kinds:
         raise UserError(
-            f"{place}.data_types", f"{kinds} in bf16 at stage 1", "student.zero_stage=2, which takes them"
+            f"{place}.data_types", f"{kinds} in bf16 at stage 1", "student.zero_stage=2, which accepts them"
         )
     if config.teacher is not None and config.teacher.zero_stage == 3:
         teacher = config.teacher
@@ -233,13 +235,13 @@ def _check_sections(settings: dict, model: str) -> None:
         except pydantic.ValidationError as error:
             raise _explain(section, error.errors()[0], place) from None
         except (AssertionError, TypeError) as error:  # an old key and its new name, a number as a key
-            raise UserError(place, str(error), "settings that DeepSpeed takes") from None
+            raise UserError(place, str(error), "settings that DeepSpeed accepts") from None
 
 
 def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> UserError:
     location = list(map(str, error["loc"]))
     if not location:  # the error concerns several keys: the input is the whole section
-        return UserError(place, error["msg"], "settings that DeepSpeed takes")
+        return UserError(place, error["msg"], "settings that DeepSpeed accepts")
     dotted = ".".join([place, *location])
     if error["type"] != "extra_forbidden":
         return UserError(

@@ -130,7 +130,7 @@ def _check_launch() -> None:
     _number("MASTER_PORT")
 
 
-_BY_LAUNCHER = "what deepspeed or torchrun set, or RANK unset for one process"
+_BY_LAUNCHER = "the value that deepspeed or torchrun sets, or no RANK for one process"
 
 
 def private_store(timeout: timedelta) -> dist.Store | None:

@@ -2,7 +2,7 @@
 
 Nothing is converted or written: files are mapped into memory, and a tensor is put together from its pieces when it
 is asked for. Stages 1 and 2 cut a parameter group's flat vector into one partition per rank, and each rank notes where
-in its partition each parameter is; stage 3 cuts every parameter by itself, padded at its end.
+in its partition each parameter is; stage 3 cuts every parameter separately, padded at its end.
 
 DeepSpeed saves pickles, which can run code when they are loaded: use this inside deepspeed.known_pickles().
 """

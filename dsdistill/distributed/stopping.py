@@ -68,7 +68,7 @@ class _Watch:
     def stopped(self, place: str, what: str = "") -> Stopped:
         self.raised = True
         return Stopped(
-            f"{place}stopped by {_REASONS[self.reason]}{what}: the same command goes on", self.code
+            f"{place}stopped by {_REASONS[self.reason]}{what}; the same command continues the run", self.code
         )
 
     @property
@@ -82,12 +82,12 @@ class _Watch:
                 for number in filter(_SIGNALS.__contains__, self.ear.recv(64)):
                     self.note(_SIGNALS.index(number))
                     if time.monotonic() - self.since > ONE_REQUEST:
-                        self.leave(f" and {signal.Signals(number).name}, and left at once")
+                        self.leave(f" and {signal.Signals(number).name}, and exited immediately")
             elif self.reason is None and any(map(_gone, self.launchers)):
                 self.note(_ORPHANED)
                 self.wake()
             if self.reason is not None and not self.saving and time.monotonic() > self.deadline:
-                late = f"; no step ended and was saved within run.grace ({self.grace:g} s)"
+                late = f"; no step was finished and saved within run.grace ({self.grace:g} s)"
                 self.leave(late if self.training else "")
 
     def share(self, store, size: int) -> None:

@@ -100,7 +100,7 @@ def _passing_on() -> Iterator[Callable[[list[str]], int]]:
     def check() -> None:
         if told is not None:
             code = 128 + (told if told == signal.SIGINT else signal.SIGTERM)
-            raise Stopped(f"stopped by {signal.Signals(told).name}: the same command goes on", code)
+            raise Stopped(f"stopped by {signal.Signals(told).name}; the same command continues it", code)
 
     def call(command: list[str]) -> int:
         nonlocal child

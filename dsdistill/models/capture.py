@@ -97,8 +97,8 @@ class Capture:
     """Record what the chosen layers of one model compute.
 
     hidden, attention: layers to keep, counted from 1; hidden 0 is the embeddings' output.
-    values: keep the values of attention too, which would otherwise be freed in passes without gradients.
-    unrotated: keep queries and keys from before their rotation by position (RoPE), too.
+    values: keep the values of attention too; otherwise they are freed in passes without gradients.
+    unrotated: also keep queries and keys as they are before their rotation by position (RoPE).
 
     An attention call belongs to the layer whose module makes it, even if layers before it were skipped. If a model has
     no list of layers (ALBERT runs one repeatedly), the calls are counted. Only the calls inside `recording` count: a
@@ -130,7 +130,7 @@ class Capture:
             return
         if layers is None:
             depth = text_config(model.config).num_hidden_layers
-            raise ValueError(f"{type(model).__name__}: no list of {depth} layers to hook")
+            raise ValueError(f"{type(model).__name__}: got no list of layers, expected one of {depth} layers")
         if 0 in self.hidden:
             self._hooks.append(layers[0].register_forward_pre_hook(self._note_embedding, with_kwargs=True))
         for index in self.hidden - {0}:

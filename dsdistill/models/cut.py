@@ -92,12 +92,12 @@ def check_cut(
             if name is not None:
                 raise UserError(
                     f"{place}.from_teacher",
-                    f"teacher layer {layer} as layer {position}, which differ in {name}",
-                    f"layers of {teacher.model_type} that are built alike, or a student.config that makes them so",
+                    f"teacher layer {layer} as student layer {position}, but the two differ in {name}",
+                    f"{teacher.model_type} layers of the same structure, or a student.config that makes them equal",
                 )
     elif not _shares_its_layer(made, whole):
         raise UserError(
-            f"{place}.from_teacher", f"model type {teacher.model_type}", "one that lists its layers"
+            f"{place}.from_teacher", f"model type {teacher.model_type}", "a model with a list of its layers"
         )
     check_rest(made, whole, task, place, missing)
     return [names for _, names in outside(made, whole, missing) if len(names) > 1]
@@ -196,13 +196,15 @@ def check_rest(
             continue
         shape = list(student.state_dict()[own[0]].shape)
         there = (
-            f"the teacher's weights, which lack {own[0]}"
+            f"teacher weights without {own[0]}"
             if own[0] in missing
             else f"{own[0]} of shape {shape}, where the teacher has {list(given[own[0]].shape)}"
             if own[0] in given
-            else f"{own[0]}, which the teacher has not"
+            else f"{own[0]}, which the teacher does not have"
         )
-        raise UserError(f"{place}.from_teacher", there, "a student that is the teacher's outside its layers")
+        raise UserError(
+            f"{place}.from_teacher", there, "a student that equals the teacher outside the layers"
+        )
 
 
 def outside(
@@ -243,5 +245,5 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def untied(first: str, second: str, model: str) -> UserError:
     """Return the error for a student that ties two weights which differ in the model that it is made from."""
-    got = f"weights that are tied, where the {model}'s {first} and {second} differ"
-    return UserError("student.config.tie_word_embeddings", got, "false, as those weights are")
+    got = f"tied weights, but {first} and {second} of the {model} differ"
+    return UserError("student.config.tie_word_embeddings", got, "false")

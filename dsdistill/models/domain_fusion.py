@@ -153,8 +153,7 @@ class Aggregate(nn.Module):
 def load_exported(folder: str) -> PreTrainedModel:
     """Return the student that `dsdistill export` wrote, with its fusion: a transformers model that needs no teacher.
 
-    FOLDER/student by itself lacks the fusion and would predict something else. So FOLDER is not a model folder that
-    from_pretrained takes.
+    FOLDER/student alone lacks the fusion and would predict something else. So from_pretrained cannot load FOLDER.
     """
     path = os.path.join(folder, STUDENT)
     config = architecture(path, None, folder)

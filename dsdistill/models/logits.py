@@ -41,7 +41,7 @@ def logit_form(model: PreTrainedModel, place: str) -> LogitForm:
 
 def _read(model: PreTrainedModel, place: str) -> LogitForm:
     head, name = model.get_output_embeddings(), model.config.model_type
-    expected = "logits that follow from the last hidden state by one linear map, a factor and a soft cap"
+    expected = "logits that are a linear map of the last hidden state, with a factor and a soft cap at most"
     made = _run(model, head)
     if made is None:
         return LogitForm()
@@ -57,10 +57,14 @@ def _read(model: PreTrainedModel, place: str) -> LogitForm:
     wanted = softcapped(after * products, softcap)
     alike = torch.allclose(before, before[:1].expand_as(before), rtol=1e-5)
     if not alike or not torch.allclose(logits[0], wanted[:, None].expand_as(logits[0]), rtol=1e-5):
-        got = f"model type {name}, whose logits are another function of its last hidden state"
+        got = f"model type {name}, whose logits are not such a function of the last hidden state"
         raise UserError(place, got, expected)
     if not math.isclose(after, 1, rel_tol=1e-5) and getattr(head, "bias", None) is not None:
-        raise UserError(place, f"model type {name}, which scales logits with a bias", "a head without a bias")
+        raise UserError(
+            place,
+            f"model type {name}, which scales logits and has a bias in its head",
+            "a head without a bias",
+        )
     factor = float(before[0]) * after
     return LogitForm(1.0 if math.isclose(factor, 1, rel_tol=1e-6) else factor, softcap)
 
@@ -84,7 +88,7 @@ def _run(model: PreTrainedModel, head: nn.Module | None) -> tuple[Tensor, Tensor
     twin = _twin(model, {names[id(base)]: _Base(base, states), names[id(head)]: answer})
     try:
         logits = type(model).forward(twin, input_ids=torch.ones(1, tokens, dtype=torch.int64)).logits
-    except Exception:  # whatever the library trips over
+    except Exception:  # the library may raise anything
         return None
     given = answer.given
     if len(given) != 1 or given[0].shape != states.shape or logits.shape[:2] != products.shape[:2]:

@@ -37,7 +37,7 @@ def check_length(config: PretrainedConfig, task: str, length: int, padding: int 
     if model is not None and _states(model, most) is None:
         most = _most(model, most)
     if most < length:
-        raise UserError("data.max_length", length, f"at most the {place}'s {most} positions")
+        raise UserError("data.max_length", length, f"at most {most}, the number of the {place}'s positions")
 
 
 def check_padding(config: PretrainedConfig, task: str, padding: int, place: str) -> None:
@@ -56,8 +56,8 @@ def check_padding(config: PretrainedConfig, task: str, padding: int, place: str)
     models[1].load_state_dict(models[0].state_dict())
     first, second = (_states(model, 4) for model in models if model is not None)
     if first is not None and second is not None and not torch.equal(first, second):
-        got = f"{own} in the model, which counts positions from it"
-        raise UserError(f"{place}.config.pad_token_id", got, f"{padding}, the tokenizer's")
+        got = f"{own}, from which this model counts positions"
+        raise UserError(f"{place}.config.pad_token_id", got, f"{padding}, as in the tokenizer")
 
 
 def _padding(config: PretrainedConfig, given: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Refuse by name, before anything heavy loads, a model that cannot do the task or that we would misread.
+"""Refuse, before anything heavy loads, a model that cannot do the task or that this package would misread.
 
 Every model is tried on a small random copy. Under the run's attention implementation it must compute the same as under
 the library's eager attention, with and without padding: an implementation that ignores position biases, soft caps or
@@ -151,7 +151,7 @@ def smallest(
             failure = failure or error
         except Exception as error:  # settings that belong together: the next copy keeps more of them
             failure = error
-    assert failure is not None  # there is one copy at least
+    assert failure is not None  # there is at least one copy
     raise failure
 
 
@@ -167,7 +167,7 @@ def under(
     try:
         model = make_small(small, task, place, named)
         model.load_state_dict(eager.state_dict())
-        if implementation == FLASH:  # it computes in half precision alone
+        if implementation == FLASH:  # it computes only in half precision
             for half in (model, eager):
                 half.to(device, torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the arguments
         used = text_config(model.config)._attn_implementation
@@ -190,7 +190,7 @@ def under(
         if named is None:
             raise
         got = f"{named} for model type {small.model_type} ({first_line(error)[:100]})"
-        raise UserError(where, got, "auto, or one that class and machine have") from error
+        raise UserError(where, got, "auto, or one that this model and machine support") from error
     if implementation == FLASH:
         model.cpu().float()
         eager.cpu().float()
@@ -246,7 +246,7 @@ def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
     inputs["input_ids"][1, -1] = 1
     if not torch.allclose(model(**inputs).logits[1, :-1], logits[1, :-1], rtol=1e-3, atol=1e-4):
         raise UserError(
-            place, f"model type {name}, which sees the tokens that it is to predict", "a causal model"
+            place, f"model type {name}, which sees the tokens that it must predict", "a causal model"
         )
 
 
@@ -256,7 +256,7 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
     if layer_list(model) is None:
         raise UserError(
             place,
-            f"model type {name}, which holds no list of its layers",
+            f"model type {name}, which has no list of its layers",
             "a model whose layers can be hooked",
         )
     inputs = _inputs()
@@ -271,7 +271,7 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
     ):
         raise UserError(
             place,
-            f"model type {name}, whose layers do not pass hidden states on",
+            f"model type {name}, whose layers do not pass on hidden states",
             "a model whose layers can be hooked",
         )
 
@@ -285,8 +285,8 @@ def _probe_lens(model: PreTrainedModel, place: str) -> None:
     if not torch.allclose(last if norm is None else norm(last), output, rtol=1e-3, atol=1e-4):
         raise UserError(
             place,
-            f"model type {model.config.model_type}, whose last layer does not reach the head by a norm alone",
-            "a language model with one final norm or none, or no fdd term",
+            f"model type {model.config.model_type}, which has more than a norm between its last layer and its head",
+            "a language model with at most one final norm there, or no fdd term",
         )
 
 
@@ -335,7 +335,7 @@ def _recomputed(module: nn.Module, query, key, value, options: dict[str, Any], v
 
 
 def _probe_attention(model: PreTrainedModel, place: str) -> None:
-    """Check that attention recomputed from queries and keys is the layers' own."""
+    """Check that attention recomputed from queries and keys equals the layers' attention."""
     name, inputs = model.config.model_type, _inputs()
     claimed = attention_layers(model.config)
     judge = _Judge(model, inputs["attention_mask"].bool())
@@ -344,20 +344,20 @@ def _probe_attention(model: PreTrainedModel, place: str) -> None:
     if judge.extra is not None:
         raise UserError(
             place,
-            f"model type {name}, whose attention takes {judge.extra}",
-            "a model whose attention follows from its queries and keys, or no attention term",
+            f"model type {name}, whose attention has the further input {judge.extra}",
+            "a model whose attention depends only on queries and keys, or no attention term",
         )
     if dict(judge.calls) != dict.fromkeys(claimed, 1):
         raise UserError(
             place,
-            f"model type {name}, {judge.calls.total()} of {len(claimed)} attention layers captured",
+            f"model type {name}, with {judge.calls.total()} of {len(claimed)} attention layers captured",
             "a model that runs its attention through transformers' attention interface",
         )
     if judge.wrong:
         raise UserError(
             place,
             f"model type {name}, whose attention is more than softmax(scale·QKᵀ)·V (bias, soft cap or sink)",
-            "a model whose attention follows from its queries and keys, or no attention term",
+            "a model whose attention depends only on queries and keys, or no attention term",
         )
 
 
@@ -375,7 +375,7 @@ def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int])
     else:
         raise failure
     seen = capture.geometry
-    # If the model's last layer is of a kind of its own, the last layer of the copy stands for it.
+    # If no other layer is built like the model's last one, the last layer of the copy stands for it.
     last = max(seen, default=0)
     return {
         layer: seen.get(kind + 1, seen[last])

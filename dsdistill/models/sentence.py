@@ -1,4 +1,4 @@
-"""Read and write what a sentence-transformers folder holds beside its model: pooling and prompts.
+"""Read and write what a sentence-transformers folder holds in addition to its model: pooling and prompts.
 
 Such a folder names its modules in modules.json: the transformer, 1_Pooling, and perhaps one that normalises. Other
 modules (dense layers, convolutions over word vectors) would be parts of the model that are not trained here.
@@ -17,7 +17,7 @@ from dsdistill.models.settings import CONFIG_BYTES, find
 
 MODULES, LENGTH, OPTIONS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 POOLING = "1_Pooling"
-# The library's names of pooling modes → ours; before its version 6 each mode had a switch of its own.
+# The library's names of pooling modes → ours; before its version 6 each mode had a separate switch.
 _WAYS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 _SWITCHES = {
     "pooling_mode_mean_tokens": "mean",
@@ -66,17 +66,17 @@ def read_sentence(source: str, place: str) -> Sentence | None:
     names = [kind for kind, _ in kinds]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or kinds[0][1]:
         got = f"{source}, whose modules are {', '.join(names)[:80]}"
-        raise UserError(place, got, "a Transformer at the folder's top, Pooling and perhaps Normalize")
+        raise UserError(place, got, "a Transformer in the folder itself, Pooling and perhaps Normalize")
     if not _FOLDER.fullmatch(kinds[1][1]):
-        raise UserError(place, f"{source} with pooling in {kinds[1][1]!r}", "a folder's name")
+        raise UserError(place, f"{source} with pooling in {kinds[1][1]!r}", "the name of a folder")
     pooled = _settings(source, f"{kinds[1][1]}/config.json")
     options = _settings(source, OPTIONS)
     prompts = options.get("prompts") or {}
     texts = [*prompts, *prompts.values()] if isinstance(prompts, dict) else [None]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(place, f"{source} with prompts {str(prompts)[:60]}", "texts by their names")
+        raise UserError(place, f"{source} with prompts {str(prompts)[:60]}", "a mapping of names to texts")
     if pooled.get("include_prompt") is False and any(prompts.values()):
-        raise UserError(place, f"{source}, which leaves prompts out of its mean", "include_prompt: true")
+        raise UserError(place, f"{source}, which leaves out prompts when it pools", "include_prompt: true")
     default = options.get("default_prompt_name")
     if default is not None and default not in prompts:
         raise UserError(
@@ -133,7 +133,7 @@ def _way(source: str, pooled: dict[str, Any], place: str) -> str:
     if named is None:
         ways = [way for switch, way in _SWITCHES.items() if pooled.get(switch) is True] or ["mean"]
     if len(ways) != 1 or ways[0] not in _WAYS:
-        raise UserError(place, f"{source}, which pools by {ways}", "mean, cls or lasttoken alone")
+        raise UserError(place, f"{source}, which pools by {ways}", "one of mean, cls and lasttoken")
     return _WAYS[ways[0]]
 
 

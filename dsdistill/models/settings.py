@@ -24,16 +24,16 @@ CONFIG, ADAPTER, GENERATION = "config.json", "adapter_config.json", "generation_
 CONFIG_BYTES = 16 * MIB
 DEPTH = 16  # most levels of a config.json
 
-# Settings that are refused, and what is expected in their place.
+# Settings that are refused, and what is expected instead.
 _REFUSED = {
     "quantization_config": "weights in full precision",
     "compression_config": "weights in full precision",
     "transformers_weights": "weights in model.safetensors",
     "configuration_files": "one config.json",
-    "fusion_config": "a model as its architecture has it",
+    "fusion_config": "a model without fused modules",
     "distributed_config": "no settings of devices",
-    "kernel_config": "no kernels of others",
-    "use_kernels": "no kernels of others",
+    "kernel_config": "no kernels from elsewhere",
+    "use_kernels": "no kernels from elsewhere",
     "attribute_map": "the library's own names",
     "sub_configs": "the library's own parts",
     "sub_configs_defaults": "the library's own parts",
@@ -91,7 +91,7 @@ def read_settings(folder: str) -> dict[str, Any]:
     the library reads cannot be read.
     """
     if os.path.lexists(os.path.join(folder, ADAPTER)):
-        raise UserError(ADAPTER, "an adapter", "a whole model: merge the two first")
+        raise UserError(ADAPTER, "an adapter", "a whole model: merge the adapter into its model first")
     if os.path.lexists(path := os.path.join(folder, GENERATION)):
         read_json(path, CONFIG_BYTES)
     return read_json(os.path.join(folder, CONFIG), CONFIG_BYTES)
@@ -133,8 +133,12 @@ def carry_generation(source: str, folder: str, entries: int) -> None:
             if not (_IDS.search(key) and not _inside(value, entries)) and not _is_code(GenerationConfig, key)
         }
         text = GenerationConfig.from_dict(settings).to_json_string(keys_to_pop=["compile_config"])
-    except Exception as error:  # whatever the library trips over
-        log.warning("%s is left out: %s", path, next(iter(str(error).splitlines()), type(error).__name__))
+    except Exception as error:  # the library may raise anything
+        log.warning(
+            "%s cannot be read and is left out: %s",
+            path,
+            next(iter(str(error).splitlines()), type(error).__name__),
+        )
         return
     with open(os.path.join(folder, GENERATION), "w", encoding="utf-8") as file:
         file.write(text)
@@ -185,7 +189,7 @@ def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) 
 
 def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bool, depth: int) -> None:
     if depth > DEPTH:
-        raise UserError(place, f"settings of more than {DEPTH} levels", "fewer")
+        raise UserError(place, f"settings of more than {DEPTH} levels", f"at most {DEPTH}")
     names = {alias: name for name, alias in usual.items()}  # n_layer is num_hidden_layers
     for key, value in settings.items():
         where = f"{place}.{key}"
@@ -193,7 +197,9 @@ def _check(settings: dict[str, Any], usual: dict[str, str], place: str, ours: bo
             raise UserError(where, repr(value), _REFUSED[key])
         if ours and key in _OURS and value is not None:
             raise UserError(
-                where, repr(value), "no such setting; attn_implementation stands beside path and config"
+                where,
+                repr(value),
+                "no such setting here: attn_implementation is a setting next to path and config",
             )
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
             raise UserError(where, repr(value), "a floating-point type such as float32")
@@ -218,7 +224,7 @@ def _check_size(name: str, value: Any, where: str) -> None:
     limits = next((limits for limits in _LIMITS if limits[0].search(name)), None)
     if limits is None:
         if whole and abs(value) >= 2**63:
-            raise UserError(where, repr(value), "a number of 64 bits")
+            raise UserError(where, repr(value), "a number that fits in 64 bits")
         return
     _, least, most, what = limits
     for number in value if isinstance(value, list) else [value]:
@@ -236,7 +242,7 @@ def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -
     for name in needed:
         value = setting(config, name)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise UserError(place, f"model type {config.model_type}, which has no {name}", "a model of texts")
+            raise UserError(place, f"model type {config.model_type}, which has no {name}", "a text model")
         _check_size(name, value, f"{place}.config.{name}")
     heads, groups = config.num_attention_heads, setting(config, "num_key_value_heads")
     if isinstance(groups, int) and (groups < 1 or heads % groups):
@@ -244,10 +250,10 @@ def check_shape(config: PretrainedConfig, needed: tuple[str, ...], place: str) -
         raise UserError(f"{place}.config.num_key_value_heads", groups, expected)
     if not (setting(config, "head_dim") or config.hidden_size // heads):
         got = f"{heads} heads for a width of {config.hidden_size}"
-        raise UserError(f"{place}.config.num_attention_heads", got, "a feature a head at least")
+        raise UserError(f"{place}.config.num_attention_heads", got, "at least one feature per head")
     padding = getattr(config, "pad_token_id", None)
     if padding is not None and not isinstance(padding, int):
-        raise UserError(f"{place}.config.pad_token_id", padding, "one token")
+        raise UserError(f"{place}.config.pad_token_id", padding, "the id of one token")
 
 
 def setting(config: PretrainedConfig, name: str) -> Any:

@@ -75,7 +75,9 @@ def copied_layers(kinds: list[int]) -> int:
     With one layer, a model that shares its layer would pass.
     """
     deep = len(kinds) > DEEPEST // 4
-    counted = set(kinds[:-1] if deep else kinds)  # if the last is of its own kind, so is a copy's last
+    counted = set(
+        kinds[:-1] if deep else kinds
+    )  # if no other layer is like the last one, the copy has it too
     return min(len(kinds), max([2, *(kind + 1 for kind in counted if kind < DEEPEST)]))
 
 

@@ -78,14 +78,16 @@ def check_vocabulary(
     """
     model = text_config(model)
     if (count := entries(tokenizer)) > model.vocab_size:
-        expected = f"at least the tokenizer's {count} entries"
+        expected = f"at least {count}, the number of the tokenizer's entries"
         raise UserError(f"{place}.config.vocab_size", model.vocab_size, expected)
     types = getattr(model, "type_vocab_size", None)
     texts = ("a", "a") if pairs else ("a",)
     used = 1 + max(tokenizer(*texts).get("token_type_ids", ()), default=0)
     if isinstance(types, int) and 0 < types < used:
         raise UserError(
-            f"{place}.config.type_vocab_size", types, f"at least the tokenizer's {used} token types"
+            f"{place}.config.type_vocab_size",
+            types,
+            f"at least {used}, the number of the tokenizer's token types",
         )
 
 
@@ -111,7 +113,7 @@ def _check_settings(settings: dict[str, Any]) -> dict[str, None]:
     """Raise UserError for settings that choose other files; return settings of paths, which are to have no effect."""
     for key in ("init_inputs", "gguf_file", "fast_tokenizer_files", "tokenizer_object"):
         if settings.get(key):
-            raise UserError(f"{TOKENIZER_CONFIG}.{key}", repr(settings[key]), "the usual files alone")
+            raise UserError(f"{TOKENIZER_CONFIG}.{key}", repr(settings[key]), "only the usual files")
     kind = settings.get("tokenizer_class")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"{TOKENIZER_CONFIG}.tokenizer_class", repr(kind), "the name of a class")
@@ -141,9 +143,9 @@ def try_tokenizer(path: str, _version: tuple[int, int]) -> None:
             json.loads(done.stdout) if done.returncode == 0 else {"error": _death(done.returncode)}
         )
     except subprocess.TimeoutExpired:
-        said = {"error": f"no end after {PATIENCE} seconds"}
+        said = {"error": f"a tokenizer that does not finish within {PATIENCE} seconds"}
     except ValueError:
-        said = {"error": "no answer"}
+        said = {"error": "a tokenizer that gives no answer"}
     if "error" in said:
         raise UserError(path, said["error"], "a file that the tokenizers library can use")
     if said["largest"] >= ENTRIES:
@@ -151,4 +153,6 @@ def try_tokenizer(path: str, _version: tuple[int, int]) -> None:
 
 
 def _death(code: int) -> str:
-    return {-24: "it does not end", -9: "it was killed"}.get(code, f"it dies with code {code}")
+    return {-24: "a tokenizer that does not finish", -9: "a tokenizer whose process was killed"}.get(
+        code, f"a tokenizer whose process dies with code {code}"
+    )

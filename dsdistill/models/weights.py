@@ -53,7 +53,7 @@ def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> 
             raise UserError(
                 f"{place}.path",
                 f"{path} with {name} of shape {shape}",
-                f"{list(value.shape)}, as its config.json says",
+                f"{list(value.shape)}, as in its config.json",
             )
     if task == "regression":
         model = copy.deepcopy(model)
@@ -76,9 +76,7 @@ def headers(folder: str, path: str, place: str) -> dict[str, dict[str, tuple[lis
                     key: (list(part.get_shape()), part.get_dtype()) for key, part in slices.items()
                 }
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{place}.path", f"{path} with {name} ({error})", "weights that are whole"
-            ) from None
+            raise UserError(f"{place}.path", f"{path} with {name} ({error})", "undamaged weights") from None
     return found
 
 
@@ -240,13 +238,13 @@ def holds_weights(folder: str) -> bool:
 def weight_files(folder: str, place: str) -> list[str]:
     """Return the names of the safetensors files that hold a folder's weights."""
     if shards := [name for name in os.listdir(folder) if _SHARD.match(name)]:
-        raise UserError(place, f"{folder} with {min(shards)}, a checkpoint's shard", SINGLE)
+        raise UserError(place, f"{folder} with {min(shards)}, a shard of a checkpoint", SINGLE)
     if os.path.isfile(os.path.join(folder, SINGLE)):
         return [SINGLE]
     if not os.path.lexists(path := os.path.join(folder, INDEX)):
         there = sorted(name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth", ".h5")))
-        kept = f"{folder} with {', '.join(there)} alone" if there else f"{folder} without weights"
-        raise UserError(place, kept, f"{SINGLE}: files that can hold code are not opened")
+        kept = f"{folder} with only {', '.join(there)}" if there else f"{folder} without weights"
+        raise UserError(place, kept, f"{SINGLE}: files that may hold code are not opened")
     try:
         names = read_json(path, INDEX_BYTES).get("weight_map")
     except UserError as error:
@@ -256,5 +254,5 @@ def weight_files(folder: str, place: str) -> list[str]:
     for name in names.values():
         plain = isinstance(name, str) and name == os.path.basename(name) and "\0" not in name
         if not plain or not name.endswith(".safetensors"):
-            raise UserError(place, f"{INDEX}, which names {name!r}", "safetensors files beside it")
+            raise UserError(place, f"{INDEX}, which names {name!r}", "safetensors files in the same folder")
     return sorted(set(names.values()))

@@ -146,7 +146,7 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("override", "parts"),
         [
-            ("train.stesp=3", ["train.stesp", "unknown key with 3", "did you mean steps?"]),
+            ("train.stesp=3", ["train.stesp", "unknown key with value 3", "did you mean steps?"]),
             ("terms.atention={}", ["terms.atention", "did you mean attention?"]),
             ("terms.hidden.weigth=2", ["terms.hidden.weigth", "did you mean weight?"]),
             (
@@ -198,7 +198,7 @@ class TestMessages:
             ("3", "got "),
             (
                 "studnet: {path: s}",
-                "studnet: got an unknown key with {'path': 's'}, expected a known key (did you mean student?)",
+                "studnet: got an unknown key with value {'path': 's'}, expected a known key (did you mean student?)",
             ),
             ("student: {path: s}\nlearning-rate: 3", "learning-rate: got an unknown key"),
             ("train:\n\tsteps: 3\n", "(line 2)"),
@@ -246,11 +246,11 @@ class TestRulesBetweenFields:
             ),
             (
                 ["student.deepspeed.fp16={}"],
-                "student.deepspeed.fp16: got a setting that dsdistill makes itself",
+                "student.deepspeed.fp16: got a key that dsdistill sets itself",
             ),
-            (["teacher.deepspeed.optimizer={}"], "train.learning_rate and train.weight_decay in its place"),
+            (["teacher.deepspeed.optimizer={}"], "train.learning_rate and train.weight_decay instead"),
             (["student.deepspeed.zero_optimisation={}"], "did you mean zero_optimization?"),
-            (["teacher.deepspeed.zero_optimization.stage=3"], "teacher.zero_stage in its place"),
+            (["teacher.deepspeed.zero_optimization.stage=3"], "teacher.zero_stage instead"),
             (["student.deepspeed.zero_optimization=3"], "student.deepspeed.zero_optimization: got int"),
             (["teacher.recipe=x.yaml"], "teacher: got both path and recipe"),
             (
@@ -274,7 +274,7 @@ class TestRulesBetweenFields:
             (["teacher=null", "terms.hidden=null", "evaluation.rcs=3"], "evaluation.rcs: got 3 without a"),
             (
                 ["train.distill_weight=0.5", "terms={task: {}}", "terms.hidden=null"],
-                "train.distill_weight: got terms of",
+                "train.distill_weight: got terms with only",
             ),
             (
                 ["train.optimizer=sgd", "student.deepspeed.zero_optimization.offload_optimizer.device=cpu"],

@@ -29,5 +29,5 @@ def test_every_setting_of_every_section_has_a_line():
 
 def test_a_line_says_limits_default_and_meaning():
     text = fields.FILE.read_text(encoding="utf-8")
-    assert "| `max_length` | whole number ≥ 2 | `128` | longest sequence, tokens |" in text
-    assert re.search(r"^\| `name` \| text \| needed \| for the log", text, re.MULTILINE)
+    assert "| `max_length` | whole number ≥ 2 | `128` | length of the longest sequence, in tokens |" in text
+    assert re.search(r"^\| `name` \| text \| needed \| name in the log", text, re.MULTILINE)

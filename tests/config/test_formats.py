@@ -65,7 +65,7 @@ class TestFormat:
         assert before.stages[0].terms.hidden is None and before.terms.attention is None
         assert before.stages[1].terms.hidden.embedding is False
         check_same(path, before)
-        with pytest.raises(UserError, match=r"embedding: got True, expected False as this run began"):
+        with pytest.raises(UserError, match=r"embedding: got True, expected False as at this run's start"):
             check_same(path, now)
 
     def test_text_runs_on_as_the_run_began(self, write):
@@ -91,7 +91,7 @@ class TestFormat:
         assert as_begun(mine, path).terms.hidden.final_norm == "before"
         check_same(path, as_begun(mine, path))
         given = make_config(MINIMAL | {"terms": {"task": {}, "hidden": {"final_norm": "after"}}})
-        with pytest.raises(UserError, match="final_norm: got after, expected before as this run began"):
+        with pytest.raises(UserError, match="final_norm: got after, expected before as at this run's start"):
             check_same(path, as_begun(given, path))
 
     def test_what_an_earlier_one_says_stays(self, write, monkeypatch):

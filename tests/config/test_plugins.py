@@ -202,7 +202,9 @@ class TestAddedTerms:
 
     @pytest.mark.parametrize("name", ["named", "model_dump", "copy"])
     def test_a_name_of_something_else(self, name):
-        with pytest.raises(UserError, match=f"register_term: name: got {name}, which means something else"):
+        with pytest.raises(
+            UserError, match=f"register_term: name: got {name}, which the class Terms uses already"
+        ):
             add_term(name, Sharp)
 
     @pytest.mark.parametrize("settings", [dict, Terms, Sharp(), "Sharp", None])

@@ -38,7 +38,7 @@ def test_what_terms_need(asked):
         (
             Hidden,
             {"weigth": 2.0},
-            "terms.hidden.weigth: got an unknown key with 2.0, expected a known key (did ",
+            "terms.hidden.weigth: got an unknown key with value 2.0, expected a known key (did ",
         ),
         (SoftLabel, {"temperature": 0}, "terms.soft_label.temperature: got 0, expected greater than 0"),
         (
@@ -50,12 +50,12 @@ def test_what_terms_need(asked):
         (
             Terms,
             {"hiden": {}},
-            "terms.hiden: got an unknown key with {}, expected a known key (did you mean hidden?)",
+            "terms.hiden: got an unknown key with value {}, expected a known key (did you mean hidden?)",
         ),
         (
             Terms,
             {"hidden": {"weigth": 2}},
-            "terms.hidden.weigth: got an unknown key with 2, expected a known key",
+            "terms.hidden.weigth: got an unknown key with value 2, expected a known key",
         ),
         (Terms, {"hidden": 5}, "terms.hidden: got 5, expected "),
         (Terms, {"task": {"weight": -1.0}}, "terms.task.weight: got -1.0, expected "),

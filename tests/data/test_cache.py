@@ -52,7 +52,7 @@ def test_what_cannot_be_written_is_used_as_it_is(shared, caplog):
             UserError, match=r"data\.cache: got .*Permission denied, expected a cache that can"
         ):
             train_tokenizer(["some words"], 100, str(shared))
-    assert "nothing is kept in the cache: " in caplog.text and os.listdir(shared) == ["kept.jsonl"]
+    assert "rows cannot be kept in the cache: " in caplog.text and os.listdir(shared) == ["kept.jsonl"]
     known = train_tokenizer(["some words"], 100, str(shared))
     with _nobody():
         assert train_tokenizer(["some words"], 100, str(shared)) == known
@@ -75,4 +75,4 @@ def test_what_is_damaged_is_made_again(tmp_path, content, caplog):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     assert cache.rows(path, lambda: ROWS) == ROWS == cache.rows(path, lambda: pytest.fail("made again"))
-    assert "is damaged and made again" in caplog.text
+    assert "is damaged and is made again" in caplog.text

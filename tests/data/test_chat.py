@@ -134,7 +134,7 @@ def test_turns_that_the_template_rewrites_are_examples_of_their_own(tokenizer):
     without = Chat(tokenizer, templates.THINKING, {"enable_thinking": False})
     assert learned(without, LONG) == [["two é高\n<|im_end|>"], ["yes<|im_end|>"]]
     with pytest.raises(
-        UserError, match=r"^f, line 2, message 3: got a turn that the chat template writes otherwise"
+        UserError, match=r"^f, line 2, message 3: got a turn whose text the chat template changes"
     ):
         Chat(tokenizer, templates.THINKING, turns="refuse").render(thought, "f, line 2")
 
@@ -143,10 +143,10 @@ def test_a_prompt_that_opens_more_than_the_turn_shows(tokenizer, caplog):
     chat = Chat(tokenizer, templates.OPENED)
     with caplog.at_level(logging.WARNING, "dsdistill"):
         assert learned(chat, [*SHORT, *SHORT]) == [["two<|im_end|>"], ["two<|im_end|>"]]
-    assert len(caplog.messages) == 1 and "labels begin where they part" in caplog.text
+    assert len(caplog.messages) == 1 and "labels begin where the two first differ" in caplog.text
     assert learned(chat, [SHORT[0], say("assistant", "<b>two</b>")]) == [["<b>two</b><|im_end|>"]]
     with pytest.raises(
-        UserError, match="got a chat template whose prompt for the assistant is not how its turns begin"
+        UserError, match="got a chat template whose assistant turns do not begin with its prompt"
     ):
         Chat(tokenizer, templates.AHEAD).render(SHORT, "here")
 
@@ -215,7 +215,7 @@ def test_forms_of_conversations(tokenizer):
 @pytest.mark.parametrize(
     "conversation, template, said",
     [
-        ([], "PLAIN", "here: got an empty list, expected a message at least"),
+        ([], "PLAIN", "here: got an empty list, expected at least one message"),
         ("[1", "PLAIN", "here: got '[1' ("),
         ('["\\ud800"]', "PLAIN", "here: got '[\"\\\\ud800\"]' ("),
         (7, "PLAIN", "here: got a int, expected a list of messages"),
@@ -231,7 +231,7 @@ def test_forms_of_conversations(tokenizer):
             "here, message 1: got from 'narrator', expected one of system",
         ),
         ([{"from": "function_call", "value": "{}"}], "PLAIN", "here, message 1: got the call '{}'"),
-        (SHORT[:1], "PLAIN", "here: got turns of user alone, expected one of the assistant"),
+        (SHORT[:1], "PLAIN", "here: got only turns of user, expected a turn of the assistant"),
         (
             SHORT * 2 + SHORT[:1] * 2,
             "MERGED",
@@ -240,7 +240,7 @@ def test_forms_of_conversations(tokenizer):
         (LONG, "STRICT", "here, message 1: got role 'system', which the chat template leaves out"),
         (CALLING, "PLAIN", "here, message 2: got tool_calls, which the chat template leaves out"),
         ([SHORT[0], say("assistant", "")], "BEGINNING", None),
-        ([SHORT[0], say("assistant", "")], "JOINED", "here: got a turn of the assistant without any text"),
+        ([SHORT[0], say("assistant", "")], "JOINED", "here: got an empty turn of the assistant"),
         (
             {"messages": SHORT, "tools": ["add"]},
             "TOOLS",
@@ -261,8 +261,8 @@ def test_what_is_no_conversation_is_refused(tokenizer, conversation, template, s
 @pytest.mark.parametrize(
     "template, options, said",
     [
-        ("{% for %}", {}, "data.chat_template: got a chat template whose line 1 has an error"),
-        ("", {}, "data.chat_template: got an empty one"),
+        ("{% for %}", {}, "data.chat_template: got a chat template with an error in line 1"),
+        ("", {}, "data.chat_template: got an empty template"),
         (
             templates.PLAIN,
             {"enable_thinking": False},
@@ -270,7 +270,11 @@ def test_what_is_no_conversation_is_refused(tokenizer, conversation, template, s
         ),
         (templates.PLAIN, {"tools": [TOOL]}, "data.template_options.tools: got an option that"),
         (templates.TOOLS, {"tools": "add"}, "data.template_options, tools: got 'add'"),
-        (templates.PLAIN, {"tokenize": True}, "data.template_options.tokenize: got a setting of how"),
+        (
+            templates.PLAIN,
+            {"tokenize": True},
+            "data.template_options.tokenize: got an argument of apply_chat_template",
+        ),
         (
             templates.PLAIN,
             {"add_generation_prompt": True},
@@ -287,10 +291,12 @@ def test_templates_and_options_that_do_not_work_are_refused(tokenizer, template,
 def test_a_tokenizer_without_a_template_is_refused(tokenizer_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     with pytest.raises(
-        UserError, match=r"^data.chat_template: got nothing, and a tokenizer without a chat template"
+        UserError, match=r"^data.chat_template: got null, and a tokenizer without a chat template"
     ):
         Chat(tokenizer)
-    with pytest.raises(UserError, match=r"no\.jinja: got no such file, expected a file of a Jinja template"):
+    with pytest.raises(
+        UserError, match=r"no\.jinja: got no such file, expected a file with a Jinja template"
+    ):
         read_template(str(tmp_path / "no.jinja"))
     (tmp_path / "bytes.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match="expected a readable UTF-8 file"):

@@ -141,7 +141,7 @@ def test_other_tasks(section, tokenizer, task):
 
 def test_refusals(settings):
     data = settings["data"]
-    with pytest.raises(UserError, match=r"data\.dev: got a set named holdout beside data.holdout"):
+    with pytest.raises(UserError, match=r"data\.dev: got a set named holdout together with data.holdout"):
         make_config(settings | {"data": data | {"holdout": 5, "dev": {"holdout": "dev"}}})
     parts = [{"train": "train"}, {"train": "dev"}]
     with pytest.raises(UserError, match=r"data\.holdout: got 5 with several sources in data.train"):

@@ -44,10 +44,10 @@ def test_numbers_beside_names_are_refused_unless_their_order_is_given(tmp_path):
         "dev.jsonl, line 1: got label '0' in column label, expected one of the 3 classes contradiction"
         in told
     )
-    assert told.endswith("(data.labels gives the names in the order of the numbers)")
+    assert told.endswith("(data.labels may list the names in the order of the numbers)")
     data = read(section(tmp_path, NLI, [0, 1, 2], labels=NLI), "classification")
     assert (data.train.labels, data.dev.labels) == ([0, 1, 2], [0, 1, 2])
-    with pytest.raises(UserError, match=r"got label 'neutral' .* classes 0, 1, 2 \(data.labels gives"):
+    with pytest.raises(UserError, match=r"got label 'neutral' .* classes 0, 1, 2 \(data.labels may list"):
         read(section(tmp_path, [0, 1, 2], NLI[1:]), "classification")
 
 
@@ -66,10 +66,14 @@ def test_one_train_file_of_names_and_one_of_numbers(tmp_path):
     tsv(tmp_path / "names.tsv", ["no", "yes"])
     tsv(tmp_path / "numbers.tsv", ["1", "0"])
     given = Section(source="files", root=str(tmp_path), train=("names.tsv", "numbers.tsv"), dev="names.tsv")
-    with pytest.raises(UserError, match=r"numbers.tsv, line 2: got label '1' .* beside names such as 'no'"):
+    with pytest.raises(
+        UserError, match=r"numbers.tsv, line 2: got label '1' .* together with names such as 'no'"
+    ):
         read(given, "classification")
     parts = given.model_copy(update={"train": (Part(train="names.tsv"), Part(train="numbers.tsv"))})
-    with pytest.raises(UserError, match=r"numbers.tsv, line 2: got label '1' .* beside names such as 'no'"):
+    with pytest.raises(
+        UserError, match=r"numbers.tsv, line 2: got label '1' .* together with names such as 'no'"
+    ):
         read(parts, "classification")
     data = read(given.model_copy(update={"labels": ("yes", "no")}), "classification")
     assert data.train.labels == [1, 0, 1, 0]
@@ -129,7 +133,9 @@ def test_rows_without_a_label(tmp_path, split, label):
 def test_rows_without_a_label_of_a_declared_class(tmp_path):
     declared(tmp_path / "a.parquet", [0, -1, 1], ["a", "b"])
     given = Section(source="files", root=str(tmp_path), train="a.parquet", dev="a.parquet")
-    with pytest.raises(UserError, match=r"row 2: got label -1 in column label, expected a label \(.* out\)$"):
+    with pytest.raises(
+        UserError, match=r"row 2: got label -1 in column label, expected a label \(.* out such rows\)$"
+    ):
         read(given, "classification")
     left = {"drop_unlabelled": True, "labels": ("b", "a")}
     assert read(given.model_copy(update=left), "classification").train.labels == [1, 0]

@@ -73,7 +73,7 @@ def test_truncation_keeps_room_for_the_response(tokenizer, prompt, response, kep
 @pytest.mark.parametrize("overlong", ["drop", "split"])
 def test_the_layout_of_special_tokens_truncates(tokenizer, overlong):
     with pytest.raises(
-        UserError, match=f"data.overlong: got {overlong} with layout separator, which truncates"
+        UserError, match=f"data.overlong: got {overlong} with layout separator, which always truncates"
     ):
         tokenize([("ab", "cd")], tokenizer, 10, "causal_lm", overlong=overlong)
     found = lists(tokenize([("ab", "cd")], tokenizer, 10, "causal_lm", overlong="truncate"))
@@ -140,7 +140,7 @@ def test_refusals(tokenizer, decoder_tokenizer):
     with pytest.raises(UserError, match=r"rows\.jsonl, line 2: got an empty response"):
         tokenize([("a", "b"), ("a", " ")], tokenizer, 9, "causal_lm")
     nothing = PreTrainedTokenizerFast(tokenizer_object=decoder_tokenizer._tokenizer)
-    with pytest.raises(UserError, match=r"data\.tokenizer: got one without a token that ends a text"):
+    with pytest.raises(UserError, match=r"data\.tokenizer: got a tokenizer without an end token"):
         tokenize([("a", "b")], nothing, 9, "causal_lm")
 
 

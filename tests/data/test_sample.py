@@ -97,7 +97,7 @@ def test_the_train_set_alone(tokenizer, tmp_path):
         ({"terms": {"hidden": {}}, "data": {"label_noise": 0.1}}, "got no term that reads labels"),
         ({"data": {"label_noise": 1.1}}, "data.label_noise"),
         ({"data": {"fraction": 0.0}}, "data.fraction"),
-        ({"data": {"chunker": "jieba"}}, "data.chunker: got jieba without a term over spans"),
+        ({"data": {"chunker": "jieba"}}, "data.chunker: got jieba, but nothing in this run reads"),
     ],
 )
 def test_refused(changes, message):

@@ -249,8 +249,8 @@ REFUSALS = {
         "a.jsonl", '{"text": " "}\n{"text": "a"}\n\n{"text": null}', {}, "causal_lm", r"line 4: got no text",
     ),
     "number among blanks": ("a.jsonl", '{"text": ""}\n{"text": 5}', {}, "masked_lm", r"line 2: got a int in text"),
-    "blanks alone": ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "masked_lm", r"a\.jsonl: got blank rows alone in"),
-    "blanks alone, tsv": ("a.tsv", "text\tid\n \t1\n", {}, "causal_lm", r"a\.tsv: got blank .*, expected some text"),
+    "blanks alone": ("a.jsonl", '{"text": " "}\n{"text": ""}', {}, "masked_lm", r"a\.jsonl: got only blank rows in"),
+    "blanks alone, tsv": ("a.tsv", "text\tid\n \t1\n", {}, "causal_lm", r"a\.tsv: got only blank .*, expected some"),
     "blank pair": (
         "a.jsonl", '{"a": "x", "b": "y"}\n{"a": "", "b": " "}', {"text": ("a", "b")}, "masked_lm",
         r"line 2: got an empty a and b",

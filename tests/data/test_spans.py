@@ -126,7 +126,7 @@ class TestExamples:
 
     def test_a_slow_tokenizer_is_refused(self):
         slow = types.SimpleNamespace(is_fast=False)
-        with pytest.raises(UserError, match=r"^data.tokenizer: got one that does not tell"):
+        with pytest.raises(UserError, match=r"^data.tokenizer: got a tokenizer without token offsets"):
             load_data(Section(), "classification", Words(slow, 0, ""), with_spans=True)
 
     def test_load(self, tokenizer, tmp_path):

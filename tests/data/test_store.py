@@ -235,7 +235,7 @@ def test_a_damaged_store_is_refused_in_one_line(tmp_path, letters, harm):
         ids.unlink()
     else:
         (tmp_path / "store" / "store.json").write_text("{}")
-    with pytest.raises(UserError, match=r"store: got a damaged store .*, expected none there: remove it"):
+    with pytest.raises(UserError, match=r"store: got a damaged store .*, expected an intact one: remove it"):
         opened(tmp_path / "store", path, letters)
 
 
@@ -261,12 +261,12 @@ def test_verify(tmp_path, letters):
     status, text = path.stat(), path.read_text()
     path.write_text(text.replace("jjj", "jkj", 1))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # size and time tell nothing
-    with pytest.raises(UserError, match=r"a\.jsonl: got other contents than .*store was made from"):
+    with pytest.raises(UserError, match=r"a\.jsonl: got a file that has changed since .*store was made from"):
         verify_stores(found.paths)
     path.write_text(text)
     ids = tmp_path / "store" / "00000" / "ids.bin"
     ids.write_bytes(bytes([5]) + ids.read_bytes()[1:])
-    with pytest.raises(UserError, match=r"ids\.bin: got other contents than were written"):
+    with pytest.raises(UserError, match=r"ids\.bin: got a file that has changed since it was written"):
         verify_stores(found.paths)
 
 

@@ -189,7 +189,7 @@ def test_another_source_of_the_same_name_is_refused(source, tokenizer, opened):
     write(source / "hub", "train", [text[::-1] for text in TEXTS], 4)
     second = train(source, tokenizer).train
     opened.append(second)
-    with pytest.raises(UserError, match="some/set train, part 1: got other contents than before"):
+    with pytest.raises(UserError, match="some/set train, part 1: got contents that have changed"):
         seen(loader(second), range(2))
 
 
@@ -228,7 +228,7 @@ def test_a_network_that_fails_is_one_line(source, tokenizer, opened, monkeypatch
             raise ConnectionError("the cable is cut\nhere")
 
     monkeypatch.setattr(hub.Remote, "_dataset", lambda self: Failing(real(self)))
-    with pytest.raises(RunError, match=r"^some/set train cannot be read further: the cable is cut$"):
+    with pytest.raises(RunError, match=r"^reading some/set train failed: the cable is cut$"):
         seen(loader(examples), range(3))
 
 

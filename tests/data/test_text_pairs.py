@@ -101,7 +101,7 @@ def test_a_single_text_whose_column_has_no_prompt_is_refused(folder, tokenizer):
     """Prompts that a folder of a sentence encoder brings are not known when the config is checked."""
     part = {"source": "files", "train": str(folder / "pairs.tsv"), "text": ["score"]}
     settings = section(folder, prompts=("read ", "a node ")).model_dump() | {"train": [part]}
-    with pytest.raises(UserError, match=r"data\.train: got score alone"):
+    with pytest.raises(UserError, match=r"data\.train: got text: \[score\]"):
         load(Section(**settings), "embedding", tokenizer)
     plain = load(Section(**settings | {"prompts": ("", "")}), "embedding", tokenizer).train
     assert len(plain) == len(ROWS)

@@ -261,7 +261,7 @@ def test_a_model_without_a_head():
     with pytest.raises(UserError, match=r"student: got class BertModel, which has no head for terms.task"):
         Distiller(*made, given | {"task": {}}, task="classification")
     with pytest.raises(
-        UserError, match="student: got class BertModel for task masked_lm, expected one for masked_lm"
+        UserError, match="student: got class BertModel for task masked_lm, expected a class for masked_lm"
     ):
         Distiller(*made, given, task="masked_lm")
     distiller = Distiller(*made, given, task="classification")
@@ -305,7 +305,7 @@ class TestRefusals:
 
     def test_of_tasks(self):
         for task, line in (
-            ("regression", "class BertForSequenceClassification for task regression, expected one for class"),
+            ("regression", "class BertForSequenceClassification for task regression, expected task class"),
             ("causal_lm", "class BertForSequenceClassification for task causal_lm"),
             ("ranking", "task: got ranking, expected classification, regression"),
         ):
@@ -327,7 +327,7 @@ class TestRefusals:
         [
             (
                 {"hiden": {}},
-                "Distiller: terms.hiden: got an unknown key with {}, expected a known key (did you",
+                "Distiller: terms.hiden: got an unknown key with value {}, expected a known key (did you",
             ),
             (
                 {"hidden": {"layers": "unifrm"}},
@@ -361,7 +361,7 @@ class TestRefusals:
     def test_of_models(self):
         teacher, student = classifiers()
         with pytest.raises(
-            UserError, match="student: got Linear, expected a transformers model, not yet wrapped"
+            UserError, match="student: got Linear, expected a transformers model without a wrapper"
         ):
             Distiller(teacher, torch.nn.Linear(2, 2), {"task": {}})
         with pytest.raises(UserError, match="teacher: got a model for causal_lm, expected classification"):

@@ -167,28 +167,28 @@ IDS = torch.ones(2, 4, dtype=torch.int64)
         ({"input_ids": IDS[0]}, "batch: input_ids: got (4,) torch.int64, expected (B, N) integers"),
         (
             {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 4, 4)},
-            "batch: attention_mask: got (2, 1, 4, 4) torch.float32, expected 2 × 4 integers, one a token",
+            "batch: attention_mask: got (2, 1, 4, 4) torch.float32, expected 2 × 4 integers, one for each token",
         ),
         ({"input_ids": IDS, "attention_mask": IDS[:, :3]}, "batch: attention_mask: got (2, 3)"),
         ([IDS], "batch: got list, expected a dict of tensors with input_ids"),
-        ({"input_ids": IDS[:0]}, "batch: input_ids: got shape (0, 4), expected one token at least"),
+        ({"input_ids": IDS[:0]}, "batch: input_ids: got shape (0, 4), expected at least one token"),
         ({"input_ids": IDS, "spans": [[0, 1, 2, 0]]}, "batch: spans: got list, expected (S, 4) integers"),
         (
             {"input_ids": IDS, "spans": 9 * IDS[:1]},
-            "batch: spans: got some outside of the batch, expected rows and",
+            "batch: spans: got spans outside the batch, expected rows below",
         ),
-        ({"input_ids": IDS, "inputs_embeds": IDS}, "batch: got inputs_embeds, expected input_ids alone"),
+        ({"input_ids": IDS, "inputs_embeds": IDS}, "batch: got inputs_embeds, expected only input_ids"),
         (
             {"input_ids": IDS, "labels": IDS[:, 0]},
             "batch: labels: got (2,) torch.int64, expected (2, 4) integers",
         ),
         (
             {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 3], [0, 2, 3, 4]])},
-            "batch: position_ids: got some that do not count up by 1 from 0, expected 0, 1, 2, … in each document",
+            "batch: position_ids: got positions that do not count up by 1 from 0, expected 0, 1, 2, … in each document",
         ),
         (
             {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 0, 1]] * 2), "spans": IDS[:1]},
-            "batch: got spans of packed rows, expected spans of rows of one document each",
+            "batch: got spans with packed rows, expected rows of one document each",
         ),
     ],
 )
@@ -200,5 +200,7 @@ def test_other_forms_are_refused(inputs, line):
 
 def test_packed_rows_have_no_class():
     inputs = {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 0, 1]] * 2), "labels": IDS[:, 0]}
-    with pytest.raises(UserError, match="got several documents in a row, expected one a row with task"):
+    with pytest.raises(
+        UserError, match="got several documents in one row, expected one in each row with task"
+    ):
         as_batch(inputs, "classification")

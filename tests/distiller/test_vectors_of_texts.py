@@ -73,7 +73,7 @@ def test_rows_padded_on_the_left_give_the_same_loss():
             r"^batch: pair: got \[0, 0, 0, 1\], expected 4 integers, each twice",
         ),
         ({"pair": torch.tensor([0, 0])}, r"^batch: pair: got \[0, 0\]"),
-        ({"position_ids": torch.arange(4).repeat(4, 2)}, r"^batch: got pairs of packed rows"),
+        ({"position_ids": torch.arange(4).repeat(4, 2)}, r"^batch: got pair with packed rows"),
     ],
 )
 def test_bad_pairs(changes, message):

@@ -230,7 +230,8 @@ def test_runs_once_and_goes_on(settings, tmp_path):
     done = compare("train.learning_rate=2e-3")
     assert done.returncode == 2 and done.stdout == ""
     assert (
-        "seed-0/config.yaml: train.learning_rate: got 0.002, expected 0.001 as this run began" in done.stderr
+        "seed-0/config.yaml: train.learning_rate: got 0.002, expected 0.001 as at this run's start"
+        in done.stderr
     )
 
     done = compare("train.stesp=3")

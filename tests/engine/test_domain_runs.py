@@ -94,7 +94,7 @@ def test_the_teacher_hands_over_anew_in_each_stage(mapping, tmp_path):
         ({"student": {"domain": {"teacher_map": "trained"}}}, "student.domain.teacher_map: got trained"),
         ({"terms": {"domain": None}}, "student.domain: got no terms.domain"),
         ({"student": {"domain": None}}, "terms.domain: got no student.domain"),
-        ({"data": {"general": None}}, "data.domain and data.general: got one of them"),
+        ({"data": {"general": None}}, "data.domain and data.general: got only one of them"),
     ],
     ids=["collapse", "no term", "no module", "one side"],
 )

@@ -208,4 +208,4 @@ def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):
     done = launch("--module", "dsdistill", "train", write(home / "config.yaml", settings), "train.epochs=3")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("dsdistill: ")]
-    assert len(lines) == 1 and "train.epochs: got 3, expected 2 as this run began" in lines[0]
+    assert len(lines) == 1 and "train.epochs: got 3, expected 2 as at this run's start" in lines[0]

@@ -18,7 +18,7 @@ from tests.engine.launch import heed, launch, launch_command, processes_of, wait
 from tests.engine.test_resume import losses, steps_done, write
 
 WORKER = Path(__file__).with_name("stop_worker.py")
-GOES_ON = ": the same command goes on"
+GOES_ON = "; the same command continues the run"
 SAVED = "step 5: stopped by {}, saved as step-00000005" + GOES_ON
 # One rank alone. Of each: where it is told, changes of `run`, exit code, its line, newest checkpoint.
 ALONE = {
@@ -26,12 +26,12 @@ ALONE = {
     "clock": ("ignored", {"save_minutes": 1e-6, "keep": 99}, 0, None, 10),
     "INT": ("INT", {}, 130, SAVED.format("SIGINT"), 5),
     "USR1": ("USR1", {}, 143, SAVED.format("SIGUSR1"), 5),
-    "twice": ("twice", {}, 143, f"stopped by SIGTERM and SIGTERM, and left at once{GOES_ON}", None),
+    "twice": ("twice", {}, 143, f"stopped by SIGTERM and SIGTERM, and exited immediately{GOES_ON}", None),
     "grace": (
         "grace",
         {"grace": 1.0},
         143,
-        f"stopped by SIGTERM; no step ended and was saved within run.grace (1 s){GOES_ON}",
+        f"stopped by SIGTERM; no step was finished and saved within run.grace (1 s){GOES_ON}",
         None,
     ),
     "save": ("save", {"grace": 1.0, "save_every": 4}, 143, SAVED.format("SIGTERM"), 5),

@@ -60,7 +60,7 @@ def test_every_sampler_trains_on_any_number_of_ranks(mapping, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": {"sampler": "hard_negative"}}, "data.sampler: got hard_negative without a contrast"),
+        ({"data": {"sampler": "hard_negative"}}, "data.sampler: got hard_negative without terms.contrastive"),
         ({"data": {"sampler": "domain_aware", "domain": None, "general": None}}, "domain_aware without"),
         (
             {"data": {"sampler_temperature": 0.5}},

@@ -243,7 +243,8 @@ def test_positions_that_start_after_padding_are_found_by_trying(family):
     settings = tiny._ENCODER | {"pad_token_id": 1, **AFTER_PADDING[family]}
     config = AutoConfig.for_model(family, **settings)
     with pytest.raises(
-        UserError, match=r"^data.max_length: got 40, expected at most the teacher's 38 positions"
+        UserError,
+        match=r"^data.max_length: got 40, expected at most 38, the number of the teacher's positions",
     ):
         check_length(config, "classification", 40, None, "teacher")
     check_length(config, "classification", 38, None, "teacher")
@@ -258,7 +259,9 @@ def test_positions_that_start_after_padding_are_found_by_trying(family):
 def test_positions_that_start_at_the_front(family, most):
     config = config_of(family, "classification")
     check_length(config, "classification", most, 0, "student")
-    with pytest.raises(UserError, match=f"got {most + 1}, expected at most the student's {most} positions"):
+    with pytest.raises(
+        UserError, match=f"got {most + 1}, expected at most {most}, the number of the student's"
+    ):
         check_length(config, "classification", most + 1, 0, "student")
 
 
@@ -266,7 +269,7 @@ def test_another_padding_token_would_move_positions():
     settings = tiny._ENCODER | {"pad_token_id": 1}
     roberta, bert = (AutoConfig.for_model(family, **settings) for family in ("roberta", "bert"))
     with pytest.raises(
-        UserError, match=r"^teacher.config.pad_token_id: got 1 .*, expected 0, the tokenizer's"
+        UserError, match=r"^teacher.config.pad_token_id: got 1, .*, expected 0, as in the tokenizer"
     ):
         check_padding(roberta, "masked_lm", 0, "teacher")
     check_padding(roberta, "masked_lm", 1, "teacher")
@@ -286,15 +289,15 @@ def cut(family: str, layers: tuple[int, ...], changes: dict | None = None, **set
         (
             "minicpm3",
             (1, 2),
-            r"teacher layer 1 as layer 1, which differ in residual_scale \(0.7 and 0.9899\)",
+            r"teacher layer 1 as student layer 1, but the two differ in residual_scale \(0.7 and 0.9899\)",
         ),
         (
             "diffllama",
             (2, 4),
-            r"layer 2 as layer 1, which differ in self_attn.lambda_init \(0.3555 and 0.2\)",
+            r"layer 2 as student layer 1, but the two differ in self_attn.lambda_init \(0.3555 and 0.2\)",
         ),
-        ("jamba", (2, 4), "layer 2 as layer 1, which differ in "),
-        ("deepseek_v3", (2, 4), "layer 2 as layer 1, which differ in mlp"),
+        ("jamba", (2, 4), "layer 2 as student layer 1, but the two differ in "),
+        ("deepseek_v3", (2, 4), "layer 2 as student layer 1, but the two differ in mlp"),
     ],
 )
 def test_layers_that_compute_by_their_place_are_refused_by_name(family, layers, named):
@@ -332,6 +335,6 @@ def test_states_of_several_streams_are_refused():
     settings = tiny.CAUSAL["gemma3_text"] | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8}
     settings |= {"laurel_rank": 8, "vocab_size_per_layer_input": 99, "activation_sparsity_pattern": [0.0] * 4}
     config = AutoConfig.for_model("gemma3n_text", **settings)
-    with pytest.raises(UserError, match="gemma3n_text, whose layers do not pass hidden states on"):
+    with pytest.raises(UserError, match="gemma3n_text, whose layers do not pass on hidden states"):
         probe(config, "causal_lm", "teacher", attention=False, hidden=True)
     probe(config, "causal_lm", "teacher", attention=False, hidden=False)

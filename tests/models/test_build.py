@@ -105,7 +105,7 @@ class TestArchitecture:
         message = refusal(architecture, str(models_dir / "teacher"), {key: value}, "teacher")
         assert (
             message.startswith(f"teacher.config.{key}: got {value}, expected ")
-            and "as the weights have it" in message
+            and "as in the weights" in message
         )
 
     def test_structure_by_another_name_cannot_either(self, tmp_path):
@@ -197,7 +197,7 @@ class TestCut:
             "classification",
             "student",
         )
-        assert "teacher layer 2 as layer 1, which differ in attn_norm.weight" in message
+        assert "teacher layer 2 as student layer 1, but the two differ in attn_norm.weight" in message
 
     def test_layers_that_are_not_listed(self):
         teacher = AutoConfig.for_model(

@@ -195,7 +195,7 @@ def test_an_error_in_forward_ends_the_recording():
 def test_layers_that_cannot_be_hooked_are_refused():
     ours, _ = pair("bert")
     ours.config.num_hidden_layers = 7
-    with pytest.raises(ValueError, match="no list of 7 layers"):
+    with pytest.raises(ValueError, match="got no list of layers, expected one of 7 layers"):
         Capture(ours, (1,))
 
 

@@ -107,7 +107,9 @@ def test_what_is_not_understood_is_refused(change, monkeypatch):
 def test_a_scaled_bias_is_refused():
     model = AutoModelForCausalLM.from_config(config_of("cohere", {"logit_scale": 0.3}))
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(64))
-    with pytest.raises(UserError, match=r"^student: got model type cohere, which scales logits with a bias"):
+    with pytest.raises(
+        UserError, match=r"^student: got model type cohere, which scales logits and has a bias"
+    ):
         Headless(model, "student")
 
 

@@ -71,8 +71,8 @@ def test_more_families_pass(family, settings):
             {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4},
             "0 of 2 attention layers",
         ),
-        ("gemma2", DECODER, "attention takes softcap"),
-        ("gpt_oss", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention takes s_aux"),
+        ("gemma2", DECODER, "the further input softcap"),
+        ("gpt_oss", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1}, "the further input s_aux"),
         ("doge", DECODER, "attention is more than softmax"),  # its bias is 0 as initialised
         ("diffllama", DECODER, "4 of 2 attention layers captured"),
     ],
@@ -87,13 +87,13 @@ def test_attention_that_would_be_misread_is_refused(family, settings, reason):
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("albert", ENCODER | {"embedding_size": 16}, "holds no list of its layers"),
+        ("albert", ENCODER | {"embedding_size": 16}, "has no list of its layers"),
         (
             "xlnet",
             {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-            "do not pass hidden",
+            "do not pass on hidden",
         ),
-        ("longformer", ENCODER | {"attention_window": 8}, "do not pass hidden"),
+        ("longformer", ENCODER | {"attention_window": 8}, "do not pass on hidden"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

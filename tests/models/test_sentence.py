@@ -78,7 +78,7 @@ MISTAKES = {
         r"pools by \['max'\]",
     ),
     "two ways at once": ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, r"\['mean', 'cls'\]"),
-    "a mean without prompts": ("1_Pooling/config.json", {"include_prompt": False}, "leaves prompts out"),
+    "a mean without prompts": ("1_Pooling/config.json", {"include_prompt": False}, "leaves out prompts"),
     "prompts of numbers": ("config_sentence_transformers.json", {"prompts": {"query": 1}}, "with prompts"),
     "no such default": (
         "config_sentence_transformers.json",

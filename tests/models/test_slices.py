@@ -168,7 +168,7 @@ def test_weights_that_differ_are_not_tied(prefix, tmp_path):
     named["lm_head.weight"] = named.pop(f"{prefix}lm_head.weight")
     save_file(named, path, metadata={"format": "pt"})
     ties = [["lm_head.weight", "model.embed_tokens.weight"]]
-    with pytest.raises(UserError, match="weights that are tied, where the teacher's"):
+    with pytest.raises(UserError, match="tied weights, but"):
         check_ties(str(tmp_path), ties, "teacher")
     named["lm_head.weight"] = named[f"{prefix}embed_tokens.weight"].clone()
     save_file(named, path, metadata={"format": "pt"})
