@@ -185,8 +185,8 @@ class Data(Section):
         description="how train examples are drawn, the same number in each epoch; uniform: each once; entropy: those "
         "with high teacher entropy more often; random_masked: uniform, with 15% of the input masked for both models; "
         "hard_negative: each example with its nearest neighbours, by the teacher's vectors, that have another "
-        "answer; domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev sets, "
-        "of the same names, the student is further behind its teacher, found again at each evaluation",
+        "answer; domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev "
+        "sets, of the same names, the student is further behind its teacher, found again at each evaluation",
     )
     mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
