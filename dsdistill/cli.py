@@ -320,13 +320,43 @@ def export(
         typer.Option("--dtype", help="Of the weights: bf16, fp16 or fp32; default: the run's train.dtype."),
     ] = None,
     shard: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights.")
-    ] = "5GB",
+        str | None,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights. [default: 5GB]"
+        ),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="transformers, or onnx: model.onnx in float32.")
+    ] = "transformers",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --format onnx: also model.int8.onnx, quantised.")
+    ] = False,
 ):
-    """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
-    from dsdistill.engine.export import export as write
+    """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included.
 
-    write(run, out, dtype=dtype, max_shard_size=shard)
+    With --format onnx: as an ONNX graph of any batch and length, after a check that it computes the same.
+    """
+    if form not in ("transformers", "onnx"):
+        raise UserError("--format", repr(form), "transformers or onnx")
+    for name, given in (("--dtype", dtype), ("--max-shard-size", shard)) if form == "onnx" else ():
+        if given is not None:
+            raise UserError(
+                name, f"{given} beside --format onnx", "nothing: the graph has one file in float32"
+            )
+    if form == "transformers":
+        if int8:
+            raise UserError("--int8", "no ONNX graph", "--format onnx beside it")
+        from dsdistill.engine.export import export as write
+
+        write(run, out, dtype=dtype, max_shard_size=shard or "5GB")
+    else:
+        from dsdistill.config.packages import check_onnx
+
+        check_onnx("--format")
+        from dsdistill.engine.export import export_onnx
+
+        for name, most in export_onnx(run, out, int8=int8).items():
+            typer.echo(f"{name}: largest difference from the student {most:.1e}")
     typer.echo(f"student of {run} written to {out}")
 
 
