@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from dsdistill.config import UserError
+
 
 def verify(
     json: Annotated[
@@ -36,10 +38,13 @@ def bench(
         str,
         typer.Argument(
             metavar="OPERATOR",
-            help="attention, pairwise, hidden, soft-label, cross-entropy, vocabulary, auto, step, data, or load.",
+            help="attention, pairwise, hidden, soft-label, cross-entropy, vocabulary, auto, step, data, load, deploy.",
             show_default=False,
         ),
     ],
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Of deploy: folder of a run.", show_default=False)
+    ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(
@@ -48,7 +53,8 @@ def bench(
             help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
             "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048; of data "
             "text=FILE,size=50MB,tokenizer=DIR,documents=2000000; of load "
-            "layers=24,width=1024,vocabulary=151936,shards=5",
+            "layers=24,width=1024,vocabulary=151936,shards=5; of deploy "
+            "threads=1,batch=16,examples=32",
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
@@ -58,7 +64,13 @@ def bench(
             "--backends",
             metavar="NAME,...",
             help="Some of eager, compile, chunked, cpp, triton, cuda, liger; of a step some of logits, hidden, "
-            "attention, pairwise, eager, textbrewer.",
+            "attention, pairwise, eager, textbrewer; of deploy some of pytorch, compile, onnx, int8.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="Of deploy: most that a process may take, such as 512MiB."
         ),
     ] = None,
     json: Annotated[
@@ -72,23 +84,31 @@ def bench(
     auto: what `backend: auto` takes for each operator, dtype and class of shapes, and what is the fastest.
     data: tokens/s, memory and room of tokenising, and the seconds of a start.
     load: memory of two ranks while they load a large teacher and a student cut from it; exit code 1 over a limit.
+    deploy: time of a text, texts a second, memory and file of RUN's student and teacher on CPUs, also as ONNX and int8.
     """
     from dsdistill.disk import check_file
 
     check_file(json, "--json")
     check_file(plot, "--plot")
+    for name, given in (("RUN", run), ("--memory", memory)):
+        if given is not None and operator != "deploy":
+            raise UserError(f"bench {name}", given, "nothing: only deploy has it")
+    if operator == "deploy":
+        from dsdistill.config.packages import check_onnx
+
+        check_onnx("bench deploy")
     from dsdistill.bench.arguments import parse_shapes
     from dsdistill.bench.auto import run_auto
     from dsdistill.bench.data_speed import run_data
+    from dsdistill.bench.deploy import run_deploy
     from dsdistill.bench.loading import run_load
     from dsdistill.bench.operators import run_bench
     from dsdistill.bench.step import run_step
 
-    measure = {"auto": run_auto, "step": run_step, "data": run_data, "load": run_load}.get(
-        operator, functools.partial(run_bench, operator)
-    )
+    measures = {"auto": run_auto, "step": run_step, "data": run_data, "load": run_load}
+    measures["deploy"] = functools.partial(run_deploy, run, memory=memory)
     raise typer.Exit(
-        measure(
+        measures.get(operator, functools.partial(run_bench, operator))(
             options=parse_shapes(shapes),
             dtype=dtype,
             backends=backends.split(",") if backends else None,
