@@ -25,33 +25,34 @@ def run(models_dir, data_dir, tmp_path_factory):
     return str(folder / "run")
 
 
-def test_every_contender_has_its_row(run, tmp_path, capsys):
+def test_every_contender_has_its_row_and_who_does_not_fit_is_named(run, tmp_path, capsys):
+    """PyTorch needs more than 96 MiB of its own; a tiny graph on ONNX Runtime, without torch, does not."""
     table, picture = tmp_path / "deploy.json", tmp_path / "deploy.png"
-    options = {"threads": 1, "batch": 4, "examples": 3}
-    chosen = ["int8", "onnx", "pytorch"]
-    assert deploy.run_deploy(run, options=options, backends=chosen, json_path=table, plot_path=picture) == 0
+    options, chosen = {"threads": 1, "batch": 4, "examples": 3}, ["int8", "onnx", "pytorch"]
+    arguments = {"memory": "96MiB", "json_path": table, "plot_path": picture}
+    assert deploy.run_deploy(run, options=options, backends=chosen, **arguments) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(table.read_text())
     rows = {(row["model"], row["backend"]): row for row in found["rows"]}
     assert list(rows) == [(m, b) for m in ("student", "teacher") for b in ("pytorch", "onnx", "int8")]
-    assert all(row["fits"] and row["threads"] == 1 and row["texts_per_second"] > 0 for row in rows.values())
-    assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in rows.values())
+    assert all(row["fits"] == (backend != "pytorch") for (_, backend), row in rows.items())
     for backend in ("pytorch", "onnx", "int8"):
         assert rows["student", backend]["file_mib"] < rows["teacher", backend]["file_mib"]
-    # The process of a graph has no torch in it, which alone takes more than 100 MiB.
-    assert rows["student", "onnx"]["peak_mib"] + 50 < rows["student", "pytorch"]["peak_mib"]
+    measured = [row for row in rows.values() if row["fits"]]
+    assert all(row["threads"] == 1 and row["texts_per_second"] > 0 for row in measured)
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in measured)
     told = capsys.readouterr().out
+    assert told.count("does not fit into 96 MiB") == 2 and "RLIMIT_DATA" in told
     assert found["machine"]["onnxruntime"] in told and "limits of this processor" in told and "RK3399" in told
 
 
-def test_who_does_not_fit_is_named(run, tmp_path, capsys):
-    """PyTorch needs more than 96 MiB of its own; a tiny graph on ONNX Runtime does not."""
-    options, table = {"threads": 1, "batch": 2, "examples": 2}, tmp_path / "deploy.json"
-    deploy.run_deploy(run, options=options, backends=["pytorch", "onnx"], memory="96MiB", json_path=table)
-    fits = {(row["model"], row["backend"]): row["fits"] for row in json.loads(table.read_text())["rows"]}
-    assert fits == {(m, b): b == "onnx" for m in ("student", "teacher") for b in ("pytorch", "onnx")}
-    told = capsys.readouterr().out
-    assert told.count("does not fit into 96 MiB") == 2 and "RLIMIT_DATA" in told
+def test_a_model_on_pytorch(run, tmp_path):
+    table = tmp_path / "deploy.json"
+    options = {"threads": 1, "batch": 2, "examples": 2}
+    assert deploy.run_deploy(run, options=options, backends=["pytorch"], json_path=table) == 0
+    rows = json.loads(table.read_text())["rows"]
+    assert [row["model"] for row in rows] == ["student", "teacher"]
+    assert all(row["fits"] and row["peak_mib"] > 100 and 0 < row["p50_ms"] <= row["p95_ms"] for row in rows)
 
 
 @pytest.mark.parametrize(
