@@ -1,7 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that --help is instant."""
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from dsdistill import __version__, disk
+from dsdistill.bench import commands
 from dsdistill.config import RunError, SharedError, Stopped, UserError, load
 
 app = typer.Typer(
@@ -320,108 +320,48 @@ def export(
         typer.Option("--dtype", help="Of the weights: bf16, fp16 or fp32; default: the run's train.dtype."),
     ] = None,
     shard: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights.")
-    ] = "5GB",
+        str | None,
+        typer.Option(
+            "--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights. [default: 5GB]"
+        ),
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="transformers, or onnx: model.onnx in float32.")
+    ] = "transformers",
+    int8: Annotated[
+        bool, typer.Option("--int8", help="With --format onnx: also model.int8.onnx, quantised.")
+    ] = False,
 ):
-    """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
-    from dsdistill.engine.export import export as write
+    """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included.
 
-    write(run, out, dtype=dtype, max_shard_size=shard)
+    With --format onnx: as an ONNX graph of any batch and length, after a check that it computes the same.
+    """
+    if form not in ("transformers", "onnx"):
+        raise UserError("--format", repr(form), "transformers or onnx")
+    for name, given in (("--dtype", dtype), ("--max-shard-size", shard)) if form == "onnx" else ():
+        if given is not None:
+            raise UserError(
+                name, f"{given} beside --format onnx", "nothing: the graph has one file in float32"
+            )
+    if form == "transformers":
+        if int8:
+            raise UserError("--int8", "no ONNX graph", "--format onnx beside it")
+        from dsdistill.engine.export import export as write
+
+        write(run, out, dtype=dtype, max_shard_size=shard or "5GB")
+    else:
+        from dsdistill.config.packages import check_onnx
+
+        check_onnx("--format")
+        from dsdistill.engine.export import export_onnx
+
+        for name, most in export_onnx(run, out, int8=int8).items():
+            typer.echo(f"{name}: largest difference from the student {most:.1e}")
     typer.echo(f"student of {run} written to {out}")
 
 
-@app.command()
-def verify(
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the rows there.")
-    ] = None,
-    aot: Annotated[
-        bool,
-        typer.Option(
-            "--aot",
-            help="Instead compile the GPU kernels for sm_80 and sm_90 and look for spills; needs no GPU.",
-        ),
-    ] = False,
-):
-    """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
-    from dsdistill.disk import check_file
-
-    check_file(json, "--json")
-    if aot:
-        from dsdistill.bench.aot import run_aot
-
-        raise typer.Exit(run_aot(json))
-    from dsdistill.bench.verify import run_verify
-
-    raise typer.Exit(run_verify(json))
-
-
-@app.command()
-def bench(
-    operator: Annotated[
-        str,
-        typer.Argument(
-            metavar="OPERATOR",
-            help="attention, pairwise, hidden, soft-label, cross-entropy, vocabulary, auto, step, data, or load.",
-            show_default=False,
-        ),
-    ],
-    shapes: Annotated[
-        str | None,
-        typer.Option(
-            "--shapes",
-            metavar="NAME=VALUE,...",
-            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
-            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048; of data "
-            "text=FILE,size=50MB,tokenizer=DIR,documents=2000000; of load "
-            "layers=24,width=1024,vocabulary=151936,shards=5",
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    backends: Annotated[
-        str | None,
-        typer.Option(
-            "--backends",
-            metavar="NAME,...",
-            help="Some of eager, compile, chunked, cpp, triton, cuda, liger; of a step some of logits, hidden, "
-            "attention, pairwise, eager, textbrewer.",
-        ),
-    ] = None,
-    json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
-    ] = None,
-    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
-):
-    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one.
-
-    step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
-    auto: what `backend: auto` takes for each operator, dtype and class of shapes, and what is the fastest.
-    data: tokens/s, memory and room of tokenising, and the seconds of a start.
-    load: memory of two ranks while they load a large teacher and a student cut from it; exit code 1 over a limit.
-    """
-    from dsdistill.disk import check_file
-
-    check_file(json, "--json")
-    check_file(plot, "--plot")
-    from dsdistill.bench.arguments import parse_shapes
-    from dsdistill.bench.auto import run_auto
-    from dsdistill.bench.data_speed import run_data
-    from dsdistill.bench.loading import run_load
-    from dsdistill.bench.operators import run_bench
-    from dsdistill.bench.step import run_step
-
-    measure = {"auto": run_auto, "step": run_step, "data": run_data, "load": run_load}.get(
-        operator, functools.partial(run_bench, operator)
-    )
-    raise typer.Exit(
-        measure(
-            options=parse_shapes(shapes),
-            dtype=dtype,
-            backends=backends.split(",") if backends else None,
-            json_path=json,
-            plot_path=plot,
-        )
-    )
+app.command()(commands.verify)
+app.command()(commands.bench)
 
 
 def _first() -> bool:

@@ -80,6 +80,14 @@ def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str
                 raise
 
 
+def _check_new(out: str) -> None:
+    """Raise UserError unless the folder can be made."""
+    check_writable(out, "--out")
+    there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
+    if os.path.exists(out) and (not there or os.listdir(out)):
+        raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
+
+
 def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int | str = "5GB") -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer and chat template included.
 
@@ -107,10 +115,7 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
     size = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     if size is None or size < LEAST_SHARD:
         raise UserError("--max-shard-size", repr(max_shard_size), "a size such as 5GB or 500MiB, 1MB or more")
-    check_writable(out, "--out")
-    there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
-    if os.path.exists(out) and (not there or os.listdir(out)):
-        raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
+    _check_new(out)
     config = read_config(run)
     kind = deepspeed.DTYPES[dtype or config.train.dtype]
     model, fusion = _newest_student(run, config)
@@ -135,6 +140,44 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
             log.info(
                 "with its domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both", out
             )
+
+
+def export_onnx(run: str, out: str, *, int8: bool = False) -> dict[str, float]:
+    """Write the student of a run's newest checkpoint as model.onnx, with its config and tokenizer; see `onnx_graph`.
+
+    A new folder appears whole or not at all. The graph computes in float32.
+
+    Args:
+        run: folder of a run.
+        out: folder to be made.
+        int8: also write model.int8.onnx.
+
+    Returns:
+        The largest difference of each file's outputs from the student's, by the file's name, on random texts.
+
+    Raises:
+        UserError: a folder that is not empty, a run without a student, or a student with domain fusion.
+        RunError: the exporter cannot handle the student, or the outputs of model.onnx differ from the student's.
+    """
+    from dsdistill.engine import onnx_graph
+
+    _check_new(out)
+    config = read_config(run)
+    model, fusion = _newest_student(run, config)
+    if fusion:
+        raise UserError("--format", "onnx for a student with domain fusion", "transformers")
+    tokenizer = load_tokenizer(os.path.join(run, INIT), INIT)
+    sentence = read_sentence(os.path.join(run, INIT), INIT)
+    deployed = onnx_graph.Deployed(model.eval(), config.task, sentence.pooling if sentence else None)
+    with disk.replacing(os.path.realpath(out)) as made:
+        os.makedirs(made)
+        found = onnx_graph.write_all(deployed, made, config.data.max_length, int8=int8)
+        model.config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        if sentence is not None:
+            width = text_config(model.config).hidden_size
+            write_sentence(made, sentence, width, config.data.max_length)
+    return found
 
 
 def _round(model: PreTrainedModel, dtype: torch.dtype) -> None:
