@@ -322,11 +322,14 @@ def export(
     shard: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights.")
     ] = "5GB",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the adapters (student.lora), for peft.")
+    ] = False,
 ):
     """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included."""
     from dsdistill.engine.export import export as write
 
-    write(run, out, dtype=dtype, max_shard_size=shard)
+    write(run, out, dtype=dtype, max_shard_size=shard, adapter=adapter)
     typer.echo(f"student of {run} written to {out}")
 
 
