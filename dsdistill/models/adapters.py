@@ -5,6 +5,7 @@ random and B starts at zero, so that a student begins as it was. The library pef
 model keeps its class; a layer's weight is called `base_layer.weight` from then on.
 """
 
+import contextlib
 import re
 import warnings
 from collections.abc import Collection
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dsdistill.config import UserError
 from dsdistill.config.checks import check_peft
 from dsdistill.config.schema import EMBEDDING, LANGUAGE, Lora
-from dsdistill.models.capture import body, layer_list
+from dsdistill.models.capture import body, layer_list, replaced
 from dsdistill.models.settings import text_config
 
 if TYPE_CHECKING:
@@ -105,8 +107,10 @@ def add_adapters(
         target_modules=names,
         fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
     )
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), device:
+    first = next(model.parameters())
+    # The planner's tensors cannot be moved; here they are where they belong already.
+    hollow = replaced(nn.Module, "to", _stay) if isinstance(first, FakeTensor) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), first.device, hollow:
         warnings.simplefilter("ignore")  # layers of both kinds: peft corrects the setting for the others
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model)
@@ -123,6 +127,10 @@ def add_adapters(
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad
     )
+
+
+def _stay(module: nn.Module, *_, **__) -> nn.Module:
+    return module
 
 
 def _head(model: PreTrainedModel, task: str, new_head: bool) -> dict[str, nn.Parameter]:

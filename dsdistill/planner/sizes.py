@@ -23,11 +23,14 @@ class Size:
 
     named: values of each parameter, by name. multiplied: values of the matrices that multiply a token below a language
     model's head; in a mixture of experts, of those that a token is sent to. head: values of a language model's head.
+    base: names of the weights below adapters; resting: those of the multiplied values that are among these.
     """
 
     named: tuple[tuple[str, int], ...]
     multiplied: float
     head: int
+    base: frozenset[str] = frozenset()
+    resting: float = 0.0
 
     @property
     def total(self) -> int:
