@@ -8,7 +8,7 @@ model keeps its class; a layer's weight is called `base_layer.weight` from then 
 import contextlib
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from dsdistill.config import UserError
 from dsdistill.config.checks import check_peft
 from dsdistill.config.schema import EMBEDDING, LANGUAGE, Lora
+from dsdistill.models.build import first_line
 from dsdistill.models.capture import body, layer_list, replaced
 from dsdistill.models.settings import text_config
 
@@ -60,13 +61,17 @@ def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
     else:
         for target in lora.targets:
             if not any(_fits(name, [target]) for name in there):
-                known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in there))
-                raise UserError(TARGETS, f"{target}, which names nothing", f"auto, or some of {known}")
+                raise UserError(TARGETS, f"{target}, which names nothing", f"auto, or some of {_ends(there)}")
         found = [name for name in there if _fits(name, lora.targets)]
     if not found:
         got = f"model type {model.config.model_type}, whose layers hold no linear layer"
         raise UserError("student.lora", got, "a model with linear layers")
     return found
+
+
+def _ends(names: Iterable[str]) -> str:
+    """Return the last parts of layers' names, each once."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def _fits(name: str, targets: Collection[str]) -> bool:
@@ -108,18 +113,22 @@ def add_adapters(
         fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
     )
     first = next(model.parameters())
+    # Values are drawn on the CPU, whatever the device, so that they are the same everywhere.
+    device = torch.device("meta" if first.is_meta else "cpu")
     # The planner's tensors cannot be moved; here they are where they belong already.
     hollow = replaced(nn.Module, "to", _stay) if isinstance(first, FakeTensor) else contextlib.nullcontext()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), first.device, hollow:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), device, hollow:
         warnings.simplefilter("ignore")  # layers of both kinds: peft corrects the setting for the others
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, model)
+        try:
+            inject_adapter_in_model(settings, model)
+        except ValueError as error:  # such as a layer that a kernel reads without calling it (Mamba)
+            got = f"{_ends(names)} of model type {model.config.model_type} ({first_line(error)[:100]})"
+            raise UserError(TARGETS, got, "names of layers that peft can adapt") from None
     made = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if made != names:
-        got = (
-            f"model type {model.config.model_type}, of which peft adapts {len(made)} layers for {len(names)}"
-        )
-        raise UserError(TARGETS, got, "layers that peft can adapt")
+    if made != names:  # peft knows other names for experts
+        got = f"{_ends(names)} of model type {model.config.model_type}, some of which peft does not adapt"
+        raise UserError(TARGETS, got, f"some of {_ends(name for name in names if name in made)}")
     for parameter in _head(model, task, new_head).values():
         parameter.requires_grad_(True)
     return frozenset(
