@@ -325,6 +325,9 @@ def export(
             "--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights. [default: 5GB]"
         ),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write only the adapters (student.lora), for peft.")
+    ] = False,
     form: Annotated[
         str, typer.Option("--format", help="transformers, or onnx: model.onnx in float32.")
     ] = "transformers",
@@ -338,7 +341,8 @@ def export(
     """
     if form not in ("transformers", "onnx"):
         raise UserError("--format", repr(form), "transformers or onnx")
-    for name, given in (("--dtype", dtype), ("--max-shard-size", shard)) if form == "onnx" else ():
+    graph = (("--dtype", dtype), ("--max-shard-size", shard), ("--adapter", adapter or None))
+    for name, given in graph if form == "onnx" else ():
         if given is not None:
             raise UserError(
                 name, f"{given} beside --format onnx", "nothing: the graph has one file in float32"
@@ -348,7 +352,7 @@ def export(
             raise UserError("--int8", "no ONNX graph", "--format onnx beside it")
         from dsdistill.engine.export import export as write
 
-        write(run, out, dtype=dtype, max_shard_size=shard or "5GB")
+        write(run, out, dtype=dtype, max_shard_size=shard or "5GB", adapter=adapter)
     else:
         from dsdistill.config.packages import check_onnx
 

@@ -13,6 +13,7 @@ ALL = [f"{method}{size}" for method in METHODS for size in ("", "_small")]
 # After any recipe: the terms of each stage.
 PRESETS = {
     "none": [["task"]],
+    "lora": [["task"]],
     "logits": [["task", "soft_label"]],
     "distilbert": [["task", "soft_label", "feature"]],
     "tinybert": [["hidden", "attention"], ["soft_label"]],

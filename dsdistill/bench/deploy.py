@@ -29,6 +29,7 @@ from dsdistill.engine import onnx_graph
 from dsdistill.engine.export import find_checkpoint, load_student, read_config
 from dsdistill.engine.prepare import prepare
 from dsdistill.engine.run_folder import INIT
+from dsdistill.models.adapters import merge
 from dsdistill.models.build import build_model
 from dsdistill.models.sentence import read_sentence
 
@@ -81,7 +82,7 @@ def run_deploy(
     student, fusion = load_student(run, config, tag)
     if fusion:
         raise UserError(run, "a student with domain fusion", "a plain student, which can be deployed alone")
-    models = {"student": student}
+    models = {"student": merge(student) if config.student.lora is not None else student}
     if prepared.teacher is not None:
         models["teacher"] = build_model(prepared.teacher, None, config.task, "teacher", needs_head=False)
     texts = _texts(prepared.data.dev, chosen["examples"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 from dsdistill.config.data_checks import check_data, check_streaming
@@ -303,6 +304,14 @@ def _check_student(config: Config) -> None:
         raise UserError("student", "neither path, config nor from_teacher", "at least one of them")
     if student.path is not None and student.from_teacher is not None:
         raise UserError("student", "both path and from_teacher", "one of them")
+    if student.lora is not None:
+        check_peft()
+
+
+def check_peft() -> None:
+    """Raise UserError, which says what to install, if the package for adapters is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("student.lora", "no package peft", "pip install 'dsdistill[adapters]'")
 
 
 def _check_deepspeed(settings: dict, model: str) -> None:

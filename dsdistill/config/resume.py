@@ -8,7 +8,8 @@ from dsdistill.config.schema import Config
 from dsdistill.config.secrets import redacted, without
 
 # Settings that may change between a run and its continuation: they do not change what is computed or, the last two,
-# only the order in which numbers are added. student.new_head only allows a start.
+# only the order in which numbers are added. student.new_head only allows a start; beside adapters it also says whether
+# the head trains.
 _FREE = (
     "run.name",
     "run.dir",
@@ -31,8 +32,10 @@ _FREE = (
 def check_same(saved: str, config: Config) -> None:
     """Raise UserError if `config` would compute something else than the config that `dump` wrote to `saved`."""
     before, after = _plain(load_saved(saved)), _plain(config)
+    adapted = config.student.lora is not None
     for key in before | after:
-        if key not in _FREE and before.get(key) != after.get(key):
+        free = key in _FREE and not (adapted and key == "student.new_head")
+        if not free and before.get(key) != after.get(key):
             raise UserError(
                 f"{saved}: {key}",
                 after.get(key),

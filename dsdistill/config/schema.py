@@ -129,8 +129,27 @@ class Domain(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters (LoRA, by the library peft): they are trained, and the student's own weights are frozen."""
+
+    rank: Positive = Field(default=16, description="rank of the update that an adapter adds to a weight")
+    alpha: Positive = Field(default=32, description="the update is multiplied by alpha / rank")
+    dropout: Fraction = Field(default=0.0, description="dropout of an adapter's input")
+    targets: Literal["auto"] | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = Field(
+        default="auto",
+        description="names of the linear layers that get adapters, or ends of names after a dot, such as q_proj; "
+        "auto: those that peft chooses for the model type, else all linear layers inside the model's layers",
+    )
+
+
 class Student(Model):
     """The model that is trained."""
+
+    lora: Lora | None = Field(
+        default=None,
+        description="train low-rank adapters in place of the weights; the head for classes or scores, or a new head, "
+        "trains whole; needs pip install 'dsdistill[adapters]'",
+    )
 
     domain: Domain | None = Field(
         default=None, description="domain structural mapping, used with terms.domain"

@@ -72,7 +72,7 @@ class SoftLabel(Term):
     ] = Field(
         default="forward_kl",
         description="forward_kl: KL(teacher‖student); reverse_kl: KL(student‖teacher); jsd: generalised JSD; skew_kl "
-        "and skew_reverse_kl: KL to a mixture of both models; akl: forward and reverse KL, weighted by where the models "
+        "and skew_reverse_kl: KL to a mixture of both models; akl: forward and reverse KL, weighted by where both "
         "differ; these are in nats; tvd: total variation, 0 to 1; logit_mse: squared difference of the logits, mean "
         "over classes",
     )

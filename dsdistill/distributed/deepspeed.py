@@ -294,12 +294,15 @@ def read_shards(folder: str) -> Shards:
 
 
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights in float32, by name in the student's module; frozen ones are not rounded."""
+    """Return a checkpoint's weights in float32, by name in the student's module; frozen ones are not rounded.
+
+    Of a student with adapters the weights below them are not there.
+    """
     shards = read_shards(os.path.join(folder, tag))
     frozen = {}
     if os.path.exists(path := os.path.join(folder, tag, FROZEN)):
         frozen = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    weights = {name: frozen[name] if name in frozen else shards.weight(name) for name in shards.names}
+    weights = {name: shards.weight(name) for name in shards.names if name not in frozen} | frozen
     return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
 
 
@@ -314,7 +317,10 @@ def load_reshaped(engine, folder: str) -> None:
     _load_optimizer(optimizer, shards, sharded)
     if sharded:
         optimizer.checkpoint_event_prologue()  # shards the small parameters too, which are kept whole otherwise
+    kept = set(shards.names)
     for name, parameter in engine.module.named_parameters():
+        if name not in kept:  # frozen, and not saved: the engine was made with it
+            continue
         whole = shards.weight(name)
         if sharded:
             _fill_partition(parameter, whole, shards, name)
@@ -326,7 +332,6 @@ def load_reshaped(engine, folder: str) -> None:
                 safe_set_full_optimizer_state(parameter, shards.moment(name, key), key)
     if sharded:
         optimizer.checkpoint_event_epilogue()
-    kept = set(shards.names)
     for name, buffer in engine.module.named_buffers():
         if name in kept:
             buffer.copy_(shards.weight(name))

@@ -101,10 +101,12 @@ def student_engine(
     rate: float,
     ranks: Ranks,
     scheduler: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
+    base: frozenset[str] = frozenset(),
 ):
     """Return the engine that trains `module`.
 
-    terms: parameters of the objective, which may have a learning rate of their own; rate: that of all others. The
+    terms: parameters of the objective, which may have a learning rate of their own; rate: that of all others. base:
+    names of weights below adapters; if there are any, checkpoints hold only what trains, and the buffers. The
     optimizer's float32 master weights begin with the exact values of `module`, whatever dtype the engine computes in.
     Float32 weights are rounded only after that, also if they are sharded already.
     """
@@ -144,6 +146,14 @@ def student_engine(
     # DeepSpeed would copy its conversion scripts next to the checkpoints. `export` needs none, and a failed copy would
     # leave the other ranks waiting.
     engine._copy_recovery_script = lambda save_path: None
+    if base:
+        # DeepSpeed leaves out frozen weights by one name; a weight that is tied has others.
+        state = engine.module_state_dict
+        engine.module_state_dict = lambda **options: {
+            name: value for name, value in state(**options).items() if name not in base
+        }
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        engine.load_checkpoint = functools.partial(engine.load_checkpoint, load_module_strict=False)
     return engine
 
 

@@ -68,9 +68,7 @@ class Saving:
                 _remove(self.target)  # what a killed run left half-written
                 os.makedirs(self.target)
         with _together(self.target, self.ranks):
-            self.engine.save_checkpoint(
-                self.folder, tag=self.tag, save_latest=False, exclude_frozen_parameters=False
-            )
+            self.engine.save_checkpoint(self.folder, tag=self.tag, save_latest=False)
             self.writer.save(random_state(), os.path.join(self.target, f"random-{self.ranks.rank}.pt"))
             if frozen:
                 self.writer.save(frozen, os.path.join(self.target, deepspeed.FROZEN))
@@ -124,7 +122,8 @@ def begin(
 
     state: includes the student's zero_stage, and at_once, the examples of all ranks in one micro-batch.
     later: a thread writes a copy in host memory while training goes on; only one checkpoint at a time.
-    frozen: on rank 0, by name, the weights that do not train, as they were before the engine rounded them.
+    frozen: on rank 0, by name, the weights that do not train, as they were before the engine rounded them; of a student
+        with adapters only those that are not its base.
 
     Raises Unsaved, on every rank, if the folder cannot be made or written. Earlier checkpoints are whole.
     """
@@ -320,6 +319,20 @@ def _read(path: str):
         if not stat.S_ISREG(there.st_mode) or there.st_size > _LIMIT:
             raise ValueError(f"{path} is no file that save() writes")
         return json.load(file)
+
+
+def check_base(run_dir: str, tag: str, digest: str | None) -> None:
+    """Raise UserError if the weights below a student's adapters are not those that a checkpoint's run began with.
+
+    digest: of these weights as they are now; None if the student has no adapters, or if it is not known.
+    """
+    before = read_state(run_dir, tag).get("base")
+    if digest is not None and before is not None and before != digest:
+        raise UserError(
+            f"{run_dir}, {tag}: weights below the adapters",
+            "other contents than this run began with",
+            "the same as then in RUN/init or student.path",
+        )
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from dsdistill.engine.prepare import Prepared, prepare
 from dsdistill.engine.run import running, use_recipe, with_fields
 from dsdistill.engine.run_folder import RunFolder
 from dsdistill.engine.teacher import LazyTeacher
+from dsdistill.models.adapters import merge
 from dsdistill.models.tracer import Tracer, cast_parameters
 
 log = logging.getLogger("dsdistill")
@@ -96,7 +97,10 @@ def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict)
     module, loaded = _student(prepared, path, tag, ranks), _teacher(prepared, ranks)
     whole: dict[str, dict] = {"student": {}}
     if asked.latency and ranks.first:
-        whole["student"] |= latency(module.model, prepared)
+        timed = module.model
+        if prepared.config.student.lora is not None:  # of the model that `export` writes
+            timed = merge(load_student(path, prepared.config, tag)[0]).to(ranks.device).eval()
+        whole["student"] |= latency(timed, prepared)
     if asked.generate:  # before the student is rounded
         writes = loaded if prepared.judged and prepared.config.teacher.path is not None else None
         written, summary["bleu_signature"] = generation(module.model, writes, prepared, path, ranks)

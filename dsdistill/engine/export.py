@@ -14,14 +14,16 @@ from dsdistill import config as configs
 from dsdistill import disk
 from dsdistill.config import Config, UserError
 from dsdistill.config.bounded import parse_size
-from dsdistill.config.schema import LANGUAGE
 from dsdistill.data.chat import turn_end
 from dsdistill.data.sources import parts
 from dsdistill.disk import check_writable
 from dsdistill.distributed import deepspeed
 from dsdistill.engine import checkpoint
+from dsdistill.engine.first_weights import base_digest, first_weights
+from dsdistill.engine.module import restore, within
 from dsdistill.engine.run_folder import CONFIG, INIT, RunFolder, check_plain
-from dsdistill.models.build import architecture, build_model, load_tokenizer
+from dsdistill.models import adapters
+from dsdistill.models.build import architecture, load_tokenizer, locate
 from dsdistill.models.domain_fusion import FUSION, STUDENT
 from dsdistill.models.sentence import read_sentence, write_sentence
 from dsdistill.models.settings import carry_generation, stop_generation, text_config
@@ -51,22 +53,15 @@ def find_checkpoint(path: str) -> str:
 
 
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Return a checkpoint's student, in float32 on the CPU, and the weights of its domain fusion ({} without one)."""
-    model = build_model(
-        architecture(os.path.join(run, INIT), None, "student"),
-        None,
-        config.task,
-        "student",
-        needs_head=False,
-        attention=config.student.attn_implementation,
-    )
+    """Return a checkpoint's student, in float32 on the CPU, and the weights of its domain fusion ({} without one).
+
+    A student that was trained with adapters has them, and the weights below them come from RUN/init or student.path.
+    """
+    init = first_weights(run, config)
+    checkpoint.check_base(run, tag, base_digest(config, init))
+    made = architecture(os.path.join(run, INIT), None, "student")
     saved = deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag)
-
-    def below(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
-
-    model.load_state_dict(below("body.model." if config.task in LANGUAGE else "body."), strict=True)
-    return model, below("domain.")
+    return restore(config, made, init, saved, f"{run}, {tag}"), within(saved, "domain.")
 
 
 def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -88,8 +83,17 @@ def _check_new(out: str) -> None:
         raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
 
 
-def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int | str = "5GB") -> None:
+def export(
+    run: str,
+    out: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    adapter: bool = False,
+) -> None:
     """Write the student of a run's newest checkpoint as `save_pretrained` does, tokenizer and chat template included.
+
+    Adapters (student.lora) are merged into the weights, before these are rounded.
 
     For task embedding SentenceTransformer loads the folder too, with the same vectors.
 
@@ -105,10 +109,11 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
             transformers keeps in float32 in models of that dtype stay float32.
         max_shard_size: most bytes of a file of weights, or a size such as 5GB; at least 1MB. A tensor that is larger
             has a file of its own.
+        adapter: write only the adapters, and the head that trained with them, for peft.PeftModel.from_pretrained.
 
     Raises:
-        UserError: an invalid dtype or size, a folder that is not empty, a run without a student, or a weight that
-            fp16 cannot hold.
+        UserError: an invalid dtype or size, a folder that is not empty, a run without a student, or without adapters
+            to write, or a weight that fp16 cannot hold.
     """
     if dtype is not None and dtype not in deepspeed.DTYPES:
         raise UserError("--dtype", repr(dtype), " or ".join(deepspeed.DTYPES))
@@ -117,10 +122,21 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
         raise UserError("--max-shard-size", repr(max_shard_size), "a size such as 5GB or 500MiB, 1MB or more")
     _check_new(out)
     config = read_config(run)
+    if adapter and (config.student.lora is None or config.student.domain is not None):
+        what = "domain fusion" if config.student.lora is not None else "no adapters"
+        raise UserError("--adapter", f"{run}, whose student has {what}", "a run with student.lora alone")
     kind = deepspeed.DTYPES[dtype or config.train.dtype]
     model, fusion = _newest_student(run, config)
-    _round(model, kind)
     tokenizer = load_tokenizer(os.path.join(run, INIT), INIT)
+    if adapter:
+        base = locate(first_weights(run, config), "student.path")
+        with disk.replacing(os.path.realpath(out)) as made:
+            adapters.save_adapter(model, config.task, base, kind, made)
+            tokenizer.save_pretrained(made)
+        return
+    if config.student.lora is not None:
+        adapters.merge(model)
+    _round(model, kind)
     with disk.replacing(os.path.realpath(out)) as made:
         plain = os.path.join(made, STUDENT) if fusion else made
         model.save_pretrained(plain, max_shard_size=size)
@@ -166,6 +182,8 @@ def export_onnx(run: str, out: str, *, int8: bool = False) -> dict[str, float]:
     model, fusion = _newest_student(run, config)
     if fusion:
         raise UserError("--format", "onnx for a student with domain fusion", "transformers")
+    if config.student.lora is not None:
+        adapters.merge(model)
     tokenizer = load_tokenizer(os.path.join(run, INIT), INIT)
     sentence = read_sentence(os.path.join(run, INIT), INIT)
     deployed = onnx_graph.Deployed(model.eval(), config.task, sentence.pooling if sentence else None)

@@ -26,6 +26,7 @@ from dsdistill.models.weights import (
     at_hand,
     check_ties,
     check_weights,
+    fingerprint,
     holds_weights,
     mapped_dtype,
     stored_dtype,
@@ -38,7 +39,8 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
     """Write RUN/init unless it is there; return the path of the student's first weights (None: random).
 
     Only rank 0 writes. A student that ZeRO-3 shards is read from files, so its random weights are written too. A
-    student with domain fusion is drawn whole instead, since the fusion takes the random numbers that follow.
+    student with domain fusion is drawn whole instead, since the fusion takes the random numbers that follow. Random
+    weights below adapters are always written: checkpoints do not hold them.
     """
     target, config = folder / INIT, prepared.config
     with ranks.first_alone():
@@ -47,7 +49,7 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
                 cut = config.student.from_teacher is not None
                 if cut:
                     _cut(prepared, name)
-                elif _is_drawn_for_parts(prepared):
+                elif _is_drawn_for_files(prepared):
                     _draw(prepared, name)
                 else:
                     prepared.student.save_pretrained(name)
@@ -59,7 +61,21 @@ def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | N
                     entries = text_config(prepared.student).vocab_size
                     carry_generation(locate(source, "student.path"), name, entries)
     # Rank 0 decides for all: a network file system may show the files to other ranks a little later.
-    return target if ranks.gather(holds_weights(target))[0] else config.student.path
+    return ranks.gather(first_weights(folder.path, config))[0]
+
+
+def first_weights(run: str, config: Config) -> str | None:
+    """Return the path of a run's first weights, once RUN/init is there; None if they are random."""
+    own = os.path.join(run, INIT)
+    return own if holds_weights(own) else config.student.path
+
+
+def base_digest(config: Config, init: str | None) -> str | None:
+    """Return a digest of the weights below adapters, which no checkpoint holds; None if the student has no adapters.
+
+    init: path of the run's first weights. It is None for a model from the hub whose commit is not known, too.
+    """
+    return None if config.student.lora is None or init is None else fingerprint(init, "student.path")
 
 
 def _write_sentence(prepared: Prepared, target: str) -> None:
@@ -116,6 +132,21 @@ def read_student(
             return make(dtype)
 
 
+def frozen_weights(module: StudentModule, config: Config, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Return on rank 0, by name, the frozen weights that a checkpoint is to hold beside what the engine saves.
+
+    These are weights that the engine is about to round and, of a student with adapters, all except its base.
+    """
+    found, dtype = {}, deepspeed.DTYPES[config.train.dtype]
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad or name in module.base:
+            continue
+        if module.base or parameter.dtype != dtype:
+            kept = engines.whole(parameter)
+            found |= {name: kept} if ranks.first else {}
+    return found
+
+
 def _kept_otherwise(settings: dict[str, Any]) -> bool:
     """Return whether DeepSpeed keeps weights on disks, quantized or twice."""
     zero = deepspeed.zero_section(settings)
@@ -162,10 +193,13 @@ def _random(prepared: Prepared) -> PreTrainedModel:
     return build_model(prepared.student, None, prepared.config.task, "student", needs_head=False)
 
 
-def _is_drawn_for_parts(prepared: Prepared) -> bool:
-    """Return whether ZeRO-3 shards the student and some of its weights are random, as far as local files show."""
+def _is_drawn_for_files(prepared: Prepared) -> bool:
+    """Return whether random weights must be in files: of a student that ZeRO-3 shards, or that has adapters.
+
+    This says what local files show: files from the hub may lack weights, too.
+    """
     section = prepared.config.student
-    if section.zero_stage != 3 or section.domain is not None:
+    if section.lora is None and (section.zero_stage != 3 or section.domain is not None):
         return False
     return section.path is None or _lacks(section.path, prepared.student, prepared.config.task)
 

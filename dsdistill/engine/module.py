@@ -15,6 +15,7 @@ from dsdistill.config import Config
 from dsdistill.config.schema import EMBEDDING, LANGUAGE, Stage
 from dsdistill.data.batch import Batch
 from dsdistill.distiller import Distillation
+from dsdistill.models.adapters import add_adapters, check_names
 from dsdistill.models.build import build_model
 from dsdistill.models.domain_fusion import DomainFusion
 from dsdistill.models.settings import text_config
@@ -52,6 +53,9 @@ class StudentModule(Distillation):
         )
         super().__init__(student, teacher, objective, geometry or {}, previous)
         self.evaluation = evaluation
+        self.base: frozenset[str] = (
+            frozenset()
+        )  # weights below adapters: they never train, nor go into checkpoints
         self.watch: SourceLosses | None = None  # losses of a mixture's sources, in steps that are logged
         self.domain = domain
         if domain is not None:
@@ -127,6 +131,7 @@ def make_student(
         attention=config.student.attn_implementation,
         dtype=dtype,
     )
+    base = adapt(model, config)
     if checkpointing:
         # Newer transformers have another name for it; 5.17 knows only this one.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -135,8 +140,53 @@ def make_student(
         model, objective, evaluation, represents=bool(config.evaluation.rcs), domain=fusion, **parts
     )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen(name, stage.freeze))
+        parameter.requires_grad_(name not in base and not frozen(name, stage.freeze))
+    prefix = _prefix(config.task)
+    module.base = frozenset(f"{prefix}{name}" for name in base)
     return module
+
+
+def adapt(model: PreTrainedModel, config: Config) -> frozenset[str]:
+    """Put adapters into a student if its config asks for them; return the names of the weights that never train."""
+    if config.student.lora is None:
+        return frozenset()
+    student, seed = config.student, config.run.seed
+    return add_adapters(model, student.lora, config.task, seed, new_head=student.new_head)
+
+
+def restore(
+    config: Config, architecture: PretrainedConfig, init: str | None, saved: dict[str, Tensor], place: str
+) -> PreTrainedModel:
+    """Return the student, in float32 on the CPU, with the weights that a StudentModule had.
+
+    init: path of the first weights, from which the weights below adapters come; it is not read without adapters.
+    saved: the StudentModule's weights by name. place: where they are from, for messages.
+    """
+    adapted, task = config.student.lora is not None, config.task
+    model = build_model(
+        architecture,
+        init if adapted else None,
+        task,
+        "student",
+        needs_head=False,
+        attention=config.student.attn_implementation,
+    )
+    base = adapt(model, config)
+    weights = within(saved, _prefix(task))
+    if adapted:
+        check_names(model, weights, base, place)
+    model.load_state_dict(weights, strict=not adapted)
+    return model
+
+
+def _prefix(task: str) -> str:
+    """Return what the names of the model's weights begin with in a StudentModule."""
+    return "body.model." if task in LANGUAGE else "body."
+
+
+def within(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the weights whose names begin with the prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def brings_head(config: Config) -> bool:

@@ -11,6 +11,7 @@ from dsdistill.alignment.objective import Objective, available_backends
 from dsdistill.config import UserError
 from dsdistill.config.schema import EMBEDDING, Data, Evaluation, Stage, Student, Teacher, Train
 from dsdistill.engine.module import frozen
+from dsdistill.models.adapters import add_adapters
 from dsdistill.models.build import check_missing, skeleton
 from dsdistill.models.positions import check_length, check_padding
 from dsdistill.models.tokenizer import check_vocabulary, difference
@@ -89,21 +90,26 @@ def check_lacking(
 
 
 def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedConfig, task: str) -> None:
-    """Refuse patterns that name no parameter, or that leave none to train.
+    """Refuse adapters that fit nowhere, and patterns that name no parameter, or that leave none to train.
 
     stages: as in the config, without student.freeze.
     """
     by_place = {f"stages.{index}.freeze": stage.freeze for index, stage in enumerate(stages)}
     by_place = {"student.freeze": student.freeze, **by_place}
-    if not any(by_place.values()):
+    if student.lora is None and not any(by_place.values()):
         return
-    names = [name for name, _ in skeleton(model, task, "student").named_parameters()]
+    made = skeleton(model, task, "student")
+    names = [name for name, _ in made.named_parameters()]
+    trained = names
+    if student.lora is not None:
+        base = add_adapters(made, student.lora, task, 0, new_head=student.new_head)
+        trained = [name for name, _ in made.named_parameters() if name not in base]
     for place, patterns in by_place.items():
         for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
+            if not fnmatch.filter([*names, *trained], pattern):
                 raise UserError(place, f"{pattern}, which names nothing", f"a name such as {names[0]}")
         # A stage also freezes what the whole run freezes.
-        if all(frozen(name, (*student.freeze, *patterns)) for name in names):
+        if all(frozen(name, (*student.freeze, *patterns)) for name in trained):
             raise UserError(place, "every parameter", "some left to train")
 
 

@@ -7,7 +7,6 @@ them, and its `smooth` term compares with a frozen student that has them.
 
 import os
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
@@ -16,8 +15,8 @@ from dsdistill.config import Config, UserError
 from dsdistill.distributed import deepspeed, engines
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
+from dsdistill.engine.module import StudentModule, restore
 from dsdistill.engine.run_folder import STAGES
-from dsdistill.models.build import build_model
 from dsdistill.models.tracer import Tracer, callee, freeze
 
 
@@ -52,39 +51,31 @@ def hand_over(run_dir: str, name: str, step: int, ranks: Ranks) -> str:
     return path
 
 
-def load_weights(module: torch.nn.Module, path: str) -> None:
+def load_weights(module: StudentModule, path: str) -> None:
     """Load the previous stage's weights into a StudentModule; terms new in this stage keep their initial weights."""
     given = load_file(path)
     own = module.state_dict()
     known = {name: value for name, value in given.items() if name in own}
-    missing = [name for name in own if name.startswith("body.") and name not in known]
+    needed = own.keys() - module.base
+    missing = [name for name in own if name.startswith("body.") and name in needed and name not in known]
     if missing:
         raise UserError(path, f"no {missing[0]}", "the weights of this run's student")
     engines.fill(module, known)
 
 
 def earlier_student(
-    config: Config, architecture: PretrainedConfig, path: str, layers: frozenset[int], ranks: Ranks
+    config: Config,
+    architecture: PretrainedConfig,
+    init: str | None,
+    path: str,
+    layers: frozenset[int],
+    ranks: Ranks,
 ) -> Tracer:
     """Return the student as a stage left it: frozen, whole on every rank, without dropout.
 
-    path: that stage's weights; layers: the layers to trace.
+    init: path of the student's first weights; path: that stage's weights; layers: the layers to trace.
     """
-    made = callee(
-        build_model(
-            architecture,
-            None,
-            config.task,
-            "student",
-            needs_head=False,
-            attention=config.student.attn_implementation,
-        ),
-        config.task,
-        "student",
-    )
-    weights = load_file(path)
-    made.module.load_state_dict(
-        {name.removeprefix("body."): value for name, value in weights.items() if name.startswith("body.")}
-    )
+    model = restore(config, architecture, init, load_file(path), path)
+    made = callee(model, config.task, "student")
     freeze(made.module, deepspeed.DTYPES[config.train.dtype], ranks.device)
     return Tracer(made, layers)

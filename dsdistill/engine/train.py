@@ -20,10 +20,10 @@ from dsdistill.alignment.objective import BackendError, Loss, filled
 from dsdistill.config import SharedError, UserError
 from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import Ahead, Batch, Loader, Mixture, Streamed, StreamedLoader
-from dsdistill.distributed import deepspeed, engines, stopping
+from dsdistill.distributed import engines, stopping
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint, reweighing, stages
-from dsdistill.engine.first_weights import read_student
+from dsdistill.engine.first_weights import base_digest, frozen_weights, read_student
 from dsdistill.engine.guard import Guard
 from dsdistill.engine.module import StudentModule, fused_layers, make_student
 from dsdistill.engine.outcome import Later, Made
@@ -92,7 +92,7 @@ class Trainer:
         previous = None
         if before is not None and objective.needs("previous"):
             layers = objective.layers("student_hidden")
-            previous = stages.earlier_student(config, prepared.student, before, layers, ranks)
+            previous = stages.earlier_student(config, prepared.student, init, before, layers, ranks)
         torch.manual_seed(config.run.seed)
 
         def make(dtype: torch.dtype) -> StudentModule:
@@ -137,11 +137,8 @@ class Trainer:
         ends = stages.ends(config, self.total)
         self.start, self.end = (0, *ends)[index], ends[index]
         objective.begin(self.end - self.start)
-        self.frozen = {}  # frozen weights before the engine rounds them, for checkpoints
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if not parameter.requires_grad and parameter.dtype != deepspeed.DTYPES[config.train.dtype]:
-                kept = engines.whole(parameter)
-                self.frozen |= {name: kept} if ranks.first else {}
+        self.base = base_digest(config, init)
+        self.frozen = frozen_weights(self.module, config, ranks)
         self.engine = engines.student_engine(
             self.module.to(ranks.device),
             list(objective.parameters()),
@@ -149,6 +146,7 @@ class Trainer:
             self.stage.learning_rate or config.train.learning_rate,
             ranks,
             self._schedule,
+            self.module.base,
         )
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # the teacher's recipe may have trained in this process
@@ -371,6 +369,7 @@ class Trainer:
             "stage": self.index,
             "objective": self.module.objective.state(),
             "zero_stage": self.config.student.zero_stage,
+            "base": self.base,
             "at_once": self.config.train.micro_batch_size * self.ranks.world_size,
             **vars(self.progress),
         }
@@ -407,6 +406,7 @@ class Trainer:
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:
             config = self.config
+            checkpoint.check_base(folder.path, tag, self.base)
             state = checkpoint.load(
                 self.engine, folder.path, tag, self.ranks, config.student.zero_stage, config.run.seed
             )

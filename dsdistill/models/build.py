@@ -195,7 +195,7 @@ def architecture(path: str | None, overrides: dict[str, Any] | None, place: str)
 
 def _read(path: str, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig | None:
     source, where = locate(path, f"{place}.path"), f"{place}.path"
-    if os.path.isdir(source) and not os.path.exists(os.path.join(source, CONFIG)):
+    if os.path.isdir(source) and find(source, CONFIG) is None and find(source, ADAPTER) is None:
         raise UserError(where, f"folder {path} without config.json", "a folder that save_pretrained wrote")
     try:
         if os.path.isdir(source):

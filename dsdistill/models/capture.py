@@ -154,10 +154,10 @@ class Capture:
             raise RuntimeError("another forward pass is being captured; finish it first")
         with ExitStack() as stack:
             if self.attention:
-                stack.enter_context(_replaced(AttentionInterface, "get_interface", _noting_interface))
+                stack.enter_context(replaced(AttentionInterface, "get_interface", _noting_interface))
             for file in self._files() if self.unrotated else ():
                 noted = partial(_noted_rotation, getattr(file, ROTATION))
-                stack.enter_context(_replaced(file, ROTATION, noted))
+                stack.enter_context(replaced(file, ROTATION, noted))
             self._trace, _recording = Trace(depth=self._depth), self
             self.calls.clear()
             try:
@@ -205,7 +205,7 @@ class Capture:
 
 
 @contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     """Give an attribute another value inside the context."""
     before = getattr(holder, name)
     setattr(holder, name, value)

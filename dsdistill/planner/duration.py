@@ -3,7 +3,8 @@
 These are the operations per token; a multiplication and an addition count as two:
 
   teacher    2 · N_t + A_t            N: elements of the matrices below the head that multiply a token
-  student    6 · N_s + 3 · A_s        forward once, backward twice; 8 and 4 if layers run again in backward
+  student    6 · N_s + 3 · A_s        forward once, backward twice; 8 and 4 if layers run again in backward; a weight
+                                      below adapters has no gradient, which saves 2
   heads      6 · V_s · D_s for each term over logits (terms that are computed together count once), and 2 · V_t · D_t
              if the teacher's logits are read
   terms      6 · P for projectors of P values; 6/4 · A_s + 2/4 · A_t for each mapped attention layer
@@ -51,7 +52,8 @@ def operations(
     length, task = config.data.max_length, config.task
     again = config.student.gradient_checkpointing
     own, attention = student[1], attention_operations(student[0], task, length)
-    found = {"student": (8 if again else 6) * own.multiplied + (4 if again else 3) * sum(attention)}
+    products = (8 if again else 6) * own.multiplied - 2 * own.resting
+    found = {"student": products + (4 if again else 3) * sum(attention)}
     mapped = sum(1.5 * attention[layer - 1] for layer in objective.layers("student_attention"))
     heads = 0.0
     if task in LANGUAGE:

@@ -178,11 +178,13 @@ def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
 
 
 def _drawn(config: Config) -> bool:
-    """Return whether rank 0 draws the student whole and writes it, for ZeRO-3 to shard."""
+    """Return whether rank 0 draws the student whole and writes it, for ZeRO-3 to shard or below adapters."""
     section = config.student
-    return section.zero_stage == 3 and section.path is None and section.domain is None
+    if section.path is not None:
+        return False
+    return section.lora is not None or (section.zero_stage == 3 and section.domain is None)
 
 
 def _fixed(parts: Parts) -> int:
-    """Return how many values of the student do not train."""
-    return max(0, parts.student.total - parts.trained)
+    """Return how many values of the student do not train, and are in checkpoints: not those below adapters."""
+    return max(0, parts.student.total - parts.student.below - parts.trained)

@@ -99,7 +99,7 @@ class Forecast:
         self.objectives = objective_layers(config, self.models.student, self.models.teacher)
         self.rank = _rank(config, world_size, gpu)
         self.teacher = size_of(self.models.teacher, config.task) if self.models.teacher is not None else None
-        self.student = size_of(self.models.student, config.task)
+        self.student = size_of(self.models.student, config.task, config.student)
         stages = zip(config.run_stages, self.objectives, strict=True)
         most = max(trained(self.student, stage, objective) for stage, objective in stages)
         self.parts = host.Parts(self.teacher, self.student, most)

@@ -16,10 +16,11 @@ from transformers import PretrainedConfig
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Pair
 from dsdistill.config import Config
-from dsdistill.config.schema import EMBEDDING, LANGUAGE, Stage
+from dsdistill.config.schema import EMBEDDING, LANGUAGE, Lora, Stage
 from dsdistill.data.batch import PHRASE, WORD, Batch
 from dsdistill.distributed.groups import parameter_groups
 from dsdistill.engine.module import make_student
+from dsdistill.models.adapters import add_adapters
 from dsdistill.models.build import build_model
 from dsdistill.models.capture import layer_list
 from dsdistill.models.probe import Keyed, keyed
@@ -73,10 +74,13 @@ def _frozen(
     attention: frozenset[int] = frozenset(),
     values: bool = False,
     unrotated: bool = False,
+    lora: Lora | None = None,
 ) -> Tracer:
     """Return a frozen model that makes traces."""
     config = copy.deepcopy(architecture.config)  # transformers writes into a model's config
     model = build_model(config, None, task, place, needs_head=False, attention=implementation)
+    if lora is not None:
+        add_adapters(model, lora, task, 0)
     made = callee(model, task, place)
     freeze(made.module, dtype, torch.device("cpu"))
     return Tracer(made, hidden, attention, values, unrotated)
@@ -131,7 +135,15 @@ def rehearse(
         if objective.needs("previous"):
             layers = objective.layers("student_hidden")
             used = config.student.attn_implementation
-            previous = _frozen(keyed(models.student), config.task, "student", rank.dtype, used, layers)
+            previous = _frozen(
+                keyed(models.student),
+                config.task,
+                "student",
+                rank.dtype,
+                used,
+                layers,
+                lora=config.student.lora,
+            )
         module = make_student(
             config,
             stage,

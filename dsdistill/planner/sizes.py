@@ -8,8 +8,9 @@ from transformers import PretrainedConfig
 
 from dsdistill.alignment.objective import Objective
 from dsdistill.alignment.terms import Shape
-from dsdistill.config.schema import LANGUAGE, Stage
+from dsdistill.config.schema import LANGUAGE, Lora, Stage, Student
 from dsdistill.engine.module import frozen
+from dsdistill.models.adapters import add_adapters
 from dsdistill.models.build import skeleton
 from dsdistill.models.capture import layer_list
 from dsdistill.models.probe import Keyed, keyed
@@ -22,43 +23,60 @@ class Size:
 
     named: values of each parameter, by name. multiplied: values of the matrices that multiply a token below a language
     model's head; in a mixture of experts, of those that a token is sent to. head: values of a language model's head.
+    base: names of the weights below adapters; resting: those of the multiplied values that are among these.
     """
 
     named: tuple[tuple[str, int], ...]
     multiplied: float
     head: int
+    base: frozenset[str] = frozenset()
+    resting: float = 0.0
 
     @property
     def total(self) -> int:
         return sum(size for _, size in self.named)
 
     @property
+    def below(self) -> int:
+        """Return how many values are below adapters: they never train, and no checkpoint holds them."""
+        return sum(size for name, size in self.named if name in self.base)
+
+    @property
     def largest(self) -> int:
         return max(size for _, size in self.named)
 
 
-def size_of(config: PretrainedConfig, task: str) -> Size:
-    """Return the size of a model for a task; a process counts it once."""
-    return _size_of(keyed(config), task)
+def size_of(config: PretrainedConfig, task: str, student: Student | None = None) -> Size:
+    """Return the size of a model for a task; a process counts it once.
+
+    student: the section of a student, which may have adapters; None for a teacher.
+    """
+    if student is None or student.lora is None:
+        return _size_of(keyed(config), task, None, False)
+    return _size_of(keyed(config), task, student.lora, student.new_head)
 
 
 @functools.lru_cache(maxsize=64)
-def _size_of(keyed: Keyed, task: str) -> Size:
+def _size_of(keyed: Keyed, task: str, lora: Lora | None, new_head: bool) -> Size:
     model = skeleton(keyed.config, task, "model")
+    base = frozenset[str]()
+    if lora is not None:
+        base = add_adapters(model, lora, task, 0, new_head=new_head)
     text = text_config(keyed.config)
     head = model.get_output_embeddings() if task in LANGUAGE else None
     apart = {id(head.weight)} if head is not None else set()
-    share, multiplied = _experts_share(text), 0.0
+    share, multiplied, resting = _experts_share(text), 0.0, 0.0
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             apart |= {id(parameter) for parameter in module.parameters()}
-    for parameter in model.parameters():
+    again = text.num_hidden_layers if layer_list(model) is None else 1  # one layer may run again and again
+    for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and id(parameter) not in apart:
-            multiplied += parameter.numel() * (share if parameter.dim() == 3 else 1)
-    if layer_list(model) is None:  # one layer that runs again and again
-        multiplied *= text.num_hidden_layers
+            own = again * parameter.numel() * (share if parameter.dim() == 3 else 1)
+            multiplied += own
+            resting += own if name in base else 0
     named = tuple((name, parameter.numel()) for name, parameter in model.named_parameters())
-    return Size(named, multiplied, head.weight.numel() if head is not None else 0)
+    return Size(named, multiplied, head.weight.numel() if head is not None else 0, base, resting)
 
 
 def _experts_share(text: PretrainedConfig) -> float:
@@ -71,8 +89,11 @@ def _experts_share(text: PretrainedConfig) -> float:
 
 
 def trained(size: Size, stage: Stage, objective: Objective) -> int:
-    """Return how many values a stage trains: those of the student that it does not freeze, and the terms' own."""
-    own = sum(count for name, count in size.named if not frozen(name, stage.freeze))
+    """Return how many values a stage trains: those of the student that it does not freeze, and the terms' own.
+
+    Below adapters all are frozen.
+    """
+    own = sum(count for name, count in size.named if name not in size.base and not frozen(name, stage.freeze))
     return own + terms_own(objective)
 
 

@@ -44,8 +44,13 @@ def plain_loss(student_out, teacher_out, batch, projectors, temperature=2.0):
     return {"task": task, "soft_label": soft, "hidden": hidden, "attention": attention, "pairwise": pairwise}
 
 
-def plain_run(settings: dict, projectors: list[torch.Tensor], batches: list) -> list[dict[str, float]]:
-    """Losses of every step, term by term, of AdamW over the given whole batches."""
+def plain_run(
+    settings: dict, projectors: list[torch.Tensor], batches: list, adapted=lambda student: student
+) -> list[dict[str, float]]:
+    """Losses of every step, term by term, of AdamW over the given whole batches.
+
+    adapted: puts adapters into the student.
+    """
 
     def model(section):
         found = AutoModelForSequenceClassification.from_pretrained(
@@ -53,9 +58,9 @@ def plain_run(settings: dict, projectors: list[torch.Tensor], batches: list) -> 
         )
         return found.float()
 
-    teacher, student = model(settings["teacher"]).eval(), model(settings["student"]).train()
+    teacher, student = model(settings["teacher"]).eval(), adapted(model(settings["student"])).train()
     projectors = [torch.nn.Parameter(weight.clone()) for weight in projectors]
-    trained = [*student.parameters(), *projectors]
+    trained = [*(p for p in student.parameters() if p.requires_grad), *projectors]
     train = settings["train"]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.01},
