@@ -46,7 +46,7 @@ def find_checkpoint(path: str) -> str:
     """Return the tag of a run's newest checkpoint that verifies; raise UserError if there is none."""
     tag = checkpoint.newest(path)
     if tag is None:
-        raise UserError(path, "a run without a checkpoint that verifies", "a run that saved at least one")
+        raise UserError(path, "a run without an intact checkpoint", "a run that has saved one")
     return tag
 
 
@@ -110,7 +110,7 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
     check_writable(out, "--out")
     there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
     if os.path.exists(out) and (not there or os.listdir(out)):
-        raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
+        raise UserError("--out", f"{out}, which is not empty", "a new or an empty folder")
     config = read_config(run)
     kind = deepspeed.DTYPES[dtype or config.train.dtype]
     model, fusion = _newest_student(run, config)
@@ -133,7 +133,8 @@ def export(run: str, out: str, *, dtype: str | None = None, max_shard_size: int 
             }
             save_file(weights, os.path.join(made, FUSION))
             log.info(
-                "with its domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both", out
+                "the student has a domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both",
+                out,
             )
 
 

@@ -59,7 +59,7 @@ def load_weights(module: torch.nn.Module, path: str) -> None:
     known = {name: value for name, value in given.items() if name in own}
     missing = [name for name in own if name.startswith("body.") and name not in known]
     if missing:
-        raise UserError(path, f"no {missing[0]}", "the weights of this run's student")
+        raise UserError(path, f"no weight {missing[0]}", "the weights of this run's student")
     engines.fill(module, known)
 
 
