@@ -1,7 +1,7 @@
 """Write to disk: completely or not at all, never through a link, with the modes that the umask gives.
 
-Whatever takes several steps is made under a fresh scratch name beside its place, and then moved there. So a name that
-somebody else may have planted is never opened, and two processes never share a scratch name.
+Whatever takes several steps is made under a fresh scratch name in the same folder, and then moved to its place. So a
+name that somebody else may have planted is never opened, and two processes never share a scratch name.
 """
 
 import contextlib
@@ -101,7 +101,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
                 sync(home or ".")
                 return
             if len(os.listdir(path)) > 1:
-                raise OSError(errno.ENOTEMPTY, "something else lies there now")
+                raise OSError(errno.ENOTEMPTY, "something else is there now")
             for name in os.listdir(inside):
                 os.replace(os.path.join(inside, name), os.path.join(path, name))
         finally:
@@ -243,7 +243,7 @@ def check_writable(folder: str, key: str = "run.dir") -> None:
             break
         except FileNotFoundError:
             if os.path.islink(place):
-                raise UserError(key, f"{folder} ({place} is a link to nothing)", wanted) from None
+                raise UserError(key, f"{folder} ({place} is a broken link)", wanted) from None
             place = os.path.dirname(place)
         except (NotADirectoryError, PermissionError):  # the second: the folder above tells why
             place = os.path.dirname(place)
@@ -265,18 +265,18 @@ def check_file(path: str | None, key: str, sources: Iterable[str] = ()) -> None:
     wanted = "a file that can be written"
     folder = os.path.dirname(_place(path, key, wanted))
     if os.path.isdir(path):
-        raise UserError(key, f"{path}, which is a folder", "a file to be written")
+        raise UserError(key, f"{path}, which is a folder", "a file to write")
     if not os.path.isdir(folder):
-        raise UserError(key, f"{path} ({folder} is no folder)", "a file in a folder that is there")
+        raise UserError(key, f"{path} ({folder} is no folder)", "a file in a folder that exists")
     if any(os.path.exists(path) and os.path.exists(s) and os.path.samefile(path, s) for s in sources):
-        raise UserError(key, f"{path}, which is read", "another file to be written")
+        raise UserError(key, f"{path}, which is also read", "another file to write")
     if os.path.lexists(path):
         try:
             there = os.stat(path)
         except OSError as error:
             raise UserError(key, f"{path} ({error.strerror})", wanted) from None
         if stat.S_ISFIFO(there.st_mode) and not path.startswith(("/dev/", "/proc/")):
-            raise UserError(key, f"{path}, a pipe", "a file to be written")
+            raise UserError(key, f"{path}, a pipe", "a file to write")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise UserError(key, f"{path}, which is read-only", wanted)
 

@@ -181,7 +181,7 @@ class Distiller(Distillation):
     Teacher and student must not share weights. The teacher is not a submodule, but `.to()` moves it, too. `detach()`
     removes the capture from both models.
 
-    Without `counts` a batch is a step of its own. In training this step includes the batches of the other ranks; in
+    Without `counts` a batch is a whole step. In training this step includes the batches of the other ranks; in
     evaluation (`distiller.eval()`) it does not, so that one rank may evaluate alone.
     """
 
@@ -280,7 +280,7 @@ class Distiller(Distillation):
         Args:
             batch: input_ids, attention_mask, labels, token_type_ids, position_ids as collators give them, see
                 data.inputs.as_batch; it is moved to the student's device.
-            counts: the step's counts, see the class; None: the batch is a step of its own.
+            counts: the step's counts, see the class; None: the batch is a whole step.
 
         Raises:
             UserError: an input has another form, or the terms need one that is missing.
@@ -294,7 +294,9 @@ class Distiller(Distillation):
         try:
             loss = super().forward(batch, counts)
         except BackendError as error:  # some show only at the first call
-            raise UserError(f"{ORIGIN}: backend", str(error), "auto, or one that runs every term") from None
+            raise UserError(
+                f"{ORIGIN}: backend", str(error), "auto, or a backend that runs every term"
+            ) from None
         ranks = _world_size() if everywhere else 1
         values = self.objective.values(ranks * loss.raw)
         return Output(ranks * loss.total, {name: TermValue(*pair) for name, pair in values.items()})
@@ -354,7 +356,7 @@ def check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTrai
             got = f"class {type(model).__name__}, which has no head for terms.{reads[place]}"
             raise UserError(place, got, "a model for sequence classification")
         if has_head and setting(text_config(model.config), "pad_token_id") is None:
-            raise UserError(place, "a classifier without pad_token_id", "one whose config names its padding")
+            raise UserError(place, "a classifier without pad_token_id", "a classifier whose config has it")
     if teacher is None or objective.task != "classification" or not objective.needs("head"):
         return
     mine, theirs = student.config.num_labels, teacher.config.num_labels
@@ -368,7 +370,7 @@ def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     for name, parameter in teacher.named_parameters():
         if id(parameter) in own:
             got = f"one that shares {name} with the student"
-            raise UserError(f"{ORIGIN}: teacher", got, "a model of its own, such as copy.deepcopy(student)")
+            raise UserError(f"{ORIGIN}: teacher", got, "a separate model, such as copy.deepcopy(student)")
 
 
 def _attention(model: PreTrainedModel) -> str:
@@ -405,7 +407,9 @@ def _same_task(student: PreTrainedModel, teacher: PreTrainedModel | None, given:
     models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
     tasks = [task_of(model, f"{ORIGIN}: {place}", given) for place, model in models.items()]
     if len(set(tasks)) > 1:
-        raise UserError(f"{ORIGIN}: teacher", f"a model for {tasks[1]}", f"{tasks[0]}, as the student")
+        raise UserError(
+            f"{ORIGIN}: teacher", f"a model for {tasks[1]}", f"a model for {tasks[0]}, as the student is"
+        )
     return tasks[0]
 
 

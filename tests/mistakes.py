@@ -241,7 +241,7 @@ CONFIG = {
     "stage without a name": ({"stages": [{"share": 1}]}, ["stages.0.name: got nothing"]),
     "stages of one name": (
         {"stages": [{"name": "a"}, {"name": "a"}]},
-        ["stages: got names ['a', 'a']", "a name of its own"],
+        ["stages: got names ['a', 'a']", "a different name"],
     ),
     "stage without a share": ({"stages": [{"name": "a", "share": 0}]}, ["stages.0.share: got 0"]),
     "more stages than steps": (
@@ -254,7 +254,7 @@ CONFIG = {
     ),
     "frozen by no name": (
         {"stages": [{"name": "a", "freeze": ["*.nothing.*"]}]},
-        ["stages.0.freeze: got *.nothing.*, which names nothing"],
+        ["stages.0.freeze: got *.nothing.*, which matches no parameter"],
     ),
     "frozen throughout": (
         {"stages": [{"name": "a", "freeze": ["*"]}]},
@@ -262,7 +262,7 @@ CONFIG = {
     ),
     "student frozen by no name": (
         {"student.freeze": ["*.nothing.*"]},
-        ["student.freeze: got *.nothing.*, which names nothing"],
+        ["student.freeze: got *.nothing.*, which matches no parameter"],
     ),
     "nothing left to train": ({"student.freeze": ["*"]}, ["student.freeze: got every parameter"]),
     "three texts": ({"data.text": ["a", "b", "c"]}, ["data.text: got ['a', 'b', 'c']"]),

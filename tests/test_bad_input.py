@@ -171,7 +171,9 @@ MODELS = {
     "teacher of other classes": (
         "teacher",
         _of_other_classes,
-        ["teacher: got a teacher of the classes ['a', 'c', 'b'], expected the data's ['a', 'b', 'c']"],
+        [
+            "teacher: got a teacher with the classes ['a', 'c', 'b'], expected those of the data, ['a', 'b', 'c']"
+        ],
     ),
     "student with another tokenizer": (
         "student",
@@ -460,7 +462,7 @@ def test_checkpoints(config, refused, tmp_path, case):
     checkpoints, path = _a_run(config, tmp_path)
     change(checkpoints)
     line = refused("train", path)
-    _holds(line, [f"{checkpoints}: got no checkpoint that verifies (step-00000002: ", "remove", *parts])
+    _holds(line, [f"{checkpoints}: got no intact checkpoint (step-00000002: ", "remove", *parts])
     for command in (["evaluate", checkpoints.parent], ["export", checkpoints.parent, "--out", "out"]):
         _holds(refused(*command), ["without a checkpoint that verifies"])
 

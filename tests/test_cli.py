@@ -121,7 +121,7 @@ class TestRunFolder:
         (tmp_path / "run" / name).mkdir(parents=True)
         line = refused("train", config())
         assert (
-            f"run.dir: got {tmp_path}/run, which holds {name} and no run, expected a new or an empty" in line
+            f"run.dir: got {tmp_path}/run, which holds {name} but no run, expected a new or an empty" in line
         )
 
     def test_a_project_with_a_config_of_its_own_is_no_run_folder(self, config, refused, tmp_path):
@@ -135,7 +135,7 @@ class TestRunFolder:
         for name in ("distil.yaml", "config.yaml"):
             path = config(name=name)
             for folder in (".", str(tmp_path), f"{tmp_path}/../{tmp_path.name}/"):
-                assert "and no run, expected" in refused("train", path, f"run.dir={folder}")
+                assert "but no run, expected" in refused("train", path, f"run.dir={folder}")
 
     def test_what_a_shell_writes_into_it_beforehand_is_let_be(self, config, tmp_path):
         (tmp_path / "run").mkdir()
@@ -149,7 +149,7 @@ class TestRunFolder:
         folder.open(load([config()]))
         folder.release()
         (tmp_path / "run" / MARKER).unlink()
-        assert "which holds config.yaml and no run" in refused("train", config())
+        assert "which holds config.yaml but no run" in refused("train", config())
         make_checkpoint(tmp_path / "run", 1)
         folder.open(load([config()]))
         assert (tmp_path / "run" / MARKER).is_file()
@@ -171,7 +171,9 @@ class TestRunFolder:
         own = used / "config.yaml"
         before = own.read_bytes()
         line = refused("train", own, "run.save_every=7")
-        assert line.endswith("whose config.yaml is read here, expected another, or a copy of that file")
+        assert line.endswith(
+            "whose config.yaml is the config of this run, expected another folder, or a copy of that file"
+        )
         assert own.read_bytes() == before
 
     @pytest.mark.parametrize("key", ["student.path", "teacher.path", "data.tokenizer"])
@@ -296,7 +298,7 @@ class TestProcess:
         assert done.returncode == 1, done.stderr
         (line,) = done.stderr.splitlines()
         assert line.startswith(
-            "dsdistill: rank 0 waited 0.05 minutes (run.timeout) for another rank in vain: "
+            "dsdistill: rank 0 waited 0.05 minutes (run.timeout) for another rank, which did not answer: "
         )
 
     @pytest.mark.parametrize("heads", ["mean", "group"])
@@ -305,7 +307,10 @@ class TestProcess:
         assert done.returncode == 2, done.stderr
         line = done.stderr.splitlines()[-1]
         assert ": train.backend: got backend 'cpp' cannot run attention_alignment: " in line
-        assert line.endswith("expected auto, or one that runs every term") and "Traceback" not in done.stderr
+        assert (
+            line.endswith("expected auto, or a backend that runs every term")
+            and "Traceback" not in done.stderr
+        )
 
     def test_without_standard_streams(self, config):
         for command in ("--version >&- 2>&-", f"train {config()} --dry-run >&-"):

@@ -179,7 +179,7 @@ def _loop(folder: Path) -> str:
 
 
 PLACES = {
-    "a link to nothing": (_dangling, "is a link to nothing"),
+    "a link to nothing": (_dangling, "is a broken link"),
     "a loop of links": (_loop, "Too many levels of symbolic links"),
     "a long name": (lambda folder: str(folder / ("x" * 256)), "a shorter path"),
     "a long name in bytes": (lambda folder: str(folder / ("ü" * 130)), "a shorter path"),
@@ -207,8 +207,8 @@ def test_files_that_cannot_be_outputs(tmp_path):
     (tmp_path / "link").symlink_to("config.yaml")
     for name, sources, wanted in (
         ("pipe", [], "pipe, a pipe"),
-        ("config.yaml", ["config.yaml"], "which is read"),
-        ("link", ["config.yaml"], "which is read"),
+        ("config.yaml", ["config.yaml"], "which is also read"),
+        ("link", ["config.yaml"], "which is also read"),
     ):
         with pytest.raises(UserError, match=wanted):
             disk.check_file(str(tmp_path / name), "--json", [str(tmp_path / s) for s in sources])

@@ -1,4 +1,4 @@
-"""Draw which rows of each sequence a step compares: anew at each step, however the batch is split."""
+"""Draw which rows of each sequence a step compares: new ones at each step, independent of how the batch is split."""
 
 import torch
 from torch import Tensor

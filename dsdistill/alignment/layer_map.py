@@ -22,7 +22,7 @@ def layer_map(
         raise UserError(
             place,
             f"a student of {student_depth} layers and a teacher of {teacher_depth}",
-            "a student no deeper than its teacher, or explicit [student, teacher] pairs",
+            "a student with at most as many layers, or explicit [student, teacher] pairs",
         )
     if layers in ("uniform", "cka_offline"):
         # Half rounds up: Python's round would take halves to the even neighbour and so skip layers unevenly.

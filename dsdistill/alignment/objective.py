@@ -110,7 +110,7 @@ class Objective(nn.Module):
                 sums = term.sums(student, teacher, batch)
             if sums.shape != (term.parts,):  # a mistake in a term from outside
                 got = f"sums of shape {tuple(sums.shape)}"
-                raise ValueError(f"term {term.name}: got {got}, expected ({term.parts},), one a part")
+                raise ValueError(f"term {term.name}: got {got}, expected ({term.parts},), one for each part")
             values = sums / divisors[name].float()
             if teacher is not None:  # memory peaks here: gradients appear while teacher layers are freed
                 _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])

@@ -104,7 +104,7 @@ class Saving:
                 try:
                     _remove(os.path.join(self.folder, old))
                 except OSError as error:  # NFS keeps what another process has open; the next save tries again
-                    log.warning("checkpoint %s stays: %s", old, error)
+                    log.warning("checkpoint %s could not be removed: %s", old, error)
         self.ranks.barrier()
 
 
@@ -195,7 +195,7 @@ def newest(run_dir: str) -> str | None:
             return tag
         if _pointed(folder) != pointed:  # a run in training has meanwhile saved another and removed this one
             return newest(run_dir)
-        log.warning("checkpoint %s is passed over: %s", tag, reason)
+        log.warning("checkpoint %s cannot be used: %s", tag, reason)
     return None
 
 
@@ -276,8 +276,8 @@ def check(run_dir: str, config: Config, world_size: int) -> str | None:
         latest = _candidates(folder)[0]
         raise UserError(
             folder,
-            f"no checkpoint that verifies ({latest}: {damage(os.path.join(folder, latest))})",
-            f"a whole one: put it back, or remove {run_dir} to begin anew, or take another run.dir",
+            f"no intact checkpoint ({latest}: {damage(os.path.join(folder, latest))})",
+            f"an intact one: restore it, or remove {run_dir} to start again, or choose another run.dir",
         )
     return None
 
@@ -286,7 +286,7 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: in
     """Restore the engine and this rank's random state; return the saved `state`.
 
     With the same number of ranks and the same ZeRO stage a run goes on exactly, else up to rounding. With another
-    number of ranks, dropout is drawn anew.
+    number of ranks, dropout is drawn again.
     """
     folder, state = os.path.join(run_dir, FOLDER), read_state(run_dir, tag)
     same_ranks = state["world_size"] == ranks.world_size
@@ -294,7 +294,7 @@ def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: in
         deepspeed.load_same(engine, folder, tag)
     else:
         log.info(
-            "%s was saved by %d rank(s) in ZeRO stage %d; this run goes on with %d in stage %d",
+            "%s was saved by %d rank(s) in ZeRO stage %d; this run continues with %d in stage %d",
             *(tag, state["world_size"], state["zero_stage"], ranks.world_size, zero_stage),
         )
         deepspeed.load_reshaped(engine, os.path.join(folder, tag))
@@ -312,12 +312,12 @@ def read_state(run_dir: str, tag: str) -> dict:
 
 
 def _read(path: str):
-    """Return the JSON in a plain file; raise OSError or ValueError for anything else, at once."""
+    """Return the JSON in a plain file; raise OSError or ValueError for anything else, without waiting."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, encoding="utf-8") as file:
         there = os.fstat(descriptor)
         if not stat.S_ISREG(there.st_mode) or there.st_size > _LIMIT:
-            raise ValueError(f"{path} is no file that save() writes")
+            raise ValueError(f"{path} was not written by save()")
         return json.load(file)
 
 
@@ -347,13 +347,13 @@ def tell_versions(state: dict, tag: str) -> None:
         return
     other = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
     if other:
-        log.warning("%s was saved with %s: losses may differ in their last digits", tag, ", ".join(other))
+        log.warning("%s was saved with %s; losses may differ in their last digits", tag, ", ".join(other))
 
 
 def _check_stage(run_dir: str, tag: str, config: Config) -> None:
     stage, stages = read_state(run_dir, tag)["stage"], len(config.run_stages)
     if stage >= stages:
-        raise UserError(f"{run_dir}, {tag}: stage", stage, f"0 to {stages - 1}, as the config has stages")
+        raise UserError(f"{run_dir}, {tag}: stage", stage, f"0 to {stages - 1}, the stages of the config")
 
 
 def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) -> None:
@@ -365,7 +365,7 @@ def _check_relations(run_dir: str, tag: str, config: Config, world_size: int) ->
         raise UserError(
             f"{run_dir}, {tag}: train.micro_batch_size × ranks",
             at_once,
-            f"{before}, as it was saved with: terms.{related[0]} relates the examples that meet",
+            f"{before}, as in this checkpoint: terms.{related[0]} compares the examples of a micro-batch",
         )
 
 

@@ -23,17 +23,18 @@ def compare(path: str, out: str, overrides: list[str], scale: str = "small", dry
     Args:
         path: the plan; `studies.read_plan` says what it holds.
         out: folder of the runs. It also gets study.json and, if the plan has an axis, axis.png.
-        overrides: files and overrides after every method's own.
-        scale: which sources a plan with several takes.
+        overrides: files and overrides that come after those of every method.
+        scale: which sources are used if a plan has some for several scales.
         dry: only check every config; return the list of runs.
 
-    Raises UserError, before the first run starts, for a config that is refused or differs from a finished run's there.
+    Raises UserError, before the first run starts, for a config that is refused, or that differs from
+    the config of a finished run in the same folder.
     """
     seeds, methods, study = read_plan(path, scale)
     disk.check_writable(out, "--out")
     written = Path(out, "table.md")
     if os.path.lexists(written) and not _is_table(written):
-        raise UserError("--out", f"{written}, which no comparison wrote", "another folder")
+        raise UserError("--out", f"{written}, which was not written by a comparison", "another folder")
     runs = []
     for name, sources in methods.items():
         for seed in seeds:
@@ -60,7 +61,7 @@ def compare(path: str, out: str, overrides: list[str], scale: str = "small", dry
 
 
 def _how_far(run: str) -> str:
-    """Return what a list of runs says of one that has begun."""
+    """Return the state of a run that has begun, as the list of runs shows it."""
     if os.path.isfile(os.path.join(run, "summary.json")):
         return " (finished)"
     return " (begun)" if os.path.isdir(run) else ""
@@ -85,8 +86,8 @@ def _check(run: str, sources: list[str]) -> None:
 def _passing_on() -> Iterator[Callable[[list[str]], int]]:
     """Yield a function that runs a command and returns its exit code.
 
-    Signals are passed on to the command, which saves; Stopped is raised if none runs. If the comparison is killed, the
-    command notices that by itself.
+    Signals are passed on to the command, which saves; Stopped is raised if no command runs. If the comparison is
+    killed, the command notices this and stops too.
     """
     child, told = None, None
 

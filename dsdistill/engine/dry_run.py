@@ -51,7 +51,7 @@ def _ranks(world_size: int | None) -> int:
         return world_size
     told = os.environ.get("WORLD_SIZE", "1")
     if not told.isdecimal() or int(told) < 1:
-        raise UserError("WORLD_SIZE", repr(told), "the number of ranks, as a launcher sets it")
+        raise UserError("WORLD_SIZE", repr(told), "the number of ranks, which a launcher sets")
     return int(told)
 
 
@@ -86,13 +86,19 @@ def _check_columns(stream: Stream, section: Data, task: str) -> None:
     if stream.plain:
         if section.messages is not None or (len(wanted) == 2 and task in (*LANGUAGE, EMBEDDING)):
             columns = " and ".join(wanted)
-            raise UserError(stream.place, "plain text", f"a file with the column {columns}")
-        wanted = ["text"]  # the text of a txt file has no name of its own
+            raise UserError(
+                stream.place,
+                "plain text",
+                f"a file with the columns {columns}"
+                if " and " in columns
+                else f"a file with a column {columns}",
+            )
+        wanted = ["text"]  # the text of a txt file has no column name
     elif section.messages is None and wanted[0] not in there and "text_a" in there:
         wanted = ["text_a", "text_b"][: len(wanted)]  # the names that local copies of hub sets have
     if task not in LANGUAGE and (task != EMBEDDING or section.label is not None):
         if section.label is None:
-            raise UserError("data.label", "null", f"the column of the label: task {task} needs one")
+            raise UserError("data.label", "null", f"the name of the label's column, which task {task} needs")
         wanted.append(section.label)
     for name in wanted:
         if name not in there:

@@ -48,7 +48,7 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
         with ranks.first_alone():
             if ranks.first:
                 folder.claim()
-                folder.tag = find_checkpoint(path)  # now that nobody writes another
+                folder.tag = find_checkpoint(path)  # no process can write another now
             prepared = prepare(config, ranks.world_size)
         tag = ranks.gather(folder.tag)[0]
         if prepared.recipe is not None:
@@ -71,7 +71,7 @@ def _computable(config: Config, path: str) -> Config:
     teacher = config.teacher
     if torch.cuda.is_available() or "fp16" not in (config.train.dtype, teacher.dtype if teacher else None):
         return config
-    log.info("%s was trained in fp16, which needs a GPU: evaluating in fp32", path)
+    log.info("%s was trained in fp16, which needs a GPU: it is evaluated in fp32", path)
     if config.train.dtype == "fp16":
         config = with_fields(config, train=with_fields(config.train, dtype="fp32"))
     if teacher is not None and teacher.dtype == "fp16":

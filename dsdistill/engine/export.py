@@ -48,7 +48,7 @@ def find_checkpoint(path: str) -> str:
     """Return the tag of a run's newest checkpoint that verifies; raise UserError if there is none."""
     tag = checkpoint.newest(path)
     if tag is None:
-        raise UserError(path, "a run without a checkpoint that verifies", "a run that saved at least one")
+        raise UserError(path, "a run without an intact checkpoint", "a run that has saved one")
     return tag
 
 
@@ -80,7 +80,7 @@ def _check_new(out: str) -> None:
     check_writable(out, "--out")
     there = os.path.isdir(out)  # perhaps a mount point, which cannot be replaced
     if os.path.exists(out) and (not there or os.listdir(out)):
-        raise UserError("--out", f"{out}, which is not empty", "a folder to be made")
+        raise UserError("--out", f"{out}, which is not empty", "a new or an empty folder")
 
 
 def export(
@@ -154,7 +154,8 @@ def export(
             }
             save_file(weights, os.path.join(made, FUSION))
             log.info(
-                "with its domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both", out
+                "the student has a domain fusion: dsdistill.models.domain_fusion.load_exported(%r) loads both",
+                out,
             )
 
 

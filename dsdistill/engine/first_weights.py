@@ -163,7 +163,7 @@ def _cut(prepared: Prepared, target: str) -> None:
     """
     config, layers, path = prepared.config, prepared.config.student.from_teacher, prepared.config.teacher.path
     if text_config(prepared.teacher) is not prepared.teacher:  # a model of images and text
-        log.info("the student is cut in the text part of a %s", prepared.teacher.model_type)
+        log.info("the student is cut from the text part of a %s", prepared.teacher.model_type)
     folder = at_hand(path, "teacher") if path is not None else None
     if folder is not None:
         # Files from the hub are here only now; they get the checks that `prepare` makes of local ones.
@@ -176,7 +176,9 @@ def _cut(prepared: Prepared, target: str) -> None:
             added = {name: value for name, value in _random(prepared).state_dict().items() if name in missing}
         if cut_files(folder, target, prepared.student, prepared.teacher, layers, config.task, added):
             return
-        log.info("the names in the teacher's files do not tell its layers: it is built to cut the student")
+        log.info(
+            "names in the teacher's files do not show its layers: the teacher is built to cut the student from it"
+        )
     made = _random(prepared)
     torch.manual_seed(config.run.seed)  # as in LazyTeacher: a teacher without weights is drawn twice alike
     teacher, missing = build_and_tell(

@@ -49,15 +49,18 @@ class Guard:
         self._note(BAD, {"step": step, "in": broken, "terms": shown, "examples": ids})
         if self.bad == self.limit or last:
             raise SharedError(
-                f"step {step}: {self.bad} step(s) in a row are not finite, in {', '.join(broken)}: {terms}; "
-                f"{os.path.join(self.run_dir, BAD)} has the examples"
+                f"step {step}: {self.bad} step(s) in a row with values that are not finite, in {', '.join(broken)}: "
+                f"{terms}; "
+                f"{os.path.join(self.run_dir, BAD)} lists the examples"
             )
-        log.warning("step %d is not finite, in %s; it is skipped", step, ", ".join(broken))
+        log.warning("step %d has values that are not finite, in %s; it is skipped", step, ", ".join(broken))
         return False
 
     def _watch(self, step: int, loss: float) -> None:
         if self.seen >= SEEN and loss > SPIKE * self.mean > 0:
-            log.warning("step %d: loss %.4g, %.1f times its average of late", step, loss, loss / self.mean)
+            log.warning(
+                "step %d: the loss is %.4g, %.1f times its recent average", step, loss, loss / self.mean
+            )
             self._note(SPIKES, {"step": step, "loss": loss, "average": self.mean})
         self.mean = loss if self.seen == 0 else MEMORY * self.mean + (1 - MEMORY) * loss
         self.seen += 1

@@ -97,8 +97,8 @@ def check_origins(folder: RunFolder, found: dict[str, str], data: Splits[Set] | 
     if changed:
         raise UserError(
             f"{folder.path}: {', '.join(changed)}",
-            "other contents than this run began with",
-            "the same as then, or another run.dir",
+            "contents that differ from those at this run's start",
+            "the same contents, or another run.dir",
         )
 
 

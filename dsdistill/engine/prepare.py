@@ -198,7 +198,7 @@ def tell_other_data(config: Config, recipe: Config) -> None:
     ours, theirs = _texts(config.data), _texts(recipe.data)
     other = [f"data.{key}: {ours[key]} here, {theirs[key]} there" for key in ours if ours[key] != theirs[key]]
     if other:
-        log.warning("%s makes a teacher of other data: %s", config.teacher.recipe, "; ".join(other))
+        log.warning("%s trains the teacher on other data: %s", config.teacher.recipe, "; ".join(other))
 
 
 def _texts(data: schema.Data) -> dict:
@@ -255,7 +255,7 @@ def class_weights(
     if len(given) != len(classes):
         raise UserError(place, f"{len(given)} weights", f"one for each of the classes {listed}")
     if not any(given):
-        raise UserError(place, "weights of 0 alone", "one above 0")
+        raise UserError(place, "only weights of 0", "at least one above 0")
     return given
 
 

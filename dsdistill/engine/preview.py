@@ -1,4 +1,4 @@
-"""Show examples as the models will see them, and count examples and tokens of the sets, for `dsdistill preview`."""
+"""Show examples as the models read them, and count the sets' examples and tokens, for `dsdistill preview`."""
 
 from dataclasses import dataclass, field
 from itertools import islice
@@ -102,7 +102,7 @@ def _example(
     assert batch.labels is not None
     labels = None if task == EMBEDDING else batch.labels[0].tolist()
     if task == "causal_lm" and batch.position_ids is not None:
-        # The first token of a document follows nothing that it could be predicted from.
+        # Nothing comes before the first token of a document, so it is not predicted.
         labels = [NO_LABEL if at == 0 else label for at, label in zip(_positions(batch), labels, strict=True)]
     shown = {
         "id": batch.ids[0],
@@ -168,7 +168,7 @@ def _painted(example: dict[str, Any], tokenizer: Any, colours: bool) -> str:
     for kind, tokens in runs:
         text = "\n――――――――\n" if kind == BORDER else tokenizer.decode(tokens)
         if kind == PADDING:
-            text = f"{len(tokens)} of padding"
+            text = f"{len(tokens)} padding"
         first, last = (COLOURS[kind], PLAIN) if colours else MARKS[kind]
         texts.append(f"{first}{text}{last}")
     return "".join(texts)

@@ -1,4 +1,4 @@
-"""Refuse what no run can do, before any weight is loaded; each check takes the part of the config that it checks."""
+"""Refuse, before any weight is loaded, what no run can do; each check takes the part of the config that it needs."""
 
 import fnmatch
 from collections.abc import Collection, Sequence
@@ -57,7 +57,9 @@ def check_tokenizer(
     """Refuse a tokenizer that gives a model other ids than the model's own: they would mean other words to it."""
     if (unlike := difference(used, own)) is not None:
         raise UserError(
-            place, f"a tokenizer {unlike} in the {model}'s own", f"the {model}'s own, or an equal one"
+            place,
+            f"a tokenizer {unlike} in the {model}'s tokenizer",
+            f"the {model}'s tokenizer, or an equal one",
         )
 
 
@@ -107,10 +109,10 @@ def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedCon
     for place, patterns in by_place.items():
         for pattern in patterns:
             if not fnmatch.filter([*names, *trained], pattern):
-                raise UserError(place, f"{pattern}, which names nothing", f"a name such as {names[0]}")
+                raise UserError(place, f"{pattern}, which matches no parameter", f"a name such as {names[0]}")
         # A stage also freezes what the whole run freezes.
         if all(frozen(name, (*student.freeze, *patterns)) for name in trained):
-            raise UserError(place, "every parameter", "some left to train")
+            raise UserError(place, "patterns that match every parameter", "some parameters left to train")
 
 
 def has_head(
@@ -145,11 +147,11 @@ def check_judge(evaluation: Evaluation, data: Data, judged: bool) -> None:
         raise UserError(
             "evaluation.rcs",
             f"{evaluation.rcs} with a teacher whose head is not trained",
-            "one that is, whose KL stands beside it, or 0",
+            "a teacher with a trained head, or 0",
         )
     if data.sampler in ("entropy", "ddk"):
         got = f"{data.sampler} with a teacher whose head is not trained"
-        raise UserError("data.sampler", got, "one that is, or another")
+        raise UserError("data.sampler", got, "one with a trained head, or another sampler")
 
 
 def check_domains(data: Data, sources: Sequence[str], devs: Collection[str]) -> None:
@@ -169,11 +171,13 @@ def check_classes(labels: tuple[str, ...], theirs: tuple[str, ...], given: bool)
     unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
     if len(theirs) != len(labels) or (not unnamed and theirs != labels):
         raise UserError(
-            "teacher", f"a teacher of the classes {list(theirs)[:8]}", f"the data's {list(labels)[:8]}"
+            "teacher",
+            f"a teacher with the classes {list(theirs)[:8]}",
+            f"those of the data, {list(labels)[:8]}",
         )
     if unnamed and not given and not all(map(str.isdecimal, labels)):
-        got = f"a teacher whose classes have no names, beside the data's {list(labels)[:8]}"
-        raise UserError("teacher", got, "data.labels: the names in the teacher's order")
+        got = f"a teacher whose classes have no names, and data with {list(labels)[:8]}"
+        raise UserError("teacher", got, "data.labels with the names in the teacher's order")
 
 
 def class_names(model: Any) -> tuple[str, ...]:

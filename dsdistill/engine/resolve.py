@@ -74,8 +74,8 @@ def with_sentences(config: Config, tokenizer: PreTrainedTokenizerBase, recipe: M
     }
     for place, sentence in found.items():
         if sentence is not None and sentence.lower and tokenizer.tokenize("A") != tokenizer.tokenize("a"):
-            got = f"{sections[place].path} with do_lower_case, where the tokenizer keeps capitals"
-            raise UserError(f"{place}.path", got, "a tokenizer that lowers case itself")
+            got = f"{sections[place].path} with do_lower_case, but a tokenizer that keeps capitals"
+            raise UserError(f"{place}.path", got, "a tokenizer that converts texts to lower case")
     if recipe is not None:
         prompts = recipe.config.data.prompts or ()
         found["teacher"] = Sentence(recipe.config.student.pooling or "mean", *named_prompts(prompts))
@@ -136,7 +136,7 @@ def student_architecture(student: schema.Student, teacher: PretrainedConfig | No
 
 
 def tokenizer_of(config: Config, recipe: Made | None, bad: Bad | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a run; raise UserError if a model of the run has another one of its own."""
+    """Return the tokenizer of a run; raise UserError if a model of the run has a different one."""
     paths = {"teacher": config.teacher and config.teacher.path, "student": config.student.path}
     paths = {place: path for place, path in paths.items() if path}
     own = {"teacher": recipe.tokenizer} if recipe is not None else {}
@@ -155,7 +155,7 @@ def tokenizer_of(config: Config, recipe: Made | None, bad: Bad | None = None) ->
         own |= {name: load_tokenizer(path, f"{name}.path") for name, path in paths.items()}
         if not own:
             raise UserError(
-                "data.tokenizer", "nothing, and no model with a path", "a folder or hub id with a tokenizer"
+                "data.tokenizer", "null, and no model with a path", "a folder or hub id with a tokenizer"
             )
         # Teacher and student read the same ids.
         place = "student.path"

@@ -32,7 +32,7 @@ def packs(config: Config, models: Mapping[str, PretrainedConfig | None]) -> bool
             continue
         told = f"a {place} of model type {model.model_type}, {reason}"
         if wanted is True:
-            raise UserError("data.packing", f"true for {told}", "auto, or false")
-        log.info("data.packing: one document a row, for %s", told)
+            raise UserError("data.packing", f"true, with {told}", "auto, or false")
+        log.info("data.packing: each document has a row, because of %s", told)
         return False
     return True

@@ -57,11 +57,11 @@ def running(timeout: float) -> Iterator[Ranks]:
         if (stopped := stopping.consequence()) is not None:
             raise stopped from None
         if deepspeed.timed_out(error):
-            what = f"waited {timeout:g} minutes (run.timeout) for another rank in vain"
+            what = f"waited {timeout:g} minutes (run.timeout) for another rank, which did not answer"
         elif deepspeed.lost(error):
             what = "lost another rank"
         elif isinstance(error, dist.DistError):
-            what = "could not meet the others"
+            what = "could not connect to the other ranks"
         else:
             raise
         reason = str(error).strip().splitlines()[0]

@@ -103,8 +103,8 @@ class RunFolder:
             if name != LOCK and not name.endswith(_REDIRECTED) and not disk.is_scratch(name)
         ]
         if used:
-            wanted = f"a new or an empty folder, or a run's (it has {MARKER})"
-            raise UserError("run.dir", f"{self.path}, which holds {', '.join(used[:5])} and no run", wanted)
+            wanted = f"a new or an empty folder, or that of a run (with {MARKER})"
+            raise UserError("run.dir", f"{self.path}, which holds {', '.join(used[:5])} but no run", wanted)
 
     @property
     def _marked(self) -> bool:
@@ -165,19 +165,21 @@ class RunFolder:
             disk.remove(self / name, KEPT[name])
         except disk.Foreign as error:
             raise UserError("run.dir", f"{self / name} ({error.strerror})", "another folder") from None
-        log.info("removed %s, which a start that failed had prepared", self / name)
+        log.info("removed %s, which a failed start has left", self / name)
 
     def claim(self) -> None:
         """Lock and mark the folder, and remove scratch files; raise UserError if it is not a run's, or is locked."""
         self.check()
         if not self.lock():
             raise UserError(
-                "run.dir", f"{self.path}, which another process is writing", "a folder that no other has"
+                "run.dir",
+                f"{self.path}, which another process is writing",
+                "a folder that no other process uses",
             )
         if not self._marked:
             with disk.writing(self / MARKER) as file:
                 file.write(
-                    f"dsdistill {__version__} keeps a run in this folder: it replaces and removes files of its own.\n"
+                    f"dsdistill {__version__} keeps a run in this folder: it replaces and removes its own files.\n"
                 )
         disk.sweep(self.path, OWN)  # only ours: an export into this folder may have a scratch folder here too
         for name in (CHECKPOINTS, STAGES, REPRESENTATIONS):
@@ -213,7 +215,7 @@ class RunFolder:
         if not renewed:
             what = "another process writes there now" if os.path.isdir(self.path) else "the folder is gone"
             raise RunError(f"{self.path}: the lock of this run was removed, and {what}")
-        log.warning("the lock of %s was removed while this run writes there: it is locked again", self.path)
+        log.warning("the lock of %s was removed while this run writes there; it is locked again", self.path)
 
     def release(self) -> None:
         """Give the folder back before this process ends."""
@@ -245,8 +247,8 @@ class RunFolder:
             if before != path:
                 raise UserError(
                     "teacher.recipe",
-                    f"a recipe or data that now makes {path}",
-                    f"{before}, as this run began",
+                    f"a recipe or data that now lead to {path}",
+                    f"{before}, as at this run's start",
                 )
             return
         with disk.writing(note) as file:
@@ -276,7 +278,9 @@ class RunFolder:
             if error.errno not in disk.FULL:
                 raise RunError(f"{self / METRICS} cannot be written: {disk.reason(error)}") from None
             if not self._waiting:
-                log.warning("%s waits, training goes on: %s", self / METRICS, disk.reason(error))
+                log.warning(
+                    "%s cannot be written now, training continues: %s", self / METRICS, disk.reason(error)
+                )
             self._waiting = lines[-_WAITING:]
             return
         if self._waiting:
@@ -406,7 +410,7 @@ def check_plain(path: str) -> None:
         elif not stat.S_ISREG(mode):
             kind = "a link" if stat.S_ISLNK(mode) else "no plain file"
             raise UserError(
-                "run.dir", f"{path}, in which {place} is {kind}", "files and folders of a run alone"
+                "run.dir", f"{path}, in which {place} is {kind}", "only a run's files and folders"
             )
 
 
@@ -433,7 +437,9 @@ def check_sources(config: Config, sources: list[str]) -> None:
     )
     if named and not RunFolder(config.run_dir).holds(config):
         raise UserError(
-            "run.dir", f"{config.run_dir}, whose {CONFIG} is read here", "another, or a copy of that file"
+            "run.dir",
+            f"{config.run_dir}, whose {CONFIG} is the config of this run",
+            "another folder, or a copy of that file",
         )
     teacher, data = config.teacher, config.data
     read = {"student.path": config.student.path, "data.tokenizer": data.tokenizer}

@@ -59,7 +59,7 @@ def load_weights(module: StudentModule, path: str) -> None:
     needed = own.keys() - module.base
     missing = [name for name in own if name.startswith("body.") and name in needed and name not in known]
     if missing:
-        raise UserError(path, f"no {missing[0]}", "the weights of this run's student")
+        raise UserError(path, f"no weight {missing[0]}", "the weights of this run's student")
     engines.fill(module, known)
 
 

@@ -1,4 +1,4 @@
-"""Read the plan of a comparison: methods or the values of an axis, seeds, and what a paper prints of them."""
+"""Read the plan of a comparison: methods or the values of an axis, seeds, and the numbers that a paper prints."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dsdistill.config import UserError
 from dsdistill.config.bounded import read_yaml
 from dsdistill.report.study import TRENDS, Claim, Study
 
-OURS = "ours"  # the method of a plan that has an axis alone
+OURS = "ours"  # the only method of a plan that has an axis but no methods
 SCALES = ("small", "node")
 _KNOWN = ("title", "seeds", "scale", "methods", "axis", "metrics", "published", "claims", "left_out")
 Cells = dict[str, list[str]]  # config files and overrides by name
@@ -19,12 +19,12 @@ Cells = dict[str, list[str]]  # config files and overrides by name
 def read_plan(path: str, scale: str = "small") -> tuple[list[int], Cells, Study]:
     """Return the seeds, the sources of each cell (one method, or one value of the axis), and the study.
 
-    The file, in YAML; sources are files and KEY=VALUE as `train` takes them, or {small: [...], node: [...]}:
+    The file is YAML; sources are files and KEY=VALUE as for `train`, or {small: [...], node: [...]}:
 
-        title: what the paper has there
+        title: name of the paper's table or figure
         seeds: [0, 1, 2]
-        scale: sources before those of every method
-        methods: {NAME: sources}               # may be left out if there is an axis
+        scale: sources that come before those of every method
+        methods: {NAME: sources}               # not needed if there is an axis
         axis: {KEY: [VALUE, ...]}              # a setting, or {TITLE: {VALUE: sources}}
         metrics: [SCORE, ...]                  # columns, in the paper's order; default: all
         published: {NAME or VALUE: [NUMBER or null, ...]}
@@ -41,7 +41,7 @@ def read_plan(path: str, scale: str = "small") -> tuple[list[int], Cells, Study]
     base = _sources(settings.get("scale", []), f"{path}: scale", scale, empty="methods" in settings)
     methods = settings.get("methods", {OURS: []} if "axis" in settings else None)
     if not isinstance(methods, dict) or not methods:
-        raise UserError(f"{path}: methods", methods, "a mapping of names to lists of files")
+        raise UserError(f"{path}: methods", methods, "a mapping of names to lists of sources")
     absent: dict[str, str] = {}
     chosen = {
         name: [*base, *_sources(of, f"{path}: methods.{name}", scale, empty=bool(base))]
@@ -83,7 +83,7 @@ def _read(path: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         raise UserError(path, str(error).split("\n")[0], "a readable YAML file") from None
     if not isinstance(settings, dict):
-        raise UserError(path, type(settings).__name__, "seeds and methods")
+        raise UserError(path, f"a {type(settings).__name__}", "a mapping with seeds and methods")
     if unknown := [key for key in settings if key not in _KNOWN]:
         raise UserError(path, unknown, f"only {', '.join(_KNOWN)}")
     if "seeds" not in settings or not {"methods", "axis"} & settings.keys():
@@ -92,10 +92,10 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _sources(given: Any, place: str, scale: str, *, empty: bool = False) -> list[str]:
-    """Return a list of files and overrides, that of the scale if there is one for each."""
+    """Return a list of files and overrides; if there is one for each scale, that of `scale`."""
     if isinstance(given, dict) and given and set(given) <= set(SCALES):
         if scale not in given:
-            raise UserError("--scale", f"{scale}, which {place} lacks", ", ".join(given))
+            raise UserError("--scale", f"{scale}, which {place} does not have", ", ".join(given))
         given = given[scale]
     if not isinstance(given, list) or not (given or empty) or not all(isinstance(s, str) for s in given):
         raise UserError(place, given, "a list of config files and key=value overrides")
@@ -103,7 +103,7 @@ def _sources(given: Any, place: str, scale: str, *, empty: bool = False) -> list
 
 
 def _there(given: Mapping[Any, Any], scale: str, absent: dict[str, str]) -> dict[str, Any]:
-    """Return what a mapping has at this scale, and note the rest."""
+    """Return the entries of a mapping that exist at this scale; note the others in `absent`."""
     found = {}
     for name, sources in given.items():
         if isinstance(sources, dict) and sources and set(sources) <= set(SCALES) - {scale}:
@@ -111,7 +111,7 @@ def _there(given: Mapping[Any, Any], scale: str, absent: dict[str, str]) -> dict
         else:
             found[str(name)] = sources
     if not found:
-        raise UserError("--scale", f"{scale}, which no part of the plan has", ", ".join(SCALES))
+        raise UserError("--scale", f"{scale}, for which the plan has nothing", ", ".join(SCALES))
     return found
 
 
@@ -119,7 +119,7 @@ def _axis(given: Any, path: str, scale: str, absent: dict[str, str]) -> tuple[st
     """Return the title of an axis and the sources of each value."""
     place = f"{path}: axis"
     if not isinstance(given, dict) or len(given) != 1:
-        raise UserError(place, given, "one setting or title, with its values")
+        raise UserError(place, given, "one setting or one title, with its values")
     title, values = next(iter(given.items()))
     if isinstance(values, dict) and len(values) > 1:
         there = _there(values, scale, absent)
@@ -165,9 +165,9 @@ def _with_paper(study: Study, settings: Mapping[str, Any], path: str) -> Study:
 def _claim(given: Any, study: Study, place: str) -> Claim:
     kinds = {"order", "best", "trend"}
     if not isinstance(given, dict) or "metric" not in given or len(kinds & given.keys()) != 1:
-        raise UserError(place, given, "metric, and one of order, best and trend")
+        raise UserError(place, given, "metric and one of order, best and trend")
     if unknown := given.keys() - kinds - {"metric"}:
-        raise UserError(place, sorted(unknown), "metric, and one of order, best and trend")
+        raise UserError(place, sorted(unknown), "metric and one of order, best and trend")
     score = str(given["metric"])
     if "trend" in given:
         if not study.axis or given["trend"] not in TRENDS:
@@ -200,5 +200,5 @@ def _texts(given: Any, place: str) -> tuple[str, ...]:
         or isinstance(given, str)
         or not all(isinstance(x, str) for x in given)
     ):
-        raise UserError(place, given, "a list of names of scores")
+        raise UserError(place, given, "a list of scores' names")
     return tuple(given)

@@ -18,9 +18,10 @@ from dsdistill.models.weights import mapped_dtype
 
 
 class LazyTeacher:
-    """A LazyTeacher is the teacher of a run, loaded once: when it is first needed, perhaps before training.
+    """A LazyTeacher is the teacher of a run, loaded once: when it is first needed, and before the first stage trains.
 
-    It takes no random numbers from others (dropout is off).
+    Loading it sets torch's seed to run.seed, so code that draws random numbers later must set a seed again, as Trainer
+    does. Its forward passes draw none, since dropout is off.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from dsdistill.models.tracer import Tracer
 
 
 class TeacherAhead:
-    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a stream of its own, elsewhere in turn.
+    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a separate stream, elsewhere in turn.
 
     A rank then holds two traces, and the teacher's activations besides the student's. No GPU has run it yet.
     """

@@ -204,7 +204,7 @@ class Trainer:
                 with self._bar() as bar, stopping.training():  # the bar is closed before messages are printed
                     self._run(folder, bar)
         except BackendError as error:  # some appear only at the first call
-            raise UserError("train.backend", str(error), "auto, or one that runs every term") from None
+            raise UserError("train.backend", str(error), "auto, or a backend that runs every term") from None
         except Exception as error:
             place = f"rank {self.ranks.rank}, step {self.progress.step + 1}"
             told = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -387,7 +387,7 @@ class Trainer:
         except checkpoint.Unsaved as error:
             if self._last or ending:
                 raise checkpoint.Unsaved(f"step {step}: {error}") from None
-            log.warning("step %d: %s; training goes on", step, error)
+            log.warning("step %d: %s; training continues", step, error)
         self._saved = time.monotonic()
         if ending:
             raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
@@ -401,7 +401,7 @@ class Trainer:
             with stopping.saving():
                 saving.finish(self.config.run.keep)
         except checkpoint.Unsaved as error:
-            log.warning("step %d: %s; training goes on", saving.step, error)
+            log.warning("step %d: %s; training continues", saving.step, error)
 
     def _resume(self, folder: RunFolder, tag: str | None) -> None:
         if tag is not None:

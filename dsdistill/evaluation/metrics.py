@@ -96,7 +96,7 @@ def perplexity(nll: float, count: int) -> float:
         count: number of predicted tokens.
     """
     if count < 1:
-        raise ValueError(f"perplexity of {count} tokens, expected at least 1")
+        raise ValueError(f"perplexity: got {count} tokens, expected at least 1")
     try:
         return math.exp(nll / count)
     except OverflowError:

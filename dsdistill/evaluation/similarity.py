@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsdistill.evaluation import metrics
 
-ELEMENTS = 2**24  # most cosines in memory at once
+ELEMENTS = 2**24  # most cosines that are in memory together
 TOP = 10
 OF = "_of_"  # stands before the vector length in a score's name
 
@@ -20,7 +20,7 @@ def scores(
 
     Args:
         vectors: (n, D), normalised, of the texts in the set's order; the two texts of a pair follow each other.
-        gold: (n / 2,) human scores of how alike the texts of each pair are; None if there are none.
+        gold: (n / 2,) human scores of how similar the texts of each pair are; None if there are none.
         found: (n / 2, 2) result of `search` for queries and their documents; None for other texts.
         teacher: (n, D_t) vectors of the same texts.
 

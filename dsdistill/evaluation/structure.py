@@ -3,7 +3,7 @@
 Vectors are mean-pooled last-layer states unless said otherwise, of text that neither model trained on and with dropout
 off. Fits use a second such set that shares no example with the first, with at least 10 examples per feature: with fewer
 the maps would learn the examples. The papers that name these metrics print no formulas, so all formulas are this
-project's own readings. No metric is meaningful alone: a model that does not train has the best RCS, a collapsed model
+project's interpretation. No metric is meaningful alone: a model that does not train has the best RCS, a collapsed model
 the highest C.
 """
 
@@ -62,7 +62,7 @@ def change(stages: Sequence[ArrayLike]) -> Change:
     """
     vectors = [_matrix(stage) for stage in stages]
     if len(vectors) < 2:
-        raise ValueError(f"stages: got {len(vectors)}, expected at least 2")
+        raise ValueError(f"points in training: got {len(vectors)}, expected at least 2")
     steps = list(itertools.pairwise(vectors))
     turned = [((1 - _cosines(before, after)) / 2).mean().item() for before, after in steps]
     apart = [1 - debiased_cka(before, after) for before, after in steps]
@@ -203,7 +203,7 @@ def _principal_components(x: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if values.sum() <= 0:
-        raise ValueError("teacher: got vectors that are all alike, expected ones that differ")
+        raise ValueError("teacher: got equal vectors, expected vectors that differ")
     covered = values.cumsum(0) / values.sum()
     count = int((covered < COVERED).sum()) + 1
     return vectors[:, :count], values[:count].sqrt()
@@ -227,7 +227,7 @@ def structural_consistency(
         name: _Level(name, student, teacher, generator) for name, (student, teacher) in levels.items()
     }
     if not measured:
-        raise ValueError("levels: got none, expected at least one")
+        raise ValueError("levels: got none, expected at least one level")
     rho = {name: level.rho() for name, level in measured.items()}
     draws = [
         100 * max(0.0, sum(level.resampled(generator) for level in measured.values()) / len(measured))
@@ -241,7 +241,9 @@ class _Level:
 
     def __init__(self, name: str, student: Sequence, teacher: Sequence, generator: torch.Generator):
         if len(student) != len(teacher):
-            raise ValueError(f"{name}: got {len(student)} and {len(teacher)} groups, expected equally many")
+            raise ValueError(
+                f"{name}: got {len(student)} and {len(teacher)} groups, expected the same number"
+            )
         self.distances: list[tuple[Tensor, Tensor]] = []
         left = UNITS
         for index in torch.randperm(len(student), generator=generator).tolist():
@@ -251,7 +253,7 @@ class _Level:
                 self.distances.append((_distances(mine[chosen]), _distances(other[chosen])))
                 left -= len(chosen)
         if not self.distances:
-            raise ValueError(f"{name}: got no group of 3 units, expected one at least")
+            raise ValueError(f"{name}: got no group of 3 units, expected at least one")
         self.rhos = torch.tensor([_rank_correlation(*pair) for pair in self.distances])
 
     def rho(self) -> float:
@@ -326,5 +328,5 @@ def _matrix(x: ArrayLike) -> Tensor:
 def _pair(x: ArrayLike, y: ArrayLike, at_least: int = 1) -> tuple[Tensor, Tensor]:
     x, y = _matrix(x), _matrix(y)
     if len(x) != len(y) or len(x) < at_least:
-        raise ValueError(f"got {len(x)} and {len(y)} vectors, expected equally many, at least {at_least}")
+        raise ValueError(f"got {len(x)} and {len(y)} vectors, expected the same number, at least {at_least}")
     return x, y

@@ -14,7 +14,7 @@ from dsdistill.config import UserError
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "jiwer": "jiwer"}
 
-# Words of letters and digits in any script; each Chinese, Japanese or Korean character is a word of its own.
+# Words of letters and digits in any script; each Chinese, Japanese or Korean character is one word.
 _EAST = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_EAST}]|[^\W_{_EAST}]+")
 

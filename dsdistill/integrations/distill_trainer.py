@@ -409,7 +409,9 @@ def _check(args: TrainingArguments, trainer: Mapping[str, Any]) -> None:
         raise UserError(f"{ORIGIN}: args.fsdp", args.fsdp, "DeepSpeed or data parallel ranks")
     if args.n_gpu > 1:
         got = f"one process with {args.n_gpu} GPUs"
-        raise UserError(ORIGIN, got, "a process a GPU, by torchrun, accelerate launch or deepspeed")
+        raise UserError(
+            ORIGIN, got, "one process per GPU, started by torchrun, accelerate launch or deepspeed"
+        )
 
 
 def _gathering(teacher: PreTrainedModel | Callee | None) -> PreTrainedModel | Callee | None:

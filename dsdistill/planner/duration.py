@@ -87,7 +87,7 @@ def check_rate(peak: float | None, utilisation: float, dtype: str, *, gpu: bool)
     peak: peak operations per second; None: an A100's in train.dtype. Raises UserError for an invalid peak or share.
     """
     if not 0 < utilisation <= 1:
-        raise UserError("--utilisation", utilisation, "a share above 0, at most 1")
+        raise UserError("--utilisation", utilisation, "a share above 0 and at most 1")
     if peak is None:
         return utilisation * PEAKS[dtype] if gpu else None
     if not 0 < peak < float("inf"):

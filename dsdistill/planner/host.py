@@ -151,7 +151,10 @@ def _copied(parts: Parts, zero: Settings, ranks: int) -> float:
 
 
 def _stored(config: Config) -> int:
-    """Return bytes per value in the teacher's files: 2 for a language model with a path, else 4."""
+    """Return the assumed bytes per value in the teacher's files, which a plan does not read.
+
+    2 (half precision) for a language model with a path; 4 (float32) for other tasks and without a path.
+    """
     return 2 if config.teacher.path is not None and config.task in LANGUAGE else 4
 
 

@@ -1,4 +1,4 @@
-"""Print a plan: the tables, the JSON, and the line that says why a run does not fit."""
+"""Write a plan as tables and as JSON, and the line that says why a run does not fit."""
 
 import dataclasses
 from collections import Counter
@@ -26,7 +26,7 @@ def table(plan: Plan, config: Config, world_size: int, memory: int, host_memory:
         f"{world_size} rank(s), micro-batches of {train.micro_batch_size} × {config.data.max_length} tokens, "
         f"{train.dtype}{stage}"
     )
-    reserve = f" + {plan.reserve / GIB:g} set aside for CUDA and NCCL" if plan.reserve else ""
+    reserve = f" + {plan.reserve / GIB:g} reserved for CUDA and NCCL" if plan.reserve else ""
     need = plan.peak + plan.reserve
     verdict = f"peak: {plan.peak / GIB:.2f} GiB ({plan.highest}){reserve} = {need / GIB:.2f} of {memory / GIB:.2f} GiB"
     tail = [f"  {name}: {size / MIB:,.0f} MiB" for name, size in plan.instead.items()]
@@ -36,9 +36,9 @@ def table(plan: Plan, config: Config, world_size: int, memory: int, host_memory:
     highest = max(plan.node, key=lambda moment: plan.node[moment].total())
     return "\n".join(
         [
-            *(head, "", *_grid("MiB a rank", plan.phases), "", verdict, "not part of it:", *tail, ""),
-            *(*_grid("MiB of host memory a node", plan.node), ""),
-            f"host memory: {plan.host / GIB:.2f} GiB a node ({highest}){of}",
+            *(head, "", *_grid("MiB per rank", plan.phases), "", verdict, "not included:", *tail, ""),
+            *(*_grid("MiB of host memory per node", plan.node), ""),
+            f"host memory: {plan.host / GIB:.2f} GiB per node ({highest}){of}",
             _disk(plan, config),
             *_time(plan, config),
         ]
@@ -73,12 +73,12 @@ def _time(plan: Plan, config: Config) -> list[str]:
     if plan.time is None:
         return []
     time = plan.time
-    line = f"time: {time.tokens:,.0f} tokens/s, {time.step:.1f} s a step"
+    line = f"time: {time.tokens:,.0f} tokens/s, {time.step:.1f} s per step"
     if time.seconds is not None:
         line += f", {time.seconds / DAY:.2f} days for {config.train.steps:,} steps"
     total = sum(time.operations.values())
     shares = ", ".join(f"{name} {value / total:.0%}" for name, value in time.operations.items())
-    return [line, f"  {total / 1e9:,.1f} billion operations a token: {shares}"]
+    return [line, f"  {total / 1e9:,.1f} billion operations per token: {shares}"]
 
 
 def refusal(plan: Plan, memory: int, host_memory: int | None = None) -> str | None:
@@ -100,6 +100,6 @@ def refusal(plan: Plan, memory: int, host_memory: int | None = None) -> str | No
 def _lacks(what: str, need: int, room: int, held: Counter) -> str:
     owner, size = held.most_common(1)[0]
     return (
-        f"{what}: {need / GIB:.2f} GiB are needed, {(need - room) / GIB:.2f} more than there are; "
-        f"the most goes to {owner} ({size / GIB:.2f} GiB)"
+        f"{what}: {need / GIB:.2f} GiB are needed, {(need - room) / GIB:.2f} more than available; "
+        f"{owner} takes the most ({size / GIB:.2f} GiB)"
     )

@@ -118,7 +118,7 @@ class Forecast:
 
     def phases(self, stage: Stage, size: int, checkpointing: bool) -> dict[str, Counter]:
         """Return bytes by owner at the highest moment of each phase, with micro-batches of `size`."""
-        log.info("rehearsing a step of stage %s with micro-batches of %d", stage.name, size)
+        log.info("rehearsing a step of stage %s with micro-batches of %d examples", stage.name, size)
         accumulates = size * self.world_size < self.config.train.batch_size
         rank = dataclasses.replace(
             self.rank, zero=dataclasses.replace(self.rank.zero, accumulates=accumulates)

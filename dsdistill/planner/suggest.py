@@ -1,4 +1,4 @@
-"""Propose settings that fit, as overrides that can be typed: `dsdistill plan CONFIG --suggest`."""
+"""Propose settings that fit, as overrides for the command line: `dsdistill plan CONFIG --suggest`."""
 
 import itertools
 import logging
@@ -58,7 +58,7 @@ def suggest(
             sizes = _sizes(config, world_size)
             forecast = Forecast(make((*overrides, f"train.micro_batch_size={sizes[0]}")), world_size, gpu=gpu)
         except UserError as error:  # such as an optimizer that cannot be offloaded
-            log.info("not proposed: %s", error)
+            log.info("some settings are not proposed: %s", error)
             refused = error
             continue
         least, node = _least(forecast), peak(forecast.node(ranks, 0))
@@ -166,7 +166,7 @@ def proposals(tried: Sequence[Proposal], memory: int) -> str:
         lines = [f"proposed: {_words(tried[-1])}", f"  {_needs(tried[-1], memory)}"]
     else:
         lines = [
-            "proposed: nothing, as none of these fits; more ranks, shorter sequences or smaller models would"
+            "proposed: nothing, as none of these fits; use more ranks, shorter sequences or smaller models"
         ]
     others = [one for one in tried if not one.fits]
     lines += [f"  not {_words(one)}: {_needs(one, memory)}" for one in others]
@@ -179,5 +179,5 @@ def _words(one: Proposal) -> str:
 
 def _needs(one: Proposal, memory: int) -> str:
     if one.host is None:
-        return f"more than {one.needs / GIB:.2f} GiB a rank of {memory / GIB:.2f}"
-    return f"{one.needs / GIB:.2f} GiB a rank of {memory / GIB:.2f}, {one.host / GIB:.2f} GiB of host memory a node"
+        return f"more than {one.needs / GIB:.2f} of {memory / GIB:.2f} GiB per rank"
+    return f"{one.needs / GIB:.2f} of {memory / GIB:.2f} GiB per rank, {one.host / GIB:.2f} GiB of host memory per node"

@@ -1,4 +1,4 @@
-"""Draw how scores change along the axis of a study, as PNG."""
+"""Draw as PNG how scores change along the axis of a study."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from dsdistill.report.study import Study
 from dsdistill.report.summary import title
 
 PICTURE = "axis.png"
-MOST = 6  # scores that are drawn
+MOST = 6  # most scores that are drawn
 
 
 def axis_plot(study: Study, rows: Mapping[str, Sequence[Mapping[str, Any]]], picture: str) -> None:
@@ -30,7 +30,7 @@ def axis_plot(study: Study, rows: Mapping[str, Sequence[Mapping[str, Any]]], pic
     drawn = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     numbers = [value for value in study.values if isinstance(value, int | float)]
     places: dict[float | str, float] = {value: value for value in numbers}
-    if len(numbers) < len(study.values):  # names stand side by side
+    if len(numbers) < len(study.values):  # names are placed at equal distances
         places = {value: place for place, value in enumerate(dict.fromkeys(study.values))}
     for axes, score in zip(drawn, shown, strict=True):
         for (name, cells), colour in zip(study.curves().items(), COLOURS * len(study.cells), strict=False):

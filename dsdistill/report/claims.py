@@ -1,4 +1,4 @@
-"""Judge what a paper claims by the runs of a comparison: by the same seeds, paired."""
+"""Judge what a paper claims by the runs of a comparison, paired by their seeds."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from dsdistill.report.summary import metric, title
 
 REPRODUCED, REVERSED, NOT_SEEN = "reproduced", "reversed", "not seen"
 LEVEL = 0.95  # of the one-sided test
-# Scores of which less is better.
+# Scores that are better if they are lower.
 LOWER = {"loss", "kl", "perplexity", "cer", "rcs", "cka_distance", "distance", "latency_ms", "parameters"}
 
 Scores = Mapping[str, Sequence[Mapping[str, float]]]
@@ -19,7 +19,7 @@ Scores = Mapping[str, Sequence[Mapping[str, float]]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """A Verdict is what the runs say of one claim."""
+    """A Verdict is what the runs say about one claim."""
 
     claim: str  # in words
     score: str
@@ -29,12 +29,12 @@ class Verdict:
 
 
 def verdicts(study: Study, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Verdict]:
-    """Return the verdict on each claim, those of several pairs or curves one by one.
+    """Return the verdicts on all claims; a claim about several pairs or curves has one for each.
 
-    A claim is reproduced if the mean over the seeds of the paired difference, in the claimed direction, exceeds t
-    standard errors, t being the 95% quantile of Student's distribution (2.92 for three seeds); it is reversed if the
-    opposite does; else it is not seen. The difference of a trend is the least-squares slope of each seed, by steps
-    along the axis.
+    Each seed gives one difference, positive in the claimed direction. A claim is reproduced if the mean of these
+    differences exceeds t standard errors, where t is the 95% quantile of Student's distribution (2.92 for three seeds).
+    It is reversed if the mean is below −t standard errors, and otherwise not seen. For a trend, the difference is the
+    least-squares slope over the values of the axis, numbered 0, 1, 2, …
 
     rows: summaries of the runs of each cell, in the order of the seeds.
     """
@@ -60,24 +60,24 @@ def rows_of(found: Sequence[Verdict]) -> list[list[str]]:
 
 
 def legend(seeds: int) -> str:
-    """Return what the verdicts mean, with the quantile for so many seeds."""
-    limit = f"{quantile(seeds):.2f} standard errors" if seeds > 1 else "its error, which takes two seeds,"
+    """Return what the verdicts mean, with the quantile for this number of seeds."""
+    limit = f"{quantile(seeds):.2f} standard errors" if seeds > 1 else "its error (which needs two seeds)"
     return (
-        f"Verdicts: reproduced if the paired difference over the seeds, in the claimed direction, exceeds {limit} "
-        "(one-sided 95%); reversed if the opposite does; else not seen. The difference of a trend is its slope by step "
-        "of the axis."
+        f"Verdicts: reproduced if the mean difference of the seeds, in the claimed direction, exceeds {limit} "
+        "(one-sided 95%); reversed if the opposite difference does; otherwise not seen. The difference of a trend is "
+        "its slope from one value of the axis to the next."
     )
 
 
 def quantile(seeds: int) -> float:
-    """Return the 95% quantile of Student's distribution for the mean of so many differences."""
+    """Return the 95% quantile of Student's distribution for a mean over `seeds` differences."""
     from scipy.stats import t  # slow to import
 
     return float(t.ppf(LEVEL, seeds - 1))
 
 
 def _rivals(study: Study, claim: Claim) -> list[str]:
-    """Return the cells that a best one is compared with: the others of its curve, or all."""
+    """Return the cells that the best one is compared with: the others of its curve, or of the table without an axis."""
     if not claim.best:
         return []
     curves = study.curves() if study.axis else {}

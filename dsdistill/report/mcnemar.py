@@ -1,4 +1,4 @@
-"""Test whether one of two methods is right on more examples, each seed by itself (McNemar 1947, in its exact form)."""
+"""Test whether one of two methods is right on more examples, for each seed alone (McNemar 1947, the exact form)."""
 
 import os
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from dsdistill.report.run_files import PREDICTIONS, RunFiles
 from dsdistill.report.study import Study
 from dsdistill.report.summary import metric, title
 
-Right = dict[str, tuple[tuple[str, ...], np.ndarray]]  # examples of each dev set, and which of them are right
+Right = dict[str, tuple[tuple[str, ...], np.ndarray]]  # ids of each dev set's examples, and which are right
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Paired is what two methods get right of one dev set, a number for each seed that both have."""
+    """A Paired holds what two methods get right in one dev set: one number for each seed that both have."""
 
     first: str
     second: str
     name: str  # of the dev set
-    only_first: tuple[int, ...]  # examples that the first alone gets right
+    only_first: tuple[int, ...]  # number of examples that only the first gets right
     only_second: tuple[int, ...]
     p: tuple[float, ...]  # two-sided
 
 
 def paired(path: str, runs: dict[str, list[Run]], study: Study | None) -> list[Paired]:
-    """Return the tests of all pairs of methods that a study claims to differ in accuracy, on each dev set."""
+    """Return a test on each dev set for every pair of methods whose accuracies differ, as the study claims."""
     pairs: dict[tuple[str, str], None] = {}
     for claim in study.claims if study is not None else ():
         if metric(claim.metric) == "accuracy":
@@ -51,7 +51,10 @@ def paired(path: str, runs: dict[str, list[Run]], study: Study | None) -> list[P
 
 
 def exact(first: int, second: int) -> float:
-    """Return the two-sided p of so many examples that only one of two methods gets right, if each is equally likely."""
+    """Return the two-sided p-value, if each example that only one method gets right is equally likely for both.
+
+    first, second: number of examples that only the first, or only the second, method gets right.
+    """
     from scipy.stats import binomtest  # slow to import
 
     return float(binomtest(first, first + second).pvalue) if first + second else 1.0
@@ -59,7 +62,7 @@ def exact(first: int, second: int) -> float:
 
 def rows_of(found: Sequence[Paired]) -> list[list[str]]:
     """Return the header and the rows of a table of tests."""
-    head = ["methods", "in", "right: the first alone", "the second alone", "p"]
+    head = ["methods", "in", "only the first right", "only the second right", "p"]
     return [
         head,
         *(
@@ -72,7 +75,8 @@ def rows_of(found: Sequence[Paired]) -> list[list[str]]:
 def legend() -> str:
     """Return what the numbers of the table mean."""
     return (
-        "For each seed: the examples that only one of the two gets right, and McNemar's exact p (two-sided)."
+        "For each seed: how many examples only one of the two gets right, and the p-value of McNemar's exact test "
+        "(two-sided)."
     )
 
 

@@ -27,7 +27,7 @@ def table(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) -> 
     """Return a Markdown table: the teacher's scores, then each method's, mean ± standard deviation over its runs.
 
     rows: summaries by method; the scores are those of its student. study: its scores are the columns, and the published
-    numbers stand in brackets.
+    numbers are in brackets.
     """
     columns, lines = cells(rows, study)
     head = [HEAD + " " + " | ".join(map(title, columns)) + " |", "|---|---:|" + "---:|" * len(columns)]
@@ -44,13 +44,13 @@ def legend(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) ->
     """Return what the lines of a table of methods mean."""
     told = ["Mean ± standard deviation over the finished runs of a method."]
     if study is not None and study.published:
-        told.append("In brackets: what the paper prints.")
+        told.append("In brackets: the published numbers.")
     runs = [run["models"] for of in rows.values() for run in of]
     if any("start" in models for models in runs):
         told.append(f"{START}.")
     if any(metric(score) == "texts_per_second" for models in runs for score in models["student"]):
         told.append(
-            "sentences/s: forward passes of each model on the dev set, all processes of its run together."
+            "sentences/s: forward passes of each model on the dev set, with all processes of the run."
         )
     return told
 

@@ -29,9 +29,7 @@ def write_page(path: str) -> str:
         raise UserError(path, "no such folder", "the folder of a run or of a comparison")
     target = os.path.join(path, PAGE)
     if os.path.lexists(target) and not _ours(target):
-        raise UserError(
-            target, "a file that dsdistill did not write", "no file of this name, or another name for it"
-        )
+        raise UserError(target, "a file that dsdistill did not write", "no file of this name: rename it")
     disk.check_writable(path, path)
     if is_run(path):
         title, parts = run_page.content(path)

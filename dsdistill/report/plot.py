@@ -42,7 +42,7 @@ def read_log(path: str) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             if i < len(lines):
-                raise UserError(f"{path}, line {i}", error, "one JSON object a line") from error
+                raise UserError(f"{path}, line {i}", error, "one JSON object on each line") from error
     return records
 
 

@@ -1,6 +1,6 @@
-"""What a comparison is to show: its cells, the published numbers beside them, and the claims that are put to the test.
+"""Define what a comparison shows: its cells, the published numbers next to them, and the claims that it tests.
 
-DIR/study.json keeps it beside the runs, so that `dsdistill report DIR` shows the same as `dsdistill compare`.
+DIR/study.json keeps this with the runs, so that `dsdistill report DIR` shows the same as `dsdistill compare`.
 """
 
 import json
@@ -22,8 +22,8 @@ _BYTES = 2**20
 class Claim:
     """A Claim is one statement of a paper about one score.
 
-    Exactly one is given: order, names of cells from best to worst; best, the cell that is better than all others; or
-    trend, how the score changes along the axis (up, down) or what becomes of the model (better, worse).
+    Exactly one of these is given: order, the names of cells from best to worst; best, the cell that is better than all
+    others; trend, how the score changes along the axis: it rises (up), falls (down), gets better or gets worse.
     """
 
     metric: str
@@ -34,13 +34,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """A Study is what a plan says beside its runs."""
+    """A Study is what a plan says in addition to its runs."""
 
     cells: tuple[str, ...]  # names, in the order of the table
     folders: tuple[str, ...]  # of the cells
     title: str = ""
     axis: str = ""  # title of the axis, if the cells are its values
-    values: tuple[float | str, ...] = ()  # of the cells on the axis
+    values: tuple[float | str, ...] = ()  # the value of each cell on the axis
     series: tuple[str, ...] = ()  # which curve each cell belongs to
     metrics: tuple[str, ...] = ()  # () for all
     published: dict[str, tuple[float | None, ...]] = field(
@@ -70,7 +70,7 @@ class Study:
 
 
 def read_study(folder: str) -> Study | None:
-    """Return the study of a comparison's folder; None if it has none, or one that nobody can read."""
+    """Return the study of a comparison's folder; None if it has none, or one that cannot be read."""
     try:
         found = read_json(str(Path(folder, STUDY)), _BYTES)
         return _study(found)
@@ -105,5 +105,5 @@ def _study(found: Mapping[str, Any]) -> Study:
 
 def _texts(values: Sequence[Any]) -> tuple[str, ...]:
     if isinstance(values, str):
-        raise TypeError("a text in place of a list")
+        raise TypeError("a text instead of a list")
     return tuple(map(str, values))

@@ -126,7 +126,7 @@ def facts(summary: dict[str, Any]) -> list[str]:
     if "seconds" in summary:
         found.append(_duration(summary["seconds"]))
     if "peak_memory_mib" in summary:
-        found.append(f"{summary['peak_memory_mib']:,} MiB at most a process")
+        found.append(f"at most {summary['peak_memory_mib']:,} MiB per process")
     return [fact for fact in found if fact]
 
 
@@ -141,25 +141,25 @@ def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) 
     if "recall_1" in found:
         told.append("recall, MRR, nDCG: of each query's document among all documents of the dev set")
     if any(_length(score)[1] for score in found):
-        told.append("values: of so many first ones of each vector (Matryoshka), normalised again")
+        told.append("N values: scores of the first N values of each vector (Matryoshka), normalised again")
     if "teacher_spearman" in found:
         told.append(
-            "to teacher: of the cosines of texts with the teacher's; distance: 1 - cosine of the two vectors"
+            "to teacher: correlation of the models' cosines between texts; distance: 1 - cosine of the two vectors"
         )
     if "rcs" in found:
         told.append(
-            "RCS: how far the representations turned on the way, 0 to 1; 0 too for a model that never moved"
+            "RCS: how much the representations changed in training, 0 to 1; a model that does not train has 0"
         )
     if "bleu" in found:
         told.append(
-            "BLEU (0 to 100), ROUGE (F1) and CER (edits a character): of what is written after prompts"
+            "BLEU (0 to 100), ROUGE (F1) and CER (edits per character): scores of the texts that follow the prompts"
         )
         told.append(f"BLEU: {summary.get('bleu_signature', 'by sacreBLEU')}")
     if "latency_ms" in found:
-        told.append("latency: median time of one example by itself, one process")
+        told.append("latency: median time of a single example, on one process")
     if "tokens_per_second" in found:
         units = "tokens/s, sentences/s" if "texts_per_second" in found else "tokens/s"
-        told.append(f"{units}: forward passes on the dev set, all processes together")
+        told.append(f"{units}: forward passes on the dev set, with all processes")
     return told
 
 

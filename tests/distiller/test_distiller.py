@@ -318,7 +318,7 @@ class TestRefusals:
             with pytest.raises(UserError, match=r"counts: got .*, expected a list of a step's micro-batches"):
                 distiller.counts(given)
         with pytest.raises(
-            UserError, match=r"Distiller: backend: got .*, expected auto, or one that runs every term"
+            UserError, match=r"Distiller: backend: got .*, expected auto, or a backend that runs every term"
         ):
             distiller(batch())
 

@@ -62,7 +62,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages(elastic, tmp_path):
         (6, "2 rank(s) in ZeRO stage 2", "2 in stage 3"),
         (8, "2 rank(s) in ZeRO stage 3", "1 in stage 2"),
     ):
-        assert f"step-{step:08d} was saved by {before}; this run goes on with {after}" in log
+        assert f"step-{step:08d} was saved by {before}; this run continues with {after}" in log
 
     expected, got = losses(tmp_path / "undisturbed"), losses(tmp_path / "changing")
     assert len(got) == len(expected) == 10

@@ -251,7 +251,7 @@ def test_a_run_goes_on_with_as_many_pairs_at_once_as_before(runs):
     others = [f"terms.{name}=null" for name in ("pkt", "hidden", "attention", "pairwise")]
     config = load([str(runs / "one.yaml"), *others])
     assert checkpoint.check(str(runs / "one"), config, 1) is not None
-    with pytest.raises(UserError, match=r"got 16, expected 8, as it was saved with: terms.task relates"):
+    with pytest.raises(UserError, match=r"got 16, expected 8, as in this checkpoint: terms.task compares"):
         checkpoint.check(str(runs / "one"), config, 2)
     alone = load([str(runs / "one.yaml"), *others, "terms.task=null"])
     assert checkpoint.check(str(runs / "one"), alone, 2) is not None

@@ -35,7 +35,9 @@ def test_stops_at_the_limit_and_says_what_went_bad(tmp_path, batches):
     assert not guard.finite(1, report(task=1.0, hidden=math.nan), batches, last=False)
     assert guard.finite(2, report(task=1.0, hidden=2.0), batches, last=False)  # in a row, not in all
     assert not guard.finite(3, report(task=math.inf, hidden=2.0), batches, last=False)
-    with pytest.raises(RunError, match=r"step 4: 2 step\(s\) in a row are not finite, in hidden: "):
+    with pytest.raises(
+        RunError, match=r"step 4: 2 step\(s\) in a row with values that are not finite, in hidden: "
+    ):
         guard.finite(4, report(task=1.0, hidden=math.nan), batches, last=False)
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 3, 4]
@@ -74,7 +76,8 @@ def test_a_gradient_alone_counts_too(tmp_path, batches):
     assert guard.finite(2, report(task=1.0), batches, last=False)
     assert not guard.finite(3, report(task=math.nan), batches, last=False)
     with pytest.raises(
-        RunError, match=r"step 4: 2 step\(s\) in a row are not finite, in the gradient alone: "
+        RunError,
+        match=r"step 4: 2 step\(s\) in a row with values that are not finite, in the gradient alone: ",
     ):
         guard.finite(4, report(task=1.0), batches, last=False, gradient=False)
 

@@ -112,7 +112,7 @@ def test_what_changed_is_named(own, tmp_path, case):
     with pytest.raises(UserError) as caught:
         check_origins(folder, origins(prepare(config, world_size=1)))
     assert str(caught.value).startswith(
-        f"{folder.path}: {named}: got other contents than this run began with"
+        f"{folder.path}: {named}: got contents that differ from those at this run's start"
     )
 
 
@@ -135,7 +135,9 @@ def test_a_note_of_before_there_were_stores_is_compared_as_it_was_made(own, tmp_
     check_origins(folder, origins(prepared), prepared.data)
     _relabel(tmp_path)
     changed = prepare(config, world_size=1)
-    with pytest.raises(UserError, match=r"data\.train: got other contents than this run began with"):
+    with pytest.raises(
+        UserError, match=r"data\.train: got contents that differ from those at this run's start"
+    ):
         check_origins(folder, origins(changed), changed.data)
 
 
@@ -153,7 +155,7 @@ def test_a_run_that_was_cut_short_ends_in_one_line(own, tmp_path):
     done = command("train", path, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "dsdistill: " in line)
-    assert f"{run}: teacher.path: got other contents than this run began with" in line
+    assert f"{run}: teacher.path: got contents that differ from those at this run's start" in line
     assert {name: value for name, value in snapshot(run).items() if name != "loss.png"} == kept
     (tmp_path / "models" / "teacher" / "model.safetensors").write_bytes(weights)
     (run / SOURCES).unlink()

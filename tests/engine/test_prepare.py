@@ -190,7 +190,7 @@ def test_weights_of_classes(settings, given, weights):
     [
         ([1, 2], "train.class_weights: got 2 weights, expected one for each of the classes a, b, c"),
         ({"d": 1}, "train.class_weights.d: got no class, expected one of the classes a, b, c"),
-        ([0, 0, 0], "train.class_weights: got weights of 0 alone, expected one above 0"),
+        ([0, 0, 0], "train.class_weights: got only weights of 0, expected at least one above 0"),
     ],
 )
 def test_weights_of_other_classes(settings, given, message):

@@ -87,7 +87,7 @@ def test_resume_is_exact(with_dropout, tmp_path):
         file.write(bytes([byte[0] ^ 1]))
 
     log = run_configs([undisturbed, killed])
-    assert f"{tags[-1]} is passed over: {largest.name} has changed" in log
+    assert f"{tags[-1]} cannot be used: {largest.name} has changed" in log
     assert f"resuming from {tags[-2]}" in log
 
     expected, got = losses(tmp_path / "undisturbed"), losses(tmp_path / "killed")
@@ -242,9 +242,7 @@ def test_a_run_without_a_good_checkpoint_does_not_begin_anew_by_itself(settings,
     config, found = make_config(settings), make_checkpoint(tmp_path, 1)
     assert checkpoint.check(str(tmp_path), config, 2) == found.name
     (found / "weights.bin").write_bytes(b"short")
-    refusal = (
-        r"checkpoints: got no checkpoint that verifies \(step-00000001: weights.bin has changed\), expected "
-    )
+    refusal = r"checkpoints: got no intact checkpoint \(step-00000001: weights.bin has changed\), expected "
     with pytest.raises(UserError, match=refusal):
         checkpoint.check(str(tmp_path), config, 2)
     (found / "manifest.json").unlink()  # the pointer tells that it was whole

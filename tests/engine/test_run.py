@@ -106,7 +106,7 @@ def test_recipe_baseline_evaluate_export(settings, home):
         )
         done = command("evaluate", run, cwd=home)
         assert done.returncode == 0, done.stderr
-        assert ("evaluating in fp32" in done.stderr) == (dtype == "fp16")
+        assert ("it is evaluated in fp32" in done.stderr) == (dtype == "fp16")
         again = json.loads((run / "summary.json").read_text())["models"]
         for name in ("teacher", "student"):
             for metric in ("accuracy", "kl"):

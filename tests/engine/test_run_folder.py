@@ -113,7 +113,7 @@ class TestFullDisk:
             filler.write_bytes(bytes(2**20))
         for step in range(2, 200):
             folder.log({"step": step, "padding": "x" * 100})
-        assert caplog.text.count("waits, training goes on: the disk is full") == 1
+        assert caplog.text.count("cannot be written now, training continues: the disk is full") == 1
         filler.unlink()
         folder.log({"step": 200})
         steps = [json.loads(line)["step"] for line in Path(folder / METRICS).read_text().splitlines()]
@@ -206,7 +206,10 @@ def test_a_removed_checkpoint_takes_no_file_of_the_users_along(tmp_path, caplog)
     (first / "why-this-one-matters.md").write_text("mine")
     for step in (2, 3):
         make_checkpoint(tmp_path, step)
-    assert "checkpoint step-00000001 stays: [Errno 39] it holds why-this-one-matters.md" in caplog.text
+    assert (
+        "checkpoint step-00000001 could not be removed: [Errno 39] it holds why-this-one-matters.md"
+        in caplog.text
+    )
     assert (first / "why-this-one-matters.md").exists() and checkpoint.damage(str(first)) is None
 
 
@@ -367,7 +370,7 @@ def test_a_manifest_that_is_none_makes_no_run(config, refused, tmp_path, manifes
     path = tmp_path / "run" / "checkpoints" / "step-00000001" / "manifest.json"
     path.parent.mkdir(parents=True)
     path.write_text(manifest)
-    assert "which holds checkpoints and no run" in refused("train", config())
+    assert "which holds checkpoints but no run" in refused("train", config())
 
 
 def test_a_finished_run_of_before_whose_checkpoints_are_gone(config, tmp_path):

@@ -55,7 +55,7 @@ ALONE = {
     ),
     "INT again": ("nothing", {"dir": "INT"}, 0, None, 10),
 }
-VAIN = "rank 0 waited 0.2 minutes (run.timeout) for another rank in vain: "
+VAIN = "rank 0 waited 0.2 minutes (run.timeout) for another rank, which did not answer: "
 # Two ranks, in the same form.
 TWO = {
     "undisturbed": ("nothing", {}, 0, None, 10),

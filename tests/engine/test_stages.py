@@ -126,8 +126,11 @@ def test_ends():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"freeze": ["*layer.9*"]}, r"stages.0.freeze: got \*layer.9\*, which names nothing"),
-        ({"freeze": ["*"]}, "stages.0.freeze: got every parameter, expected some left to train"),
+        ({"freeze": ["*layer.9*"]}, r"stages.0.freeze: got \*layer.9\*, which matches no parameter"),
+        (
+            {"freeze": ["*"]},
+            "stages.0.freeze: got patterns that match every parameter, expected some parameters left to train",
+        ),
         ({"terms": {"smooth": {}}}, "stages.0.terms.smooth: got no stage before this one"),
         (
             {"terms": {"hidden": {"layers": "emd", "layer_weights": "dynamic"}}},

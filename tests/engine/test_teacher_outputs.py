@@ -156,7 +156,7 @@ def test_a_damaged_file_is_made_again(keeper, caplog):
     kept.path.write_bytes(kept.path.read_bytes()[:-9])
     with caplog.at_level(logging.WARNING, "dsdistill"):
         assert keeper().find() is None
-    assert [r.getMessage() for r in caplog.records] == [f"{kept.path} is damaged and made again"]
+    assert [r.getMessage() for r in caplog.records] == [f"{kept.path} is damaged and is made again"]
 
 
 def test_a_cache_that_cannot_be_written_keeps_nothing(keeper, tmp_path, caplog):
@@ -167,7 +167,7 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(keeper, tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING, "dsdistill"):
         kept.keep(MADE)
-    assert len(caplog.records) == 1 and "are not kept in the cache" in caplog.records[0].getMessage()
+    assert len(caplog.records) == 1 and "cannot be kept in the cache" in caplog.records[0].getMessage()
     assert kept.find() is MADE  # for this run
 
 

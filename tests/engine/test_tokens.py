@@ -154,7 +154,7 @@ class TestOwnTokenizers:
     def test_another_of_the_data_is_refused(self, config, refused, other, change):
         line = refused("train", config({"data.tokenizer": other(getattr(self, change))}))
         assert "data.tokenizer: got a tokenizer " in line and line.endswith(
-            "the teacher's own, or an equal one"
+            "the teacher's tokenizer, or an equal one"
         )
 
     def test_other_capitals_are_refused(self, config, refused, other, models_dir, tmp_path):

@@ -332,13 +332,13 @@ class TestCommand:
         found = json.loads(out.read_text())
         assert found["peak"] == max(sum(phase.values()) for phase in found["phases"].values())
         assert f"peak: {found['peak'] / 2**30:.2f} GiB" in printed.out
-        assert f"host memory: {found['host'] / 2**30:.2f} GiB a node" in printed.out
+        assert f"host memory: {found['host'] / 2**30:.2f} GiB per node" in printed.out
         assert (
             "of 64.00 GiB" in printed.out
             and f"{found['disk']['at most'] / 2**30:.2f} GiB at most" in printed.out
         )
         assert found["time"]["tokens"] == pytest.approx(1e12 / sum(found["time"]["operations"].values()))
-        assert f"{found['time']['step']:.1f} s a step" in printed.out
+        assert f"{found['time']['step']:.1f} s per step" in printed.out
         owners = {owner for phase in found["phases"].values() for owner, size in phase.items() if size}
         assert owners >= OWNERS
         # 2 × 128 tokens, float32: maps of 4 layers of 6 heads and of 4 layers of 8.
@@ -370,7 +370,7 @@ class TestCommand:
             (["--gpu-memory", "80"], "--gpu-memory: got '80', expected a size such as 80GiB"),
             (["--host-memory", "much"], "--host-memory: got 'much', expected a size such as"),
             (["--ranks-per-node", 2], "--ranks-per-node: got 2, expected 1 to 1"),
-            (["--utilisation", 2], "--utilisation: got 2.0, expected a share above 0, at most 1"),
+            (["--utilisation", 2], "--utilisation: got 2.0, expected a share above 0 and at most 1"),
             (["--world-size", 0], "--world-size: got 0, expected 1 or more"),
             (["--world-size", 3], "train.batch_size: got 4, expected a multiple"),
             (["terms.attention.heads=match"], "terms.attention.heads: got match for 6 student and 8"),
@@ -388,8 +388,8 @@ def test_a_host_without_room():
     assert refusal(plan, 2**30) is None and refusal(plan, 2**30, 8 * 2**30) is None
     line = refusal(plan, 2**30, 6 * 2**30)
     assert line == (
-        "does not fit into the host memory of a node (saving): 8.00 GiB are needed, 2.00 more than there are; "
-        "the most goes to b (5.00 GiB)"
+        "does not fit into the host memory of a node (saving): 8.00 GiB are needed, 2.00 more than available; "
+        "b takes the most (5.00 GiB)"
     )
     assert "host" not in refusal(plan, 2**29, 6 * 2**30)
 

@@ -64,7 +64,7 @@ def test_words_that_can_be_typed():
     text = proposals(suggest(config_of, 1, memory, gpu=False, ranks=1), memory)
     assert re.match(
         r"\nproposed: train\.micro_batch_size=16 teacher\.zero_stage=0 student\.zero_stage=1 "
-        r"student\.gradient_checkpointing=false\n  \d+\.\d\d GiB a rank of 64\.00, \d+\.\d\d GiB of host",
+        r"student\.gradient_checkpointing=false\n  \d+\.\d\d of 64\.00 GiB per rank, \d+\.\d\d GiB of host",
         text,
     ), text
 

@@ -68,7 +68,7 @@ def test_table():
     assert max(map(len, lines)) <= 100
     assert (
         lines[0]
-        == "quick | classification | 600 steps on 2 processes | 3 min 12 s | 1,633 MiB at most a process"
+        == "quick | classification | 600 steps on 2 processes | 3 min 12 s | at most 1,633 MiB per process"
     )
     cells = [line.split() for line in lines[4:7]]
     assert cells == [
@@ -110,7 +110,7 @@ def test_scores_of_first_values_follow_that_of_all():
         "recall@10", "recall@10, 1024 values", "recall@10, 128 values (a)", "recall@10, 64 values", "MRR@10",
     ]  # fmt: skip
     assert re.split("  +", text.splitlines()[2].strip()) == titles
-    assert "values: of so many first ones" in text
+    assert "N values: scores of the first N values" in text
 
 
 @pytest.mark.parametrize("seconds, shown", [(7.64, "7.6 s"), (59.9, "1 min 00 s"), (7260, "2 h 01 min")])
@@ -173,7 +173,7 @@ def test_cut_last_line_is_left_out(tmp_path):
         (None, r"metrics\.jsonl: got No such file"),
         ("", r"metrics\.jsonl: got no line with a loss"),
         ('{"step": 1, "evaluation": {}}\n', r"metrics\.jsonl: got no line with a loss"),
-        ('{"st\n{"step": 1}\n', r"metrics\.jsonl, line 1: got .*, expected one JSON object a line"),
+        ('{"st\n{"step": 1}\n', r"metrics\.jsonl, line 1: got .*, expected one JSON object on each line"),
     ],
 )
 def test_refusals(tmp_path, content, message):

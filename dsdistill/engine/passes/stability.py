@@ -1,4 +1,7 @@
-"""Measure how stable a run is: how far its representations of the dev set change between points of training."""
+"""Measure how stable a run is: how far its representations of the dev set change between points in training.
+
+These points, `evaluation.rcs` of them, are what the papers call stages; they are not the stages of a config.
+"""
 
 import os
 

@@ -1,7 +1,7 @@
-"""Keep what the teacher puts out for the dev sets: in memory for a run, in the cache for other runs.
+"""Keep the teacher's outputs on the dev sets: in memory for one run, in the cache for other runs.
 
-A teacher never changes, so one pass over a set serves every evaluation of every student. Runs that differ in anything
-that the outputs, or the measured speed, may depend on do not share them: see `_name`.
+A teacher never changes, so one pass over a set is enough for every evaluation of every student. Two runs share the
+outputs only if they agree in everything on which outputs and measured speed may depend: see `_name`.
 """
 
 import functools
@@ -30,7 +30,7 @@ from dsdistill.models import weights
 
 log = logging.getLogger("dsdistill")
 
-MOST = 2**26  # bytes of outputs that are kept; a pass over a larger set takes its time anyway
+MOST = 2**26  # most bytes of outputs that are kept; larger ones would fill memory and cache
 _VALUES, _SPEEDS = "values", "speeds"
 
 
@@ -39,15 +39,14 @@ class TeacherOutputs:
 
     def __init__(self, examples: Set, prepared: Prepared, ranks: Ranks):
         self.examples, self.prepared, self.ranks = examples, prepared, ranks
-        # For tokens nothing is kept: the distance to the teacher needs its logits, which are too many.
+        # Nothing is kept for tasks that predict tokens: the KL needs the teacher's logits, which are too large.
         self.possible = prepared.config.task not in LANGUAGE
-        self.shared = (
-            prepared.config.teacher.path is not None
-        )  # a teacher with random weights is no other run's
+        # A teacher with random weights belongs to one run.
+        self.shared = prepared.config.teacher.path is not None
 
     @functools.cached_property
     def key(self) -> str:
-        """Return the name of these outputs, on every rank that of rank 0."""
+        """Return the name of these outputs; every rank uses that of rank 0."""
         return self.ranks.gather(_name(self.examples, self.prepared, self.ranks))[0]
 
     @property
@@ -79,7 +78,7 @@ class TeacherOutputs:
                 speeds = {_SPEEDS: json.dumps(outputs.speeds)}
                 save_file({_VALUES: outputs.values.contiguous()}, made, metadata=speeds)
         except disk.Unwritable as error:
-            log.warning("the teacher's outputs are not kept in the cache: %s", error)
+            log.warning("the teacher's outputs cannot be kept in the cache: %s", error)
 
     def _read(self) -> Outputs | None:
         """Return the outputs that the cache has; None if it has none or a damaged file."""
@@ -89,18 +88,18 @@ class TeacherOutputs:
             with safe_open(self.path, framework="pt") as file:
                 values, speeds = file.get_tensor(_VALUES), json.loads(file.metadata()[_SPEEDS])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            log.warning("%s is damaged and made again", self.path)
+            log.warning("%s is damaged and is made again", self.path)
             return None
-        log.info("the teacher's outputs on %d texts: from %s", len(values), self.path)
+        log.info("the teacher's outputs on %d texts are read from %s", len(values), self.path)
         return Outputs(values, speeds)
 
 
 def _name(examples: Set, prepared: Prepared, ranks: Ranks) -> str:
-    """Return a digest of the teacher, of the set, of how the teacher reads it, and of the machine."""
+    """Return a digest of the teacher, the set, how the teacher reads it, and the machine."""
     config, path = prepared.config, prepared.config.teacher.path
     of = {
         "teacher": config.teacher.model_dump(mode="json", exclude={"path", "recipe"}),
-        # A model of the hub whose commit is not known goes by its name.
+        # If the commit of a hub model is unknown, its name is used.
         "weights": path and (weights.fingerprint(path, "teacher") or path),
         "seed": config.run.seed if path is None else None,
         "dtype": teacher_dtype(config),
