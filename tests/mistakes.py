@@ -258,13 +258,16 @@ CONFIG = {
     ),
     "frozen throughout": (
         {"stages": [{"name": "a", "freeze": ["*"]}]},
-        ["stages.0.freeze: got every parameter"],
+        ["stages.0.freeze: got patterns that match every parameter"],
     ),
     "student frozen by no name": (
         {"student.freeze": ["*.nothing.*"]},
         ["student.freeze: got *.nothing.*, which matches no parameter"],
     ),
-    "nothing left to train": ({"student.freeze": ["*"]}, ["student.freeze: got every parameter"]),
+    "nothing left to train": (
+        {"student.freeze": ["*"]},
+        ["student.freeze: got patterns that match every parameter"],
+    ),
     "three texts": ({"data.text": ["a", "b", "c"]}, ["data.text: got ['a', 'b', 'c']"]),
     "one class named": ({"data.labels": ["a"]}, ["data.labels: got ['a']"]),
     "noise above all": ({"data.label_noise": 1.5}, ["data.label_noise: got 1.5"]),

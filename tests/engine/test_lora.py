@@ -244,9 +244,9 @@ class TestRefusals:
             ({"student.lora.rank": 0}, "student.lora.rank: got 0"),
             (
                 {"student.freeze": ["*lora*", "classifier*"]},
-                "student.freeze: got every parameter, expected some",
+                "student.freeze: got patterns that match every parameter, expected some",
             ),
-            ({"student.freeze": ["*nothing*"]}, "student.freeze: got *nothing*, which names nothing"),
+            ({"student.freeze": ["*nothing*"]}, "student.freeze: got *nothing*, which matches no parameter"),
         ],
     )
     def test_settings(self, config, refused, change, told):
