@@ -67,7 +67,7 @@ def read_plan(path: str, scale: str = "small") -> tuple[list[int], Cells, Study]
         left_out={str(name): str(why) for name, why in _mapping(settings, "left_out", path).items()} | absent,
         **place,
     )
-    return seeds, cells, _with_paper(study, settings, path)
+    return seeds, cells, _with_paper(study, settings, path, absent)
 
 
 def folder(name: str) -> str:
@@ -144,10 +144,12 @@ def _folders(cells: Cells, path: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _with_paper(study: Study, settings: Mapping[str, Any], path: str) -> Study:
+def _with_paper(study: Study, settings: Mapping[str, Any], path: str, absent: Mapping[str, str]) -> Study:
     """Return the study with the published numbers and the claims, each checked against its cells."""
     published: dict[str, tuple[float | None, ...]] = {}
     for name, values in _mapping(settings, "published", path).items():
+        if str(name) in absent:
+            continue
         place = f"{path}: published.{name}"
         cell = _cell(name, study, place)
         if not isinstance(values, list) or len(values) != len(study.metrics):
@@ -158,11 +160,13 @@ def _with_paper(study: Study, settings: Mapping[str, Any], path: str) -> Study:
     given = settings.get("claims", [])
     if not isinstance(given, list):
         raise UserError(f"{path}: claims", type(given).__name__, "a list")
-    claims = tuple(_claim(of, study, f"{path}: claims.{index}") for index, of in enumerate(given))
-    return Study(**{**vars(study), "published": published, "claims": claims})
+    claims = [_claim(of, study, f"{path}: claims.{index}", absent) for index, of in enumerate(given)]
+    kept = tuple(claim for claim in claims if claim is not None)
+    return Study(**{**vars(study), "published": published, "claims": kept})
 
 
-def _claim(given: Any, study: Study, place: str) -> Claim:
+def _claim(given: Any, study: Study, place: str, absent: Mapping[str, str]) -> Claim | None:
+    """Return a claim without the methods that are absent at this scale; None if nothing is left to compare."""
     kinds = {"order", "best", "trend"}
     if not isinstance(given, dict) or "metric" not in given or len(kinds & given.keys()) != 1:
         raise UserError(place, given, "metric and one of order, best and trend")
@@ -174,11 +178,14 @@ def _claim(given: Any, study: Study, place: str) -> Claim:
             raise UserError(f"{place}.trend", given["trend"], f"{', '.join(TRENDS)}, in a plan with an axis")
         return Claim(score, trend=given["trend"])
     if "best" in given:
+        if str(given["best"]) in absent:
+            return None
         return Claim(score, best=_cell(given["best"], study, f"{place}.best"))
     order = given["order"]
     if not isinstance(order, list) or len(order) < 2:
         raise UserError(f"{place}.order", order, "two or more methods, the best first")
-    return Claim(score, order=tuple(_cell(name, study, f"{place}.order") for name in order))
+    there = [_cell(name, study, f"{place}.order") for name in order if str(name) not in absent]
+    return Claim(score, order=tuple(there)) if len(there) > 1 else None
 
 
 def _cell(name: Any, study: Study, place: str) -> str:

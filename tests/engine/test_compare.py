@@ -135,6 +135,18 @@ def test_an_axis_alone_or_with_sources(tmp_path):
     assert study.axis == "depth" and study.values == (1, "two") and study.series == ("", "")
 
 
+def test_a_scale_leaves_out_what_it_lacks(tmp_path):
+    """Its published numbers and its place in orders too."""
+    (tmp_path / "plan.yaml").write_text(
+        "{seeds: [0], scale: [f], methods: {A: [], B: [], C: {small: []}}, metrics: [kl], published: {C: [0.5]}, "
+        "claims: [{metric: kl, order: [A, C, B]}, {metric: kl, order: [C, B]}, {metric: kl, best: C}]}"
+    )
+    small, node = (read_plan(str(tmp_path / "plan.yaml"), scale)[2] for scale in ("small", "node"))
+    assert small.cells == ("A", "B", "C") and len(small.claims) == 3 and not small.left_out
+    assert node.cells == ("A", "B") and node.left_out == {"C": "only at scale small"} and not node.published
+    assert node.claims == (Claim("kl", order=("A", "B")),)
+
+
 def runs(**scores):
     """One summary a seed, from the values of each score."""
     seeds = zip(*scores.values(), strict=True)
