@@ -46,12 +46,12 @@ def test_table_of_several_dev_sets():
         ("seeds: [0]", r"got \['seeds'\], expected seeds and methods, or seeds and axis"),
         ("{seeds: [0], methods: {m: [f]}, metric: [kl]}", r"got \['metric'\], expected only title, seeds"),
         ("{seeds: [0], scale: [f], axis: {k: [1]}}", r"axis.k: got \[1\], expected two or more values"),
-        ("{seeds: [0], scale: [f], axis: {k: [1, 2], l: [1, 2]}}", "expected one setting or title"),
+        ("{seeds: [0], scale: [f], axis: {k: [1, 2], l: [1, 2]}}", "expected one setting or one title"),
         (
             "{seeds: [0], scale: {node: [f]}, axis: {k: [1, 2]}}",
-            "--scale: got small, which .*lacks, expected node",
+            "--scale: got small, which .*does not have, expected node",
         ),
-        ("{seeds: [0], methods: {m: [f]}, metrics: kl}", "metrics: got kl, expected a list of names"),
+        ("{seeds: [0], methods: {m: [f]}, metrics: kl}", "metrics: got kl, expected a list of scores' names"),
         (
             "{seeds: [0], methods: {m: [f]}, metrics: [kl], published: {n: [1]}}",
             "published.n: got n, expected one of m",
@@ -63,7 +63,7 @@ def test_table_of_several_dev_sets():
         ("{seeds: [0], methods: {m: [f]}, metrics: [kl], published: {m: [a]}}", "expected numbers or null"),
         (
             "{seeds: [0], methods: {m: [f]}, claims: [{metric: kl}]}",
-            "claims.0: got .* expected metric, and one of",
+            "claims.0: got .* expected metric and one of",
         ),
         (
             "{seeds: [0], methods: {m: [f]}, claims: [{metric: kl, trend: up}]}",
@@ -78,7 +78,7 @@ def test_table_of_several_dev_sets():
             "best: got n, expected one of m",
         ),
         ("{seeds: [0], axis: {k: [1, 2]}}", r"scale: got \[\], expected a list of config files"),
-        ("- a", "got list, expected seeds and methods"),
+        ("- a", "got a list, expected a mapping with seeds and methods"),
         ("{seeds: [a], methods: {m: [f]}}", r"seeds: got \['a'\], expected a list of whole numbers"),
         ("{seeds: [0], methods: []}", r"methods: got \[\], expected a mapping"),
         ("{seeds: [0], methods: {m: f}}", "methods.m: got f, expected a list of config files"),
@@ -228,7 +228,7 @@ def test_runs_once_and_goes_on(settings, tmp_path):
     assert [line.split(" | ")[0] for line in written.splitlines()[2:]] == ["| teacher", "| all terms"]
     assert " (0.25) | " in written
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "all terms" in page and "Left out" in page and "what the paper prints" in page
+    assert "all terms" in page and "Left out" in page and "In brackets" in page
     summary = tmp_path / "out" / "all-terms" / "seed-0" / "summary.json"
     before = summary.stat().st_mtime_ns
     assert "evaluated" in json.loads(summary.read_text())
