@@ -296,7 +296,7 @@ def read_shards(folder: str) -> Shards:
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
     """Return a checkpoint's weights in float32, by name in the student's module; frozen ones are not rounded.
 
-    Of a student with adapters the weights below them are not there.
+    The weights below a student's adapters are not among them: no checkpoint holds these.
     """
     shards = read_shards(os.path.join(folder, tag))
     frozen = {}
