@@ -208,6 +208,8 @@ def _print(report: dict[str, Any]) -> None:
         else:
             print(f"does not fit into {report['memory'] / MIB:,.0f} MiB: {row['reason'][:80]}")
     print("peak MiB: the most that the process had in memory, its libraries included")
+    if any(row["model"] == "teacher" for row in report["rows"]):
+        print("the teacher has random weights, on which time and memory do not depend")
     if report["memory"] is not None:
         print(MEANING)
     print(LIMITS)
