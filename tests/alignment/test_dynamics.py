@@ -157,7 +157,10 @@ def test_opt_and_a_model_without_a_final_norm():
 def test_another_way_to_the_head_is_refused(monkeypatch):
     monkeypatch.setattr("dsdistill.models.probe.final_norm", lambda model: None)
     probe_module._probe.cache_clear()
-    with pytest.raises(UserError, match=r"^student: got model type gpt2, whose last layer does not reach"):
+    with pytest.raises(
+        UserError,
+        match=r"^student: got model type gpt2, which has more than a norm between its last layer and",
+    ):
         probe(architecture("gpt2"), "causal_lm", "student", attention=False, hidden=True, lens=True)
 
 

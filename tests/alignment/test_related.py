@@ -189,7 +189,7 @@ class TestTerms:
         model = {"config": {"model_type": "bert"}}
         settings = {"teacher": model, "student": model, "terms": {"task": {}, "cka": {}}}
         config = make_config(settings | {"train": {"micro_batch_size": 1, "batch_size": 2}})
-        with pytest.raises(UserError, match=r"^terms.cka: got one example at once"):
+        with pytest.raises(UserError, match=r"^terms.cka: got one example at a time"):
             check_ranks(config.train, config.run_stages, config.data.sampler, world_size=1)
         check_ranks(config.train, config.run_stages, config.data.sampler, world_size=2)
 

@@ -293,7 +293,7 @@ class TestRefusals:
     def test_of_shared_weights(self):
         teacher, student = classifiers()
         with pytest.raises(
-            UserError, match=r"teacher: got one that shares .* with the student, expected a model of"
+            UserError, match=r"teacher: got one that shares .* with the student, expected a separate model"
         ):
             Distiller(student, student, {"hidden": {}})
         assert all(parameter.requires_grad for parameter in student.parameters())
@@ -364,7 +364,9 @@ class TestRefusals:
             UserError, match="student: got Linear, expected a transformers model without a wrapper"
         ):
             Distiller(teacher, torch.nn.Linear(2, 2), {"task": {}})
-        with pytest.raises(UserError, match="teacher: got a model for causal_lm, expected classification"):
+        with pytest.raises(
+            UserError, match="teacher: got a model for causal_lm, expected a model for classification"
+        ):
             Distiller(loops.teacher(), student, {"hidden": {}})
         with pytest.raises(UserError, match=r"terms.hidden: got no teacher"):
             Distiller(None, student, {"hidden": {}})

@@ -70,7 +70,7 @@ def test_rows_padded_on_the_left_give_the_same_loss():
         ({"pair": None}, r"^batch: got no pair, expected pair \(B,\)"),
         (
             {"pair": torch.tensor([0, 0, 0, 1])},
-            r"^batch: pair: got \[0, 0, 0, 1\], expected 4 integers, each twice",
+            r"^batch: pair: got \[0, 0, 0, 1\], expected 4 integers, each of them twice",
         ),
         ({"pair": torch.tensor([0, 0])}, r"^batch: pair: got \[0, 0\]"),
         ({"position_ids": torch.arange(4).repeat(4, 2)}, r"^batch: got pair with packed rows"),

@@ -10,9 +10,8 @@ from operator_checks import BACKENDS
 
 import dsdistill.ops
 from dsdistill.bench import verify
-from dsdistill.ops import attention_alignment, pairwise_alignment
+from dsdistill.ops import attention_alignment, backends, pairwise_alignment
 from dsdistill.ops.backends import _announce
-from dsdistill.ops.hidden import op as hidden_op
 
 
 def tensors(requires_grad=True):
@@ -100,14 +99,25 @@ def test_auto_says_once_what_it_takes(caplog):
 
 
 @pytest.mark.parametrize(
-    ("amx", "tokens", "expected"),
-    [(False, 127, "reference"), (False, 512, "cpp"), (True, 511, "reference"), (True, 512, "chunked")],
+    ("kind", "mse", "tokens", "projection", "expected"),
+    [
+        ("avx512", True, 127, 384 * 768, "reference"),
+        ("avx512", False, 127, 384 * 768, "reference"),
+        ("avx512", True, 2048, 768 * 1024, "cpp"),
+        ("avx512", True, 8, 0, "cpp"),
+        ("amx", True, 127, 384 * 768, "reference"),
+        ("amx", True, 2048, 384 * 768, "cpp"),
+        ("amx", True, 2048, 768 * 1024, "chunked"),
+        ("amx", False, 127, 384 * 768, "cpp"),
+        ("amx", True, 8, 16 * 16, "cpp"),
+    ],
 )
-def test_auto_takes_torchs_products_of_hidden_states_where_amx_is(amx, tokens, expected, monkeypatch):
-    monkeypatch.setattr(hidden_op, "AMX", amx)
-    monkeypatch.setattr(hidden_op, "native_lack", lambda like: None)
-    student, teacher, projection = torch.randn(1, tokens, 4), torch.randn(1, tokens, 6), torch.randn(6, 4)
-    assert hidden_op._choose("auto", "mse", student, teacher, projection, None) == expected
+def test_auto_takes_torchs_products_of_hidden_states_by_a_table(
+    kind, mse, tokens, projection, expected, monkeypatch
+):
+    monkeypatch.setattr(backends, "CPU", backends.THRESHOLDS[kind])
+    order = backends.hidden_order(mse, tokens, projection, half=False)
+    assert order[0] == expected and sorted(order) == ["chunked", "cpp", "reference"]
 
 
 def test_unknown_and_missing_backends_are_named():
