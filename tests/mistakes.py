@@ -141,7 +141,10 @@ CONFIG = {
         {"teacher": {"config": {**BERT, "vocab_size": 20}}},
         ["teacher.config.vocab_size: got 20", "entries"],
     ),
-    "long sequences": ({"data.max_length": 65}, ["data.max_length: got 65", "64 positions"]),
+    "long sequences": (
+        {"data.max_length": 65},
+        ["data.max_length: got 65", "at most 64, the number of the student's positions"],
+    ),
     "structure": (
         {"student.config": {"num_hidden_layers": 3}},
         ["student.config.num_hidden_layers: got 3, expected 2, as in the weights"],
@@ -156,7 +159,7 @@ CONFIG = {
     ),
     "attention that hides": (
         {"student": {"config": DEBERTA}},
-        ["student: got model type deberta, 0 of 2 attention"],
+        ["student: got model type deberta, with 0 of 2 attention"],
     ),
     "relative bias": (
         {"student": {"config": {"model_type": "mpnet", **SMALL}}},
@@ -203,7 +206,7 @@ CONFIG = {
     "language model of an encoder": ({"task": "causal_lm", "data.train": "t.txt"}, ["got model type bert"]),
     "no tokenizer": (
         {"teacher": {"config": BERT}, "student": {"config": BERT}, "terms": {"task": {}}},
-        ["data.tokenizer: got nothing"],
+        ["data.tokenizer: got null, and no model with a path"],
     ),
     "tokenizer folder": ({"data.tokenizer": "./nowhere"}, ["data.tokenizer: got no such folder"]),
     "hub data offline": ({"data.source": "nobody/nothing"}, ["data.source: got nobody/nothing"]),
@@ -353,7 +356,7 @@ DATA = {
         "dev.jsonl",
         b'{"text": "the sum", "label": "a"}\n{"text": "\\ud800", "label": "a"}\n',
         {},
-        [r"line 2: got '\ud800'", "expected text"],
+        [r"line 2: got '\ud800'", "expected valid Unicode text"],
     ),
     "half a character in a label": (
         "dev.jsonl",

@@ -15,7 +15,7 @@ EMBEDDING = {
     ),
     "contrast of one pair at once": (
         {**PAIRS, "terms": {"task": {}}, "train.micro_batch_size": 1},
-        ["terms.task: got one example at once"],
+        ["terms.task: got one example at a time"],
     ),
     "contrast in a stage": (
         {**SINGLE, "stages": [{"name": "a", "terms": {"task": {}}}]},
@@ -110,7 +110,10 @@ EMBEDDING = {
             "data.prompts": ["query: ", "text: "],
             "data.train": [{"train": "train.tsv", "text": ["other"]}],
         },
-        ["data.train.0.text: got other, to which no prompt", "expected text or label"],
+        [
+            "data.train.0.text: got column other, for which data.prompts has no prompt",
+            "expected text or label",
+        ],
     ),
     "domain fusion": ({**SINGLE, "student.domain": {"width": 8}}, ["student.domain: got task embedding"]),
     "texts to write after": (

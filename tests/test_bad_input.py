@@ -87,7 +87,7 @@ ARGUMENTS = {
         ["bench dtype: got 'float8', expected one of 'float32', 'bfloat16'"],
     ),
     "no such plan": (["compare", "nowhere.yaml"], ["nowhere.yaml"]),
-    "a config as plan": (["compare", "CONFIG"], ["seeds and methods"]),
+    "a config as plan": (["compare", "CONFIG"], ["expected only title, seeds, scale, methods"]),
     "no such run": (["evaluate", "nowhere"], ["nowhere: got no such folder"]),
     "no run": (["evaluate", ".."], ["..: got a folder without config.yaml"]),
     "report of no such run": (["report", "nowhere"], ["nowhere: got no such folder"]),
@@ -464,7 +464,7 @@ def test_checkpoints(config, refused, tmp_path, case):
     line = refused("train", path)
     _holds(line, [f"{checkpoints}: got no intact checkpoint (step-00000002: ", "remove", *parts])
     for command in (["evaluate", checkpoints.parent], ["export", checkpoints.parent, "--out", "out"]):
-        _holds(refused(*command), ["without a checkpoint that verifies"])
+        _holds(refused(*command), ["without an intact checkpoint"])
 
 
 def test_a_huge_line_is_read(config, tmp_path):

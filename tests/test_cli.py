@@ -218,7 +218,7 @@ class TestRunFolder:
         folder.pin_teacher("runs/teachers/one/model")
         folder.pin_teacher("runs/teachers/one/model")
         with pytest.raises(
-            UserError, match="now makes runs/teachers/two/model, expected runs/teachers/one/model"
+            UserError, match="now lead to runs/teachers/two/model, expected runs/teachers/one/model"
         ):
             folder.pin_teacher("runs/teachers/two/model")
 
@@ -227,7 +227,7 @@ class TestRunFolder:
         for name, reason in (("nowhere", "no such folder"), ("empty", "a folder without config.yaml")):
             for arguments in (("evaluate", name), ("export", name, "--out", "out")):
                 assert refused(*arguments).startswith(f"{name}: got {reason}")
-        assert "without a checkpoint that verifies" in refused("evaluate", used)
+        assert "without an intact checkpoint" in refused("evaluate", used)
 
     def test_export_does_not_overwrite(self, refused, tmp_path, used, monkeypatch):
         monkeypatch.setattr("dsdistill.engine.checkpoint.newest", lambda _: "step-00000001")
