@@ -96,7 +96,7 @@ def test_what_meets_must_stay_where_a_term_relates_examples(settings, tmp_path):
     make_checkpoint(tmp_path, 5, at_once=8)
     checkpoint.check(str(tmp_path), make_config(settings), 2)  # 4 on each of 2
     with pytest.raises(
-        UserError, match=r"micro_batch_size × ranks: got 4, expected 8, .* terms\.rkd relates"
+        UserError, match=r"micro_batch_size × ranks: got 4, expected 8, .* terms\.rkd compares"
     ):
         checkpoint.check(str(tmp_path), make_config(settings), 1)
     del settings["terms"]["rkd"]

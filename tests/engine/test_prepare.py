@@ -46,7 +46,7 @@ def test_shipped_configs_have_teachers_of_their_data(told, path):
 def test_a_teacher_of_other_data_is_told(told):
     recipe = "configs/recipes/sst2_teacher_small.yaml"
     (line,) = told("configs/recipes/multi_level_small.yaml", "data.subset=cola", "data.train=./train")
-    assert line == f"{recipe} makes a teacher of other data: data.subset: cola here, sst2 there"
+    assert line == f"{recipe} trains the teacher on other data: data.subset: cola here, sst2 there"
     (line,) = told(
         "configs/recipes/multi_level_small.yaml", "data.subset=mrpc", "data.text=[sentence1, sentence2]"
     )

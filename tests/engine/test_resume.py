@@ -261,7 +261,7 @@ def test_keeps_the_newest(tmp_path):
 
 
 def test_a_run_without_checkpoint_is_refused(tmp_path):
-    with pytest.raises(UserError, match="without a checkpoint"):
+    with pytest.raises(UserError, match="without an intact checkpoint"):
         find_checkpoint(str(tmp_path))
 
 
