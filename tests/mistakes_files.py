@@ -161,7 +161,7 @@ DATA = {
         {},
         ["field larger than field limit (67108864)"],
     ),
-    "one text in all rows": ("dev.parquet", _repeating, {"data.max_file": "50MB"}, ["once decompressed"]),
+    "one text in all rows": ("dev.parquet", _repeating, {"data.max_file": "50MB"}, ["bytes when decompressed"]),
     "rows of zeros": (
         "dev.parquet",
         lambda: _parquet(pyarrow.table({"text": pyarrow.nulls(10**7), "label": pyarrow.nulls(10**7)})),
