@@ -210,12 +210,18 @@ FAILS = ["tokenizer.json: got "]
 
 # Changes of tokenizer.json.
 TOKENIZERS = {
-    "an id beyond the vocabulary": (_token(500), ["config.vocab_size: got 64", "tokenizer's 501 entries"]),
+    "an id beyond the vocabulary": (
+        _token(500),
+        ["config.vocab_size: got 64", "at least 501, the number of the tokenizer's entries"],
+    ),
     "the last id": (_token(2**32 - 1), ["id 4294967295"]),
     "an id beyond the last": (_token(2**32), FAILS),
     "an id below nothing": (_token(-1), FAILS),
     "an id of 100 digits": (_token(10**100), FAILS),
-    "a frame of other ids": (_frame([200]), ["config.vocab_size: got 64", "tokenizer's 201 entries"]),
+    "a frame of other ids": (
+        _frame([200]),
+        ["config.vocab_size: got 64", "at least 201, the number of the tokenizer's entries"],
+    ),
     "a frame of the last id": (_frame([2**32 - 1]), ["id 4294967295"]),
     "a frame of other types": (_frame([2], 300), ["token type 300"]),
     "a pattern that branches": (_split("(a+)+$"), ["retry-limit"]),

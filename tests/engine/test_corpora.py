@@ -198,7 +198,10 @@ def test_a_model_that_leaks_runs_one_document_a_row(home, tmp_path):
     config.write_text(yaml.safe_dump(changed))
     done = launch("-m", "dsdistill", "preview", config, "-n", 1, ranks=1)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("data.packing: each document has a row, because of a student of model type bloom") == 1
+    assert (
+        done.stderr.count("data.packing: each document has a row, because of a student of model type bloom")
+        == 1
+    )
     assert "60 examples" in done.stdout
     done = launch("-m", "dsdistill", "train", config, "data.packing=true", ranks=1)
     assert (

@@ -175,7 +175,9 @@ class TestOwnTokenizers:
 
     def test_a_trained_one_beside_a_models_own_is_refused(self, settings):
         settings["data"]["train_tokenizer"] = 100
-        with pytest.raises(UserError, match=r"data.train_tokenizer: got a tokenizer .* the teacher's tokenizer"):
+        with pytest.raises(
+            UserError, match=r"data.train_tokenizer: got a tokenizer .* the teacher's tokenizer"
+        ):
             prepare(make_config(settings), world_size=1)
 
     def test_another_than_the_recipes_is_refused(self, config, refused, other, models_dir, tmp_path):
