@@ -63,7 +63,7 @@ def test_a_spike_is_told(tmp_path, batches, caplog):
     guard.finite(SEEN + 1, report(task=7.9), batches, last=False)
     assert not caplog.records
     guard.finite(SEEN + 2, report(task=20.0), batches, last=False)
-    assert f"step {SEEN + 2}: loss 10, " in caplog.text
+    assert f"step {SEEN + 2}: the loss is 10, " in caplog.text
     (line,) = map(json.loads, (tmp_path / "spikes.jsonl").read_text().splitlines())
     assert (
         line["step"] == SEEN + 2 and line["loss"] == 10 and line["average"] == pytest.approx(1.06, abs=0.01)
