@@ -136,7 +136,7 @@ def test_ends():
             {"terms": {"hidden": {"layers": "emd", "layer_weights": "dynamic"}}},
             "stages.0.terms.hidden.layer_weights",
         ),
-        ({"terms": {"task": None}}, "train.distill_weight: got stages.0.terms of soft_label, hidden alone"),
+        ({"terms": {"task": None}}, "train.distill_weight: got stages.0.terms with only soft_label, hidden"),
         ({"name": "middle"}, "stages: got names"),
     ],
 )
