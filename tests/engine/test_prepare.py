@@ -125,7 +125,7 @@ class TestOneExampleAtOnce:
 
     def test_is_refused_where_sequences_are_related(self, mapping):
         mapping["train"] |= {"micro_batch_size": 1}
-        with pytest.raises(UserError, match=r"terms.domain: got one example at once"):
+        with pytest.raises(UserError, match=r"terms.domain: got one example at a time"):
             self.check(mapping)
         self.check(mapping, sequences=0.0)
 

@@ -185,7 +185,7 @@ def test_an_old_one_that_cannot_be_removed_stays(tmp_path, monkeypatch, caplog):
     for step in (1, 2, 3):
         make_checkpoint(tmp_path, step)
     assert checkpoint.newest(str(tmp_path)) == "step-00000003"
-    assert "step-00000001 stays: [Errno 39]" in caplog.text
+    assert "checkpoint step-00000001 could not be removed: [Errno 39]" in caplog.text
     monkeypatch.undo()
     make_checkpoint(tmp_path, 4)
     assert sorted(p.name for p in (tmp_path / checkpoint.FOLDER).glob("step-*")) == [
