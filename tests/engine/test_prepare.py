@@ -133,7 +133,7 @@ class TestOneExampleAtOnce:
         make_checkpoint(tmp_path, 1)
         mapping["train"] |= {"micro_batch_size": 4}
         for sequences, refusal in (
-            (1.0, pytest.raises(UserError, match=r"terms.domain relates")),
+            (1.0, pytest.raises(UserError, match=r"terms.domain compares")),
             (0.0, nullcontext()),
         ):
             mapping["terms"] = {"task": {}, "domain": {"sequences": sequences}}
@@ -149,7 +149,7 @@ def test_a_teacher_whose_classes_have_no_names(settings, tmp_path):
     AutoTokenizer.from_pretrained(settings["teacher"]["path"]).save_pretrained(tmp_path / "unnamed")
     given = merge(settings, {"teacher.path": str(tmp_path / "unnamed")})
     with pytest.raises(
-        UserError, match=r"^teacher: got a teacher whose classes have no names, .*data\.labels:"
+        UserError, match=r"^teacher: got a teacher whose classes have no names, .*data\.labels with"
     ):
         prepare(make_config(given), 1)
     named = prepare(make_config(merge(given, {"data.labels": ["c", "a", "b"]})), 1)
