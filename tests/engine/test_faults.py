@@ -19,7 +19,7 @@ WORKER = Path(__file__).with_name("fault_worker.py")
 KILLED = r"exits with return code = -9|dsdistill: rank \d lost another rank: .*[Cc]onnection (closed|reset) by peer"
 KILLED_CODES = (1, 247)
 VAIN = r"dsdistill: rank \d waited 0\.2 minutes \(run\.timeout\) for another rank, which did not answer: .*[Tt]imed out"
-BAD = r"dsdistill: step 7: 3 step\(s\) in a row with values that are not finite, in task, .*bad_steps\.jsonl has"
+BAD = r"dsdistill: step 7: 3 step\(s\) in a row with values that are not finite, in task, .*bad_steps\.jsonl lists the"
 BAD_GRADIENT = (
     r"dsdistill: step 6: 2 step\(s\) in a row with values that are not finite, in the gradient alone: "
 )
