@@ -21,7 +21,7 @@ def batch_of(task="classification"):
 
 
 def logits(model, batch):
-    """Of the library's forward pass on mixed embeddings of words."""
+    """Return the logits of the library's forward pass on mixed embeddings of words."""
     words = model.get_input_embeddings()
     share = batch.share[:, None, None].to(words.weight.dtype)
     embeds = share * words(batch.input_ids) + (1 - share) * words(batch.partner_ids)

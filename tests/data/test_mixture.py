@@ -50,7 +50,7 @@ def test_an_epoch_depends_on_seed_and_number_alone():
 
 
 def test_other_weights_from_a_draw_on():
-    """What was drawn before stays, each part has its shares, and a source goes on where it stopped."""
+    """Earlier draws stay the same, each part has its shares, and a source continues where it stopped."""
     mixed, schedule = mixture(), [(130, (6.0, 3.0, 1.0)), (210, (0.0, 1.0, 1.0))]
     plain = np.concatenate([mixed.order(3, epoch) for epoch in range(3)])
     drawn = np.concatenate([mixed.order(3, epoch, schedule) for epoch in range(3)])
