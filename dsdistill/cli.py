@@ -27,7 +27,7 @@ ConfigFiles = Annotated[
     list[str],
     typer.Argument(
         metavar="CONFIG [FILE|KEY=VALUE]...",
-        help="A YAML file, then any number of further YAML files and key=value overrides, the last word winning: "
+        help="A YAML file, then more YAML files and key=value overrides. Later ones win: "
         "configs/quickstart.yaml configs/deepspeed/zero3.yaml train.steps=100",
         show_default=False,
     ),
@@ -37,7 +37,7 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", 
 
 @app.callback(invoke_without_command=True)
 def root(
-    # The deepspeed launcher puts this before the command, and everybody else leaves it alone.
+    # Only the deepspeed launcher sets this.
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ):
@@ -61,12 +61,10 @@ def train(
     full: Annotated[bool, typer.Option("--full", help="With --dry-run: print every setting.")] = False,
     world_size: Annotated[
         int | None,
-        typer.Option(
-            "--world-size", help="With --dry-run: ranks that share a batch; default: the launcher's, or 1."
-        ),
+        typer.Option("--world-size", help="With --dry-run: number of ranks. [default: the launcher's, or 1]"),
     ] = None,
 ):
-    """Distil (or, without a teacher, fine-tune) as CONFIG says.
+    """Train the student of CONFIG: distil it from its teacher, or fine-tune it if CONFIG has no teacher.
 
     One process: dsdistill train CONFIG. Several: deepspeed --num_gpus 8 --module dsdistill train CONFIG.
     """
@@ -85,7 +83,7 @@ def train(
         if _first():
             typer.echo(dump(config, full=full), nl=False)
             for name in passed:
-                typer.echo(f"# not looked at, as it is on the hub: {name}")
+                typer.echo(f"# not checked, because it is on the hub: {name}")
         return
     from dsdistill.distributed import stopping
 
@@ -107,43 +105,46 @@ def train(
 @app.command()
 def plan(
     settings: ConfigFiles,
-    world_size: Annotated[int, typer.Option("--world-size", help="Ranks, one a GPU.")] = 1,
-    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="Memory of a rank.")] = "80GiB",
-    cpu: Annotated[bool, typer.Option("--cpu", help="The ranks are processes on CPUs.")] = False,
+    world_size: Annotated[int, typer.Option("--world-size", help="Number of ranks, one for each GPU.")] = 1,
+    gpu_memory: Annotated[str, typer.Option("--gpu-memory", help="Memory of each rank.")] = "80GiB",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Plan for ranks on CPUs instead of GPUs.")] = False,
     ranks_per_node: Annotated[
         int | None,
-        typer.Option("--ranks-per-node", help="Ranks that share a host's memory. [default: all, at most 8]"),
+        typer.Option(
+            "--ranks-per-node",
+            help="Number of ranks on a node, which share its memory. [default: all, at most 8]",
+        ),
     ] = None,
     host_memory: Annotated[
         str | None,
         typer.Option(
-            "--host-memory", metavar="SIZE", help="Host memory of a node; more than that is refused."
+            "--host-memory", metavar="SIZE", help="Host memory of a node. A plan that needs more fails."
         ),
     ] = None,
     peak_flops: Annotated[
         float | None,
         typer.Option(
             "--peak-flops",
-            help="Dense operations a second of a rank at its best. [default: an A100's; with --cpu no time]",
+            help="Peak speed of a rank in dense operations per second. [default: an A100's; no times with --cpu]",
         ),
     ] = None,
     utilisation: Annotated[
-        float, typer.Option("--utilisation", help="Share of these that training comes to.")
+        float, typer.Option("--utilisation", help="Share of the peak speed that training reaches.")
     ] = 0.4,
     suggest: Annotated[
         bool,
         typer.Option(
             "--suggest",
-            help="Propose stages, offload, checkpointing and a micro-batch that fit, as overrides.",
+            help="Propose overrides that fit: ZeRO stages, offload, checkpointing and a micro-batch.",
         ),
     ] = False,
     json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
     ] = None,
 ):
-    """Tell what CONFIG would take of memory (ranks, hosts), disk and time, and the largest micro-batch that fits.
+    """Print the memory, disk space and time that CONFIG needs, and the largest micro-batch that fits.
 
-    Nothing is loaded or downloaded. Exit code 1 where it does not fit as it is.
+    Nothing is loaded or downloaded. The exit code is 1 if CONFIG does not fit.
     """
     from dsdistill.disk import check_file
 
@@ -186,12 +187,12 @@ def tokenize(
     settings: ConfigFiles,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Read all sources again and compare them with what the stores hold."),
+        typer.Option("--verify", help="Read all sources again and compare them with the cached tokens."),
     ] = False,
 ):
-    """Tokenise the data of CONFIG, and of its teacher's recipe, into the cache, where runs find it.
+    """Tokenise the data of CONFIG and of its teacher's recipe, and cache the tokens for later runs.
 
-    What is there already is kept; a stopped run of this command goes on where it was.
+    Tokens that are cached already are kept. If the command is stopped, it continues when it is run again.
     """
     config = load(settings)
     from dsdistill.engine.tokenising import tokenize as run
@@ -205,15 +206,18 @@ def tokenize(
 @app.command()
 def preview(
     settings: ConfigFiles,
-    count: Annotated[int, typer.Option("-n", min=0, help="Examples that are shown.")] = 3,
-    ids: Annotated[bool, typer.Option("--ids", help="Show the ids of the tokens too.")] = False,
+    count: Annotated[int, typer.Option("-n", min=0, help="Number of examples to show.")] = 3,
+    ids: Annotated[bool, typer.Option("--ids", help="Also show the token ids.")] = False,
     json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Write the examples there instead.")
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the examples to this file instead of showing them."
+        ),
     ] = None,
 ):
-    """Show the first examples of CONFIG as the models will see them, and what became of all the data.
+    """Show the first examples of CONFIG as the models see them, and how much of the data is used.
 
-    Rows that cannot be used are counted and named by file and line.
+    Rows that cannot be used are counted and listed by file and line.
     """
     from dsdistill.disk import check_file, save_json
 
@@ -238,12 +242,16 @@ def evaluate(
     run: RunPath,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="FILE", help="Score this file instead; may be given several times."),
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Score this file instead of the dev sets. The option can be repeated.",
+        ),
     ] = None,
 ):
     """Evaluate the newest checkpoint of RUN on its dev sets and add the scores to RUN/summary.json.
 
-    With --data: on files of the same columns and classes; their scores stand below `others` there.
+    With --data, score files with the same columns and classes instead; their scores are added under `others`.
     """
     from dsdistill.distributed import stopping
 
@@ -261,23 +269,25 @@ def evaluate(
 def compare(
     plan: Annotated[
         str,
-        typer.Argument(metavar="PLAN", help="A YAML file of seeds and methods.", show_default=False),
+        typer.Argument(metavar="PLAN", help="A YAML file with seeds and methods.", show_default=False),
     ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE|KEY=VALUE]...", help="After every method's own sources.", show_default=False
+            metavar="[FILE|KEY=VALUE]...",
+            help="Files and overrides that apply to every method, after its own.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder of the runs.")] = "runs/compare",
-    scale: Annotated[str, typer.Option("--scale", help="small, or node if the plan has it.")] = "small",
+    scale: Annotated[str, typer.Option("--scale", help="small, or node if the plan offers it.")] = "small",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all configs, list the runs, stop.")
+        bool, typer.Option("--dry-run", help="Check all configs, list the runs, and stop.")
     ] = False,
 ):
-    """Train and evaluate every method of PLAN with every seed; print a table and verdicts, and write a page.
+    """Train and evaluate every method of PLAN with every seed. Print a table and verdicts, and write a page.
 
-    Runs that are finished are kept: a stopped comparison goes on where it was, a longer list adds its runs.
+    Finished runs are kept. If the command is stopped, it continues when it is run again; a longer plan adds its runs.
     """
     from dsdistill.engine.compare import compare as run
     from dsdistill.report import show_comparison, show_page
@@ -298,11 +308,10 @@ def report(
         ),
     ],
 ):
-    """Write report.html into the folder: one page with tables, curves and examples, to be opened from disk.
+    """Write report.html into the folder: one page with tables, curves and examples, which any browser opens from disk.
 
-    Of a comparison the tables are printed too.
-
-    train writes it too, at its end; this command also shows a run that is not finished.
+    train writes the page at its end. This command also works on a run that is not finished, and on a comparison,
+    whose tables it prints.
     """
     from dsdistill.report import show_comparison, write_page
 
@@ -314,30 +323,33 @@ def report(
 @app.command()
 def export(
     run: RunPath,
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to make.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder to create.", show_default=False)],
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Of the weights: bf16, fp16 or fp32; default: the run's train.dtype."),
+        typer.Option(
+            "--dtype", help="Type of the weights: bf16, fp16 or fp32. [default: the run's train.dtype]"
+        ),
     ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            "--max-shard-size", metavar="SIZE", help="Most bytes of a file of weights. [default: 5GB]"
+            "--max-shard-size", metavar="SIZE", help="Largest size of a file of weights. [default: 5GB]"
         ),
     ] = None,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Write only the adapters (student.lora), for peft.")
+        bool, typer.Option("--adapter", help="Write only the adapters of student.lora, for peft.")
     ] = False,
     form: Annotated[
-        str, typer.Option("--format", help="transformers, or onnx: model.onnx in float32.")
+        str, typer.Option("--format", help="transformers, or onnx for model.onnx in float32.")
     ] = "transformers",
     int8: Annotated[
-        bool, typer.Option("--int8", help="With --format onnx: also model.int8.onnx, quantised.")
+        bool,
+        typer.Option("--int8", help="With --format onnx: also write model.int8.onnx, which is quantised."),
     ] = False,
 ):
     """Write the student of RUN's newest checkpoint as a plain Hugging Face folder, tokenizer included.
 
-    With --format onnx: as an ONNX graph of any batch and length, after a check that it computes the same.
+    With --format onnx, write an ONNX graph for any batch size and length, and check that it computes the same.
     """
     if form not in ("transformers", "onnx"):
         raise UserError("--format", repr(form), "transformers or onnx")
@@ -369,13 +381,13 @@ app.command()(commands.bench)
 
 
 def _first() -> bool:
-    """Whether this process speaks for all; one that its launcher gave an impossible rank speaks for itself."""
+    """Return whether this process prints for all ranks; one with an impossible rank prints for itself."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def _quiet_libraries() -> None:
-    """Their notes are for their developers; ours go to standard error, from the first rank alone."""
+    """Silence the notes of libraries, and send our own to standard error, from the first rank only."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -400,18 +412,21 @@ def main() -> None:
 
 
 def _say(told: object) -> None:
-    """Print the one line of an end; where nobody can be told, the exit code still is."""
+    """Print the line that explains why the process ends; if that fails, only the exit code is left."""
     with contextlib.suppress(OSError):
         print(f"dsdistill: {told}", file=sys.stderr, flush=True)
 
 
 def run() -> int:
-    """Run a command; a user's mistake is one line and exit code 2, a run that cannot go on one line and 1."""
+    """Run a command and return its exit code.
+
+    A user's mistake prints one line and gives 2; a run that cannot go on prints one line and gives 1.
+    """
     usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
     try:
         return app(standalone_mode=False, prog_name="dsdistill") or 0
     except usage_error as error:
-        if "\n" in error.message:  # the help itself, where nothing was given
+        if "\n" in error.message:  # it is the whole help, since nothing was given
             error.show()
         else:
             asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
@@ -423,7 +438,7 @@ def run() -> int:
         if _first():
             _say(error)
         return 2
-    except RunError as error:  # of whichever rank, where the others may not know
+    except RunError as error:  # any rank prints its own, since the others may not know of it
         if _first() or not isinstance(error, SharedError):
             _say(error)
         return 1
@@ -431,7 +446,7 @@ def run() -> int:
         if _first():
             _say(stopped)
         return stopped.code
-    except BrokenPipeError:  # as `| head` leaves it
+    except BrokenPipeError:  # the reader has gone, as after `| head`
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in disk.FULL:

@@ -68,8 +68,8 @@ def test_a_model_on_pytorch(run, tmp_path):
         ),
         (["deploy", "run", "--memory", "much"], "--memory: got 'much', expected a size such as 512MiB"),
         (["deploy", "run", "--memory", "1MiB"], "--memory: got '1MiB', expected a size such as 512MiB"),
-        (["load", "run"], "bench RUN: got run, expected nothing: only deploy has it"),
-        (["load", "--memory", "1GiB"], "bench --memory: got 1GiB, expected nothing: only deploy has it"),
+        (["load", "run"], "bench RUN: got run, expected nothing: only deploy takes it"),
+        (["load", "--memory", "1GiB"], "bench --memory: got 1GiB, expected nothing: only deploy takes it"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, arguments, told):

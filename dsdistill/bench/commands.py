@@ -10,17 +10,17 @@ from dsdistill.config import UserError
 
 def verify(
     json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the rows there.")
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the rows to this file.")
     ] = None,
     aot: Annotated[
         bool,
         typer.Option(
             "--aot",
-            help="Instead compile the GPU kernels for sm_80 and sm_90 and look for spills; needs no GPU.",
+            help="Instead compile the GPU kernels for sm_80 and sm_90 and look for register spills. It needs no GPU.",
         ),
     ] = False,
 ):
-    """Check every operator and backend of this machine against float64; exit code 0 only when all holds."""
+    """Check every operator and backend of this machine against float64. The exit code is 0 only if all checks pass."""
     from dsdistill.disk import check_file
 
     check_file(json, "--json")
@@ -43,17 +43,17 @@ def bench(
         ),
     ],
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Of deploy: folder of a run.", show_default=False)
+        str | None, typer.Argument(metavar="[RUN]", help="deploy: folder of a run.", show_default=False)
     ] = None,
     shapes: Annotated[
         str | None,
         typer.Option(
             "--shapes",
             metavar="NAME=VALUE,...",
-            help="Sizes and options: tokens=1024,batch=4,divergence=kl,causal=true; of a step "
-            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048; of data "
-            "text=FILE,size=50MB,tokenizer=DIR,documents=2000000; of load "
-            "layers=24,width=1024,vocabulary=151936,shards=5; of deploy "
+            help="Sizes and options. Operators: tokens=1024,batch=4,divergence=kl,causal=true. step: "
+            "teacher=6,student=3,width=384,heads=12,vocabulary=30522,tokens=512,step=2048. data: "
+            "text=FILE,size=50MB,tokenizer=DIR,documents=2000000. load: "
+            "layers=24,width=1024,vocabulary=151936,shards=5. deploy: "
             "threads=1,batch=16,examples=32",
         ),
     ] = None,
@@ -63,28 +63,28 @@ def bench(
         typer.Option(
             "--backends",
             metavar="NAME,...",
-            help="Some of eager, compile, chunked, cpp, triton, cuda, liger; of a step some of logits, hidden, "
-            "attention, pairwise, eager, textbrewer; of deploy some of pytorch, compile, onnx, int8.",
+            help="What to measure. Operators: eager, compile, chunked, cpp, triton, cuda, liger. step: logits, hidden, "
+            "attention, pairwise, eager, textbrewer. deploy: pytorch, compile, onnx, int8.",
         ),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
-            "--memory", metavar="SIZE", help="Of deploy: most that a process may take, such as 512MiB."
+            "--memory", metavar="SIZE", help="deploy: memory limit of each process, such as 512MiB."
         ),
     ] = None,
     json: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures there.")
+        str | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
     ] = None,
-    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw them.")] = None,
+    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE.png", help="Also draw a plot.")] = None,
 ):
-    """Time an operator against eager and compiled PyTorch, after a green check; on a GPU if there is one.
+    """Check an operator, then time it against eager and compiled PyTorch, on a GPU if there is one.
 
-    step: tokens/s and peak memory of a whole training step instead, by levels, sequence length and layers mapped.
-    auto: what `backend: auto` takes for each operator, dtype and class of shapes, and what is the fastest.
-    data: tokens/s, memory and room of tokenising, and the seconds of a start.
-    load: memory of two ranks while they load a large teacher and a student cut from it; exit code 1 over a limit.
-    deploy: time of a text, texts a second, memory and file of RUN's student and teacher on CPUs, also as ONNX and int8.
+    step: speed and peak memory of a whole training step, by loss terms, sequence length and number of mapped layers.
+    auto: which backend `backend: auto` takes for each operator, dtype and class of shapes, and which is fastest.
+    data: speed, memory and disk space of tokenising, and the time that a run takes to start.
+    load: memory of two ranks that load a large teacher and a student cut from it; the exit code is 1 over a limit.
+    deploy: latency, throughput, memory and file size of RUN's student and teacher on CPUs, also as ONNX and int8.
     """
     from dsdistill.disk import check_file
 
@@ -92,7 +92,7 @@ def bench(
     check_file(plot, "--plot")
     for name, given in (("RUN", run), ("--memory", memory)):
         if given is not None and operator != "deploy":
-            raise UserError(f"bench {name}", given, "nothing: only deploy has it")
+            raise UserError(f"bench {name}", given, "nothing: only deploy takes it")
     if operator == "deploy":
         from dsdistill.config.packages import check_onnx
 

@@ -17,6 +17,7 @@ REDUCTIONS = ("mean", "sum")
 # A vector shorter than this has no direction: its cosine with anything is 0 and it gets no gradient.
 NORM_FLOOR = 1e-12
 
+_NOTHING = contextlib.nullcontext()
 _ends_alone = False  # whether `blocks` leaves out the middle
 
 # compute(needs) -> (total, one gradient of the total for each needed input, None for the others)
@@ -25,9 +26,10 @@ Compute = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Return float64 if any input is float64, else float32: half-precision inputs are summed in float32."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -42,17 +44,21 @@ def check_tensor(
 
     expected: shape letters in order with their sizes, None where any size will do.
     """
-    shape, same = tensor.shape, tensor.dim() == len(expected)
-    if same:
-        for got, wanted in zip(shape, expected.values(), strict=True):
-            same = same and (wanted is None or got == wanted)
-    if not same:
+    wanted = tuple(expected.values())
+    # The first comparison, of tuples in C, is quick, and most calls need no other.
+    if tensor.shape != wanted and not _fits(tensor.shape, wanted):
         letters = ", ".join(k if v is None else f"{k}={v}" for k, v in expected.items())
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({letters})")
     if not tensor.dtype.is_floating_point:
         raise ValueError(f"{name}: got dtype {tensor.dtype}, expected a floating-point dtype")
     if like is not None:
         check_device(name, tensor, like)
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(shape) == len(wanted) and all(
+        size is None or size == got for got, size in zip(shape, wanted, strict=True)
+    )
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -148,7 +154,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context without autocast, which would turn the operators' float32 sums into bfloat16."""
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()  # entering the other takes 10 µs
+        return _NOTHING  # entering the other takes 10 µs
     return torch.autocast(device.type, enabled=False)
 
 
@@ -189,6 +195,13 @@ def safe_divide(total: Tensor, count: Tensor | int) -> Tensor:
     if isinstance(count, int):
         return total / max(count, 1)
     return total / torch.where(count > 0, count, 1).to(total.dtype)
+
+
+def reduced(rows: Tensor, count: Tensor | int | None) -> Tensor:
+    """Return the sum of rows divided by count (None: not divided); rows that do not count are 0."""
+    if isinstance(count, int) and 0 < count == rows.numel():
+        return rows.mean()  # one operation in place of two
+    return rows.sum() if count is None else safe_divide(rows.sum(), count)
 
 
 def storage_dtype(x: Tensor) -> torch.dtype:

@@ -89,7 +89,7 @@ def test_hub_data_is_named_and_not_fetched(config, monkeypatch, capsys):
     assert cli.run() == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
     assert told == [
-        f"# not looked at, as it is on the hub: nyu-mll/glue: {name}" for name in ("train", "validation")
+        f"# not checked, because it is on the hub: nyu-mll/glue: {name}" for name in ("train", "validation")
     ]
 
 

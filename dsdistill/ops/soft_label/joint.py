@@ -108,7 +108,10 @@ def vocabulary_losses(
     check_range("label_smoothing", label_smoothing, 0, 1)
     check_choice("reduction", reduction, REDUCTIONS)
 
-    teacher = (teacher_hidden, teacher_head[:common], None if teacher_bias is None else teacher_bias[:common])
+    if common != len(teacher_head):  # a slice of all would cost time, too
+        teacher_head = teacher_head[:common]
+        teacher_bias = None if teacher_bias is None else teacher_bias[:common]
+    teacher = (teacher_hidden, teacher_head, teacher_bias)
     inputs = (student_hidden, student_head, student_bias)
     dtype = accumulate_dtype(*inputs, *teacher)
     setting: dict[str, Any] = {"ignore_index": ignore_index, "dtype": dtype}
@@ -119,16 +122,12 @@ def vocabulary_losses(
         if chosen == "reference":
             index, valid, number = places_of(labels != ignore_index, index)
             hidden, teacher_rows, labels = rows_at(index, student_hidden, teacher_hidden, labels)
-            task, soft = reference.vocabulary_totals(
-                hidden, *inputs[1:], teacher_rows, *teacher[1:], labels, valid=valid, **setting
+            setting |= {"valid": valid, "count": number if reduction == "mean" else None}
+            task, soft = reference.vocabulary_losses(
+                hidden, *inputs[1:], teacher_rows, *teacher[1:], labels, **setting
             )
-            if reduction == "mean":
-                task, soft = safe_divide(task, number), safe_divide(soft, number)
-            first, second = (
-                _scalar(weight, task.device, dtype) if isinstance(weight, Tensor) else weight
-                for weight in weights
-            )
-            return VocabularyLosses(first * task + second * soft, task, soft)
+            first, second = (_weighted(loss, w) for loss, w in zip((task, soft), weights, strict=True))
+            return VocabularyLosses(first + second, task, soft)
         scale = torch.stack([_scalar(weight, student_hidden.device, dtype) for weight in weights])
         setting |= {"index": index, "fused": chosen == "triton"}
         share = torch.ones((), dtype=dtype, device=student_hidden.device)  # factor from a sum to the mean
@@ -185,6 +184,14 @@ def _total(
     labels = torch.ones(student_hidden.shape[:2], dtype=torch.int64, device=student_hidden.device)
     tensors = (student_hidden, student_head, teacher_hidden, teacher_head)
     return vocabulary_losses(*tensors, labels=labels, divergence=divergence, backend=backend).total
+
+
+def _weighted(loss: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        weight = _scalar(weight, loss.device, loss.dtype)
+    elif weight == 1:
+        return loss
+    return weight * loss
 
 
 def _scalar(weight: Weight, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from dsdistill.ops.common import (
     check_range,
     check_tensor,
     readable,
-    safe_divide,
+    reduced,
     with_stored_gradients,
     without_autocast,
 )
@@ -122,10 +122,10 @@ def soft_label_alignment(
                 index, mask, count = places_of(mask, None)
                 count = None if reduction == "sum" else count
             hidden, teacher = rows_at(index, student_hidden, teacher_hidden)
-            total = reference.soft_label_total(
+            rows = reference.soft_label_rows(
                 hidden, student_head, teacher, *tensors[3:], mask=mask, **setting
             )
-            return total if count is None else safe_divide(total, count)
+            return reduced(rows, count)
         setting |= {"mask": mask, "index": index, "fused": chosen == "triton"}
         return with_stored_gradients(
             lambda needs: chunked.soft_label_total(needs, *tensors, **setting),
@@ -185,15 +185,15 @@ def token_cross_entropy(
         "token_cross_entropy", backend, (hidden, head, bias), "task", _task_of_logits, small, index
     )
     with without_autocast(hidden.device):
+        count: Tensor | int | None = None
         setting: dict[str, Any] = {"ignore_index": ignore_index, "dtype": dtype}
         setting |= {"softcap": softcap, "label_smoothing": float(label_smoothing)}
         if chosen == "reference":
             index, valid, number = places_of(labels != ignore_index, index)
             hidden, labels = rows_at(index, hidden, labels)
-            total = reference.cross_entropy_total(hidden, head, labels, bias, valid=valid, **setting)
-            return safe_divide(total, number) if reduction == "mean" else total
+            count = number if reduction == "mean" else None
+            return reference.cross_entropy(hidden, head, labels, bias, valid=valid, count=count, **setting)
         setting["index"] = index
-        count: Tensor | int | None = None
         if reduction == "mean" and index is not None:
             count = index.numel()
         elif reduction == "mean":
@@ -246,10 +246,10 @@ def logit_alignment(
             student_logits = student_logits.masked_fill(~mask[..., None], 0)
             teacher_logits = teacher_logits.masked_fill(~mask[..., None], 0)
         rows = reference.logit_rows(student_logits.to(dtype), teacher_logits.to(dtype), mask, **formula)
-        if reduction == "sum":
-            return rows.sum()
-        count = rows.numel() if mask is None else mask.sum()
-        return safe_divide(rows.sum(), count)
+        count: Tensor | int | None = None
+        if reduction == "mean":
+            count = rows.numel() if mask is None else mask.sum()
+        return reduced(rows, count)
 
 
 def check_models(
@@ -298,9 +298,10 @@ def places_of(valid: Tensor, index: Tensor | None) -> tuple[Tensor | None, Tenso
         return index, None, index.numel()
     if not readable(valid):
         return None, valid, valid.sum()
+    if bool(valid.all()):
+        return None, None, valid.numel()
     index = valid.flatten().nonzero()[:, 0]
-    everything = index.numel() == valid.numel()
-    return None if everything else index, None, index.numel()
+    return index, None, index.numel()
 
 
 def check_formula(temperature: float, divergence: str, beta: float, alpha: float, mu: float) -> dict:

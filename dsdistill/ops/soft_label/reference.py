@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdistill.ops.common import zero_masked
+from dsdistill.ops.common import reduced, safe_divide, zero_masked
 from dsdistill.ops.soft_label.divergence import Formula, described, divergence_rows
 
 
@@ -34,7 +34,7 @@ def logit_rows(
     return rows if mask is None else rows.masked_fill(~mask, 0)
 
 
-def soft_label_total(
+def soft_label_rows(
     student_hidden: Tensor,
     student_head: Tensor,
     teacher_hidden: Tensor,
@@ -48,15 +48,15 @@ def soft_label_total(
     teacher_softcap: float | None,
     **given,
 ) -> Tensor:
-    """Return the sum over valid tokens, undivided. Shapes as `soft_label_alignment`; given as `logit_rows`."""
+    """Return the divergence of each token, (B, N), 0 where masked. Shapes as `soft_label_alignment`."""
     student_hidden, teacher_hidden = zero_masked(student_hidden, mask), zero_masked(teacher_hidden, mask)
     student_logits = logits(student_hidden, student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
         teacher_logits = logits(teacher_hidden, teacher_head, teacher_bias, dtype, teacher_softcap)
-    return logit_rows(student_logits, teacher_logits, mask, **given).sum()
+    return logit_rows(student_logits, teacher_logits, mask, **given)
 
 
-def cross_entropy_total(
+def cross_entropy(
     hidden: Tensor,
     head: Tensor,
     labels: Tensor,
@@ -67,29 +67,38 @@ def cross_entropy_total(
     dtype: torch.dtype,
     softcap: float | None,
     label_smoothing: float,
+    count: Tensor | int | None,
 ) -> Tensor:
-    """Return Σ −Σ_v t_v log softmax(z)_v over the tokens that count; z = hidden headᵀ + bias, soft-capped if asked for.
+    """Return Σ −Σ_v t_v log softmax(z)_v over the tokens that count, divided by count; z = hidden headᵀ + bias.
 
-    t is ε/V everywhere, plus 1 − ε at the label. valid: (B, N) bool, the tokens that count; None: all.
+    t is ε/V everywhere, plus 1 − ε at the label. z is soft-capped if softcap is given.
+    valid: (B, N) bool, the tokens that count; None: all. count: None for no division; a number: all tokens count.
     """
     z = logits(zero_masked(hidden, valid), head, bias, dtype, softcap)
-    return _cross_entropy(z, labels, valid, ignore_index, label_smoothing)
+    return _cross_entropy(z, labels, valid, ignore_index, label_smoothing, count)
 
 
 def _cross_entropy(
-    z: Tensor, labels: Tensor, valid: Tensor | None, ignore_index: int, label_smoothing: float
+    z: Tensor,
+    labels: Tensor,
+    valid: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    count: Tensor | int | None,
 ) -> Tensor:
     labels = labels if valid is None else labels.masked_fill(~valid, ignore_index)
-    return F.cross_entropy(
+    mean = isinstance(count, int) and count > 0  # one operation in place of two
+    found = F.cross_entropy(
         z.flatten(0, -2),
         labels.flatten(),
         ignore_index=ignore_index,
-        reduction="sum",
+        reduction="mean" if mean else "sum",
         label_smoothing=label_smoothing,
     )
+    return found if mean or count is None else safe_divide(found, count)
 
 
-def vocabulary_totals(
+def vocabulary_losses(
     student_hidden: Tensor,
     student_head: Tensor,
     student_bias: Tensor | None,
@@ -104,13 +113,14 @@ def vocabulary_totals(
     dtype: torch.dtype,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    count: Tensor | int | None,
     **given,
 ) -> tuple[Tensor, Tensor]:
-    """Return `cross_entropy_total`, and `soft_label_total` of the same tokens over the teacher's entries."""
+    """Return `cross_entropy`, and the divergence of the same tokens over the teacher's entries, divided alike."""
     z = logits(zero_masked(student_hidden, valid), student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
         hidden = zero_masked(teacher_hidden, valid)
         teacher_logits = logits(hidden, teacher_head, teacher_bias, dtype, teacher_softcap)
-    task = _cross_entropy(z, labels, valid, ignore_index, label_smoothing)
-    soft = logit_rows(z[..., : teacher_head.shape[0]], teacher_logits, valid, **given).sum()
-    return task, soft
+    task = _cross_entropy(z, labels, valid, ignore_index, label_smoothing, count)
+    compared = z if z.shape[-1] == teacher_head.shape[0] else z[..., : teacher_head.shape[0]]
+    return task, reduced(logit_rows(compared, teacher_logits, valid, **given), count)
