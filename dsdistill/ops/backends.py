@@ -45,10 +45,11 @@ class Thresholds:
         from N ≥ tokens · D^power and N ≥ least on; the second where all tensors are bfloat16.
     identity_relations: (tokens, more): cosine and dot take the identity from N ≥ 2.5 D on if N ≥ tokens · D + more.
     native_rows: widest features of pairwise rows that the native kernel takes.
-    few_tokens: below it `reference` takes projected hidden states, "mse" and "cosine" alike.
-    small_projection: elements of a projection below which the native kernel takes them all the same.
-    eager_mse: elements of a projection from which PyTorch takes "mse", None: never. The first is for fewer than
-        eager_tokens in float32, the second for all other calls. From eager_tokens on blocks bound the memory.
+    small_projection: elements of a projection up to which the native kernel takes hidden states.
+    few_tokens: with larger projections `reference` takes fewer tokens than these, if the projection has more elements
+        than few_projection; so few tokens need no blocks.
+    products: whether PyTorch's products are faster than the native kernel's from few_tokens on, so that `chunked` takes
+        them.
     eager_logits: tokens × entries up to which `reference` takes losses over a vocabulary: no more than in one block.
     """
 
@@ -56,10 +57,10 @@ class Thresholds:
     identity_scores_bfloat16: tuple[float, float, int]
     identity_relations: tuple[float, int]
     native_rows: int
-    few_tokens: int
     small_projection: int
-    eager_mse: tuple[int, int] | None
-    eager_tokens: int
+    few_tokens: int
+    few_projection: int
+    products: bool
     eager_logits: int
 
 
@@ -70,10 +71,10 @@ THRESHOLDS = {
         identity_scores_bfloat16=(6, 1, 0),
         identity_relations=(0, 0),
         native_rows=0,
-        few_tokens=128,
         small_projection=1 << 16,
-        eager_mse=None,
-        eager_tokens=0,
+        few_tokens=128,
+        few_projection=0,
+        products=False,
         eager_logits=1 << 22,
     ),
     "amx": Thresholds(
@@ -81,10 +82,10 @@ THRESHOLDS = {
         identity_scores_bfloat16=(195, 0.5, 0),
         identity_relations=(1.8, 280),
         native_rows=512,
-        few_tokens=0,
-        small_projection=1 << 16,
-        eager_mse=(1 << 17, 1 << 19),
-        eager_tokens=1025,
+        small_projection=1 << 17,
+        few_tokens=256,
+        few_projection=1 << 19,
+        products=True,
         eager_logits=1 << 22,
     ),
 }
@@ -108,17 +109,14 @@ def pairwise_order(identity: bool, compared: int, width: int, rows: bool) -> tup
     return ("cpp", "chunked", "reference")
 
 
-def hidden_order(mse: bool, tokens: int, projection: int, half: bool) -> tuple[str, ...]:
-    """Return the same. projection: its elements, 0: none; half: the student is in half precision."""
-    if projection <= CPU.small_projection:
-        return ("cpp", "chunked", "reference")
-    if tokens < CPU.few_tokens:
-        # Packing the projection costs more than the fused pass saves; so few tokens need no blocks either.
-        return ("reference", "cpp", "chunked")
-    few = tokens < CPU.eager_tokens
-    if mse and CPU.eager_mse is not None and projection >= CPU.eager_mse[half or not few]:
-        # PyTorch's products of float32 are faster there than those of the native kernel.
-        return ("reference", "chunked", "cpp") if few else ("chunked", "cpp", "reference")
+def hidden_order(tokens: int, projection: int) -> tuple[str, ...]:
+    """Return the backends of hidden states, the fastest first. projection: number of its elements, 0: there is none."""
+    if projection > CPU.small_projection:
+        if tokens < CPU.few_tokens and projection > CPU.few_projection:
+            # Packing the projection would cost more than the fused pass saves.
+            return ("reference", "cpp", "chunked")
+        if tokens >= CPU.few_tokens and CPU.products:
+            return ("chunked", "cpp", "reference")
     return ("cpp", "chunked", "reference")
 
 

@@ -171,10 +171,15 @@ def zero_masked(x_BND: Tensor, mask_BN: Tensor | None) -> Tensor:
 
 def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x / ‖x‖ over the last axis and 1/‖x‖ (both 0 below NORM_FLOOR), differentiable without NaN."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    has_direction = norm > NORM_FLOOR
-    inverse = torch.where(has_direction, 1 / torch.where(has_direction, norm, 1), 0)
+    inverse = inverse_norms(x)[..., None]
     return x * inverse, inverse
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """Return 1/‖x‖ over the last axis, which is removed; 0 below NORM_FLOOR."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    has_direction = norm > NORM_FLOOR
+    return torch.where(has_direction, 1 / torch.where(has_direction, norm, 1), 0)
 
 
 def unit_vectors_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:

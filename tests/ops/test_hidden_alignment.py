@@ -3,6 +3,7 @@ import torch
 from operator_checks import BACKENDS, every_check, gradient_cases, run_check, run_gradcheck
 
 from dsdistill.ops import hidden_alignment
+from dsdistill.ops.hidden import chunked
 
 
 @every_check("hidden")
@@ -71,3 +72,41 @@ def test_wrong_arguments_are_named(changes, message):
     arguments = {"student": torch.randn(2, 6, 4), "teacher": torch.randn(2, 6, 4)} | changes
     with pytest.raises(ValueError, match=message):
         hidden_alignment(arguments.pop("student"), arguments.pop("teacher"), **arguments)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("divergence", ["mse", "cosine"])
+def test_several_blocks_are_one(divergence, projected, monkeypatch):
+    """Tokens in blocks of 7, some of them masked and one of them 0, give what all tokens at once give."""
+    torch.manual_seed(0)
+    student = torch.randn(2, 23, 6, dtype=torch.float64)
+    student[0, 3] = 0
+    inputs = [student.requires_grad_()]
+    options = {"mask": torch.rand(2, 23) > 0.2, "weights": torch.rand(2, 23), "divergence": divergence}
+    if projected:
+        inputs += [
+            torch.randn(9, 6, dtype=torch.float64).requires_grad_(),
+            torch.randn(9).double().requires_grad_(),
+        ]
+        options |= {"projection": inputs[1], "bias": inputs[2]}
+    teacher = torch.randn(2, 23, 9 if projected else 6, dtype=torch.float64)
+    kept = [x.detach().clone() for x in (student, teacher)]
+    expected = hidden_alignment(student, teacher, **options, backend="reference")
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked, "MIN_TOKENS", 7)
+    found = hidden_alignment(student, teacher, **options, backend="chunked")
+    torch.testing.assert_close(found, expected)
+    for mine, true in zip(*(torch.autograd.grad(x, inputs) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(mine, true)
+    assert torch.equal(student, kept[0]) and torch.equal(
+        teacher, kept[1]
+    )  # blocks are computed in their own memory
+
+
+def test_no_tokens_give_a_gradient_of_zero():
+    projection = torch.randn(4, 3, requires_grad=True)
+    loss = hidden_alignment(
+        torch.randn(0, 5, 3), torch.randn(0, 5, 4), projection=projection, backend="chunked"
+    )
+    loss.backward()
+    assert loss.item() == 0 and not projection.grad.any()

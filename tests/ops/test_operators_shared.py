@@ -99,24 +99,23 @@ def test_auto_says_once_what_it_takes(caplog):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mse", "tokens", "projection", "expected"),
+    ("kind", "tokens", "projection", "expected"),
     [
-        ("avx512", True, 127, 384 * 768, "reference"),
-        ("avx512", False, 127, 384 * 768, "reference"),
-        ("avx512", True, 2048, 768 * 1024, "cpp"),
-        ("avx512", True, 8, 0, "cpp"),
-        ("amx", True, 127, 384 * 768, "reference"),
-        ("amx", True, 2048, 384 * 768, "cpp"),
-        ("amx", True, 2048, 768 * 1024, "chunked"),
-        ("amx", False, 127, 384 * 768, "cpp"),
-        ("amx", True, 8, 16 * 16, "cpp"),
+        ("avx512", 127, 384 * 768, "reference"),
+        ("avx512", 2048, 768 * 1024, "cpp"),
+        ("avx512", 8, 0, "cpp"),
+        ("amx", 127, 384 * 768, "cpp"),
+        ("amx", 127, 768 * 1024, "reference"),
+        ("amx", 256, 384 * 768, "chunked"),
+        ("amx", 2048, 256 * 384, "cpp"),
+        ("amx", 2048, 0, "cpp"),
     ],
 )
 def test_auto_takes_torchs_products_of_hidden_states_by_a_table(
-    kind, mse, tokens, projection, expected, monkeypatch
+    kind, tokens, projection, expected, monkeypatch
 ):
     monkeypatch.setattr(backends, "CPU", backends.THRESHOLDS[kind])
-    order = backends.hidden_order(mse, tokens, projection, half=False)
+    order = backends.hidden_order(tokens, projection)
     assert order[0] == expected and sorted(order) == ["chunked", "cpp", "reference"]
 
 

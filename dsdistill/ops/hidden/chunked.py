@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dsdistill.ops import gpu
-from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward
+from dsdistill.ops.common import blocks, inverse_norms
 
-# Elements of one block of the projected student on a CPU: 1 MiB in float32, since several such blocks exist at once.
-BLOCK_ELEMENTS = 1 << 18
-MIN_TOKENS = 256  # fewer would read and write the projection's gradient too often
+# Elements of one block of the projected student on a CPU: 4 MiB in float32. Smaller blocks make its products slower.
+BLOCK_ELEMENTS = 1 << 20
+MIN_TOKENS = 512  # fewer would read and write the projection's gradient too often
 
 
 def hidden_total(
@@ -43,9 +43,7 @@ def hidden_total(
 
     total = weights.new_zeros(())
     d_student = torch.empty(x.shape, dtype=dtype, device=x.device) if needs[0] else None
-    d_projection = (
-        torch.zeros(matrix.shape, dtype=dtype, device=x.device) if matrix is not None and needs[1] else None
-    )
+    d_projection = None
     d_bias = torch.zeros_like(offset) if offset is not None and needs[2] else None
     step = max(MIN_TOKENS, gpu.block_elements(x, BLOCK_ELEMENTS) // max(1, target.shape[1]))
     for start in blocks(range(0, x.shape[0], step)):
@@ -53,19 +51,28 @@ def hidden_total(
         hidden, wanted = x[rows] if half else x[rows].to(dtype), target[rows].to(dtype)
         if masked is not None:
             hidden, wanted = hidden.masked_fill(masked[rows], 0), wanted.masked_fill(masked[rows], 0)
-        projected = hidden if matrix is None else _projected(hidden, matrix, offset, half)
-        value, gradient = _divergence(projected, wanted, weights[rows, None], divergence, any(needs))
+        # A block of its own, in which its gradient is computed.
+        projected = hidden.clone() if matrix is None else _projected(hidden, matrix, offset, half)
+        value, gradient = _divergence(projected, wanted, weights[rows], divergence, any(needs))
         total += value
         if d_bias is not None:
             d_bias += gradient.sum(0)
         if matrix is not None and gradient is not None:
             gradient = gradient.to(gpu.product_dtype(matrix) if half else dtype)
-        if d_student is not None:
-            d_student[rows] = gradient if matrix is None else _product(gradient, matrix, half)
-        if d_projection is not None and half:
-            d_projection += gpu.product(gradient.t(), hidden)
-        elif d_projection is not None:
-            d_projection.addmm_(gradient.t(), hidden)
+        if d_student is not None and matrix is not None and not half:
+            torch.mm(gradient, matrix, out=d_student[rows])
+        elif d_student is not None:
+            d_student[rows] = gradient if matrix is None else gpu.product(gradient, matrix)
+        if matrix is not None and needs[1]:
+            if half:
+                part = gpu.product(gradient.t(), hidden)
+                d_projection = part if d_projection is None else d_projection.add_(part)
+            elif d_projection is None:
+                d_projection = gradient.t() @ hidden
+            else:
+                d_projection.addmm_(gradient.t(), hidden)
+    if matrix is not None and needs[1] and d_projection is None:  # there were no tokens
+        d_projection = torch.zeros(matrix.shape, dtype=dtype, device=x.device)
     return total, (None if d_student is None else d_student.view(student.shape), d_projection, d_bias)
 
 
@@ -76,18 +83,22 @@ def _projected(hidden: Tensor, matrix: Tensor, offset: Tensor | None, half: bool
     return y if offset is None else y.add_(offset)
 
 
-def _product(left: Tensor, right: Tensor, half: bool) -> Tensor:
-    return gpu.product(left, right) if half else left @ right
-
-
 def _divergence(projected: Tensor, wanted: Tensor, weights: Tensor, divergence: str, with_gradient: bool):
-    """Return the sum over a block of tokens, and its gradient at `projected` (None if not asked for)."""
+    """Return the sum over a block of tokens, and its gradient at `projected`, in the memory of `projected`.
+
+    weights: (tokens,). The gradient is None if it is not asked for.
+    """
     if divergence == "mse":
-        difference = projected - wanted
-        weighted = difference * weights
-        value = torch.dot(weighted.flatten(), difference.flatten())
-        return value, weighted.mul_(2) if with_gradient else None
-    unit, inverse = unit_vectors(projected)
-    direction, _ = unit_vectors(wanted)
-    value = (weights[:, 0] * (1 - (unit * direction).sum(-1))).sum()
-    return value, unit_vectors_backward(direction * -weights, unit, inverse) if with_gradient else None
+        difference = projected.sub_(wanted)
+        value = torch.dot(weights, torch.linalg.vecdot(difference, difference))
+        return value, difference.mul_((2 * weights)[:, None]) if with_gradient else None
+    lengths = inverse_norms(projected)
+    others = inverse_norms(wanted)
+    unit = projected.mul_(lengths[:, None])
+    cosine = torch.linalg.vecdot(unit, wanted) * others
+    value = torch.dot(weights, 1 - cosine)
+    if not with_gradient:
+        return value, None
+    # With units u of y and v of t, the gradient at y is w (cos u − v) / ‖y‖.
+    factor = weights * lengths
+    return value, unit.mul_((factor * cosine)[:, None]).addcmul_(wanted, (factor * others)[:, None], value=-1)

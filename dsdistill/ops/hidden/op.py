@@ -132,8 +132,7 @@ def _choose(
         preference = ["chunked", "reference"]
     else:
         size = 0 if projection is None else projection.shape[0] * projection.shape[1]
-        half = student.dtype in (torch.bfloat16, torch.float16)
-        preference = [*hidden_order(divergence == "mse", tokens, size, half)]
+        preference = [*hidden_order(tokens, size)]
     if backend == "auto" and student.device.type == "cpu":
         return choose_backend("hidden_alignment", backend, preference=preference, missing=missing)
     lacks = {"cuda": cuda_lack(*tensors), "triton": triton_lack(*tensors)}

@@ -11,7 +11,7 @@ from dsdistill.ops.gpu import product, product_dtype
 
 # Elements of one block of logits: 32 MiB in float32, so that a product takes far longer than its call.
 BLOCK_ELEMENTS = 1 << 23
-MAX_TOKENS, MIN_TOKENS = 256, 64
+MAX_TOKENS, MIN_TOKENS = 512, 64
 # Bytes of the logits of all models in a block on a GPU. With what a slice needs and a head's gradient in float32 this
 # keeps a student 3584 wide with 152,000 entries below V·D·4 bytes + 0.6 GiB (tests/planner/test_vocabulary_memory.py).
 GPU_BYTES = 320 << 20
