@@ -152,7 +152,7 @@ def _write_whole(folder: str, tag: str, state: str, manifest: dict[str, dict]) -
 def _together(target: str, ranks: Ranks) -> Iterator[None]:
     """Raise Unsaved on every rank if the body failed on any rank.
 
-    Each rank finds its reason before rank 0 removes the files, since a disk that they filled is not full afterwards.
+    Each rank finds its reason before rank 0 removes the files, since their removal frees the disk.
     """
     failure = None
     try:

@@ -48,9 +48,7 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
         with ranks.first_alone():
             if ranks.first:
                 folder.claim()
-                folder.tag = find_checkpoint(
-                    path
-                )  # the folder is locked: no process can write another checkpoint
+                folder.tag = find_checkpoint(path)  # the lock lets no process write another now
             prepared = prepare(config, ranks.world_size)
         tag = ranks.gather(folder.tag)[0]
         if prepared.recipe is not None:
@@ -159,9 +157,7 @@ def _teacher(prepared: Prepared, ranks: Ranks) -> LazyTeacher | None:
 def _as_trained(module: StudentModule, loaded: LazyTeacher | None, prepared: Prepared) -> Tracer | None:
     """Cast the student to its training dtype; return the teacher's tracer, None without a teacher."""
     config = prepared.config
-    cast_parameters(
-        module, deepspeed.DTYPES[config.train.dtype]
-    )  # like the engine, which does not cast buffers
+    cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # like the engine: not the buffers
     if loaded is None:
         return None
     last = [prepared.pair.teacher.depth] if config.evaluation.structure else []

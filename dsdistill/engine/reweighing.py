@@ -72,7 +72,7 @@ def begin(
     step: int,
     evaluate: Callable[[], Scores],
 ) -> Callable[[int, Scores], Scores]:
-    """Return the function that each evaluation's step and scores go through; only data.sampler ddk changes shares."""
+    """Return a function to call with each evaluation's step and scores; only with sampler ddk it changes shares."""
     if prepared.config.data.sampler != "ddk":
         return lambda _, scores: scores
     made = Reweighing(prepared, ahead, folder, ranks, step)

@@ -27,11 +27,11 @@ MARKER = "dsdistill-run.txt"  # marks a folder whose files a run may replace and
 
 INIT = "init"  # the student's architecture, tokenizer and, if cut from a teacher, first weights
 LAYERS = "layers.json"  # the pairs that cka_offline found
-MAPS = "domain_maps.safetensors"  # of the teacher's states
+MAPS = "domain_maps.safetensors"  # the fitted maps of the teacher's states
 SAMPLING = "sampling.npy"  # the teacher's values of the train examples, for a sampler
-SHARES = "shares.json"  # of the sources, from which step on
+SHARES = "shares.json"  # the shares of the sources, and the step from which they hold
 STAGES = "stages"  # the weights that each stage hands on
-REPRESENTATIONS = "representations"  # of the dev set, during training
+REPRESENTATIONS = "representations"  # the states of dev examples during training
 BASELINE = "baseline"  # a run of its own
 MODEL = "model"  # what a recipe's run exports
 BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"  # written by Guard
@@ -126,8 +126,8 @@ class RunFolder:
     def open(self, config: Config) -> None:
         """Make the folder, or check that it holds an earlier part of this run; write the config.
 
-        If no checkpoint was saved, the config there is replaced, and what the earlier start prepared is made again, since
-        it may belong to another teacher or other data.
+        If no checkpoint was saved, the config there is replaced, and what the earlier start prepared is made again: it
+        may belong to another teacher or other data.
         """
         self.claim()
         self.agree(config)

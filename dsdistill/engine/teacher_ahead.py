@@ -8,7 +8,7 @@ from dsdistill.models.tracer import Tracer
 
 
 class TeacherAhead:
-    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a separate stream, on a CPU one by one.
+    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a separate stream, on a CPU in sequence.
 
     A rank then holds two traces, and the teacher's activations besides the student's. It has not run on a GPU yet.
     """
