@@ -21,7 +21,7 @@ OFFLOAD = "student.deepspeed.zero_optimization.offload_optimizer={device: cpu, p
 class Proposal:
     """A Proposal is a set of overrides, with the bytes that it needs on a rank, reserve included, and on a host.
 
-    host: None if what a rank always holds is too much already; `needs` is only that then.
+    host: None if what a rank always holds is already too much; `needs` then counts only that.
     """
 
     overrides: tuple[str, ...]
@@ -41,8 +41,8 @@ def suggest(
 ) -> list[Proposal]:
     """Return the proposals that were tried, in order; the last one fits, if any does.
 
-    make: returns the config under some overrides. memory: bytes of a rank; ranks: of a node; host_memory: bytes of a
-    node.
+    make: returns the config under some overrides. memory: bytes of a rank; ranks: those of a node; host_memory: bytes
+    of a node.
 
     The order is: the optimizer on the device before in host memory, activations kept before checkpointing, a whole
     teacher on each rank before a sharded one, and the student's ZeRO stages from 1 to 3, since lower ones send less.
@@ -144,7 +144,7 @@ def _largest(
     need: int,
     node: int,
 ) -> tuple[int, int, int]:
-    """Return the largest micro-batch of `sizes` that fits, and what it needs; need, node: of the smallest."""
+    """Return the largest micro-batch of `sizes` that fits, and its `_need`; need, node: those of the smallest."""
     least, *larger = sizes
     best = least, need, node
     if not larger:

@@ -110,7 +110,7 @@ class StudentZero:
         self.ledger.add(GATHERED, self.whole + self.arriving)
 
     def arrived(self) -> None:
-        """Remove those buffers, after the forward pass."""
+        """Remove the buffers of gathered weights, after the forward pass."""
         self.ledger.add(GATHERED, -self.arriving)
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
