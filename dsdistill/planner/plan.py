@@ -203,7 +203,7 @@ def _models(config: Config, gpu: bool) -> Models:
             for_task(model, config.task, labels, setting(text_config(model), "pad_token_id") or 0)
     tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     pair = make_pair(config, student, teacher, tokens)
-    if gpu:  # `auto` uses it there without a record; no kernel needs more memory
+    if gpu:  # `auto` uses it on GPUs without measurements; no kernel needs more memory
         pair = dataclasses.replace(pair, backend="chunked")
     size = size_of(teacher, config.task).total if teacher is not None else 0
     return Models(student, teacher, pair, size)
