@@ -98,7 +98,7 @@ class StudentModule(Distillation):
         if ask == "mean":
             return pooled(student.hidden[self._last], batch)
         if self.objective.task == EMBEDDING:
-            assert student.output is not None  # a model without a head has it
+            assert student.output is not None  # models without a head have it
             return unit_vectors(student.output, batch, self.objective.pooling[0])
         return student.logits if student.logits is not None else self.evaluation.sums(student, teacher, batch)
 

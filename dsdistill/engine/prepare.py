@@ -60,7 +60,7 @@ class Prepared:
     objectives: tuple[Objective, ...]  # one for each stage
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
-    contrast: Contrast | None  # tells terms of the domain from general ones, if the data names texts of both
+    contrast: Contrast | None  # finds terms of the domain, if the data names domain and general texts
     judged: bool  # the teacher has a trained head, so that its scores and the distance to it are meaningful
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)

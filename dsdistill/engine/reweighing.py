@@ -27,7 +27,7 @@ def next_shares(
 ) -> list[float]:
     """Return the shares of the domains in the next interval, which add up to 1.
 
-    before: those of the last interval; None: there is none. student, teacher: their perplexities by domain.
+    before: the shares of the last interval; None if there was none. student, teacher: their perplexities by domain.
     """
     ratios = np.array(student) / np.array(teacher)
     powers = np.exp(ratios - ratios.max()) * (1.0 if before is None else np.array(before))

@@ -69,7 +69,7 @@ def running(timeout: float) -> Iterator[Ranks]:
     finally:
         if (
             not stopping.requested()
-        ):  # else closing the group could make ranks wait in vain; after a signal the process ends anyway
+        ):  # else closing the group could make ranks wait forever; after a signal the process ends anyway
             deepspeed.stop()
 
 

@@ -140,7 +140,7 @@ class RunFolder:
                 file.write(configs.dump(config))
 
     def agree(self, config: Config) -> None:
-        """Raise UserError if this config may not go on with the run in the folder. Nothing is changed."""
+        """Raise UserError if this config may not continue the run in the folder. Nothing is changed."""
         saved = self / CONFIG
         if not self.begun or not os.path.exists(saved):
             return

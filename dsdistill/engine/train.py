@@ -70,9 +70,9 @@ class _Forgiving:
 class Trainer:
     """A Trainer trains the student in one stage.
 
-    index: the stage's. init: path of the student's first weights (None: random). before: path of the previous stage's
-    weights (stages.hand_over); None in the first. teacher: None trains on the task alone. judge: the teacher that
-    evaluation compares with (the same, or one that a baseline does not learn from).
+    index: that of the stage. init: path of the student's first weights (None: random). before: path of the previous
+    stage's weights (stages.hand_over); None in the first. teacher: None trains on the task alone. judge: the teacher
+    that evaluation compares with (the same, or one that a baseline does not learn from).
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Count the bytes of each owner (weights, activations, …) while a step runs on tensors without contents.
 
 Under FakeTensorMode every operation makes tensors with shapes but without contents, so that a model of any size runs
-on any machine. It is then known exactly which tensors are alive at each moment, whatever the architecture: autograd,
-checkpointing and the terms keep what they would keep.
+on any machine. For any architecture it is then known exactly which tensors are alive at each moment, since autograd,
+checkpointing and the terms keep what they would keep in a real step.
 """
 
 import contextlib

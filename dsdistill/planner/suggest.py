@@ -46,8 +46,8 @@ def suggest(
 
     The order is: the optimizer on the device before in host memory, activations kept before checkpointing, a whole
     teacher on each rank before a sharded one, and the student's ZeRO stages from 1 to 3, since lower ones send less.
-    The first that fits gets the largest micro-batch that fits and divides the batch evenly. Settings that cannot fit,
-    whatever a step takes, are not rehearsed.
+    The first that fits gets the largest micro-batch that fits and divides the batch evenly. Settings are not rehearsed
+    if what a rank always holds is already too much.
     """
     reserve, refused = RESERVE if gpu else 0, None
     room = memory - reserve
@@ -116,7 +116,7 @@ def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _least(forecast: Forecast) -> int:
-    """Return the bytes that a rank holds whatever a step does."""
+    """Return the bytes that a rank always holds, without those of a step."""
     zero, parts, config = forecast.rank.zero, forecast.parts, forecast.config
     held = zero.width * parts.student.total / (zero.world_size if zero.stage == 3 else 1)
     if config.student.deepspeed.get("zero_optimization", {}).get("offload_param"):
