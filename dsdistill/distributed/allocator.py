@@ -9,7 +9,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _LARGE = 2**31 - 1
-# Blocks of this size come from the system one by one, and go back as soon as they are freed.
+# Blocks of at least this size come from the system one by one, and go back as soon as they are freed.
 _LOADING = 2**20
 
 
@@ -17,9 +17,9 @@ _LOADING = 2**20
 def loading(device: torch.device) -> Iterator[None]:
     """Give large blocks back to the system as soon as they are freed, while a model is loaded inside.
 
-    Loading frees as much as it keeps: whole tensors, of which a rank keeps a part. By default glibc would keep that
-    memory, since it adapts to the first large block that is freed. At the end all free memory goes back, and on a CPU
-    steps then keep what they free.
+    Loading frees as much memory as it keeps: it reads whole tensors, of which a rank keeps a part. By default glibc
+    would not give that memory back, since it adapts to the first large block that is freed. At the end all free memory
+    goes back; on a CPU, training steps then keep the memory that they free.
     """
     library = _tunable()
     if library is None:

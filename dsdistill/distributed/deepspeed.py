@@ -21,7 +21,7 @@ from dsdistill.distributed.ranks import Ranks, environment, private_store
 from dsdistill.distributed.shards import Shards
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; silences its search
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported; stops its search
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
@@ -125,7 +125,7 @@ def timed_out(error: Exception) -> bool:
 
 
 def lost(error: Exception) -> bool:
-    """Return whether a collective found another rank gone; torch has no exception type for that either."""
+    """Return whether a collective found that another rank is gone; torch has no exception type for that either."""
     signs = (
         "connection closed by peer",
         "connection reset by peer",
@@ -234,7 +234,7 @@ def _check_sections(settings: dict, model: str) -> None:
             section(**given)
         except pydantic.ValidationError as error:
             raise _explain(section, error.errors()[0], place) from None
-        except (AssertionError, TypeError) as error:  # an old key and its new name, a number as a key
+        except (AssertionError, TypeError) as error:  # an old key beside its new name, a number as a key
             raise UserError(place, str(error), "settings that DeepSpeed accepts") from None
 
 
@@ -258,7 +258,7 @@ def _explain(section: type[pydantic.BaseModel], error: dict, place: str) -> User
 
 @contextlib.contextmanager
 def known_pickles():
-    """Make torch.load inside accept only tensors, plain Python and PICKLED, whoever calls it; nothing else is run."""
+    """Make every torch.load in the block accept only tensors, plain Python and PICKLED; no other code is run."""
     asked = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in asked}
     os.environ.update(asked)
@@ -283,7 +283,7 @@ def foreign(path: str) -> str | None:
 
 
 def load_same(engine, folder: str, tag: str) -> None:
-    """Restore all of the engine from a checkpoint of the same number of ranks and the same ZeRO stage."""
+    """Restore the whole engine from a checkpoint of the same number of ranks and the same ZeRO stage."""
     with known_pickles():
         engine.load_checkpoint(folder, tag=tag)
 
@@ -296,7 +296,7 @@ def read_shards(folder: str) -> Shards:
 def whole_weights(folder: str, tag: str) -> dict[str, torch.Tensor]:
     """Return a checkpoint's weights in float32, by name in the student's module; frozen ones are not rounded.
 
-    The weights below a student's adapters are not among them: no checkpoint holds these.
+    The weights below a student's adapters are not included, since no checkpoint holds them.
     """
     shards = read_shards(os.path.join(folder, tag))
     frozen = {}
@@ -310,7 +310,7 @@ def load_reshaped(engine, folder: str) -> None:
     """Restore weights, optimizer and schedule from a checkpoint of another number of ranks or ZeRO stage.
 
     DeepSpeed's universal checkpoints need the same stage and Adam, and write everything again. Here each rank reads
-    the shards as they are and keeps its own part. Values are those saved, to the last bit.
+    the shards as they are and keeps its own part. Values equal the saved ones to the last bit.
     """
     shards, optimizer = read_shards(folder), engine.optimizer
     sharded = engine.zero_optimization_stage() == 3
@@ -343,10 +343,10 @@ def load_reshaped(engine, folder: str) -> None:
 
 
 def _load_optimizer(optimizer, shards: Shards, sharded: bool) -> None:
-    """Restore rates and step counts; make the moments as zeros, as DeepSpeed would at the first step."""
+    """Restore rates and step counts; create the moments as zeros, as DeepSpeed would at the first step."""
     base = optimizer.optimizer
     if sharded:
-        optimizer._set_fp32_optimizer_param_groups()  # DeepSpeed takes them out again after each use
+        optimizer._set_fp32_optimizer_param_groups()  # DeepSpeed removes these groups after each use
     flat = [partition for group in base.param_groups for partition in group["params"]]
     state = base.state_dict()
     state["state"] = {

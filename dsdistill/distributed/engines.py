@@ -1,9 +1,9 @@
 """Make DeepSpeed's engines for teacher and student, and shard models by ZeRO-3 while they are read.
 
-There are two ways; in both a rank holds one whole tensor besides its parts. A model that is mapped from its files
-takes no memory at first, and `partition` shards it tensor by tensor. If transformers must compute weights from what
-it reads, the model is sharded while it is built (`constructing`): only rank 0 reads, and sends every tensor to the
-others.
+There are two ways to shard; in both a rank holds one whole tensor besides its parts. A model that is mapped from its
+files takes no memory at first, and `partition` shards it tensor by tensor. If transformers must compute weights from
+what it reads, the model is sharded while it is built (`constructing`): only rank 0 reads, and sends every tensor to
+the others.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from dsdistill.distributed.writer import Writer
 
 @contextlib.contextmanager
 def constructing(settings: dict) -> Iterator[None]:
-    """Shard the weights of models that transformers makes or loads inside.
+    """Shard the weights of models that transformers makes or loads in the block.
 
     settings: those of the DeepSpeed engine that is to run them; they determine the dtype of a rank's parts.
     """
@@ -52,13 +52,14 @@ def constructing(settings: dict) -> Iterator[None]:
 
 
 def partition(module: nn.Module, settings: dict, dtype: torch.dtype, device: torch.device) -> None:
-    """Leave each rank its part of every parameter of a module, as `dtype` on `device`.
+    """Shard every parameter of a module: each rank keeps its part, as `dtype` on `device`.
 
     settings: those of the DeepSpeed engine that is to run it.
     """
     first = None
     for parameter in module.parameters():
-        # A copy, since DeepSpeed overwrites the values in place with rank 0's: pages of a mapped file would stay.
+        # A copy, since DeepSpeed overwrites the values in place with rank 0's: pages of a mapped file
+        # would stay in memory.
         parameter.data = parameter.detach().to(device, dtype, copy=True)
         if first is None:
             first = parameter
@@ -112,7 +113,7 @@ def student_engine(
     """
     settings = student_settings(config, ranks.world_size)
     dtype = DTYPES[config.train.dtype]
-    # Kept on the CPU. If they are there already this is no copy: rounding replaces the tensors.
+    # Kept on the CPU. If they are there already they are not copied, since rounding replaces the tensors.
     unrounded = {
         name: p.detach().cpu()
         for name, p in module.named_parameters()
@@ -120,8 +121,8 @@ def student_engine(
     }
     parts = round_parts(module, dtype)
     groups = parameter_groups(module, terms, config, rate)
-    # DeepSpeed allocates a bucket of 5e8 gradients, however few there are: a GB or two of a GPU, and on a CPU a heap
-    # that grows, since blocks of 2 GB come and go in it at every step.
+    # DeepSpeed allocates a bucket of 5e8 gradients, however few there are. This takes 1 or 2 GB of a GPU; on a CPU the
+    # heap grows, since blocks of 2 GB are allocated and freed in it at every step.
     everyone = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
     bucket = min(zero_section(settings).reduce_bucket_size, everyone)
     settings["zero_optimization"]["reduce_bucket_size"] = bucket
@@ -140,14 +141,14 @@ def student_engine(
             set_master(parameter, unrounded.pop(name))
         elif name in parts:
             safe_set_local_fp32_param(parameter, parts.pop(name))
-    # At the smallest loss scale step_gradient reports it, and the run ends in one line that says why.
+    # If a step fails at the smallest loss scale, step_gradient reports it, and the run ends in one line that says why.
     engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     engine.checkpoint_engine = Writer()
     # DeepSpeed would copy its conversion scripts next to the checkpoints. `export` needs none, and a failed copy would
     # leave the other ranks waiting.
     engine._copy_recovery_script = lambda save_path: None
     if base:
-        # DeepSpeed leaves out frozen weights by one name; a weight that is tied has others.
+        # DeepSpeed leaves out a frozen weight under one name only, but a tied weight has several.
         state = engine.module_state_dict
         engine.module_state_dict = lambda **options: {
             name: value for name, value in state(**options).items() if name not in base
@@ -210,7 +211,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
 
 
 def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Set parameters and buffers of a module, sharded or not, to the values by name; others stay unchanged."""
+    """Set the parameters and buffers that `values` names, sharded or not; others of the module stay unchanged."""
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
         for name, value in values.items():
@@ -223,7 +224,7 @@ def fill(module: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def round_parts(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast the sharded parameters of a module; return this rank's unrounded parts of those that train, by name.
+    """Cast a module's sharded parameters to `dtype`; return this rank's unrounded parts of those that train, by name.
 
     The returned parts are on the CPU; parameters that have that dtype already are left out. DeepSpeed expects sharded
     parameters to have the dtype that its engine computes in, and casts only the others.

@@ -13,11 +13,11 @@ from dsdistill import disk
 def leave(code: int = 0) -> None:
     """End this process with an exit code, without the teardown of the interpreter.
 
-    Call it after the process group is left and everything is written. Under CPython 3.13 and earlier a thread of torch
-    that waits for the interpreter during teardown, such as gloo's to free a last tensor, aborts the process: its exit
-    code then reports a failure though its work is done (pytorch issues 38228, 190489).
+    Call it after the process group is left and everything is written. Under CPython 3.13 and earlier, a thread of torch
+    that waits for the interpreter during teardown aborts the process (for example gloo's thread, to free a last
+    tensor). The exit code then reports a failure, although the work is done (pytorch issues 38228, 190489).
     """
-    threading._shutdown()  # as the interpreter does, and multiprocessing where it ends a process in this way
+    threading._shutdown()  # the interpreter does this too, and so does multiprocessing before it calls os._exit
     atexit._run_exitfuncs()  # for W&B and the like
     for stream in (sys.stdout, sys.stderr):
         if stream is None or stream.closed:

@@ -50,9 +50,9 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_alone(self):
-        """Let rank 0 run the block first, and the others after it: they find what it left in a cache.
+        """Let rank 0 run the block first, and the others after it, so that they find what it left in a cache.
 
-        If rank 0 fails the others fail too: they would wait for it in vain, or hide its one line among theirs.
+        If rank 0 fails, the others fail too: else they would wait for it forever, or hide its one line among theirs.
         """
         if not self.first:
             failure = self._first_is_done(None)
@@ -136,9 +136,9 @@ _BY_LAUNCHER = "the value that deepspeed or torchrun sets, or no RANK for one pr
 def private_store(timeout: timedelta) -> dist.Store | None:
     """Return the store of a run on this machine only; None if ranks of other machines may take part.
 
-    The store of one rank listens nowhere, that of several only on the loopback interface; torch's own would accept
-    anyone on every interface. Call this before any socket is opened: it also sets the interface of gloo and NCCL.
-    Raises UserError if the port is taken. torchrun has its own store.
+    The store of one rank does not listen; the store of several listens only on the loopback interface. Torch's own
+    would accept anyone on every interface. Call this before any socket is opened: it also sets the interface of gloo
+    and NCCL. Raises UserError if the port is taken. torchrun has its own store.
     """
     host = os.environ["MASTER_ADDR"].replace("localhost", "127.0.0.1")
     if not _loopback(host):

@@ -48,7 +48,7 @@ class Shards:
 
     @property
     def loss_scaler(self):
-        """Return fp16's loss scaler; else None or one that does nothing."""
+        """Return the loss scaler of fp16; for other dtypes None, or one that does nothing."""
         return self._optimizers[0].get("loss_scaler")
 
     @property

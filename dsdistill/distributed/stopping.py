@@ -1,9 +1,9 @@
-"""Stop a run that is told to: by a signal, or by the end of the launcher above it.
+"""Stop a run on request: a signal, or the end of the launcher above it.
 
 Python's own handlers do not run while the main thread waits in a collective. So one thread reads each signal at once
 and watches the deadlines, and another tells the other ranks through their store. During training steps nothing is
 raised: the ranks vote in a collective that each step makes anyway, save, and leave together. Everywhere else `Stopped`
-is raised in the main thread; if that does not end the process in time, the thread does.
+is raised in the main thread; if that does not end the process in time, the first thread does.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class _Watch:
         self.check()
 
     def check(self) -> None:
-        """Raise Stopped, once, if a request came and no step's end will handle it."""
+        """Raise Stopped, once, if a request came and no training step runs that would handle it at its end."""
         if self.reason is not None and not self.training and not self.raised:
             raise self.stopped("")
 
@@ -115,7 +115,7 @@ class _Watch:
         signal.pthread_kill(threading.main_thread().ident, _WAKE)
 
     def leave(self, what: str) -> None:
-        """End the process from the thread."""
+        """End the process from the listening thread."""
         if self.first and not self.spoken:
             line = f"dsdistill: {self.stopped('', what)}\n"
             with contextlib.suppress(OSError):  # standard error may be closed
@@ -172,7 +172,7 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Mark a block of steps that vote: until the grace is over, a request raises nothing inside."""
+    """Mark a block of steps that vote: until the grace period is over, a request raises nothing in the block."""
     if _watch is None:
         yield
         return
@@ -188,7 +188,7 @@ def training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Mark a save: it may finish even after the grace is over."""
+    """Mark a save: it may finish even after the grace period is over."""
     if _watch is None:
         yield
         return
@@ -218,7 +218,7 @@ def agreed(counts: list[int]) -> bool:
 def stopped(place: str, what: str) -> Stopped:
     """Return the exception that every rank raises once they have agreed.
 
-    place: the beginning of its line. what: whether the step was saved.
+    place: the beginning of its message. what: whether the step was saved.
     """
     return _watch.stopped(place, what)
 
@@ -282,6 +282,6 @@ def _gone(launcher: tuple[int, str]) -> bool:
     process, start = launcher
     try:
         stat = _stat(process)
-    except OSError:  # tells nothing about the process, such as too many open files
+    except OSError:  # such as too many open files: this tells nothing about the process
         return False
     return stat is None or stat[19] != start

@@ -1,4 +1,4 @@
-"""Write a rank's files of a checkpoint and hash them meanwhile, either at once or later from a copy."""
+"""Write a rank's files of a checkpoint and hash them at the same time, either at once or later from a copy."""
 
 import copy
 import hashlib
@@ -18,8 +18,8 @@ from dsdistill.distributed.deepspeed import deepspeed
 class Writer(deepspeed.runtime.checkpoint_engine.checkpoint_engine.CheckpointEngine):
     """A Writer writes what DeepSpeed saves for a student's engine; failures are raised only by commit().
 
-    It tells DeepSpeed that it is decoupled, so that DeepSpeed does not wait for its files; `checkpoint.Saving` does, on
-    all ranks together.
+    It tells DeepSpeed that it is decoupled, so that DeepSpeed does not wait for its files. `checkpoint.Saving` waits
+    for the files of all ranks together.
     """
 
     def __init__(self):

@@ -1,10 +1,10 @@
 """Save and load checkpoints that survive a kill at any moment.
 
 RUN/checkpoints/step-N/ holds what DeepSpeed saved, each rank's random state and a manifest of every file's size
-and hash. Each rank computes them while it writes its files. A file is searched for code before it is unpickled.
-RUN/checkpoints/newest names the folder to resume from. DeepSpeed's own `latest` is not used: it can point at a
-checkpoint that was still being written. Here the manifest is written after all ranks are done, and only then the
-pointer moves, atomically. If the checkpoint that it names does not verify, the newest one that does is resumed from.
+and hash. Each rank computes size and hash while it writes its files. A file is searched for code before it is
+unpickled. RUN/checkpoints/newest is a pointer: it names the folder to resume from. DeepSpeed's own `latest` is not
+used, because it can name a checkpoint that was still being written. Here the manifest is written after all ranks are
+done; then the pointer moves, atomically. If its checkpoint does not verify, a run resumes from the newest that does.
 """
 
 import contextlib
@@ -50,15 +50,15 @@ class Unsaved(SharedError):
 
 
 class Saving:
-    """A Saving is a checkpoint that is being written; until finish() a resume takes the one before."""
+    """A Saving is a checkpoint that is being written; until finish() is done, a resume uses the one before it."""
 
     def __init__(self, engine, run_dir: str, step: int, state: dict, ranks: Ranks):
-        """Take a checkpoint of an engine whose checkpoint_engine is a Writer; arguments are those of begin()."""
+        """Prepare to save an engine whose checkpoint_engine is a Writer; the arguments are those of begin()."""
         self.engine, self.writer, self.ranks, self.step = engine, engine.checkpoint_engine, ranks, step
         self.folder, self.tag = os.path.join(run_dir, FOLDER), tag_of(step)
         self.target = os.path.join(self.folder, self.tag)
         everything = state | {"step": step, "world_size": ranks.world_size, "versions": versions()}
-        self.state = json.dumps(everything)  # now: training may change it before finish()
+        self.state = json.dumps(everything)  # serialised now, since training may change it before finish()
 
     def begin(self, later: bool, frozen: dict[str, torch.Tensor]) -> None:
         """Hand all that a resume needs to the Writer."""
@@ -85,7 +85,7 @@ class Saving:
         return self.writer.written
 
     def finish(self, keep: int) -> None:
-        """Wait for all files of all ranks, then make this the checkpoint to go on from, and remove those beyond `keep`.
+        """Wait for the files of all ranks, make this the checkpoint to resume from, and keep only the newest `keep`.
 
         Raises Unsaved, on every rank, if a file of any rank could not be written. Earlier checkpoints are whole.
         """
@@ -99,7 +99,7 @@ class Saving:
                 _write_whole(self.folder, self.tag, self.state, manifest)
         if self.ranks.first:
             there = _tags(self.folder)
-            kept = sorted(name for name in there if name <= self.tag)[-keep:]  # later ones were passed over
+            kept = sorted(name for name in there if name <= self.tag)[-keep:]  # later ones did not verify
             for old in sorted(set(there) - set(kept)):
                 try:
                     _remove(os.path.join(self.folder, old))
@@ -121,9 +121,9 @@ def begin(
     """Begin to save the engine, each rank's random state and `state` (plain JSON) as the checkpoint of `step`.
 
     state: includes the student's zero_stage, and at_once, the examples of all ranks in one micro-batch.
-    later: a thread writes a copy in host memory while training goes on; only one checkpoint at a time.
-    frozen: on rank 0, by name, the weights that do not train, as they were before the engine rounded them; of a student
-        with adapters only those that are not its base.
+    later: copy to host memory, and let a thread write the copy while training goes on; only one checkpoint at a time.
+    frozen: on rank 0, by name, the weights that do not train, as they were before the engine rounded them. The weights
+        below a student's adapters are left out.
 
     Raises Unsaved, on every rank, if the folder cannot be made or written. Earlier checkpoints are whole.
     """
@@ -133,7 +133,7 @@ def begin(
 
 
 def _write_whole(folder: str, tag: str, state: str, manifest: dict[str, dict]) -> None:
-    """Write what makes a saved checkpoint one to go on from: its state, its manifest, the pointer to it.
+    """Write the files that make a saved checkpoint the one to resume from: its state, its manifest and the pointer.
 
     manifest: lists the files that the ranks have synced to the disk. After a power cut that follows the pointer's
     move, all of them must be whole.
@@ -152,7 +152,7 @@ def _write_whole(folder: str, tag: str, state: str, manifest: dict[str, dict]) -
 def _together(target: str, ranks: Ranks) -> Iterator[None]:
     """Raise Unsaved on every rank if the body failed on any rank.
 
-    The reason is found while the files that were too large are still there; then rank 0 removes them.
+    Each rank finds its reason before rank 0 removes the files, since their removal frees the disk.
     """
     failure = None
     try:
@@ -173,7 +173,7 @@ def _together(target: str, ranks: Ranks) -> Iterator[None]:
 
 
 def _remove(target: str) -> None:
-    """Remove a checkpoint: files of ours and those its manifest names; raise OSError if it holds others."""
+    """Remove a checkpoint: the files that a run writes and those in its manifest; raise OSError if it holds others."""
     try:
         named = _read(os.path.join(target, _MANIFEST))
     except (OSError, ValueError, RecursionError):
@@ -235,7 +235,7 @@ _COUNTS = {"stage": 0, "zero_stage": 1, "at_once": 1, "tokens": 0, "counted": 0,
 
 
 def _odd_state(folder: str) -> str | None:
-    """Return why no run wrote this state.json, though its hash is right; None if a run may have."""
+    """Return why no run can have written this state.json, although its hash is right; None if a run can."""
     try:
         state = _read(os.path.join(folder, _STATE))
     except (OSError, ValueError, RecursionError):
@@ -258,7 +258,7 @@ def _odd_state(folder: str) -> str | None:
 
 
 def check(run_dir: str, config: Config, world_size: int) -> str | None:
-    """Return the tag of the checkpoint that a run goes on from; None before its first.
+    """Return the tag of the checkpoint that a run resumes from; None if it has saved none yet.
 
     Raises UserError if there are checkpoints and none verifies, or if a term relates the examples of a micro-batch and
     their number has changed.
@@ -269,7 +269,7 @@ def check(run_dir: str, config: Config, world_size: int) -> str | None:
         _check_relations(run_dir, tag, config, world_size)
         tell_versions(read_state(run_dir, tag), tag)
         return tag
-    # A first save that was interrupted leaves neither of these, and costs nothing.
+    # A first save that was interrupted leaves neither pointer nor manifest; the run then begins again.
     if _pointed(folder) or any(
         os.path.isfile(os.path.join(folder, name, _MANIFEST)) for name in _tags(folder)
     ):
@@ -285,8 +285,8 @@ def check(run_dir: str, config: Config, world_size: int) -> str | None:
 def load(engine, run_dir: str, tag: str, ranks: Ranks, zero_stage: int, seed: int) -> dict:
     """Restore the engine and this rank's random state; return the saved `state`.
 
-    With the same number of ranks and the same ZeRO stage a run goes on exactly, else up to rounding. With another
-    number of ranks, dropout is drawn again.
+    With the same number of ranks and the same ZeRO stage the run continues exactly, otherwise it differs by rounding.
+    With another number of ranks, dropout is drawn again.
     """
     folder, state = os.path.join(run_dir, FOLDER), read_state(run_dir, tag)
     same_ranks = state["world_size"] == ranks.world_size
@@ -324,7 +324,7 @@ def _read(path: str):
 def check_base(run_dir: str, tag: str, digest: str | None) -> None:
     """Raise UserError if the weights below a student's adapters are not those that a checkpoint's run began with.
 
-    digest: of these weights as they are now; None if the student has no adapters, or if it is not known.
+    digest: that of these weights as they are now; None if the student has no adapters, or if it is not known.
     """
     before = read_state(run_dir, tag).get("base")
     if digest is not None and before is not None and before != digest:

@@ -24,7 +24,7 @@ def compare(path: str, out: str, overrides: list[str], scale: str = "small", dry
         path: the plan; `studies.read_plan` says what it holds.
         out: folder of the runs. It also gets study.json and, if the plan has an axis, axis.png.
         overrides: files and overrides that come after those of every method.
-        scale: which sources are used if a plan has some for several scales.
+        scale: which sources to use if a plan has different sources for each scale.
         dry: only check every config; return the list of runs.
 
     Raises UserError, before the first run starts, for a config that is refused, or that differs from
@@ -76,7 +76,7 @@ def _is_table(path: Path) -> bool:
 
 
 def _check(run: str, sources: list[str]) -> None:
-    """Raise UserError for a config that is refused, or that differs from that of a finished run there."""
+    """Raise UserError if the config is refused, or differs from that of a finished run in the folder."""
     config, saved = load(sources), os.path.join(run, "config.yaml")
     if os.path.isfile(os.path.join(run, "summary.json")) and os.path.isfile(saved):
         check_same(saved, as_begun(config, saved))

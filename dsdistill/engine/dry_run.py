@@ -60,7 +60,7 @@ def _check_data(data: Data, task: str) -> Iterator[str]:
     if data.chat_template is not None:
         read_template(data.chat_template)
     read = [(part, name) for *_, part in parts(data) for name in names(part.train)]
-    if task == EMBEDDING:  # the texts that it learns from need no labels
+    if task == EMBEDDING:  # this task trains on texts without labels
         read = [(part.model_copy(update={"label": None}), name) for part, name in read]
     for section, split in read + [(of_dev(data, name), split) for name, split in dev_sets(data).items()]:
         if section.source == "files" or (section.root is not None and section.source != "docstrings"):
@@ -73,7 +73,7 @@ def _check_data(data: Data, task: str) -> Iterator[str]:
 
 
 def _beginning(stream: Stream) -> dict[str, None]:
-    """Return the columns of a file's first rows, or all where the file declares them."""
+    """Return the columns of a file's first rows, and those that the file declares."""
     rows = [row for _, row in islice(stream.rows(), LOOKED)]
     if not rows:
         raise UserError(stream.place, "no rows", "at least one")

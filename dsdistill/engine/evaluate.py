@@ -48,7 +48,7 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
         with ranks.first_alone():
             if ranks.first:
                 folder.claim()
-                folder.tag = find_checkpoint(path)  # no process can write another now
+                folder.tag = find_checkpoint(path)  # the lock lets no process write another now
             prepared = prepare(config, ranks.world_size)
         tag = ranks.gather(folder.tag)[0]
         if prepared.recipe is not None:
@@ -67,7 +67,7 @@ def evaluate_run(path: str, data: Sequence[str] = ()) -> dict:
 
 
 def _computable(config: Config, path: str) -> Config:
-    """Return a run's config in a precision that this machine has."""
+    """Return a run's config with dtypes that this machine supports."""
     teacher = config.teacher
     if torch.cuda.is_available() or "fp16" not in (config.train.dtype, teacher.dtype if teacher else None):
         return config
@@ -88,7 +88,7 @@ def _on_files(config: Config, data: Sequence[str]) -> Config:
 
 
 def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict) -> None:
-    """Put all the scores that the config asks for into a summary: of a checkpoint's student, and of the teacher.
+    """Add the scores that the config asks for to a summary: those of a checkpoint's student and of the teacher.
 
     Scores that the run reports too are computed in its training dtype, so that they are the same. The student's texts
     and times are measured with float32 weights.
@@ -98,7 +98,7 @@ def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict)
     whole: dict[str, dict] = {"student": {}}
     if asked.latency and ranks.first:
         timed = module.model
-        if prepared.config.student.lora is not None:  # of the model that `export` writes
+        if prepared.config.student.lora is not None:  # time the model that `export` writes
             timed = merge(load_student(path, prepared.config, tag)[0]).to(ranks.device).eval()
         whole["student"] |= latency(timed, prepared)
     if asked.generate:  # before the student is rounded
@@ -157,7 +157,7 @@ def _teacher(prepared: Prepared, ranks: Ranks) -> LazyTeacher | None:
 def _as_trained(module: StudentModule, loaded: LazyTeacher | None, prepared: Prepared) -> Tracer | None:
     """Cast the student to its training dtype; return the teacher's tracer, None without a teacher."""
     config = prepared.config
-    cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # as the engine does, which keeps buffers
+    cast_parameters(module, deepspeed.DTYPES[config.train.dtype])  # like the engine: not the buffers
     if loaded is None:
         return None
     last = [prepared.pair.teacher.depth] if config.evaluation.structure else []

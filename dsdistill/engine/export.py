@@ -30,7 +30,7 @@ from dsdistill.models.settings import carry_generation, stop_generation, text_co
 
 log = logging.getLogger("dsdistill")
 
-LEAST_SHARD = 10**6  # bytes; a smaller size would be a mistake, and give one file for each tensor
+LEAST_SHARD = 10**6  # bytes; a smaller size is probably a mistake: each tensor would get its own file
 
 
 def read_config(path: str) -> Config:
@@ -55,7 +55,7 @@ def find_checkpoint(path: str) -> str:
 def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Return a checkpoint's student, in float32 on the CPU, and the weights of its domain fusion ({} without one).
 
-    A student that was trained with adapters has them, and the weights below them come from RUN/init or student.path.
+    A student that was trained with adapters keeps them; the weights below them come from RUN/init or student.path.
     """
     init = first_weights(run, config)
     checkpoint.check_base(run, tag, base_digest(config, init))
@@ -95,7 +95,7 @@ def export(
 
     Adapters (student.lora) are merged into the weights, before these are rounded.
 
-    For task embedding SentenceTransformer loads the folder too, with the same vectors.
+    For task embedding, SentenceTransformer can load the folder too, and gives the same vectors.
 
     A student with domain fusion has two parts: OUT/student holds the plain model, OUT/domain.safetensors the fusion.
     dsdistill.models.domain_fusion.load_exported loads both.

@@ -38,9 +38,9 @@ log = logging.getLogger("dsdistill")
 def student_init(prepared: Prepared, folder: RunFolder, ranks: Ranks) -> str | None:
     """Write RUN/init unless it is there; return the path of the student's first weights (None: random).
 
-    Only rank 0 writes. A student that ZeRO-3 shards is read from files, so its random weights are written too. A
-    student with domain fusion is drawn whole instead, since the fusion takes the random numbers that follow. Random
-    weights below adapters are always written: checkpoints do not hold them.
+    Only rank 0 writes. A student that ZeRO-3 shards is read from files, so its random weights are written too. If it
+    has a domain fusion, every rank draws the whole student instead, because the fusion draws its weights after it.
+    Random weights below adapters are always written, since checkpoints do not hold them.
     """
     target, config = folder / INIT, prepared.config
     with ranks.first_alone():
@@ -73,7 +73,7 @@ def first_weights(run: str, config: Config) -> str | None:
 def base_digest(config: Config, init: str | None) -> str | None:
     """Return a digest of the weights below adapters, which no checkpoint holds; None if the student has no adapters.
 
-    init: path of the run's first weights. It is None for a model from the hub whose commit is not known, too.
+    init: path of the run's first weights. The digest is also None for a model from the hub with an unknown commit.
     """
     return None if config.student.lora is None or init is None else fingerprint(init, "student.path")
 
@@ -106,10 +106,10 @@ def read_student(
     """Return the module that `make` makes, given the dtype of its weights; sharded if ZeRO-3 shards the student.
 
     Weights have the run's dtype if the files have it too, else float32, so that no value is rounded before the
-    optimizer has it. A student with random weights, if only a head, is made whole in float32. A student that DeepSpeed
-    keeps on disks (NVMe), quantized or twice (ZeRO++) is made whole too.
+    optimizer receives it. A student with random weights (even if only the head is random) is built unsharded in
+    float32. A student that DeepSpeed keeps on disks (NVMe), quantized or twice (ZeRO++) is built unsharded too.
 
-    anew: other values, which may be float32, replace these weights later.
+    anew: whether other values, which may be float32, replace these weights later.
     """
     settings = deepspeed.student_settings(config, ranks.world_size)
     complete = init is not None and not _lacks(init, architecture, config.task)
@@ -133,9 +133,9 @@ def read_student(
 
 
 def frozen_weights(module: StudentModule, config: Config, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Return on rank 0, by name, the frozen weights that a checkpoint is to hold beside what the engine saves.
+    """Return on rank 0, by name, the frozen weights that a checkpoint must hold besides what the engine saves.
 
-    These are weights that the engine is about to round and, of a student with adapters, all except its base.
+    Without adapters they are the weights that the engine is about to round; with adapters, all but those below them.
     """
     found, dtype = {}, deepspeed.DTYPES[config.train.dtype]
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -158,8 +158,8 @@ def _kept_otherwise(settings: dict[str, Any]) -> bool:
 def _cut(prepared: Prepared, target: str) -> None:
     """Write the chosen layers of the teacher, and all weights outside its layers, as they are stored.
 
-    Weights that the teacher lacks, such as a head for these classes, are random. A teacher without files, or whose
-    files do not show which weights belong to which layer, is built for this.
+    Weights that the teacher lacks, such as a head for these classes, are random. If the teacher has no files, or its
+    files do not show which weights belong to which layer, the teacher is built and its layers are copied.
     """
     config, layers, path = prepared.config, prepared.config.student.from_teacher, prepared.config.teacher.path
     if text_config(prepared.teacher) is not prepared.teacher:  # a model of images and text
@@ -180,7 +180,7 @@ def _cut(prepared: Prepared, target: str) -> None:
             "names in the teacher's files do not show its layers: the teacher is built to cut the student from it"
         )
     made = _random(prepared)
-    torch.manual_seed(config.run.seed)  # as in LazyTeacher: a teacher without weights is drawn twice alike
+    torch.manual_seed(config.run.seed)  # as in LazyTeacher, so that both draw the same random teacher
     teacher, missing = build_and_tell(
         prepared.teacher, config.teacher.path, config.task, "teacher", needs_head=False
     )
@@ -196,9 +196,9 @@ def _random(prepared: Prepared) -> PreTrainedModel:
 
 
 def _is_drawn_for_files(prepared: Prepared) -> bool:
-    """Return whether random weights must be in files: of a student that ZeRO-3 shards, or that has adapters.
+    """Return whether random weights must be written to files: if ZeRO-3 shards the student or if it has adapters.
 
-    This says what local files show: files from the hub may lack weights, too.
+    The weight files decide whether there are random weights: files, also those from the hub, may lack some.
     """
     section = prepared.config.student
     if section.lora is None and (section.zero_stage != 3 or section.domain is not None):
@@ -213,7 +213,7 @@ def _lacks(path: str, student: PretrainedConfig, task: str) -> bool:
 
 
 def _draw(prepared: Prepared, target: str) -> None:
-    """Write the student as every rank would draw it: all weights, or those that its files lack."""
+    """Write the student with the random weights that every rank would draw: all, or those that its files lack."""
     config = prepared.config
     torch.manual_seed(config.run.seed)
     made = build_model(

@@ -38,10 +38,10 @@ class StudentModule(Distillation):
         represents: bool = False,
         domain: DomainFusion | None = None,
     ):
-        """Put the model under capture.
+        """Wrap the model in a Tracer, which captures the states that the terms read.
 
         evaluation: the objective that evaluate() measures; it has no parameters. represents: keep the last layer's
-        states for it. domain: the fusion before the model's first layer. geometry: of the student's attention layers.
+        states for it. domain: the fusion before the model's first layer. geometry: of its attention layers.
         """
         self._last = text_config(model.config).num_hidden_layers
         hidden = objective.layers("student_hidden") | ({self._last} if represents else set())
@@ -55,11 +55,11 @@ class StudentModule(Distillation):
         self.evaluation = evaluation
         self.base: frozenset[str] = (
             frozenset()
-        )  # weights below adapters: they never train, nor go into checkpoints
+        )  # weights below adapters: they are not trained, and not saved in checkpoints
         self.watch: SourceLosses | None = None  # losses of a mixture's sources, in steps that are logged
         self.domain = domain
         if domain is not None:
-            domain.attach(model)  # after the capture: layer 0 is what comes before the fusion
+            domain.attach(model)  # after the capture, so that layer 0's states are those before the fusion
 
     def trace(self, batch: Batch, teacher: Trace | None = None) -> Trace:
         """Return the student's trace; during training its domain fusion may read the teacher's trace."""
@@ -98,7 +98,7 @@ class StudentModule(Distillation):
         if ask == "mean":
             return pooled(student.hidden[self._last], batch)
         if self.objective.task == EMBEDDING:
-            assert student.output is not None  # a model without a head has it
+            assert student.output is not None  # models without a head have it
             return unit_vectors(student.output, batch, self.objective.pooling[0])
         return student.logits if student.logits is not None else self.evaluation.sums(student, teacher, batch)
 
@@ -180,7 +180,7 @@ def restore(
 
 
 def _prefix(task: str) -> str:
-    """Return what the names of the model's weights begin with in a StudentModule."""
+    """Return the prefix of the names of the model's weights in a StudentModule."""
     return "body.model." if task in LANGUAGE else "body."
 
 
@@ -190,7 +190,7 @@ def within(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def brings_head(config: Config) -> bool:
-    """Return whether the student's files must contain its head: only language models, unless student.new_head."""
+    """Return whether the student's files must contain its head: for language models, unless student.new_head."""
     return config.task in LANGUAGE and not config.student.new_head
 
 

@@ -26,12 +26,12 @@ from dsdistill.data.batch import Batch
 from dsdistill.models.settings import text_config
 
 GRAPH, INT8 = "model.onnx", "model.int8.onnx"
-CLOSE = 1e-4  # largest difference, times the largest output if that is above 1
+CLOSE = 1e-4  # largest difference allowed; multiplied by the largest output if that is above 1
 LONGEST = 128  # tokens of the inputs that a graph is checked on
 
 
 class Deployed(nn.Module):
-    """A Deployed computes what is deployed of a model: logits, or a sentence encoder's vectors of length 1."""
+    """A Deployed computes a model's outputs for deployment: logits, or a sentence encoder's vectors of length 1."""
 
     def __init__(self, model: PreTrainedModel, task: str, pooling: str | None = None):
         """Wrap a model in eval mode; pooling: mean, cls or last, for task embedding."""
@@ -81,7 +81,7 @@ def write_graph(model: Deployed, path: str, longest: int) -> float:
 
     Args:
         model: in eval mode, in float32 on the CPU.
-        path: of the file to be made; weights of more than 2 GB get a file beside it.
+        path: file to be made; weights of more than 2 GB are written to a second file beside it.
         longest: most tokens of a text.
 
     Raises:
@@ -123,7 +123,7 @@ def differences(model: Deployed, path: str, longest: int) -> tuple[float, float]
         with torch.no_grad():
             expected = model(**given)
         got = torch.from_numpy(session.run(None, {name: value.numpy() for name, value in given.items()})[0])
-        if model.task in LANGUAGE:  # what stands at padding means nothing
+        if model.task in LANGUAGE:  # outputs at padding have no meaning
             valid = given["attention_mask"].bool()
             expected, got = expected[valid], got[valid]
         most = float(np.fmax(most, float((got - expected).abs().max())))
@@ -134,7 +134,7 @@ def differences(model: Deployed, path: str, longest: int) -> tuple[float, float]
 
 
 def quantise(path: str, target: str) -> None:
-    """Write a graph with int8 weights (a scale for each channel); activations are quantised as they come."""
+    """Write a graph with int8 weights (a scale for each channel); activations are quantised at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():

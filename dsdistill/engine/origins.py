@@ -1,4 +1,4 @@
-"""Note what a run is made from, and refuse to resume it once other contents have the same names.
+"""Record digests of what a run is made from, and refuse to resume it if the contents under these names changed.
 
 RUN/sources.json holds digests of the tokenised examples, of the tokenizer and of the weights of each named model.
 """
@@ -66,7 +66,7 @@ def content(examples: Set, classes: Sequence[str] = ()) -> str:
 
 
 def _former_content(examples: Set, classes: Sequence[str]) -> str:
-    """Return the digest that runs older than the stores noted: it hashes every token."""
+    """Return the digest that runs wrote before there were stores: it hashes every token."""
     digest = hashlib.sha256(json.dumps(classes).encode())
     assert isinstance(examples, Examples)  # such runs have one source, and documents do not share rows
     rows = range(len(examples))
@@ -81,7 +81,7 @@ def _former_content(examples: Set, classes: Sequence[str]) -> str:
 
 
 def check_origins(folder: RunFolder, found: dict[str, str], data: Splits[Set] | None = None) -> None:
-    """Raise UserError if a run that has begun was made from other contents; runs without this note go on.
+    """Raise UserError if a run that has begun was made from other contents; runs without sources.json may go on.
 
     data: the sets whose digests `found` holds.
     """

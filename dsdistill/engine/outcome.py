@@ -34,7 +34,7 @@ class Made:
 
     step: int
     rate: float  # the learning rate
-    batches: list[Batch]  # this rank's
+    batches: list[Batch]  # those of this rank
     values: Later  # sums over all ranks: raw values of the terms, then the ranks' messages to each other
     parts: int  # number of raw values
     gradient: engines.StepGradient

@@ -60,8 +60,8 @@ class Prepared:
     objectives: tuple[Objective, ...]  # one for each stage
     evaluation: Objective  # task and, with a teacher, KL at τ = 1
     geometry: dict[int, Geometry]  # of the student's attention layers, where a term needs it
-    contrast: Contrast | None  # tells terms of the domain from general ones, if the data names texts of both
-    judged: bool  # the teacher has a trained head, so that its scores and the distance to it mean something
+    contrast: Contrast | None  # finds terms of the domain, if the data names domain and general texts
+    judged: bool  # the teacher has a trained head, so that its scores and the distance to it are meaningful
     maps: dict[str, Tensor] | None = None  # of the teacher's states, once fitted (passes/domain_maps.py)
     sampler: Sampler | None = None  # of the train set, once it is made (passes/teacher_scores.py)
     outputs: dict[str, Outputs] = field(
@@ -96,8 +96,7 @@ class Prepared:
 def prepare(config: Config, world_size: int, found: Resolved | None = None) -> Prepared:
     """Resolve architectures, tokenizer and data, and check them against each other.
 
-    found: tokenizer and architectures, if they are resolved already. Raises UserError for the first thing that does
-    not fit.
+    found: tokenizer and architectures, if they are resolved already. Raises UserError for the first mismatch.
     """
     task, train = config.task, config.train
     check_ranks(train, config.run_stages, config.data.sampler, world_size, task)
@@ -157,7 +156,7 @@ def prepare(config: Config, world_size: int, found: Resolved | None = None) -> P
         task=Task(),
         soft_label=SoftLabel(temperature=1.0) if judged and task in LANGUAGE else None,
     )
-    torch.manual_seed(config.run.seed)  # of the projectors
+    torch.manual_seed(config.run.seed)  # for the projectors' first weights
     return Prepared(
         config,
         recipe,
@@ -219,7 +218,7 @@ def make_pair(
     tokens: int,
     classes: tuple[str, ...] = (),
 ) -> Pair:
-    """Return what the terms know of the models; classes: the data's, if they are known."""
+    """Return the Pair: what the terms know of the two models. classes: the data's, if they are known."""
     domain = config.student.domain
     return Pair(
         Shape.of(student),

@@ -9,7 +9,7 @@ from dsdistill.config.schema import EMBEDDING
 from dsdistill.data import NO_LABEL, Batch, Examples, Mixture, Packed, Set, collate, texts_of
 from dsdistill.engine.resolve import read_sets, resolve
 
-SHOWN_BAD = 20  # most rows that are named if they cannot be used
+SHOWN_BAD = 20  # most unusable rows that are listed
 
 # The kinds of tokens, and how a terminal shows them: by colours, or by marks if it has none.
 CONTEXT, LABELLED, PADDING, BORDER = "context", "labelled", "padding", "border"
@@ -63,10 +63,11 @@ def preview(config: Config, count: int) -> Preview:
 
 
 def numbers(examples: Set, length: int) -> dict[str, Any]:
-    """Return the numbers of a set.
+    """Return the numbers that describe a set.
 
-    These are examples; documents if they are packed; tokens; labelled, the share of tokens that have labels (None if
-    labels belong to whole examples); truncated and dropped documents; filler, the share of packed rows that is empty.
+    These are the numbers of examples, of documents (if they are packed), of tokens, and of truncated and dropped
+    documents; labelled, the share of tokens that have labels (None if labels belong to whole examples); and filler, the
+    share of packed rows that is empty.
     """
     if isinstance(examples, Mixture):
         parts = {

@@ -1,4 +1,4 @@
-"""Refuse, before any weight is loaded, what no run can do; each check takes the part of the config that it needs."""
+"""Refuse impossible settings before any weight is loaded; each check takes the part of the config that it needs."""
 
 import fnmatch
 from collections.abc import Collection, Sequence
@@ -24,7 +24,7 @@ def check_precision(train: Train) -> None:
 
 
 def check_backend(train: Train, device: torch.device) -> None:
-    """Refuse a backend that no operator has here; if only one term lacks it, that term's first call raises."""
+    """Refuse a backend that no operator has here; if only some term lacks it, that term raises at its first call."""
     here = ["auto", *(name for name in available_backends() if name != "cpp" or device.type == "cpu")]
     if train.backend not in here:
         raise UserError("train.backend", f"{train.backend}, which cannot run here", ", ".join(here))
@@ -41,7 +41,7 @@ def check_sizes(
 ) -> None:
     """Refuse a model with fewer embeddings than the tokenizer has entries, or fewer positions than a text may have.
 
-    trained: the model has weights, so that their positions must not shift.
+    trained: whether the model has trained weights, so that its tokens' positions must not shift.
     """
     pairs = len(data.text) == 2 and task not in ("causal_lm", EMBEDDING)
     check_vocabulary(tokenizer, model, place, pairs)
@@ -92,7 +92,7 @@ def check_lacking(
 
 
 def check_frozen(student: Student, stages: Sequence[Stage], model: PretrainedConfig, task: str) -> None:
-    """Refuse adapters that fit nowhere, and patterns that name no parameter, or that leave none to train.
+    """Refuse adapters that fit no layer, and freeze patterns that match no parameter or leave none to train.
 
     stages: as in the config, without student.freeze.
     """

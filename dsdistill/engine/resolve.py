@@ -24,7 +24,7 @@ from dsdistill.models.tokenizer import entries, fingerprint
 
 
 class Made(Protocol):
-    """Made is what a recipe makes: its student is the run's teacher."""
+    """Made is the result of a recipe: its student is the run's teacher."""
 
     config: Config
     tokenizer: PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def resolve(config: Config, bad: Bad | None = None) -> Resolved:
 
 
 def with_sentences(config: Config, tokenizer: PreTrainedTokenizerBase, recipe: Made | None = None) -> Config:
-    """Return a config of task embedding with poolings and prompts from its models' folders; others unchanged.
+    """Return the config; for task embedding, fill in poolings and prompts from the folders of its models.
 
     recipe: the teacher's. Raises UserError for a folder of another kind of sentence encoder.
     """

@@ -3,7 +3,7 @@
 A domain is a source of the train set, and a dev set of the same name tells how well both models know it. With ℓ the
 perplexities on it, the shares of the N domains are at first r_i ∝ exp(ℓ_S,i / ℓ_T,i) (equation 1), and after each
 evaluation, which ends an interval, r_i ← α ψ_i / Σψ + (1 − α) / N with ψ_i = r_i exp(ℓ_S,i / ℓ_T,i) and α = 0.5
-(equation 2). The paper draws an interval's examples in advance; here each draw has the shares of its interval.
+(equation 2). The paper draws an interval's examples in advance; here each draw uses the shares of its interval.
 """
 
 import json
@@ -27,7 +27,7 @@ def next_shares(
 ) -> list[float]:
     """Return the shares of the domains in the next interval, which add up to 1.
 
-    before: those of the last interval; None: there is none. student, teacher: their perplexities by domain.
+    before: the shares of the last interval; None if there was none. student, teacher: their perplexities by domain.
     """
     ratios = np.array(student) / np.array(teacher)
     powers = np.exp(ratios - ratios.max()) * (1.0 if before is None else np.array(before))
@@ -38,10 +38,10 @@ def next_shares(
 
 
 class Reweighing:
-    """Change the shares of a mixture's sources at each evaluation; RUN keeps them, so that a resume draws the same."""
+    """A Reweighing changes the shares of a mixture's sources at each evaluation; RUN keeps them for every resume."""
 
     def __init__(self, prepared: Prepared, ahead: Ahead, folder: RunFolder, ranks: Ranks, step: int):
-        """Go on from the shares that RUN has up to `step`."""
+        """Continue from the shares that RUN holds up to `step`."""
         self.names, self.ahead, self.ranks = prepared.data.train.names, ahead, ranks
         self.path, self.known = folder / SHARES, []
         if ranks.gather(os.path.isfile(self.path))[0]:
@@ -72,7 +72,7 @@ def begin(
     step: int,
     evaluate: Callable[[], Scores],
 ) -> Callable[[int, Scores], Scores]:
-    """Return what each evaluation's step and scores go through; without data.sampler ddk they only pass."""
+    """Return a function to call with each evaluation's step and scores; only with sampler ddk it changes shares."""
     if prepared.config.data.sampler != "ddk":
         return lambda _, scores: scores
     made = Reweighing(prepared, ahead, folder, ranks, step)

@@ -1,4 +1,4 @@
-"""Decide whether the documents of a run share rows."""
+"""Decide whether the documents of a run share rows (packing)."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ log = logging.getLogger("dsdistill")
 
 
 def packs(config: Config, models: Mapping[str, PretrainedConfig | None]) -> bool:
-    """Return whether train rows are packed: as data.packing says, and only where each model keeps documents apart.
+    """Return whether train rows are packed: if data.packing allows it and every model keeps documents apart.
 
     models: architectures by place, student and teacher.
 

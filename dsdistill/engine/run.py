@@ -1,4 +1,4 @@
-"""Run everything: the teacher's recipe if one is named, the student, a baseline, the summary."""
+"""Run everything: train the teacher by its recipe if there is one, the student and a baseline; write the summary."""
 
 import contextlib
 import copy
@@ -48,7 +48,7 @@ def train(config: Config) -> dict:
 
 @contextlib.contextmanager
 def running(timeout: float) -> Iterator[Ranks]:
-    """Start the ranks of a run, and stop them at its end; raise RunError if one does not come, or is lost."""
+    """Start the ranks of a run, and stop them at its end; raise RunError if a rank does not start or is lost."""
     try:
         yield deepspeed.start(timeout)
     except RunError:
@@ -69,7 +69,7 @@ def running(timeout: float) -> Iterator[Ranks]:
     finally:
         if (
             not stopping.requested()
-        ):  # else closing the group could make ranks wait in vain; after a signal the process ends anyway
+        ):  # else closing the group could make ranks wait forever; after a signal the process ends anyway
             deepspeed.stop()
 
 
@@ -105,9 +105,9 @@ def _open(
     finished: bool = False,
     prepared: Prepared | None = None,
 ) -> None:
-    """Take a run's folder and find the checkpoint to go on from; a refusal changes nothing in it.
+    """Claim a run's folder and find the checkpoint to resume from; if the run is refused, its files do not change.
 
-    prepared: of a run that notes what it is made from; None for a baseline, which is made from the same as its run.
+    prepared: given for a run that writes sources.json; None for a baseline, which has the sources of its run.
     """
     folder.claim()
     if not finished:
@@ -127,7 +127,7 @@ def use_recipe(prepared: Prepared, run_folder: RunFolder, ranks: Ranks) -> None:
     with ranks.first_alone():
         if ranks.first:
             run_folder.pin_teacher(model)
-            RunFolder(home, known=True).wait(model)  # where another job trains it now
+            RunFolder(home, known=True).wait(model)  # another job may be training it now
     if not ranks.gather(os.path.isdir(model))[0]:
         log.info("training the teacher of %s in %s", prepared.config.teacher.recipe, home)
         recipe.config = with_fields(

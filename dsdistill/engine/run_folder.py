@@ -1,4 +1,4 @@
-"""The folder of a run: its marker, its lock, its resolved config, its log, its summary."""
+"""Manage the folder of a run: its marker, its lock, its resolved config, its log and its summary."""
 
 import contextlib
 import fcntl
@@ -27,11 +27,11 @@ MARKER = "dsdistill-run.txt"  # marks a folder whose files a run may replace and
 
 INIT = "init"  # the student's architecture, tokenizer and, if cut from a teacher, first weights
 LAYERS = "layers.json"  # the pairs that cka_offline found
-MAPS = "domain_maps.safetensors"  # of the teacher's states
+MAPS = "domain_maps.safetensors"  # the fitted maps of the teacher's states
 SAMPLING = "sampling.npy"  # the teacher's values of the train examples, for a sampler
-SHARES = "shares.json"  # of the sources, from which step on
+SHARES = "shares.json"  # the shares of the sources, and the step from which they hold
 STAGES = "stages"  # the weights that each stage hands on
-REPRESENTATIONS = "representations"  # of the dev set, during training
+REPRESENTATIONS = "representations"  # the states of dev examples during training
 BASELINE = "baseline"  # a run of its own
 MODEL = "model"  # what a recipe's run exports
 BAD, SPIKES = "bad_steps.jsonl", "spikes.jsonl"  # written by Guard
@@ -71,8 +71,8 @@ _held: dict[str, "_Lock"] = {}  # the locks of this process, by folder
 class RunFolder:
     """A RunFolder is the folder of a run, which only rank 0 writes and all ranks read.
 
-    known: only runs make a folder at this path (a baseline, a recipe's teacher), so that an older folder without a
-    marker is taken for a run's.
+    known: whether only runs make a folder at this path (a baseline, a recipe's teacher). An older folder without a
+    marker then counts as a run's.
     """
 
     def __init__(self, path: str, known: bool = False):
@@ -112,7 +112,7 @@ class RunFolder:
 
     @property
     def _of_before(self) -> bool:
-        """Return whether a version without markers ran here, which left a manifest, or summary and config."""
+        """Return whether a version without markers ran here: it left a manifest, or both a summary and a config."""
         saved = self / CHECKPOINTS
         for name in sorted(os.listdir(saved)) if os.path.isdir(saved) else ():
             path = os.path.join(saved, name, _MANIFEST)
@@ -127,7 +127,7 @@ class RunFolder:
         """Make the folder, or check that it holds an earlier part of this run; write the config.
 
         If no checkpoint was saved, the config there is replaced, and what the earlier start prepared is made again: it
-        may be of another teacher or other data.
+        may belong to another teacher or other data.
         """
         self.claim()
         self.agree(config)
@@ -140,7 +140,7 @@ class RunFolder:
                 file.write(configs.dump(config))
 
     def agree(self, config: Config) -> None:
-        """Raise UserError if this config may not go on with the run in the folder. Nothing is changed."""
+        """Raise UserError if this config may not continue the run in the folder. Nothing is changed."""
         saved = self / CONFIG
         if not self.begun or not os.path.exists(saved):
             return
@@ -201,7 +201,7 @@ class RunFolder:
         return True
 
     def keep(self) -> None:
-        """Make sure, before a write, that this process still has the folder.
+        """Make sure, before a write, that this process still holds the folder's lock.
 
         Somebody may have removed the lock, or the whole folder. Raises RunError if another process has taken it since.
         """
@@ -218,7 +218,7 @@ class RunFolder:
         log.warning("the lock of %s was removed while this run writes there; it is locked again", self.path)
 
     def release(self) -> None:
-        """Give the folder back before this process ends."""
+        """Unlock the folder before this process ends."""
         _held.pop(os.path.realpath(self.path)).close()
 
     def wait(self, made: str) -> None:
@@ -339,7 +339,10 @@ class _Lock:
         return _is(self.own, self.folder) and _is(self.file, os.path.join(self.folder, LOCK))
 
     def renew(self) -> bool:
-        """Lock a new lock file if the old one was removed; return False if the folder or its lock is another's."""
+        """Lock a new lock file if the old one was removed.
+
+        Return False if the folder was replaced or another process has the lock.
+        """
         if not _is(self.own, self.folder):
             return False
         if not self.current():
@@ -384,7 +387,7 @@ def _lock(descriptor: int, needed: bool = True) -> bool:
 
 
 def _is(descriptor: int, path: str) -> bool:
-    """Return whether a path leads to the open file or folder; of links only those to folders are followed."""
+    """Return whether a path leads to the open file or folder; a link is followed only if it leads to a folder."""
     try:
         there = os.stat(path, follow_symlinks=os.path.isdir(path))
         return os.path.samestat(os.fstat(descriptor), there)
@@ -415,7 +418,7 @@ def check_plain(path: str) -> None:
 
 
 def as_begun(config: Config) -> Config:
-    """Return the config with the defaults of the version that began the run which it resumes."""
+    """Return the config; if it resumes a run, with the defaults of the version that began that run."""
     folder = RunFolder(config.run_dir)
     return (
         configs.as_begun(config, folder / CONFIG)

@@ -1,8 +1,8 @@
 """The stages of a run: where each ends, and what it hands to the next.
 
-What trains changes only between stages: after a checkpoint, a new engine is made around the student's weights and
-the weights of terms that both stages have. RUN/stages/NAME.safetensors holds these weights. The next stage begins with
-them, and its `smooth` term compares with a frozen student that has them.
+The set of trained parameters changes only between stages: after a checkpoint, a new engine is made around the student's
+weights and the weights of terms that both stages have. RUN/stages/NAME.safetensors holds these weights. The next stage
+begins with them, and its `smooth` term compares the student with a frozen copy that has them.
 """
 
 import os

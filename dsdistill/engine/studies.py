@@ -92,7 +92,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _sources(given: Any, place: str, scale: str, *, empty: bool = False) -> list[str]:
-    """Return a list of files and overrides; if there is one for each scale, that of `scale`."""
+    """Return a list of files and overrides; if each scale has its own list, return that of `scale`."""
     if isinstance(given, dict) and given and set(given) <= set(SCALES):
         if scale not in given:
             raise UserError("--scale", f"{scale}, which {place} does not have", ", ".join(given))

@@ -1,4 +1,4 @@
-"""The frozen teacher: whole on every rank, or sharded by ZeRO-3."""
+"""Load the frozen teacher: whole on every rank, or sharded by ZeRO-3."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from dsdistill.models.weights import mapped_dtype
 
 
 class LazyTeacher:
-    """A LazyTeacher is the teacher of a run, loaded once: when it is first needed, and before the first stage trains.
+    """A LazyTeacher loads the teacher of a run once, when it is first needed and before the first stage trains.
 
     Loading it sets torch's seed to run.seed, so code that draws random numbers later must set a seed again, as Trainer
     does. Its forward passes draw none, since dropout is off.
@@ -99,15 +99,15 @@ def shard_teacher(
     """Return a teacher sharded over all ranks by DeepSpeed's ZeRO-3, for a Distiller in any training loop.
 
     Each of W ranks holds 1/W of the weights, and whole layers only while they run. Every rank must call this, and run
-    the Distiller equally often. If torch.distributed is not initialised yet, it is, from the launcher's variables.
+    the Distiller equally often. This initialises torch.distributed from the launcher's variables if nothing else has.
     If the student is under ZeRO-3 too, the parameters that it prefetches stay in memory while the teacher runs.
 
     Args:
         load: makes the model, such as lambda: AutoModelForCausalLM.from_pretrained(path). The weights are sharded
             while they are read.
         dtype: dtype that the teacher computes in: fp32, bf16 or fp16.
-        residency: tight, a rank holds one layer besides its shard; overlap, two, so that gathering hides behind
-            compute; auto, overlap on a GPU.
+        residency: tight: a rank holds one layer besides its shard; overlap: it holds two, so that one is gathered
+            while the other computes; auto: overlap on a GPU, else tight.
         settings: further settings of its DeepSpeed engine.
 
     Raises:

@@ -8,9 +8,9 @@ from dsdistill.models.tracer import Tracer
 
 
 class TeacherAhead:
-    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a separate stream, elsewhere in turn.
+    """A TeacherAhead makes each trace one micro-batch early: on a GPU in a separate stream, on a CPU in sequence.
 
-    A rank then holds two traces, and the teacher's activations besides the student's. No GPU has run it yet.
+    A rank then holds two traces, and the teacher's activations besides the student's. It has not run on a GPU yet.
     """
 
     def __init__(self, teacher: Tracer, device: torch.device):
@@ -20,7 +20,7 @@ class TeacherAhead:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def go(self, batch: Batch, following: Batch | None) -> None:
-        """Set `trace` for a micro-batch, making it now if it was not made early; begin the following one's."""
+        """Set `trace` for a micro-batch (make it now if it was not made early); begin that of the following one."""
         self.trace = self._next if self._next is not None else self._make(batch)
         if self._stream is not None:
             here = torch.cuda.current_stream()
@@ -36,7 +36,7 @@ class TeacherAhead:
         if self._stream is None:
             return self.teacher(batch)
         batch = batch.to(self._stream.device)
-        self._stream.wait_stream(torch.cuda.current_stream())  # it copies the batch there
+        self._stream.wait_stream(torch.cuda.current_stream())  # that stream copies the batch
         with torch.cuda.stream(self._stream):
             made = self.teacher(batch)
         for values in batch.tensors():

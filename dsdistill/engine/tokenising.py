@@ -1,4 +1,4 @@
-"""Fill the stores of a config's data, and check them, for `dsdistill tokenize`."""
+"""Fill the stores of a config's tokenised data, and check them, for `dsdistill tokenize`."""
 
 from dsdistill.config import Config
 from dsdistill.data import Mixture, Set, Streamed, texts_of
@@ -10,10 +10,10 @@ from dsdistill.engine.resolve import Resolved, read_sets, resolve
 def tokenize(config: Config, *, verify: bool = False) -> str:
     """Tokenise all sets of a config and of its teacher's recipe; return a table of their contents.
 
-    verify: read sources and stores again, whole, and compare them.
+    verify: read all sources and stores again, and compare them.
 
     Raises:
-        UserError: a row cannot be used; with `verify`, a source or a store that is not as it was.
+        UserError: a row cannot be used; or, with `verify`, a source or a store has changed.
     """
     return _tokenised(resolve(config), verify)
 

@@ -70,9 +70,9 @@ class _Forgiving:
 class Trainer:
     """A Trainer trains the student in one stage.
 
-    index: of the stage. init: path of the student's first weights (None: random). before: path of the previous stage's
-    weights (stages.hand_over); None in the first. teacher: None trains on the task alone. judge: the teacher that
-    evaluation compares with (the same, or one that a baseline does not learn from).
+    index: that of the stage. init: path of the student's first weights (None: random). before: path of the previous
+    stage's weights (stages.hand_over); None in the first. teacher: None trains on the task alone. judge: the teacher
+    that evaluation compares with (the same, or one that a baseline does not learn from).
     """
 
     def __init__(
@@ -393,7 +393,7 @@ class Trainer:
             raise stopping.stopped(f"step {step}: ", f", saved as {checkpoint.tag_of(step)}")
 
     def _finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one; a resume takes it from now on."""
+        """Wait for the checkpoint that is being written, if there is one; a resume uses it from now on."""
         saving, self._saving = self._saving, None
         if saving is None:
             return

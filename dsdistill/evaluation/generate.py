@@ -41,10 +41,10 @@ def greedy(
         model: in eval mode.
         prompts: n ≥ 1 prompts of any lengths, none empty; they are padded on the left here.
         most: (n,) ≥ 1, most new tokens of each.
-        ends: tokens that end a text, not returned; if empty, every row gets its `most` tokens.
+        ends: tokens that end a text; they are not returned. If empty, every row gets its `most` tokens.
         vocabulary: entries of the head that are tokens; the head may be padded.
         call: runs the model; default: the model itself.
-        anyone: returns whether any rank goes on, given whether this one does: ranks run a sharded model together.
+        anyone: returns whether any rank continues, given whether this one does, since all must run a sharded model.
     """
     call = model if call is None else call
     device = model.device

@@ -1,4 +1,4 @@
-"""Compute metrics of predictions by pure functions of tensors or arrays, in float64, as plain floats.
+"""Compute metrics of predictions by pure functions of tensors or arrays, in float64; return plain floats.
 
 Small formulas are written out: none of our dependencies offers them without scikit-learn or SciPy, which the tests
 use as oracles.
@@ -20,7 +20,7 @@ def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
 def macro_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
     """Return the mean F1 over the classes that occur in either; both (n,) class indices.
 
-    F1 = 2 hits / (predicted + labelled), so it needs no case for precision or recall of 0 / 0.
+    F1 = 2 hits / (predicted + labelled), so that a precision or recall of 0 / 0 needs no special case.
     """
     confusion = _confusion(*_pair(predicted, labels))
     occurring = confusion.sum(0) + confusion.sum(1)

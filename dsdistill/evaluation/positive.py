@@ -12,8 +12,8 @@ _NEGATIONS = ("not_", "non_", "no_")
 def positive_class(names: Sequence[str], wanted: str | None) -> int | None:
     """Return the index of the class whose F1 is scored; None unless there are two classes.
 
-    It is the second, unless its name is the first's after not_, non_ or no_: for equivalent and not_equivalent it is
-    the first. Capitals do not matter, and a space or a hyphen counts as an underscore.
+    This is the second class, unless its name is the first's name after not_, non_ or no_: of equivalent and
+    not_equivalent it is the first. Capitals do not matter, and a space or a hyphen counts as an underscore.
 
     Args:
         names: the classes' names, in order.

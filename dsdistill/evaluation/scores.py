@@ -88,17 +88,17 @@ def evaluate(
             scores (n, 1) and (n,), for queries and documents each model's (n, 2) results of `similarity.search` and
             the indices of the right documents.
         dims: lengths of vector prefixes that are scored too.
-        known: the teacher's outputs on this set, if no tokens are predicted; it is not run then.
-        keep: called with the teacher's outputs if no tokens are predicted and it was run.
+        known: the teacher's outputs on this set, if no tokens are predicted; the teacher is not run then.
+        keep: called with the teacher's outputs if no tokens are predicted and the teacher was run.
 
     Returns:
-        {"student": {...}, "teacher": {...}}. For classes: accuracy, loss (cross-entropy) and macro_f1; for two classes
-        f1 of the positive one instead, and mcc, pearson and spearman of one class's probability, which equal those of
-        the other's; with a teacher agreement, the share of examples for which both predict the same class. For scores:
-        pearson, spearman and loss (squared error). For vectors: the result of similarity.scores. For tokens:
-        perplexity. kl: mean KL(teacher‖student), nats, per example or token; for scores that of normal distributions
-        of variance 1 around them, half the squared difference. tokens_per_second of the forward passes, and
-        texts_per_second for vectors; the first pass of a rank is not timed if it has more.
+        {"student": {...}, "teacher": {...}}. For classes: accuracy, loss (cross-entropy) and macro_f1; for two classes,
+        instead of macro_f1, f1 of the positive one, mcc, and pearson and spearman of one class's probability (which
+        equal those of the other's); with a teacher, agreement: the share of examples for which both predict the same
+        class. For scores: pearson, spearman and loss (squared error). For vectors: the result of similarity.scores. For
+        tokens: perplexity. kl: mean KL(teacher‖student), nats, per example or token; for scores, the KL of normal
+        distributions of variance 1 around them, which is half the squared difference. tokens_per_second of the forward
+        passes, and texts_per_second for vectors; the first pass of a rank is not timed if it has more.
     """
     if known is not None:
         teacher = None

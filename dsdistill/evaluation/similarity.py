@@ -26,9 +26,9 @@ def scores(
 
     Returns:
         With gold: pearson and spearman of the pairs' cosines with it. For a search: the result of `retrieval`. With a
-        teacher: teacher_pearson and teacher_spearman of the student's with the teacher's cosines (of pairs if there is
-        gold, else of each text and the next), and, if both models are equally wide, distance, the mean of 1 − cosine
-        of their vectors of the same text.
+        teacher: teacher_pearson and teacher_spearman of the student's cosines with the teacher's (cosines of pairs if
+        there is gold, else of each text and the next), and, if both models have the same width, distance: the mean of
+        1 − cosine of their vectors of the same text.
     """
     made: dict[str, float] = {}
     if gold is not None:
@@ -78,7 +78,7 @@ def search(queries: Tensor, documents: Tensor) -> Tensor:
     """Return (n, 2) int64: the rank, from 1, of query i's document, i, among all n by cosine, and the first document.
 
     A document that is as near as the right one is ranked before it, so that a model that gives all texts one vector
-    finds nothing. The first document is the index of the right one at rank 1, else that of the nearest other.
+    finds nothing. The first document is an index: that of the right one if its rank is 1, else of the nearest other.
 
     queries, documents: (n, D), normalised; blocks of queries are compared with all documents.
     """
@@ -96,7 +96,7 @@ def search(queries: Tensor, documents: Tensor) -> Tensor:
 def retrieval(ranks: Tensor) -> dict[str, float]:
     """Return recall_1, recall_10, mrr_10 and ndcg_10 of searches with one right document each.
 
-    Only one document is right, so that nDCG is 1 / log₂(1 + rank) (Järvelin & Kekäläinen 2002).
+    Since only one document is right, nDCG is 1 / log₂(1 + rank) (Järvelin & Kekäläinen 2002).
 
     ranks: (n,) of the right documents, from 1.
     """

@@ -2,9 +2,9 @@
 
 Vectors are mean-pooled last-layer states unless said otherwise, of text that neither model trained on and with dropout
 off. Fits use a second such set that shares no example with the first, with at least 10 examples per feature: with fewer
-the maps would learn the examples. The papers that name these metrics print no formulas, so all formulas are this
-project's interpretation. No metric is meaningful alone: a model that does not train has the best RCS, a collapsed model
-the highest C.
+the maps would overfit. The papers that name these metrics print no formulas, so all formulas are this project's
+interpretation. No metric is meaningful alone: a model that does not train has the best RCS, and a collapsed model has
+the highest compactness C.
 """
 
 import itertools
@@ -76,7 +76,7 @@ def debiased_cka(x: ArrayLike, y: ArrayLike) -> float:
     not), and may be slightly negative. It is 0 if all vectors of one side are equal.
     """
     x, y = _pair(x, y, at_least=4)
-    # Only differences matter: without the mean they lose no digits to it.
+    # Only differences between vectors matter; a large mean would cost them digits.
     kernels = [x @ x.T for x in (x - x.mean(0), y - y.mean(0))]
     for kernel in kernels:
         kernel.fill_diagonal_(0)
@@ -144,7 +144,7 @@ def representation_compactness(
     samples: int = 200,
     seed: int = 0,
 ) -> Compactness:
-    """Return 100 · 2CR / (C + R): C is high for few directions, R if they still predict the teacher's.
+    """Return 100 · 2CR / (C + R): compactness C is high for few directions, retention R if they predict the teacher's.
 
     C = 1 − (erank − 1) / (d_s − 1) on held-out vectors, where erank is the exponential of the entropy of the
     covariance's normalised eigenvalues (Roy & Vetterli 2007). With fewer examples than features erank is too low.
@@ -215,7 +215,7 @@ def structural_consistency(
     samples: int = 200,
     seed: int = 0,
 ) -> Consistency:
-    """Return 100 · max(0, mean over levels of ρ), ρ the Spearman correlation of both models' pairwise cosine distances.
+    """Return 100 · max(0, mean over levels of ρ); ρ: Spearman correlation of both models' pairwise cosine distances.
 
     levels: by name (token, phrase, sequence), the student's and the teacher's groups of units, (n_g, d) arrays.
     Distances are taken within a group. The tokens of a sequence form a group, and so do its phrases; all sequences form
@@ -260,7 +260,7 @@ class _Level:
         return self.rhos.mean().item()
 
     def resampled(self, generator: torch.Generator) -> float:
-        """Return ρ of groups drawn with replacement; of units if there is one group."""
+        """Return ρ of groups drawn with replacement; if there is only one group, its units are drawn."""
         if len(self.rhos) > 1:
             return (
                 self.rhos[torch.randint(len(self.rhos), (len(self.rhos),), generator=generator)].mean().item()
@@ -272,7 +272,7 @@ class _Level:
 
 
 def _distances(x: Tensor) -> Tensor:
-    """Return (n, n) 1 − cosine."""
+    """Return the (n, n) distances, 1 − cosine."""
     unit = torch.nn.functional.normalize(x, dim=-1)
     return 1 - unit @ unit.T
 
@@ -290,7 +290,7 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
-    """Return (d_x, d_y) W that minimises ‖X W − Y‖² + λ ‖W‖², columns centred."""
+    """Return the (d_x, d_y) matrix W that minimises ‖X W − Y‖² + λ ‖W‖², with columns of X and Y centred."""
     x, y = x - x.mean(0), y - y.mean(0)
     gram = x.T @ x
     penalty = RIDGE * gram.trace() / len(gram)

@@ -37,7 +37,7 @@ _KANA = 0.05  # share of kana: Japanese text has far more, Chinese text almost n
 
 
 class Words:
-    """Words is a tokenizer for rouge-score, whose own one knows only the letters a to z; both agree for English."""
+    """Words is a tokenizer for rouge-score. rouge-score's own knows only the letters a to z; both agree for English."""
 
     @staticmethod
     def tokenize(text: str) -> list[str]:

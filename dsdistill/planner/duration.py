@@ -9,10 +9,10 @@ These are the operations per token; a multiplication and an addition count as tw
              if the teacher's logits are read
   terms      6 · P for projectors of P values; 6/4 · A_s + 2/4 · A_t for each mapped attention layer
 
-A = Σ 4 · H · d · keys over the layers: 2 · H · d each for query by key and for probabilities by value. In causal
-attention keys is half of a sequence. Relations of tokens (pairwise and the like) take less than a hundredth and are
-left out. So is everything but matrix products: norms, softmax, the optimizer, communication. `utilisation` stands for
-these.
+A = Σ 4 · H · d · keys over the layers: 2 · H · d per key for query by key, and as much for probabilities by value. In
+causal attention, keys is half the length of a sequence. Relations of tokens (pairwise and the like) take less than a
+hundredth and are left out. Everything except matrix products (norms, softmax, the optimizer, communication) is left out
+too; `utilisation` accounts for it.
 """
 
 from dataclasses import dataclass

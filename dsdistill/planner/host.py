@@ -76,8 +76,8 @@ def node_memory(
 ) -> dict[str, Counter[str]]:
     """Return bytes of a node's host memory by owner, for each moment of the run.
 
-    zero: settings of the student's engine. peak: bytes of a rank in a step, which on CPUs is host memory. ranks: of the
-    node. Training data and the system's file cache are not counted.
+    zero: settings of the student's engine. peak: bytes of a rank in a step, which on CPUs is host memory. ranks: those
+    of the node. Training data and the system's file cache are not counted.
     """
     world = zero.world_size
     base = Counter({PROCESSES: ranks * PROCESS[gpu]})
@@ -181,7 +181,7 @@ def disk_space(config: Config, parts: Parts, zero: Settings) -> dict[str, int]:
 
 
 def _drawn(config: Config) -> bool:
-    """Return whether rank 0 draws the student whole and writes it, for ZeRO-3 to shard or below adapters."""
+    """Return whether rank 0 draws the whole student and writes it, because ZeRO-3 shards it or it has adapters."""
     section = config.student
     if section.path is not None:
         return False
@@ -189,5 +189,5 @@ def _drawn(config: Config) -> bool:
 
 
 def _fixed(parts: Parts) -> int:
-    """Return how many values of the student do not train, and are in checkpoints: not those below adapters."""
+    """Return how many values of the student do not train but are in checkpoints, unlike those below adapters."""
     return max(0, parts.student.total - parts.student.below - parts.trained)

@@ -1,8 +1,8 @@
-"""Count the bytes of each owner while a step runs on tensors without contents.
+"""Count the bytes of each owner (weights, activations, …) while a step runs on tensors without contents.
 
 Under FakeTensorMode every operation makes tensors with shapes but without contents, so that a model of any size runs
-on any machine. It is then known exactly which tensors are alive at each moment, whatever the architecture: autograd,
-checkpointing and the terms keep what they would keep.
+on any machine. For any architecture it is then known exactly which tensors are alive at each moment, since autograd,
+checkpointing and the terms keep what they would keep in a real step.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 class Ledger(TorchDispatchMode):
     """A Ledger counts the bytes of all living tensors that were made inside it, by owner.
 
-    shape: (B, N) of the batch. If a size depends on contents, the largest is taken: every element of a mask counts,
-    every token is in a span, and a sequence has at most as many spans as tokens.
+    shape: (B, N) of the batch. If a size depends on contents, the largest possible one is taken: every element of a
+    mask counts, every token is in a span, and a sequence has at most as many spans as tokens.
 
-    held: bytes by owner, now; peaks: the same at each phase's highest moment.
+    held: bytes by owner at this moment; peaks: bytes by owner at each phase's highest moment.
     """
 
     def __init__(self, shape: tuple[int, int]):

@@ -13,7 +13,7 @@ DAY = 86400
 
 
 def write(plan: Plan, path: str) -> None:
-    """Write the plan as JSON: bytes, and for its time seconds, tokens per second and operations per token."""
+    """Write the plan as JSON: sizes in bytes; time in seconds, tokens per second and operations per token."""
     time = None if plan.time is None else dataclasses.asdict(plan.time)
     disk.save_json(path, vars(plan) | {"peak": plan.peak, "host": plan.host, "time": time})
 

@@ -1,6 +1,6 @@
 """Estimate the memory, disk space and time of a run before anything is loaded, for `dsdistill plan`.
 
-planner/rehearsal.py rehearses the step: it runs on tensors without contents. planner/zero_memory.py computes
+planner/rehearsal.py runs the step on tensors without contents. planner/zero_memory.py computes
 DeepSpeed's part by formulas, and planner/host.py and planner/duration.py the rest. Architectures come from the models'
 `config:` if their files are not on this machine; data, tokenizers and weights are not read.
 """
@@ -48,7 +48,7 @@ class Plan:
     phases: bytes by owner at the highest moment of each phase of `stage`, the stage that needs the most.
     instead: bytes of activations with and without checkpointing, and of tensors that the operators avoid.
     node: bytes of a node's host memory, by moment of the run and owner (planner/host.py). disk: bytes of the run's
-    folder. time: of the stage that needs the most memory; None if no speed is known.
+    folder. time: that of `stage`; None if no speed is known.
     largest: most examples of a micro-batch that fit; 0: not even one fits, which needs `least`.
     """
 
@@ -203,7 +203,7 @@ def _models(config: Config, gpu: bool) -> Models:
             for_task(model, config.task, labels, setting(text_config(model), "pad_token_id") or 0)
     tokens = min(text_config(model).vocab_size for model in (student, teacher) if model is not None)
     pair = make_pair(config, student, teacher, tokens)
-    if gpu:  # `auto` uses it there without a record; no kernel needs more memory
+    if gpu:  # `auto` uses it on GPUs without measurements; no kernel needs more memory
         pair = dataclasses.replace(pair, backend="chunked")
     size = size_of(teacher, config.task).total if teacher is not None else 0
     return Models(student, teacher, pair, size)
@@ -266,7 +266,7 @@ def _kept(phases: dict[str, Counter]) -> int:
 
 
 def _materialised(config: Config, models: Models, stage: Stage, size: int) -> dict[str, int]:
-    """Return the bytes of one copy, in train.dtype, of each tensor that the operators never hold."""
+    """Return the bytes of one copy, in train.dtype, of each tensor that the operators avoid."""
     width, tokens = deepspeed.DTYPES[config.train.dtype].itemsize, config.data.max_length
     pair, sizes = models.pair, {}
     (objective,) = objective_layers(
@@ -289,7 +289,7 @@ def _largest(need: Callable[[int], dict[tuple[str, str], Counter]], size: int, r
     """Return the largest micro-batch that fits, 0 if none; size: the first to try, tokens: of a sequence.
 
     Beyond REHEARSED tokens, where rehearsing takes minutes, memory is extrapolated as a straight line with the slope of
-    the phase that grows fastest there. Small batches would not do: their constant part hides what grows.
+    the phase that grows fastest there. In small batches, the constant part would hide that growth.
     """
     high = max(2 * size, REHEARSED // tokens)
     low = max(size, high // 2)

@@ -89,8 +89,8 @@ def _frozen(
 def _pretence(gpu: bool) -> list:
     """Return patches that make tensors without contents look like a GPU's where that changes memory.
 
-    A torch without CUDA cannot make such tensors. On a GPU heads in half precision are multiplied without a cast, and
-    fused attention draws its dropout again in backward; on a CPU attention with dropout is not fused.
+    A torch without CUDA cannot make tensors on a GPU. On a GPU heads in half precision are multiplied without a cast,
+    and fused attention draws its dropout again in backward; on a CPU attention with dropout is not fused.
     """
     if not gpu:
         return []
@@ -218,7 +218,7 @@ def _ahead(ledger: Ledger, teacher: Tracer, batch: Batch, rank: Rank) -> Trace:
 
 
 def _forward(ledger, module, batch, teacher_trace, before, counts) -> Tensor:
-    """Return the loss; the terms are a phase of their own, which begins when the module calls its objective."""
+    """Return the loss; the terms are a separate phase, which begins when the module calls its objective."""
 
     def begins(_, inputs):
         ledger.give(inputs[0].tensors(), CAPTURED)

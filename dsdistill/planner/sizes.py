@@ -23,7 +23,7 @@ class Size:
 
     named: values of each parameter, by name. multiplied: values of the matrices that multiply a token below a language
     model's head; in a mixture of experts, of those that a token is sent to. head: values of a language model's head.
-    base: names of the weights below adapters; resting: those of the multiplied values that are among these.
+    base: names of the weights below adapters; resting: how many of the multiplied values belong to them.
     """
 
     named: tuple[tuple[str, int], ...]
@@ -47,7 +47,7 @@ class Size:
 
 
 def size_of(config: PretrainedConfig, task: str, student: Student | None = None) -> Size:
-    """Return the size of a model for a task; a process counts it once.
+    """Return the size of a model for a task; a process computes it only once.
 
     student: the section of a student, which may have adapters; None for a teacher.
     """
@@ -69,7 +69,7 @@ def _size_of(keyed: Keyed, task: str, lora: Lora | None, new_head: bool) -> Size
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             apart |= {id(parameter) for parameter in module.parameters()}
-    again = text.num_hidden_layers if layer_list(model) is None else 1  # one layer may run again and again
+    again = text.num_hidden_layers if layer_list(model) is None else 1  # a single layer may run many times
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and id(parameter) not in apart:
             own = again * parameter.numel() * (share if parameter.dim() == 3 else 1)
@@ -91,7 +91,7 @@ def _experts_share(text: PretrainedConfig) -> float:
 def trained(size: Size, stage: Stage, objective: Objective) -> int:
     """Return how many values a stage trains: those of the student that it does not freeze, and the terms' own.
 
-    Below adapters all are frozen.
+    All weights below adapters are frozen.
     """
     own = sum(count for name, count in size.named if name not in size.base and not frozen(name, stage.freeze))
     return own + terms_own(objective)
@@ -105,7 +105,7 @@ def terms_own(objective: Objective) -> int:
 def attention_operations(config: PretrainedConfig, task: str, tokens: int) -> list[float]:
     """Return each layer's operations in forward attention per token: 4 · H · d for each key that the token sees.
 
-    In causal attention a token sees half the keys on average, in a layer with a sliding window at most the window.
+    In causal attention a token sees half the keys on average; a sliding window also limits the number of keys.
     """
     text, shape = text_config(config), Shape.of(config)
     kinds = setting(text, "layer_types") or [None] * shape.depth

@@ -38,7 +38,7 @@ class _Touch(torch.autograd.Function):
 
 
 class _Hold(torch.autograd.Function):
-    """Make a layer's output, and hold `size` bytes, and with `own` its input, until backward."""
+    """Make a layer's output; until backward, hold `size` bytes and, with `own`, the layer's input."""
 
     @staticmethod
     def forward(ctx, states: Tensor, size: int, own: bool) -> Tensor:

@@ -21,7 +21,7 @@ OFFLOAD = "student.deepspeed.zero_optimization.offload_optimizer={device: cpu, p
 class Proposal:
     """A Proposal is a set of overrides, with the bytes that it needs on a rank, reserve included, and on a host.
 
-    host: None if what a rank always holds is too much already; `needs` is only that then.
+    host: None if what a rank always holds is already too much; `needs` then counts only that.
     """
 
     overrides: tuple[str, ...]
@@ -41,13 +41,13 @@ def suggest(
 ) -> list[Proposal]:
     """Return the proposals that were tried, in order; the last one fits, if any does.
 
-    make: returns the config under some overrides. memory: bytes of a rank; ranks: of a node; host_memory: bytes of a
-    node.
+    make: returns the config under some overrides. memory: bytes of a rank; ranks: those of a node; host_memory: bytes
+    of a node.
 
     The order is: the optimizer on the device before in host memory, activations kept before checkpointing, a whole
     teacher on each rank before a sharded one, and the student's ZeRO stages from 1 to 3, since lower ones send less.
-    The first that fits gets the largest micro-batch that fits and divides the batch evenly. Settings that cannot fit,
-    whatever a step takes, are not rehearsed.
+    The first that fits gets the largest micro-batch that fits and divides the batch evenly. Settings are not rehearsed
+    if what a rank always holds is already too much.
     """
     reserve, refused = RESERVE if gpu else 0, None
     room = memory - reserve
@@ -116,7 +116,7 @@ def _settings(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
 
 
 def _least(forecast: Forecast) -> int:
-    """Return the bytes that a rank holds whatever a step does."""
+    """Return the bytes that a rank always holds, without those of a step."""
     zero, parts, config = forecast.rank.zero, forecast.parts, forecast.config
     held = zero.width * parts.student.total / (zero.world_size if zero.stage == 3 else 1)
     if config.student.deepspeed.get("zero_optimization", {}).get("offload_param"):
@@ -144,7 +144,7 @@ def _largest(
     need: int,
     node: int,
 ) -> tuple[int, int, int]:
-    """Return the largest micro-batch of `sizes` that fits, and what it needs; need, node: of the smallest."""
+    """Return the largest micro-batch of `sizes` that fits, and its `_need`; need, node: those of the smallest."""
     least, *larger = sizes
     best = least, need, node
     if not larger:

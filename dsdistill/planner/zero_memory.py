@@ -8,8 +8,8 @@ ranks:
                     weights of the same fetch have been used, which is the end of the forward pass
   master weights    4·S/w in float32, also if the weights are float32 themselves
   moments           8·S/w for Adam, 4·S/w for momentum SGD and AdaGrad
-  gradients         at stage 1 S·e until the last micro-batch; from then on, as always at stage 2, those of parameters
-                    that this rank's share touches, each whole; at stage 3 S·e/w
+  gradients         at stage 2 the whole gradients of all parameters that this rank's share touches; at stage 1 S·e
+                    until the last micro-batch, then as at stage 2; at stage 3 S·e/w
   bucket            gradients are copied there to be reduced, and again, flat, to be sent: on a GPU reduce_bucket_size
                     elements, or S if that is less; on a CPU only what is written there
 """
@@ -110,7 +110,7 @@ class StudentZero:
         self.ledger.add(GATHERED, self.whole + self.arriving)
 
     def arrived(self) -> None:
-        """Remove those buffers, after the forward pass."""
+        """Remove the buffers of gathered weights, after the forward pass."""
         self.ledger.add(GATHERED, -self.arriving)
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:

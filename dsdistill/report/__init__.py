@@ -39,7 +39,7 @@ def show_page(path: str) -> None:
     """Write the page of a run or a comparison and print its path; print the reason if it cannot be written."""
     try:
         print(f"page: {write_page(path)}")
-    except UserError as error:  # such as a foreign file of its name; the run has succeeded all the same
+    except UserError as error:  # such as another program's file of its name; the run itself has succeeded
         print(f"no page: {error}")
 
 

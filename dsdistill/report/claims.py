@@ -1,4 +1,4 @@
-"""Judge what a paper claims by the runs of a comparison, paired by their seeds."""
+"""Judge the claims of a paper by the runs of a comparison, paired by their seeds."""
 
 import math
 import statistics

@@ -51,7 +51,7 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
 
 
 def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
-    """Return the tables of a comparison for a terminal, "" if no run is finished; table: with that of the methods."""
+    """Return the tables of a comparison for a terminal, "" if no run is finished; table: with the one of methods."""
     study = read_study(path)
     rows, parts = scored(by_cell(runs, study)), []
     if rows and table:
@@ -66,7 +66,7 @@ def text(path: str, runs: dict[str, list[Run]], *, table: bool = True) -> str:
 
 
 def _claimed(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[Html]:
-    """Return the sections on what a paper claims, and on what of it was left out."""
+    """Return the sections on a paper's claims, and on the parts of the paper that were left out."""
     parts = []
     if found := verdicts(study, rows):
         head, *lines = rows_of(found)
@@ -78,7 +78,7 @@ def _claimed(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[Html]:
 
 
 def _seeds(rows: dict[str, list[dict[str, Any]]]) -> int:
-    """Return how many runs the methods have at most."""
+    """Return the largest number of runs of a method."""
     return max(map(len, rows.values()))
 
 

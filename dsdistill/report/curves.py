@@ -22,7 +22,7 @@ DECADES = 100  # ratio of largest to smallest value from which a logarithmic sca
 
 
 class Curve:
-    """A Curve is a row of points of ascending x; NaN as y is a gap."""
+    """A Curve is a list of points in the order of ascending x; a y of NaN is a gap."""
 
     def __init__(self) -> None:
         self.x, self.y = array("d"), array("d")
@@ -63,7 +63,7 @@ class Curve:
         return [(self.x[i], None if math.isnan(self.y[i]) else self.y[i]) for i in kept]
 
     def smoothed(self, runs: int) -> list[tuple[float, float | None]]:
-        """Return the mean of each of `runs` equal runs of points, at the middle of its x; gaps are ignored."""
+        """Divide the points into `runs` equal runs; return each one's mean, at the middle of its x; ignore gaps."""
         n, made = len(self.x), []
         for run in range(runs):
             first, end = run * n // runs, (run + 1) * n // runs
@@ -91,7 +91,7 @@ class Chart:
 
     def add(self, curve: str, x: float, y: float | None) -> None:
         """Add a point to a curve of the chart, which is made if there is none of this name."""
-        if curve not in self.curves:  # a log has millions of points
+        if curve not in self.curves:  # no setdefault, which would make a Curve for each of millions of points
             self.curves[curve] = Curve()
         self.curves[curve].add(x, y)
 

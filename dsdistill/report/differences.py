@@ -37,8 +37,9 @@ class Difference:
 def differences(path: str, runs: dict[str, list[Run]]) -> list[Difference]:
     """Return how far the methods of a comparison differ from the teacher, and from each other, on each dev set.
 
-    A query counts as the mean of a method's runs, so that it is paired with itself. If runs have different queries
-    under the same name, only runs with the queries that most methods have count; unfinished runs are left out.
+    The result of a query is its mean over a method's runs, so that each query is paired with itself. If runs have
+    different queries under the same name, only runs with the queries of most methods count. Unfinished runs are left
+    out.
     """
     sets: dict[str, dict[tuple[str, ...], dict[str, list[np.ndarray]]]] = {}
     for method, of in runs.items():
@@ -127,7 +128,7 @@ def _differences(
 def resampled(each: np.ndarray) -> np.ndarray:
     """Return (RESAMPLES, k) means of (n, k) values over resamples of the n rows.
 
-    Equal rows are drawn together, by a multinomial over distinct rows: there are few of these for many queries.
+    Equal rows are drawn together, by a multinomial over distinct rows, which are few even for many queries.
     """
     kinds, counts = np.unique(each, axis=0, return_counts=True)
     generator, block = np.random.default_rng(SEED), max(1, BLOCK // len(kinds))

@@ -1,4 +1,4 @@
-"""Test whether one of two methods is right on more examples, for each seed alone (McNemar 1947, the exact form)."""
+"""Test, for each seed separately, if one of two methods is right on more examples (McNemar 1947, the exact form)."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Right = dict[str, tuple[tuple[str, ...], np.ndarray]]  # ids of each dev set's e
 
 @dataclass(frozen=True)
 class Paired:
-    """A Paired holds what two methods get right in one dev set: one number for each seed that both have."""
+    """A Paired compares what two methods get right in one dev set: one number for each seed that both have."""
 
     first: str
     second: str
@@ -27,7 +27,7 @@ class Paired:
 
 
 def paired(path: str, runs: dict[str, list[Run]], study: Study | None) -> list[Paired]:
-    """Return a test on each dev set for every pair of methods whose accuracies differ, as the study claims."""
+    """Return a test on each dev set for every pair of methods that the study claims to differ in accuracy."""
     pairs: dict[tuple[str, str], None] = {}
     for claim in study.claims if study is not None else ():
         if metric(claim.metric) == "accuracy":
@@ -51,7 +51,7 @@ def paired(path: str, runs: dict[str, list[Run]], study: Study | None) -> list[P
 
 
 def exact(first: int, second: int) -> float:
-    """Return the two-sided p-value, if each example that only one method gets right is equally likely for both.
+    """Return the two-sided p-value of the hypothesis that both methods are equally likely to be the only right one.
 
     first, second: number of examples that only the first, or only the second, method gets right.
     """

@@ -35,7 +35,7 @@ def table(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) -> 
 
 
 def plain(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) -> str:
-    """Return the same table for a terminal."""
+    """Return the same table as plain text for a terminal."""
     columns, lines = cells(rows, study)
     return "\n".join(aligned(turned([["method", "runs", *map(title, columns)], *lines])))
 

@@ -51,7 +51,7 @@ def _ours(target: str) -> bool:
 
 
 def page(title: str, parts: Iterable[Html]) -> str:
-    """Return a whole page; its policy allows only the page's own style and script, and no loading."""
+    """Return a whole page; its security policy allows only the page's own style and script, and loads nothing."""
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     allowed = f"style-src {_hash(style)}; script-src {_hash(script)}"
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"

@@ -78,7 +78,7 @@ class RunFiles:
         return redacted(settings)
 
     def changed(self, settings: dict[str, Any]) -> tuple[str, bool]:
-        """Return as YAML the settings that differ from their defaults, and True; else all of them, and False.
+        """Return as YAML the settings that differ from their defaults, and True; or all of them, and False.
 
         All are returned if the config names plugins, since a run's code is not run just to show it, or if this version
         cannot read the config.

@@ -131,7 +131,10 @@ def facts(summary: dict[str, Any]) -> list[str]:
 
 
 def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) -> list[str]:
-    """Return a line on the meaning of each score in a table; found: the scores' names (`metric`), of these models."""
+    """Return a line on the meaning of each score in a table.
+
+    found: the scores' names (`metric`). models: the table's models.
+    """
     told = [START] if "start" in models else []
     if "f1" in found and "positive_class" in summary:
         told.append(f"F1: of the class {summary['positive_class']}")

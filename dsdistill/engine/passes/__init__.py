@@ -1,4 +1,4 @@
-"""Pass over a whole set: every example once, shared among the ranks, with results in the set's order."""
+"""Pass over a whole set: the ranks share its examples, each is read once, and results get the set's order."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -33,7 +33,7 @@ def over(prepared: Prepared, ranks: Ranks, examples: Set, read: Callable[[Batch]
 
 
 def at_once(prepared: Prepared, examples: Set) -> int:
-    """Return how many examples of a set a batch of one pass has, so that it has no more rows than one in training.
+    """Return the number of examples in a batch of one pass, so that it has no more rows than a batch in training.
 
     A pair of texts is two rows; training may read single texts while dev sets have pairs.
     """

@@ -84,13 +84,13 @@ def score_on(
 
 
 def _lengths(config: Config) -> list[int]:
-    """Return the prefix lengths at which the terms of any stage train a vector's first values as a vector."""
+    """Return the lengths N for which a term of some stage trains a vector's first N values as a vector (Matryoshka)."""
     terms = [stage.terms.embedding for stage in config.run_stages]
     return sorted({width for term in terms if term is not None for width in term.dims or ()})
 
 
 def _teacher_values(prepared: Prepared, trace: Trace, batch: Batch) -> Tensor:
-    """Return the teacher's own outputs: vectors of texts, or sums of the loss of tokens."""
+    """Return the teacher's own outputs: vectors of texts, or the loss summed over tokens."""
     if prepared.config.task == EMBEDDING:
         return unit_vectors(trace.output, batch, prepared.pair.pooling[1])
     return prepared.evaluation.sums(trace, None, batch)

@@ -24,13 +24,14 @@ def fit_maps(
 ) -> dict[str, Tensor] | None:
     """Fit the maps of the student's fusion and of terms to teacher states over train examples.
 
-    The fusion's weights are returned (None without a fusion), those of terms are filled in. RUN keeps both for every
-    resume. Examples are evenly spaced in the whole train set, whose beginning may come from one of several files.
+    This returns the maps of the fusion (None without a fusion), and sets those of the terms in place. RUN keeps both
+    for every resume. Examples are evenly spaced in the whole train set, since its beginning may come from only one of
+    several files.
     """
     fusion, layers = None, fused_layers(prepared.objectives)
     if prepared.config.student.domain is not None:
         fusion = make_fusion(prepared.config, prepared.pair, layers)
-    # By the start of their names in the file: maps of one width and layer are the same in every term.
+    # Keys are prefixes of names in the file. Maps of one width and layer are the same in every term.
     maps = {} if fusion is None else {f"{layer}.": [(layer, fusion.maps[str(layer)])] for layer in layers}
     for term in (term for objective in prepared.objectives for term in objective.terms.values()):
         for layer, made in term.teacher_maps.items():

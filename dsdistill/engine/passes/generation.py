@@ -1,4 +1,4 @@
-"""Score what student and teacher write after the dev set's prompts against the references."""
+"""Score the texts that student and teacher write after the dev set's prompts against the references."""
 
 import functools
 import json
@@ -23,10 +23,10 @@ def generation(
 ) -> tuple[dict[str, dict[str, float]], str]:
     """Return scores of the texts that student and teacher (if any) write, and BLEU's signature, on every rank.
 
-    References are texts of the first dev set, encoded and decoded by the tokenizer: a model whose tokenizer drops
-    capitals is not asked for them. The texts are written to RUN/generated.jsonl.
+    References are texts of the first dev set, encoded and decoded by the tokenizer: if it drops capitals, the models
+    are not expected to write them. The texts are written to RUN/generated.jsonl.
 
-    student: whole, in eval mode. teacher: as evaluation has it, perhaps sharded. path: the run's folder.
+    student: whole, in eval mode. teacher: that of the evaluation, perhaps sharded. path: the run's folder.
     """
     config, tokenizer = prepared.config, prepared.tokenizer
     examples = prepared.data.dev

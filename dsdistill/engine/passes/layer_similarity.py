@@ -48,14 +48,14 @@ def resolve_layers(
     with open(path, encoding="utf-8") as file:
         pairs = tuple((student, teacher) for student, teacher in json.load(file))
     log.info("layers by CKA: %s", ", ".join(f"{student} from {teacher}" for student, teacher in pairs))
-    torch.manual_seed(prepared.config.run.seed)  # of the projectors
+    torch.manual_seed(prepared.config.run.seed)  # for the projectors' first weights
     prepared.objectives = make_objectives(_with_pairs(prepared.config, pairs), prepared.pair)
 
 
 def most_similar(similarity: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Return the (student, teacher) pairs, counted from 1, of greatest total similarity, both in increasing order.
+    """Return the (student, teacher) layer pairs, counted from 1, with the greatest total similarity; both increase.
 
-    similarity: (L_S, L_T). Without that order each student layer would take its argmax, and several could take the
+    similarity: (L_S, L_T). Without this order each student layer would take its argmax, and several could take the
     same teacher layer.
     """
     students, teachers = similarity.shape

@@ -1,4 +1,4 @@
-"""Write what student and teacher predict for each dev example, or find for each query."""
+"""Write what student and teacher predict for each dev example, or which document they find for each query."""
 
 import functools
 import json

@@ -38,7 +38,7 @@ class Vectors:
 
     sequences: tuple[Tensor, Tensor]  # (n, D) mean-pooled last layer
     phrases: tuple[list[Tensor], list[Tensor]]  # (phrases, D) of each example
-    terms: list[Tensor]  # (phrases,) bool of each example: a term of the domain
+    terms: list[Tensor]  # (phrases,) bool of each example: whether a phrase is a term of the domain
     tokens: tuple[list[Tensor], list[Tensor]]  # (tokens, D) of the first GROUPS examples
 
 

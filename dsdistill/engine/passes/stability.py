@@ -44,8 +44,8 @@ def kept(run_dir: str, until: int) -> list[np.ndarray]:
 def stability(scores: dict[str, float], run_dir: str, step: int) -> dict[str, float]:
     """Return RCS and 1 − debiased CKA between the points up to `step`; nothing if fewer than two were kept.
 
-    A model that never moved has an RCS of 0. So both are left out unless `scores` also shows how near the teacher is
-    (the KL, or teacher_spearman for vectors).
+    A model that never changes has an RCS of 0, the best value. So both are left out unless `scores` also shows how near
+    the student is to its teacher (the KL, or teacher_spearman for vectors).
     """
     states = kept(run_dir, step)
     if len(states) < 2 or not {"kl", "teacher_spearman"} & set(map(metric, scores)):
