@@ -243,7 +243,8 @@ def test_every_plan_of_a_comparison_loads(path, monkeypatch):
         except UserError as error:
             assert scale == "node" and "--scale" in str(error)
             continue
-        assert len(seeds) >= 3 and len(cells) >= 2
+        least = 1 if path.name.startswith("choose_") else 3  # settings are chosen with one seed
+        assert len(seeds) >= least and len(cells) >= 2
         for sources in cells.values():
             load(sources)
 

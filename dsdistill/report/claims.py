@@ -52,7 +52,7 @@ def verdicts(study: Study, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> l
 
 def rows_of(found: Sequence[Verdict]) -> list[list[str]]:
     """Return the header and the rows of a table of verdicts."""
-    head = ["claim", "in", "difference", "standard error", "verdict"]
+    head = ["claim", "score", "difference", "standard error", "verdict"]
     return [
         head,
         *([of.claim, title(of.score), _shown(of.difference), _shown(of.error), of.outcome] for of in found),
@@ -61,11 +61,11 @@ def rows_of(found: Sequence[Verdict]) -> list[list[str]]:
 
 def legend(seeds: int) -> str:
     """Return what the verdicts mean, with the quantile for this number of seeds."""
-    limit = f"{quantile(seeds):.2f} standard errors" if seeds > 1 else "its error (which needs two seeds)"
+    limit = f"{quantile(seeds):.2f} standard errors" if seeds > 1 else "its limit, which needs two seeds"
     return (
-        f"Verdicts: reproduced if the mean difference of the seeds, in the claimed direction, exceeds {limit} "
-        "(one-sided 95%); reversed if the opposite difference does; otherwise not seen. The difference of a trend is "
-        "its slope from one value of the axis to the next."
+        f"Verdicts: a claim is reproduced if the mean difference of the seeds, in the claimed direction, is more than "
+        f"{limit} (one-sided test, 95%). It is reversed if the difference is that large in the opposite direction. "
+        "Otherwise it is not seen. For a trend, the difference is the slope from one value of the axis to the next."
     )
 
 

@@ -40,11 +40,13 @@ def content(path: str, runs: dict[str, list[Run]]) -> tuple[str, list[Html]]:
         if tests := paired(path, by_cell(runs, study), study):
             head, *lines = mcnemar.rows_of(tests)
             note = tag("p", mcnemar.legend(), class_="note")
-            parts.append(section("Examples", grid(head, lines, "scores"), note, name="mcnemar"))
+            parts.append(section("McNemar's test", grid(head, lines, "scores"), note, name="mcnemar"))
         if found := differences(path, runs):
             head, *pairs = told_by_pairs(found)
             note = tag("p", how_told(), class_="note")
-            parts.append(section("Differences", grid(head, pairs, "scores"), note, name="differences"))
+            parts.append(
+                section("Differences in recall", grid(head, pairs, "scores"), note, name="differences")
+            )
         parts += charts_section("Sweeps", sweeps(runs), [])
     listed = [[_link(path, run), run.state] for run in every]
     return name, [*parts, section("Runs", grid(["run", "state"], listed), name="runs")]
@@ -73,7 +75,7 @@ def _claimed(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[Html]:
         note = tag("p", how_judged(_seeds(rows)), class_="note")
         parts.append(section("Claims", grid(head, lines, "scores"), note, name="claims"))
     if study.left_out:
-        parts.append(section("Left out", grid(["", "why"], study.left_out.items()), name="left-out"))
+        parts.append(section("Left out", grid(["name", "reason"], study.left_out.items()), name="left-out"))
     return parts
 
 

@@ -170,7 +170,7 @@ class Log:
     def __init__(self, files: RunFiles, name: str = "metrics.jsonl"):
         self.steps = 0
         self.loss = Chart("loss", "Loss and weighted terms", marked=True)
-        self.raw = Chart("terms", "Terms before their weights", marked=True, first_colour=1)
+        self.raw = Chart("terms", "Terms without their weights", marked=True, first_colour=1)
         self.rate = Chart("rate", "Learning rate")
         self.norm = Chart("norm", "Gradient norm", marked=True)
         self.pace = Chart("pace", "Throughput", unit="tokens/s", logarithmic=False)
@@ -225,7 +225,7 @@ class Log:
         for chart, curve, key in (
             (self.rate, "learning rate", "learning_rate"),
             (self.norm, "gradient norm", "grad_norm"),
-            (self.pace, "since the line before", "recent_tokens_per_second"),
+            (self.pace, "since the previous logged step", "recent_tokens_per_second"),
             (self.pace, "mean since the start", "tokens_per_second"),
             (self.memory, "memory", "peak_memory_mib"),
         ):

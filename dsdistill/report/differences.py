@@ -62,7 +62,7 @@ def differences(path: str, runs: dict[str, list[Run]]) -> list[Difference]:
 
 def rows(found: Sequence[Difference]) -> list[list[str]]:
     """Return the header and the rows of a table of differences."""
-    head = ["difference", "in", "mean", f"{LEVEL:.0%} interval", "excludes zero"]
+    head = ["difference", "score", "mean", f"{LEVEL:.0%} interval", "interval excludes 0"]
     lines = [
         [
             f"{of.first} − {of.second}",
@@ -80,7 +80,7 @@ def legend() -> str:
     """Return what the numbers of the table mean."""
     return (
         f"Intervals: paired bootstrap over queries ({RESAMPLES:,} resamples, seed {SEED}); "
-        "a query counts as the mean of a method's runs."
+        "the result of a query is its mean over a method's runs."
     )
 
 

@@ -62,7 +62,7 @@ def exact(first: int, second: int) -> float:
 
 def rows_of(found: Sequence[Paired]) -> list[list[str]]:
     """Return the header and the rows of a table of tests."""
-    head = ["methods", "in", "only the first right", "only the second right", "p"]
+    head = ["methods", "score", "right only by the first", "right only by the second", "p"]
     return [
         head,
         *(
@@ -75,8 +75,8 @@ def rows_of(found: Sequence[Paired]) -> list[list[str]]:
 def legend() -> str:
     """Return what the numbers of the table mean."""
     return (
-        "For each seed: how many examples only one of the two gets right, and the p-value of McNemar's exact test "
-        "(two-sided)."
+        "For each seed: the number of examples that only the first, or only the second, method gets right, and the "
+        "p-value of McNemar's exact test (two-sided)."
     )
 
 

@@ -50,7 +50,7 @@ def legend(rows: dict[str, list[dict[str, Any]]], study: Study | None = None) ->
         told.append(f"{START}.")
     if any(metric(score) == "texts_per_second" for models in runs for score in models["student"]):
         told.append(
-            "sentences/s: forward passes of each model on the dev set, with all processes of the run."
+            "sentences/s: speed of each model's forward passes on the dev set, with all processes of the run."
         )
     return told
 
@@ -141,7 +141,7 @@ class Run:
     def state(self) -> str:
         """Return how far the run has come."""
         if not self.summary.get("finished"):
-            return f"at step {self.steps:,}" if self.steps else "begun"
+            return f"at step {self.steps:,}" if self.steps else "started, no step logged yet"
         return "evaluated" if "evaluated" in self.summary else "finished"
 
 

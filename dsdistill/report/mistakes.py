@@ -33,11 +33,11 @@ def mistakes(files: RunFiles) -> Html | None:
         return None  # errors of scores are only judged against the teacher's
     told = kind.wrong.format(total, wrong)
     if not judged:
-        told += "; no teacher was there to compare with."
+        told += "; there is no teacher to compare with."
         return section("Mistakes", tag("p", told), name="examples")
     told += kind.taught.format(taught)
     if taught > len(kept):
-        told += f" The {len(kept)} {kind.worst}:"
+        told += f" The {len(kept)} {kind.worst} are shown:"
     rows = [kind.row(record) for *_, record in sorted(kept, key=lambda entry: entry[:2], reverse=True)]
     table = grid(kind.head, rows, "texts") if rows else None
     return section(kind.title, tag("p", told), table, name="examples")
@@ -117,28 +117,28 @@ _CLASSES = _Kind(
     lambda record: number(part(record, "probability", "student")) or 0.0,
     _class,
     ("id", "text", "label", "student", "teacher"),
-    "Where the teacher is right and the student wrong",
-    "Of {:,} dev examples the student gets {:,} wrong",
+    "Examples that the teacher gets right and the student wrong",
+    "The student gets {1:,} of {0:,} dev examples wrong",
     "; on {:,} of these the teacher is right.",
-    "of which the student is surest",
+    "in which the student is most confident",
 )
 _SEARCH = _Kind(
     _judge_search,
     lambda record: _rank(record, "student") or 0.0,
     _search,
-    ("id", "query", "its document", "rank of the student", "what the student puts first"),
-    "Where the teacher finds the document first and the student does not",
-    "Of {:,} queries the student does not find {:,} first",
-    "; {:,} of these the teacher finds.",
-    "that the student ranks lowest",
+    ("id", "query", "right document", "rank of the student", "document that the student ranks first"),
+    "Queries whose document the teacher ranks first and the student does not",
+    "For {1:,} of {0:,} queries the student does not rank the right document first",
+    "; for {:,} of these the teacher does.",
+    "whose document the student ranks lowest",
 )
 _VALUES = _Kind(
     _judge_value,
     lambda record: _error(record, "student") or 0.0,
     _value,
     ("id", "text", "label", "student", "teacher"),
-    "Where the teacher is near and the student is not",
-    "Of {:,} dev examples the student's error is more than twice the teacher's on {:,}",
+    "Examples where the student's error is large",
+    "On {1:,} of {0:,} dev examples the student's error is more than twice the teacher's",
     ".",
     "with the largest errors",
 )

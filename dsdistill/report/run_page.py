@@ -110,7 +110,7 @@ def _ingredients(
     told = [row for row in rows if set(row[1:]) != {"-"}]
     alone = tag("p", "No teacher: the student learns from the labels or texts alone.", class_="note")
     return section(
-        "What it is made of",
+        "Models, terms and data",
         grid(["", *models], told, "parts"),
         None if "teacher" in models else alone,
         *_terms(settings),
@@ -203,11 +203,11 @@ def _curves(
     told = []
     if troubles:
         told = [
-            tag("span", f"{counts['bad']:,} steps not finite", class_="bad"), " · ",
+            tag("span", f"{counts['bad']:,} skipped steps (not finite)", class_="bad"), " · ",
             tag("span", f"{counts['spike']:,} jumps of the loss", class_="spike"),
         ]  # fmt: skip
     if len(log.stages) > 1:
-        told += [" · " if told else "", "dotted lines: where a stage begins"]
+        told += [" · " if told else "", "dotted lines: beginning of a stage"]
     note = tag("p", *told, class_="note") if told else None
     return charts_section("Curves", log.charts(), marks, note)
 
@@ -237,7 +237,7 @@ def _stages(log: Log) -> Html | None:
     if not columns:
         note = tag(
             "p",
-            "No dev scores by stage: the run was not evaluated on the way (run.evaluate_every).",
+            "No dev scores by stage: the run was not evaluated during training (run.evaluate_every).",
             class_="note",
         )
     table = grid(["stage", "logged steps", "last loss", *map(title, columns)], rows, "scores")

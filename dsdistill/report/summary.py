@@ -33,7 +33,7 @@ TITLES = {
     "cka_distance": "1 - CKA",
     "semantic_alignment": "semantic alignment",
     "representation_compactness": "compactness",
-    "structural_consistency": "structure",
+    "structural_consistency": "structural consistency",
     "domain_capture": "domain capture",
     "latency_ms": "latency ms",
     "parameters": "parameters",
@@ -137,17 +137,20 @@ def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) 
     """
     told = [START] if "start" in models else []
     if "f1" in found and "positive_class" in summary:
-        told.append(f"F1: of the class {summary['positive_class']}")
+        told.append(f"F1 is that of class {summary['positive_class']}")
     if "kl" in found:
         unit = "token" if summary.get("task") in ("causal_lm", "masked_lm") else "example"
         told.append(f"KL(teacher || model): nats, mean over the dev set's {unit}s")
     if "recall_1" in found:
-        told.append("recall, MRR, nDCG: of each query's document among all documents of the dev set")
+        told.append(
+            "recall, MRR, nDCG: from the rank of each query's document among all documents of the dev set"
+        )
     if any(_length(score)[1] for score in found):
         told.append("N values: scores of the first N values of each vector (Matryoshka), normalised again")
     if "teacher_spearman" in found:
         told.append(
-            "to teacher: correlation of the models' cosines between texts; distance: 1 - cosine of the two vectors"
+            "to teacher: correlation of the student's cosines between texts with the teacher's; distance: mean of "
+            "1 - cosine of both models' vectors of a text"
         )
     if "rcs" in found:
         told.append(
@@ -162,7 +165,7 @@ def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) 
         told.append("latency: median time of a single example, on one process")
     if "tokens_per_second" in found:
         units = "tokens/s, sentences/s" if "texts_per_second" in found else "tokens/s"
-        told.append(f"{units}: forward passes on the dev set, with all processes")
+        told.append(f"{units}: speed of forward passes on the dev set, with all processes")
     return told
 
 

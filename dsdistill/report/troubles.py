@@ -49,5 +49,8 @@ def trouble_table(troubles: list[dict[str, Any]]) -> Html | None:
     left = len(troubles) - len(rows)
     note = tag("p", f"{left:,} more are in {BAD} and {SPIKES}.", class_="note") if left else None
     return section(
-        "Bad steps and jumps", grid(["step", "", "what", "examples"], rows, "texts"), note, name="troubles"
+        "Skipped steps and jumps of the loss",
+        grid(["step", "", "reason", "examples"], rows, "texts"),
+        note,
+        name="troubles",
     )

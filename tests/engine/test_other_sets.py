@@ -87,7 +87,7 @@ def test_each_dev_set_is_scored_and_other_files_beside_them(two_sets, tmp_path, 
     assert done.returncode == 0, done.stderr
     run = Path(two_sets["run"]["dir"])
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["positive_class"] == "equivalent" and "F1: of the class equivalent" in done.stdout
+    assert summary["positive_class"] == "equivalent" and "F1 is that of class equivalent" in done.stdout
     assert command("export", run, "--out", "exported", cwd=tmp_path).returncode == 0
     student = summary["models"]["student"]
     for name in ("matched", "mismatched"):  # accuracy of the labels as they are: neither weighed nor smoothed

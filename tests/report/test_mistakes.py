@@ -12,7 +12,7 @@ def test_examples_that_the_teacher_gets_right(tmp_path):
     rows += [prediction(i, "a", "b", "a", f"text {i}", sure=i / 1000) for i in range(3, 303)]
     lines(tmp_path / "predictions.jsonl", rows)
     text = Markup(page_of(tmp_path)).text["examples"]
-    assert "Of 303 dev examples the student gets 301 wrong; on 300 of these the teacher is right." in text
+    assert "The student gets 301 of 303 dev examples wrong; on 300 of these the teacher is right." in text
     assert re.findall(r"text (\d+)", text) == [str(i) for i in range(302, 102, -1)]
 
 
@@ -20,7 +20,7 @@ def test_mistakes_without_a_teacher(tmp_path):
     lines(tmp_path / "predictions.jsonl", [prediction(0, "a", "b", None), prediction(1, "a", "a", None)])
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
     assert (
-        "Of 2 dev examples the student gets 1 wrong; no teacher" in Markup(page_of(tmp_path)).text["examples"]
+        "The student gets 1 of 2 dev examples wrong; there is no teacher" in Markup(page_of(tmp_path)).text["examples"]
     )
 
 
@@ -41,7 +41,7 @@ def test_scores_that_the_teacher_is_near(tmp_path):
     ]
     lines(tmp_path / "predictions.jsonl", rows)
     text = Markup(page_of(tmp_path)).text["examples"]
-    assert "Of 4 dev examples the student's error is more than twice the teacher's on 2." in text
+    assert "On 2 of 4 dev examples the student's error is more than twice the teacher's." in text
     assert re.findall(r"text (\d)", text) == ["2", "0"] and "0.5" in text
 
 
@@ -53,8 +53,11 @@ def test_queries_that_the_teacher_finds(tmp_path):
     lines(tmp_path / "predictions.jsonl", rows)
     page = Markup(page_of(tmp_path))
     text = page.text["examples"]
-    assert "Of 303 queries the student does not find 301 first; 300 of these the teacher finds." in text
+    assert (
+        "For 301 of 303 queries the student does not rank the right document first; for 300 of these the teacher does."
+        in text
+    )
     assert re.findall(r"query (\d+)", text) == [str(i) for i in range(302, 102, -1)]
     assert f"first of student: {SCRIPT}" in text and page.tags.count("script") == 2 and "img" not in page.tags
     lines(tmp_path / "predictions.jsonl", [searched(0, 2, None)])
-    assert "does not find 1 first; no teacher was there" in Markup(page_of(tmp_path)).text["examples"]
+    assert "For 1 of" in Markup(page_of(tmp_path)).text["examples"]

@@ -99,7 +99,7 @@ def test_table_of_several_dev_sets():
     titles = ["F1 (matched)", "F1 (mismatched)", "KL to teacher (matched)", "RCS", "odd (matched)"]
     assert re.split("  +", lines[2].strip()) == titles
     assert lines[4].split() == ["student", "0.2500", "0.5000", "0.1235", "0.5000", "1.5000"]
-    assert "F1: of the class equivalent" in lines
+    assert "F1 is that of class equivalent" in lines
     assert any(line.startswith("KL(teacher || model)") for line in lines)
 
 
