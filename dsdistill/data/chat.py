@@ -157,8 +157,8 @@ class Chat:
             return None
         if text.startswith(until):
             return len(opening), self._end(until, len(opening))
-        # A template may write a special token only where a conversation ends. The whole text lacks it after this turn,
-        # and may lack nothing else.
+        # Some templates write a special token only where a conversation ends. The whole text then lacks it after this
+        # turn; it may lack nothing else.
         common = _common(text, until)
         last = self._after_special(text, len(opening), common)
         rest = until[last:]

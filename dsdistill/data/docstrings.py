@@ -41,7 +41,7 @@ LENGTH = range(40, 401)  # characters
 # Docstrings of tests and of vendored packages do not describe the package itself.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "_vendor"}
 
-# Names that would reveal the label: names as part of any word, aliases only as whole words (np.dot, ds_config).
+# Names that would reveal the label: full names as part of any word, aliases only as whole words (np.dot, ds_config).
 NAMES = re.compile(
     "deep ?speed|hugging ?face|🤗|matplotlib|py(?:plot|lab)|networkx|numpy|pandas|python|sympy|(?:py)?torch"
     "|transformers"

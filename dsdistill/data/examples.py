@@ -192,8 +192,8 @@ def _split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return starts and lengths with each long document split into parts of `length` tokens and a rest.
 
-    Only long documents are handled one by one. The many others are copied unchanged, in a fraction of the time that it
-    would take to count the parts of all documents.
+    Parts are counted only for long documents. The many others are copied unchanged, in a fraction of the time that
+    counting the parts of all documents would take.
     """
     places = np.flatnonzero(long)
     further = -(-lengths[places] // length) - 1  # parts after the first

@@ -28,7 +28,7 @@ LIMIT = "data.max_file"
 def stream(name: str, root: str | None, wanted: Iterable[str], most: int) -> Stream:
     """Return the rows of a file of at most `most` bytes decompressed; a relative name starts from root.
 
-    wanted: columns to read; only formats that do not store columns separately give other columns as well.
+    wanted: columns to read; formats that do not store columns separately give all columns.
 
     Raises:
         UserError: its extension is unknown, or it does not exist. Reading the rows raises UserError for bad contents.

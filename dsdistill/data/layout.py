@@ -14,7 +14,7 @@ log = logging.getLogger("dsdistill")
 
 
 def default_layout(tokenizer: Any, data: Data) -> Layout:
-    """Return the layout of prompts and responses: as set, else `template` if there is one, else `separator`."""
+    """Return the layout: as set, else `template` if there is a chat template, else `separator`."""
     if data.layout is not None:
         return data.layout
     layout: Layout = "template" if data.chat_template or tokenizer.chat_template else "separator"

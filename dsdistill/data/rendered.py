@@ -77,7 +77,7 @@ def encode_rendered(tokenizer: Any, rendered: Rendered, place: str) -> tuple[lis
 def _border(offsets: Sequence[Range], character: int) -> int:
     """Return the first token that begins at a character or after it."""
     token = bisect_left(offsets, (character,))
-    # Byte-level tokenizers may trim spaces from the offsets: those of a token of only spaces are then both its end.
+    # Byte-level tokenizers may trim spaces from the offsets: a token of only spaces then has an empty range at its end.
     while (
         0 < token < len(offsets)
         and offsets[token] == (character, character)

@@ -1,4 +1,4 @@
-"""Write a store of tokenised documents, on all cores and while the source is read, in shards complete or absent."""
+"""Write a store of tokenised documents on all cores, while the source is read. Its shards are complete or absent."""
 
 import contextlib
 import fcntl

@@ -305,7 +305,7 @@ class _Reading:
 
     def __init__(self, source: Source, closed: threading.Event):
         self.source, self.closed = source, closed
-        self.begun: Mark | None = {"row": -1}  # of the latest part; at first, where no part begins
+        self.begun: Mark | None = {"row": -1}  # where the latest part begins; at first, where no part does
         self.next: Mark | None = None
         self.done = False
         self._rows: Iterator[tuple[Row, Mark]] = iter(())
