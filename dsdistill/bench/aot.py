@@ -159,7 +159,7 @@ def kernel_of(variant: Variant) -> str:
 
 
 def main_loops(variant: Variant, loops: list[sass.Count]) -> list[sass.Count]:
-    """Return the loops that most tiles run through; loops of their own for tiles at the edges are left out."""
+    """Return the loops that most tiles run through, without the separate loops for tiles at the edges."""
     return [min(loops, key=lambda loop: loop.all)] if kernel_of(variant) in EDGED and loops else loops
 
 
@@ -177,7 +177,7 @@ def judge(architecture: str, stack: int, shared: int) -> list[str]:
 
 
 def needs_wgmma(variant: Variant) -> bool:
-    """Return whether a kernel has half precision, four warps or more, and products with 64 rows or more on the left."""
+    """Return whether wgmma is required: half precision, at least 4 warps, and at least 64 rows in the left factor."""
     half = {"*bf16", "*fp16"} & {kind for name, kind in variant.signature if name in ("query_s", "student")}
     constants = dict(variant.constants)
     rows = constants["BC" if variant.kernel == "columns_kernel" else "BR"] if "BR" in constants else 0
@@ -209,14 +209,14 @@ def dump(cubin: bytes, option: str) -> str:
 def compile_all(
     variants: list[Variant], compile_one: Callable[[Variant], T] = compile_variant
 ) -> Iterator[T]:
-    """Yield the result of `compile_one` for each variant, in order, as soon as it is ready; processes share work."""
+    """Yield the result of `compile_one` for each variant, in order, as soon as it is ready, from several processes."""
     import multiprocessing
 
     workers = min(len(variants), os.cpu_count() or 1)
     if workers <= 1:
         yield from map(compile_one, variants)
         return
-    # Fresh processes: forking a process with threads of its own may hang.
+    # These are fresh processes, because forking a process that has threads may hang.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from tqdm(pool.map(compile_one, variants), total=len(variants), unit="kernel", disable=None)
 

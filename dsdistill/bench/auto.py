@@ -1,4 +1,4 @@
-"""Measure what `backend="auto"` takes against every other backend, over operators, dtypes and classes of shapes.
+"""Compare the backend that `backend="auto"` takes with all others, over operators, dtypes and classes of shapes.
 
 The backends of a row run in turn within one process, so that noise of the machine affects all alike.
 """
@@ -126,7 +126,7 @@ def _call(work: Work, backend: str) -> Callable[[], None]:
 
 
 def seconds_alone(call: Callable[[], object]) -> float:
-    """Return the seconds of one call. With one thread they are the thread's own: other processes do not count."""
+    """Return the seconds of one call. With one thread it is the thread's CPU time, without that of other processes."""
     if device() == "cuda" or torch.get_num_threads() > 1:
         return seconds_of(call)
     begin = time.thread_time()

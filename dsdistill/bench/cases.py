@@ -38,7 +38,7 @@ FUNCTIONS = {
     "vocabulary": vocabulary_total,
 }
 
-# Tensors with a gradient, tensors of the teacher, and the axis that counts tokens (None: no such axis).
+# The tensors that get gradients, by operator, and the axis that counts tokens, by tensor.
 STUDENT = {
     "attention": ("student_query", "student_key"),
     "pairwise": ("student",),

@@ -107,7 +107,10 @@ Task = tuple[int, str, torch.dtype, str]
 
 
 def tasks(dry: bool) -> list[Task]:
-    """Return (case, backend, dtype, check): parity first, operators in turn, so that some of each run before a cut."""
+    """Return (case, backend, dtype, check), parity first.
+
+    Operators take turns, so that some tasks of each have run if the step is ended early.
+    """
     backends = [name for name in checks.available_backends() if name in ("chunked", *RECORDED)]
     few: dict[str, list[Task]] = {}
     many: dict[str, list[Task]] = {}

@@ -1,6 +1,7 @@
 """Run part "operators" of launch/gpu_check.sh: time tiles, single kernels, and every operator against its rivals.
 
-Each step writes its rows as they come: if its budget ends or a row raises, only the rest or that row is lost.
+Each step writes its rows as they come. If its budget ends, only the remaining rows are lost; if a row raises, only that
+row is lost.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from dsdistill.ops.gpu import Tile
 
 @dataclass(frozen=True)
 class Bench:
-    """A Bench is one measured call. variant: its name for `auto`. goals: what its row counts for (check_report.py)."""
+    """A Bench is one measured call.
+
+    variant: its name for `auto`. goals: names of the goals that its row counts for (check_report.py).
+    """
 
     operator: str
     variant: str
@@ -273,7 +277,7 @@ def tiles(out: Path, dry: bool) -> int:
 
 
 def compile_ahead(shapes: Sequence[tuple[dict, str]], workers: int) -> None:
-    """Compile all tiles in parallel on short sequences, into Triton's cache on disk: in turn they take minutes."""
+    """Compile all tiles in parallel, on short sequences, into Triton's cache on disk: one by one takes minutes."""
     tasks = list(ahead(shapes))
     if workers <= 1:
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from dsdistill import disk
 from dsdistill.bench.preflight import GPUS
 
-HOST_BOUND = 0.8  # share of a call's time on the host from which the host is the bottleneck
+HOST_BOUND = 0.8  # if the host takes this share of a call's time or more, it is the bottleneck
 MISSING = math.inf  # `off` of a goal that was not measured
 
 
@@ -27,7 +27,7 @@ class Goal:
 
 
 def save(path: Path, content: object) -> None:
-    """Write a file whole: a step may be ended at any time."""
+    """Write a whole file or nothing, because a step may be ended at any time."""
     with disk.writing(path) as file:
         json.dump(content, file, indent=1)
 
@@ -57,8 +57,9 @@ def not_measured(name: str, wanted: str, part: str) -> Goal:
 def plan_floor(record: dict, bench: dict) -> tuple[float, str]:
     """Return the least seconds of attention kl by statistics and one merged sweep, and what that is derived from.
 
-    Products and exponentials run in parallel: 2 and 4 products of D multiply-adds per pair, 2 exponentials each time,
-    at the rates of the data sheet. For a GPU that is not in GPUS: the definition's products at the measured rate.
+    For each pair of a query and a key, statistics take 2 products of D multiply-adds and 2 exponentials, and the sweep
+    takes 4 products and 2 exponentials. Products and exponentials run in parallel, at the rates of the data sheet. For
+    a GPU that is not in GPUS, the time is that of the definition's products at the measured rate.
     """
     gpu = next((gpu for name, gpu in GPUS.items() if name in record["gpu"]), None)
     if gpu is None:
@@ -166,13 +167,13 @@ def step_goals(record: dict) -> Iterator[Goal]:
 
 
 def goals(record: dict) -> list[Goal]:
-    """Return all goals: those missed most first, those not measured last."""
+    """Return all goals, the one missed most first, and those that were not measured last."""
     every = [*attention_goals(record), *other_goals(record), *step_goals(record)]
     return sorted(every, key=lambda goal: -goal.off if goal.off < MISSING else MISSING)
 
 
 def what_to_change(record: dict) -> list[str]:
-    """Return lines that say what to change, in order: what is wrong, goals missed most first, what is unknown."""
+    """Return lines that say what to change: first what is wrong, then missed goals, then what is unknown."""
     lines = [
         f"wrong: {failure}" for failure in (found(record, "verify") or {"failures": ()})["failures"][:10]
     ]

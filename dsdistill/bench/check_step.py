@@ -1,7 +1,8 @@
 """Run part "step" of launch/gpu_check.sh: time a whole step by level, list its largest kernels, train, run a sanitizer.
 
-The models are causal language models in bfloat16 with random weights, 24 layers of 1024 into 6 of 768. `auto` chooses
-by the records: those of the package, and that of part "operators" if it was written to the same OUT_DIR before.
+The models are causal language models in bfloat16 with random weights: a teacher with 24 layers of width 1024, and a
+student with 6 layers of width 768. `auto` chooses by the records of the package, and by that of part "operators" if it
+was written to the same OUT_DIR before.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def sizes_of(dry: bool) -> Decoders:
 
 
 def levels(out: Path, dry: bool) -> int:
-    """Time the step of each level, in turn, on short and on long sequences; the peak above weights and gradients."""
+    """Time each level's step, in turn, on short and long sequences; measure its peak above weights and gradients."""
     sizes, place = sizes_of(dry), torch.device(device())
     made = {arm: make(arm, sizes, sizes.student, DTYPE, place) for arm in LEVELS}
     rows: list[dict] = []
@@ -120,7 +121,7 @@ CASES = [
 
 
 def sanitizer(out: Path, dry: bool) -> int:
-    """Search for reads and writes beyond tensors: PyTorch's caching is off, so that each tensor has its own memory."""
+    """Search for reads and writes outside tensors. PyTorch's cache is off, so that each tensor has its own memory."""
     tool = shutil.which("compute-sanitizer")
     if not tool and not dry:
         save(out, {"compute_sanitizer": "not found"})

@@ -48,7 +48,7 @@ def present(operator: str, options: dict, dtype: str) -> set[str]:
 
 
 def unasked(found: set[str]) -> set[str]:
-    """Return the contenders that are measured by default: on a CPU without those whose times mean nothing there."""
+    """Return the contenders that are measured by default; on a CPU these lack those whose times mean nothing there."""
     return found if device() == "cuda" else found - {"flex", "triton", *PLANS}
 
 
@@ -110,7 +110,7 @@ def sdpa(work: Work) -> Callable[[], Tensor]:
 
 
 def flex(work: Work) -> Callable[[], Tensor]:
-    """Return the same by flex_attention, which skips blocks that are fully masked; compiled on a GPU."""
+    """Return one model's attention by flex_attention, which skips fully masked blocks; compiled on a GPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     query, key = work.student

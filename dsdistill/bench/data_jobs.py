@@ -1,7 +1,7 @@
 """Measure one thing for the benchmark of the data in a process of its own: python -m dsdistill.bench.data_jobs JOB.
 
-A job prints `ready` once everything is loaded that a run holds anyway, waits for a line, does its work, and prints its
-results. The process that started it watches its memory from outside.
+A job loads everything that a run holds anyway, prints `ready`, waits for a line, does its work, and prints its results.
+The process that started it watches its memory from outside.
 """
 
 import json

@@ -184,10 +184,10 @@ def _large(folder: Path, documents: int, tokenizer: str) -> dict[str, Any]:
 
 
 def _watched(job: dict[str, Any]) -> dict[str, Any]:
-    """Return a job's results with its memory above that of the loaded tokenizer, in MiB.
+    """Return a job's results and its memory in MiB, minus the memory with only the tokenizer loaded.
 
-    peak_mib: highest PSS of the process and its children; own_mib: what the process holds in addition at its end,
-    without pages of files, which all readers share. Both are None if the system does not report them.
+    peak_mib: highest PSS of the process and its children; own_mib: what the process itself holds in addition at its
+    end, without pages of files, which all readers share. Both are None if the system does not report them.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "dsdistill.bench.data_jobs", json.dumps(job)],

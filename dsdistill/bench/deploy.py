@@ -1,7 +1,7 @@
-"""Measure what the student of a run costs where it is used: time, memory and room, beside its teacher.
+"""Measure what the student of a run costs in use, beside its teacher: time, memory and size of files.
 
-Each contender runs in a process of its own. The teacher has random weights, since time and memory do not depend on
-them; so it need not be read or trained.
+Each contender runs in a process of its own. The teacher has random weights, because time and memory do not depend on
+them. So the teacher need not be read or trained.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def run_deploy(
     Args:
         run: folder of a run with a checkpoint.
         options: `--shapes NAME=VALUE,...` on the command line:
-            threads   only that many; default: 1, 2 and 4, as far as there are cores
-            batch     texts of a batch, for texts a second
+            threads   number of threads; default: 1, 2 and 4, as far as there are cores
+            batch     number of texts in a batch, with which texts per second are measured
             examples  texts that are timed one by one, evenly spaced in the first dev set
         backends: some of CONTENDERS; default: all.
-        memory: a size such as 512MiB that each process may take; the table says who does not fit.
+        memory: a size such as 512MiB that each process may take; the table says which contenders do not fit.
 
     Raises:
         UserError: no such run, an option that does not exist or cannot be used here, or lacking packages.
@@ -167,7 +167,7 @@ def _write(model: PreTrainedModel, job: dict[str, Any], contenders: list[str], l
 
 
 def _measured(job: dict[str, Any], backend: str, threads: int) -> dict[str, Any]:
-    """Return a contender's row; below a limit of memory, a process that fails does not fit."""
+    """Return a contender's row; with a memory limit, a process that fails counts as one that does not fit."""
     folder = Path(job["folder"])
     graph = folder / (onnx_graph.INT8 if backend == "int8" else onnx_graph.GRAPH)
     patterns = f"{graph.name}*" if backend in ("onnx", "int8") else "*.safetensors"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 WARM = 3  # passes over the first texts
-ROUNDS = 3  # passes over all texts that are timed, and least calls of a batch
-SECONDS = 1.0  # of calls of a batch
+ROUNDS = 3  # timed passes over all texts, and fewest timed calls of a batch
+SECONDS = 1.0  # time for calls of a batch
 
 
 def batch_of(texts: list[dict[str, list[int]]], names: list[str]) -> dict[str, Any]:

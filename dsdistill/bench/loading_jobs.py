@@ -1,7 +1,7 @@
 """Load one thing for the benchmark of loading, as one of several ranks: python -m dsdistill.bench.loading_jobs JOB.
 
-A rank prints `ready` once everything is imported and the ranks have met, waits for a line, loads, and writes how long
-that took. The process that started it watches its memory from outside.
+A rank imports everything, meets the other ranks, prints `ready`, waits for a line, loads, and writes how long loading
+took. The process that started it watches its memory from outside.
 """
 
 import json
@@ -68,7 +68,7 @@ def cut(job: dict[str, Any], ranks: Ranks) -> None:
 
 
 def student(job: dict[str, Any], ranks: Ranks) -> Any:
-    """Read that student, sharded by ZeRO-3."""
+    """Read the student that `cut` made, sharded by ZeRO-3."""
     config, init, made = _config(job, job["student"], 3), job["student"], _student(job)[1]
 
     def make(dtype: torch.dtype) -> StudentModule:

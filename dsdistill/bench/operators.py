@@ -1,4 +1,4 @@
-"""Benchmark the operators after a green check: time, memory, arithmetic and ratios.
+"""Benchmark the operators that pass their check: time, memory, arithmetic and ratios.
 
 The contenders of a row run in turn within one process, so that noise of the machine affects all alike. Eager and
 torch.compile run the operator's definition (`reference`). A contender that fails its check is not timed.
@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def checked(operator: str, backend: str, dtype: torch.dtype) -> str | None:
     """Return the first failing parity case of a backend; None if every case passes.
 
-    GPU kernels, each of which must be compiled first, run a selection of cases; `verify` runs all."""
+    Each GPU kernel must be compiled first, so these run only a selection of cases; `verify` runs all."""
     for case in verify.all_cases():
         if backend in ("triton", "cuda") and case.name not in verify.INTERPRETED:
             continue
@@ -132,7 +132,7 @@ def resident(field: str) -> float:
 
 def peak_of(operator: str, options: dict, dtype: str, name: str) -> float:
     """Return the peak MiB above the inputs and the returned gradients during one step, in a process of its own."""
-    # A small call first: libraries and thread pools must not count for the operator.
+    # A small call comes first, so that libraries and thread pools do not count for the operator.
     few = {"tokens": 16, "vocabulary": 64, "width": 16}
     small = few if operator in HEADS else {"tokens": 16}
     warm = WORKS[operator](**small, dtype=DTYPES[dtype])
@@ -159,9 +159,9 @@ def peak_on_gpu(operator: str, options: dict, dtype: str, name: str) -> float:
 
 
 def peak_memory(operator: str, options: dict, dtype: str, name: str) -> float | None:
-    """Return `peak_of` from a fresh process, where no earlier peak hides it; on a GPU the allocator's in this process.
+    """Return `peak_of` from a fresh process, where no earlier peak hides it; on a GPU, the allocator's peak here.
 
-    None for contenders that would have to be compiled again, and if /proc is missing."""
+    Return None for contenders that would have to be compiled again, and if /proc is missing."""
     if name in ("compile", "flex"):
         return None
     if device() == "cuda":
@@ -217,9 +217,10 @@ def run_bench(
             soft-label  tokens, vocabulary, width, divergence, as terms.soft_label
             cross-entropy  tokens, vocabulary, width
             vocabulary  as soft-label: task and soft labels together
-        backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" all of it in the
-            inputs' half precision; "liger" liger-kernel's fused losses, if it is installed; "apart" task and soft
-            labels by separate operators; "sdpa" and "flex" one model's attention of that shape.
+        backends: among CONTENDERS. "eager" is the definition with float32 sums; "eager-half" is the definition
+            completely in the inputs' half precision; "liger" is liger-kernel's fused losses, if it is installed;
+            "apart" computes task and soft labels by separate operators; "sdpa" and "flex" compute one model's
+            attention of that shape.
         seconds: time after which no further repeat begins.
 
     Raises:

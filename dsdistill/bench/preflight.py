@@ -35,7 +35,7 @@ SLACK = 1.02
 
 @dataclass(frozen=True)
 class Gpu:
-    """A Gpu holds multiprocessors, clock in Hz, bytes/s, and dense operations per clock of one multiprocessor.
+    """A Gpu holds its multiprocessors, clock in Hz, bytes/s, and dense operations per clock of a multiprocessor.
 
     On all GPUs a multiprocessor computes 16 special functions (exp2) per clock, and 4 warps issue an instruction each.
     """
@@ -68,8 +68,9 @@ THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048}
 class Call:
     """A Call is the measured call as one kernel sees it.
 
-    programs; tiles per program; products (operations) and exponentials per tile by the definition; bytes of the
-    whole call; unrolled: the compiler knows how many tiles there are and may unroll the loop over them.
+    It holds the number of programs, tiles per program, products (operations) and exponentials per tile by the
+    definition, and bytes of the whole call. unrolled: the compiler knows how many tiles there are and may unroll the
+    loop over them.
     """
 
     programs: float
@@ -278,7 +279,7 @@ print("torch", torch.__version__, *library.cuda_architectures)
 def check_library(path: Path) -> None:
     """Load an extension that was built with CUDA kernels, and check that all its symbols are resolved.
 
-    Raises AssertionError with what is missing.
+    Raises AssertionError, which names what is missing.
     """
     said = output(sys.executable, "-c", LOADED, str(path))
     assert said.split()[2:] == list(aot.ARCHITECTURES), said

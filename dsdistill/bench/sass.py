@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 TARGET = re.compile(r"0x([0-9a-f]+)")
-# Shape of one warp's product: m16n8k16 and m16n8k8; of a warp group's (four warps): 64 × columns × depth.
+# Shapes of products. One warp's: m16n8k16, m16n8k8 and m16n8k4. A warp group's (four warps): 64 × columns × depth.
 WARP = {"HMMA.16816": (16, 8, 16), "HMMA.1688": (16, 8, 8), "HMMA.1684": (16, 8, 4)}
 GROUP = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)")
 
 
 @dataclass
 class Count:
-    """A Count holds numbers of instructions of one warp: all, special functions (exp2, log2, 1/x, …), only exp2, loads,
-    and those that access the stack.
+    """A Count holds numbers of instructions of one warp.
 
+    These are all instructions, special functions (exp2, log2, 1/x, …), only exp2, loads, and accesses to the stack.
     products: multiply-adds on tensor cores times 2, by (instruction, operand type), such as ("HGMMA", "TF32").
     """
 

@@ -1,8 +1,8 @@
 """Benchmark the whole training step: the teacher's forward, the student's forward and backward, the losses.
 
-It measures tokens/s and peak memory against sequence length, layers mapped and levels on. The step is the engine's own
-without its optimizer; DeepSpeed's part is left out, since one rank waits for no other. Contenders run in turn within
-one process, so that noise of the machine affects all alike; memory is measured in a process for each.
+It measures tokens/s and peak memory by sequence length, number of mapped layers and level. The step is the engine's own
+without its optimizer. DeepSpeed's part is left out, because one rank waits for no other. Contenders run in turn within
+one process, so that noise of the machine affects all alike. Memory is measured in a separate process for each.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def measure(
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% confidence interval of the median, as two of the values; for few the smallest and the largest."""
+    """Return the 95% confidence interval of the median, as two of the values; if few, the smallest and the largest."""
     ordered = sorted(values)
     left = max(
         0, int(len(ordered) / 2 - 0.98 * len(ordered) ** 0.5)
@@ -108,7 +108,7 @@ def peaks_of(arm: str, sizes: dict, dtype: str) -> list[float]:
             loss = None
             loss = make(arm, sizes, mapped, dtype, device)[1]
             built = mapped
-            # A small step first: it allocates gradients, libraries and thread pools, which must not count.
+            # A small step comes first: it allocates gradients, libraries and thread pools, which must not count.
             small = Sizes(**asdict(sizes) | {"step": SHORTEST})
             loss(small.batch(SHORTEST, device)).backward()
         batch = sizes.batch(tokens, device)
@@ -193,7 +193,7 @@ def run_step(
             row["vs_logits_95"] = interval(
                 [x[0] / y[0] for x, y in zip(rounds[FLOOR], rounds[arm], strict=True)]
             )
-            # More stable on a shared machine; with several threads it includes their waiting.
+            # CPU time is more stable on a shared machine; with several threads it includes their waiting.
             row["vs_logits_cpu"] = processor if operators.device() == "cpu" else None
             row |= {"memory_mib": peak, "memory_vs_logits": peak and floor and peak / floor}
             rows.append(row)

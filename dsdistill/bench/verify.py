@@ -37,8 +37,8 @@ class Mismatch(AssertionError):
     """An operator's result is further from the truth than the rule allows."""
 
 
-# Triton's interpreter takes a second where a GPU takes a millisecond. There these cases alone get all checks in
-# bfloat16, and parity in float16; parity in float32 is checked on more.
+# Triton's interpreter takes a second where a GPU takes a millisecond. With the interpreter only these cases get all
+# checks in bfloat16, and parity in float16. Parity in float32 is checked on more cases.
 INTERPRETED = {
     "kl-packed",
     "mse-grouped-ragged",
@@ -55,7 +55,8 @@ INTERPRETED = {
 }
 
 
-FEW = ("packed", "grouped-ragged", "peaked", "odd-width", "mean-heads")  # of mse and score_mse
+# The interpreter checks parity in float32 only on those mse and score_mse cases whose names end with one of these.
+FEW = ("packed", "grouped-ragged", "peaked", "odd-width", "mean-heads")
 
 
 def runnable(case: Case, backend: str, dtype: torch.dtype, check: str = "parity") -> bool:
@@ -313,7 +314,7 @@ def check_layout(case: Case, backend: str, dtype: torch.dtype) -> float:
 
 
 def check_value_only(case: Case, backend: str, dtype: torch.dtype) -> float:
-    """Check that without gradients the value is the same and nothing is recorded."""
+    """Check that if no input needs a gradient, the value is the same and autograd records nothing."""
     plain = cast(case, dtype)
     placed = on_device(plain, backend)
     loss = FUNCTIONS[case.operator](**placed.tensors, **case.options, backend=backend)

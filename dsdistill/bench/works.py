@@ -63,8 +63,8 @@ def attention_work(
 ):
     """Return a call of attention.
 
-    masked: sequences are from whole to half as long. packed: each sequence has three documents. group: query heads
-    per key head. rows: queries of a sequence that are compared, one from each part of it; 0: all.
+    masked: the lengths of sequences range from whole to half. packed: each sequence has three documents. group: query
+    heads per key head. rows: number of queries of a sequence that are compared, one from each part of it; 0: all.
     """
     query, teacher_query = (randn(batch, heads, tokens, width).to(dtype) for _ in range(2))
     key, teacher_key = (randn(batch, heads // group, tokens, width).to(dtype) for _ in range(2))

@@ -13,9 +13,9 @@ from dsdistill.config.terms import Term, Terms, settings_of
 def add_term(name: str, settings: type[Term]) -> None:
     """Let configs have a term `terms.NAME` with these settings; like any term, it is off unless a config names it.
 
-    The same class may be added again, and so may one that its module defines again on another import. Configs that
-    were loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for
-    settings that are no subclass of Term.
+    The same class may be added again, also if its module was imported again and has defined it anew. Configs that were
+    loaded before do not know the term. Raises UserError for a name that is taken or cannot be a key, and for settings
+    that are not a subclass of Term.
     """
     if not (isinstance(settings, type) and issubclass(settings, Term)):
         raise UserError(

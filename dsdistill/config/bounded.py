@@ -1,4 +1,4 @@
-"""Read files from outside with limits: they must not be too large, block or grow, and YAML must not expand."""
+"""Read files from outside with limits: files may not be too large, block or grow, and YAML may not expand too far."""
 
 import json
 import os
@@ -19,7 +19,7 @@ YAML_BYTES, YAML_DEPTH, YAML_NODES, YAML_DIGITS, YAML_REFERENCES = 4 * MIB, 64, 
 
 
 def parse_size(text: str) -> int | None:
-    """Return the bytes of a text such as 80GiB; None if it is no size."""
+    """Return the number of bytes that a text such as 80GiB means; None if it is not a size."""
     match = re.fullmatch(rf"(\d{{1,15}}(?:\.\d{{1,15}})?)\s*({'|'.join(UNITS)})", text.strip())
     return None if match is None else int(float(match[1]) * UNITS[match[2]])
 
@@ -40,7 +40,7 @@ def open_file(path: str, most: int, limit: str) -> BinaryIO:
 
 
 def read_bytes(path: str, most: int, limit: str = "the largest that is read") -> bytes:
-    """Return the content of a file that `open_file` accepts, also if its reported size is wrong (/proc)."""
+    """Return the content of a file that `open_file` accepts, even if its reported size is wrong (/proc)."""
     with open_file(path, most, limit) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -67,7 +67,7 @@ def read_json(path: str, most: int) -> dict[str, Any]:
 def read_yaml(path: str) -> str:
     """Return the text of a YAML file that `check_yaml` accepts.
 
-    Raises UserError for a file that cannot be read or is not UTF-8, and yaml.YAMLError for what is no YAML.
+    Raises UserError for a file that cannot be read or is not UTF-8, and yaml.YAMLError for text that is not YAML.
     """
     if not os.path.exists(path) or os.path.isdir(path):
         raise UserError(path, "no such file", "a YAML file")

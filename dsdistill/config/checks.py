@@ -64,7 +64,7 @@ def check(config: Config) -> None:
         _check_terms(config, config.terms, "terms", first=True)
     if config.evaluation.rcs == 1:
         raise UserError("evaluation.rcs", 1, "2 points or more, or 0")
-    if config.evaluation.rcs and config.teacher is None:  # a model that never moves scores best
+    if config.evaluation.rcs and config.teacher is None:  # a model that never changes gets the best score
         raise UserError(
             "evaluation.rcs",
             f"{config.evaluation.rcs} without a teacher",

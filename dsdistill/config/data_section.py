@@ -61,8 +61,8 @@ class Data(Section):
     subset: str | None = Field(default=None, description="subset of a hub data set, such as sst2")
     root: str | None = Field(
         default=None,
-        description="folder where relative paths in train and dev start; for a hub data set: folder of a local copy, "
-        "which is read from ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} instead of the hub",
+        description="folder where relative paths in train and dev start. For a hub data set: folder of a local copy; "
+        "the files ROOT/SUBSET/{train,dev}.{tsv,jsonl,...} are read instead of the hub",
     )
     train: str | Files | Parts = Field(
         default="train",
@@ -75,20 +75,20 @@ class Data(Section):
     )
     text: Texts = Field(
         default=("text",),
-        description="column of the text, or the two columns of a pair of texts; pairs are prompt and response "
-        "(causal_lm), or query and document or two texts with a similarity in `label` (embedding); "
+        description="column of the text, or the two columns of a pair of texts. For causal_lm a pair is a prompt and "
+        "its response. For embedding it is a query and its document, or two texts whose similarity is in `label`. "
         "dsdistill/data/README.md says more",
     )
     messages: str | None = Field(
         default=None,
-        description="causal_lm: column of conversations, lists of {role, content} (or ShareGPT's {from, value}), "
-        "which the tokenizer's chat template renders; read instead of `text`",
+        description="causal_lm: column of conversations, which is read instead of `text`. A conversation is a list of "
+        "{role, content} (or ShareGPT's {from, value}); the tokenizer's chat template renders it",
     )
     prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=2)] | None = Field(
         default=None,
-        description="embedding: prefix of each text, one for each column of `text`; default: the query and document "
-        "prompts (for single texts the default prompt) of the teacher's sentence-encoder folder, else of the "
-        "student's",
+        description="embedding: prefixes of the texts, one for each column of `text`. Default: those in the teacher's "
+        "sentence-encoder folder, else those in the student's: the query and document prompts for pairs, the default "
+        "prompt for single texts",
     )
     chat_template: str | None = Field(
         default=None, description="file with a chat template (Jinja) that replaces the tokenizer's own"
@@ -104,25 +104,27 @@ class Data(Section):
     )
     turns: Literal["split", "refuse"] = Field(
         default="split",
-        description="if a chat template changes earlier turns when later ones follow; split: each assistant turn "
-        "becomes a separate example; refuse: the run is refused",
+        description="what happens if a chat template changes earlier turns when later ones follow; split: each "
+        "assistant turn becomes a separate example; refuse: the run is refused",
     )
     layout: Layout | None = Field(
         default=None,
-        description="layout of prompt and response; template: a user turn and an assistant turn; raw: one directly "
-        "after the other, unchanged; separator: [CLS] prompt [SEP] response [SEP] or, for tokenizers without these, "
-        "prompt, line break, response, end of text; default: template if there is a chat template, else separator",
+        description="layout of prompt and response. template: a user turn and an assistant turn. raw: one directly "
+        "after the other, unchanged. separator: [CLS] prompt [SEP] response [SEP] or, for tokenizers without these, "
+        "prompt, line break, response, end of text. Default: template if there is a chat template, else separator",
     )
     packing: Literal["auto", True, False] = Field(
         default="auto",
-        description="causal_lm; true: blocks of max_length are filled with whole documents, which do not see each "
-        "other; auto: the same if the models keep documents apart, else one document per row; false: plain text "
-        "continues from document to document through the blocks, and each conversation or prompt is a row",
+        description="causal_lm: how documents fill rows. true: each row is a block of max_length tokens, filled with "
+        "whole documents, which do not see each other. auto: the same if the models keep documents apart, else one "
+        "document per row. false: plain text is laid end to end and cut into blocks, and each conversation or prompt "
+        "is a row",
     )
     overlong: Literal["truncate", "split", "drop"] | None = Field(
         default=None,
-        description="documents longer than max_length are truncated, split into several, or dropped; default: split "
-        "for plain text, truncate for prompts and conversations; layout separator supports only truncate",
+        description="what happens to documents longer than max_length: they are truncated, split into several, or "
+        "dropped. Default: split for plain text, truncate for prompts and conversations. Layout separator supports "
+        "only truncate",
     )
     streaming: bool = Field(
         default=False,
@@ -130,13 +132,13 @@ class Data(Section):
         "at a time",
     )
     drop_unlabelled: bool = Field(
-        default=False, description="leave out rows whose label is missing, empty or -, or -1 for classes"
+        default=False, description="leave out rows whose label is missing, empty or -; for classes, also -1"
     )
     label: str | DevLabels | None = Field(
         default="label",
-        description="column of the label; not read by tasks that predict tokens; embedding: column of similarity "
-        "scores in the dev sets, or one column for each dev set that has scores: {stsb: score}; default for "
-        "embedding: none",
+        description="column of the label. Tasks that predict tokens do not read it. For embedding: column of "
+        "similarity scores in the dev sets, or one column for each dev set that has scores, such as {stsb: score}; "
+        "default: none",
     )
     labels: Annotated[tuple[str, ...], Field(strict=False, min_length=2)] | None = Field(
         default=None,
@@ -154,9 +156,10 @@ class Data(Section):
     )
     holdout: Positive | None = Field(
         default=None,
-        description="number of train examples that are not trained on but scored as the dev set holdout, so that you "
-        "choose settings on it and look at dev once; every seed holds out the same ones; a short text goes with the "
-        "texts that contain it, and is left out if these are on both sides; give a teacher recipe the same number",
+        description="number of train examples that are not trained on. They are scored as a further dev set named "
+        "holdout: choose settings on it, and look at dev only once. Every seed holds out the same examples. A short "
+        "text is held out if all texts that contain it are held out; it is left out if only some of them are. Give a "
+        "teacher recipe the same number",
     )
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0,
@@ -164,38 +167,41 @@ class Data(Section):
     )
     label_noise: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0,
-        description="share of the train labels replaced, drawn with run.seed: by another class, or by another "
-        "example's score",
+        description="share of the train labels that are replaced by another class, or by another example's score; "
+        "drawn with run.seed",
     )
     tokenizer: str | None = Field(
         default=None, description="hub id or folder; default: the teacher's, else the student's"
     )
     train_tokenizer: Annotated[int, Field(ge=100)] | None = Field(
         default=None,
-        description="vocabulary size of a tokenizer (WordPiece, or as tokenizer_kind says) trained on the train "
-        "texts, for a model without one",
+        description="vocabulary size of a tokenizer that is first trained on the train texts, for a model without "
+        "one; tokenizer_kind says which kind",
     )
     tokenizer_kind: Literal["wordpiece", "bytes"] = Field(
         default="wordpiece",
-        description="kind of train_tokenizer; wordpiece: uncased words and their pieces; bytes: a lossless "
-        "byte-level BPE, with <|im_start|> and <|im_end|> for conversations",
+        description="kind of tokenizer that train_tokenizer makes; wordpiece: uncased words and their pieces; bytes: "
+        "a lossless byte-level BPE, with <|im_start|> and <|im_end|> for conversations",
     )
     sampler: Literal["uniform", "entropy", "random_masked", "hard_negative", "domain_aware", "ddk"] = Field(
         default="uniform",
-        description="how train examples are drawn, the same number in each epoch; uniform: each once; entropy: those "
-        "with high teacher entropy more often; random_masked: uniform, with 15% of the input masked for both models; "
-        "hard_negative: each example with its nearest neighbours, by the teacher's vectors, that have another "
-        "answer; domain_aware: those like `domain` more often; ddk: more from those parts of `train` in whose dev "
-        "sets, of the same names, the student is further behind its teacher, found again at each evaluation",
+        description="how train examples are drawn; every epoch draws the same number. uniform: each example once. "
+        "entropy: examples with high teacher entropy more often. random_masked: as uniform, with 15% of the input "
+        "masked for both models. hard_negative: an example together with its nearest neighbours, by the teacher's "
+        "vectors, that have another answer. domain_aware: examples similar to `domain` more often. ddk: more examples "
+        "from those parts of `train` where the student is further behind its teacher; each evaluation measures this "
+        "again, on dev sets with the same names as the parts",
     )
     mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="classification and regression: half of a step's examples are mixed with others, whose share is "
-        "drawn from Beta(mixup, mixup): both models read mixed embeddings of tokens, and labels are mixed (MixKD)",
+        description="classification and regression: half of a step's examples are mixed with others (MixKD). Both "
+        "models read mixed embeddings of tokens, and labels are mixed, too. The shares are drawn from "
+        "Beta(mixup, mixup)",
     )
     sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="T in p ∝ exp(score / T); default: 0.1 for entropy, 1 (nat per token) for domain_aware",
+        description="T in an example's probability p ∝ exp(score / T); default: 0.1 for entropy, 1 (nat per token) "
+        "for domain_aware",
     )
     domain: Files | None = Field(
         default=None,

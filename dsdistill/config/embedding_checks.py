@@ -107,7 +107,7 @@ def _check_pairs(data: Data, place: str) -> None:
     if data.train_columns < 2:
         wanted = "data.text: [query, document], or other terms"
         raise UserError(place, "single texts, which form no pairs to contrast", wanted)
-    # If some dev set is searched, the label belongs to other dev sets, not to the train pairs.
+    # If some dev set has no label (it is used for search), the labels belong to the other dev sets, not to train pairs.
     searched = isinstance(data.label, dict) and data.label.keys() != set(data.dev)
     if data.label is not None and not searched:
         got = f"pairs with scores (data.label: {data.label}), some of which are not similar"

@@ -34,8 +34,8 @@ class SharedError(RunError):
 class Stopped(BaseException):
     """A run was told to stop, by a signal or by its launcher's end; `code` is the exit code of its process.
 
-    It is not an Exception, like KeyboardInterrupt, so that no handler takes it for a fault. One line says what happened
-    to the run.
+    Like KeyboardInterrupt it is no subclass of Exception, so that no handler takes it for a fault. Its message says in
+    one line what happened to the run.
     """
 
     def __init__(self, told: str, code: int):

@@ -61,7 +61,7 @@ def explain(
 
 
 def _deepest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
-    """Return the first error; if it comes from a branch of a union, that of the branch which fits best."""
+    """Return the first error; if it comes from a union, return the error of the branch that fits best."""
     place = errors[0]["loc"][:-1]
     if "layers" in errors[0]["loc"]:  # `explain` lists the valid values
         return errors[0]

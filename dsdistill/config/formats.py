@@ -15,12 +15,12 @@ from dsdistill.config.section import Section
 
 FORMAT = 4  # the format that `dump` writes; a file of format 1 does not name its format
 
-# By format and dotted key: values with which runs of that format began, for settings that had another default then or
-# did not exist. `terms.NAME.KEY` stands for the terms of the stages too.
+# The values, by format and dotted key, of settings that had another default in runs of that format, or did not exist.
+# `terms.NAME.KEY` also stands for the terms of stages.
 # Up to format 2 the last layer was read before its final norm.
 _STATES = ("hidden", "feature", "pairwise", "contrastive", "sp", "rkd", "cka", "pkt", "trajectory", "smooth")
 _BEFORE = {f"terms.{name}.final_norm": "before" for name in _STATES}
-# Up to format 3 plain text ran on from document to document, and prompts had a layout that only this project used.
+# Up to format 3 plain text was laid end to end across documents, and prompts had a layout that only this project used.
 _UNPACKED = {"data.packing": False, "data.layout": "separator"}
 DEFAULTS: dict[int, dict[str, Any]] = {1: _BEFORE | _UNPACKED, 2: _BEFORE | _UNPACKED, 3: _UNPACKED}
 
@@ -62,14 +62,14 @@ _KEYS |= {f"stages.{section}": names for section, names in _KEYS.items() if sect
 FORMAT_1 = frozenset(
     f"{section}.{name}".removeprefix(".") for section, names in _KEYS.items() for name in names.split()
 )
-# These were added when teachers had names already, and have no influence on a teacher.
+# The name of a teacher leaves these settings out: they were added later, and do not influence a teacher.
 _UNNAMED = frozenset({"run.save_minutes", "run.grace", "data.max_file"})
 
 
 def take_format(settings: dict, origin: str, *, saved: bool = False) -> int:
     """Take `format` out of a file's settings and return it.
 
-    saved: the settings are those of a run folder, which may have an earlier format; without a name it is format 1.
+    saved: the settings are those of a run folder, which may have an earlier format; if they name none, it is format 1.
     Raises UserError for a format that this version does not read; `origin` names the file.
     """
     oldest = 1 if saved else 2  # a user's file names no format, or is a copy of a file that `dump` wrote
@@ -121,7 +121,7 @@ def teacher_identity(config: Config) -> str:
         }
     )
     settings = redacted(neutral.model_dump(mode="json", exclude=_added(neutral, "")))
-    # Not `dump`, whose quoting may change: names of teachers must not change with it.
+    # `dump` is not used, because its quoting may change, and names of teachers would change with it.
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

@@ -30,9 +30,9 @@ _INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it, whi
 def load(sources: Sequence[str]) -> Config:
     """Merge files and overrides from left to right.
 
-    sources: YAML files (each adds to or replaces earlier settings) and key=value overrides, where keys are dotted, with
-    numbers from 0 in lists, and values are YAML: ["configs/quickstart.yaml", "train.steps=5"]. With `replace: [terms]`
-    a file's terms replace those of earlier files instead of being added to them.
+    sources: YAML files and key=value overrides, such as ["configs/quickstart.yaml", "train.steps=5"]. Each file adds to
+    or replaces earlier settings. With `replace: [terms]` a file's terms replace those of earlier files instead of being
+    added to them. Keys of overrides are dotted, with numbers from 0 for entries of lists; their values are YAML.
     """
     if not sources or _is_override(sources[0]):
         raise UserError(
@@ -54,7 +54,7 @@ def load(sources: Sequence[str]) -> Config:
                 added = _read(source)
                 for section in _replaced(source, added):
                     merged.pop(section, None)
-                merged = cast(DictConfig, OmegaConf.merge(merged, added))  # as both are
+                merged = cast(DictConfig, OmegaConf.merge(merged, added))  # since both are DictConfigs
         except UserError:
             raise
         except (
@@ -87,10 +87,10 @@ def recipe_of(config: Config) -> Config:
 
 
 def as_begun(config: Config, saved: str) -> Config:
-    """Return the config of a resumed run as the format that it began with would read it.
+    """Return the config of a resumed run, read by the rules of the format with which the run began.
 
     saved: the file that `dump` wrote when the run began. Settings that `config` does not set have the defaults of that
-    time.
+    format.
     """
     written = take_format(_plain(_read(saved), saved), saved, saved=True)
     if written == FORMAT:
@@ -103,7 +103,7 @@ def as_begun(config: Config, saved: str) -> Config:
 def load_saved(path: str) -> Config:
     """Return the config that `dump` wrote for a run, without its secrets.
 
-    Settings that an earlier format lacks get the defaults of its time. Rules between fields are not checked again: a
+    Settings that an earlier format lacks get its defaults. Rules between fields are not checked again: a
     baseline, which has lost its terms, may break them. Raises UserError for a format newer than this version's.
     """
     settings = without(_plain(_read(path), path))
@@ -126,8 +126,9 @@ def make_config(settings: dict[str, Any], origin: str = "config", *, saved: bool
 
 
 class _Dumper(yaml.SafeDumper):
-    """A _Dumper quotes what OmegaConf but not PyYAML takes for a number (12e4567), and U+0085, which would become a
-    space; it escapes interpolations.
+    """Quote texts that OmegaConf, unlike PyYAML, takes for numbers (12e4567), and U+0085, which would become a space.
+
+    Interpolations are escaped.
     """
 
 
@@ -177,7 +178,7 @@ def _shown(source: str) -> str:
 
 
 def _check_interpolations(settings: dict[str, Any], origin: str) -> None:
-    """Refuse interpolations that expand, by repeating each other, beyond EXPANDED."""
+    """Raise UserError for interpolations that repeat each other and so expand beyond EXPANDED."""
     known: dict[tuple, int] = {}  # characters and values of each key's subtree, expanded
 
     def size(path: tuple) -> int:

@@ -1,4 +1,4 @@
-"""Check whether a config may go on with a run that began with another."""
+"""Check whether a run that began with one config may continue with another."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from dsdistill.config.load import load_saved
 from dsdistill.config.schema import Config
 from dsdistill.config.secrets import redacted, without
 
-# Settings that may change between a run and its continuation: they do not change what is computed or, the last two,
-# only the order in which numbers are added. student.new_head only allows a start; beside adapters it also says whether
-# the head trains.
+# Settings that may change between a run and its continuation. The last two change only the order in which numbers are
+# added; the others do not change what is computed. student.new_head only allows a run to start; with adapters it also
+# decides whether the head is trained.
 _FREE = (
     "run.name",
     "run.dir",

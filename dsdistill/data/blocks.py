@@ -1,4 +1,4 @@
-"""Keep in the cache which documents share a block: for many documents best fit takes longer than all else.
+"""Keep in the cache which documents share a block, because finding this for many documents (best fit) takes long.
 
 CACHE/blocks-KEY/
   order.npy     (n,) the documents, block by block
@@ -21,7 +21,7 @@ from dsdistill.data.store_writer import alone
 log = logging.getLogger("dsdistill")
 
 NAMES = ("order", "bounds", "sizes")
-VERSION = 1  # of best fit; to be raised when the same lengths give other blocks
+VERSION = 1  # of best fit; raise it when the same lengths give other blocks than before
 
 
 def packed(examples: Examples, length: int, cache: Path, drawn: Any) -> Packed:
@@ -32,7 +32,7 @@ def packed(examples: Examples, length: int, cache: Path, drawn: Any) -> Packed:
 
     Args:
         examples: the documents, or parts of them.
-        length: of a block, in tokens.
+        length: most tokens of a block.
         cache: folder of the stores.
         drawn: the settings that decide which of the stored documents the examples are.
     """
@@ -59,7 +59,7 @@ def _made(lengths: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
 
 
 def _read(path: Path, documents: int) -> tuple[np.ndarray, ...] | None:
-    """Return the kept blocks, mapped; None if there are none, or damaged ones."""
+    """Return the blocks in the cache, mapped; None if there are none, or if they are damaged."""
     if not path.is_dir():
         return None
     try:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer from the train texts, which loses nothing and takes conversations."""
+"""Train a byte-level BPE tokenizer on the train texts. It is lossless and has a chat template for conversations."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,14 +10,15 @@ from transformers import PreTrainedTokenizerFast
 from dsdistill.config.errors import UserError
 from dsdistill.data import cache as cache_folder
 
-# One token ends whatever the model writes: a turn, a response, a document. It is the end token, so that generation
-# stops there in each case, and in what others make of the tokenizer too. Padding has a token of its own: were it the
-# end token, those who mask padding by its id would never let the model learn to stop. The three are Qwen's.
+# One token, the end token, ends everything that the model writes: a turn, a response, a document. So generation stops
+# there in each case, also in other programs that use the tokenizer. Padding has a separate token: programs that mask
+# padding by its id would otherwise also mask the end token, and the model would never learn to stop. All three are
+# tokens of Qwen.
 PAD, TURN, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 SMALLEST = 300  # 256 bytes, the tokens above and a few merges
 
-# What the assistant writes is marked. A call of tools is refused, as there is no form for it here.
+# The template marks what the assistant writes. It refuses tool calls, because it has no form for them.
 TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.tool_calls %}{{ raise_exception('this template has no form for tool_calls') }}{% endif %}"
@@ -33,7 +34,7 @@ TEMPLATE = (
 def train_bytes_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
     """Return the folder of a byte-level BPE tokenizer of at most `size` entries, which is kept in the cache folder.
 
-    Every text comes back from its ids as it was. The words are those of GPT-2: a space belongs to the word after it.
+    Decoding the ids of a text gives the same text. Words are split as by GPT-2: a space belongs to the word after it.
 
     Raises:
         UserError: `size` is too small for all bytes, or the cache cannot be read or written.

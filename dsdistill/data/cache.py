@@ -16,7 +16,7 @@ log = logging.getLogger("dsdistill")
 def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the rows of a JSON Lines file of the cache; if it is missing or damaged, they are made and kept there.
 
-    If the cache cannot be written, nothing is kept, with one warning.
+    If the cache cannot be written, nothing is kept, and one warning is logged.
 
     Raises:
         UserError: the cache exists and cannot be read.
@@ -41,10 +41,10 @@ def rows(path: Path, make: Callable[[], Iterable[dict[str, Any]]]) -> list[dict[
 def tokenizer(
     kind: str, texts: Iterable[str], size: int, cache: str, make: Callable[[list[str]], Any]
 ) -> str:
-    """Return the folder of a tokenizer that is trained on texts; it is kept under their fingerprint.
+    """Return the folder of a tokenizer that is trained on texts; its name is a digest of kind, size and texts.
 
     Args:
-        kind: what distinguishes it from others with the same texts and size.
+        kind: text that distinguishes it from other tokenizers with the same texts and size.
         texts: all texts that it is trained on.
         size: most entries it may have.
         cache: folder that keeps it.

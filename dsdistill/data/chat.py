@@ -26,7 +26,8 @@ class Chat:
 
     A template may change earlier turns once later ones follow: Qwen3's drops their thinking. A model then never
     writes these turns as they are in the whole conversation. So each turn of the assistant becomes a
-    separate example, which ends with that turn, or the conversation is refused, as `turns` says. Marks are not checked.
+    separate example, which ends with that turn, or the conversation is refused, as `turns` says. A template with marks
+    is not checked for this.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -150,13 +151,14 @@ class Chat:
         Args:
             text: the whole conversation's text.
             opening: the text after which the model would write the turn.
-            until: the text of the conversation up to and with the turn.
+            until: the text of the conversation up to the end of the turn.
         """
         if not text.startswith(opening):
             return None
         if text.startswith(until):
             return len(opening), self._end(until, len(opening))
-        # A template may write a special token where a conversation ends; nothing else may be missing.
+        # Some templates write a special token only where a conversation ends. The whole text then lacks it after this
+        # turn; it may lack nothing else.
         common = _common(text, until)
         last = self._after_special(text, len(opening), common)
         rest = until[last:]
@@ -180,8 +182,9 @@ class Chat:
         The turn need not begin after the opening. A template may change the text before the turn once the turn follows
         (Hermes 3: a line break after a tool's answer), and its prompt for the assistant may contain more than the turn
         written later (DeepSeek R1's opens the thinking, which the turn leaves out). The turn then begins
-        after the prompt, if the text has it once more than before. Otherwise it begins at the start of the line, or
-        after the last special token, before the character where text and opening first differ; this is logged once.
+        after the prompt, if the text contains the prompt once more than the text before the turn does. Otherwise it
+        begins at the start of the line, or after the last special token, before the character where text and opening
+        first differ; this is logged once.
 
         Raises UserError if that place lies before the end of the earlier turns.
         """

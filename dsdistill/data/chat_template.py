@@ -33,12 +33,12 @@ def read_template(path: str) -> str:
 
 
 class ChatTemplate:
-    """Hold the template of a tokenizer, or another one given for it, and its options.
+    """Hold a chat template (the tokenizer's own, or one that replaces it) and its options.
 
     Args:
         tokenizer: a transformers tokenizer.
         text: a template that replaces the tokenizer's.
-        options: variables in addition to the messages; `tools` is for conversations that have none.
+        options: variables in addition to the messages; `tools` is used for conversations that have no tools.
 
     Raises:
         UserError: there is no template, it is broken, or it does not read an option.
@@ -55,7 +55,7 @@ class ChatTemplate:
         tokens = {of.content for of in tokenizer.added_tokens_decoder.values() if of.content in self.text}
         # The tokens of the tokenizer that may end a turn.
         self.special = tuple(of for of in sorted(tokens | set(tokenizer.all_special_tokens)) if of.strip())
-        self._seen: set[str] = set()  # what was checked in its texts: roles, tool_calls and tools
+        self._seen: set[str] = set()  # roles, tool_calls and tools that have been checked
         self._takes_parts: bool | None = None  # whether it accepts content that is a list
 
     def render(
@@ -77,8 +77,8 @@ class ChatTemplate:
         except Exception as error:  # a template may do anything
             if all(message.get("content") is not None for of in conversations for message in of):
                 raise _refused(place, error) from None
-        # Newer transformers leave out a content of None. Templates that then fail ask for it (DeepSeek V3's), or take
-        # only texts (Qwen3's), which get an empty one.
+        # Newer versions of transformers leave out a content of None. Templates that then fail either test whether it
+        # is None (DeepSeek V3's) or accept only text (Qwen3's). So None is tried first, then an empty text.
         try:
             return self._render_silent(conversations, None, tools, place, prompt)
         except UserError:
@@ -165,7 +165,7 @@ class ChatTemplate:
                 self._seen.add(what)
 
     def _probes(self, message: Message) -> Iterator[tuple[str, Message]]:
-        """Yield what was not checked yet, each with the values that replace the message's own to check it."""
+        """Yield the name of each check that was not made yet, and the values that it puts into the message."""
         role, content, calls = f"role {message['role']!r}", message.get("content"), message.get("tool_calls")
         if role not in self._seen and isinstance(content, str) and content.strip():
             yield role, {"content": PROBE}
@@ -173,7 +173,7 @@ class ChatTemplate:
             yield "tool_calls", {"tool_calls": _probe_calls(calls)}
 
     def _checked_text(self) -> str:
-        """Return the text of the template, or of all if a tokenizer has several; a broken one is refused."""
+        """Return the template's text, or all texts if a tokenizer has several; raise UserError if one is broken."""
         source = self.given if self.given is not None else self.tokenizer.chat_template
         if not source:
             raise UserError(

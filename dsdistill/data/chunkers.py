@@ -1,7 +1,7 @@
-"""What cuts a line of text into words and phrases, as (start, end) character offsets.
+"""Cut a line of text into words and phrases, as (start, end) character offsets.
 
-The MTA paper uses words and spaCy's noun and verb phrases. Where no parser is at hand a phrase is a run of content
-words: this project's own reading.
+The MTA paper uses words, and spaCy's noun and verb phrases. Without a parser a phrase is a run of content words; this
+definition is the project's own.
 """
 
 import importlib
@@ -14,10 +14,10 @@ from dsdistill.config.errors import UserError
 Span = tuple[int, int]
 Chunker = Callable[[str], tuple[list[Span], list[Span]]]  # a line → words, phrases; both in order
 
-MAX_WORDS = 12  # of a phrase
+MAX_WORDS = 12  # in a phrase
 SPACY_MODEL = "en_core_web_sm"
 
-# A Chinese or Japanese character is a word of its own: nothing marks where words end.
+# Each Chinese or Japanese character counts as a word, because these scripts do not mark where words end.
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W{_IDEOGRAPH}]+(?:['’-][^\W{_IDEOGRAPH}]+)*")
 
@@ -38,22 +38,22 @@ _JIEBA_CONTENT = ("n", "v", "a", "b", "i", "j", "l", "m", "q", "s", "t", "z", "e
 
 
 def chunker(name: str) -> Chunker:
-    """builtin (needs nothing), spacy (English) or jieba (Chinese).
+    """Return the chunker of this name: builtin (needs no package), spacy (English) or jieba (Chinese).
 
-    Raises UserError naming what is not installed.
+    Raises UserError, which names what is missing, if a package or model is not installed.
     """
     return {"builtin": lambda: builtin, "spacy": _spacy, "jieba": _jieba}[name]()
 
 
 def builtin(line: str) -> tuple[list[Span], list[Span]]:
-    """Words by their characters; phrases are runs of words that are no stopwords, unbroken by punctuation."""
+    """Return the words of a line, and phrases: runs of words that are not stopwords, without punctuation between."""
     words = [match.span() for match in _WORD.finditer(line)]
     content = [line[start:end].lower() not in _STOPWORDS for start, end in words]
     return words, _runs(line, words, content)
 
 
 def _runs(line: str, words: list[Span], content: Iterable[bool]) -> list[Span]:
-    """Maximal runs of content words with nothing but space between, of at most MAX_WORDS words each."""
+    """Return the longest runs of content words with only space between them, of at most MAX_WORDS words each."""
     runs: list[list[Span]] = []
     last = None
     for word, counts in zip(words, content, strict=True):
@@ -90,10 +90,10 @@ def _spacy() -> Chunker:
 
 
 def parsed(doc) -> tuple[list[Span], list[Span]]:
-    """Of a parsed spaCy document: words, and its noun and verb phrases that lie in no other.
+    """Return the words of a parsed spaCy document, and its noun and verb phrases that do not lie in other phrases.
 
-    A verb phrase is a verb with its negation and auxiliaries on the left and its object, particle or complement on the
-    right, whole, of at most MAX_WORDS words.
+    A verb phrase is a verb with its negation and auxiliaries on the left, and with its whole object, particle or
+    complement on the right. Verb phrases of more than MAX_WORDS words are left out.
     """
     words = [token for token in doc if not (token.is_punct or token.is_space)]
     phrases = [(chunk.start_char, chunk.end_char) for chunk in doc.noun_chunks]

@@ -16,7 +16,7 @@ Set = Examples | Packed | TextPairs | Mixture
 
 
 def located(examples: Set, row: int) -> tuple[Examples | Packed | TextPairs, int, int]:
-    """Return the source that holds an example, its place there, and the number of texts in all sources before."""
+    """Return the source that holds an example, its row there, and the number of texts in all earlier sources."""
     if not isinstance(examples, Mixture):
         return examples, row, 0
     source = examples.source(row)
@@ -34,9 +34,9 @@ def one_source(examples: Set) -> Examples | Packed | TextPairs:
 
 
 def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None = None) -> Batch:
-    """Return the given rows as one batch, padded on the right to the longest of them; no rows: one filler row.
+    """Return the given rows as one batch, padded on the right to the longest of them; without rows, one filler row.
 
-    The two texts of a pair are rows one after the other, see `Batch.pair`.
+    The two texts of a pair become two rows, one after the other; see `Batch.pair`.
 
     epoch: decides which tokens of an example are masked; None: as in evaluation.
     """
@@ -87,7 +87,10 @@ def collate(examples: Set, rows: Sequence[int], pad_id: int, epoch: int | None =
 
 
 def mixed(batch: Batch, other: Batch, share: Tensor, pad_id: int) -> Batch:
-    """Return the rows of `batch` mixed with those of `other`, as many; share (B,) float32: that of `batch`'s rows."""
+    """Return the rows of `batch`, each mixed with the same row of `other`, which has as many rows.
+
+    share: (B,) float32, the share of the row of `batch`; see `Batch.share`.
+    """
     width = max(of.mask.shape[1] for of in (batch, other))
 
     def widen(values: Tensor, fill: int) -> Tensor:
@@ -151,7 +154,7 @@ def _counted(examples: Examples, labels: Tensor, mask: Tensor) -> Tensor | None:
         return None
     chosen = (labels != NO_LABEL) & mask
     if examples.masking is None or not examples.masking.predicted:
-        # A causal model predicts each token from those before it; there are none before the first.
+        # A causal model predicts each token from those before it, so it cannot predict the first.
         chosen[:, 0] = False
     return chosen.flatten().nonzero()[:, 0]
 

@@ -23,10 +23,10 @@ SPEAKERS = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Hold messages with a role each, and what belongs to all of them."""
+    """Hold the messages of a conversation, each with a role, and the tools that the assistant may call."""
 
     messages: list[Message]
-    prompt: int = 0  # how many of them are the prompt, if it was given apart from its completion
+    prompt: int = 0  # number of messages in the prompt, if prompt and completion were given separately
     tools: list[dict[str, Any]] | None = None  # for the template
 
 
@@ -35,9 +35,9 @@ def read_conversation(value: Any, place: str) -> Conversation:
 
     Args:
         value: a list of messages, {role, content, ...} or ShareGPT's {from, value}; or a dict with such a list under
-            `messages` or `conversations`, or with two under `prompt` and `completion`, and with optional `tools`; or
-            any of these as JSON text. Content is text, or a list of parts of type text. Other keys of a message are
-            kept.
+            `messages` or `conversations`, or with two such lists under `prompt` and `completion`. The dict may also
+            have `tools`. Any of these may be given as JSON text. Content is text, or a list of parts of type text.
+            Other keys of a message are kept.
         place: for messages, such as a file and line.
 
     Raises:
@@ -66,7 +66,7 @@ def _parsed(value: Any, place: str) -> Any:
         return value
     try:
         parsed = json.loads(value)
-        if "\\u" in value:  # JSON can write half of a character, which no other text can hold
+        if "\\u" in value:  # JSON can write half of a surrogate pair, which UTF-8 cannot
             json.dumps(parsed, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(
@@ -122,7 +122,7 @@ def _of_sharegpt(message: Message, place: str) -> Message:
 
 
 def _calls(said: Any, place: str) -> list[dict[str, Any]]:
-    """Return the calls in ShareGPT's text of one call or a list of calls: {"name": ..., "arguments": {...}}."""
+    """Return the tool calls in ShareGPT's JSON text: one call {"name": ..., "arguments": {...}}, or a list of them."""
     calls = _parsed(said, place)
     calls = calls if isinstance(calls, list) else [calls]
     for call in calls:

@@ -1,7 +1,7 @@
-"""The built-in pairs of texts: the first paragraph of a docstring as the query, the rest of it as its document.
+"""Read the built-in pairs of texts: the first paragraph of a docstring is the query, the rest of it is its document.
 
-They are read as data/docstrings.py reads its texts: from installed packages, whose names are masked, without network.
-No module has texts in both `train` and `dev`; those of `unseen` are of packages that no other text is from.
+As in data/docstrings.py, the texts come from installed packages, whose names are masked, and need no network. No module
+has texts in both `train` and `dev`. The split `unseen` has the texts of packages that no other split has.
 """
 
 import gc
@@ -16,21 +16,21 @@ from dsdistill.data.table import Table
 
 SPLITS = ("train", "dev", "unseen")
 COLUMNS = ("query", "document")
-UNSEEN = ("networkx", "scipy")  # packages of the split of that name
+UNSEEN = ("networkx", "scipy")  # packages of the split `unseen`
 PER_PACKAGE, PER_MODULE = 1000, 60  # most pairs of one package, and of one module
-DEV_PERCENT = 12  # modules in the dev split
+DEV_PERCENT = 12  # percentage of the modules that are in the dev split
 QUERY = range(20, 201)  # characters
 DOCUMENT = 80  # fewest characters
 MOST = 1000  # characters of a document; what follows is cut off
-_OTHER_NAMES = re.compile("scipy", re.IGNORECASE)  # what NAMES lacks
-_PARAGRAPHS = re.compile(r"\n[ \t]*\n")  # what stands between two
-_RULES = re.compile(r"(^|\s)[-=~^#*.+|]{2,}(?=\s|$)")  # what underlines headings and frames tables
+_OTHER_NAMES = re.compile("scipy", re.IGNORECASE)  # names that NAMES lacks
+_PARAGRAPHS = re.compile(r"\n[ \t]*\n")  # the text between two paragraphs
+_RULES = re.compile(r"(^|\s)[-=~^#*.+|]{2,}(?=\s|$)")  # lines under headings and around tables
 
 
 def table(split: str, cache: str) -> Table:
     """Return the pairs of one split: columns id ("module:name"), query and document.
 
-    Read from the cache folder where it has them (some seconds of parsing otherwise).
+    They are read from the cache folder; if it lacks them, they are collected (some seconds of parsing) and kept there.
 
     Raises:
         UserError: no such split, or a package is missing.
@@ -69,7 +69,7 @@ def _line(text: str) -> str:
 
 def _collect() -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
-    seen: set[str] = set()  # letters of queries and of documents: near copies would cross the splits
+    seen: set[str] = set()  # letters of all queries and documents, so that no two splits have near copies
     for package in dict.fromkeys([*PACKAGES, *UNSEEN]):
         taken = 0
         for module, path in modules_of(package):
@@ -81,7 +81,7 @@ def _collect() -> list[dict[str, str]]:
                 split = "dev" if int(digest(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
             most = min(taken + PER_MODULE, PER_PACKAGE)
             for name, docstring in docstrings_in(path):
-                if taken >= most or not _PARAGRAPHS.search(docstring):  # most have one paragraph alone
+                if taken >= most or not _PARAGRAPHS.search(docstring):  # most have only one paragraph
                     continue
                 query, document = divided(docstring)
                 letters = {re.sub("[^a-z]+", "", text.lower()) for text in (query, document)}

@@ -1,7 +1,7 @@
-"""The built-in data set: docstrings of installed packages, labelled with the package they come from.
+"""Read the built-in data set: docstrings of installed packages, labelled with the package that they come from.
 
-Every machine that runs dsdistill has these packages, so it needs no network and no download. Sources are parsed and
-never imported. The names of the packages are masked in the texts, and no module has texts in both splits.
+Every machine that runs dsdistill has these packages, so the data set needs no network and no download. Sources are
+parsed and never imported. The names of the packages are masked in the texts, and no module has texts in both splits.
 """
 
 import ast
@@ -33,15 +33,15 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-PER_PACKAGE = 1500  # texts of one class, where it has as many
-PER_MODULE = 60  # most texts of one module, lest few modules make the dev split
-DEV_PERCENT = 12  # modules in the dev split
+PER_PACKAGE = 1500  # most texts of one class
+PER_MODULE = 60  # most texts of one module, so that the dev split does not come from a few modules
+DEV_PERCENT = 12  # percentage of the modules that are in the dev split
 LENGTH = range(40, 401)  # characters
 
-# Tests and vendored packages speak of something else than their package.
+# Docstrings of tests and of vendored packages do not describe the package itself.
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "_vendor"}
 
-# What would give the label away: names as part of any word, aliases as words of their own (np.dot, ds_config).
+# Names that would reveal the label: full names as part of any word, aliases only as whole words (np.dot, ds_config).
 NAMES = re.compile(
     "deep ?speed|hugging ?face|🤗|matplotlib|py(?:plot|lab)|networkx|numpy|pandas|python|sympy|(?:py)?torch"
     "|transformers"
@@ -49,14 +49,14 @@ NAMES = re.compile(
     re.IGNORECASE,
 )
 MASK = "library"
-# :class:`Tensor`, underlined headings: house style would give the label away too.
+# Markup such as :class:`Tensor` and underlined headings: a package's style would also reveal the label.
 MARKUP = re.compile(r":[\w:+-]+:`~?|`|[-=~^#]{3,}")
 
 
 def table(split: str, cache: str) -> Table:
-    """The rows of one split: columns id ("module:name"), text, label.
+    """Return the rows of one split: columns id ("module:name"), text, label.
 
-    Read from the cache folder where it has them (some seconds of parsing otherwise).
+    They are read from the cache folder; if it lacks them, they are collected (some seconds of parsing) and kept there.
 
     Raises:
         UserError: no such split, or a package is missing.
@@ -70,9 +70,9 @@ def table(split: str, cache: str) -> Table:
 
 
 def collect() -> list[dict[str, str]]:
-    """All rows, {"split", "id", "text", "label"}, in an order that depends on the texts alone."""
+    """Return all rows, {"split", "id", "text", "label"}, in an order that depends on the texts alone."""
     collecting = gc.isenabled()
-    gc.disable()  # syntax trees are large and free of cycles: collecting them doubles the time
+    gc.disable()  # syntax trees are large and have no cycles: garbage collection would double the time
     try:
         return _collect()
     finally:
@@ -87,12 +87,12 @@ def _collect() -> list[dict[str, str]]:
         for module, path in modules_of(package):
             if taken >= PER_PACKAGE:
                 break
-            # Another hash than that of the order, in which the first modules would all be of one split.
+            # Modules are sorted by another hash. If both were the same, the first modules would all be in one split.
             split = "dev" if int(digest(f"split {module}"), 16) % 100 < DEV_PERCENT else "train"
             most = min(taken + PER_MODULE, PER_PACKAGE)
             for name, docstring in docstrings_in(path):
                 text = clean(docstring)
-                letters = re.sub("[^a-z]+", "", text.lower())  # near copies would cross the splits
+                letters = re.sub("[^a-z]+", "", text.lower())  # so that the splits have no near copies
                 if len(text) in LENGTH and letters not in seen and taken < most:
                     seen.add(letters)
                     taken += 1
@@ -101,18 +101,18 @@ def _collect() -> list[dict[str, str]]:
 
 
 def clean(docstring: str) -> str:
-    """The first paragraph on one line, without markup and with package names masked."""
+    """Return the first paragraph on one line, without markup and with package names masked."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return " ".join(NAMES.sub(MASK, MARKUP.sub("", paragraph)).split())
 
 
 def digest(text: str) -> str:
-    """Return a number of a text, in hexadecimal digits."""
+    """Return the SHA-256 of a text, in hexadecimal digits."""
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def modules_of(package: str) -> list[tuple[str, Path]]:
-    """Names and files of a package's modules, by the hash of their names."""
+    """Return the names and files of a package's modules, sorted by the hash of their names."""
     root = _folder(package)
     modules = []
     for folder, folders, files in os.walk(root):
@@ -132,7 +132,7 @@ def _folder(package: str) -> Path:
 
 
 def docstrings_in(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and docstring of the module, its classes, functions and methods."""
+    """Yield the name and docstring of the module, and of its classes, functions and methods."""
     try:
         stack = [("", ast.parse(path.read_bytes()))]
     except (SyntaxError, ValueError):  # templates and samples of broken code
@@ -151,7 +151,7 @@ def docstrings_in(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def key(packages: Sequence[str], *files: str) -> str:
-    """Return what changes with every version of the packages, and with these files of code and this one."""
+    """Return a digest of the packages' versions, of these code files and of this file."""
     versions = [_version(package) for package in packages]
     code = [Path(file).read_text(encoding="utf-8") for file in (__file__, *files)]
     return digest(" ".join([*versions, *code]))[:16]

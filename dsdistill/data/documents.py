@@ -27,9 +27,9 @@ class Item:
     texts: tuple[str, ...]
     row: int  # of the stream, from 0: reading continues here after a stop
     line: int  # its line or row number in the stream, for messages
-    piece: int = 0  # of its row; a row may also give several documents
+    piece: int = 0  # its number within its row; a row may also give several documents
     begins: bool = True  # whether it begins a document; otherwise it continues the piece before
-    ends: bool = True
+    ends: bool = True  # whether it ends a document
     rendered: Rendered | None = None  # for a conversation: which parts of its text have labels
 
 
@@ -116,7 +116,10 @@ class RenderedReader:
         settings: dict[str, Any],
         chunk: Chunker | None = None,
     ):
-        """Make a reader. render: makes texts of the values of a row's columns; its second argument is the place."""
+        """Make a reader.
+
+        render: returns the texts for the values of a row's columns; its second argument names the row in messages.
+        """
         self._encode, self._render, self._chunk = PlainEncoder(tokenizer), render, chunk
         self.columns = columns
         self.settings = settings | {"columns": columns}
@@ -134,7 +137,7 @@ class RenderedReader:
                 yield Item((rendered.text,), number, line, piece, rendered=rendered)
 
     def documents(self, items: Sequence[Item], place: str) -> list[Document]:
-        """Return the tokens of each text, with those that the layout puts before and after."""
+        """Return the tokens of each text, with those that the layout puts before and after it."""
         documents = []
         found = self._encode([item.texts[0] for item in items], place, offsets=True)
         for item, (ids, offsets) in zip(items, found, strict=True):
@@ -213,9 +216,9 @@ class SpecialReader:
         labelled: bool = False,
         prompt: str = "",
     ):
-        """Make a reader. labelled: rows have labels, so that blank rows are kept, too.
+        """Make a reader.
 
-        prompt: text put before a single text.
+        labelled: whether rows have labels; blank rows are then kept, too. prompt: text put before a single text.
         """
         special = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
         if max_length <= special + len(columns) - 1:
@@ -354,6 +357,6 @@ def _text(stream: Stream, line: int, row: dict, names: tuple[str, ...]) -> str:
 
 def _value(stream: Stream, line: int, row: dict, name: str) -> Any:
     known = stream.columns or tuple(row)
-    if name not in known and (stream.columns or line <= 2):  # the first row: others may lack a value
+    if name not in known and (stream.columns or line <= 2):  # later rows may lack a value
         raise no_column(stream.place, name, known)
     return row.get(name)

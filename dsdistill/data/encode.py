@@ -24,7 +24,7 @@ def _guarded(function: Any, place: str, *arguments: Any, **options: Any) -> Any:
     try:
         return function(*arguments, **options)
     except BaseException as error:
-        # A panic of the tokenizers library is no Exception.
+        # A panic of the tokenizers library is not a subclass of Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -36,8 +36,8 @@ def _guarded(function: Any, place: str, *arguments: Any, **options: Any) -> Any:
 class PlainEncoder:
     """Tokenise texts as they are: nothing is added, cut or padded.
 
-    Fast tokenizers take many texts at once on all cores, without the lists and objects that the library's own call
-    makes for each token.
+    A fast tokenizer's core is called directly: it encodes many texts at once on all cores, and makes none of the lists
+    and objects that the library's own call makes for each token.
     """
 
     def __init__(self, tokenizer: Any):
@@ -63,7 +63,7 @@ class PlainEncoder:
         return [(np.array(encoding.ids, dtype=np.int32), encoding.offsets) for encoding in found]
 
     def short(self, text: str) -> np.ndarray:
-        """Return (n,) int32 ids of a short text, computed on this thread, which does not wait for other tokenising."""
+        """Return (n,) int32 ids of a short text, encoded on this thread so that it does not wait for other texts."""
         if self.fast is None:
             return self([text], "data")[0][0]
         return np.array(
@@ -74,8 +74,8 @@ class PlainEncoder:
 def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens before and after every document of plain text.
 
-    The begin token is used if the tokenizer itself puts one before texts (Llama 3, Gemma). The end token is used, or
-    else the separator, if the tokenizer has one.
+    Before a document comes the begin token, if the tokenizer itself puts one before texts (Llama 3, Gemma). After it
+    comes the end token or, for a tokenizer without one, the separator, if there is one.
     """
     begin = tokenizer.bos_token_id
     if begin is not None and (tokenizer("a")["input_ids"] or [None])[0] != begin:

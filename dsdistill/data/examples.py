@@ -1,4 +1,4 @@
-"""Define the data between sources and loader: rows of text with labels, then examples of tokens."""
+"""Define the forms of data between sources and loader: rows of text with labels, then examples of tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -41,14 +41,14 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Examples:
-    """Hold n examples: non-empty runs of tokens of stored documents, of which a document may have several."""
+    """Hold n examples. Each is a non-empty run of tokens of a stored document; a document may have several."""
 
     documents: Documents
-    starts: Tensor  # (n,) int64, where in the tokens of all documents each begins
+    starts: Tensor  # (n,) int64, where each example begins in the tokens of all documents
     lengths: Tensor  # (n,) int64
     # (n,) int64 class | (n,) float32 score, NaN for a text without one | None: tokens are labels
     labels: Tensor | None = None
-    given_ids: Sequence[str] | None = None  # names; None: each one's place in its source
+    given_ids: Sequence[str] | None = None  # names; None: the name is the example's place in its source
     masking: Masking | None = None  # hides tokens from the models; None: none are hidden
     lost: Dropped = field(default_factory=Dropped)
 
@@ -87,7 +87,7 @@ class Examples:
         return self.documents.ranges.touching(start, start + length).clip(0, length)
 
     def spans(self, row: int) -> np.ndarray:
-        """Return (s, 3) words and phrases completely inside an example, MOST of a kind at most; see Batch.spans."""
+        """Return (s, 3) words and phrases completely inside an example, at most MOST of each; see Batch.spans."""
         assert self.documents.spans is not None  # called only if a term reads spans
         start = int(self.starts[row])
         return limited(self.documents.spans.inside(start, start + int(self.lengths[row])))
@@ -108,7 +108,7 @@ class Examples:
         return 0 if ranges is None or not len(ranges) else int(ranges[-1, 0])
 
     def count_labelled(self) -> int:
-        """Return how many tokens of all examples have labels, if tokens are labels."""
+        """Return how many tokens of all examples have labels; only for examples whose labels are tokens."""
         if self.documents.ranges is None:
             return int(self.lengths.sum())
         first, past = self.documents.ranges.bounds()
@@ -192,7 +192,8 @@ def _split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return starts and lengths with each long document split into parts of `length` tokens and a rest.
 
-    The many other documents are copied unchanged, which takes a fraction of the time of counting the parts of all.
+    Parts are counted only for long documents. The many others are copied unchanged, in a fraction of the time that
+    counting the parts of all documents would take.
     """
     places = np.flatnonzero(long)
     further = -(-lengths[places] // length) - 1  # parts after the first
@@ -211,7 +212,7 @@ def _learning(documents: Documents, starts: np.ndarray, lengths: np.ndarray) -> 
     first, past = documents.ranges.bounds()
     if not len(first):
         return np.zeros(len(starts), bool)
-    # A part has one if the first run that ends after its first token begins inside the part.
+    # A part has one if the first labelled run that ends after the part's first token begins inside the part.
     place = np.searchsorted(past, starts + 1, side="right")
     return (place < len(past)) & (first[place.clip(max=len(past) - 1)] < starts + lengths) & (lengths > 1)
 
@@ -309,7 +310,7 @@ class TextPairs:
 
 
 def texts_of(examples: "Examples | Packed | TextPairs") -> Examples:
-    """Return the single runs of tokens in examples of any form."""
+    """Return the single texts that examples of any form consist of."""
     if isinstance(examples, Packed):
         return examples.parts
     return examples.texts if isinstance(examples, TextPairs) else examples

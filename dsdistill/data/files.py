@@ -28,10 +28,10 @@ LIMIT = "data.max_file"
 def stream(name: str, root: str | None, wanted: Iterable[str], most: int) -> Stream:
     """Return the rows of a file of at most `most` bytes decompressed; a relative name starts from root.
 
-    wanted: columns; from formats that store columns separately no others are read.
+    wanted: columns to read; formats that do not store columns separately give all columns.
 
     Raises:
-        UserError: its extension is unknown, or it does not exist; reading its rows raises it for bad contents.
+        UserError: its extension is unknown, or it does not exist. Reading the rows raises UserError for bad contents.
     """
     path = Path(root or "", name).expanduser()
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
@@ -80,7 +80,7 @@ def _rows(
 
 @contextlib.contextmanager
 def _file(path: Path, most: int, opened: list[BinaryIO] | None = None) -> Iterator[BinaryIO]:
-    """Yield a file with its contents decompressed; one that must be read from its end is decompressed first.
+    """Yield a file that gives decompressed contents; parquet, which is read from its end, is decompressed at once.
 
     opened: receives the file itself, whose position tells how much has been read.
     """
@@ -110,7 +110,7 @@ def _reading(path: Path) -> Iterator[None]:
 def local_copy(root: str, name: str, split: str, wanted: Iterable[str], most: int) -> Stream:
     """Return a split of a hub data set from a folder that holds it as files: ROOT/NAME/{train,dev,test}.FORMAT.
 
-    Columns are the hub's, or label, text_a and text_b. The hub's `validation` is `dev` there.
+    Columns have the hub's names, or the names label, text_a and text_b. The hub's split `validation` is `dev` there.
     """
     folder, stem = Path(root, name).expanduser(), {"validation": "dev"}.get(split, split)
     names = [f"{stem}{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
@@ -136,7 +136,7 @@ def _open(path: Path, most: int) -> BinaryIO:
 
 
 def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
-    """Return a file, or a gzipped one's contents, which are decompressed only if they begin like a parquet file."""
+    """Return a file; a gzipped one is decompressed into memory, but only if it begins like a parquet file."""
     if not isinstance(file, gzip.GzipFile):
         return file
     whole = io.BytesIO(file.read(4))
@@ -154,7 +154,7 @@ def _seekable(place: str, file: BinaryIO, most: int) -> BinaryIO:
 
 
 def _lines(place: str, file: BinaryIO, most: int) -> Iterator[str]:
-    """Yield the lines of a text, each with its line feed; nothing beyond the bounds is read or kept."""
+    """Yield the lines of a text, each with its line feed; nothing beyond the limits is read or kept."""
     size = number = 0
     while line := file.readline(LINE + 1):
         number += 1
@@ -234,7 +234,7 @@ def _jsonl(place: str, lines: Iterator[str]) -> Iterator[Row | UserError]:
 
 
 def _half_character(line: str, row: dict) -> str | None:
-    """Return a lone surrogate, which JSON can write but no other text can hold; or None."""
+    """Return a lone surrogate, which JSON can write but UTF-8 cannot; None if there is none."""
     if "\\u" not in line:
         return None
     try:

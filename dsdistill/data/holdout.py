@@ -1,8 +1,8 @@
 """Hold examples out of a train set, so that settings are chosen on them and the dev set is used only once.
 
-Some sets (SST-2) have the phrases of a sentence as further rows, and their labels tell much about the sentence's label.
-So a text is held out only if all texts that contain it are held out. If only some of them are, the text is left out: it
-is neither trained on nor scored.
+Some sets (SST-2) have the phrases of a sentence as further rows, whose labels reveal much about the sentence's label.
+So a text is held out only if all texts that contain it are held out. If only some of them are held out, the text is
+left out: it is neither trained on nor scored.
 """
 
 import logging
@@ -25,15 +25,16 @@ def held_out(
 ) -> tuple[Examples | TextPairs, Examples | TextPairs]:
     """Return (rest, held-out examples) of a train set; no text of one part equals a text of the other.
 
-    Nor does a text of one part lie in a text of the other, if `special` is given and both have at most LONGEST tokens.
+    If `special` is given, no text of one part is contained in a text of the other either, as far as both have at most
+    LONGEST tokens.
 
     The draw depends only on the set: it is the same for every seed, and for a teacher with the same holdout.
 
     Args:
         train: all examples.
         count: how many to hold out.
-        special: ids of special tokens, which are removed from the ends of examples before texts of at most LONGEST
-            tokens are looked for in each other; None: only equal examples stay together.
+        special: ids of special tokens. They are removed from both ends of examples, before each text of at most LONGEST
+            tokens is searched for in the others. None: no such search; only equal examples stay together.
 
     Raises:
         UserError: no train example would be left, or fewer than `count` can be held out.
@@ -57,7 +58,7 @@ def held_out(
 
 
 def _numbered(train: Examples | TextPairs) -> np.ndarray:
-    """Return (n,) int64: the number of each example's text; equal texts have equal numbers, from 0 by appearance."""
+    """Return (n,) int64: a number for each example's text, from 0 by first appearance; equal texts have the same."""
     own, each = texts_of(train), 2 if isinstance(train, TextPairs) else 1
     known: dict[tuple[bytes, ...], int] = {}
     return np.array(
@@ -71,7 +72,10 @@ def _numbered(train: Examples | TextPairs) -> np.ndarray:
 def _contained(
     examples: Examples, texts: np.ndarray, special: Collection[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (m,) and (m,): numbers of texts, and of shorter texts whose tokens lie in them; at most LONGEST tokens."""
+    """Return (m,) and (m,): for each pair found, the number of a text and that of a shorter text inside it.
+
+    Texts of more than LONGEST tokens are left out.
+    """
     rows = np.unique(texts, return_index=True)[1]  # one example of each text
     parts = [_bare(examples.tokens(row), special) for row in rows.tolist()]
     short = [0 < len(part) <= LONGEST for part in parts]
@@ -108,7 +112,7 @@ def _bare(tokens: np.ndarray, special: Collection[int]) -> np.ndarray:
 
 
 class _Sums:
-    """_Sums computes hashes of runs of tokens, modulo 2⁶⁴, each from two sums over all tokens before it."""
+    """Compute hashes of runs of tokens, modulo 2⁶⁴, each from the difference of two prefix sums."""
 
     def __init__(self, tokens: np.ndarray):
         # Each id becomes an arbitrary number of 64 bits, so that regular texts do not collide more often than others.
@@ -127,7 +131,7 @@ def _sides(texts: np.ndarray, holders: np.ndarray, inner: np.ndarray, count: int
     """Return (n,): for each example HELD, KEPT, or BOTH if its text lies in sentences of both parts.
 
     Sentences are the texts that lie in no other text. They are drawn one by one until `count` examples or more lie
-    only in drawn sentences. The first `count` of these in the set are HELD, and the others become BOTH.
+    only in drawn sentences. The first `count` of these, in the order of the set, are HELD; the rest of these are BOTH.
     """
     total = int(texts.max()) + 1
     sentences = np.setdiff1d(np.arange(total), inner)

@@ -1,4 +1,4 @@
-"""Read data sets of the Hugging Face hub with `datasets`: downloaded once, or over the network during the run."""
+"""Read data sets of the Hugging Face hub with `datasets`: download them once, or read them during the run."""
 
 import copy
 import functools
@@ -88,7 +88,7 @@ class Remote:
             RunError: the network fails; a run can go on later.
         """
         dataset = self._dataset()
-        if dataset.features is not None:  # otherwise only the rows tell the columns
+        if dataset.features is not None:  # otherwise only the rows show the columns
             names = readable(self.place, dataset.features.arrow_schema, self.wanted)
             if not names:
                 raise no_column(self.place, self.wanted[0], dataset.column_names)

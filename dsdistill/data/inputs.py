@@ -9,27 +9,29 @@ from torch import Tensor
 from dsdistill.config.errors import UserError
 from dsdistill.data.batch import NO_LABEL, Batch
 
-# Inputs other than tokens would be lost silently.
+# These inputs are refused, because they would be lost silently.
 _REFUSED = ("inputs_embeds", "pixel_values", "input_features", "decoder_input_ids", "past_key_values")
 
 
 def as_batch(inputs: Mapping[str, Any] | Batch, task: str) -> Batch:
     """Return a Batch of a collator's tensors: documents as rows, padded on the right.
 
-    Rows padded on the left, or in the middle, are shifted; rows that pack several documents are taken apart, so that
-    the same documents give the same loss in every form. On a GPU this waits for the device, unless the mask is bool and
-    no positions are given: batches are best left on the CPU, where collators make them.
+    Rows padded on the left, or in the middle, are shifted; rows that pack several documents are split into one row per
+    document. So the same documents give the same loss in every form. Batches are best left on the CPU, where collators
+    make them: on a GPU this function waits for the device, unless the mask is bool and no positions are given.
 
     Args:
         inputs: a Batch, which is returned as it is, or
             input_ids (B, N) int64;
             attention_mask (B, N), not 0 where a token counts; numbers above 1 distinguish the documents of a row.
-                Without one every token counts;
+                Without a mask every token counts;
             position_ids (B, N) or (1, N): documents begin where they are 0, and positions count up by 1 inside one;
-            seq_idx (B, N), or cu_seq_lens_q (documents + 1,) of a single row: the same, used without position_ids;
+            seq_idx (B, N), the document of each token, or cu_seq_lens_q (documents + 1,), the bounds of the documents
+                in a single row; both are read only without position_ids;
             token_type_ids (B, N);
-            labels: for predicted tokens (B, N), not shifted, NO_LABEL (-100) where nothing is predicted, by default a
-                causal model's input_ids; otherwise (B,) or (B, 1) classes (-100: none) or scores;
+            labels: for tasks that predict tokens (B, N), not shifted, NO_LABEL (-100) where nothing is predicted;
+                causal_lm takes input_ids if there are none. For other tasks (B,) or (B, 1): classes (-100: none) or
+                scores;
             spans (S, 4), as Batch.spans, for rows that are not packed;
             pair (B,), as Batch.pair, for rows that are not packed.
             Other keys are ignored.
@@ -105,7 +107,7 @@ def _tensor(
 
 
 def _positions(inputs: Mapping[str, Any], shape: tuple[int, ...]) -> Tensor | None:
-    """Return (B, N) positions in each document, as given, or computed from where documents begin."""
+    """Return (B, N), each token's position in its document: as given, or computed from where documents begin."""
     given = inputs.get("position_ids")
     if isinstance(given, Tensor) and given.dim() == 2 and len(given) == 1:
         return _tensor({"position_ids": given.expand(shape[0], -1)}, "position_ids", 2, shape)

@@ -58,7 +58,7 @@ def classes_of(tables: Sequence[tuple[str, Table]], given: tuple[str, ...] | Non
 
 
 def _check_alike(tables: Sequence[tuple[str, Table]], found: Sequence[set[str]]) -> None:
-    """Refuse tables of which one has only numbers and another only names."""
+    """Raise UserError if one table has only numbers as labels and another only names."""
     named = next((names for names in found if not any(map(_is_number, names))), None)
     for (column, table), names in zip(tables, found, strict=True):
         if named is not None and all(map(_is_number, names)):
@@ -119,7 +119,7 @@ def scores(table: Table, column: str) -> list[float]:
 
 
 def labelled(table: Table, column: str, names: Collection[str]) -> Table:
-    """Return the rows that have a label; a label among the names always counts.
+    """Return the rows that have a label; a value among `names` always counts as one.
 
     Raises:
         UserError: no row has a label.
@@ -144,7 +144,7 @@ def is_missing(value: Any, names: Collection[str] = ()) -> bool:
 def spelled(table: Table, column: str, names: Collection[str] = ()) -> list[str]:
     """Return (n,) each row's label as a name: the one that its table declares for an index, else the label itself.
 
-    names: values that are labels although they look like none, such as a class named -1.
+    names: values that are labels although they look like missing ones, such as a class named -1.
     """
     declared = (table.classes or {}).get(column)
     return [_name(table, column, row, declared, names) for row in range(len(table))]

@@ -14,7 +14,7 @@ log = logging.getLogger("dsdistill")
 
 
 def default_layout(tokenizer: Any, data: Data) -> Layout:
-    """Return the layout of prompts and responses: the setting, else `template` or, without one, `separator`."""
+    """Return the layout: as set, else `template` if there is a chat template, else `separator`."""
     if data.layout is not None:
         return data.layout
     layout: Layout = "template" if data.chat_template or tokenizer.chat_template else "separator"
@@ -23,7 +23,7 @@ def default_layout(tokenizer: Any, data: Data) -> Layout:
     return layout
 
 
-@functools.cache  # train and dev sets ask alike
+@functools.cache  # train and dev sets both ask; one message is enough
 def _tell(layout: str, why: str) -> None:
     log.info("prompts and responses: data.layout is %s, because %s", layout, why)
 

@@ -32,13 +32,13 @@ class Loader:
         batch_size: examples of a step over all ranks; the last step of an epoch may have fewer.
         micro_batch_size: most examples of one micro-batch.
         world_size, rank: number of ranks, and the index of this one.
-        seed: of the order.
+        seed: seed of the order.
         pad_id: token that fills rows up on the right.
         sampler: draws an epoch's examples; None: each once.
-        by_length: a step's examples have similar lengths, so that short texts are not padded to the longest of a step.
-        chances: batches hold `Batch.chance`.
-        mixup: half of a step's examples are mixed with others of the step, with shares from Beta(mixup, mixup), as
-            Batch.share says; None: none.
+        by_length: whether a step's examples have similar lengths, so that short texts get little padding.
+        chances: whether batches hold `Batch.chance`.
+        mixup: if given, half of a step's examples are mixed with others of the step; their shares (see `Batch.share`)
+            are drawn from Beta(mixup, mixup).
 
     Raises:
         UserError: batch_size is not a multiple of micro_batch_size × world_size.
@@ -95,18 +95,18 @@ class Loader:
         return self._order[step * self.batch_size : (step + 1) * self.batch_size]
 
     def reweigh(self, step: int, weights: Sequence[float]) -> None:
-        """Draw the sources of a mixture by these weights from this step of the run on, counted from 0."""
+        """From this step of the run on (counted from 0), draw the sources of a mixture by these weights."""
         epoch, own = divmod(step, self.steps_per_epoch)
         draw = epoch * len(self.examples) + own * self.batch_size
         self.schedule = (*self.schedule, (draw, tuple(weights)))
-        self._epoch = -1  # the order is made anew
+        self._epoch = -1  # so that `rows` makes the order again
 
     def _grouped(self, order: np.ndarray, chance: np.random.Generator) -> np.ndarray:
         """Return the order with lengths sorted inside pools of many steps, and the steps of all pools shuffled."""
         lengths, pool = self.examples.lengths.numpy(), POOL * self.batch_size
         pools = [order[start : start + pool] for start in range(0, len(order), pool)]
         order = np.concatenate([rows[np.argsort(lengths[rows], kind="stable")] for rows in pools])
-        whole = len(order) // self.batch_size  # the ragged last step stays the last
+        whole = len(order) // self.batch_size  # a last step with fewer examples stays the last
         steps = order[: whole * self.batch_size].reshape(whole, self.batch_size)
         return np.concatenate([chance.permutation(steps).flatten(), order[whole * self.batch_size :]])
 
@@ -115,9 +115,10 @@ class Loader:
         return self.examples, self.rows(epoch, step), epoch
 
     def step(self, epoch: int, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step (both counted from 0): `accumulation` of them on every rank.
+        """Return this rank's micro-batches of a step: `accumulation` of them on every rank.
 
-        A step with fewer examples is spread evenly, so micro-batches differ by at most one row; an empty one is filler.
+        Epochs, and the steps of an epoch, are counted from 0. A step with fewer examples is spread evenly, so that
+        micro-batches differ by at most one row; an empty one is filler.
         """
         draws = np.random.default_rng([self.seed, epoch, step, _ROWS])
         examples, rows, epoch = self.drawn(epoch, step)
@@ -165,12 +166,12 @@ class Loader:
 
 
 class Ahead:
-    """Make the batches of the next step on a thread while this one runs.
+    """Make the batches of the next step on a thread while the current step runs.
 
     Args:
         loader: the loader of the train set.
         end: number of steps of the run; no batch is made beyond it.
-        pinned: batches are in pinned memory, from which copies to a GPU can be asynchronous.
+        pinned: whether batches are put into pinned memory, from which copies to a GPU can be asynchronous.
     """
 
     def __init__(self, loader: Loader, end: int, pinned: bool):
@@ -179,7 +180,7 @@ class Ahead:
         self._next: tuple[int, Future] | None = None
 
     def step(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of a step of the run, counted from 0; start making those of the next."""
+        """Return this rank's micro-batches of a step of the run, counted from 0; begin with those of the next step."""
         waiting, self._next = self._next, None
         if waiting is None or waiting[0] != step:
             waiting = step, self._pool.submit(self._made, step)
@@ -210,7 +211,7 @@ def evaluation_batches(
     """Yield this rank's share of one pass over the examples: each example is on exactly one rank, once.
 
     Every rank gets the same number of batches (the last may be filler). Examples are sorted by length, longest first,
-    so that memory runs out at once or never; `restore` undoes the sorting.
+    so that a lack of memory shows at the first batch; `restore` undoes the sorting.
     """
     order = np.argsort(-examples.lengths.numpy(), kind="stable").tolist()
     batches = ceil(len(order) / (micro_batch_size * world_size))

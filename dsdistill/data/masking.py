@@ -18,12 +18,12 @@ _DEV, _STREAM = 2**32 - 1, 3
 
 @dataclass(frozen=True)
 class Masking:
-    """Mask tokens of an example; all except special tokens can be chosen.
+    """Mask ordinary tokens of an example, that is, tokens that are not special.
 
-    predicted: share of these tokens that become labels, at least one unless the share is 0. Each of them becomes the
-        mask token with probability 0.8, a random token that is not special with 0.1, or stays (Devlin et al. 2019).
-    hidden: share of the same tokens that also become the mask token, but no labels; they are taken from those that are
-        not predicted, as far as these suffice.
+    predicted: share of the ordinary tokens that become labels; at least one does, unless the share is 0. Each of them
+        becomes the mask token with probability 0.8, a random ordinary token with 0.1, or stays (Devlin et al. 2019).
+    hidden: share of the ordinary tokens that become the mask token without becoming labels. They are taken from those
+        that are not predicted, as far as there are enough.
     """
 
     predicted: float
@@ -34,9 +34,9 @@ class Masking:
     seed: int
 
     def draw(self, tokens: np.ndarray, example: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Return (n,) what the models see of (n,) tokens, and (n,) labels, NO_LABEL where nothing is predicted.
+        """Return (n,) tokens as the models see them, and (n,) labels, NO_LABEL where nothing is predicted.
 
-        epoch: None for the dev set, whose draw is always the same, whatever the run's seed.
+        epoch: None for the dev set, whose draw is the same for every seed of the run.
         """
         key = [_DEV, example, _STREAM] if epoch is None else [self.seed, epoch, example, _STREAM]
         chance = np.random.default_rng(key)
@@ -58,5 +58,5 @@ def masking(tokenizer: Any, predicted: float, hidden: float, seed: int) -> Maski
     if tokenizer.mask_token_id is None:
         raise UserError("data.tokenizer", "a tokenizer without a mask token", "one that has it")
     special = np.array(sorted(tokenizer.all_special_ids))
-    ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], special)  # ids may have holes between them
+    ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], special)  # ids need not be consecutive
     return Masking(predicted, hidden, tokenizer.mask_token_id, special, ordinary, seed)

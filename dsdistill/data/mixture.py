@@ -11,7 +11,7 @@ from torch import Tensor
 from dsdistill.data.examples import Examples, Packed, TextPairs
 
 GOLDEN = (5**0.5 - 1) / 2
-Schedule = Sequence[tuple[int, Sequence[float]]]  # from which draw on the sources have other weights
+Schedule = Sequence[tuple[int, Sequence[float]]]  # (draw, weights): the weights hold from this draw on
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Mixture:
     def order(self, seed: int, epoch: int, schedule: Schedule = ()) -> np.ndarray:
         """Return (n,) int64, the examples of an epoch, where n is the number of examples of all sources.
 
-        In every run of draws each source has its share, up to one or two examples. A source is gone through in a new
-        order each time, and continues from epoch to epoch where it stopped. The draw depends only on the arguments.
+        In every run of draws each source has its share, up to one or two examples. Each pass through a source has a new
+        order, and a pass that one epoch does not complete goes on in the next. The draw depends only on the arguments.
 
-        schedule: (draw, weights) pairs by rising draw, counted from the first of epoch 0: other weights from it on.
+        schedule: (draw, weights) pairs, sorted by draw. Draws are counted from the first one of epoch 0; from a pair's
+            draw on, the sources have its weights.
         """
         count = len(self)
         before = np.zeros(len(self.parts), np.int64)
@@ -93,7 +94,7 @@ class Mixture:
 
 
 def _stream(count: int, start: int, end: int, seed: list[int]) -> np.ndarray:
-    """Return entries start to end of an endless run of shuffled sets, each with all `count` examples."""
+    """Return entries start to end of an endless sequence: all `count` examples shuffled, then shuffled anew, …."""
     found = []
     for turn in range(start // count, -(-end // count)):
         order = np.random.default_rng([*seed, turn]).permutation(count)

@@ -64,7 +64,7 @@ class Contrast:
 
 
 def _pairs(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """Return each example's tokens but the last, and the token after each of them; int64."""
+    """Return each example's tokens except the last, and the token after each of them; int64."""
     tokens = _flat(examples)
     first = np.zeros(len(tokens), dtype=bool)
     first[np.cumsum(examples.lengths.numpy()) - examples.lengths.numpy()] = True

@@ -1,7 +1,7 @@
 """Fill rows with whole documents: choose which ones share a row, and make batches of such rows.
 
 A row holds its documents one after the other; positions restart in each, and the filler at the end is a segment of its
-own. Models that keep documents apart by their positions then compute the same for a document as for it alone.
+own. Models that keep documents apart by their positions then compute the same as for a document in a separate row.
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """Return which documents share a block, by best fit decreasing; the same lengths give the same blocks.
 
     Documents come longest first, and each goes into the block that it leaves with the least free room (Johnson 1974).
-    Blocks are listed by their room, so that n documents take O(n log n + d · capacity / 64), with d different lengths
-    and rooms.
+    Blocks are listed by their free room, so that n documents take O(n log n + d · capacity / 64), where d is the number
+    of different lengths and rooms.
 
     Args:
         lengths: (n,) integers from 1 to capacity, in tokens.
@@ -113,7 +113,7 @@ def packed_batch(blocks: Sequence[Sequence[Document]], pad_id: int, *, spans: bo
         spans: whether the batch has spans, taken from the documents that have some.
 
     Returns:
-        A Batch on the CPU without `chance`. Its ids, index and places are those of the documents, by row.
+        A Batch on the CPU without `chance`. Its ids, index and places have one entry for each document, row by row.
     """
     blocks = blocks or [()]
     width = max(2, *(sum(len(document.tokens) for document in block) for block in blocks))
@@ -154,7 +154,7 @@ def packed_batch(blocks: Sequence[Sequence[Document]], pad_id: int, *, spans: bo
 
 
 def _places(begun: list[int], lengths: list[int]) -> np.ndarray:
-    """Return Batch.places, (S, L) int64, of documents that begin at these flat places; without any, −1 as (1, 1)."""
+    """Return Batch.places, (S, L) int64, of documents that begin at these flat places; if none, −1 as (1, 1)."""
     starts, counts = np.array(begun or [0], np.int64)[:, None], np.array(lengths or [0])[:, None]
     within = np.arange(max(1, int(counts.max())))
     return np.where(within < counts, starts + within, -1)

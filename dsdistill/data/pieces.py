@@ -13,7 +13,7 @@ from dsdistill.data.encode import PlainEncoder
 
 PIECE = 2**15  # characters
 WINDOW = 256  # characters on either side of a cut that are tokenised to check that no token changes
-_TRIED = 4  # cuts of one kind
+_TRIED = 4  # most cuts of one kind that are tried
 # Where a text may be cut, the best first: at blank lines, at line ends, between words. Some tokenizers join all line
 # feeds in a row, others keep the last one apart, so both sides of it are tried.
 _PLACES = tuple(map(re.compile, (r"\n\s*\n(?=\S)", r"\n\s*(?=\n\S)", r"\n(?=\S)", r"\S(?=\s\S)")))

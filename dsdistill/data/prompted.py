@@ -20,9 +20,9 @@ def separated(
       between  its separator; without one a line break
       end      its end token, else its separator: greedy decoding stops there
 
-    So BERT's tokenizer gives [CLS] prompt [SEP] response [SEP], that of GPT-2 prompt ⏎ response <|endoftext|>.
+    So BERT's tokenizer gives [CLS] prompt [SEP] response [SEP], and GPT-2's gives prompt ⏎ response <|endoftext|>.
     In examples longer than `most` tokens, both texts lose tokens at their ends, the prompt first. The response keeps at
-    least half of the room and all that the prompt leaves, and its end token only if it is whole.
+    least half of the room, and all that the prompt does not fill. It keeps its end token only if it is whole.
 
     Args:
         prompt, response: (n,) ids.

@@ -14,7 +14,7 @@ Range = tuple[int, int]  # the first, and one past the last
 
 @dataclass(frozen=True)
 class Rendered:
-    """Hold one example as text. It is tokenised without special tokens; those it needs are in it or given here."""
+    """Hold one example as text. The tokenizer adds no special tokens: they are in the text, or in `start` and `end`."""
 
     text: str
     spans: tuple[Range, ...] | None  # characters that have labels, in order, without overlap; None: all
@@ -25,8 +25,8 @@ class Rendered:
 def labelled(offsets: Sequence[Range], spans: Sequence[Range]) -> list[Range]:
     """Return the tokens that begin inside the spans, as ranges.
 
-    A token across the first border of a span began before it and has no label: after the prompt alone, the model could
-    not write it. A token across the last border has one.
+    A token that crosses the beginning of a span has no label: it begins in the prompt, so the model could not write it
+    after the prompt. A token that crosses the end of a span has a label.
 
     Args:
         offsets: the characters of each token, (first, one past the last), in the order of the text.
@@ -77,7 +77,7 @@ def encode_rendered(tokenizer: Any, rendered: Rendered, place: str) -> tuple[lis
 def _border(offsets: Sequence[Range], character: int) -> int:
     """Return the first token that begins at a character or after it."""
     token = bisect_left(offsets, (character,))
-    # Byte-level tokenizers may trim spaces from the offsets: a token of only spaces is then empty, at its end.
+    # Byte-level tokenizers may trim spaces from the offsets: a token of only spaces then has an empty range at its end.
     while (
         0 < token < len(offsets)
         and offsets[token] == (character, character)

@@ -1,6 +1,6 @@
 """Reduce the train examples and put wrong labels among them, for sweeps over the amount and quality of data.
 
-Both depend only on the seed and the data set, so every rank and every resumed run has the same.
+Both depend only on the seed and the data set, so every rank and every resumed run has the same examples and labels.
 """
 
 from dataclasses import replace
@@ -15,16 +15,16 @@ _FRACTION, _NOISE = 1, 2  # streams of random numbers
 
 
 def chosen(count: int, fraction: float, seed: int) -> np.ndarray:
-    """Return ⌈fraction · count⌉ of `count` examples in their old order; a larger fraction includes a smaller one's."""
+    """Return ⌈fraction · count⌉ of `count` examples, in order; a larger fraction contains those of a smaller one."""
     order = np.random.default_rng([seed, _FRACTION]).permutation(count)
     return np.sort(order[: ceil(fraction * count)])
 
 
 def with_noise(examples: Examples, share: float, classes: int, seed: int) -> Examples:
-    """Return the examples with round(share · n) labels replaced; a larger share includes the labels of a smaller one.
+    """Return the examples with round(share · n) labels replaced; a larger share contains those of a smaller one.
 
-    classes: number of classes, of which each other one is equally likely; 0 for scores, which the chosen examples pass
-    on in a circle.
+    classes: number of classes; each label is replaced by another class, all of them equally likely. 0: labels are
+    scores, and the replaced examples pass theirs on in a circle.
     """
     generator = np.random.default_rng([seed, _NOISE])
     order = generator.permutation(len(examples))

@@ -1,4 +1,4 @@
-"""Choose the examples of an epoch, if that is not each of them once. An epoch always has as many as the set.
+"""Choose the examples of an epoch for samplers that do not take each once. An epoch has as many examples as the set.
 
 The order depends only on the generator, which the loader seeds by (seed, epoch).
 """
@@ -52,10 +52,11 @@ class HardNegative:
 
 
 def nearest_others(vectors: Tensor, examples: Examples) -> np.ndarray:
-    """Return (n, NEIGHBOURS) int64: the nearest by cosine to each of the (n, D) vectors, with another answer.
+    """Return (n, NEIGHBOURS) int64: for each of the (n, D) vectors, the nearest by cosine that have another answer.
 
-    The answer is the label; without labels it is the response to a prompt or the second text of a pair. Single texts
-    all differ, and so do pairs whose tokenizer has no token types, which cannot separate their texts.
+    The answer is the label; without labels it is the response to a prompt or the second text of a pair. The answers of
+    single texts all count as different. So do those of pairs if the tokenizer has no token types, because the two texts
+    then cannot be separated.
     """
     answers = torch.from_numpy(_answers(examples))
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)

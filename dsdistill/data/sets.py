@@ -89,7 +89,7 @@ def load_data(
             "data.tokenizer", "a tokenizer without token offsets", "a fast tokenizer (tokenizer.json)"
         )
     asked = section
-    if section.holdout is not None:  # it is drawn from the whole set; the limit is for the rest
+    if section.holdout is not None:  # it is drawn from the whole set; max_train limits the rest
         section = section.model_copy(update={"max_train": None})
     loading = _Loading(section, task, words, with_spans, bad)
     classes: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ def streamed(
     section: Section, task: str, words: Words, seed: int, with_spans: bool, packed: bool, run: str
 ) -> Streamed:
     """Return the train set of a section that is read over the network, a few parts at a time."""
-    # One tokenizer is for the thread that makes parts, one for those that map them: no two threads share one.
+    # One tokenizer is for the thread that makes parts, the other for mapping them: no two threads share a tokenizer.
     own = [replace(words, tokenizer=copy.deepcopy(words.tokenizer)) for _ in range(2)]
 
     def load(stream: Stream, folder: Path, making: bool) -> Examples | Packed:
@@ -252,7 +252,7 @@ class _Loading:
         reader, layout = self._reader(section)
         length = section.max_length
         plain = layout == "plain"
-        running = plain and section.packing is False  # from document to document
+        running = plain and section.packing is False  # text runs on from document to document
         if layout == "separator" and section.overlong not in (None, "truncate"):
             got = f"{section.overlong} with layout separator, which always truncates"
             raise UserError("data.overlong", got, "truncate, or layout template or raw")

@@ -48,7 +48,7 @@ def parts(section: Section) -> list[tuple[str, float, Section]]:
 
 
 def _prompts(section: Section, single: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the prompt of a part's single texts, if the dev sets have pairs: that of the same column."""
+    """Return the prompt of a part's single texts, if the dev sets have pairs: the prompt of the same column."""
     if not any(section.prompts or ()):
         return ("",)
     if single[0] not in section.text:
@@ -161,7 +161,7 @@ def streams(section: Section, split: str | tuple[str, ...], task: str) -> list[S
 
 
 def texts(section: Section, task: str, bad: Bad | None = None) -> Iterator[str]:
-    """Yield the texts of the train set without labels; a conversation gives the texts of its turns.
+    """Yield the texts of the train set, without their labels; a conversation gives the texts of its turns.
 
     bad: gets the error of each row that cannot be read; without it the first is raised.
     """

@@ -13,7 +13,7 @@ Chunks = tuple[list[Span], list[Span]]  # words and phrases of a text, by charac
 
 
 def found_chunks(texts: Sequence[str], find: Chunker) -> Iterator[Chunks]:
-    """Yield the words and phrases of each text, by character; the chunker sees a line at a time."""
+    """Yield the words and phrases of each text, by character; the chunker sees one line at a time."""
     for text in texts:
         words, phrases, at = [], [], 0
         for line in text.split("\n"):

@@ -1,10 +1,11 @@
-"""Read tokenised documents on disk, mapped and never loaded: `dsdistill tokenize` writes them, every rank reads them.
+"""Read tokenised documents from stores on disk. `dsdistill tokenize` writes a store; every rank maps it into memory.
 
 CACHE/tokens-KEY/
-  store.json            what it was made from, its totals and its hash; exists once all else is complete
+  store.json            what it was made from, its totals and its hash; written last, when all else is complete
   00000/ 00001/ …       shards, each complete or absent
     ids.bin             uint16 if the vocabulary fits, else int32; the tokens of all documents, end to end
-    begins.bin          (n,) int32, where in the shard each document begins; tokens before the first continue one
+    begins.bin          (n,) int32, where in the shard each document begins; earlier tokens continue a document of the
+                        shard before
     lines.bin           (n,) uint32, the line or row of each document in its source
     ranges.bin          (r, 2) int32 runs of tokens that have labels, in order; absent if all tokens have
     types.bin           uint8 token types; absent if there are none
@@ -28,7 +29,7 @@ from dsdistill.config.bounded import read_json
 from dsdistill.config.errors import UserError
 
 STORE, SHARD_NOTE = "store.json", "shard.json"
-NOTE_BYTES = 2**26  # of a note, at most
+NOTE_BYTES = 2**26  # most bytes of a note
 FORMAT = 1
 # The type of each column's numbers and how many make one entry; the store itself tells the type of ids.
 COLUMNS = {
@@ -42,7 +43,7 @@ COLUMNS = {
 
 
 class Mapped:
-    """Read several arrays, most of them files, as one column, as if they were laid end to end."""
+    """Read several arrays, usually mapped files, as one column laid end to end."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = list(parts)

@@ -23,7 +23,7 @@ def file_hash(path: str | Path) -> str:
 def verify_stores(paths: Iterable[str]) -> int:
     """Read stores and their sources completely, and return how many stores there are.
 
-    Size and time of a source show a change unless somebody resets them; its hash always does.
+    A changed size or time of a source shows a change, unless somebody resets them; its hash always shows it.
 
     Raises:
         UserError: a store or a source has changed since the store was made.

@@ -1,4 +1,4 @@
-"""Write a store of tokenised documents: on all cores, streaming, in shards that are complete or absent."""
+"""Write a store of tokenised documents on all cores, while the source is read. Its shards are complete or absent."""
 
 import contextlib
 import fcntl
@@ -31,7 +31,7 @@ from dsdistill.data.table import Bad, Row, Stream
 
 log = logging.getLogger("dsdistill")
 
-SHARD = 2**24  # tokens; a stopped run loses less than one
+SHARD = 2**24  # tokens; a stopped run loses less than one shard
 AT_ONCE = 2**20  # characters that are tokenised together
 MOST = 4096  # items that are tokenised together, at most
 AHEAD = 2  # batches that are read while others are tokenised
@@ -64,8 +64,8 @@ def stored(
     """Return a store's documents; if it does not exist, one process writes it and others wait for it.
 
     Args:
-        path: of the store.
-        entries: of the tokenizer.
+        path: folder of the store.
+        entries: number of entries of the tokenizer.
         settings: what the store is made from, for its note.
         bad: gets the error of each row that cannot be used, which is then left out; without it the first is raised.
 
@@ -87,7 +87,7 @@ def stored(
 def _without_bad_rows(path: Path, writer: "Callable[..., _Writer]", bad: Bad) -> Documents:
     """Return the documents of a source's good rows; if there are bad rows, the store is not kept for later runs.
 
-    Raises UserError, that of the first row, if no row is good.
+    If no row is good, raises the UserError of the first row.
     """
     first: UserError | None = None
 
@@ -131,7 +131,7 @@ def alone(path: Path) -> Iterator[None]:
                 os.close(there)
                 break
             os.close(there)
-        os.close(file)  # its last holder has removed the file that others wait for
+        os.close(file)  # the last holder removed this file while we waited: try again
     try:
         yield
     finally:
@@ -200,8 +200,8 @@ class _Writer:
         self.last: Item | None = None
         self.bar: tqdm | None = None
         self.begun = time.monotonic()
-        self.new = 0  # tokens of this process
-        self.rows = 0  # of the source, that have been read
+        self.new = 0  # tokens that this process has made
+        self.rows = 0  # rows of the source that have been read
 
     def write(self) -> None:
         """Write the missing shards, and the note that completes the store."""

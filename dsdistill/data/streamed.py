@@ -1,4 +1,4 @@
-"""Read a train set in order, even if it is larger than the disk, in parts that are small separate stores.
+"""Read a train set in order, part by part, so that it may be larger than the disk. Each part is a small store.
 
 HOME/                   in the cache, for one run
   source.json           the revision that is read
@@ -7,8 +7,8 @@ HOME/                   in the cache, for one run
   00012/                a part: its store and its blocks; at most KEPT of them exist
     complete            exists once all else is complete; readers hold its lock
 
-Every rank may make parts, and the one that holds the lock does; if it ends, another continues. Ranks on several
-machines need nothing from each other, wherever the cache is.
+Every rank can make parts, but only the one that holds the lock does. If that rank ends, another one continues. Ranks on
+several machines need nothing from each other, whether they share the cache or not.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ class Note:
 
     @property
     def contents(self) -> tuple[Any, ...]:
-        """Return the values that are the same whenever the part is made."""
+        """Return the values that are the same each time the part is made."""
         return self.examples, self.digest, self.next and self.next["row"]
 
 
@@ -114,7 +114,10 @@ class Streamed:
         return sys.maxsize
 
     def count(self, part: int) -> int:
-        """Return how many examples a part has, counted over all turns of the source; wait until it is known."""
+        """Return how many examples a part has; wait until this is known.
+
+        part: its number; after the last part of the source, numbers go on with the first part again.
+        """
 
         def known() -> int | None:
             place = self._place(part)
@@ -134,7 +137,7 @@ class Streamed:
             return self._held[place][0]
 
     def first(self) -> Examples | Packed:
-        """Return the first part, which is kept from then on; passes read a set by the numbers of its examples."""
+        """Return the first part, which is kept from then on, for passes that read examples by their numbers."""
         if self._first is None:
             before, self._window = self._window, range(1)
             self._first = self.part(0)
@@ -206,7 +209,7 @@ class Streamed:
             self._thread = threading.Thread(target=self._make_parts, name="dsdistill-parts", daemon=True)
             self._thread.start()
 
-    # The methods below run on the thread.
+    # The methods below run on the thread that makes parts.
 
     def _make_parts(self) -> None:
         try:
@@ -239,7 +242,7 @@ class Streamed:
     def _wanted(self, window: range) -> list[int]:
         """Return the parts of the source that must exist, the most urgent first.
 
-        A part whose beginning is not known yet is replaced by the first unknown part, which leads to it.
+        A part whose beginning is not known yet is replaced by the first unknown part, which must be made before it.
         """
         self._notes.refresh()
         known, found = len(self._notes.held), [] if self._first is None else [0]
@@ -302,7 +305,7 @@ class _Reading:
 
     def __init__(self, source: Source, closed: threading.Event):
         self.source, self.closed = source, closed
-        self.begun: Mark | None = {"row": -1}  # of the latest part; no part begins there
+        self.begun: Mark | None = {"row": -1}  # where the latest part begins; at first, where no part does
         self.next: Mark | None = None
         self.done = False
         self._rows: Iterator[tuple[Row, Mark]] = iter(())

@@ -1,4 +1,4 @@
-"""A WordPiece tokenizer from the train texts, for models that come without one."""
+"""Train a WordPiece tokenizer on the train texts, for models that come without a tokenizer."""
 
 import hashlib
 from collections import Counter
@@ -20,9 +20,9 @@ SPECIAL = {
 
 
 def train_tokenizer(texts: Iterable[str], size: int, cache: str) -> str:
-    """The folder of a tokenizer as BERT's are: lower case, a Chinese character a word, at most `size` entries.
+    """Return the folder of a tokenizer like BERT's: lower case, each Chinese character a word.
 
-    Kept in the cache folder under the texts' fingerprint.
+    It has at most `size` entries, and is kept in the cache folder under the texts' fingerprint.
     """
     kind = f"wordpiece {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
     return cache_folder.tokenizer(kind, texts, size, cache, lambda texts: _made(texts, size))
@@ -48,10 +48,10 @@ def _tokenizer(model: models.Model) -> Tokenizer:
 
 
 def _vocabulary(texts: list[str], size: int) -> dict[str, int]:
-    """Special tokens, single characters, then the pieces that words are most often made of.
+    """Return an id for each entry: special tokens, single characters, then the most frequent pieces of words.
 
-    Pieces are learned as byte-pair merges without a mark of where a word goes on, and marked afterwards: the library's
-    own trainer of marked pieces numbers them differently in every process.
+    Pieces are learned as byte-pair merges without the mark ## (the piece continues a word), and are marked afterwards,
+    because the library's own trainer of marked pieces numbers them differently in every process.
     """
     core = _tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=size, show_progress=False)
