@@ -1,8 +1,8 @@
 """List the calls whose kernels are compiled ahead of time: every operator, dtype, width and plan, on meta tensors.
 
-Kernels are compiled with all conditions on pairs (labels, causal order, window), which need the most registers; in
-bfloat16 also without conditions. Attention in float32 is left out, because `auto` never uses it. Losses over a
-vocabulary read logits in float32, whatever the models' dtype.
+Attention kernels are compiled with all conditions on pairs of a query and a key (mask, segments, causal order, window),
+which need the most registers; in bfloat16 also without conditions. Attention in float32 is left out, because `auto`
+never uses it. Losses over a vocabulary read logits in float32, whatever the models' dtype.
 """
 
 from __future__ import annotations

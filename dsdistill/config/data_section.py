@@ -195,7 +195,7 @@ class Data(Section):
     mixup: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="classification and regression: half of a step's examples are mixed with others (MixKD). Both "
-        "models read mixed embeddings of tokens, and labels are mixed, too. The shares are drawn from "
+        "models read mixed embeddings of tokens, and labels are mixed by the same share. The shares are drawn from "
         "Beta(mixup, mixup)",
     )
     sampler_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
