@@ -90,8 +90,8 @@ class Layered(Term):
     layers: LayerMap = Field(
         default="uniform",
         description="which student layer learns from which teacher layer; uniform: layer l of L_S from layer "
-        "l · L_T / L_S, rounded; skip: from every ⌊L_T / L_S⌋-th, but the last student layer from none (PKD); last: the "
-        "last from the last; a list of [student, teacher] pairs; emd: every pair, with new weights at each step; "
+        "l · L_T / L_S, rounded; skip: from every ⌊L_T / L_S⌋-th, but the last student layer from none (PKD); last: "
+        "the last from the last; a list of [student, teacher] pairs; emd: every pair, with new weights at each step; "
         "cka_offline: the most similar layers in order, found before training",
     )
     layer_agg: Literal["mean", "sum"] = Field(
