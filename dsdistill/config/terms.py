@@ -362,6 +362,11 @@ class DomainMapping(Term):
     predictor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0, description="factor of the loss on the student's prediction of the teacher's features"
     )
+    decoder: NonNegative = Field(
+        default=0.0,
+        description="masked_lm: factor of the loss on hidden tokens that a light decoder predicts from the example's "
+        "aggregated vector alone; evaluate then compares its accuracy and time with the head's; 0: no decoder",
+    )
 
     @property
     def relates(self) -> bool:

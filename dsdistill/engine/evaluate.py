@@ -12,9 +12,9 @@ from dsdistill.data.sources import with_dev_files
 from dsdistill.distributed import allocator, deepspeed
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine import checkpoint
-from dsdistill.engine.export import find_checkpoint, load_student, read_config
+from dsdistill.engine.export import find_checkpoint, load_objective, load_student, read_config
 from dsdistill.engine.module import StudentModule, fused_layers, make_fusion
-from dsdistill.engine.passes import representation_space
+from dsdistill.engine.passes import light_decoding, representation_space
 from dsdistill.engine.passes.dev_scores import latency, score, score_on
 from dsdistill.engine.passes.generation import generation
 from dsdistill.engine.passes.predictions import Predictions
@@ -112,6 +112,8 @@ def _score(prepared: Prepared, path: str, tag: str, ranks: Ranks, summary: dict)
     predictions.write(path, prepared, ranks)
     if asked.structure:
         scores["student"] |= representation_space.measure(module, teacher, prepared, ranks)
+    if (term := light_decoding.decoding_term(prepared)) is not None:
+        scores["student"] |= light_decoding.measure(module, term, prepared, ranks)
     scores["student"] |= stability(scores["student"], path, checkpoint.read_state(path, tag)["step"])
     for of in (scores, whole):
         for name, values in of.items():
@@ -137,9 +139,12 @@ def _student(prepared: Prepared, path: str, tag: str, ranks: Ranks) -> StudentMo
     fusion = make_fusion(config, prepared.pair, fused_layers(prepared.objectives))
     if fusion is not None:
         fusion.load_state_dict(weights)
+    objective = prepared.objectives[-1]
+    if light_decoding.decoding_term(prepared) is not None:
+        objective.load_state_dict(load_objective(path, tag))
     module = StudentModule(
         model,
-        prepared.objectives[-1],
+        objective,
         prepared.evaluation,
         represents=config.evaluation.structure,
         domain=fusion,

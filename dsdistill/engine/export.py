@@ -64,6 +64,11 @@ def load_student(run: str, config: Config, tag: str) -> tuple[PreTrainedModel, d
     return restore(config, made, init, saved, f"{run}, {tag}"), within(saved, "domain.")
 
 
+def load_objective(run: str, tag: str) -> dict[str, Tensor]:
+    """Return the weights that the terms of a checkpoint's stage have beside the student: projectors, a decoder."""
+    return within(deepspeed.whole_weights(os.path.join(run, checkpoint.FOLDER), tag), "objective.")
+
+
 def _newest_student(run: str, config: Config) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """Load the student of the newest checkpoint; retry if a run in training removes that one meanwhile."""
     while True:

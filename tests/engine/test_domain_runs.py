@@ -10,7 +10,12 @@ from transformers import AutoModelForMaskedLM
 
 from dsdistill.config import UserError
 from dsdistill.config.load import make_config
+from dsdistill.data import evaluation_batches
+from dsdistill.data.batch import NO_LABEL
+from dsdistill.engine.export import find_checkpoint, load_objective, read_config
+from dsdistill.engine.prepare import prepare
 from dsdistill.models.domain_fusion import load_exported
+from dsdistill.models.trace import Trace
 from tests.engine.launch import launch, run_configs
 from tests.engine.test_resume import losses
 from tests.engine.test_run import command
@@ -29,6 +34,7 @@ METRICS = ("semantic_alignment", "representation_compactness", "structural_consi
 
 def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teacher(mapping, tmp_path):
     mapping["run"] |= {"save_every": 4}
+    mapping["terms"] |= {"domain": {"decoder": 0.5}}
     still = mapping["student"] | {"config": mapping["student"]["config"] | {"hidden_dropout_prob": 0.0}}
     moved = mapping | {"train": mapping["train"] | {"micro_batch_size": 8}}
     one, stopped = (write(tmp_path, moved, name, **still) for name in ("one", "stopped"))
@@ -63,6 +69,7 @@ def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teach
         assert 0 <= scores[f"{name}_low"] <= scores[f"{name}_high"] <= 100
         assert 0 < scores[name] <= 100
     assert {"erank", "participation_ratio", "C", "R", "rho_token"} <= set(scores)
+    assert scores["token_ms"] > 0 and scores["decoder_ms"] > 0
 
     done = command("export", "one", "--out", "exported", cwd=tmp_path)
     assert done.returncode == 0 and "load_exported" in done.stderr
@@ -73,6 +80,26 @@ def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teach
     ids = torch.tensor([[2, 7, 4, 3]])
     with torch.no_grad():
         assert not torch.allclose(student(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4)
+    for name, accuracy in accuracies(tmp_path / "one", student).items():
+        assert scores[f"{name}_accuracy"] == pytest.approx(accuracy)
+
+
+def accuracies(run, student):
+    """The share of the dev set's hidden tokens that are found, by the exported model and by the decoder's weights."""
+    config = read_config(str(run))
+    prepared, (objective,) = prepare(config, 1), prepare(config, 1).objectives
+    objective.load_state_dict(load_objective(str(run), find_checkpoint(str(run))))
+    term, right, count = objective.terms["domain"], {"token": 0, "decoder": 0}, 0
+    for batch in evaluation_batches(prepared.data.dev, 4, 1, 0, prepared.tokenizer.pad_token_id):
+        chosen = batch.labels != NO_LABEL
+        with torch.no_grad():
+            found = student(batch.input_ids, attention_mask=batch.mask.long(), output_hidden_states=True)
+            states = term.decoded(Trace(hidden={2: found.hidden_states[-1]}), batch)
+            logits = {"token": found.logits, "decoder": student.get_output_embeddings()(states)}
+        count += int(chosen.sum())
+        for name, values in logits.items():
+            right[name] += int((values.argmax(-1) == batch.labels)[chosen].sum())
+    return {name: hits / count for name, hits in right.items()}
 
 
 def test_the_teacher_hands_over_anew_in_each_stage(mapping, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsdistill.data.batch import NO_LABEL
+from dsdistill.config import UserError
+from dsdistill.data.batch import NO_LABEL, PHRASE
 from dsdistill.models.domain_fusion import Aggregate, DomainFusion, TeacherMap, normed
 from dsdistill.models.trace import DomainTrace, Trace
 from tests.alignment.rig import Rig, make_batch, padded, rows, with_filler
@@ -89,9 +90,11 @@ def rig(task="masked_lm", terms=None, layers=(2, 3)) -> Rig:
     return found
 
 
-@pytest.mark.parametrize("task", ["masked_lm", "causal_lm", "classification"])
-def test_padding_fillers_and_splits_change_nothing(task):
-    found = rig(task, {"domain": {"sequences": 0.0}})  # sequences relate those that meet
+@pytest.mark.parametrize(
+    ("task", "decoder"), [("masked_lm", 0.0), ("masked_lm", 0.7), ("causal_lm", 0.0), ("classification", 0.0)]
+)
+def test_padding_fillers_and_splits_change_nothing(task, decoder):
+    found = rig(task, {"domain": {"sequences": 0.0, "decoder": decoder}})  # sequences relate those that meet
     batch = make_batch(task)
     total, raw, gradients = found.step(batch)
     assert total > 0 and all(value.isfinite().all() for value in gradients.values())
@@ -170,6 +173,56 @@ def test_the_parts_by_hand():
             a, b = (F.normalize(x[row, mask], dim=-1) for x in (mine, other))
             tokens += (a @ a.T - b @ b.T).square().mean() / len(batch.mask)
     assert total == pytest.approx(float(hidden + 2 * tokens + predictor), rel=1e-4)
+
+
+def test_the_light_decoder_by_hand():
+    """Hidden tokens are predicted from Y and their places alone: by gated sums, sines and cosines written out here."""
+    parts = {
+        "hidden": 0.0,
+        "tokens": 0.0,
+        "phrases": 0.0,
+        "sequences": 0.0,
+        "predictor": 1e-9,
+        "decoder": 3.0,
+    }
+    found = rig(terms={"domain": parts | {"layers": [[2, 3]]}}, layers=(3,))
+    batch = make_batch("masked_lm")
+    total, _, gradients = found.step(batch)
+    term = found.objective.terms["domain"]
+    with torch.no_grad():
+        student = found.module.trace(batch)
+        states, losses = student.hidden[2], []
+        for row, mask in enumerate(batch.mask):
+            spans = [(a, b) for at, a, b, kind in batch.spans.tolist() if at == row and kind == PHRASE]
+            phrases = [states[row, a:b].mean(0) for a, b in spans]
+            shares = torch.tensor([float(term.aggregate.attend(v)) for v in phrases]).softmax(0)
+            pooled = sum(
+                (share * v for share, v in zip(shares, phrases, strict=True)), torch.zeros_like(states[0, 0])
+            )
+            granularities = states[row, mask].mean(0), pooled, states[row, 0]
+            vector = sum(
+                torch.sigmoid(gate(v)) * v
+                for gate, v in zip(term.aggregate.gates, granularities, strict=True)
+            )
+            half = states.shape[-1] // 2
+            for place in range(batch.mask.shape[1]):
+                if batch.labels[row, place] == NO_LABEL:
+                    continue
+                angles = torch.tensor([place / 10000 ** (i / half) for i in range(half)])
+                encoded = torch.cat([angles.sin(), angles.cos()])
+                state = F.gelu(term.decoder.vector(vector) + term.decoder.place(encoded))
+                logits = F.linear(term.decoder.norm(state), student.head, student.head_bias)
+                losses.append(-logits.log_softmax(-1)[batch.labels[row, place]])
+    assert total == pytest.approx(3 * float(torch.stack(losses).mean()), rel=1e-4)
+    for name in (
+        "decoder.vector.weight",
+        "decoder.place.weight",
+        "decoder.norm.weight",
+        "aggregate.attend.weight",
+    ):
+        assert gradients[f"objective.terms.domain.{name}"].any(), name
+    with pytest.raises(UserError, match="decoder: got task causal_lm"):
+        rig("causal_lm", {"domain": {"decoder": 1.0}})
 
 
 def test_maps_trained_with_what_matches_them_collapse():

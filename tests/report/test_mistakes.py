@@ -20,7 +20,8 @@ def test_mistakes_without_a_teacher(tmp_path):
     lines(tmp_path / "predictions.jsonl", [prediction(0, "a", "b", None), prediction(1, "a", "a", None)])
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
     assert (
-        "The student gets 1 of 2 dev examples wrong; there is no teacher" in Markup(page_of(tmp_path)).text["examples"]
+        "The student gets 1 of 2 dev examples wrong; there is no teacher"
+        in Markup(page_of(tmp_path)).text["examples"]
     )
 
 
