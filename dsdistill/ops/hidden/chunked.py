@@ -15,7 +15,7 @@ from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward
 
 # Elements of one block of the projected student on a CPU: 1 MiB in float32, since several such blocks exist at once.
 BLOCK_ELEMENTS = 1 << 18
-MIN_TOKENS = 256  # fewer would read and write the projection's gradient too often
+MIN_TOKENS = 256  # smaller blocks would read and write the projection's gradient too often
 
 
 def hidden_total(
