@@ -17,7 +17,7 @@ from dsdistill.ops import hidden_alignment, pairwise_alignment
 
 
 class DomainTerm(AlignmentTerm):
-    """Compute the domain loss of up to five parts, each with a factor of its own.
+    """Compute the domain loss, which has up to five parts, each with its own factor.
 
       hidden     ‖ψ_l h_S − φ_l h_T‖², mean over valid tokens, features and layers; φ frozen, ψ trained
       tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs
@@ -83,7 +83,7 @@ class DomainTerm(AlignmentTerm):
         states = student.hidden[shapes[0].depth], teacher.hidden[shapes[1].depth]
         last, rows = (unpacked(states[0], batch), unpacked(states[1], batch)), batch.unpacked
         grid = SpanGrid(rows.spans[rows.spans[:, 3] == PHRASE], *rows.mask.shape)
-        alike = rows.mask.float()  # every token of a phrase counts the same
+        alike = rows.mask.float()  # all tokens of a phrase have the same weight
         mine, other = (grid.vectors(of, alike) for of in last)
         for name in self.others:
             if name == "tokens":
