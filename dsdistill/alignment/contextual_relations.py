@@ -129,7 +129,7 @@ def _over_blocks(count: int, size: int, inputs: Sequence[Tensor], loss: Callable
 
 
 def _divergence(left_out: Tensor, asks: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
-    """Return Σ KL(p ‖ q) of scores (…, U, U) over the rows that `asks`, (…, U), marks. A row whose unit is alone has 0."""
+    """Return Σ KL(p ‖ q) of scores (…, U, U) over the rows that `asks`, (…, U), marks. A single unit gives 0."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     counted = asks[..., None] & ~left_out
     return (log_p.exp() * (log_p - log_q)).masked_fill(~counted, 0).sum()

@@ -103,7 +103,7 @@ class AlignmentTerm(nn.Module, ABC):
     needs_labels: bool = False  # Batch.labels
     needs_spans: bool = False  # Batch.spans
     needs_previous: bool = False  # the student as the stage before left it, as Trace.previous
-    joins: str | None = None  # the term whose sums `sums_with` computes together with this one's, at less cost
+    joins: str | None = None  # the term whose sums `sums_with` computes with this one's, at less cost
     supervised: bool = False  # only labels supervise it: train.distill_weight weighs it against all others
     fused: tuple[int, ...] = ()  # teacher layers that the student's domain fusion maps
 
@@ -125,7 +125,7 @@ class AlignmentTerm(nn.Module, ABC):
         return {}
 
     def state(self, trace: Trace, layer: int) -> Tensor:
-        """Return a layer's states, (B, N, D); for the last layer before or after the final norm, as `final_norm` says."""
+        """Return a layer's states, (B, N, D). `final_norm` sets if the last layer's are before or after the norm."""
         return trace.state(layer, after=getattr(self.config, "final_norm", "before") == "after")
 
     def check_models(self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]) -> None:
