@@ -23,7 +23,7 @@ logger = logging.getLogger("dsdistill")
 
 
 class BackendError(ValueError):
-    """Report that a backend that was asked for by its name cannot run a call."""
+    """Signal that a backend that was requested by its name cannot run a call."""
 
 
 _extension: Any = None  # the compiled module
@@ -50,9 +50,9 @@ class Thresholds:
     native_rows: the largest D up to which the native kernel takes pairwise alignment of chosen rows.
     few_tokens: with fewer tokens than this, `reference` takes projected hidden states ("mse" and "cosine").
     small_projection: with a projection of at most so many elements, the native kernel takes them for any token count.
-    eager_mse: elements of a projection from which on PyTorch takes "mse"; None: never. The first number is for fewer
-        than eager_tokens in float32, the second for all other calls.
-    eager_tokens: from so many tokens on, PyTorch computes in blocks, which bound the memory.
+    eager_mse: with a projection of at least so many elements, PyTorch takes "mse"; None: never. The first number is
+        for fewer than eager_tokens in float32, the second for all other calls.
+    eager_tokens: with at least so many tokens, PyTorch computes in blocks, which bound the memory.
     eager_logits: tokens × entries up to which `reference` takes losses over a vocabulary: no more than in one block.
     """
 

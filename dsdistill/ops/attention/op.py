@@ -66,9 +66,9 @@ def attention_alignment(
         student_scale, teacher_scale: factor of the scores; default 1/√D of that model.
         heads: which heads are compared. Only "match" allows "score_mse".
             "match" compares head by head (equal H). "mean" compares the probabilities averaged over heads: H may
-            differ, and the divisors above lack the factor H. "group" compares student head g with the average of the
-            teacher's heads g·r … g·r + r − 1, where r = H_T / H_S must be a whole number: the divisors count the
-            student's heads, and only "reference" and "chunked" can run it.
+            differ, and the divisors above lack the factor H. "group" compares student head g with the teacher's
+            probabilities averaged over its heads g·r … g·r + r − 1, where r = H_T / H_S must be a whole number. Its
+            divisors count the student's heads, and only "reference" and "chunked" can run it.
         window: a query sees keys at distance < window tokens, in both models.
         segments: (B, N) integers; attention stays within equal numbers (packed sequences).
         rows: (index, weights): only these queries are compared, in any order; a repeated position counts again.

@@ -40,7 +40,7 @@ class Pairs:
         )
 
     def query_mask(self) -> Tensor | None:
-        """Return (B, R) bool, True at the queries that count, or None if all count. Without rows, return the mask."""
+        """Return (B, R) bool, True at the queries that count; None if all count; without rows, the mask (B, N)."""
         return self.mask if self.rows is None else valid_rows(self.rows, self.mask)
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:

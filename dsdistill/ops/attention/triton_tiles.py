@@ -103,7 +103,7 @@ TILES = {
     },
 }
 
-# Width 256 in half precision on GPUs with less shared memory a block than an A100, where the table's tile does not fit.
+# Tiles at width 256 in half precision for GPUs with less shared memory a block than an A100: the table's do not fit.
 SMALL = {"rows": Tile(32, 32, 4, 2)}
 # The tile of row sweeps at width 256 in half precision that find a loss and no gradient: the table's tile would spill.
 WIDE_LOSS = Tile(32, 64, 4, 1)
