@@ -140,7 +140,7 @@ def append(path: str, text: str) -> None:
 
 
 def remove(path: str, made: Iterable[str]) -> None:
-    """Remove a file or a folder if it exists. Of a link only the link is removed, never its target.
+    """Remove a file or a folder if it exists. If it is a link, the link is removed, never its target.
 
     made: patterns (fnmatch) of the paths that this project writes below the folder.
 

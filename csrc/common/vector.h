@@ -73,8 +73,8 @@ inline Vec<float> exp2_nonpositive(Vec<float> x) {
   const V magic = broadcast(12582912.0f);
   const V shifted = x + magic;
   const V r = x - (shifted - magic);
-  // 2^r for |r| ≤ 1/2. Of the polynomials that are 1 at 0, this one has the least maximal relative error, 9e-8 before
-  // rounding.
+  // 2^r for |r| ≤ 1/2. This polynomial is 1 at 0, and has the least maximal relative error of such polynomials, 9e-8
+  // before rounding.
   V p = broadcast(1.3264726299e-3f);
   p = p * r + 9.6715130100e-3f;
   p = p * r + 5.5507337491e-2f;

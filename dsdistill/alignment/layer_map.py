@@ -6,7 +6,7 @@ from dsdistill.config import UserError
 def layer_map(
     layers: str | tuple[tuple[int, int], ...], student_depth: int, teacher_depth: int, place: str = "layers"
 ) -> tuple[tuple[int, int], ...]:
-    """Return the (student, teacher) pairs of layers that a layer map stands for; layers are counted from 1.
+    """Return the (student, teacher) pairs of layers that a layer map describes; layers are counted from 1.
 
     uniform: student layer l learns from teacher layer round(l·L_T/L_S), so the last learns from the last.
     skip: PKD's map (Sun et al. 2019): student layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th teacher layer. The last

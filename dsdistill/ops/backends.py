@@ -127,7 +127,7 @@ def hidden_order(mse: bool, tokens: int, projection: int, half: bool) -> tuple[s
     if projection <= CPU.small_projection:
         return ("cpp", "chunked", "reference")
     if tokens < CPU.few_tokens:
-        # Packing the projection costs more than the fused pass saves. So few tokens need no blocks.
+        # With so few tokens, packing the projection costs more than the fused pass saves, and blocks are not needed.
         return ("reference", "cpp", "chunked")
     few = tokens < CPU.eager_tokens
     if mse and CPU.eager_mse is not None and projection >= CPU.eager_mse[half or not few]:
@@ -249,7 +249,7 @@ def choose_backend(
     missing: what every other backend lacks; an explicit request for one raises BackendError with this reason.
     """
     if requested == "auto":
-        if not torch.compiler.is_compiling():  # logged once for each operator and choice, whatever the shapes
+        if not torch.compiler.is_compiling():  # logged once for each operator and choice, for all shapes
             _announce(f"{operator}: backend 'auto' takes {preference[0]!r}")
             _taken.setdefault(operator, set()).add(preference[0])
         return preference[0]

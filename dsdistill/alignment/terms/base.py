@@ -80,8 +80,8 @@ class Pair:
 class AlignmentTerm(nn.Module, ABC):
     """Compute one summand of the loss: a sum for each part (mapped layer), and the count that divides it.
 
-    Sum and count are separate because the loss divides by counts over all ranks and accumulation steps: the same
-    global batch then gives the same loss however it is split.
+    Sum and count are separate because the loss divides by counts over all ranks and accumulation steps. So the same
+    global batch gives the same loss for any split.
     """
 
     name: str  # in a config

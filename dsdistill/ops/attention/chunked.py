@@ -160,7 +160,7 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
     """Return the divergence of the head-averaged probabilities, and its gradient at the student's raw scores.
 
     With P̄ = (1/H) Σ_h P_h and g = ∂L/∂P̄_S: dS_h = P_h ∘ (g − Σ_j P_h g) / H. For kl, g P_h / H = −P̄_T ρ_h with
-    ρ_h = P_h / (H P̄_S), which lies in [0, 1] however small both are.
+    ρ_h = P_h / (H P̄_S), which lies in [0, 1] even where both are tiny.
     """
     head_count = log_s.shape[1]
     log_mean_s, log_mean_t = mean_over_heads(log_s), mean_over_heads(log_t)

@@ -2,7 +2,7 @@
 
 The formulas are in `triton_tile.loss_and_slope`. A program owns queries and sees all their keys (N ≤ 512) as one tile,
 so that softmax, loss and dQ need no second sweep. There are three ways to find dK:
-  ALONE   a program owns all queries of a head (N ≤ 128) and writes its dK; the head has keys of its own
+  ALONE   a program owns all queries of a head (N ≤ 128) and writes its dK; no other head shares its keys
   MERGED  a program owns a few queries and adds dK atomically; like ALONE it takes 4 products and 2 exps a tile in all
   else    `triton_sweeps.columns_kernel` finds dK; this kernel stores the statistics that it needs
 """

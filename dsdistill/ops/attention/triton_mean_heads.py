@@ -286,7 +286,7 @@ def mean_heads_kernel(
             )
             p = tl.where(present, tl.exp2(log_p), 0.0)
             if DIVERGENCE == KL:
-                # P_h / P̄_S lies in [0, H] however small both are; g alone may overflow.
+                # P_h / P̄_S lies in [0, H] even where both are tiny, whereas g alone may overflow.
                 pulled = -tl.where(present, tl.exp2(log_p - log_s), 0.0) * mean_t
             else:
                 pulled = 2.0 * p * (mean_s - mean_t)

@@ -307,7 +307,7 @@ class _Call:
         return partial.sum(), given
 
     def statistics_buffers(self) -> dict[str, Tensor]:
-        """Return memory for the statistics that a divergence needs; kl needs only the LSEs, in place of the maxima."""
+        """Return memory for the statistics that a divergence needs; kl needs only the LSEs, instead of the maxima."""
         wanted = {SCORE_MSE: (), KL: STATISTICS[:2], MSE: STATISTICS}[self.divergence]
         shape = (self.batch, self.heads, self.queries)
         return {name: self.buffer(*shape) if name in wanted else self.coefficient for name in STATISTICS}
