@@ -1,4 +1,4 @@
-// Operator schemas, and the extension module for what is no operator.
+// The operators' schemas, and the extension module for all that is not an operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -10,7 +10,7 @@
 #include "pairwise/bind.h"
 
 STABLE_TORCH_LIBRARY(dsdistill, m) {
-  // Loss and gradients in one pass; the gradients are empty where they are not asked for.
+  // Each operator returns loss and gradients from one pass; gradients that are not asked for are empty.
   m.def(
       "attention_alignment(Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, "
       "Tensor? mask, Tensor? segments, Tensor? rows, Tensor? row_weights, int divergence, float student_scale, "
@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(dsdistill, m) {
       "hidden_alignment(Tensor student, Tensor teacher, Tensor? projection, Tensor? bias, Tensor? mask, "
       "Tensor? weights, int divergence, bool mean, bool student_gradient, bool projection_gradient, "
       "bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
-  // The memory-bound part alone, of rows that are projected already: what GPUs run.
+  // Only the memory-bound part, for rows that are already projected. GPUs run this.
   m.def(
       "hidden_rows(Tensor y, Tensor target, Tensor? bias, Tensor weights, Tensor factor, int divergence, "
       "Tensor(a!)? gradient, int stream) -> Tensor");
@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsdistill, CUDA, m) { m.impl("hidden_rows", TORCH_BOX(
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of dsdistill, registered as torch.ops.dsdistill by importing this module.";
-#ifdef DSD_CUDA  // as setup.py compiles them
+#ifdef DSD_CUDA  // the architectures for which setup.py compiles
   m.attr("cuda_architectures") = pybind11::make_tuple("sm_80", "sm_90");
 #else
   m.attr("cuda_architectures") = pybind11::tuple();

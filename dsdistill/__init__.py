@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public names: where each lies, looked up when it is asked for, so that importing the package costs nothing.
+# Public names, and where each is defined. A name is imported only when it is used, so that the package imports fast.
 _PUBLIC = {
     "AlignmentTerm": "dsdistill.alignment.terms:AlignmentTerm",
     "Distiller": "dsdistill.distiller:Distiller",

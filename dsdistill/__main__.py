@@ -1,4 +1,4 @@
-"""python -m dsdistill"""
+"""Run the command line: python -m dsdistill."""
 
 from dsdistill.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that --help is instant."""
+"""Define the command line. Each command imports what it needs only when it runs, so that --help is fast."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.", 
 
 @app.callback(invoke_without_command=True)
 def root(
-    # Only the deepspeed launcher sets this.
+    # Only the launcher of DeepSpeed sets this.
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ):
@@ -381,19 +381,19 @@ app.command()(commands.bench)
 
 
 def _first() -> bool:
-    """Return whether this process prints for all ranks; one with an impossible rank prints for itself."""
+    """Return whether this process prints for all ranks. A process with an impossible rank prints for itself."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))
 
 
 def _quiet_libraries() -> None:
-    """Silence the notes of libraries, and send our own to standard error, from the first rank only."""
+    """Silence the messages of libraries, and send our own to standard error, from the first rank only."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault(
         "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # or a rank that is gone costs the others a stack each
+    )  # otherwise each rank prints a stack when another is gone
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("dsdistill").setLevel(logging.INFO if _first() else logging.ERROR)
@@ -420,13 +420,13 @@ def _say(told: object) -> None:
 def run() -> int:
     """Run a command and return its exit code.
 
-    A user's mistake prints one line and gives 2; a run that cannot go on prints one line and gives 1.
+    For a user's mistake it prints one line and returns 2. For a run that cannot go on it prints one line and returns 1.
     """
-    usage_error = typer.BadParameter.__base__  # typer exports no shorter way to it
+    usage_error = typer.BadParameter.__base__  # typer does not export this class
     try:
         return app(standalone_mode=False, prog_name="dsdistill") or 0
     except usage_error as error:
-        if "\n" in error.message:  # it is the whole help, since nothing was given
+        if "\n" in error.message:  # no command was given, so the message is the whole help
             error.show()
         else:
             asked = error.ctx.command_path if error.ctx is not None else "dsdistill"
@@ -438,7 +438,7 @@ def run() -> int:
         if _first():
             _say(error)
         return 2
-    except RunError as error:  # any rank prints its own, since the others may not know of it
+    except RunError as error:  # every rank prints its own error, since the others may not know of it
         if _first() or not isinstance(error, SharedError):
             _say(error)
         return 1
@@ -446,7 +446,7 @@ def run() -> int:
         if _first():
             _say(stopped)
         return stopped.code
-    except BrokenPipeError:  # the reader has gone, as after `| head`
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in disk.FULL:

@@ -1,7 +1,7 @@
 """Write to disk: completely or not at all, never through a link, with the modes that the umask gives.
 
-Whatever takes several steps is made under a fresh scratch name in the same folder, and then moved to its place. So a
-name that somebody else may have planted is never opened, and two processes never share a scratch name.
+A file or folder that takes several steps is made under a new scratch name in the same folder, and then moved to its
+place. So a name that another user may have planted is never opened, and two processes never share a scratch name.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 
 from dsdistill.config.errors import RunError, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, above the largest file allowed
-LONGEST_NAME, LONGEST_PATH = 255, 3800  # bytes; a path leaves room for the names that a run adds below it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space left, quota used up, file larger than allowed
+LONGEST_NAME, LONGEST_PATH = 255, 3800  # bytes; the limit leaves room for the names that a run adds to a path
 _SCRATCH = re.compile(r"\.partial-[0-9a-f]{8}")
 _TRIAL = 2**20  # bytes written to test whether a disk is full
 
@@ -42,7 +42,7 @@ def reason(error: BaseException) -> str:
 def full(error: BaseException, folder: str) -> bool:
     """Return whether a write into `folder` failed for lack of space.
 
-    Libraries raise errors of many types for this. If the error does not tell, a trial file is written to the folder.
+    Libraries raise errors of many types for this. If the type does not tell, a trial file is written to the folder.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
@@ -62,7 +62,7 @@ def full(error: BaseException, folder: str) -> bool:
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:
-    """Raise Unwritable if a write to `path` fails inside the context; errors with another cause pass."""
+    """Raise Unwritable if a write to `path` fails inside the context; errors with another cause are not changed."""
     try:
         yield
     except (UserError, RunError, Foreign):
@@ -78,10 +78,10 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
-    """Yield a fresh name under which a file or a folder is made; at the end it replaces `path` at once.
+    """Yield a new name under which a file or a folder is made; at the end it replaces `path` in one step.
 
-    A folder replaces only an empty folder, which may be a mount point: the contents are then moved into it.
-    After an error `path` is as it was.
+    A folder replaces only an empty folder. This may be a mount point, so the contents are moved into it. After an error
+    `path` is as it was before.
 
     Raises:
         Unwritable: the disk is full, or the place cannot be written.
@@ -105,13 +105,13 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             for name in os.listdir(inside):
                 os.replace(os.path.join(inside, name), os.path.join(path, name))
         finally:
-            with contextlib.suppress(OSError):  # on NFS a file may still be open
+            with contextlib.suppress(OSError):  # on NFS this fails while a file is still open
                 remove(scratch, ["*"])
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, binary: bool = False):
-    """Yield an open file (UTF-8 text unless `binary`) that takes the place of `path` at the end; see `replacing`."""
+    """Yield an open file (UTF-8 text unless `binary`) that replaces `path` at the end; see `replacing`."""
     mode, encoding = ("xb", None) if binary else ("x", "utf-8")
     with replacing(path) as name, open(name, mode, encoding=encoding) as file:
         yield file
@@ -125,7 +125,7 @@ def save_json(path: str | os.PathLike, found: object) -> None:
 
 
 def append(path: str, text: str) -> None:
-    """Append text to a file, all of it or nothing; a link raises OSError."""
+    """Append all of a text to a file, or nothing of it; a link raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
         before, data = os.fstat(descriptor).st_size, text.encode()
@@ -133,19 +133,19 @@ def append(path: str, text: str) -> None:
             while data:
                 data = data[os.write(descriptor, data) :]
         except OSError:
-            os.ftruncate(descriptor, before)  # a part of a line would spoil the next one
+            os.ftruncate(descriptor, before)  # the next line must not follow a part of this one
             raise
     finally:
         os.close(descriptor)
 
 
 def remove(path: str, made: Iterable[str]) -> None:
-    """Remove a file or a folder if it exists; a link is removed itself, never its target.
+    """Remove a file or a folder if it exists. If it is a link, the link is removed, never its target.
 
     made: patterns (fnmatch) of the paths that this project writes below the folder.
 
     Raises:
-        Foreign: the folder holds something else; nothing is removed then.
+        Foreign: the folder holds something else. In this case nothing is removed.
         OSError: something could not be removed.
     """
     if not os.path.isdir(path) or os.path.islink(path):
@@ -179,7 +179,8 @@ def foreign(folder: str, made: Iterable[str]) -> list[str]:
 def sweep(folder: str, names: Iterable[str] | None = None) -> None:
     """Remove what a killed process left under scratch names in `folder`; the caller holds the folder's lock.
 
-    names: what the caller makes there. Scratch with other contents stays, as another process may be writing it.
+    names: the names that the caller makes there. A scratch folder with other contents stays, because another process
+    may be writing it.
     """
     for scratch in filter(_SCRATCH.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ()):
         with contextlib.suppress(OSError):
@@ -234,7 +235,7 @@ def _finish(made: str, mode: int) -> None:
 
 
 def check_writable(folder: str, key: str = "run.dir") -> None:
-    """Raise UserError unless a folder could be written there. Nothing is created: a refusal leaves nothing behind."""
+    """Raise UserError unless a folder could be written there. Nothing is created, not even before a refusal."""
     wanted = "a folder that can be written"
     place = _place(folder, key, wanted)
     while True:
@@ -245,7 +246,7 @@ def check_writable(folder: str, key: str = "run.dir") -> None:
             if os.path.islink(place):
                 raise UserError(key, f"{folder} ({place} is a broken link)", wanted) from None
             place = os.path.dirname(place)
-        except (NotADirectoryError, PermissionError):  # the second: the folder above tells why
+        except (NotADirectoryError, PermissionError):  # for the second, the folder above tells the reason
             place = os.path.dirname(place)
         except OSError as error:
             raise UserError(key, f"{folder} ({error.strerror})", wanted) from None

@@ -30,25 +30,25 @@ TASKS = ("classification", "regression", "causal_lm", "masked_lm", EMBEDDING)
 
 
 class TermValue(NamedTuple):
-    """Hold one term's value in a batch as detached tensors; the device is waited for only when one is read."""
+    """Hold one term's value in a batch as detached tensors, so that only reading a value waits for the device."""
 
-    raw: Tensor  # before its weight
+    raw: Tensor  # before multiplication by its weight
     weighted: Tensor
-    parts: Tensor  # (parts,), one value a mapped layer or other part, before any weight
+    parts: Tensor  # (parts,), one value for each mapped layer or other part, before any weight
 
 
 class Output(NamedTuple):
-    """Hold what a Distiller returns for a batch. It is a tuple because engines look for tensors in tuples."""
+    """Hold the result of a Distiller for a batch. It is a tuple because engines look for tensors in tuples."""
 
     loss: Tensor  # scalar with gradients
     terms: dict[str, TermValue]
 
 
 class Distillation(nn.Module):
-    """Join a student under capture, the models it learns from, and the objective between them.
+    """Join a student under capture, the models from which it learns, and the objective between them.
 
-    Everything trainable is in this one module, so that every parameter is gathered and saved by the same hooks.
-    The teacher and the student of the stage before are not submodules: they are neither trained nor saved.
+    Everything trainable is in this one module, so that the same hooks gather and save every parameter. The teacher and
+    the student of the stage before are not submodules, because they are neither trained nor saved.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Distillation(nn.Module):
     ):
         """Register the student and the objective.
 
-        geometry: the geometry of the student's attention layers by layer, for the counts. previous: the student as the
+        geometry: the geometry of each of the student's attention layers, for the counts. previous: the student as the
             stage before left it.
         """
         super().__init__()
         self.body = student.callee.module
         self.objective = objective
         self.geometry = geometry
-        self._tracers = (student, teacher, previous)  # in a tuple: `body` registers the student already
+        self._tracers = (student, teacher, previous)  # in a tuple: `body` has registered the student already
         self.register_forward_pre_hook(_tell_zero)  # runs before DeepSpeed's own hooks
 
     @property
@@ -83,7 +83,7 @@ class Distillation(nn.Module):
 
     @property
     def previous(self) -> Tracer | None:
-        """Return the tracer of the student as the stage before left it; None without one."""
+        """Return the tracer of the student as the stage before left it; None if there is none."""
         return self._tracers[2]
 
     @property
@@ -92,11 +92,11 @@ class Distillation(nn.Module):
         return self.student.model
 
     def own_counts(self, batches: Sequence[Batch]) -> Tensor:
-        """Return (parts of all terms,) float64: what this rank's micro-batches add to the counts of a step."""
+        """Return (parts of all terms,) float64: the share of this rank's micro-batches in the counts of a step."""
         return torch.stack([self.objective.counts(batch, self.geometry) for batch in batches]).sum(0)
 
     def counts(self, batches: Sequence[Batch]) -> Tensor:
-        """Return (parts of all terms,) float64: what the sums of a step are divided by, added up over the ranks.
+        """Return (parts of all terms,) float64: the divisors of a step's sums, added up over the ranks.
 
         batches: all micro-batches of this rank's step.
         """
@@ -126,8 +126,8 @@ class Distillation(nn.Module):
         self.seen(student, batch)
         student.previous = previous
         loss = self.objective(student, teacher, batch, counts)
-        # Ties the loss to the model's end: with ZeRO-3 and checkpointing a loss on captured tensors alone crashes
-        # in backward. One value a row, so that the sum cannot overflow in fp16.
+        # This connects the loss to the model's output: with ZeRO-3 and checkpointing, backward crashes if a loss
+        # depends only on captured tensors. Only one value of each row is summed, so that fp16 cannot overflow.
         end = student.logits
         if end is None:
             assert student.output is not None  # a language model's trace has it instead of logits
@@ -166,15 +166,16 @@ class Distiller(Distillation):
 
     The loss is Σ_k weight_k · Σ_parts sum / count. `count` is the number of items in the part's sum (valid tokens,
     rows, predicted tokens or pairs) over all micro-batches and ranks of an optimizer step. An average of averages would
-    give a token of a short batch more weight than one of a long batch. So counts come first:
+    give a token of a short batch more weight than one of a long batch. So the counts are computed first:
 
         counts = distiller.counts(batches)            # all micro-batches of this rank's step; the ranks add up
         for batch in batches:
             distiller(batch, counts=counts).loss.backward()
 
-    `out.loss` is this micro-batch's share times the number of ranks W. Its gradient, added up over the micro-batches
-    and averaged over the ranks, is the gradient of the step's loss. Plain loops, DDP and FSDP do exactly that.
-    DeepSpeed and Accelerate also divide by the number A of micro-batches in a step; so multiply by A:
+    `out.loss` is this micro-batch's share of the step's loss times the number of ranks W. Its gradient, added up over
+    the micro-batches and averaged over the ranks, is the gradient of the step's loss. Plain loops, DDP and FSDP add up
+    and average in this way. DeepSpeed and Accelerate also divide by the number A of micro-batches in a step, so
+    multiply by A:
 
         engine.backward(A * distiller_engine(batch, counts=counts).loss)
 
@@ -199,8 +200,8 @@ class Distiller(Distillation):
         """Check that the models and terms fit together, and put the student under capture.
 
         Args:
-            teacher: a transformers model, the result of `shard_teacher`, or None if no term needs one. It is frozen:
-                evaluation mode, no gradients; its type stays.
+            teacher: a transformers model, the result of `shard_teacher`, or None if no term needs one. It is frozen
+                (evaluation mode, no gradients); its type does not change.
             student: a transformers model of the same task, on its device, before it is wrapped (DDP, DeepSpeed, FSDP
                 of the whole); layers may be sharded already.
             terms: settings by term name, as in a config: dicts, or objects of dsdistill.terms.
@@ -208,7 +209,8 @@ class Distiller(Distillation):
                 classes, except for those without a head.
             distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w.
             backend: operator backend, as train.backend.
-            pooling: of student and teacher, for task embedding: mean, cls or last, as student.pooling of a config.
+            pooling: for the task embedding, the pooling of student and of teacher: mean, cls or last, as
+                student.pooling in a config.
 
         Raises:
             UserError: one line for the first thing that does not fit; in this case nothing has been changed.
@@ -257,9 +259,9 @@ class Distiller(Distillation):
         super().__init__(student_tracer, teacher_tracer, objective, geometry)
 
     def counts(self, batches: Sequence[Batch | Mapping[str, Any]]) -> Tensor:
-        """Return (parts of all terms,) float64: what the sums of a step are divided by.
+        """Return (parts of all terms,) float64: the divisors of a step's sums.
 
-        If torch.distributed is initialised, they are added up over the ranks: every rank must call this.
+        If torch.distributed is initialised, they are added up over the ranks, so every rank must call this.
 
         Args:
             batches: all micro-batches of this rank's step, as `forward` takes them.
@@ -271,19 +273,19 @@ class Distiller(Distillation):
             raise UserError(f"{ORIGIN}: counts", type(batches).__name__, "a list of a step's micro-batches")
         return super().counts([self._batch(batch) for batch in batches])
 
-    # It returns more than a Distillation does, so that the caller's loop can log each term.
+    # This returns more than Distillation.forward, so that the caller's loop can log each term.
     def forward(  # type: ignore[override]
         self, batch: Batch | Mapping[str, Any], counts: Tensor | None = None
     ) -> Output:
         """Return the loss of one micro-batch, and its terms.
 
         Args:
-            batch: input_ids, attention_mask, labels, token_type_ids, position_ids as collators give them, see
-                data.inputs.as_batch; it is moved to the student's device.
-            counts: the step's counts, see the class; None: the batch is a whole step.
+            batch: input_ids, attention_mask, labels, token_type_ids, position_ids as collators give them; see
+                data.inputs.as_batch. It is moved to the student's device.
+            counts: the step's counts; see the class. None: the batch is a whole step.
 
         Raises:
-            UserError: an input has another form, or the terms need one that is missing.
+            UserError: an input has another form, or the terms need an input that is missing.
         """
         batch = self._batch(batch)
         if self.training:
@@ -293,7 +295,7 @@ class Distiller(Distillation):
             counts = super().counts([batch]) if everywhere else self.own_counts([batch])
         try:
             loss = super().forward(batch, counts)
-        except BackendError as error:  # some show only at the first call
+        except BackendError as error:  # some backends fail only at the first call
             raise UserError(
                 f"{ORIGIN}: backend", str(error), "auto, or a backend that runs every term"
             ) from None
@@ -302,11 +304,11 @@ class Distiller(Distillation):
         return Output(ranks * loss.total, {name: TermValue(*pair) for name, pair in values.items()})
 
     def update(self, outputs: Sequence[Output]) -> None:
-        """Update layer weights that move (`layer_weights: dynamic`, `layers: emd`) from the losses of a step.
+        """Update layer weights that change in training (`layer_weights: dynamic`, `layers: emd`) from a step's losses.
 
-        Call it after each optimizer step, on every rank, with what `forward` returned for the step's micro-batches. If
-        no weight moves, it does nothing. `distiller.objective.begin(steps)` sets the length of training;
-        `distiller.objective.state()` and `.restore()` carry the weights over a restart.
+        Call it after each optimizer step, on every rank, with the results of `forward` for the step's micro-batches. If
+        no layer weight changes in training, it does nothing. `distiller.objective.begin(steps)` sets the length of
+        training; `distiller.objective.state()` and `.restore()` keep the weights over a restart.
         """
         if not self.objective.moves:
             return
@@ -317,7 +319,7 @@ class Distiller(Distillation):
         self.objective.update(raw)
 
     def detach(self) -> None:
-        """Remove the capture from both models; the Distiller then makes no more traces."""
+        """Remove the capture from both models. After this the Distiller makes no traces."""
         for tracer in (self.student, self.teacher):
             if tracer is not None:
                 tracer.capture.detach()
@@ -344,7 +346,7 @@ class Distiller(Distillation):
 
 
 def check_heads(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    """Refuse classifiers that do not fit each other or the task, before the first batch fails."""
+    """Refuse classifiers that do not fit each other or the task, so that the first batch does not fail."""
     if objective.task in LANGUAGE:
         return
     models = {"student": student} | ({"teacher": teacher} if teacher is not None else {})
@@ -374,13 +376,13 @@ def _check_apart(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def _attention(model: PreTrainedModel) -> str:
-    """Return a model's attention implementation, as a config names it; auto if a config has no such name."""
+    """Return a model's attention implementation by its name in a config; auto if a config has no name for it."""
     used = text_config(model.config)._attn_implementation
     return used if used in get_args(AttentionName) else "auto"
 
 
 def _pad(config: PretrainedConfig) -> int | None:
-    """Return the padding token; None if the config names none, or one outside the vocabulary."""
+    """Return the padding token; None if the config names none, or names one outside the vocabulary."""
     pad = setting(text_config(config), "pad_token_id")
     return pad if isinstance(pad, int) and 0 <= pad < text_config(config).vocab_size else None
 
@@ -388,7 +390,7 @@ def _pad(config: PretrainedConfig) -> int | None:
 def _tell_zero(module: Distillation, _) -> None:
     """Tell ZeRO-3, as a forward pre-hook, which parameters are used outside the submodule that holds them.
 
-    DeepSpeed detects most such uses itself, at the first one; this does not rely on it.
+    DeepSpeed itself detects most such uses when they first occur, but this code does not rely on that.
     """
     unknown = [parameter for parameter in module.student.head if hasattr(parameter, "ds_id")]
     if unknown:
@@ -416,13 +418,13 @@ def _same_task(student: PreTrainedModel, teacher: PreTrainedModel | None, given:
 def _config(
     task: str, terms: Mapping[str, Any] | Terms, teacher: bool, distill_weight: float | None, backend: str
 ) -> Config:
-    """Validate the arguments as a config is."""
+    """Validate the arguments in the same way as a config."""
     given = terms.named() if isinstance(terms, Terms) else terms
     if not isinstance(given, Mapping):
         raise UserError(f"{ORIGIN}: terms", type(terms).__name__, "a dict of terms by name")
     models: dict[str, Any] = {"student": {"config": {}}} | ({"teacher": {"config": {}}} if teacher else {})
     train = {"distill_weight": distill_weight, "backend": backend}
-    # A batch itself says whether its texts are in pairs.
+    # The names of columns do not matter here, because a batch itself says whether its texts are pairs.
     data = {"data": {"text": ["query", "document"]}} if task == EMBEDDING else {}
     made = make_config({"task": task, **models, **data, "terms": dict(given), "train": train}, ORIGIN)
     for name, term in made.terms.named().items():

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t UNLIMITED = int64_t(1) << 62;
 
-// Pairs (query, key) that exist in one sequence.
+// The number of pairs (query, key) that exist in one sequence.
 int64_t count_pairs(const AttentionArguments& a, int64_t b) {
   const int64_t *positions = a.positions + b * a.tokens, count = a.counts[b];
   if (!a.segments && a.window >= a.tokens) return a.causal ? count * (count + 1) / 2 : count * count;
@@ -28,12 +28,12 @@ int64_t count_pairs(const AttentionArguments& a, int64_t b) {
   return pairs;
 }
 
-// Queries of each sequence that are compared, ascending, as AttentionArguments has them. Those that are named twice
-// have the sum of their weights, those that are masked or weigh nothing are left out.
+// The compared queries of each sequence, ascending, in the form that AttentionArguments needs. A query that is named
+// twice has the sum of its weights. Queries that are masked or have weight 0 are left out.
 struct ComparedRows {
   std::vector<int64_t> places, positions, counts;
   std::vector<double> weights;
-  int64_t most = 0;  // of any sequence
+  int64_t most = 0;  // largest count of any sequence
 
   ComparedRows(const std::optional<Tensor>& rows, const std::optional<Tensor>& row_weights, const ValidTokens& valid,
                int64_t batch, int64_t tokens)
@@ -71,7 +71,7 @@ struct ComparedRows {
   }
 };
 
-// More shares than one only where heads do not fill the threads evenly.
+// There is more than one share only if the heads do not fill the threads evenly.
 int64_t shares_of(int64_t heads, int64_t threads, int64_t tokens) {
   if (heads == 0 || heads % threads == 0 || heads >= 4 * threads) return 1;
   const int64_t wanted = (2 * threads + heads - 1) / heads, blocks = (tokens + 63) / 64;

@@ -7,9 +7,10 @@
 
 namespace dsd {
 
-// Loss, gradient at the student's query and at its key (empty where not asked for), all final: `mean` divides
-// both. divergence: 0 kl, 1 mse, 2 score_mse. window < 0: unlimited. segments: (B, N) int64. rows: (B, R) int64, the
-// positions of the queries that are compared, negative: none; row_weights: (B, R) float64, both or neither.
+// Returns the loss and its gradients at the student's query and key (empty where not asked for), all final: `mean`
+// divides the loss and the gradients. divergence: 0 kl, 1 mse, 2 score_mse. window < 0: unlimited. segments: (B, N)
+// int64. rows: (B, R) int64, the positions of the compared queries; a negative one names none. row_weights: (B, R)
+// float64. Give both or neither.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> attention_alignment_cpu(
     torch::stable::Tensor student_query, torch::stable::Tensor student_key, torch::stable::Tensor teacher_query,
     torch::stable::Tensor teacher_key, std::optional<torch::stable::Tensor> mask,

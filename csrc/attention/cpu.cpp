@@ -7,9 +7,9 @@
 // then dQ = scale · dS K and dK = scale · dSᵀ Q.
 //
 // A task owns one key head of one sequence (or a share of its query blocks), so nothing is added atomically and
-// results are reproducible. A block of queries holds its scores at full width: the softmax is exact and dS takes
-// its place, four products for each block and nothing computed twice. Masked tokens are left out when the tensors
-// are packed, so padding costs nothing; causal order and windows shorten the range of keys of a block.
+// results are reproducible. A block of queries holds its scores at full width: the softmax is exact, and dS overwrites
+// it. Each block takes four products, and nothing is computed twice. Masked tokens are left out when the tensors are
+// packed, so padding costs nothing. Causal order and windows shorten the range of keys of a block.
 #include "cpu.h"
 
 #include "../common/gemm.h"
@@ -21,7 +21,7 @@ namespace dsd {
 namespace DSD_ISA {
 namespace {
 
-// Keys for one block of dQ: their rows stay in the first-level cache while all query tiles pass.
+// Keys for one block of dQ: their rows stay in the first-level cache while all query tiles use them.
 constexpr int64_t KEY_BLOCK = 128;
 
 template <class T>
@@ -70,7 +70,7 @@ void pack_panels(const Source& key, int64_t base, const int64_t* positions, int6
   }
 }
 
-// Rows of `positions`, times `factor`, `padded` elements apart, zeros behind.
+// The rows of `positions`, multiplied by `factor`, `padded` elements apart, with zeros after them.
 template <class T>
 void pack_rows(const Source& source, int64_t base, const int64_t* positions, int64_t count, int64_t total,
                int64_t width, int64_t padded, T factor, T* out) {
@@ -84,7 +84,7 @@ void pack_rows(const Source& source, int64_t base, const int64_t* positions, int
   }
 }
 
-// Of the summed key gradients: queries are packed with their scale in units of log 2, as pairs without any scale.
+// The factor of the summed key gradients. Queries are packed with their scale in units of log 2, in pairs.h without it.
 inline double key_factor(const AttentionArguments& a) {
   return uses_pairs(a) ? a.coefficient * a.student_scale : a.coefficient / score_unit(a);
 }
@@ -127,12 +127,12 @@ class Task {
     write_key_gradient<T>(a, d_key, layout.student_row_width, T(key_factor(a)), b, key_head, positions, count, scratch);
   }
 
-  // Queries start … stop − 1 of those that are compared.
+  // Processes the compared queries start … stop − 1.
   double block(int64_t b, int64_t h, const int64_t* positions, int64_t count, int64_t start, int64_t stop) {
     const int64_t rows = stop - start, padded_rows = round_up(rows, TILE_ROWS);
     const int64_t *places = a.row_places + b * a.tokens + start, *own = a.row_positions + b * a.tokens + start;
     const double* weights = a.row_weights ? a.row_weights + b * a.tokens + start : nullptr;
-    // Keys that any query of the block sees, widened to whole panels.
+    // The range of keys that any query of the block sees, widened to whole panels.
     const int64_t panel = TILE_COLUMNS<T>;
     const int64_t first = sight.first(positions, count, places[0], places[0]) / panel * panel;
     const int64_t last = round_up(sight.last(positions, count, places[rows - 1], places[rows - 1] + 1), panel);
@@ -193,12 +193,12 @@ class Task {
     }
   }
 
-  // The one after the last key that any of TILE_ROWS rows from i on sees by causal order, of keys up to `last`.
+  // The end of the keys that any of the TILE_ROWS rows from i on sees by causal order, at most `last`.
   int64_t end_of_tile(const int64_t* places, int64_t i, int64_t rows, int64_t last) const {
     return a.causal ? smaller(last, places[smaller(i + TILE_ROWS, rows) - 1] + 1) : last;
   }
 
-  // Where causal order leaves no pair of a tile its scores are not written: `hide` does that.
+  // If causal order leaves no pair of a tile, its scores are not written here, because `hide` writes them.
   void product_of_scores(const T* tiles, const T* panels, int64_t depth, const int64_t* places, int64_t first,
                          int64_t last, int64_t rows, T* scores) const {
     const int64_t panel = TILE_COLUMNS<T>;
@@ -230,7 +230,7 @@ class Task {
   // dKᵀ += Qᵀ dS, a panel of keys at a time.
   void key_gradient(const int64_t* places, int64_t first, int64_t last, int64_t rows, int64_t padded_rows) const {
     const int64_t panel = TILE_COLUMNS<T>, width = layout.student_row_width;
-    int64_t from = 0;  // rows before it see none of the panel's keys
+    int64_t from = 0;  // earlier rows see none of the panel's keys
     for (int64_t j = first; j < last; j += panel) {
       while (a.causal && from < rows && places[from] < j) ++from;
       for (int64_t d = 0; d < width; d += TILE_ROWS)
@@ -253,7 +253,7 @@ void run_tasks(const AttentionArguments& a, int64_t first, int64_t last, void* w
   for (int64_t i = first; i < last; ++i) run_task(a, task, i);
 }
 
-// elements, row_width: of one share's key gradients, as columns of row_width features.
+// elements, row_width: the size of one share's key gradients, and the features of their columns.
 template <class T>
 void merge_shares(const AttentionArguments& a, int64_t first, int64_t last, int64_t elements, int64_t row_width) {
   T row[1024];

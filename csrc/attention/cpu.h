@@ -1,4 +1,4 @@
-// Attention alignment on a CPU: what the kernel is told and the entry points of its builds.
+// Attention alignment on a CPU: the kernel's arguments and the entry points of its builds.
 #pragma once
 
 #include "../common/source.h"
@@ -13,23 +13,24 @@ struct AttentionArguments {
   // Valid tokens of each sequence, in order: positions[b · tokens + i], i < counts[b].
   const int64_t* positions;
   const int64_t* counts;
-  // Queries that are compared, ascending: place among the valid tokens and position, at b · tokens + i, i <
-  // row_counts[b].
+  // The compared queries, ascending: each one's place among the valid tokens, and its position, at b · tokens + i,
+  // i < row_counts[b].
   const int64_t* row_places;
   const int64_t* row_positions;
   const int64_t* row_counts;
-  const double* row_weights;  // of their sums and gradients; null: 1
+  const double* row_weights;  // factors of the rows' sums and gradients; null: 1
   const int64_t* segments;    // (B, N) or null
   Divergence divergence;
   bool causal;
   int64_t window;  // keys at distance < window count
   double student_scale, teacher_scale;
-  double coefficient;  // of the gradients
-  // Contiguous, d_query zero beforehand where no row is, d_key at masked tokens; null where no gradient is wanted.
+  double coefficient;  // factor of the gradients
+  // Contiguous; null if no gradient is wanted. Beforehand d_query is zero at queries that are not compared, and d_key
+  // is zero at masked tokens.
   void* d_query;
   void* d_key;
   Type d_query_type, d_key_type;
-  // One task for each sequence, student key head and share of the query blocks.
+  // There is one task for each sequence, student key head and share of the query blocks.
   int64_t shares;
   double* values;       // one sum for each task
   void* key_gradients;  // shares > 1: workspace of key_gradient_elements(…) for each task

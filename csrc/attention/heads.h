@@ -1,4 +1,4 @@
-// The walk over key heads, query heads and query blocks, for any kernel of a block.
+// The walk over key heads, query heads and query blocks, for any kernel that processes a block.
 #pragma once
 
 #include "../common/gemm.h"
@@ -7,7 +7,7 @@
 namespace dsd {
 namespace DSD_ISA {
 
-// One task: a key head of one sequence, or a share of its query blocks. `Kernel` packs operands and does blocks.
+// One task: a key head of one sequence, or a share of its query blocks. `Kernel` packs operands and processes blocks.
 template <class Kernel>
 void run_task(const AttentionArguments& a, Kernel& kernel, int64_t task) {
   const int64_t share = task % a.shares, key_head = task / a.shares % a.student_kv_heads;
@@ -21,7 +21,7 @@ void run_task(const AttentionArguments& a, Kernel& kernel, int64_t task) {
     const int64_t teacher_head = h / (a.heads / a.teacher_kv_heads);
     if (teacher_head != packed_teacher) kernel.pack_teacher_key(b, teacher_head, positions, count);
     packed_teacher = teacher_head;
-    // Shares take every so-many-th block: with causal order later blocks cost more.
+    // A share takes one block in every `shares` blocks, because with causal order later blocks cost more.
     for (int64_t start = share * BLOCK_ROWS; start < rows; start += a.shares * BLOCK_ROWS)
       value += kernel.block(b, h, positions, count, start, smaller(start + BLOCK_ROWS, rows));
   }
@@ -29,7 +29,7 @@ void run_task(const AttentionArguments& a, Kernel& kernel, int64_t task) {
   if (a.d_key && a.shares == 1) kernel.write_key(b, key_head, positions, count);
 }
 
-// Gradients of one key head, kept as columns, times `factor` as rows of the valid tokens.
+// Writes the gradients of one key head, kept as columns, as rows of the valid tokens, multiplied by `factor`.
 template <class T>
 void write_key_gradient(const AttentionArguments& a, const T* columns, int64_t column_height, T factor, int64_t b,
                         int64_t key_head, const int64_t* positions, int64_t count, T* scratch) {

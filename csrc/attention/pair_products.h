@@ -12,7 +12,7 @@
 namespace dsd {
 namespace DSD_ISA {
 
-// Words along a summed axis of features: what one tile register holds.
+// Words along a summed axis of features, as many as a row of one tile register holds.
 constexpr int64_t PAIR_DEPTH = 16;
 constexpr int64_t PAIR_COLUMNS = 32;
 
@@ -20,8 +20,8 @@ constexpr int64_t PAIR_COLUMNS = 32;
 
 constexpr int64_t PAIR_ROWS = 32;
 
-// The tile registers of one thread: eight of 16 rows of 64 bytes. They are released at the end, since others (oneDNN)
-// configure them for themselves.
+// The tile registers of one thread: eight registers of 16 rows of 64 bytes. They are released at the end, since other
+// libraries (oneDNN) configure them for themselves.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -40,7 +40,7 @@ class TileRegisters {
 template <bool ACCUMULATE>
 __attribute__((noinline)) void pair_tile(int64_t depth, const uint32_t* a, int64_t a_row, const uint32_t* b,
                                          int64_t b_step, float* c, int64_t c_row) {
-  // GCC does not know that tile loads read memory: stores to the operands must not be moved behind them.
+  // GCC does not know that tile loads read memory, so this keeps it from moving stores to the operands behind them.
   asm volatile("" ::: "memory");
   const int64_t below = 16 * c_row;
   if (ACCUMULATE) {
@@ -134,7 +134,7 @@ inline void transpose_words(const uint32_t* in, int64_t in_row, uint32_t* out, i
   }
 }
 
-// Element i of one vector beside element i of the other, as words: those of the elements 0 … 15 and 16 … 31.
+// Pairs element i of one vector with element i of another, as words: first the elements 0 … 15, then 16 … 31.
 class Interleave {
  public:
   Interleave() {

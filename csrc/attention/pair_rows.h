@@ -1,10 +1,10 @@
 // Rows of scores on the way to dS, for bfloat16: exponentials are taken a chunk of keys at a time, while the chunk's
 // scores are in the first caches.
 //
-// Each of a vector's 16 lanes is a softmax of its own over every sixteenth key: it has a maximum so far, and sums
+// Each of a vector's 16 lanes has its own softmax over every sixteenth key: it keeps its maximum so far, and sums
 // relative to it. So no chunk needs a reduction across lanes, and sums are rescaled once a chunk (the online softmax of
-// Milakov and Gimelshein 2018). `finish` joins the lanes and turns the maximum that each chunk used into the factor
-// from its exponentials to probabilities.
+// Milakov and Gimelshein 2018). `finish_row` joins the lanes. It also turns the maximum that each chunk used into the
+// factor by which the chunk's exponentials become probabilities.
 #pragma once
 
 #include "pair_products.h"
@@ -15,11 +15,11 @@
 namespace dsd {
 namespace DSD_ISA {
 
-// 64 and 128 keys were slower, with more joints between the chunks.
+// Chunks of 64 and 128 keys were slower, because there are more of them.
 constexpr int64_t KEY_CHUNK = 256;
 
-// 2^x for x ≤ 0, 0 below -125, with the polynomial of vector.h; an instruction scales it by a power of two. Lanes that
-// become 0 are masked, since results below the normal numbers take a hundred times as long.
+// 2^x for x ≤ 0, and 0 below -125: the polynomial of vector.h, which an instruction scales by a power of two. Lanes
+// that become 0 are masked, since subnormal results take a hundred times as long.
 inline __m512 exp2_scaled(__m512 x) {
   const __m512 magic = _mm512_set1_ps(12582912.0f);
   const __m512 whole = (x + magic) - magic, r = x - whole;
@@ -32,7 +32,7 @@ inline __m512 exp2_scaled(__m512 x) {
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-125.0f), _CMP_GE_OQ), p, whole);
 }
 
-// From raw products to scores in units of log 2 (as they are for score_mse), and what stands for a hidden key.
+// Factors from raw products to scores in units of log 2 (raw scores for score_mse), and the products of hidden keys.
 struct ScoreFactors {
   float s, t, hidden_s, hidden_t;
 
@@ -43,28 +43,29 @@ struct ScoreFactors {
     s = float(fabs(a.student_scale) * unit), t = float(fabs(a.teacher_scale) * unit);
     hidden_s = hidden_t = 0;
     if (raw) return;
-    // A scale of 0 would show hidden keys.
+    // With a scale of 0 hidden keys would count.
     s = s > 1e-30f ? s : 1e-30f, t = t > 1e-30f ? t : 1e-30f;
     hidden_s = -1e30f / (s > 1e-7f ? s : 1e-7f), hidden_t = -1e30f / (t > 1e-7f ? t : 1e-7f);
   }
 };
 
-// Lanes of one row. mse: squares = Σ e_S², products = Σ e_S e_T; kl: products = Σ e_T (log2 e_T − log2 e_S).
+// The sums of one row, lane by lane. mse: squares = Σ e_S², products = Σ e_S e_T; kl: products = Σ e_T (log2 e_T −
+// log2 e_S).
 struct RowSums {
   __m512 top_s, top_t, sum_s, sum_t, squares, products;
 };
 
-// One chunk's maxima of both models, later the factors from exponentials to probabilities.
+// The maxima of one chunk for both models; later the factors by which its exponentials become probabilities.
 struct ChunkFactors {
   __m512 s, t;
 };
 
-// What turns a row's probabilities into dS: mse's r = Σ P_S (P_S − P_T), and the row's weight.
+// The numbers that turn a row's probabilities into dS: r = Σ P_S (P_S − P_T) of mse, and the row's weight.
 struct PairFactors {
   float mean, times;
 };
 
-// Exponentials take the places of `width` products, a multiple of 16.
+// Exponentials overwrite `width` products; width is a multiple of 16.
 template <Divergence D>
 inline void add_chunk(float* s, float* t, int64_t width, bool first, const ScoreFactors& by, RowSums& row,
                       ChunkFactors& chunk) {
@@ -132,7 +133,7 @@ inline double finish_row(const RowSums& row, const ScoreFactors& by, int64_t chu
   return value;
 }
 
-// dS of one vector; `squares` gathers the value of mse and score_mse.
+// dS of one vector; the value of mse and score_mse is added to `squares`.
 template <Divergence D>
 inline __m512 pair_slope(__m512 s, __m512 t, const ChunkFactors& by, const PairFactors& f, __m512& squares) {
   const __m512 p = s * by.s, difference = p - t * by.t;

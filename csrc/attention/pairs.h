@@ -1,9 +1,9 @@
 // Attention alignment of bfloat16 tensors with the processor's bfloat16 products (AVX512_BF16 or AMX).
 //
-// The inputs are bfloat16 already, so the scores are exact products; dS is rounded to bfloat16 before dQ and dK, as
-// PyTorch does in bfloat16. Softmax and sums stay in float32. A block of queries goes twice over its keys, a chunk at a
-// time: products and exponentials first, which are held at full width, then dS of a chunk and what it adds to dQ and
-// dK.
+// The inputs are bfloat16 already, so the scores are exact products. dS is rounded to bfloat16 before dQ and dK, as
+// PyTorch does in bfloat16. Softmax and sums stay in float32. A block of queries walks its keys twice, a chunk at a
+// time. The first walk finds products and exponentials, which are held at full width. The second finds dS of a chunk
+// and adds its part of dQ and dK.
 #pragma once
 
 #include "heads.h"
@@ -54,7 +54,7 @@ struct PairLayout {
            2 * query() + query_columns() + scratch() + columns * (depth_s + depth_t) + columns / 2 * tile_width;
   }
 
-  // Of dS of one chunk: a row's pairs of keys, and a pair of rows at every key; with a cache line to spare, as above.
+  // Strides of a chunk's dS: a row's pairs of keys, and a pair of rows at every key. One more cache line, as above.
   static constexpr int64_t SLOPE_STRIDE = KEY_CHUNK / 2 + 16, PAIR_STRIDE = KEY_CHUNK + 16;
 };
 
@@ -112,7 +112,8 @@ class PairTask {
   }
 
  private:
-  // Compared queries start … stop − 1: `places` among the valid tokens, keys [first, last) that any of them sees.
+  // The compared queries start … stop − 1: their `places` among the valid tokens, and the keys [first, last) that any
+  // of them sees.
   struct Block {
     int64_t b, rows, padded_rows, count, first, last;
     const int64_t *positions, *places;
@@ -159,7 +160,7 @@ class PairTask {
     return value;
   }
 
-  // The row at `offset` in 2 · words elements, zeros behind `width`.
+  // Reads the row at `offset` into 2 · words elements, with zeros after `width`.
   static void read_row(const Source& source, int64_t offset, int64_t width, int64_t words, uint32_t* out) {
     const uint16_t* from = static_cast<const uint16_t*>(source.data) + offset;
     uint16_t* to = reinterpret_cast<uint16_t*>(out);
@@ -182,7 +183,7 @@ class PairTask {
     }
   }
 
-  // Rows of feature pairs, zeros behind `count`.
+  // Rows of feature pairs, with zeros after `count`.
   static void pack_rows(const Source& source, int64_t base, const int64_t* positions, int64_t count, int64_t total,
                         int64_t width, int64_t depth, bool negative, uint32_t* out) {
     for (int64_t i = 0; i < total; ++i, out += depth) {
@@ -196,7 +197,7 @@ class PairTask {
     }
   }
 
-  // Tokens 2i and 2i + 1 in one row of tile_width words; zeros behind `count` and `width`.
+  // Tokens 2i and 2i + 1 in one row of tile_width words, with zeros after `count` and `width`.
   void pack_pairs(const Source& source, int64_t base, const int64_t* positions, int64_t count, int64_t total,
                   int64_t width, uint32_t* out) const {
     const int64_t half = layout.tile_width / 2;
@@ -212,14 +213,14 @@ class PairTask {
   void pack_query_columns(int64_t base, const int64_t* own, int64_t rows) {
     const int64_t width = layout.tile_width, step = 32;
     for (int64_t i = 0; i < rows; i += step) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(d_query);  // free until the first chunk of keys
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(d_query);  // not in use until the first chunk of keys
       pack_pairs(a.student_query, base, own + i, rows - i, step, a.student_width, pairs);
       for (int64_t d = 0; d < width; d += 16)
         transpose_words(pairs + d, width, query_columns + d * BLOCK_ROWS / 2 + i / 2, BLOCK_ROWS / 2);
     }
   }
 
-  // The one after the last key that any of the `height` rows from i on sees, rounded up to a tile's columns.
+  // The end of the keys that any of the `height` rows from i on sees, rounded up to a tile's columns.
   int64_t end_of(const Block& block, int64_t i, int64_t height) const {
     if (!a.causal) return block.last;
     return smaller(block.last, round_up(block.places[smaller(i + height, block.rows) - 1] + 1, PAIR_COLUMNS));
@@ -231,8 +232,8 @@ class PairTask {
       pair_tile<false>(depth, queries, depth, panels + j * depth, PAIR_COLUMNS, out + (j - from), stride);
   }
 
-  // Exponentials of both models (products for score_mse) at full width, their factors in each chunk and each row's.
-  // Returns the part of the value that is known then.
+  // Computes the exponentials of both models (products for score_mse) at full width, and their factors for each chunk
+  // and each row. Returns the part of the value that is known by then.
   template <Divergence D>
   double exponentials(const Block& block, PairFactors* of_rows) const {
     int64_t row_first[BLOCK_ROWS], row_last[BLOCK_ROWS];
@@ -251,7 +252,7 @@ class PairTask {
         products(query_s + group * layout.depth_s, panels_s, layout.depth_s, from, to, stride, s);
         products(query_t + group * layout.depth_t, panels_t, layout.depth_t, from, to, stride, t);
         for (int64_t i = group; i < smaller(group + PAIR_ROWS, block.rows); ++i, s += stride, t += stride) {
-          const int64_t end = smaller(to, end_of(block, i / 2 * 2, 2));  // of a pair of rows, as `slopes` reads them
+          const int64_t end = smaller(to, end_of(block, i / 2 * 2, 2));  // `slopes` reads pairs of rows
           if (end <= from) continue;
           sight.hide(block.b, block.positions, block.places[i], from, end, row_first[i], row_last[i], by.hidden_s,
                      by.hidden_t, s, t);
@@ -271,7 +272,7 @@ class PairTask {
     return value;
   }
 
-  // dS of keys [from, to) as rows of key pairs and as rows of query pairs. Returns its part of the value.
+  // Computes dS of keys [from, to), as rows of key pairs and as rows of query pairs. Returns its part of the value.
   template <Divergence D>
   double slopes(const Block& block, const PairFactors* of_rows, int64_t from, int64_t to) const {
     const int64_t chunk = (from - block.first) / KEY_CHUNK;
@@ -283,7 +284,7 @@ class PairTask {
       uint32_t* pairs = slope_pairs + i / 2 * PairLayout::PAIR_STRIDE;
       const float *s = scores_s + i * layout.score_stride + (from - block.first), *s1 = s + layout.score_stride;
       const float *t = scores_t + i * layout.score_stride + (from - block.first), *t1 = t + layout.score_stride;
-      // A row of padding has products of 0; factors of 0 make its dS 0.
+      // A row of padding has products of 0, so factors of 0 make its dS 0.
       ChunkFactors chunks[2] = {};
       for (int64_t r = 0; r < 2 && i + r < block.rows && width > 0; ++r) {
         if (D == Divergence::score_mse)
@@ -341,7 +342,7 @@ class PairTask {
   // dKᵀ += Qᵀ dS, a panel of keys at a time.
   void key_gradient(const Block& block, int64_t from, int64_t to) const {
     const int64_t pair_rows = PAIR_ROWS < 32 ? PAIR_ROWS : 32;
-    int64_t group = 0;  // rows before it see none of the panel's keys
+    int64_t group = 0;  // earlier rows see none of the panel's keys
     for (int64_t j = from; j < to; j += PAIR_COLUMNS) {
       while (end_of(block, group, pair_rows) <= j) group += pair_rows;
       for (int64_t d = 0; d < layout.row_width; d += PAIR_ROWS)

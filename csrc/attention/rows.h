@@ -10,7 +10,7 @@ namespace DSD_ISA {
 // Scores enter the softmax in units of log 2, so that a power of two replaces the exponential.
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
-// What turns a row of exponentials into dS.
+// The numbers that turn a row of exponentials into dS.
 template <class T>
 struct RowFactors {
   T by_s, by_t;  // 1 / sum of the student's and teacher's exponentials
@@ -24,7 +24,7 @@ struct RowMaxima {
 
 template <class T>
 RowMaxima<T> row_maxima(const T* s, const T* t, int64_t width) {
-  // Two of each: a chain of one maximum would wait for its latency at every step.
+  // There are two maxima of each model, because a chain of one would wait for its latency at every step.
   Vec<T> s0 = broadcast(absent<T>), t0 = s0, s1 = s0, t1 = s0;
   for (int64_t j = 0; j < width; j += 2 * lanes<T>) {
     s0 = maximum<T>(s0, load(s + j));
@@ -35,7 +35,7 @@ RowMaxima<T> row_maxima(const T* s, const T* t, int64_t width) {
   return {max_lanes<T>(maximum<T>(s0, s1)), max_lanes<T>(maximum<T>(t0, t1))};
 }
 
-// Exponentials take the scores' places. Returns the row's KL.
+// Overwrites the scores with exponentials. Returns the row's KL.
 template <class T>
 double exponentials_kl(T* s, T* t, int64_t width, RowFactors<T>* factors) {
   const RowMaxima<T> top = row_maxima(s, t, width);
@@ -54,7 +54,7 @@ double exponentials_kl(T* s, T* t, int64_t width, RowFactors<T>* factors) {
   return LN_2 * double(sum_lanes<T>(difference)) / double(z_t) - (log(double(z_t)) - log(double(z_s)));
 }
 
-// As above for mse, whose value comes with dS.
+// Does the same for mse, whose value is found together with dS.
 template <class T>
 void exponentials_mse(T* s, T* t, int64_t width, RowFactors<T>* factors) {
   const RowMaxima<T> top = row_maxima(s, t, width);
@@ -73,7 +73,7 @@ void exponentials_mse(T* s, T* t, int64_t width, RowFactors<T>* factors) {
   *factors = {T(by_s), T(by_t), T(mean)};
 }
 
-// dS of one vector, from exponentials (scores for score_mse); `squares` gathers the value of mse and score_mse.
+// dS of one vector, from exponentials (scores for score_mse); the value of mse and score_mse is added to `squares`.
 template <class T, Divergence D>
 inline Vec<T> slope(Vec<T> s, Vec<T> t, const RowFactors<T>& f, Vec<T>& squares) {
   if (D == Divergence::kl) return s * f.by_s - t * f.by_t;
@@ -87,7 +87,7 @@ inline Vec<T> slope(Vec<T> s, Vec<T> t, const RowFactors<T>& f, Vec<T>& squares)
   return difference + difference;
 }
 
-// Exponentials and factors of a row, and the part of its value that is known then.
+// Computes exponentials and factors of a row. Returns the part of its value that is known by then.
 template <class T, Divergence D>
 double prepare_row(T* s, T* t, int64_t width, RowFactors<T>* factors) {
   if (D == Divergence::kl) return exponentials_kl(s, t, width, factors);
@@ -95,7 +95,7 @@ double prepare_row(T* s, T* t, int64_t width, RowFactors<T>* factors) {
   return 0;
 }
 
-// Returns the row's value; dS takes the place of `s`.
+// Returns the row's value; dS overwrites `s`.
 template <class T, Divergence D>
 double row(T* s, T* t, int64_t width, bool gradient) {
   RowFactors<T> factors{};
@@ -106,12 +106,12 @@ double row(T* s, T* t, int64_t width, bool gradient) {
   return value + double(sum_lanes<T>(squares));
 }
 
-// Keys that a query sees: by order, window and segment, among the valid tokens of one sequence.
+// The keys that a query sees by causal order, window and segment, among the valid tokens of one sequence.
 class Sight {
  public:
   explicit Sight(const AttentionArguments& arguments) : a(arguments) {}
 
-  // First key that query i sees; ranges only move forward, so the search starts at the previous one.
+  // The first key that query i sees. Ranges only move forward, so the search starts at the previous query's.
   int64_t first(const int64_t* positions, int64_t count, int64_t i, int64_t from) const {
     if (a.window >= a.tokens) return 0;
     int64_t j = from;
@@ -119,7 +119,7 @@ class Sight {
     while (j < count && positions[i] - positions[j] >= a.window) ++j;
     return j;
   }
-  // The one after the last key.
+  // The end of the keys that query i sees.
   int64_t last(const int64_t* positions, int64_t count, int64_t i, int64_t from) const {
     if (a.causal) return i + 1;
     if (a.window >= a.tokens) return count;
@@ -128,7 +128,7 @@ class Sight {
     return j;
   }
 
-  // Scores over keys [begin, end) of query i: those that it does not see become hidden_s and hidden_t.
+  // Of the scores of query i over keys [begin, end), sets those of keys that it does not see to hidden_s and hidden_t.
   template <class T>
   void hide(int64_t b, const int64_t* positions, int64_t i, int64_t begin, int64_t end, int64_t row_first,
             int64_t row_last, T hidden_s, T hidden_t, T* s, T* t) const {

@@ -1,4 +1,4 @@
-// Between torch's stable ABI and the kernels' plain structures.
+// Conversions between torch's stable ABI and the kernels' plain structures.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -48,7 +48,7 @@ inline Type type_of(const char* name, const Tensor& x) {
   }
 }
 
-// `x` as a Source whose axes are the last ones of four.
+// Returns `x` as a Source; its axes are the last of the Source's four.
 inline Source source_of(const char* name, const Tensor& x, int64_t dimensions) {
   check(x.dim() == dimensions,
         std::string(name) + ": got shape " + shape_of(x) + ", expected " + std::to_string(dimensions) + " axes");
@@ -86,7 +86,7 @@ inline ScalarType gradient_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
 }
 
-// A gradient like `x`, zero if `zeroed`; empty where none is wanted.
+// A gradient with the shape of `x`, zero if `zeroed`; an empty tensor if none is wanted.
 inline Tensor gradient_like(const Tensor& x, bool wanted, bool zeroed) {
   std::vector<int64_t> sizes = {0};
   if (wanted) sizes.assign(x.sizes().begin(), x.sizes().end());
@@ -103,7 +103,7 @@ inline Tensor scalar_like(const Tensor& x, double value, bool float64) {
   return out;
 }
 
-// Cache-line aligned memory of one thread, freed with its scope.
+// Cache-line aligned memory of one thread, freed when its scope ends.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes) : memory_(std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64 + 64))) {

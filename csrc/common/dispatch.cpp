@@ -16,8 +16,8 @@ namespace dsd {
 namespace {
 
 #ifdef DSD_X86
-// Whether the processor has tile registers with bfloat16 products and Linux lets this process use them. Their state is
-// large, so it must be asked for: once a process, for all its threads.
+// Whether the processor has tile registers with bfloat16 products and Linux lets this process use them. The state of
+// these registers is large, so a process must ask for it, once for all its threads.
 bool tiles_permitted() {
 #ifdef __linux__
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

@@ -1,4 +1,4 @@
-// The instruction sets that were built, and the one that runs.
+// The instruction sets that were built, and the one that is used.
 #pragma once
 
 #include <string>
@@ -10,16 +10,16 @@ enum class InstructionSet : int { portable, avx2, avx512, avx512_bf16, amx_bf16 
 
 const char* name_of(InstructionSet set);
 
-// Built into this library and present in this processor, the plainest first.
+// The sets that are built into this library and present in this processor, the simplest first.
 std::vector<InstructionSet> usable_instruction_sets();
 
-// The best usable one, or what DSDISTILL_ISA or choose_instruction_set names.
+// The best usable set, or the one that DSDISTILL_ISA or choose_instruction_set names.
 InstructionSet instruction_set();
 
 // Throws std::invalid_argument for a name that is unknown or not usable here.
 void choose_instruction_set(const std::string& name);
 
-// The build of a kernel for the instruction set that runs.
+// The build of a kernel for the instruction set that is used.
 template <class Kernel>
 const Kernel& select(const Kernel& portable, const Kernel* avx2, const Kernel* avx512, const Kernel* avx512_bf16,
                      const Kernel* amx_bf16) {

@@ -1,6 +1,7 @@
-// The one matrix product of all kernels: register tiles of ROWS × COLUMNS, operands packed so that no edge exists.
+// The matrix product of all kernels, in register tiles of ROWS × COLUMNS. Operands are packed so that all tiles are
+// whole.
 //
-// Buffers are padded with zeros to whole tiles; a padded product costs a little work and no branches.
+// Buffers are padded with zeros to whole tiles, which costs a little work but no branches.
 #pragma once
 
 #include "vector.h"
@@ -8,7 +9,7 @@
 namespace dsd {
 namespace DSD_ISA {
 
-// 16 of 32 registers hold sums with AVX-512, 12 of 16 otherwise.
+// With AVX-512, 16 of 32 registers hold sums, otherwise 12 of 16.
 constexpr int64_t TILE_ROWS = DSD_VECTOR_BYTES == 64 ? 8 : 6;
 constexpr int64_t TILE_VECTORS = 2;
 template <class T>
@@ -22,7 +23,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // c[r][:] (+)= Σ_k a[k·a_step + r·a_row] · b[k·b_step + :] for TILE_ROWS × TILE_COLUMNS elements.
-// Never inlined: inside a large function GCC keeps other values in registers and spills the sums at every step.
+// It is never inlined: inside a large function GCC keeps other values in registers and spills the sums at every step.
 template <class T, bool ACCUMULATE>
 __attribute__((noinline)) void tile(int64_t depth, const T* a, int64_t a_step, int64_t a_row, const T* b,
                                     int64_t b_step, T* c, int64_t c_row) {

@@ -1,4 +1,4 @@
-// Strided inputs and contiguous outputs of any floating type, as the kernels see them: no torch headers.
+// Strided inputs and contiguous outputs of any floating type, as the kernels see them, without torch headers.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace dsd {
 
 enum class Type : int { float32, bfloat16, float16, float64 };
 
-// A four-dimensional tensor with strides in elements; three- and two-dimensional ones leave the first at 0.
+// A four-dimensional tensor with strides in elements. For fewer dimensions the first strides stay 0.
 struct Source {
   const void* data = nullptr;
   Type type = Type::float32;
@@ -24,7 +24,7 @@ inline float from_bfloat16(uint16_t x) {
   return value;
 }
 
-// Round to nearest even; NaN keeps a mantissa bit.
+// Rounds to nearest even. NaN keeps a mantissa bit, so that it does not become infinity.
 inline uint16_t to_bfloat16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
@@ -33,7 +33,7 @@ inline uint16_t to_bfloat16(float x) {
 }
 
 inline float from_float16(uint16_t x) {
-  // The exponent is moved to float32's place and put right by a multiplication, which also mends subnormals.
+  // The exponent bits move to their place in float32. The multiplication corrects the exponent, also of subnormals.
   const uint32_t sign = uint32_t(x & 0x8000) << 16;
   uint32_t bits = uint32_t(x & 0x7fff) << 13;
   float value;
@@ -49,7 +49,7 @@ inline float from_float16(uint16_t x) {
   return value;
 }
 
-// Reads `count` elements `stride` apart, each times `factor`.
+// Reads `count` elements that are `stride` apart, and multiplies each by `factor`.
 template <class T>
 inline void read_run(const Source& source, int64_t offset, int64_t stride, int64_t count, T factor, T* out) {
   switch (source.type) {
@@ -76,7 +76,7 @@ inline void read_run(const Source& source, int64_t offset, int64_t stride, int64
   }
 }
 
-// Writes `count` contiguous elements, each times `factor`. float16 gradients are kept in float32.
+// Writes `count` contiguous elements, each multiplied by `factor`. float16 gradients are kept in float32.
 template <class T>
 inline void write_run(void* data, Type type, int64_t offset, int64_t count, T factor, const T* in) {
   if (type == Type::bfloat16) {

@@ -1,9 +1,9 @@
 // Vectors of the instruction set this file is compiled for.
 //
-// Every kernel source is compiled once for each instruction set, with DSD_ISA naming it and DSD_VECTOR_BYTES
-// giving its register width. Everything lives in the namespace DSD_ISA: were an inline function shared between
-// two builds, the linker would keep one of them, and the AVX-512 one does not run everywhere. For the same reason
-// kernels use no templates of the standard library.
+// Every kernel source is compiled once for each instruction set. DSD_ISA names the set, and DSD_VECTOR_BYTES is its
+// register width. Everything lies in the namespace DSD_ISA: if two builds shared an inline function, the linker would
+// keep only one of them, perhaps that of AVX-512, which does not run everywhere. For the same reason kernels use no
+// templates of the standard library.
 #pragma once
 
 #include <cmath>
@@ -31,7 +31,7 @@ using Vec = typename VectorOf<T>::type;
 template <class T>
 constexpr int64_t lanes = DSD_VECTOR_BYTES / int64_t(sizeof(T));
 
-// A score that stands for "no such key": its exponential is exactly 0, and differences of two stay finite.
+// The score of a key that does not exist. Its exponential is exactly 0; the difference of two such scores is finite.
 template <class T>
 constexpr T absent = sizeof(T) == 4 ? T(-1e30) : T(-1e300);
 
@@ -66,21 +66,22 @@ inline T max_lanes(Vec<T> v) {
   return best;
 }
 
-// 2^x for x ≤ 0, relative error 2e-7; 0 below -125, near the end of float32's normal numbers.
+// 2^x for x ≤ 0, with a relative error of 2e-7; 0 below -125, near the end of float32's normal numbers.
 inline Vec<float> exp2_nonpositive(Vec<float> x) {
   using V = Vec<float>;
-  // Adding 1.5·2^23 rounds to an integer, which then stands in the low bits of the sum.
+  // Adding 1.5·2^23 rounds x to an integer, which is then in the low bits of the sum.
   const V magic = broadcast(12582912.0f);
   const V shifted = x + magic;
   const V r = x - (shifted - magic);
-  // 2^r for |r| ≤ 1/2: 1 at 0 and the smallest largest relative error, 9e-8 before rounding.
+  // 2^r for |r| ≤ 1/2. This polynomial is 1 at 0, and has the least maximal relative error of such polynomials, 9e-8
+  // before rounding.
   V p = broadcast(1.3264726299e-3f);
   p = p * r + 9.6715130100e-3f;
   p = p * r + 5.5507337491e-2f;
   p = p * r + 2.4022242079e-1f;
   p = p * r + 6.9314697759e-1f;
   p = p * r + 1.0f;
-  // The integer joins the exponent.
+  // The integer is added to the exponent.
   typename VectorOf<float>::integer bits, exponent;
   memcpy(&exponent, &shifted, sizeof(exponent));
   memcpy(&bits, &p, sizeof(bits));

@@ -12,7 +12,7 @@ namespace {
 
 // Tokens of a block: enough to reuse every element of the projection, few enough to stay in the second-level cache.
 constexpr int64_t LONGEST_BLOCK = 96;
-// Blocks between the phases at least: fewer leave the parameters' sums too short for the work of loading them.
+// Least number of blocks between the phases: with fewer, the parameters' sums are too short for the cost of loading.
 constexpr int64_t CHUNK_BLOCKS = 4;
 
 }  // namespace
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hidden_alignment_cpu(Tensor student, 
   if (!nothing) {
     const HiddenKernel& kernel = DSD_SELECT(hidden_kernel);
     const int64_t size = float64 ? 8 : 4, threads = int64_t(torch::stable::get_num_threads());
-    // Every thread gets a block even of few tokens.
+    // Every thread gets a block, even if there are few tokens.
     a.block = std::min<int64_t>(LONGEST_BLOCK, ((a.count + threads - 1) / threads + 31) / 32 * 32);
     const int64_t blocks = (a.count + a.block - 1) / a.block;
     a.blocks = projection ? std::min(blocks, std::max<int64_t>(CHUNK_BLOCKS, threads)) : blocks;

@@ -7,8 +7,8 @@
 
 namespace dsd {
 
-// Loss and gradients at the student, projection and bias (empty where not asked for), all final: `mean` divides
-// by the sum of weights over valid tokens, times D_t for mse. weights: (B, N) float64, contiguous; 1 without.
+// Returns the loss and its gradients at student, projection and bias (empty where not asked for), all final: `mean`
+// divides by the sum of weights over valid tokens, times D_t for mse. weights: (B, N) float64, contiguous; default: 1.
 // divergence: 0 mse, 1 cosine.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
 hidden_alignment_cpu(torch::stable::Tensor student, torch::stable::Tensor teacher,

@@ -1,5 +1,5 @@
-// Rows of hidden states as a torch operator, on a GPU, and on a CPU with the same arithmetic one element at a time:
-// not for speed, but so that formulas, types and arguments are tested where there is no GPU.
+// Alignment of rows of hidden states as a torch operator. The CPU version does the same arithmetic as the GPU one, one
+// element at a time. It is slow: it exists so that formulas, types and arguments are tested where there is no GPU.
 #include "bind_rows.h"
 
 #include "../common/binding.h"
@@ -27,7 +27,7 @@ void check_float32(const char* name, const Tensor& x) {
   check(x.scalar_type() == ScalarType::Float && x.is_contiguous(), std::string(name) + ": expected contiguous float32");
 }
 
-// Everything but `values`, which is returned and must be kept.
+// Fills all of `rows`. Returns the tensor of `values`, which the caller must keep.
 Tensor arguments_of(HiddenRows& rows, const Tensor& y, const Tensor& target, const std::optional<Tensor>& bias,
                     const Tensor& weights, const Tensor& factor, int64_t divergence,
                     const std::optional<Tensor>& gradient) {

@@ -5,9 +5,10 @@
 //   cosine  L = Σ_t w_t (1 − cos(y, h_T))     g = −w (t̂ − cos · ŷ) / ‖y‖            DistilBERT, Sanh et al. 2019
 // then dh = g W, dW = Σ_t g hᵀ, db = Σ_t g.
 //
-// With a projection a chunk of tokens passes two phases. First each thread takes blocks of tokens: y, g and dh, W read
-// where it lies. Then each takes parts of dW, over all tokens of the chunk, so that dW exists once and not once for
-// each thread. Nothing is added across threads: results do not depend on their number.
+// With a projection a chunk of tokens passes two phases. In the first, each thread takes blocks of tokens and computes
+// y, g and dh; it reads W where it lies. In the second, each thread takes parts of dW, over all tokens of the chunk, so
+// that dW exists once and not once for each thread. Nothing is added across threads, so the results do not depend on
+// the number of threads.
 #include "cpu.h"
 
 #include "../common/gemm.h"
@@ -39,21 +40,21 @@ struct Layout {
     // One more cache line: rows a multiple of 4096 bytes apart would compete for the same cache sets.
     stride = round_up(rows_t, 64 / int64_t(sizeof(T))) + 64 / int64_t(sizeof(T));
   }
-  // Student as columns, dh, rows of W for y and for dh, one tile of y, one target, bias, one row of the student.
+  // In order: student as columns, dh, rows of W for y and for dh, a tile of y, a target, bias, a row of the student.
   int64_t elements(const HiddenArguments& a) const {
     const int64_t rows = 2 * rows_t + 2 * width_s;
     if (!projected) return rows;
     return a.block * width_s + block_rows * width_s + TILE_ROWS * width_s + DEPTH_BLOCK * width_s +
            TILE_ROWS * TILE_COLUMNS<T> + rows;
   }
-  // For each block g as rows, and the student as panels of features if dW is wanted.
+  // For each block: g as rows, and if dW is wanted the student as panels of features.
   int64_t block_elements(const HiddenArguments& a) const {
     return block_rows * stride + (by_projection ? a.block * width_s : 0);
   }
   bool direct(const HiddenArguments& a) const {
     return a.d_projection_type == type_of_element<T> && width_s == a.student_width && rows_t == a.teacher_width;
   }
-  // Sums of db, and of dW unless the result itself can hold them.
+  // The sums of db, and those of dW unless the result itself can hold them.
   int64_t parameter_elements(const HiddenArguments& a) const {
     if (!projected || !(a.d_projection || a.d_bias)) return 0;
     return rows_t + (a.d_projection && !direct(a) ? rows_t * width_s : 0);
@@ -74,7 +75,7 @@ inline int64_t offset_of(const HiddenArguments& a, const Source& source, int64_t
   return token / a.tokens * source.stride[1] + token % a.tokens * source.stride[2];
 }
 
-// Σ (y − target)²; g = factor · (y − target), over y or apart from it.
+// Returns Σ (y − target)²; g = factor · (y − target), which may overwrite y.
 template <class T>
 double squares(const T* y, const T* target, int64_t n, T factor, T* g) {
   Vec<T> sum{};
@@ -93,7 +94,7 @@ double squares(const T* y, const T* target, int64_t n, T factor, T* g) {
   return double(sum_lanes<T>(sum) + rest);
 }
 
-// 1 − cos(y, target); g = factor · its gradient.
+// Returns 1 − cos(y, target); g = factor · its gradient.
 template <class T>
 double cosine(const T* y, const T* target, int64_t n, double factor, T* g) {
   const double norm_y = sqrt(dot(y, y, n)), norm_t = sqrt(dot(target, target, n));
@@ -130,14 +131,14 @@ class Blocks {
   }
 
  private:
-  // Value of one token; g, where wanted, carries the coefficient already.
+  // Returns the value of one token; g, if wanted, includes the coefficient already.
   double compare(int64_t token, const T* y, const T* wanted, T* g) const {
     const double weight = a.weights ? a.weights[token] : 1.0, factor = weight * a.coefficient;
     if (a.divergence == HiddenDivergence::mse) return weight * squares<T>(y, wanted, a.teacher_width, T(2 * factor), g);
     return weight * cosine<T>(y, wanted, a.teacher_width, factor, g);
   }
 
-  // Where the source itself can be read as a row, that, else a copy in `copy`.
+  // Returns the row in the source itself if it can be read there, else a copy of it in `copy`.
   const T* row_of(const Source& source, int64_t token, int64_t width, T* copy) const {
     const int64_t offset = offset_of(a, source, token);
     if (source.type == type_of_element<T> && source.stride[3] == 1) return static_cast<const T*>(source.data) + offset;
@@ -196,7 +197,7 @@ class Blocks {
     return value;
   }
 
-  // y = W h + b, features beyond the teacher's width 0. A tile has features as rows, so that W needs no packing.
+  // y = W h + b; features beyond the teacher's width are 0. The rows of a tile are features, so W needs no packing.
   void project(int64_t n, int64_t padded, T* outputs) {
     const int64_t width = a.student_width, panel = TILE_COLUMNS<T>;
     const bool readable = a.projection.type == type_of_element<T> && a.projection.stride[3] == 1;
@@ -223,7 +224,7 @@ class Blocks {
     }
   }
 
-  // dh = g W. Some rows of W at a time, as panels of features.
+  // dh = g W, for DEPTH_BLOCK rows of W at a time, as panels of features.
   void student_gradient(int64_t rows, const T* outputs) {
     const int64_t width = layout.width_s, panel = TILE_COLUMNS<T>;
     for (int64_t o = 0; o < a.teacher_width; o += DEPTH_BLOCK) {
@@ -252,7 +253,7 @@ class Blocks {
   T *columns = nullptr, *d_hidden = nullptr, *matrix_rows = nullptr, *matrix_panels = nullptr, *product = nullptr;
 };
 
-// One unit: a panel of input features and UNIT_TILES tiles of output features.
+// A unit is a panel of input features and UNIT_TILES tiles of output features.
 template <class T>
 int64_t count_units(const HiddenArguments& a) {
   const Layout<T> layout(a);

@@ -1,4 +1,4 @@
-// Hidden-state alignment on a CPU: what the kernel is told and the entry points of its builds.
+// Hidden-state alignment on a CPU: the kernel's arguments and the entry points of its builds.
 #pragma once
 
 #include "../common/source.h"
@@ -9,21 +9,21 @@ enum class HiddenDivergence : int { mse, cosine };
 
 struct HiddenArguments {
   Source student, teacher;  // (B, N, D), axes 1 to 3 of the source
-  Source projection, bias;  // (D_t, D_s) and (D_t); data null without
+  Source projection, bias;  // (D_t, D_s) and (D_t); data is null if there is none
   int64_t tokens, student_width, teacher_width;
   // Valid tokens: sequence · N + position, `count` of them.
   const int64_t* valid;
   int64_t count;
   const double* weights;  // (B, N), or null for 1
   HiddenDivergence divergence;
-  double coefficient;  // of the gradients
-  // Contiguous, d_student zero at masked tokens beforehand; null where no gradient is wanted.
+  double coefficient;  // factor of the gradients
+  // Contiguous; null if no gradient is wanted. Beforehand d_student is zero at masked tokens.
   void* d_student;
   void* d_projection;
   void* d_bias;
   Type d_student_type, d_projection_type, d_bias_type;
-  // Tokens are dealt out in blocks of `block` (a multiple of 32); with a projection a chunk of `blocks` of them is
-  // between the two phases at a time, the first at `chunk`.
+  // Tokens are distributed in blocks of `block` tokens (a multiple of 32). With a projection, a chunk of `blocks`
+  // blocks passes the two phases at a time; its first block is number `chunk`.
   int64_t block, blocks, chunk;
   double* values;    // one sum for each block of all tokens
   void* outputs;     // chunk_elements(…): gradients at the projected student and the student packed, of one chunk
@@ -35,7 +35,7 @@ struct HiddenKernel {
   int64_t (*workspace_bytes)(const HiddenArguments&, bool float64);
   int64_t (*chunk_elements)(const HiddenArguments&, bool float64);
   int64_t (*parameter_elements)(const HiddenArguments&, bool float64);
-  // Phase 1: value and student's gradient of blocks first … last − 1 of all.
+  // Phase 1: value and student's gradient of blocks first … last − 1, counted over all chunks.
   void (*tokens)(const HiddenArguments&, bool float64, int64_t first, int64_t last, void* workspace);
   // Phase 2: the chunk's part of the parameters' gradients, units first … last − 1 of `parameter_units`.
   int64_t (*parameter_units)(const HiddenArguments&, bool float64);

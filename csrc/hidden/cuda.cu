@@ -1,7 +1,8 @@
-// Hidden-state alignment of rows on a GPU: bound by memory, so each tensor is read once and written once.
+// Hidden-state alignment of rows on a GPU. Memory bounds it, so each tensor is read once or written once.
 //
-// A warp owns a token. Its lanes read 8 neighbouring elements each, 16 bytes in half precision, several tensors in
-// flight before the first is used; sums meet by warp shuffles. For cosine the second reading comes from the cache.
+// A warp owns a token. Each lane reads 8 neighbouring elements, which are 16 bytes in half precision. The loads of
+// several tensors are under way before the first is used. Warp shuffles add the lanes' sums. For cosine the tensors are
+// read twice, the second time from the cache.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -12,7 +13,7 @@ namespace dsd {
 namespace {
 
 constexpr int WARPS = 8;
-constexpr int ELEMENTS = 8;  // of one lane at a time
+constexpr int ELEMENTS = 8;  // elements of one lane at a time
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -50,7 +51,8 @@ __device__ float sum_of_warp(float x) {
   return x;
 }
 
-// VECTOR: width and strides are multiples of 8, addresses of 16 bytes. Else one element at a time.
+// VECTOR: width and strides are multiples of 8, addresses are multiples of 16 bytes. Otherwise a lane reads one element
+// at a time.
 template <class Y, class T, class G, bool VECTOR, bool COSINE>
 __global__ void __launch_bounds__(WARPS * 32) hidden_rows(const HiddenRows rows) {
   const int64_t token = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(WARPS * 32) hidden_rows(const HiddenRows rows)
       store_value(gradient + d, result.gradient(x[0], t[0], COSINE));
     }
   };
-  // The factor of mse needs no sum: its gradient leaves in the same sweep.
+  // The factor of mse needs no sum, so the same sweep writes its gradient.
   const RowResult early(sums, weight, factor, false);
   walk([&](int64_t d, auto& x, auto& t) {
     constexpr int COUNT = VECTOR ? ELEMENTS : 1;

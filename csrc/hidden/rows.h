@@ -1,4 +1,4 @@
-// Hidden-state alignment of rows: what a kernel is told, and the arithmetic that GPU and host share.
+// Hidden-state alignment of rows: a kernel's arguments, and the arithmetic that GPU and host share.
 //
 // With x = y + b of one token, its target t and its weight w:
 //   mse     value w Σ (x − t)²,         g = 2 w (x − t)                       TinyBERT, Jiao et al. 2020, Eq. 8
@@ -71,7 +71,7 @@ struct RowResult {
   }
 };
 
-// On the device whose stream is given. Returns cudaError_t as int: 0 where the launch succeeded.
+// Launches the kernel on the device of the stream. Returns cudaError_t as int: 0 if the launch succeeded.
 int launch_hidden_rows(const HiddenRows& rows, void* stream);
 
 }  // namespace dsd

@@ -7,8 +7,9 @@
 
 namespace dsd {
 
-// Loss and the gradient at the student (empty where not asked for), both final: `mean` divides by the sequences
-// with a valid token. weights: (B, N) float64, contiguous; 1/n_b without. relation: 0 cosine, 1 dot, 2 distance.
+// Returns the loss and its gradient at the student (empty if not asked for), both final: `mean` divides by the number
+// of sequences with a valid token. weights: (B, N) float64, contiguous; default: 1/n_b. relation: 0 cosine, 1 dot,
+// 2 distance.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> pairwise_alignment_cpu(
     torch::stable::Tensor student, torch::stable::Tensor teacher, std::optional<torch::stable::Tensor> mask,
     std::optional<torch::stable::Tensor> weights, int64_t relation, bool mean, bool gradient);

@@ -4,10 +4,10 @@
 //   distance     L = Σ_ij w_i w_j ℓ(d_S/μ_S − d_T/μ_T), ℓ smooth-L1     RKD-D, Park et al. 2019, Eq. 6–8
 //                dx_i = 2 Σ_j [w_i w_j ℓ' / μ − A / (μ² P)] (x_i − x_j) / d_ij,  A = Σ w w ℓ' d, P positive pairs
 //
-// A row block meets every later token once: the pair (i, j) adds to both gradients, so each relation is computed
-// once instead of twice. Distances come from ‖x‖² + ‖y‖² − 2xy of centred vectors; where that cancels, from the
-// differences themselves, so that equal vectors are at distance 0. Tasks are shares of a sequence's blocks with
-// accumulators of their own.
+// A block of rows is compared with every later token once. The pair (i, j) adds to both gradients, so each relation is
+// computed once instead of twice. Distances come from ‖x‖² + ‖y‖² − 2xy of centred vectors; where that cancels, they
+// come from x − y, so that equal vectors are at distance 0. Tasks are shares of a sequence's blocks, and each has its
+// own accumulators.
 #include "cpu.h"
 
 #include "../common/gemm.h"
@@ -16,11 +16,11 @@ namespace dsd {
 namespace DSD_ISA {
 namespace {
 
-// Features, and tokens, of a panel that stay in the first-level cache.
+// Number of features, and of tokens, of a panel that stay in the first-level cache.
 constexpr int64_t DEPTH_BLOCK = 128;
 constexpr double SHORTEST = 1e-12;
 
-// Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
+// Squared distances below this share of ‖x‖² + ‖y‖² are computed from the differences x − y.
 constexpr double CLOSE = 1.0 / 64;
 
 template <class T>
@@ -30,7 +30,7 @@ struct Layout {
   explicit Layout(const PairwiseArguments& a) {
     rows = round_up(a.tokens, TILE_COLUMNS<T>) + round_up(BLOCK_ROWS, TILE_COLUMNS<T>);
     score_stride = rows + 64 / int64_t(sizeof(T));
-    // A feature of ones behind the student's: its products are the row sums that distances need.
+    // A feature of ones follows the student's features: its products are the row sums that distances need.
     width_s = round_up(a.student_width + (a.relation == Relation::distance), TILE_COLUMNS<T>);
     width_t = round_up(a.teacher_width, TILE_COLUMNS<T>);
     own_gradient = a.gradient && a.shares == 1 ? gradient_elements(a) : 0;
@@ -93,7 +93,7 @@ class Task {
     own_gradient = mean + larger(layout.width_s, layout.width_t);
   }
 
-  // A share of a sequence; the whole of it, its gradient included, where it has one share.
+  // Processes a share of a sequence; if it is the only share, also the gradient.
   void run(int64_t task, bool measure_only) {
     b = task / a.shares;
     share = task % a.shares;
@@ -123,7 +123,7 @@ class Task {
     if (whole && a.gradient) write_gradient(gradient);
   }
 
-  // The gradient of one sequence out of its shares' sums.
+  // Computes the gradient of one sequence from the sums of its shares.
   void finish(int64_t sequence) {
     b = sequence;
     count = a.counts[b];
@@ -138,7 +138,7 @@ class Task {
  private:
   void blocks(bool measure_only) {
     for (int64_t k = 0, start = 0; start < count; ++k, start += BLOCK_ROWS) {
-      // Earlier blocks meet more tokens: shares take them in turn, there and back.
+      // Earlier blocks are compared with more tokens, so shares take blocks in turn, forwards and then backwards.
       const int64_t turn = k % a.shares, taker = k / a.shares % 2 ? a.shares - 1 - turn : turn;
       if (taker == share) block(start, smaller(start + BLOCK_ROWS, count), measure_only);
     }
@@ -150,7 +150,7 @@ class Task {
       if (a.relation == Relation::distance) {
         distance_gradient(x, g, g + layout.rows * layout.width_s);
       } else if (a.relation == Relation::cosine) {
-        // Only the part orthogonal to the unit vector moves its direction.
+        // Only the part of the gradient that is orthogonal to the unit vector changes its direction.
         const T along = dot(g, x, a.student_width);
         for (int64_t d = 0; d < a.student_width; ++d) g[d] = (g[d] - along * x[d]) * inverse[i];
       }
@@ -160,7 +160,7 @@ class Task {
     }
   }
 
-  // g becomes Σ_j pull_ij (x_i − x_j) of the slopes over μ less that of the directions times A / (μ² P).
+  // g becomes Σ_j pull_ij (x_i − x_j) of the slopes divided by μ, minus that of the directions times A / (μ² P).
   void distance_gradient(const T* x, T* g, const T* directions) const {
     double slope = 0;
     for (int64_t k = 0; k < a.shares; ++k) slope += a.values[(b * a.shares + k) * FIGURES + SLOPE];
@@ -171,7 +171,7 @@ class Task {
       g[d] = (g[ones] * x[d] - g[d]) * by_slope - (directions[ones] * x[d] - directions[d]) * by_direction;
   }
 
-  // Valid tokens as rows: unit vectors for cosine, centred for distance.
+  // Reads the valid tokens as rows: unit vectors for cosine, centred vectors for distance.
   void read(const Source& source, int64_t width, int64_t padded, T* rows, bool student) {
     for (int64_t i = 0; i < layout.rows; ++i) {
       T* row = rows + i * padded;
@@ -194,7 +194,7 @@ class Task {
     }
   }
 
-  // Distances do not change, and differences of sums lose less.
+  // Centring does not change distances, and differences of sums then lose less precision.
   void centre(T* rows, int64_t width, int64_t padded) const {
     for (int64_t d = 0; d < width; ++d) mean[d] = 0;
     for (int64_t i = 0; i < count; ++i)
@@ -245,7 +245,7 @@ class Task {
       accumulate(scores_t, gradient + layout.rows * layout.width_s, start, rows, first);
   }
 
-  // Scalar products of a row block with the tokens first … last − 1.
+  // Computes the scalar products of a block of rows with the tokens first … last − 1.
   void relate(const T* rows, int64_t padded, int64_t width, const T* panels, int64_t start, int64_t padded_rows,
               int64_t first, int64_t last, T* scores) const {
     interleave_rows(rows + start * padded, padded, padded_rows, width, tiles);
@@ -263,7 +263,7 @@ class Task {
     }
   }
 
-  // Scalar products x of token i with n tokens from `start` on become distances.
+  // Turns x, the scalar products of token i with n tokens from `start` on, into distances.
   void distances(T* x, int64_t i, int64_t start, int64_t n, const T* rows, int64_t padded, int64_t width,
                  const T* squares) const {
     const T own = squares[i];
@@ -282,7 +282,7 @@ class Task {
     figures[figure + 1] += times * double(positive);
   }
 
-  // Σ_j w_i w_j Δ², each pair counted `times`; w_i w_j Δ takes the place of s.
+  // Adds Σ_j w_i w_j Δ², where each pair counts `times`; w_i w_j Δ overwrites s.
   void compare(T* s, const T* t, const T* w, T own, int64_t n, double times) {
     Vec<T> sum{};
     T rest = 0;
@@ -300,7 +300,7 @@ class Task {
     figures[LOSS] += times * double(sum_lanes<T>(sum) + rest);
   }
 
-  // Smooth-L1 of distances; slope / d takes the place of s and 1 / d of t.
+  // Adds the smooth-L1 of distances; slope / d overwrites s, and 1 / d overwrites t.
   void compare_distances(T* s, T* t, const T* w, T own, int64_t n, double times) {
     const T by_s = T(1 / a.means[b * 3]), by_t = T(1 / a.means[b * 3 + 1]);
     Vec<T> losses{}, slopes{};
@@ -334,7 +334,7 @@ class Task {
   void accumulate(T* pulls, T* sums, int64_t start, int64_t rows, int64_t first) const {
     const int64_t width = layout.width_s, stride = layout.score_stride, padded_rows = round_up(rows, TILE_ROWS);
     const int64_t stop = start + rows, end = smaller(count + TILE_ROWS, layout.rows);
-    // What the tiles overlap but the block does not own: earlier tokens, tokens past the last, rows past the last.
+    // Clears what tiles cover but the block does not own: earlier tokens, tokens after the last, rows after the last.
     for (int64_t i = 0; i < padded_rows; ++i) {
       T* row = pulls + i * stride;
       for (int64_t j = first; j < (i < rows ? start : end); ++j) row[j - first] = 0;

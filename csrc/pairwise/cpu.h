@@ -1,4 +1,4 @@
-// Pairwise alignment on a CPU: what the kernel is told and the entry points of its builds.
+// Pairwise alignment on a CPU: the kernel's arguments and the entry points of its builds.
 #pragma once
 
 #include "../common/source.h"
@@ -16,18 +16,18 @@ struct PairwiseArguments {
   const double* weights;  // (B, N), or null for 1 / counts[b]
   Relation relation;
   bool gradient;
-  double coefficient;  // of the gradient
+  double coefficient;  // factor of the gradient
   void* d_student;     // contiguous, zero at masked tokens beforehand
   Type d_student_type;
-  int64_t shares;  // tasks for each sequence; with one, `run` measures and finishes by itself
-  // For each task: loss, and for distances the sum of positive ones, their number (student, teacher), Σ slope·d.
+  int64_t shares;  // tasks for each sequence; with one, `run` also does the work of `measure` and `finish`
+  // For each task: loss; for distances also the sum and number of positive ones (student, teacher), and Σ slope·d.
   double* values;
-  void* accumulators;  // several shares: gradient_elements(…) for each task
-  // Distances only, for each sequence: mean positive distance of student and teacher, number of the student's.
+  void* accumulators;  // with several shares: gradient_elements(…) for each task
+  // Distances only, for each sequence: mean positive distance of student and of teacher, and how many the student has.
   double* means;
 };
 
-// Figures of one task in `values`.
+// The indices of one task's numbers in `values`.
 enum : int64_t { LOSS, SUM_S, COUNT_S, SUM_T, COUNT_T, SLOPE, FIGURES };
 
 // Fills `means` of one sequence from its tasks' sums; 1 where no distance is positive.

@@ -1,4 +1,4 @@
-"""Measure the task's loss of each source of a mixture, beside the loss that is trained."""
+"""Measure the task's loss separately for each source of a mixture, in addition to the loss that is trained."""
 
 from dataclasses import replace
 

@@ -1,8 +1,9 @@
 """Compare how words relate within a layer, and layers within a word (CKD, Park et al. 2021), in blocks of words.
 
-A pair is compared by cosines: those of a unit with the others are made probabilities by softmax, and the loss is their
-KL. A triple is compared by the angle at its vertex, and the loss is the squared difference of its cosines. Sums are
-float32 (float64 for such states) and have gradients to the student, which are found in the same pass.
+Pairs are compared by cosines: a softmax turns the cosines of a unit with the others into probabilities, and the loss is
+the KL of the two models' probabilities. A triple is compared by the angle at its vertex: the loss is the squared
+difference of the two models' cosines of this angle. Sums are float32 (float64 if the states are) and have gradients to
+the student, which are found in the same pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +16,13 @@ from dsdistill.alignment.units import wide
 from dsdistill.ops.common import blocks, unit_vectors, with_stored_gradients
 
 BLOCK_ELEMENTS = 1 << 20  # of the vectors or matrices of one block, of which a few exist at a time
-_NEVER = -1e30  # a score that softmax turns into 0; finite, so that differences are
+_NEVER = -1e30  # a score that softmax turns into 0; it is finite, so that differences of scores are finite
 
 
 def word_pairs(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Return Σ over words i of KL(p_i ‖ q_i), p_i = softmax over the sequence's other words j of cos(t_i, t_j).
 
-    q is the same of the student. student (B, N, D_s), teacher (B, N, D_t), mask (B, N) bool, True = valid.
+    q is the same for the student. student (B, N, D_s), teacher (B, N, D_t), mask (B, N) bool, True = valid.
     """
     other = unit_vectors(_valid(teacher.detach(), mask))[0]
     batch, tokens = mask.shape
@@ -38,10 +39,10 @@ def word_pairs(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def word_triples(student: Tensor, teacher: Tensor, mask: Tensor, window: int) -> Tensor:
-    """Return Σ over words i, and words j and k of its window, of the squared difference of cos∠(j, i, k).
+    """Return Σ over words i, and over words j and k in the window of i, of the squared difference of cos∠(j, i, k).
 
-    window: odd; how many words a window has, i in the middle. Words beyond the sequence do not count; an end of an
-    angle that is its vertex has cosine 0 in both models. The rest as `word_pairs`.
+    window: odd number of words in a window, with i in the middle. Words beyond the sequence do not count. If j or k is
+    i, the cosine is 0 in both models. All other arguments are as for `word_pairs`.
     """
     half = window // 2
     seen = F.pad(mask, (half, half)).unfold(1, window, 1)
@@ -67,7 +68,7 @@ def word_triples(student: Tensor, teacher: Tensor, mask: Tensor, window: int) ->
 def layer_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Return Σ over words of Σ over layers l of KL(p_l ‖ q_l), p_l = softmax over the other layers m of cos(t_l, t_m).
 
-    student, teacher: equally many layers, (B, N, D_s) and (B, N, D_t) each. mask as `word_pairs`.
+    student, teacher: equally many layers, (B, N, D_s) and (B, N, D_t) each. mask: as for `word_pairs`.
     """
     own = torch.eye(len(student), dtype=torch.bool, device=mask.device)
 
@@ -80,7 +81,7 @@ def layer_pairs(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
 
 
 def layer_triples(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Return Σ over words, and layers j, i and k, of the squared difference of cos∠(j, i, k); as `layer_pairs`."""
+    """Return Σ over words and layers j, i, k of the squared difference of cos∠(j, i, k). Arguments as `layer_pairs`."""
 
     def loss(mine: Tensor, other: Tensor, counted: Tensor) -> Tensor:
         total = mine.new_zeros(())
@@ -111,7 +112,7 @@ def _by_word(
 
 
 def _over_blocks(count: int, size: int, inputs: Sequence[Tensor], loss: Callable[..., Tensor]) -> Tensor:
-    """Return Σ over blocks of `loss(rows, *inputs)`, whose graph is only ever that of one block."""
+    """Return Σ over blocks of `loss(rows, *inputs)`. The graph of only one block exists at a time."""
 
     def compute(needs: Sequence[bool]):
         leaves = [x.detach().requires_grad_(any(needs)) for x in inputs]
@@ -128,18 +129,18 @@ def _over_blocks(count: int, size: int, inputs: Sequence[Tensor], loss: Callable
 
 
 def _divergence(left_out: Tensor, asks: Tensor, teacher: Tensor, student: Tensor) -> Tensor:
-    """Return Σ KL(p ‖ q) of scores (…, U, U), over the rows that ask, (…, U); rows without any other unit have 0."""
+    """Return Σ KL(p ‖ q) of scores (…, U, U) over the rows that `asks`, (…, U), marks. A single unit gives 0."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     counted = asks[..., None] & ~left_out
     return (log_p.exp() * (log_p - log_q)).masked_fill(~counted, 0).sum()
 
 
 def _cosines(vectors: Tensor) -> Tensor:
-    """Return the cosines (…, U, U) between vectors (…, U, D), 0 for a vector of no length."""
+    """Return the cosines (…, U, U) between vectors (…, U, D), 0 for a vector of length 0."""
     units = unit_vectors(vectors)[0]
     return units @ units.transpose(-1, -2)
 
 
 def _valid(states: Tensor, mask: Tensor) -> Tensor:
-    """Return states (B, N, D) as `wide`, 0 where they are not valid."""
+    """Return states (B, N, D) in the type of `wide`, 0 where they are not valid."""
     return wide(states).masked_fill(~mask[..., None], 0)

@@ -10,11 +10,11 @@ _STRIDE = 2654435761  # 2³² over the golden ratio (Knuth, The Art of Computer 
 
 
 def rows_of(batch: Batch, rows: int | None, layer: int, training: bool) -> tuple[Tensor, None] | None:
-    """Return what operators take as `rows`; None: all rows are compared, as in evaluation or in shorter batches.
+    """Return the operators' argument `rows`. None: all rows are compared, as in evaluation and in shorter batches.
 
     Args:
-        batch: its `draw` and the layer determine the rows. Without `draw`, in a caller's own loop, torch's generator
-            draws.
+        batch: its `draw` and the layer determine the rows. Without `draw`, as in a user's own training loop, torch's
+            generator draws the rows.
         rows: how many rows of a sequence are drawn; None: all.
         layer: student layer, so that layers draw different rows.
         training: whether the term is in training mode.
@@ -33,13 +33,13 @@ def rows_of(batch: Batch, rows: int | None, layer: int, training: bool) -> tuple
 def stratified(offsets: Tensor, counts: Tensor) -> Tensor:
     """Return (B, R) positions, one from each of R equal parts of a sequence.
 
-    A sequence of R tokens or fewer gives all its positions, then −1. Of the numbers 0 … R n − 1, row r has n and
-    position i has R, so each token is equally likely. The parts need not end where tokens do, so a token may be drawn
-    twice; the operators then count it twice.
+    A sequence of at most R tokens gives all its positions, then −1. The numbers 0 … R n − 1 are divided among rows (n
+    each) and among positions (R each), so that each token is equally likely. A part may end within a token's numbers.
+    Then a token may be drawn twice, and the operators count it twice.
 
     Args:
         offsets: (B, R) int64, in [0, n) each.
-        counts: (B, 1) int64, n: the tokens of each sequence, which come first in it.
+        counts: (B, 1) int64, n: the number of tokens of each sequence; padding comes after them.
     """
     rows = offsets.shape[1]
     places = torch.arange(rows, device=offsets.device).expand_as(offsets)

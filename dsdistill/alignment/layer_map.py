@@ -6,15 +6,15 @@ from dsdistill.config import UserError
 def layer_map(
     layers: str | tuple[tuple[int, int], ...], student_depth: int, teacher_depth: int, place: str = "layers"
 ) -> tuple[tuple[int, int], ...]:
-    """Return the (student, teacher) pairs of layers that a layer map stands for; layers are counted from 1.
+    """Return the (student, teacher) pairs of layers that a layer map describes; layers are counted from 1.
 
-    uniform: student layer l learns from round(l·L_T/L_S), so the last learns from the last.
-    skip: PKD's map (Sun et al. 2019): layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th; the last, which the soft
-        labels guide, from none.
-    last: the last learns from the last (MiniLM).
+    uniform: student layer l learns from teacher layer round(l·L_T/L_S), so the last learns from the last.
+    skip: PKD's map (Sun et al. 2019): student layers 1 to L_S−1 learn from every ⌊L_T/L_S⌋-th teacher layer. The last
+        student layer learns from none, because the soft labels guide it.
+    last: the last student layer learns from the last teacher layer (MiniLM).
     cka_offline: as uniform, until engine/passes/layer_similarity.py has compared the models and replaces it by pairs.
     emd: every pair, with the teacher's layer changing fastest (weighting.EarthMover weighs them).
-    explicit pairs: as given, checked.
+    explicit pairs: these pairs, after a check.
 
     Raises UserError for a layer out of range, a student deeper than its teacher, or a map without a pair.
     """
@@ -25,7 +25,7 @@ def layer_map(
             "a student with at most as many layers, or explicit [student, teacher] pairs",
         )
     if layers in ("uniform", "cka_offline"):
-        # Half rounds up: Python's round would take halves to the even neighbour and so skip layers unevenly.
+        # Half rounds up: Python's round would move halves to the even neighbour and so skip layers unevenly.
         return tuple((s, int(s * teacher_depth / student_depth + 0.5)) for s in range(1, student_depth + 1))
     if layers == "skip":
         if student_depth < 2:

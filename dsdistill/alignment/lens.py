@@ -61,7 +61,7 @@ def change_alignment(
             change, inverse, cosine = _compare(upper - lower, other)
             total += (1 - cosine).sum()
             if gradients is not None:
-                # ∂(1 − cos)/∂Δ_S = (cos · û_S − û_T) / ‖Δ_S‖; through each log softmax g − softmax · Σ g.
+                # ∂(1 − cos)/∂Δ_S = (cos · û_S − û_T) / ‖Δ_S‖; each log softmax turns g into g − softmax · Σ g.
                 slope = (cosine * change).sub_(other).mul_(inverse)
                 sums = slope.sum(-1, keepdim=True)
                 at_logits = lower.exp_().mul_(sums).sub_(slope), slope.sub_(upper.exp_().mul_(sums))

@@ -19,7 +19,7 @@ __all__ = ["BackendError", "Loss", "Objective", "available_backends"]  # the eng
 
 
 class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what modules return
-    """Hold the loss of one micro-batch, divided by the whole step's counts: it adds up over micro-batches and ranks."""
+    """Hold the loss of a micro-batch, divided by the whole step's counts, so that micro-batches and ranks add up."""
 
     total: Tensor  # scalar with gradients
     raw: Tensor  # (parts of all terms,) detached, unweighted
@@ -28,7 +28,7 @@ class Loss(NamedTuple):  # a tuple, because ZeRO-3 looks for tensors in what mod
 class Objective(nn.Module):
     """Compute Σ_k weight_k · factor_k · Σ_parts ω_part · sum / count, over the terms k of a stage.
 
-    distill_weight: w; the task's weight is multiplied by 1 − w, every other term's by w. None: by 1.
+    distill_weight: w. The task's weight is multiplied by 1 − w, every other term's by w. None: all are multiplied by 1.
 
     Each count is that of the whole step: it is summed over micro-batches and all-reduced over ranks before the first
     forward pass. So each term computes its counts from the batch alone.
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         self.task, self.pooling = pair.task, pair.pooling
         self.distill_weight = distill_weight
         modules = {name: TERMS[name](config, pair) for name, config in terms.named().items()}
-        # A ModuleDict is a mapping of modules without their exact type.
+        # To mypy a ModuleDict is a mapping of plain modules.
         self.terms = cast(Mapping[str, AlignmentTerm], nn.ModuleDict(modules))
         _check_shared(modules)
         # Terms that are computed together: the first one's name → the later one's name.
@@ -59,9 +59,9 @@ class Objective(nn.Module):
         return backends_taken()
 
     def needs(self, what: str) -> str | None:
-        """Return the name of a term that needs `what`, None if none does.
+        """Return the name of a term that needs `what`, or None if no term does.
 
-        what: teacher, head, logits, lens, labels, spans, values, unrotated, previous or final, as AlignmentTerm says.
+        what: teacher, head, logits, lens, labels, spans, values, unrotated, previous or final; see AlignmentTerm.
         """
         return next((name for name, term in self.terms.items() if getattr(term, f"needs_{what}")), None)
 
@@ -72,7 +72,7 @@ class Objective(nn.Module):
 
     @property
     def moves(self) -> bool:
-        """Return whether some layer weights change while training."""
+        """Return whether some layer weights change during training."""
         return any(term.weighting.moves for term in self.terms.values())
 
     def layers(self, kind: str) -> frozenset[int]:
@@ -89,12 +89,12 @@ class Objective(nn.Module):
     def forward(self, student: Trace, teacher: Trace | None, batch: Batch, counts: Tensor) -> Loss:
         """Return the loss of one micro-batch.
 
-        counts: (parts of all terms,), those of the whole step. teacher: layers are removed from it once read.
+        counts: (parts of all terms,), those of the whole step. teacher: its layers are removed after they are read.
         """
         total: Tensor | float = 0.0
         raw, terms = [], list(self.terms.values())
         divisors = self._divisors(counts)
-        known: dict[str, Tensor] = {}  # sums of terms that an earlier one was computed together with
+        known: dict[str, Tensor] = {}  # sums of terms that were computed together with an earlier term
         for index, (name, term) in enumerate(self.terms.items()):
             weighted: Tensor | float | None = None
             if name in self._joined:
@@ -112,7 +112,7 @@ class Objective(nn.Module):
                 got = f"sums of shape {tuple(sums.shape)}"
                 raise ValueError(f"term {term.name}: got {got}, expected ({term.parts},), one for each part")
             values = sums / divisors[name].float()
-            if teacher is not None:  # memory peaks here: gradients appear while teacher layers are freed
+            if teacher is not None:  # memory peaks here: gradients are created while teacher layers are freed
                 _release(teacher.hidden, "teacher_hidden", term, terms[index + 1 :])
                 if teacher.depth not in teacher.hidden:
                     teacher.last = None
@@ -131,7 +131,7 @@ class Objective(nn.Module):
             term.weighting.begin(steps)
 
     def update(self, raw: Tensor) -> None:
-        """Update layer weights after a step: raw (parts of all terms,) holds its values, the same on every rank."""
+        """Update layer weights after a step. raw: (parts of all terms,), the step's values, the same on every rank."""
         for name, values in self._by_term(raw).items():
             self.terms[name].weighting.update(values)
         share_masses(term.weighting for term in self.terms.values())
@@ -204,9 +204,9 @@ class Objective(nn.Module):
         batch: Batch,
         divisors: dict[str, Tensor] | None,
     ) -> VocabularyLosses:
-        """Return the sums of a term and of the one that joins it, and their weighted total.
+        """Return the sums of a term and of the term that joins it, and their weighted total.
 
-        divisors: of each term; None: the total is not needed.
+        divisors: those of each term; None: the total is not needed.
         """
         assert teacher is not None  # only terms that need one join
         first, second = self.terms[name], self.terms[self._joined[name]]
@@ -222,7 +222,7 @@ class Objective(nn.Module):
 def filled(values: Sequence[float], like: Tensor) -> Tensor:
     """Return a tensor (n,) of these numbers, with the type and device of `like`.
 
-    They are filled in on the device: a copy from the host would wait until the GPU has finished all earlier work.
+    The numbers are set on the device: a copy from the host would wait until the GPU has finished all earlier work.
     """
     if len(set(values)) == 1:
         return like.new_full((len(values),), values[0])
@@ -239,6 +239,6 @@ def _check_shared(terms: Mapping[str, AlignmentTerm]) -> None:
 
 
 def _release(layers: dict, kind: str, done: AlignmentTerm, later: list[AlignmentTerm]) -> None:
-    """Drop the layers that a term has read and no later one reads."""
+    """Drop the layers that a term has read and no later term reads."""
     for layer in getattr(done, kind).difference(*(getattr(term, kind) for term in later)):
         layers.pop(layer, None)

@@ -20,11 +20,11 @@ def check_pair(
     hidden: bool = False,
     implementations: Mapping[str, str] | None = None,
 ) -> dict[int, Geometry]:
-    """Return which keys each attention layer of the student sees; nothing if no term reads attention.
+    """Return which keys each attention layer of the student sees; an empty dict if no term reads attention.
 
     objectives: those of all stages. hidden: whether hidden states are read even if no term reads them.
-    implementations: attention implementations by `student` and `teacher`, as attn_implementation in a config; auto by
-    default.
+    implementations: the attention implementations of `student` and `teacher`, as attn_implementation in a config;
+    default: auto.
 
     Raises UserError for a model that cannot do the task, or whose traces lack what the terms read.
     """

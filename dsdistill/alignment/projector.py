@@ -21,8 +21,8 @@ class Projection(nn.Linear):
 class Projector(Projection):
     """Project one layer's hidden states and compare them with the teacher's.
 
-    It calls the alignment operator inside its own forward: under ZeRO-3 its weight is whole only there, and the
-    operator can then avoid ever holding the projected states.
+    It calls the alignment operator inside its own forward for two reasons: under ZeRO-3 its weight is whole only there,
+    and the operator then never needs to hold all projected states.
     """
 
     # A linear map takes one tensor; this module compares two, so that its weight is used inside its own forward.

@@ -1,7 +1,8 @@
-"""Compute losses between two sets of n vectors (units), one of each model: student (n, D_s), teacher (n, D_t), n ≥ 1.
+"""Compute losses between two sets of n vectors (units), one set per model: student (n, D_s), teacher (n, D_t), n ≥ 1.
 
-Every function returns a mean over units: a float32 scalar (float64 for such inputs) with gradients to the student. A
-single unit has no relation: the loss is 0, connected to the graph. n is a number of examples: n×n matrices are built.
+Every function returns a mean over units: a float32 scalar (float64 if an input is) with gradients to the student. With
+a single unit there is no relation: the loss is 0, connected to the graph. n is a number of examples, so n×n matrices
+are built.
 """
 
 import torch
@@ -24,7 +25,7 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def contrast(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return what `info_nce` does, but with gradients to both arguments: in task embedding both are the student's."""
+    """Return `info_nce` with gradients to both arguments, because in the task "embedding" both are the student's."""
     cosines = F.normalize(student, dim=-1) @ F.normalize(teacher, dim=-1).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(student), device=student.device))
 
@@ -47,8 +48,8 @@ def rkd_distance(student: Tensor, teacher: Tensor, backend: str = "auto") -> Ten
 def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
     """Return the mean smooth L1 of cos∠(i, k, j) over all n³ triples, k being the vertex (RKD-A, Park et al. 2019).
 
-    triples: if n³ exceeds this number, so many are drawn with replacement and a fixed seed. A triple in which the
-    vertex equals an end has cosine 0 in both models and counts in the mean, as in the published code.
+    triples: if n³ exceeds this number, this many triples are drawn, with replacement and a fixed seed. A triple in
+    which the vertex equals an end has cosine 0 in both models and counts in the mean, as in the published code.
     """
     student, teacher = _rows(student, teacher)
     n = len(student)
@@ -64,7 +65,7 @@ def rkd_angle(student: Tensor, teacher: Tensor, triples: int) -> Tensor:
 
 def _cosines_at(x: Tensor, i: Tensor, j: Tensor, k: Tensor) -> Tensor:
     """Return the (triples,) float64 cosine of x_i − x_k and x_j − x_k, by inner products; 0 where either is 0."""
-    x = x.double()  # inner products cancel where vectors are close
+    x = x.double()  # where vectors are close, inner products lose precision by cancellation
     x = x - x.mean(0)
     gram = x @ x.T
     squares = gram.diagonal()

@@ -18,8 +18,8 @@ def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
     """Return (B, N) float32: how much attention each token gets from the others; it sums to 1 over a sequence.
 
     With Ĥ = H / std(H), std taken over features: w_t = 1/n Σ_s softmax_t(Ĥ_s · Ĥ_t / √D), where a token attends to
-    both sides but not to itself, and padding is left out (MTA, arXiv 2605.01374). A sequence of one token has 0. The
-    weights are computed in blocks of rows, without gradients: hidden (B, N, D) is the teacher's.
+    both sides but not to itself, and padding is left out (MTA, arXiv 2605.01374). In a sequence of one token the weight
+    is 0. Weights are computed in blocks of rows, without gradients, because hidden (B, N, D) is the teacher's.
     """
     batch, tokens, width = hidden.shape
     states = wide(hidden.detach()).masked_fill(~mask[..., None], 0)
@@ -41,7 +41,7 @@ def token_weights(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def even_weights(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return (B, N): the same weight for each token of a sequence, in place of those of `token_weights`."""
+    """Return (B, N): the same weight for each token of a sequence, instead of those of `token_weights`."""
     return wide(hidden.new_ones(())) * mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -51,7 +51,7 @@ class SpanGrid:
     def __init__(self, spans: Tensor, batch: int, tokens: int):
         row, first, past = spans[:, 0], spans[:, 1], spans[:, 2]
         lengths, count = past - first, torch.bincount(row, minlength=batch)
-        # One entry for each token of each span, padding-free.
+        # There is one entry for each token of each span, and no padding.
         self._span = torch.repeat_interleave(torch.arange(len(spans), device=spans.device), lengths)
         within = (
             torch.arange(len(self._span), device=spans.device) - (lengths.cumsum(0) - lengths)[self._span]
@@ -69,7 +69,7 @@ class SpanGrid:
         return flat.index_fill_(0, self._token, True).view(self._shape)
 
     def weights(self, token_weights: Tensor) -> Tensor:
-        """Return (B, K): the sums of a span's token weights, each row scaled to a sum of 1."""
+        """Return (B, K): the sum of each span's token weights, scaled so that each row sums to 1."""
         total = self._place(self._sums(token_weights.flatten()))
         return total / total.sum(1, keepdim=True).clamp_min(1e-12)
 

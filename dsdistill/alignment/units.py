@@ -19,7 +19,7 @@ def centred(states: Tensor) -> Tensor:
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of each sequence's valid tokens, (B, D), 0 without any; float32, or float64 for such input.
+    """Return the mean of each sequence's valid tokens, (B, D), 0 if there are none; float32, or float64 as the input.
 
     hidden: (B, N, D). mask: (B, N) bool, True = valid.
     """
@@ -42,7 +42,8 @@ def unpacked(states: Tensor, batch: Batch) -> Tensor:
 def pooled(states: Tensor, batch: Batch) -> Tensor:
     """Return the mean_pool of each document, (B, D) or packed (S, D), from states (B, N, D).
 
-    Packed documents are pooled in place: laid out as rows, each would take as much memory as the longest.
+    Packed documents are pooled where they are: if they were laid out as rows, each would take as much memory as the
+    longest.
     """
     if batch.places is None:
         return mean_pool(states, batch.mask)
@@ -52,7 +53,7 @@ def pooled(states: Tensor, batch: Batch) -> Tensor:
 
 
 def text_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """Return each text's vector before normalisation, (B, D), float32, or float64 for such input; finite at filler.
+    """Return each text's vector before normalisation, (B, D), float32, or float64 as the input; finite for filler rows.
 
     states: (B, N, D), the model's last hidden states. pooling: mean of a text's tokens, cls (first) or last token.
     """
@@ -65,7 +66,7 @@ def text_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
 
 
 def unit_vectors(states: Tensor, batch: Batch, pooling: str) -> Tensor:
-    """Return what text_vectors returns, scaled to length 1."""
+    """Return the vectors of text_vectors, scaled to length 1."""
     return F.normalize(text_vectors(states, batch, pooling), dim=-1)
 
 
@@ -80,7 +81,7 @@ def pair_vectors(vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def gather_rows(own: Tensor) -> Tensor:
     """Return the rows of all ranks in rank order, (n, D); gradients flow only to this rank's rows (n_own, D).
 
-    n_own may differ between ranks and be 0. Every rank must call this equally often.
+    n_own may differ between ranks and may be 0. Every rank must call this equally often.
 
     Backward needs no communication: each rank computes the whole loss, and the sum of the ranks' gradients is the
     gradient of the loss at all rows.

@@ -1,7 +1,7 @@
 """Set the weight of each mapped layer in its term, from the losses of earlier steps.
 
-Weights learned by minimising the loss itself would go to the layer that is easiest to match; these follow rules. They
-are constants for autograd and the same on every rank, because they follow the losses of the whole step.
+If weights were learned by minimising the loss itself, they would grow for the layer that is easiest to match. So these
+weights follow rules. They are constants for autograd. All ranks agree, because the rules use the whole step's losses.
 """
 
 from collections.abc import Iterable
@@ -24,11 +24,11 @@ class Uniform:
         """Update the weights after a step, given each part's mean loss."""
 
     def state(self) -> dict:
-        """Return what a checkpoint keeps, as plain JSON."""
+        """Return the part of the state that a checkpoint keeps, as plain JSON."""
         return {}
 
     def load(self, state: dict) -> None:
-        """Restore state()."""
+        """Restore what state() returned."""
 
 
 class Dynamic(Uniform):
@@ -74,11 +74,11 @@ class Dynamic(Uniform):
 class EarthMover(Uniform):
     """Weigh layers by the cheapest flow from student to teacher layers (BERT-EMD, Li et al. 2020, section 3.3).
 
-    The parts are first `before` parts of weight 1 (the embeddings'), then all (student, teacher) pairs, with the
+    The first `before` parts (the embeddings') have weight 1. The other parts are all (student, teacher) pairs, with the
     teacher's layer changing fastest. The pairs' weights are the flow, which sums to 1. Layer masses start equal and
-    shift to the cheap layers. The paper computes the flow per batch; here it follows the losses of the step before, so
-    that it does not depend on how a batch is split over ranks. `shared` masses are the mean of those of several terms
-    (share_masses), as in the code that the paper names, where attention and hidden states share them.
+    shift to the layers with low cost. The paper computes the flow per batch; here it follows the losses of the previous
+    step, so that it does not depend on how a batch is split over ranks. `shared` masses are the mean of the masses of
+    several terms (share_masses), as in the code that the paper names, where attention and hidden states share them.
     """
 
     moves = True
@@ -108,7 +108,7 @@ class EarthMover(Uniform):
 
 
 def share_masses(rules: Iterable[Uniform]) -> None:
-    """Give those rules that share their masses the mean of these; call it after each `update`."""
+    """Set the masses of all rules that share them to their mean. Call this after each `update`."""
     movers = [rule for rule in rules if isinstance(rule, EarthMover) and rule.shared]
     for side in range(2) if movers else ():
         mean = np.mean([mover.masses[side] for mover in movers], axis=0).tolist()
@@ -126,13 +126,13 @@ def transport(cost: np.ndarray, sources: list[float], sinks: list[float]) -> np.
         equal[row, row * columns : (row + 1) * columns] = 1
     for column in range(columns):
         equal[rows + column, column::columns] = 1
-    # The last equation follows from the others, as both sides sum to 1; leaving it in trips on rounding.
+    # The last equation follows from the others, because both sides sum to 1. With it the solver may fail by rounding.
     solution = linprog(cost.flatten(), A_eq=equal[:-1], b_eq=[*sources, *sinks][:-1], method="highs")
     return np.clip(solution.x, 0, None).reshape(cost.shape)
 
 
 def _cheap_gain(mass: np.ndarray, moved: np.ndarray) -> list[float]:
-    """Return w_l ← Σc / c_l, normalised, where c_l = moved_l / w_l is the cost of a unit of layer l."""
+    """Return new masses Σc / c_l, normalised, where c_l = moved_l / w_l is the cost of a unit of layer l's mass w_l."""
     unit = np.maximum(moved / mass, 1e-12)
     gained = unit.sum() / unit
     return (gained / gained.sum()).tolist()

@@ -30,9 +30,9 @@ from dsdistill.engine.teacher import shard_teacher
 from dsdistill.models.tracer import Callee, Tracer
 
 ORIGIN = "DistillTrainer"  # begins every message about an argument
-# What a checkpoint holds besides the student: the projectors, and layer weights that move.
+# Files that a checkpoint holds besides the student: the projectors, and the layer weights that change in training.
 PROJECTORS, MOVING = "distillation.safetensors", "distillation.json"
-# What a Distiller or a collator reads besides the inputs of the student's own forward pass.
+# Inputs that a Distiller or a collator reads besides those of the student's own forward pass.
 INPUTS = (
     "attention_mask",
     "token_type_ids",
@@ -50,7 +50,7 @@ REFUSED = {
 
 
 class _Student(Distiller):
-    """A _Student is the module that a Trainer trains: a Distiller that looks like its student to the Trainer."""
+    """Be the module that a Trainer trains: a Distiller that looks like its student to the Trainer."""
 
     accepts_loss_kwargs = True  # so that a Trainer does not divide the loss by the number of micro-batches
 
@@ -68,9 +68,9 @@ class _Student(Distiller):
                 raise
             return getattr(self._tracers[0].model, name)
 
-    # Engines wrap a module's only forward pass, but a Trainer needs three results from it.
+    # Engines wrap only a module's forward, so this one method returns the three results that a Trainer needs.
     def forward(self, batch: Mapping[str, Any], counts: Tensor | None = None, wanted: str = "loss") -> Any:
-        """Return what `wanted` names: a batch's loss, the student's own outputs, or the sums of an evaluation."""
+        """Return a batch's loss, the student's own outputs, or the sums of an evaluation, as `wanted` says."""
         if wanted == "outputs":
             return self.model(**batch)
         if wanted == "sums":
@@ -78,7 +78,7 @@ class _Student(Distiller):
         return super().forward(batch, counts)
 
     def _sums(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return (2, parts) float64: each part's sum over the batch, and what it is divided by.
+        """Return (2, parts) float64: each part's sum over the batch, and its divisor.
 
         The parts are those of all terms and, if there is a distance, the KL to the teacher.
         """
@@ -125,7 +125,7 @@ def _distance(task: str, teacher: Tracer, student: PreTrainedModel) -> Objective
 
 
 class _Steps(TrainerCallback):
-    """A _Steps tells layer weights when training begins and when an optimizer step ends."""
+    """Tell layer weights when training begins and when an optimizer step ends."""
 
     def __init__(self, trainer: "DistillTrainer"):
         self.trainer = trainer
@@ -152,16 +152,16 @@ class DistillTrainer(Trainer):
 
     The loss is that of a `Distiller`: every term divides by counts over all micro-batches and ranks of an optimizer
     step, so that accumulation and data parallelism do not change it. The value of each term is logged under its name.
-    Evaluation adds to a Trainer's metrics each term's value over the set as `eval_TERM`, and as `eval_kl` the mean
-    KL(teacher‖student) in nats, per example or token. Samples that a sampler repeats to give all ranks the same number
-    are left out of these.
+    Evaluation adds two kinds of metrics to a Trainer's own: `eval_TERM`, each term's value over the set, and `eval_kl`,
+    the mean KL(teacher‖student) in nats, per example or token. A sampler may repeat samples to give all ranks the same
+    number; these metrics leave the repeated samples out.
 
     Data sets and collators are those of a Trainer; `data.inputs.as_batch` lists what a Distiller reads. Chat sets with
     masked labels and batches without padding (`position_ids` that restart at 0) need no change.
 
     DeepSpeed: create TrainingArguments(deepspeed=...) before the student, as for any Trainer. A teacher that is loaded
-    after arguments with ZeRO-3 is sharded as the student is; `dsdistill.shard_teacher` shards one with any arguments.
-    FSDP is refused: it has not been tried.
+    after arguments with ZeRO-3 is sharded like the student; `dsdistill.shard_teacher` shards a teacher with any
+    arguments. FSDP is refused, because it has not been tried.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class DistillTrainer(Trainer):
                 processing_class, compute_metrics, callbacks, optimizers, preprocess_logits_for_metrics and so on.
 
         Raises:
-            UserError: says in one line what does not fit first.
+            UserError: one line for the first thing that does not fit.
         """
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args
         _check(args, trainer)
-        own = student  # compiled, if asked for, without the operators, which are compiled already
+        own = student  # only this is compiled, if requested: the operators are compiled already
         if args.torch_compile:
             own = torch.compile(student, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         module = _Student(
@@ -230,7 +230,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
-        """Return a step's micro-batches, and the divisors of the terms' sums instead of a number of tokens."""
+        """Return a step's micro-batches, and the divisors of the terms' sums in place of a number of tokens."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return samples, self.distiller.counts(samples) if samples else None
 
@@ -257,7 +257,7 @@ class DistillTrainer(Trainer):
             self.model_accepts_loss_kwargs = ours
 
     def begin_training(self, steps: int) -> None:
-        """Prepare layer weights that move for `steps` optimizer steps, or restore those of a checkpoint."""
+        """Prepare changing layer weights for `steps` optimizer steps, or restore those of a checkpoint."""
         objective = self.distiller.objective
         objective.begin(steps)
         if self._restored is not None:
@@ -300,13 +300,13 @@ class DistillTrainer(Trainer):
         return super().prediction_step(_Outputs(model), inputs, prediction_loss_only, ignore_keys)
 
     def _labelled(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether the terms can be computed: some need labels, which a set may lack."""
+        """Return whether the terms can be computed. Some need labels, which a set may lack."""
         objective = self.distiller.objective
         given = any(inputs.get(name) is not None for name in ("labels", "label"))
         return given or objective.task == "causal_lm" or not objective.needs("labels")
 
     def _own_samples(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the batch; samples that a sampler repeats, so that all ranks have the same number, become filler."""
+        """Return the batch with filler for samples that a sampler repeats to give all ranks the same number."""
         state, rows = self.accelerator.gradient_state, len(inputs["input_ids"])
         if not state.end_of_dataloader or state.remainder <= 0 or _ranks() == 1:
             return inputs
@@ -320,7 +320,7 @@ class DistillTrainer(Trainer):
         return {**inputs, "attention_mask": mask, **labels}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Return what a Trainer returns; the metrics also hold each term's value over the whole set."""
+        """Return the result of a Trainer; its metrics also hold each term's value over the whole set."""
         self._seen = None
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         seen, self._seen = self._seen, None
@@ -389,7 +389,7 @@ class DistillTrainer(Trainer):
 
 
 class _Outputs(nn.Module):
-    """An _Outputs calls the trained module for the student's own outputs; evaluation uses it as the student."""
+    """Call the trained module for the student's own outputs; evaluation uses this as the student."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -415,7 +415,7 @@ def _check(args: TrainingArguments, trainer: Mapping[str, Any]) -> None:
 
 
 def _gathering(teacher: PreTrainedModel | Callee | None) -> PreTrainedModel | Callee | None:
-    """Return the teacher with an engine that gathers its layers, if it was loaded sharded and has none.
+    """Return the teacher; if it was loaded sharded without an engine, add an engine that gathers its layers.
 
     Transformers loads every model sharded once TrainingArguments with ZeRO-3 exist.
     """
@@ -426,7 +426,7 @@ def _gathering(teacher: PreTrainedModel | Callee | None) -> PreTrainedModel | Ca
 
 
 def _accepts_loss_kwargs(student: PreTrainedModel) -> bool:
-    """Return whether the student's own loss takes a number of items, by the rule of a Trainer."""
+    """Return whether the student's own loss takes a number of items, by a Trainer's rule."""
     if hasattr(student, "accepts_loss_kwargs"):
         return bool(student.accepts_loss_kwargs)
     parameters = inspect.signature(student.forward).parameters.values()

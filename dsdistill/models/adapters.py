@@ -1,8 +1,8 @@
-"""Put low-rank adapters (LoRA) into a student's linear layers, merge them into its weights, or write them as peft does.
+"""Put low-rank adapters (LoRA) into a student's linear layers, merge them, or write them in the format of peft.
 
 With a frozen weight W a layer computes (W + alpha / rank · B A) x: Hu et al. 2021, arXiv 2106.09685, section 4.1. A is
-random and B starts at zero, so that a student begins as it was. The library peft replaces the layers in place. The
-model keeps its class; a layer's weight is called `base_layer.weight` from then on.
+random and B starts at zero, so that the student's outputs do not change at first. The library peft replaces the layers
+in place. The model keeps its class, but a layer's weight is then called `base_layer.weight`.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TARGETS = "student.lora.targets"
 WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"  # peft's name of the only adapter
-# What peft calls the tasks; it has no name for masked language models.
+# The names that peft has for the tasks; it has none for masked language models.
 _TASKS = {
     "classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
@@ -43,8 +43,8 @@ _TASKS = {
 def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
     """Return the names of the linear layers that get adapters; all of them are inside the model's layers.
 
-    `auto` takes those that peft chooses for the model type; where peft knows none, all of them. Raises UserError for a
-    name that fits no such layer, and if peft is not installed.
+    `auto` takes the layers that peft chooses for the model type; if peft does not know the type, all linear layers.
+    Raises UserError for a name that matches no such layer, and if peft is not installed.
     """
     check_peft()
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as CHOSEN
@@ -53,7 +53,7 @@ def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
     if lora.targets == "auto":
         kinds = (model.config.model_type, text_config(model.config).model_type)
         chosen = next((CHOSEN[kind] for kind in kinds if kind in CHOSEN), ())
-        if isinstance(chosen, str):  # a pattern of whole names
+        if isinstance(chosen, str):  # a pattern that matches whole names
             found = [name for name in there if re.fullmatch(chosen, name)]
         else:
             found = [name for name in there if _fits(name, chosen)]
@@ -70,7 +70,7 @@ def target_names(model: PreTrainedModel, lora: Lora) -> list[str]:
 
 
 def _ends(names: Iterable[str]) -> str:
-    """Return the last parts of layers' names, each once."""
+    """Return the last parts of layers' names, without repetition."""
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
@@ -79,9 +79,9 @@ def _fits(name: str, targets: Collection[str]) -> bool:
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers inside the model's layers: not of heads, poolers and embeddings.
+    """Return the names of the linear layers inside the model's layers, without heads, poolers and embeddings.
 
-    A model that runs one layer repeatedly (ALBERT) holds it in a list of its own.
+    A model that runs one layer repeatedly (ALBERT) holds it in another list.
     """
     layers = layer_list(model)
     lists = [module for module in body(model).modules() if isinstance(module, nn.ModuleList)]
@@ -98,8 +98,8 @@ def add_adapters(
 ) -> frozenset[str]:
     """Put adapters into a model in place; afterwards only they and a head for classes or scores require gradients.
 
-    seed: of the adapters' first values, which depend on nothing else. new_head: a language model's head trains too, if
-    it is not tied to the embeddings. Returns the names of all weights that never train: the base.
+    seed: the adapters' first values depend on this number and on nothing else. new_head: a language model's head also
+    trains, if it is not tied to the embeddings. Returns the names of all weights that never train: the base.
     """
     names = target_names(model, lora)
     from peft import LoraConfig, inject_adapter_in_model
@@ -113,9 +113,9 @@ def add_adapters(
         fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
     )
     first = next(model.parameters())
-    # Values are drawn on the CPU, whatever the device, so that they are the same everywhere.
+    # Values are drawn on the CPU for every device, so that they are the same everywhere.
     device = torch.device("meta" if first.is_meta else "cpu")
-    # The planner's tensors cannot be moved; here they are where they belong already.
+    # The planner's tensors cannot be moved, and they are already where they belong.
     hollow = replaced(nn.Module, "to", _stay) if isinstance(first, FakeTensor) else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), device, hollow:
         warnings.simplefilter("ignore")  # layers of both kinds: peft corrects the setting for the others
@@ -143,7 +143,7 @@ def _stay(module: nn.Module, *_, **__) -> nn.Module:
 
 
 def _head(model: PreTrainedModel, task: str, new_head: bool) -> dict[str, nn.Parameter]:
-    """Return the parameters of the head that trains whole, by name; none if the student keeps its own."""
+    """Return the parameters of a head that trains without adapters, by name; none if the student keeps its head."""
     if task == EMBEDDING or (task in LANGUAGE and not new_head):
         return {}
     inside = {id(parameter) for parameter in body(model).parameters()}
@@ -159,7 +159,7 @@ def check_names(model: PreTrainedModel, given: Collection[str], base: Collection
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Add each adapter to the weight that it adapts, and return the model, which is plain again."""
+    """Add each adapter to the weight that it adapts, and return the model, which then has no adapters."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.named_modules()):
@@ -175,7 +175,7 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 def save_adapter(model: PreTrainedModel, task: str, base: str, dtype: torch.dtype, folder: str) -> None:
     """Write a model's adapters, and the head that trained, as a folder for `peft.PeftModel.from_pretrained`.
 
-    base: name or folder of the model without adapters, which the folder names. dtype: of the written weights.
+    base: name or folder of the model without adapters; the written folder refers to it. dtype: type of the weights.
     """
     known: Any = model.peft_config
     settings: LoraConfig = known[_NAME]
@@ -193,5 +193,5 @@ def save_adapter(model: PreTrainedModel, task: str, base: str, dtype: torch.dtyp
 
 
 def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return what trains in a model with adapters, by name."""
+    """Return the weights that train in a model with adapters, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

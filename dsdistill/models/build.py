@@ -65,7 +65,7 @@ TEXT_PART = {
     r"^language_model\.lm_head": "lm_head",
 }
 
-# These settings decide the shape of the weights; a config beside a path may repeat but not change them.
+# These settings decide the shapes of the weights. A `config:` beside a path may repeat them but not change them.
 _STRUCTURE = (
     "model_type",
     "num_hidden_layers",
@@ -134,9 +134,10 @@ def auto_class(
 
 
 def may_be_new(name: str, model: PreTrainedModel, task: str) -> bool:
-    """Return whether a weight may be missing before training: in a classification head, or one that is never read.
+    """Return whether a weight may be missing before training, as one of a classification head or one never read.
 
-    Text vectors do not use the layer that some encoders have on top of the first token (BERT's pooler).
+    A weight is never read if the task is embedding and it belongs to the layer that some encoders have on top of the
+    first token (BERT's pooler).
     """
     if task == EMBEDDING:
         return name.startswith("pooler.")
@@ -144,13 +145,16 @@ def may_be_new(name: str, model: PreTrainedModel, task: str) -> bool:
 
 
 def text_alone(config: PretrainedConfig, task: str) -> PretrainedConfig:
-    """Return the text part of a composite whose own type has no class for the task (Mistral 3), else the config."""
+    """Return the text part of a composite (images and text) whose type has no class for the task, else the config.
+
+    Mistral 3 is such a composite.
+    """
     names = MODEL_MAPPING_NAMES if task == EMBEDDING else _NAMES.get(task, _NAMES["classification"])
     text = text_config(config)
     if config.model_type in names or text.model_type not in names:
         return config
     text = copy.deepcopy(text)
-    text.tie_word_embeddings = config.tie_word_embeddings  # the composite decides
+    text.tie_word_embeddings = config.tie_word_embeddings  # the composite's setting is the valid one
     return text
 
 
@@ -180,8 +184,8 @@ def _minilm(place: str) -> str:
 def architecture(path: str | None, overrides: dict[str, Any] | None, place: str) -> PretrainedConfig:
     """Return the architecture of a model from its folder, hub id or `config:`, without loading weights.
 
-    If the model cannot be read but `config:` names its type, the architecture comes from that, so that checks run
-    offline.
+    If the model cannot be read but `config:` names its type, the architecture comes from `config:`, so that checks can
+    run offline.
     """
     if overrides is not None:
         check_settings(overrides, f"{place}.config", ours=True)
@@ -288,10 +292,10 @@ def skeleton(config: PretrainedConfig, task: str, place: str) -> PreTrainedModel
 
 
 def named(attention: str) -> str | None:
-    """Return an `attn_implementation` as the library takes it; with None it chooses SDPA if a class supports it.
+    """Return an `attn_implementation` as the library takes it. With None the library uses SDPA if a class supports it.
 
-    Flash attention becomes None where it cannot run: a plan, an export or an evaluation may run on another machine
-    than training. Training without it is refused (check_attention).
+    Flash attention becomes None where it cannot run, because a plan, an export or an evaluation may run on another
+    machine than training. Training without it is refused (check_attention).
     """
     return None if attention == "auto" or (attention == FLASH and not flash_here()) else attention
 
@@ -302,7 +306,7 @@ def flash_here() -> bool:
 
 
 def check_attention(implementation: str, place: str) -> None:
-    """Raise UserError for an attention implementation that this machine lacks; a plan for another may use it."""
+    """Raise UserError for an attention implementation that this machine lacks; a plan for another one may use it."""
     if implementation == FLASH and not flash_here():
         lacks = "its package flash-attn" if torch.cuda.is_available() else "a GPU"
         raise UserError(
@@ -329,7 +333,7 @@ def for_task(
     """Return the architecture with the head that the task needs."""
     for part in {id(part): part for part in (config, text_config(config))}.values():
         if task == "classification":
-            assert labels is not None  # the data of a classification names its classes
+            assert labels is not None  # data for classification names the classes
             part.num_labels = len(labels)
             part.id2label = dict(enumerate(labels))
             part.label2id = {label: index for index, label in enumerate(labels)}
@@ -343,19 +347,19 @@ def for_task(
 def load_tokenizer(path: str, place: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder or hub id; it has a padding token.
 
-    Raises UserError if there is no tokenizer, or one that fails, grows without bound or names other files.
+    Raises UserError if there is no tokenizer, or if it fails, grows without bound or names other files.
     """
     source = locate(path, place)
     try:
         options = check_tokenizer(source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except BaseException as error:  # the library may raise anything; its panics are no Exceptions
+    except BaseException as error:  # the library may raise anything, and its panics are not Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
             place, f"{path} ({first_line(error)})", "a folder or hub id with a tokenizer"
         ) from None
-    # If files are missing, the library returns a blank tokenizer, to which every word is unknown.
+    # If files are missing, the library returns an empty tokenizer, which knows no word.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(place, f"{path}, which has no vocabulary", "a folder or hub id with a tokenizer")
     if tokenizer.pad_token_id is None:
@@ -382,8 +386,8 @@ def build_model(
 
     attention: as `attn_implementation` in a config. needs_head: the weights must include the task's head; if False, a
     head that is missing or made for other classes is random (fine-tuning). Embeddings and layers are always required.
-    dtype: type in which each weight of path is read; random ones are drawn in float32. device: where the weights of
-    path go, one by one; default: the CPU.
+    dtype: type in which each weight of path is read; random weights are drawn in float32. device: where the weights of
+    path are placed, one by one; default: the CPU.
     """
     return build_and_tell(
         config, path, task, place, needs_head=needs_head, attention=attention, dtype=dtype, device=device
@@ -401,13 +405,13 @@ def build_and_tell(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Return what build_model does, and the names of weights that are random because path lacks them."""
+    """Return the model of build_model, and the names of weights that are random because path lacks them."""
     family = auto_class(task)
     if path is None:
         return _random(config, task, place, attention), set()
     source = locate(path, f"{place}.path")
     try:
-        # The library annotates one model; with output_loading_info it returns a pair.
+        # The library's annotation is one model, but with output_loading_info it returns a pair.
         loaded: Any = family.from_pretrained(
             source,
             config=text_alone(config, task),
@@ -416,7 +420,7 @@ def build_and_tell(
             dtype=dtype,
             device_map=None if device is None or device.type == "cpu" else {"": device},
             output_loading_info=True,
-            use_safetensors=True,  # a pickle runs what it holds
+            use_safetensors=True,  # loading a pickle would run the code in it
             ignore_mismatched_sizes=not needs_head,
             trust_remote_code=False,
         )
@@ -438,7 +442,7 @@ def build_and_tell(
 def check_missing(
     model: PreTrainedModel, missing: Collection[str], path: str, task: str, place: str, *, needs_head: bool
 ) -> None:
-    """Raise UserError if weights that `path` lacks are needed, see build_model."""
+    """Raise UserError if weights that `path` lacks are needed; see build_model."""
     parts = [module for module in (layer_list(model), model.get_input_embeddings()) if module is not None]
     inside = {id(parameter) for module in parts for parameter in module.parameters()}
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -461,9 +465,9 @@ class Headless(nn.Module):
     """Run a language model without its last step, so that the library never makes the B×N×V logits.
 
     The head's weights stay in the module, so that they are trained, sharded and saved with the rest. In a masked
-    language model only the decoder is skipped: the layers before it in the head (BERT's transform) run. A constant
-    factor of the logits (Granite, Cohere) is multiplied into the last hidden state; `form` holds this factor and a soft
-    cap (Gemma 2). With whole=True the unchanged model runs, for generation.
+    language model only the decoder is skipped: the layers before it in the head (BERT's transform) run. If the logits
+    have a constant factor (Granite, Cohere), the last hidden state is multiplied by it. `form` holds this factor and a
+    soft cap (Gemma 2). With whole=True the unchanged model runs, for generation.
     """
 
     def __init__(self, model: PreTrainedModel, place: str):

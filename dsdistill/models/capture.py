@@ -1,8 +1,8 @@
 """Capture queries, keys, values and hidden states of chosen layers, without output_attentions.
 
 The models are not changed. While a forward pass is recorded, the function that a class takes from transformers'
-attention interface (SDPA, eager, flex, flash) is called through a wrapper that first records its inputs. Models that do
-not use that interface, and passes whose attention is not needed, run untouched.
+attention interface (SDPA, eager, flex, flash) is called through a wrapper that first records its inputs. If a model
+does not use that interface, or if a pass needs no attention, nothing is wrapped.
 """
 
 import sys
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from dsdistill.models.settings import text_config
 from dsdistill.models.trace import AttentionTrace, Geometry, Trace
 
-# Names of the norm after the last layer in modelling files; the probe checks that it is one.
+# Names of the norm after the last layer in modelling files; the probe checks that the module is this norm.
 _FINAL_NORMS = tuple(
     "norm ln_f final_layernorm final_layer_norm final_norm norm_f embedding_norm emb_layer_norm_after "
     "layer_norm layernorm ln LayerNorm".split()
@@ -72,7 +72,7 @@ def body(model: PreTrainedModel) -> nn.Module:
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList | None:
-    """Return the model's layers in order, or None if it does not hold one module a layer (ALBERT shares one)."""
+    """Return the model's layers in order, or None if it does not have one module for each layer (ALBERT shares one)."""
     depth = text_config(model.config).num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -101,8 +101,8 @@ class Capture:
     unrotated: also keep queries and keys as they are before their rotation by position (RoPE).
 
     An attention call belongs to the layer whose module makes it, even if layers before it were skipped. If a model has
-    no list of layers (ALBERT runs one repeatedly), the calls are counted. Only the calls inside `recording` count: a
-    checkpointed layer runs a second time in backward, after it.
+    no list of layers (ALBERT runs one repeatedly), calls are assigned to layers by counting. Only the calls inside
+    `recording` count, because a checkpointed layer runs a second time in backward, after `recording` has ended.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Capture:
         self._depth: int | None = None
         self._hooks: list[RemovableHandle] = []
         layers = layer_list(model)
-        # Modules are the keys, not their ids: so a copy of a model and its capture still works.
+        # The keys are the modules and not their ids, so that a copy of a model with its capture still works.
         self._places = {
             module: place for place, layer in enumerate(layers or (), start=1) for module in layer.modules()
         }
@@ -142,7 +142,7 @@ class Capture:
             self._hooks.append(norm.register_forward_hook(self._note_last))
 
     def detach(self) -> None:
-        """Remove the hooks from the model; nothing more is recorded."""
+        """Remove the hooks from the model. After this nothing is recorded."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -198,7 +198,7 @@ class Capture:
             self._trace.last = output
 
     def _note_hidden(self, index: int, module, args, output) -> None:
-        """Record a layer's output, as a forward hook. A partial binds `index`, as it can be copied and pickled."""
+        """Record a layer's output, as a forward hook. A partial binds `index`, because it can be copied and pickled."""
         # A checkpointed layer runs again in backward; by then nothing is being recorded.
         if self._trace is not None:
             self._trace.hidden[index] = output if isinstance(output, Tensor) else output[0]

@@ -23,7 +23,7 @@ def cut_architecture(
 ) -> PretrainedConfig:
     """Return the teacher's architecture with only `layers` (counted from 1) of its layers.
 
-    A composite (images and text) stays a composite; its text part is cut.
+    A composite (images and text) stays a composite, and its text part is cut.
     """
     text = text_config(teacher)
     for layer in layers:
@@ -40,7 +40,7 @@ def cut_architecture(
 
 def _cut(settings: dict[str, Any], text: PretrainedConfig, layers: tuple[int, ...]) -> None:
     depth = text.num_hidden_layers
-    for key in per_layer(settings, depth):  # layer_types, no_rope_layers and the like have an entry a layer
+    for key in per_layer(settings, depth):  # such as layer_types, which have an entry for each layer
         settings[key] = [settings[key][layer - 1] for layer in layers]
     for key, value in settings.items():
         if _INDICES.search(key) and isinstance(value, list):
@@ -55,7 +55,7 @@ def _cut(settings: dict[str, Any], text: PretrainedConfig, layers: tuple[int, ..
     ):  # GPT-Neo makes the latter of the former
         settings["attention_types"] = [[[kind], 1] for kind in settings["attention_layers"]]
     settings["num_hidden_layers"] = len(layers)
-    # Where the family uses another name for the depth (n_layer, n_layers) both would be given: keep one.
+    # If the family uses another name for the depth (n_layer, n_layers), both would be given, so only one is kept.
     if alias := text.attribute_map.get("num_hidden_layers"):
         settings[alias] = settings.pop("num_hidden_layers")
 
@@ -70,17 +70,17 @@ def check_cut(
 ) -> list[list[str]]:
     """Raise UserError if the student cannot be made of the teacher and its chosen layers; no weights are needed.
 
-    Some families build some layers differently: ModernBERT's first has no norm before its attention. In others a
-    layer computes with a number that depends on its place or on the model's depth: MiniCPM3 scales what a layer adds,
-    DiffLlama what it subtracts.
+    Some families build some layers differently: ModernBERT's first layer has no norm before its attention. In other
+    families a layer computes with a number that depends on its place or on the model's depth: MiniCPM3 scales what a
+    layer adds, DiffLlama scales what it subtracts.
 
-    missing: weights that the teacher's files lack. Returns the names of weights that the student ties: the teacher's
-    must be equal.
+    missing: weights that the teacher's files lack. Returns the names of weights that the student ties: these must be
+    equal in the teacher.
     """
     made, whole = (skeleton(model, task, place) for model in (student, teacher))
     into, source = layer_list(made), layer_list(whole)
     if into is not None and source is not None:
-        # A difference that a `config:` makes is intended; one that follows from the place alone is not.
+        # A difference that `config:` makes is intended. A difference that follows from the layer's place alone is not.
         plain = _plain_layers(teacher, layers, task, place)
         for position, (target, layer) in enumerate(zip(into, layers, strict=True), start=1):
             moved = source[layer - 1]
@@ -104,7 +104,7 @@ def check_cut(
 
 
 def _shares_its_layer(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Return whether both models run the same weights repeatedly, as ALBERT does: then only the depth differs."""
+    """Return whether both models run one layer's weights repeatedly, as ALBERT does. Then only their depth differs."""
     mine, other = (
         {name: value.shape for name, value in model.state_dict().items()} for model in (student, teacher)
     )
@@ -137,9 +137,9 @@ def _numbers(layer: nn.Module) -> dict[str, Any]:
 def _difference(
     mine: dict[str, Any], other: dict[str, Any], plain: dict[str, Any] | None = None
 ) -> str | None:
-    """Return the name of something that differs, with both values; None if nothing does.
+    """Return the name of an entry that differs, with both values; None if none differs.
 
-    plain: `mine` without what a `config:` changes; if that agrees with `other`, the difference is intended.
+    plain: `mine` without the changes of a `config:`; if it agrees with `other`, the difference is intended.
     """
     for name in sorted(mine.keys() | other.keys()):
         if any(_same(found.get(name), other.get(name)) for found in (mine, plain) if found is not None):
@@ -165,13 +165,13 @@ def copy_layers(
     layers: tuple[int, ...],
     missing: Collection[str] = (),
 ) -> None:
-    """Copy the chosen teacher layers (counted from 1) and all else whose name and shape agree to the student.
+    """Copy the chosen teacher layers (counted from 1), and all other weights of equal name and shape, to the student.
 
     missing: weights that are random in the teacher. Raises UserError if the student ties weights that differ in the
     teacher: only one of them could be copied.
     """
     into, source = layer_list(student), layer_list(teacher)
-    if into is not None and source is not None:  # else one layer is shared, outside any list
+    if into is not None and source is not None:  # otherwise one layer is shared, outside any list
         for target, layer in zip(into, layers, strict=True):
             target.load_state_dict(source[layer - 1].state_dict())
     given, own = teacher.state_dict(), student.state_dict()
@@ -188,7 +188,7 @@ def check_rest(
 ) -> None:
     """Raise UserError if a weight of the student outside its layers cannot be copied from the teacher.
 
-    Only a classification head may be new. missing: weights that are random in the teacher, as its files lack them.
+    Only a classification head may be new. missing: weights that are random in the teacher because its files lack them.
     """
     given = teacher.state_dict()
     for own, names in outside(student, teacher, missing):
@@ -212,8 +212,8 @@ def outside(
 ) -> list[tuple[list[str], list[str]]]:
     """Return each weight and buffer of the student outside its layers as two lists of names.
 
-    The first list holds the student's names of it, several if it is tied. The second holds those of them under which
-    the teacher has a tensor that can be copied.
+    The first list holds the student's names of the weight, several if it is tied. The second list holds those of these
+    names under which the teacher has a tensor that can be copied.
     """
     layers = layer_list(student)
     inside = set() if layers is None else {id(value) for value in _tensors(layers).values()}
@@ -236,7 +236,7 @@ def outside(
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, tied ones under each of their names."""
+    """Return parameters and buffers by name. A tied one appears under each of its names."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -244,6 +244,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def untied(first: str, second: str, model: str) -> UserError:
-    """Return the error for a student that ties two weights which differ in the model that it is made from."""
+    """Return the error for a student that ties two weights that differ in the model from which it is made."""
     got = f"tied weights, but {first} and {second} of the {model} differ"
     return UserError("student.config.tie_word_embeddings", got, "false")

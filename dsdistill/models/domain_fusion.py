@@ -1,8 +1,8 @@
 """Add features of the teacher's states to the student's input; later the student predicts them (domain mapping).
 
 The published method names a map φ of the teacher's states to d' features, a fusion F(E, Z) into the student and an
-aggregation over granularities, without formulas. F as printed would need the teacher at inference. This is the
-project's own reading: the student predicts Z from its own embeddings, and evaluation always uses the prediction.
+aggregation over granularities, but gives no formulas. F as printed would need the teacher at inference. So this is the
+project's own reading: the student predicts Z from its own embeddings E, and evaluation always uses the prediction.
 """
 
 import os
@@ -26,7 +26,7 @@ class TeacherMap(nn.Module):
     """Compute φ of one teacher layer: layer norm without parameters, then its first d' principal components; frozen.
 
     Z = C (norm(h) − μ) / s with orthonormal rows C and one scale s, so that Z's mean variance is 1. The map is not
-    trained: trained together with what is to match it, it would collapse to 0.
+    trained, because it would collapse to 0 if it were trained together with the student that should match it.
     """
 
     components: Tensor  # (d', D)
@@ -45,7 +45,7 @@ class TeacherMap(nn.Module):
         values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
         width = len(self.components)
         rows = vectors.flip(1)[:, :width].T
-        # A component's sign is arbitrary: its largest entry is made positive, to be the same on every machine.
+        # A component's sign is arbitrary. Its largest entry is made positive, so that all machines agree.
         rows = rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
         self.components.copy_(rows)
         self.mean.copy_(mean)
@@ -63,14 +63,14 @@ def normed(states: Tensor) -> Tensor:
 
 
 class DomainFusion(nn.Module):
-    """Compute F: x = E + g ⊙ P Ẑ with g = σ(W [E; Ẑ]); Ẑ is the teacher's Z or the student's prediction of it.
+    """Compute F: x = E + g ⊙ P Ẑ with g = σ(W [E; Ẑ]), where Ẑ is the teacher's Z or the student's prediction of it.
 
-    P starts at 0, so the student begins unchanged. In training an example takes Z if its draw Batch.chance is below
-    `share`, which the trainer lowers from 1 to 0 over a stage. Evaluation takes the prediction.
+    P starts at 0, so the student begins unchanged. In training an example uses Z if its random number Batch.chance is
+    below `share`, which the trainer lowers from 1 to 0 over a stage. Evaluation uses the prediction.
     """
 
     def __init__(self, width: int, student_width: int, teacher_width: int, layers: tuple[int, ...]):
-        """Make a fusion. layers: the teacher layers that are mapped; the map of the last one is Z."""
+        """Make a fusion. layers: the teacher layers that are mapped; Z is the map of the last of them."""
         super().__init__()
         self.layers = layers
         self.maps = nn.ModuleDict({str(layer): TeacherMap(teacher_width, width) for layer in layers})
@@ -81,14 +81,14 @@ class DomainFusion(nn.Module):
         self.lift = nn.Linear(width, student_width, bias=False)
         nn.init.zeros_(self.lift.weight)
         self.share = 1.0
-        # Z (B, N, d') and which tokens take it, (B, 1) or (B, N) bool
+        # Z (B, N, d'), and which tokens use it, (B, 1) or (B, N) bool
         self._given: tuple[Tensor, Tensor] | None = None
         self._predicted: Tensor | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
         """Let every forward pass of the model replace E, the input of its first layer, by x."""
         layers = layer_list(model)
-        assert layers is not None  # the probe has refused models without a list of layers
+        assert layers is not None  # the probe has refused all models without a list of layers
         layers[0].register_forward_pre_hook(self._fuse, with_kwargs=True)
 
     def targets(self, teacher: Trace) -> dict[int, Tensor]:
@@ -96,9 +96,9 @@ class DomainFusion(nn.Module):
         return {layer: self.maps[str(layer)](teacher.hidden[layer]) for layer in self.layers}
 
     def prepare(self, teacher: Trace | None, chance: Tensor | None) -> dict[int, Tensor]:
-        """Prepare a forward pass with the teacher's targets, only in training; return the targets.
+        """Prepare a forward pass with the teacher's targets (only in training), and return the targets.
 
-        chance: (B, 1) or (B, N), each token's draw; all tokens of an example have the same.
+        chance: (B, 1) or (B, N), each token's random number; it is the same for all tokens of an example.
         """
         targets = {} if teacher is None or not self.training else self.targets(teacher)
         self._given = (
@@ -109,7 +109,7 @@ class DomainFusion(nn.Module):
     def trace(self, targets: dict[int, Tensor], shape: torch.Size) -> DomainTrace:
         """Return the trace of the forward pass after prepare(). shape: (B, N), also if packed rows ran as one row."""
         predicted, self._predicted = self._predicted, None
-        assert predicted is not None  # each forward pass makes one, and this takes it once
+        assert predicted is not None  # each forward pass makes a prediction, and this takes it once
         return DomainTrace(targets, predicted.reshape(*shape, predicted.shape[-1]))
 
     def forward(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,8 @@ class Aggregate(nn.Module):
 def load_exported(folder: str) -> PreTrainedModel:
     """Return the student that `dsdistill export` wrote, with its fusion: a transformers model that needs no teacher.
 
-    FOLDER/student alone lacks the fusion and would predict something else. So from_pretrained cannot load FOLDER.
+    FOLDER/student alone lacks the fusion and would predict something else. For this reason from_pretrained cannot load
+    FOLDER.
     """
     path = os.path.join(folder, STUDENT)
     config = architecture(path, None, folder)

@@ -19,22 +19,23 @@ from dsdistill.models.probe import HALF_ROUNDING, ROUNDING, Keyed, smallest, und
 from dsdistill.models.small_copy import copied_layers, layer_kinds, make_small
 from dsdistill.models.tracer import Tracer, callee
 
-# Tokens of the documents that are tried, by row: longer than the copy's windows, and one row is filled up.
+# Lengths of the trial's documents, by row. They are longer than the copy's windows, and one row has filler at its end.
 _LENGTHS = ((11, 12), (12, 10))
-# How far a document may move, relative to the largest state, when another one changes: experts then get other numbers
-# of tokens, which some processors round differently (6e-8 in DeepSeek V3 on an AMD EPYC). Families that leak move by
-# 5e-2 and more.
+# Largest change of a document's states, relative to the largest state, when another document changes. It is not 0,
+# because experts then get other numbers of tokens, which some processors round differently (6e-8 in DeepSeek V3 on an
+# AMD EPYC). In families that leak the change is 5e-2 and more.
 _UNSEEN = 1e-6
 
 
 def leak(config: PretrainedConfig, place: str, implementation: str = "auto") -> str | None:
     """Return why a causal language model may not read packed rows; None if it keeps their documents apart.
 
-    A small random copy reads two rows of two documents. Up to rounding, the states of the second must not depend on the
-    first, and each document's states must be those of the document alone. The reason follows "model type X, ".
+    A small random copy reads two rows of two documents. Up to rounding, the states of a row's second document must not
+    depend on the first, and each document's states must be those of the document alone. In messages the reason follows
+    "model type X, ".
 
-    config: architecture of the model; place: the config key that errors name; implementation: of attention, as
-    `attn_implementation` in a config. Flash attention is tried where it runs, else eager attention instead.
+    config: architecture of the model; place: the config key that errors name; implementation: the attention's, as
+    `attn_implementation` in a config. Flash attention is tried if it can run here, otherwise eager attention is.
 
     Raises:
         UserError: the model cannot do the task at all.
@@ -45,18 +46,18 @@ def leak(config: PretrainedConfig, place: str, implementation: str = "auto") -> 
         return _leak(Keyed(key, config), place, implementation)
 
 
-@functools.lru_cache(maxsize=256)  # prepare and plan ask again
+@functools.lru_cache(maxsize=256)  # prepare and plan call it again
 def _leak(keyed: Keyed, place: str, implementation: str) -> str | None:
     try:
         return _tried(*_copy(keyed.config, place, implementation), place)
     except UserError:
         raise
-    except Exception as error:  # it takes no positions, or needs a mask
+    except Exception as error:  # the model takes no positions, or needs a mask
         return f"which cannot run packed rows ({first_line(error)[:100]})"
 
 
 def _copy(config: PretrainedConfig, place: str, implementation: str) -> tuple[PreTrainedModel, float]:
-    """Return the small copy under the run's attention, if that runs here, and the tolerance for rounding."""
+    """Return the small copy, with the run's attention if that can run here, and the tolerance for rounding."""
     task = "causal_lm"
     small, eager = smallest(config, task, place, copied_layers(layer_kinds(config, task, place)))
     model = under(implementation, small, task, place, eager)
@@ -94,9 +95,9 @@ def _batch(change: int) -> Batch:
 
 
 def _documents(tracer: Tracer, batch: Batch) -> Tensor:
-    """Return (documents, most tokens, D) last states, 0 beyond the end of a document."""
+    """Return the last states, (documents, length of the longest, D), 0 beyond the end of a document."""
     output = tracer(batch).output
-    assert output is not None  # a language model's
+    assert output is not None  # a language model always has it
     rows = batch.unpacked
     if batch.places is not None:
         output = output.flatten(0, 1)[batch.places.clamp(min=0)]

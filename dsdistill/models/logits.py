@@ -1,8 +1,8 @@
 """Find how a language model changes the product of hidden state and head: by a constant factor and a soft cap.
 
 Names in the config do not tell this: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. So the
-library's own forward pass runs from the base model's output to the logits, with fixed outputs in place of base model
-and head. No weight is read, so models may be sharded or without contents.
+library's own forward pass runs from the base model's output to the logits, while fixed outputs replace the base model
+and the head. No weight is read, so models may be sharded or without contents.
 """
 
 import math
@@ -18,7 +18,8 @@ from dsdistill.config import UserError
 from dsdistill.models.capture import body
 from dsdistill.models.settings import setting, text_config
 
-_TINY, _HUGE = 2.0**-40, 1e30  # where a capped logit follows the product, and where it has reached the cap
+# At _TINY a capped logit equals the product, at _HUGE it equals the cap.
+_TINY, _HUGE = 2.0**-40, 1e30
 _PRODUCTS = (_TINY, _HUGE, -_HUGE, 0.5, -1.0, 7.0, -40.0, 300.0)
 
 
@@ -32,9 +33,9 @@ class LogitForm(NamedTuple):
 def logit_form(model: PreTrainedModel, place: str) -> LogitForm:
     """Return how the model's logits are computed; raise UserError if no LogitForm describes them.
 
-    If the forward pass cannot run in this way, the default form is returned: the probe compares the logits.
+    If the forward pass cannot run in this way, the default form is returned; the probe later compares the logits.
     """
-    # The planner's models have no contents, but this needs real numbers.
+    # This needs real numbers, even inside the planner, whose models have no contents.
     with _disable_current_modes(), torch.device("cpu"), torch.no_grad():
         return _read(model, place)
 
@@ -75,7 +76,7 @@ def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
 
 
 def _run(model: PreTrainedModel, head: nn.Module | None) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return states (1, n, D), the head's input, and the logits (1, n, V) that _PRODUCTS become; None if it fails."""
+    """Return states (1, n, D), the head's input, and the logits (1, n, V) made of _PRODUCTS; None if this fails."""
     names = {id(module): name for name, module in model.named_modules()}
     text = text_config(model.config)
     width, entries = (setting(text, name) for name in ("hidden_size", "vocab_size"))
@@ -106,7 +107,7 @@ def _twin(module: nn.Module, answers: dict[str, Any]) -> Any:
         if rest:
             below.setdefault(first, {})[rest] = answer
         else:
-            vars(twin)[first] = answer  # found before the submodule of that name
+            vars(twin)[first] = answer  # Python finds this before the submodule of that name
     for first, some in below.items():
         vars(twin)[first] = _twin(getattr(module, first), some)
     return twin
@@ -140,7 +141,7 @@ class _Head:
 
     def __init__(self, products: Tensor):
         self.products = products
-        self.weight = products.new_empty(0)  # asked for its type
+        self.weight = products.new_empty(0)  # callers read its type
         self.given: list[Tensor] = []
 
     def __call__(self, states: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Run packed rows as one row, and bring the trace of the pass back to the rows.
 
-Flash attention finds documents by positions only in a single row: in a batch of several it would silently take each
-row for one document.
+Flash attention finds documents by their positions only in a single row. In a batch of several rows it would silently
+treat each row as one document.
 """
 
 from dataclasses import replace

@@ -26,8 +26,8 @@ class _Reached(Exception):
 def check_length(config: PretrainedConfig, task: str, length: int, padding: int | None, place: str) -> None:
     """Raise UserError if the model has fewer positions than `length`.
 
-    Families count them differently: RoBERTa and related models start after the padding token. So one row is tried, on
-    the embeddings of a small copy only.
+    Families count positions differently: RoBERTa and related models start after the padding token. So one row is tried,
+    through the embeddings of a small copy only.
 
     padding: the padding token that the run gives the model; None: it keeps its own.
     """
@@ -44,7 +44,7 @@ def check_padding(config: PretrainedConfig, task: str, padding: int, place: str)
     """Raise UserError if the tokenizer's padding token would move the positions of a trained model.
 
     A run gives its models the tokenizer's padding token. RoBERTa and related models count positions from the padding
-    token's id: if it differs from training, every token gets a wrong position.
+    token's id. If this id is not the one used in their training, every token gets a wrong position.
     """
     own = setting(text_config(config), "pad_token_id")
     if not isinstance(own, int) or own < 0 or own == padding:

@@ -1,6 +1,6 @@
 """Refuse, before anything heavy loads, a model that cannot do the task or that this package would misread.
 
-Every model is tried on a small random copy. Under the run's attention implementation it must compute the same as under
+A small random copy of every model is tried. With the run's attention implementation it must compute the same as with
 the library's eager attention, with and without padding: an implementation that ignores position biases, soft caps or
 sinks changes probabilities silently. Captured tensors are checked in the same way: attention recomputed from them must
 be the attention of the layer.
@@ -33,14 +33,14 @@ from dsdistill.models.trace import Geometry
 
 _LENGTH = 12  # tokens of the trial text; longer than the copy's windows
 _PADDING = 3  # tokens at the end of its first row
-_EXTRAS = ("softcap", "s_aux", "position_bias")  # perhaps too weak to show in the small copy's output
+_EXTRAS = ("softcap", "s_aux", "position_bias")  # may be too weak to show in the small copy's output
 # Largest differences relative to the largest value; an ignored bias or cap makes far larger ones.
 ROUNDING, HALF_ROUNDING = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Hold what the trial of a model found about its attention; empty if attention was not asked for."""
+    """Hold what the trial of a model found about its attention; empty if attention was not tried."""
 
     geometry: dict[int, Geometry]  # which keys each layer with attention sees, by layer counted from 1
     rotation: str = "none"  # none; seen: queries and keys can be captured before it; hidden: they cannot
@@ -60,9 +60,9 @@ def probe(
 ) -> Seen:
     """Raise UserError if the model cannot do the task, or if Capture would miss or misread what terms need.
 
-    config: architecture of the model; place: the config key that errors name; attention, hidden: what terms need; lens:
-    hidden states are read as if they were the last (by the final norm and the head); final: the last layer's states are
-    read after the final norm; implementation: of attention, as `attn_implementation` in a config.
+    config: architecture of the model; place: the config key that errors name; attention, hidden: whether terms need
+    them; lens: final norm and head read hidden states as if they were the last; final: the last layer's states are read
+    after the final norm; implementation: the attention's, as `attn_implementation` in a config.
     """
     if config.is_encoder_decoder:
         raise UserError(
@@ -94,7 +94,7 @@ def keyed(config: PretrainedConfig) -> Keyed:
 
 @functools.lru_cache(
     maxsize=256
-)  # a run asks again for each stage's student, and so do its recipe and its plan
+)  # a run calls this again for each stage's student, and so do its recipe and its plan
 def _probe(
     keyed: Keyed,
     task: str,
@@ -125,7 +125,7 @@ def _probe(
         return Seen(geometry, _rotation(model))
     except UserError:
         raise
-    except Exception as error:  # whatever an unknown architecture trips over
+    except Exception as error:  # an unknown architecture may raise anything
         raise UserError(
             place,
             f"model type {config.model_type} ({first_line(error)[:100]})",
@@ -144,21 +144,21 @@ def smallest(
             start = {name: value.clone() for name, value in model.state_dict().items()}
             sharpen(model)
             if not all(torch.isfinite(value).all() for value in _outputs(model, _inputs())):
-                model.load_state_dict(start)  # some families overflow then
+                model.load_state_dict(start)  # some families overflow with peaked attention
                 _outputs(model, _inputs())
             return small, model
         except UserError as error:  # too large
             failure = failure or error
         except Exception as error:  # settings that belong together: the next copy keeps more of them
             failure = error
-    assert failure is not None  # there is at least one copy
+    assert failure is not None  # at least one copy has been tried
     raise failure
 
 
 def under(
     implementation: str, small: PretrainedConfig, task: str, place: str, eager: PreTrainedModel
 ) -> PreTrainedModel:
-    """Return the copy under the run's attention; raise UserError if it computes something else than under eager."""
+    """Return the copy with the run's attention; raise UserError if it computes something else than with eager."""
     if implementation == FLASH and not flash_here():
         return eager  # check_attention() refuses it when training starts
     named = None if implementation == "auto" else implementation
@@ -167,7 +167,7 @@ def under(
     try:
         model = make_small(small, task, place, named)
         model.load_state_dict(eager.state_dict())
-        if implementation == FLASH:  # it computes only in half precision
+        if implementation == FLASH:  # flash attention computes only in half precision
             for half in (model, eager):
                 half.to(device, torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the arguments
         used = text_config(model.config)._attn_implementation
@@ -218,7 +218,7 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor,
 
 
 def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: float = ROUNDING) -> bool:
-    """Return whether two outputs agree up to rounding, padding left out."""
+    """Return whether two outputs agree up to rounding, without padding."""
     if mine.shape[:2] == inputs["input_ids"].shape:
         valid = inputs["attention_mask"].bool()
         mine, truth = mine[valid], truth[valid]
@@ -226,7 +226,7 @@ def _agree(mine: Tensor, truth: Tensor, inputs: dict[str, Tensor], tolerance: fl
 
 
 def _probe_language(model: PreTrainedModel, place: str, causal: bool) -> None:
-    """Check that the logits follow from Headless, and that a causal model does not read ahead."""
+    """Check that Headless gives the same logits, and that a causal model does not read ahead."""
     name, inputs = model.config.model_type, _inputs()
     headless, head = Headless(model, place), model.get_output_embeddings()
     output, logits = headless(**inputs).last_hidden_state, model(**inputs).logits
@@ -262,7 +262,7 @@ def _probe_hidden(model: PreTrainedModel, place: str) -> None:
     inputs = _inputs()
     with Capture(model, hidden=range(depth)).recording() as trace:
         states = model(**inputs, output_hidden_states=True).hidden_states
-    # Gemma 3n passes on four streams at once: there is no (B, N, D) that a term could read.
+    # Gemma 3n has four streams of states at once, so there is no (B, N, D) that a term could read.
     if states is None or any(
         layer not in trace.hidden
         or trace.hidden[layer].shape[:-1] != inputs["input_ids"].shape
@@ -311,7 +311,7 @@ class _Judge(Capture):
     def __init__(self, model: PreTrainedModel, valid: Tensor):
         super().__init__(model, attention=range(1, text_config(model.config).num_hidden_layers + 1))
         self.valid = valid
-        self.extra: str | None = None  # a further input of some layer's attention
+        self.extra: str | None = None  # name of an additional input of some layer's attention
         self.wrong = False
 
     def attend(self, function, module, query, key, value, *arguments, **options):
@@ -375,7 +375,7 @@ def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int])
     else:
         raise failure
     seen = capture.geometry
-    # If no other layer is built like the model's last one, the last layer of the copy stands for it.
+    # If no other layer is built like the model's last one, the last layer of the copy represents it.
     last = max(seen, default=0)
     return {
         layer: seen.get(kind + 1, seen[last])
@@ -385,7 +385,7 @@ def _geometry(config: PretrainedConfig, task: str, place: str, kinds: list[int])
 
 
 def _rotation(model: PreTrainedModel) -> str:
-    """Return whether queries and keys are rotated by their position, see Seen.rotation."""
+    """Return whether queries and keys are rotated by their position; see Seen.rotation."""
     if not _rotates(model):
         return "none"
     every = range(1, text_config(model.config).num_hidden_layers + 1)
@@ -405,7 +405,7 @@ def _rotation(model: PreTrainedModel) -> str:
 def _only_turned(before: Tensor, after: Tensor) -> bool:
     """Return whether a rotation by position explains the difference: lengths stay, and position 0 does not change.
 
-    Some families also scale by one number (YaRN).
+    Some families also multiply the rotated vectors by one number (YaRN).
     """
     lengths = [torch.linalg.vector_norm(x.double(), dim=-1) for x in (before, after)]
     scale = lengths[1] / lengths[0].clamp_min(1e-12)
@@ -415,7 +415,7 @@ def _only_turned(before: Tensor, after: Tensor) -> bool:
 
 
 def _rotates(model: PreTrainedModel) -> bool:
-    """Return whether queries or keys differ between positions even if each layer's input is the same everywhere."""
+    """Return whether queries or keys differ between positions even if each layer's input is equal at all positions."""
     layers = layer_list(model)
     if layers is None:  # models such as ALBERT, which add positions in their embeddings
         return False

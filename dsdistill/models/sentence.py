@@ -1,7 +1,7 @@
 """Read and write what a sentence-transformers folder holds in addition to its model: pooling and prompts.
 
-Such a folder names its modules in modules.json: the transformer, 1_Pooling, and perhaps one that normalises. Other
-modules (dense layers, convolutions over word vectors) would be parts of the model that are not trained here.
+Such a folder names its modules in modules.json: the transformer, 1_Pooling, and perhaps one that normalises. Folders
+with other modules (dense layers, convolutions over word vectors) are refused, because these are not trained here.
 """
 
 import json
@@ -33,7 +33,7 @@ _FOLDER = re.compile(r"\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Sentence:
-    """Describe how a model makes a vector of a text."""
+    """Describe how a model turns a text into a vector."""
 
     pooling: str = "mean"  # mean, cls or last
     prompts: Mapping[str, str] = field(default_factory=dict)  # by name; a prompt is put before a text
@@ -41,7 +41,7 @@ class Sentence:
     lower: bool = False  # the library lower-cases texts before tokenising them
 
     def prompts_of(self, texts: int) -> tuple[str, ...]:
-        """Return the prompt of each of an example's texts; of two texts those of query and document."""
+        """Return the prompt of each of an example's texts; for two texts the prompts of query and document."""
         if texts == 1:
             return (self.prompts.get(self.default_prompt or "", ""),)
         document = next((name for name in _DOCUMENTS if name in self.prompts), "")
@@ -91,7 +91,7 @@ def write_sentence(folder: str, sentence: Sentence, width: int, length: int) -> 
 
     The files have the form of the library's version 2, which later versions read too.
 
-    width: of the vectors. length: longest text, in tokens.
+    width: size of the vectors. length: longest text, in tokens.
     """
     package, kinds = "sentence_transformers.models", ("Transformer", "Pooling", "Normalize")
     paths = ("", POOLING, "2_Normalize")

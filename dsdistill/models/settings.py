@@ -1,6 +1,6 @@
 """Check the settings of a config.json or a `config:` before the library builds anything from it.
 
-A config.json comes with somebody else's model. It could make the library fetch and run code, read other files, or use
+A config.json comes with another person's model. It could make the library fetch and run code, read other files, or use
 sizes without bound.
 """
 
@@ -22,7 +22,7 @@ log = logging.getLogger("dsdistill")
 
 CONFIG, ADAPTER, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
 CONFIG_BYTES = 16 * MIB
-DEPTH = 16  # most levels of a config.json
+DEPTH = 16  # largest number of levels of a config.json
 
 # Settings that are refused, and what is expected instead.
 _REFUSED = {
@@ -40,7 +40,7 @@ _REFUSED = {
 }
 # Settings of how the library computes, which dsdistill chooses; in a config.json they have no effect.
 _OURS = ("attn_implementation", "experts_implementation", "_attn_implementation", "_experts_implementation")
-# The library reads these from a config object's own attributes, but only those of its class are wanted.
+# The library reads these from a config object's own attributes, but only those of its class may be used.
 _OF_THE_CLASS = (
     "auto_map",
     "base_model_tp_plan",
@@ -49,7 +49,7 @@ _OF_THE_CLASS = (
     "base_model_fsdp_plan",
 )
 
-# Every family has these names, or maps them by its attribute_map; their values are 1 or more.
+# Every family has these names, or maps them by its attribute_map. Their values are 1 or more.
 SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -119,10 +119,10 @@ _IDS = re.compile(
 def carry_generation(source: str, folder: str, entries: int) -> None:
     """Copy the generation settings of the model in `source` into a model's folder, if there are any.
 
-    The library reads and writes the settings. Those with ids beyond the vocabulary are left out, and so are names of
-    the library's own code.
+    The library reads and writes the settings. Settings with ids beyond the vocabulary, and settings with names of the
+    library's own code, are left out.
 
-    source: a folder or hub id. entries: of the vocabulary.
+    source: a folder or hub id. entries: size of the vocabulary.
     """
     if (path := find(source, GENERATION)) is None:
         return
@@ -159,16 +159,16 @@ def stop_generation(folder: str, ends: list[int]) -> None:
 
 
 def _inside(value: Any, entries: int) -> bool:
-    """Return whether a setting of ids, possibly nested lists, has none beyond the vocabulary."""
+    """Return whether all ids of a setting, which may be nested lists, are inside the vocabulary."""
     if isinstance(value, list):
         return all(_inside(part, entries) for part in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return 0 <= value < entries
-    return value is None or isinstance(value, float)  # a bias beside its ids
+    return value is None or isinstance(value, float)  # a float is a bias beside its ids
 
 
 def _is_code(kind: type, key: str) -> bool:
-    """Return whether a setting has the name of a method or another part of a class's code."""
+    """Return whether a setting has the name of a method or of another part of a class's code."""
     made = inspect.getattr_static(kind, key, None)
     return key.startswith("__") or inspect.isroutine(made) or isinstance(made, classmethod | staticmethod)
 
@@ -176,8 +176,8 @@ def _is_code(kind: type, key: str) -> bool:
 def check_settings(settings: dict[str, Any], place: str, *, ours: bool = False) -> None:
     """Raise UserError for a setting that loads files or code, and for sizes beyond those of any model.
 
-    place: where the settings are from, for messages; ours: they are from a `config:`, where settings that dsdistill
-    chooses itself are refused, too.
+    place: where the settings are from, for messages; ours: they are from a `config:`. Settings that dsdistill chooses
+    itself are then refused, too.
     """
     kind = settings.get("model_type")
     known = CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
@@ -232,7 +232,7 @@ def _check_size(name: str, value: Any, where: str) -> None:
             continue
         low = (
             0 if name == "head_dim" else 1 if positive else least
-        )  # some families write 0 for one that follows
+        )  # some families write 0 for a size that follows from others
         if not low <= number <= most:
             raise UserError(where, repr(number), f"{low} to {most:,} {what}")
 
@@ -260,19 +260,19 @@ def setting(config: PretrainedConfig, name: str) -> Any:
     """Return a setting of an architecture; None if it is missing or differs from layer to layer."""
     try:
         return getattr(config, name, None)
-    except Exception:  # the library refuses to give one value for all layers (Gemma 4)
+    except Exception:  # the value differs between layers, so the library gives none (Gemma 4)
         return None
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the text part of a composite's config (images and text), else the config itself."""
+    """Return the text part of a composite's (images and text) config, else the config itself."""
     return config.get_text_config(decoder=True)
 
 
 def attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
-    """Return the layers, counted from 1, that have attention by the name of their kind; all if the config has no names.
+    """Return the layers, counted from 1, whose kind is named as attention; all layers if the config names no kinds.
 
-    Hybrids have other layers too (linear_attention, mamba, conv, moe). The probe checks that the names are right.
+    Hybrids have other layers, too (linear_attention, mamba, conv, moe). The probe checks that the names are right.
     """
     text = text_config(config)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)

@@ -1,8 +1,8 @@
 """Cut a student's first weights out of its teacher's files, without building either model.
 
 Names in files are not always those of the model: checkpoints of a base model lack its prefix, composites had other
-names before transformers 5, and experts may be stored one by one. The written files keep the teacher's names with other
-layer numbers, so that the library reads them as it would read the teacher.
+names before transformers 5, and experts may be stored one by one. The written files keep the teacher's names and change
+only the layer numbers, so that the library reads them as it would read the teacher.
 """
 
 import itertools
@@ -36,9 +36,9 @@ def cut_files(
     """Write a student that is `layers` (counted from 1) of the teacher in `folder` into `target`: weights and config.
 
     Values are not changed. Each file of the teacher gives one file of the student; its tensors are only mapped into
-    memory. added: weights by the model's names that replace those in the files or are added to them.
+    memory. added: weights, by the model's names, that replace those in the files or are added to them.
 
-    Returns False and writes nothing if the names in files do not tell the layers.
+    Returns False and writes nothing if the names in the files do not show which layer a weight belongs to.
     """
     made, whole = skeleton(student, task, "student"), skeleton(teacher, task, "teacher")
     files = headers(folder, folder, "teacher")
@@ -78,7 +78,7 @@ def cut_files(
 
 
 def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Return tensors of a file by their new names; a layer taken twice is copied, as files hold no shared memory."""
+    """Return tensors of a file by new names. A layer taken twice is copied: tensors in files must not share memory."""
     given: dict[str, Tensor] = {}
     seen: set[str] = set()
     with safe_open(os.path.join(folder, file), framework="pt") as source:
@@ -92,8 +92,8 @@ def _read(folder: str, file: str, pairs: list[tuple[str, str]]) -> dict[str, Ten
 def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None:
     """Return the prefix before a layer's number in the names of files, such as `model.layers`; None if none fits.
 
-    If several lists have that length (a vision tower has layers too), the one whose layers share the most names with
-    the model's is taken, then the one whose name ends like the model's.
+    If several lists have that length (a vision tower has layers, too), the one whose layers share the most names with
+    the model's is taken; among equals, the one whose name ends like the model's.
     """
     layers = layer_list(model)
     assert layers is not None
@@ -119,7 +119,7 @@ def _layers_prefix(names: Collection[str], model: PreTrainedModel) -> str | None
 def _untied(
     names: dict[str, str], student: PreTrainedModel, teacher: PreTrainedModel
 ) -> dict[str, list[str]]:
-    """Return, by name in files, the further names of a weight that the teacher ties and the student does not.
+    """Return, by name in files, the other names of each weight that the teacher ties and the student does not.
 
     Files hold only one of several tied weights.
     """
@@ -136,7 +136,7 @@ def _untied(
 
 
 def _moved(name: str, prefix: str | None, layers: tuple[int, ...]) -> list[str]:
-    """Return the names of a teacher weight in the student: none if its layer is left out."""
+    """Return the names of a teacher weight in the student; none if its layer is left out."""
     match = _NUMBERED.match(name)
     if prefix is None or match is None or match[1] != prefix:
         return [name]

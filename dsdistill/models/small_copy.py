@@ -14,9 +14,9 @@ from dsdistill.models.capture import layer_list
 from dsdistill.models.settings import per_layer, setting, text_config
 
 VOCABULARY = 128
-WINDOW = 8  # of its sliding layers; trial texts are longer
-LARGEST = 2**28  # values of a copy
-DEEPEST = 32  # layers of a copy
+WINDOW = 8  # window of sliding layers; trial texts are longer
+LARGEST = 2**28  # largest number of values of a copy
+DEEPEST = 32  # largest number of layers of a copy
 _HEADS = 4
 _EXPERTS = 4
 
@@ -32,8 +32,8 @@ _INDEX = re.compile(r"(^|_)(idx|index|id|number)$")
 def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
     """Return for each layer the index, from 0, of the first layer that is built like it.
 
-    Layers are built alike if their modules have the same classes, shapes and settings, whatever names a config
-    gives them. A model without a list of layers (ALBERT) has one kind.
+    Layers are built alike if their modules have the same classes, shapes and settings; the names in a config do not
+    matter. A model without a list of layers (ALBERT) has one kind.
     """
     tried = copy.deepcopy(config)
     text_config(tried).pad_token_id = 0  # within a small vocabulary; the tokenizer has its own
@@ -45,7 +45,7 @@ def layer_kinds(config: PretrainedConfig, task: str, place: str) -> list[int]:
 
 
 def signature(layer: nn.Module) -> tuple:
-    """Return what is equal for layers that are built alike: classes, shapes and settings of their modules."""
+    """Return classes, shapes and settings of a layer's modules, which are equal for layers that are built alike."""
     modules = [
         (name, type(module).__name__, tuple(module_settings(module).items()))
         for name, module in layer.named_modules()
@@ -70,14 +70,14 @@ def module_settings(module: nn.Module, *, fractions: bool = False) -> dict[str, 
 
 
 def copied_layers(kinds: list[int]) -> int:
-    """Return how many layers, counted from the first, hold one of each kind; at least two, if the model has two.
+    """Return how many first layers contain one of each kind; at least two, if the model has two.
 
-    With one layer, a model that shares its layer would pass.
+    With only one layer, a model that shares one layer could not be distinguished from others.
     """
     deep = len(kinds) > DEEPEST // 4
     counted = set(
         kinds[:-1] if deep else kinds
-    )  # if no other layer is like the last one, the copy has it too
+    )  # if only the last layer is of its kind, the copy's last layer is, too
     return min(len(kinds), max([2, *(kind + 1 for kind in counted if kind < DEEPEST)]))
 
 
@@ -86,8 +86,9 @@ def small_copies(
 ) -> Iterator[PretrainedConfig]:
     """Yield copies of an architecture with `layers` layers, the smallest first.
 
-    The first has few heads (their ratio stays), experts and features. Some families tie these to other settings and
-    refuse this; later copies keep more of them. window: of sliding layers; None keeps the architecture's own.
+    The first copy has few heads (their ratio stays), experts and features. Some families tie these numbers to other
+    settings and refuse this, so later copies keep more of them. window: the window of sliding layers; None keeps the
+    architecture's.
     """
     for shrinks in ((_narrow, _thin, _few_experts), (_thin, _few_experts), (_narrow, _thin), (_thin,), ()):
         small = copy.deepcopy(config)
@@ -119,7 +120,7 @@ def _shorten(config: PretrainedConfig, layers: int) -> None:
 
 
 def _plain(config: PretrainedConfig, window: int | None) -> None:
-    """Remove from a config what depends on a vocabulary, on chance or on a long text."""
+    """Remove the settings that depend on a vocabulary, on chance or on a long text."""
     for key, value in list(vars(config).items()):
         if "vocab_size" in key and isinstance(value, int) and value > 0:
             setattr(config, key, VOCABULARY)
@@ -134,11 +135,11 @@ def _plain(config: PretrainedConfig, window: int | None) -> None:
 
 
 def _thin(config: PretrainedConfig) -> None:
-    """Keep only few features between the two maps of a feed-forward network."""
+    """Keep only a few features between the two maps of a feed-forward network."""
     for key, value in list(vars(config).items()):
         if not _INNER.search(key):
             continue
-        if isinstance(value, list):  # an entry a layer
+        if isinstance(value, list):  # one entry for each layer
             setattr(config, key, [min(size, 64) for size in value])
         elif isinstance(value, int):
             setattr(config, key, min(value, 64))
@@ -157,7 +158,7 @@ def _few_experts(config: PretrainedConfig) -> None:
 
 
 def _narrow(config: PretrainedConfig) -> None:
-    """Keep only few heads of the same width, and as many features as they have together."""
+    """Keep only a few heads of the same width, and as many features as these have together."""
     heads, width = config.num_attention_heads, config.hidden_size
     groups = setting(config, "num_key_value_heads") or heads
     ratio = min(heads // groups, _HEADS)
@@ -194,7 +195,7 @@ def make_small(
 
 
 def sharpen(model: PreTrainedModel) -> None:
-    """Make attention peaked: at initialisation it is nearly uniform, and parameters of 0 hide their effect."""
+    """Make attention peaked. At initialisation it is nearly uniform, and parameters of 0 have no visible effect."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.mul_(4.0)

@@ -18,7 +18,7 @@ from dsdistill.models.settings import find, text_config
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TOKENIZER_BYTES = 512 * MIB
-ENTRIES = 2**24  # most ids
+ENTRIES = 2**24  # largest number of ids
 # `difference` compares these texts: empty, a pair, capitals, accents, spaces, line breaks, numbers, other scripts.
 TEXTS = (
     ("",),
@@ -27,15 +27,15 @@ TEXTS = (
     ("  two  spaces,\ta tab\n\nand lines\n",),
     ("中文 العربية हिन्दी 😀 x²≠y_1 <b>tag</b> https://example.org/?q=1",),
 )
-PATIENCE = 120  # seconds for the trial, whose own limit counts only computing
-# Files that the library reads beside these, where a folder has them.
+PATIENCE = 120  # seconds for the trial; its own limit counts only processor time
+# Other files that the library reads if a folder has them.
 _READ = re.compile(
     r"(tokenizer|vocab|special_tokens|added_tokens|chat_template|merges|spiece|sentencepiece|tekken).*|.*\.(model|tiktoken)"
 )
 
 
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return one more than the largest id of a tokenizer: vocabularies have holes, and special tokens further ids."""
+    """Return the largest id of a tokenizer plus one; vocabularies have gaps, and special tokens have ids above them."""
     vocabulary = max(tokenizer.get_vocab().values(), default=-1)
     frames = [*tokenizer("")["input_ids"], *tokenizer("", "")["input_ids"], *tokenizer.all_special_ids]
     return 1 + max([vocabulary, *(token for token in frames if token is not None)])
@@ -110,7 +110,7 @@ def check_tokenizer(source: str) -> dict[str, None]:
 
 
 def _check_settings(settings: dict[str, Any]) -> dict[str, None]:
-    """Raise UserError for settings that choose other files; return settings of paths, which are to have no effect."""
+    """Raise UserError for settings that choose other files; return settings of paths, which must have no effect."""
     for key in ("init_inputs", "gguf_file", "fast_tokenizer_files", "tokenizer_object"):
         if settings.get(key):
             raise UserError(f"{TOKENIZER_CONFIG}.{key}", repr(settings[key]), "only the usual files")

@@ -8,10 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """Say which keys a query of one layer may see, apart from padding."""
+    """Hold which keys a query of one layer may see, apart from padding."""
 
     causal: bool
-    window: int | None  # keys are seen at distance < window; None: everywhere
+    window: int | None  # keys at distance < window are seen; None: at any distance
 
     def __str__(self) -> str:
         order = "causal" if self.causal else "two-sided"
@@ -20,21 +20,21 @@ class Geometry:
 
 @dataclass(frozen=True)
 class AttentionTrace:
-    """Hold what one layer computed its attention probabilities from (after rotary embedding)."""
+    """Hold the tensors from which one layer computed its attention probabilities (after rotary embedding)."""
 
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, H_kv, N, D), H_kv divides H
-    value: Tensor | None  # (B, H_kv, N, D_v); None if not asked for
+    value: Tensor | None  # (B, H_kv, N, D_v); None if not requested
     scale: float  # the scores are scale · query · keyᵀ
     geometry: Geometry
-    # Before rotary embedding, (B, H, N, D) and (B, H_kv, N, D); None if not asked for, or without rotation.
+    # Before rotary embedding, (B, H, N, D) and (B, H_kv, N, D); None if not requested, or if there is no rotation.
     unrotated_query: Tensor | None = None
     unrotated_key: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DomainTrace:
-    """Hold what domain fusion leaves (models/domain_fusion.py)."""
+    """Hold the result of domain fusion in one forward pass (models/domain_fusion.py)."""
 
     targets: dict[int, Tensor]  # teacher layer → φ of its states, (B, N, d'); empty in evaluation
     predicted: Tensor  # (B, N, d')
@@ -49,18 +49,18 @@ class Trace:
 
     hidden: dict[int, Tensor] = field(default_factory=dict)  # (B, N, D)
     last: Tensor | None = (
-        None  # (B, N, D), hidden[L] after the final norm; None where the model has none, or unasked
+        None  # (B, N, D), hidden[L] after the final norm; None if the model has none, or not requested
     )
-    depth: int | None = None  # L, where hidden states are kept
+    depth: int | None = None  # L, if hidden states are kept
     attention: dict[int, AttentionTrace] = field(default_factory=dict)
     logits: Tensor | None = None  # (B, C) of classifiers and regressors
     output: Tensor | None = None  # (B, N, D) of language models: what their head reads
     head: Tensor | None = None  # (V, D)
     head_bias: Tensor | None = None  # (V,)
     norm: Callable[[Tensor], Tensor] | None = (
-        None  # of language models, from hidden[L] to output; None: they are one
+        None  # of language models, the norm from hidden[L] to output; None: they are equal
     )
-    factor: float = 1.0  # of language models: output is norm(hidden[L]) times this
+    factor: float = 1.0  # of language models: output is norm(hidden[L]) multiplied by it
     softcap: float | None = (
         None  # c of language models whose logits are c · tanh(z / c), z = output · headᵀ + bias
     )
@@ -68,7 +68,7 @@ class Trace:
     previous: "Trace | None" = None  # of a student: its trace as the stage before left it
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield the tensors that the forward pass left: states, attention's inputs and outputs, no weights."""
+        """Yield the tensors of the forward pass: states, attention's inputs, and outputs, but no weights."""
         yield from self.hidden.values()
         for layer in self.attention.values():
             kept = (layer.query, layer.key, layer.value, layer.unrotated_query, layer.unrotated_key)
@@ -76,5 +76,5 @@ class Trace:
         yield from (x for x in (self.last, self.logits, self.output) if x is not None)
 
     def state(self, layer: int, *, after: bool) -> Tensor:
-        """Return the states of a layer, (B, N, D). after: the last layer's are taken after the final norm."""
+        """Return the states of a layer, (B, N, D). after: take the last layer's states after the final norm."""
         return self.last if after and layer == self.depth and self.last is not None else self.hidden[layer]

@@ -1,4 +1,4 @@
-"""Run models so that they leave traces, which the alignment terms read."""
+"""Run models and record the traces that the alignment terms read."""
 
 import contextlib
 import functools
@@ -24,10 +24,10 @@ from dsdistill.models.trace import Trace
 def model_inputs(model: PreTrainedModel, batch: Batch, pad: int | None = None) -> dict[str, Tensor]:
     """Return the inputs of the library's forward pass.
 
-    Packed rows come without a mask, because only then does the library look for documents, by positions that restart.
-    It reads the filler of such a row as one more document. A filler row of other batches shows one token, as attention
-    over none would be undefined. pad: the token that fills padding; None: the batch's own. Decoders that classify look
-    for the last token that is not their own padding token.
+    Packed rows come without a mask: only then does the library look for documents, by positions that restart. It reads
+    the filler of such a row as one more document. In other batches a filler row has one visible token, because
+    attention over no token would be undefined. pad: the token that fills padding; None: the batch's own. Decoders that
+    classify look for the last token that is not their own padding token.
     """
     if batch.position_ids is not None:
         return {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
@@ -47,7 +47,7 @@ def _whole_already(_: list[nn.Parameter]) -> AbstractContextManager:
 
 @dataclass(frozen=True)
 class Callee:
-    """Hold a model and what is called instead of it.
+    """Hold a model and the module or engine that is called instead of it.
 
     module: the model itself or, for a language model, a Headless around it. call: the module, or an engine around it.
     whole: returns a context in which the given parameters are whole on this rank. pad: the token that fills padding;
@@ -76,7 +76,7 @@ def callee(model: Any, task: str, place: str) -> Callee:
 
 
 class Tracer:
-    """Make the trace of a batch; this is the only place where a forward pass runs under capture."""
+    """Make the trace of a batch. This is the only place where a forward pass runs under capture."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Tracer:
         values: bool = True,
         unrotated: bool = False,
     ):
-        """Make a tracer that keeps `hidden`, `attention`, `values` and `unrotated` tensors, see Capture."""
+        """Make a tracer that keeps `hidden`, `attention`, `values` and `unrotated` tensors; see Capture."""
         self.callee = callee
         self.model = callee.model
         self.capture = Capture(callee.model, hidden, attention, values, unrotated)
@@ -115,7 +115,7 @@ class Tracer:
         """Add the model's outputs and its head to the trace, and return it."""
         if not isinstance(self.callee.module, Headless):
             made.logits = outputs.get("logits")
-            made.output = outputs.get("last_hidden_state")  # of a model without a head
+            made.output = outputs.get("last_hidden_state")  # the output of a model without a head
             return made
         made.output, made.norm = outputs["last_hidden_state"], final_norm(self.model)
         head = self.model.get_output_embeddings()
@@ -125,9 +125,9 @@ class Tracer:
 
     @contextlib.contextmanager
     def frozen(self, batch: Batch, made: Trace | None = None) -> Iterator[Trace]:
-        """Yield a trace without gradients; only inside the context is a language model's head whole on this rank.
+        """Yield a trace without gradients. A language model's head is whole on this rank only inside the context.
 
-        made: this trace, if it exists already.
+        made: the trace, if it exists already.
         """
         if made is None:
             with torch.no_grad():
@@ -137,7 +137,7 @@ class Tracer:
 
 
 def check_checkpointing(model: PreTrainedModel, place: str) -> None:
-    """Raise UserError for reentrant checkpointing: its layers first run without gradients, so traces have none."""
+    """Raise UserError for reentrant checkpointing, which runs layers without gradients first, so traces have none."""
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if not isinstance(function, functools.partial) or not getattr(
@@ -150,19 +150,19 @@ def check_checkpointing(model: PreTrainedModel, place: str) -> None:
                 "gradient checkpointing with use_reentrant=True",
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})",
             )
-        return  # all layers have the same
+        return  # all layers have the same setting
 
 
 @contextlib.contextmanager
 def _mixed_embeddings(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
     """Mix the embeddings of a batch's tokens with those of its partners, if it has any.
 
-    Both are looked up in one call of the embeddings, in which alone their weight is whole under ZeRO-3.
+    One call of the embeddings looks up both, because under ZeRO-3 their weight is whole only inside that call.
     """
     if batch.share is None:
         yield
         return
-    assert batch.partner_ids is not None  # it comes with shares
+    assert batch.partner_ids is not None  # a batch with shares has it
     partner, own = batch.partner_ids, batch.share[:, None, None]
 
     def both(_, arguments):
@@ -198,9 +198,9 @@ def _without_cache(model: PreTrainedModel) -> Iterator[None]:
 def freeze(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Freeze a model and let it compute in `dtype`.
 
-    Buffers keep their type: rounded rotary frequencies would rotate by wrong angles.
+    Buffers keep their type, because rounded rotary frequencies would rotate by wrong angles.
     """
-    if next(module.parameters()).device != device:  # the planner's models, without contents, cannot move
+    if next(module.parameters()).device != device:  # the planner's models have no contents and cannot move
         module.to(device)
     cast_parameters(module.eval().requires_grad_(False), dtype)
 
@@ -208,7 +208,7 @@ def freeze(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every parameter another type; tied parameters stay tied.
 
-    `model.to(dtype)` would cast buffers too, and cannot swap parameters without contents, such as the planner's.
+    `model.to(dtype)` would cast buffers, too, and it cannot replace parameters without contents, such as the planner's.
     """
     cast: dict[int, nn.Parameter] = {}
     for module in model.modules():

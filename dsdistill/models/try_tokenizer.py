@@ -1,7 +1,7 @@
 """Load a tokenizer.json, try it and print the largest id that it gives, in a process that may die.
 
-The script is run by its path with the file as argument; it imports neither torch nor transformers. If a damaged or
-hostile file makes the tokenizers library abort, take all memory or never end, the caller prints one line.
+The script is run by its path, with the file as argument. It imports neither torch nor transformers. If a damaged or
+hostile file makes the tokenizers library abort, use all memory or run without end, the caller prints one line.
 """
 
 import json
@@ -11,7 +11,7 @@ import string
 import sys
 
 MEMORY = 4 * 2**30  # bytes of address space
-GROWTH = 64  # most characters and tokens that one character of a text may become
+GROWTH = 64  # largest number of characters and of tokens that one character of a text may become
 
 
 def main(path: str) -> None:
@@ -70,5 +70,5 @@ def _patterns(node):
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
-    except BaseException as error:  # the library's panics too
+    except BaseException as error:  # the library's panics, too
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:300]}))

@@ -25,17 +25,17 @@ SAMPLES, BLOCK = 64, 2**16  # blocks of a weight file in its fingerprint, and by
 # Types that a model may have, as files name them.
 _TYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _COMMIT = re.compile(r"snapshots[/\\]([0-9a-f]{40})[/\\]")
-# Several ranks saved such files, each one part; the library prefers them to all others.
+# Files of which each rank has saved one part; the library prefers them to all others.
 _SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors$")
 
 
 def check_weights(path: str, model: PretrainedConfig, task: str, place: str) -> set[str]:
     """Raise UserError if a local folder's weights are missing, pickled, damaged or of other shapes than its config's.
 
-    Only headers are read. A hub id is left to its download, which also accepts only safetensors.
+    Only headers are read. A hub id is not checked here; its download also accepts only safetensors.
 
-    Returns the names of weights that would be random: those that the folder lacks, and a head for other classes; none
-    for a hub id.
+    Returns the names of weights that would be random: those that the folder lacks, and those of a head for other
+    classes. For a hub id it returns none.
     """
     folder = locate(path, f"{place}.path")
     if not os.path.isdir(folder):
@@ -81,7 +81,7 @@ def headers(folder: str, path: str, place: str) -> dict[str, dict[str, tuple[lis
 
 
 def at_hand(path: str, place: str) -> str | None:
-    """Return the folder with a model's weight files, which are fetched from the hub if needed; None if it has none."""
+    """Return the folder with a model's weight files, fetching them from the hub if needed; None if it has none."""
     source = locate(path, f"{place}.path")
     if os.path.isdir(source):
         return source
@@ -114,8 +114,8 @@ def stored_dtype(path: str, place: str) -> torch.dtype | None:
 def mapped_dtype(path: str | None, model: PretrainedConfig, task: str, place: str) -> torch.dtype | None:
     """Return the type in which the library maps a model's files into memory without a copy; None if it must copy.
 
-    It copies if weights have several types, or if it merges them: files of some models hold experts one by one, and
-    their names then differ from the model's.
+    It copies if weights have several types, or if it merges weights: files of some models hold experts one by one, so
+    that their names differ from the model's.
     """
     if path is None or (dtype := stored_dtype(path, place)) is None:
         return None
@@ -140,7 +140,7 @@ def _missing(
         return set()
     weights = {name: torch.empty(shape, device="meta") for name, shape in theirs.items()}
     with _silent():
-        # The library annotates one model; with output_loading_info it returns a pair.
+        # The library's annotation is one model, but with output_loading_info it returns a pair.
         loaded: Any = type(model).from_pretrained(
             None,
             config=copy.deepcopy(model.config),  # the library writes into it
@@ -172,8 +172,8 @@ def _silent() -> Iterator[None]:
 def check_ties(path: str, ties: list[list[str]], place: str) -> None:
     """Raise UserError if weights that the student ties differ in a local folder: only one of them could be used.
 
-    ties: lists of the names of one weight, which files may hold without their prefix, or with a composite's. place: the
-    model in the folder. A hub id is checked once its files are there.
+    ties: for each tied weight the list of its names; files may hold the names without their prefix, or with that of a
+    composite. place: the model in the folder. A hub id is checked after its files have been fetched.
     """
     if not os.path.isdir(folder := locate(path, f"{place}.path")):
         return
@@ -205,10 +205,10 @@ def ties(model: PreTrainedModel) -> list[list[str]]:
 
 
 def fingerprint(path: str, place: str) -> str | None:
-    """Return a digest of a model's weights and config.json; for a hub id its commit, None if that is not known.
+    """Return a digest of a model's weights and config.json; for a hub id its commit, or None if that is not known.
 
-    It covers name, size, header and SAMPLES blocks of BLOCK bytes, evenly spaced, of each weight file: all of a small
-    file, and enough of a large one to notice other weights without reading gigabytes at every start.
+    It covers each weight file's name, size, header and SAMPLES blocks of BLOCK bytes, evenly spaced. That is all of a
+    small file, and enough of a large one to notice other weights without reading gigabytes at every start.
     """
     folder = locate(path, place)
     if not os.path.isdir(folder):
@@ -221,7 +221,7 @@ def fingerprint(path: str, place: str) -> str | None:
         with open(os.path.join(folder, name), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{name} {size} ".encode())
-            header = 8 + int.from_bytes(file.read(8), "little")  # as the format has it
+            header = 8 + int.from_bytes(file.read(8), "little")  # as the format defines it
             file.seek(0)
             digest.update(file.read(min(size, header)))
             for index in range(SAMPLES):

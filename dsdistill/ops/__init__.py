@@ -1,7 +1,7 @@
-"""Provide alignment operators: they take tensors and return one scalar loss, and hold no whole N×N or tokens×V tensor.
+"""Provide alignment operators. Each takes tensors, returns a scalar loss and holds no whole N×N or tokens×V tensor.
 
-Each folder holds one operator: `op.py` has the public function, `reference.py` the definition in plain PyTorch, and
-`chunked.py` plain PyTorch in row chunks with gradients computed in the forward pass.
+Each folder holds one operator. `op.py` has the public function. `reference.py` has the definition in plain PyTorch.
+`chunked.py` computes the same in plain PyTorch, in blocks of rows, and finds the gradients in the forward pass.
 """
 
 from dsdistill.ops.attention.op import attention_alignment, relation_heads

@@ -1,4 +1,7 @@
-"""Find the backends that this machine has, and choose among them."""
+"""Find the backends that this machine has, and choose among them.
+
+The identity: the equation by which `chunked` computes a sum over N×N pairs from D×D matrices.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ logger = logging.getLogger("dsdistill")
 
 
 class BackendError(ValueError):
-    """A backend that was asked for by its name cannot run a call."""
+    """Signal that a backend that was requested by its name cannot run a call."""
 
 
 _extension: Any = None  # the compiled module
@@ -41,15 +44,15 @@ AMX = _has_amx()  # found at import: torch.compile cannot trace the reading of a
 class Thresholds:
     """Sizes at which "auto" changes its backend on one kind of processor, as `dsdistill bench auto` measures them.
 
-    identity_scores, identity_scores_bfloat16: (tokens, power, least): raw scores of attention take the identity
-        from N ≥ tokens · D^power and N ≥ least on; the second where all tensors are bfloat16.
-    identity_relations: (tokens, more): cosine and dot take the identity from N ≥ 2.5 D on if N ≥ tokens · D + more.
-    native_rows: widest features of pairwise rows that the native kernel takes.
-    small_projection: elements of a projection up to which the native kernel takes hidden states.
-    few_tokens: with larger projections `reference` takes fewer tokens than these, if the projection has more elements
-        than few_projection; so few tokens need no blocks.
-    products: whether PyTorch's products are faster than the native kernel's from few_tokens on, so that `chunked` takes
-        them.
+    identity_scores, identity_scores_bfloat16: (tokens, power, least): raw scores of attention use the identity
+        if N ≥ tokens · D^power and N ≥ least. The second is for calls whose tensors are all bfloat16.
+    identity_relations: (tokens, more): cosine and dot use the identity if N ≥ 2.5 D and N ≥ tokens · D + more.
+    native_rows: the largest D up to which the native kernel takes pairwise alignment of chosen rows.
+    small_projection: with a projection of at most so many elements, the native kernel takes hidden states.
+    few_tokens, few_projection: with fewer tokens than few_tokens and a projection of more elements than few_projection
+        (and than small_projection), `reference` takes them: so few tokens need no blocks.
+    products: whether `chunked` takes few_tokens and more, because PyTorch's products are faster than the native
+        kernel's.
     eager_logits: tokens × entries up to which `reference` takes losses over a vocabulary: no more than in one block.
     """
 
@@ -64,7 +67,7 @@ class Thresholds:
     eager_logits: int
 
 
-# "avx512" also stands for kinds that nobody has measured.
+# "avx512" is also used for kinds of processor that nobody has measured.
 THRESHOLDS = {
     "avx512": Thresholds(
         identity_scores=(6, 1, 0),
@@ -93,7 +96,10 @@ CPU = THRESHOLDS["amx" if AMX else "avx512"]
 
 
 def attention_order(raw: bool, queries: int, width: int, bfloat16: bool) -> tuple[str, ...]:
-    """Return the backends of a CPU, the fastest first. raw: raw scores of all pairs; bfloat16: all four tensors."""
+    """Return the backends for attention on a CPU, the fastest first.
+
+    raw: raw scores of all pairs are compared. bfloat16: all four tensors have this type.
+    """
     tokens, power, least = CPU.identity_scores_bfloat16 if bfloat16 else CPU.identity_scores
     if raw and queries >= max(least, tokens * width**power):
         return ("chunked", "cpp", "reference")
@@ -101,9 +107,13 @@ def attention_order(raw: bool, queries: int, width: int, bfloat16: bool) -> tupl
 
 
 def pairwise_order(identity: bool, compared: int, width: int, rows: bool) -> tuple[str, ...]:
-    """Return the same. identity: N ≥ 2.5 D; compared: rows; width: the wider model's; rows: not all are compared."""
+    """Return the backends for pairwise alignment on a CPU, the fastest first.
+
+    identity: whether N ≥ 2.5 D. compared: number of rows compared. width: D of the wider model. rows: whether only
+    chosen rows are compared.
+    """
     tokens, more = CPU.identity_relations
-    # Of all rows the native kernel computes half, of chosen ones each.
+    # For all rows the native kernel computes half of the pairs, for chosen rows every pair.
     if (identity and compared >= tokens * width + more) or (rows and width > CPU.native_rows):
         return ("chunked", "cpp", "reference")
     return ("cpp", "chunked", "reference")
@@ -121,7 +131,10 @@ def hidden_order(tokens: int, projection: int) -> tuple[str, ...]:
 
 
 def vocabulary_order(logits: int) -> tuple[str, ...]:
-    """Return the same for losses over a vocabulary. logits: tokens × entries of the student."""
+    """Return the backends for losses over a vocabulary on a CPU, the fastest first.
+
+    logits: tokens × entries of the student.
+    """
     return ("reference", "chunked") if logits <= CPU.eager_logits else ("chunked", "reference")
 
 
@@ -129,7 +142,7 @@ def load_extension() -> None:
     """Import `dsdistill._C`, which registers the native operators; warn if it was not built. `ops` calls this once."""
     global _extension
     try:
-        from dsdistill import _C  # type: ignore[attr-defined]  # compiled: there is no source that mypy could read
+        from dsdistill import _C  # type: ignore[attr-defined]  # compiled, so mypy has no source to read
     except ImportError as error:
         logger.warning(
             "dsdistill was installed without its native operators (%s); plain PyTorch is used. "
@@ -230,7 +243,7 @@ def choose_backend(
     missing: what every other backend lacks; an explicit request for one raises BackendError with this reason.
     """
     if requested == "auto":
-        if not torch.compiler.is_compiling():  # logged once for each operator and choice, whatever the shapes
+        if not torch.compiler.is_compiling():  # logged once for each operator and choice, for all shapes
             _announce(f"{operator}: backend 'auto' takes {preference[0]!r}")
             _taken.setdefault(operator, set()).add(preference[0])
         return preference[0]

@@ -48,7 +48,7 @@ def seconds_of(call: Callable[[], object], device: str | torch.device) -> float:
 
 
 def host_seconds_of(call: Callable[[], object], device: str | torch.device) -> float:
-    """Return the seconds until one call returns, perhaps before its work is done: what it costs the processor."""
+    """Return the seconds until one call returns, perhaps before its work is done: the processor's time for it."""
     synchronize(device)
     begin = time.perf_counter()
     call()

@@ -18,14 +18,14 @@ REDUCTIONS = ("mean", "sum")
 NORM_FLOOR = 1e-12
 
 _NOTHING = contextlib.nullcontext()
-_ends_alone = False  # whether `blocks` leaves out the middle
+_ends_alone = False  # whether `blocks` leaves out the middle blocks
 
 # compute(needs) -> (total, one gradient of the total for each needed input, None for the others)
 Compute = Callable[[Sequence[bool]], tuple[Tensor, Sequence[Tensor | None]]]
 
 
 def accumulate_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Return float64 if any input is float64, else float32: half-precision inputs are summed in float32."""
+    """Return float64 if any input is float64, else float32, so that half-precision inputs are summed in float32."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype == torch.float64:
             return torch.float64
@@ -42,10 +42,10 @@ def check_tensor(
 ) -> None:
     """Raise ValueError unless `tensor` is floating, of the expected shape, and on the device of `like`.
 
-    expected: shape letters in order with their sizes, None where any size will do.
+    expected: shape letters in order with their sizes; None allows any size.
     """
     wanted = tuple(expected.values())
-    # The first comparison, of tuples in C, is quick, and most calls need no other.
+    # The first comparison is quick, since Python compares tuples in C. Most calls need no other.
     if tensor.shape != wanted and not _fits(tensor.shape, wanted):
         letters = ", ".join(k if v is None else f"{k}={v}" for k, v in expected.items())
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected ({letters})")
@@ -79,9 +79,9 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor, name: 
 
 
 def check_index(index: Tensor | None, mask: Tensor | None, like: Tensor) -> None:
-    """Raise ValueError unless `index` is (K,) int64 on the device of `like` and `mask` is absent; None passes.
+    """Raise ValueError unless `index` is None, or (K,) int64 on the device of `like` with no `mask` given.
 
-    Its values are not looked at, since that would wait for the device.
+    The values of `index` are not checked, since that would wait for the device.
     """
     if index is None:
         return
@@ -93,7 +93,7 @@ def check_index(index: Tensor | None, mask: Tensor | None, like: Tensor) -> None
 
 
 def check_rows(rows: tuple[Tensor, Tensor | None], shape: tuple[int, int], like: Tensor) -> None:
-    """Raise ValueError unless rows are an index (B, R) int64 and weights of its shape, or None.
+    """Raise ValueError unless `rows` holds an index (B, R) int64, and weights of the same shape or None.
 
     Positions are checked only on a CPU, where this needs no synchronisation, and not while a graph is traced.
     """
@@ -116,7 +116,7 @@ def valid_rows(index: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def weights_of_rows(index: Tensor, weights: Tensor | None, mask: Tensor | None, tokens: int, dtype) -> Tensor:
-    """Return each row's weight, (B, R): `weights`, or n_b/R_b; 0 where the index is −1 or the token is masked."""
+    """Return each row's weight, (B, R): `weights`, or n_b/R_b if None; 0 if the index is −1 or the token is masked."""
     counts = valid_rows(index, mask)
     if weights is None:
         valid = torch.full_like(index[:, :1], tokens) if mask is None else mask.sum(1, keepdim=True)
@@ -125,7 +125,7 @@ def weights_of_rows(index: Tensor, weights: Tensor | None, mask: Tensor | None, 
 
 
 def blocks(starts: range) -> Sequence[int]:
-    """Return the starts of the blocks that an operator processes: all of them, or within `ends_alone` only the ends."""
+    """Return the starts of the blocks that an operator processes: all; inside `ends_alone` the first and last two."""
     if not _ends_alone or len(starts) <= 3:
         return starts
     return [starts[0], starts[-2], starts[-1]]
@@ -135,8 +135,8 @@ def blocks(starts: range) -> Sequence[int]:
 def ends_alone() -> Iterator[None]:
     """Make operators in PyTorch process only their first block and their last two, for the planner.
 
-    The values are then wrong, but the peak memory is right: the first block allocates what later ones add to, each
-    block meets what the one before it left, and with causal attention the last blocks are the largest.
+    The values are then wrong, but the peak memory is right. The first block allocates what later blocks add to. Each
+    block runs with the memory that the one before it left. With causal attention the last blocks are the largest.
     """
     global _ends_alone
     before, _ends_alone = _ends_alone, True
@@ -154,7 +154,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context without autocast, which would turn the operators' float32 sums into bfloat16."""
     if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
-        return _NOTHING  # entering the other takes 10 µs
+        return _NOTHING  # entering torch.autocast takes 10 µs
     return torch.autocast(device.type, enabled=False)
 
 
@@ -183,19 +183,19 @@ def inverse_norms(x: Tensor) -> Tensor:
 
 
 def unit_vectors_backward(grad_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Return the gradient at x, given that at x/‖x‖: the part orthogonal to the unit vector, divided by ‖x‖."""
+    """Return the gradient at x, given the one at x/‖x‖: its part orthogonal to the unit vector, divided by ‖x‖."""
     return (grad_unit - unit * (grad_unit * unit).sum(-1, keepdim=True)) * inverse
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether reading values of `x` waits for no device and breaks no graph that is being traced."""
+    """Return whether values of `x` can be read without waiting for a device or breaking a graph being traced."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def safe_divide(total: Tensor, count: Tensor | int) -> Tensor:
-    """Return total / count, or total itself (which is then 0) where nothing was counted.
+    """Return total / count, or total itself (which is then 0) if count is 0.
 
-    A number costs one operation instead of five.
+    If count is a Python number, this takes one operation instead of five.
     """
     if isinstance(count, int):
         return total / max(count, 1)
@@ -203,9 +203,9 @@ def safe_divide(total: Tensor, count: Tensor | int) -> Tensor:
 
 
 def reduced(rows: Tensor, count: Tensor | int | None) -> Tensor:
-    """Return the sum of rows divided by count (None: not divided); rows that do not count are 0."""
+    """Return the sum of rows divided by count (None: not divided). Rows that do not count must be 0."""
     if isinstance(count, int) and 0 < count == rows.numel():
-        return rows.mean()  # one operation in place of two
+        return rows.mean()  # one operation instead of two
     return rows.sum() if count is None else safe_divide(rows.sum(), count)
 
 
@@ -222,15 +222,15 @@ NARROWED_AT_ONCE = 1 << 24
 
 
 def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return contiguous x in a type at most half as wide, in the memory of x itself, which is overwritten.
+    """Return contiguous x in a type at most half as wide. The result overwrites x in its own memory.
 
-    So a V×D gradient in float32 never has a half-precision copy beside it. The result keeps all of that memory until
-    it is freed.
+    This way a V×D gradient in float32 never has a half-precision copy beside it. The result keeps all the memory of x
+    until it is freed.
     """
     flat = x.view(-1)
     out = flat.view(dtype)[: flat.numel()]
     for start in range(0, flat.numel(), NARROWED_AT_ONCE):
-        # Writing reaches at most half as far as reading.
+        # The bytes written end at most half as far as the bytes read, so nothing unread is overwritten.
         piece = flat[start : start + NARROWED_AT_ONCE].to(dtype)
         out[start : start + NARROWED_AT_ONCE] = piece
     return out.view(x.shape)
@@ -244,11 +244,11 @@ def with_stored_gradients(
 ) -> Tensor:
     """Return total / count (total itself for None), with the gradients that `compute` found in the forward pass.
 
-    The teacher is frozen and the loss is a scalar, so its gradient is known together with its value, up to the factor
-    that backward brings. `compute` is told which gradients are needed and must skip the others.
+    The teacher is frozen and the loss is a scalar. So the forward pass can find the gradients up to one factor, which
+    backward brings. `compute` is told which gradients are needed and must skip the others.
 
-    wide: marks inputs with very large gradients. These are stored in the type they were summed in, and backward rounds
-    them in their own memory. The gradients of the others are rounded at once, to save memory. Default: none.
+    wide: marks inputs with very large gradients. These are stored in the type in which they were summed, and backward
+    rounds them in their own memory. The other gradients are rounded at once, to save memory. Default: none is marked.
     """
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     if any(needs):
@@ -307,7 +307,7 @@ class _StoredGradients(torch.autograd.Function):
         if torch._C._autograd._get_current_graph_task_keep_graph():
             scaled = [None if g is None else g * upstream for g in gradients]
         else:
-            # The tensors are this node's own and nobody will ask again: no second copy.
+            # Only this node holds these tensors, and they are not asked for again, so they are scaled in place.
             ctx.gradients = None
             scaled = [None if g is None else g.mul_(upstream) for g in gradients]
         out = [

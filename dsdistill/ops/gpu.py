@@ -18,7 +18,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def interpreting() -> bool:
-    """Return whether Triton's interpreter runs the kernels, on CPU tensors; this is fixed when Triton is imported."""
+    """Return whether Triton's interpreter runs the kernels on CPU tensors; this is fixed when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1" and _has_triton()
 
 
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
 class Launch:
     """Describe one kernel launch. `arguments` holds tensors, numbers and compile-time constants by name."""
 
-    kernel: Any  # made by triton.jit; mypy takes it for a function
+    kernel: Any  # made by triton.jit, but mypy takes it for a function
     programs: int
     arguments: dict
     tile: Tile
@@ -91,7 +91,7 @@ def launch(kernel: Any, programs: int, arguments: dict, tile: Tile) -> None:
         _recorded.append(Launch(kernel, programs, arguments, tile))
         return
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    # Triton launches on the current device, where pointers of another one mean nothing.
+    # Triton launches on the current device, where pointers of another device are not valid.
     with contextlib.ExitStack() as around:
         if device.type == "cuda":
             around.enter_context(torch.cuda.device(device))
@@ -114,7 +114,7 @@ def watching(watch: Callable[[Any, Tile], contextlib.AbstractContextManager]) ->
         _watch = before
 
 
-# Bytes of shared memory that a block may have; consumer and inference GPUs between 8.0 and 9.0 have the fewest.
+# Bytes of shared memory that a block may have. Consumer and inference GPUs between 8.0 and 9.0 have the least.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
 
 
@@ -142,12 +142,12 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def block_width(width: int) -> int:
-    """Return the features of a tile: the power of two that holds `width`, at least the 16 of a matrix instruction."""
+    """Return the features of a tile: the smallest power of two ≥ `width`, at least a matrix instruction's 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
-# Elements of a block of one matrix in `chunked` on a GPU. About eight such matrices live at a time, 2²⁷ elements or
-# 512 MiB in float32: a block is then large enough for every multiprocessor, and launches take less time than the work.
+# Elements of a block of one matrix in `chunked` on a GPU. About eight such matrices exist at a time: 2²⁷ elements, or
+# 512 MiB in float32. Blocks of this size give work to every multiprocessor, and launches take less time than the work.
 BLOCK_ELEMENTS = 1 << 24
 
 
@@ -175,6 +175,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def product_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the type to which gradients are rounded before they are multiplied with `tensors`.
 
-    bfloat16 has the range for them, float16 has not; float32 is used otherwise.
+    bfloat16 has the range for gradients and float16 has not, so float32 is used for all types but bfloat16.
     """
     return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32

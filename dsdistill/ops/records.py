@@ -1,4 +1,4 @@
-"""Read what `backend="auto"` knows about GPUs: records, which are files of measurements, one for each GPU and day.
+"""Read what `backend="auto"` knows about GPUs: records. These are files of measurements, one for each GPU and day.
 
 dsdistill/bench/results/README.md says where they are and how they are made. Without a record `auto` takes `chunked`.
 """
@@ -71,7 +71,7 @@ def recorded_tile(
 
 
 def read_again() -> None:
-    """Clear the caches, after a record was written."""
+    """Clear the caches after a record has been written."""
     records.cache_clear()
     recorded_tile.cache_clear()
 
@@ -87,13 +87,13 @@ def fastest(
     candidates: Sequence[str],
     check: Callable[[str], bool],
 ) -> str | None:
-    """Return the candidate that was measured correct and has the largest speedup over `chunked`; None without one.
+    """Return the candidate that was measured correct and is faster than `chunked` by the largest factor, or None.
 
     known: records. A row is matched by operator, variant (divergence or relation), dtype and backend; the nearest token
-        count is used. If this GPU's capability has records, others are ignored.
-    check: is called with a backend that only other architectures have a record of; False refuses it.
+        count is used. If this GPU's capability has records, all others are ignored.
+    check: is called with a backend for which only other architectures have a record; False refuses the backend.
     """
-    # A record may hold tiles alone.
+    # A record may hold tiles and no rows.
     own = [record for record in known if record["rows"] and tuple(record["capability"]) == tuple(capability)]
     ratios = {}
     for backend in candidates:
@@ -123,10 +123,10 @@ def gpu_choice(
     function: Callable[..., Tensor],
     small: dict[str, tuple[int, ...]],
 ) -> str | None:
-    """Return what "auto" takes on a GPU instead of `chunked`; None: `chunked`.
+    """Return the backend that "auto" takes on a GPU instead of `chunked`; None means `chunked`.
 
-    lacks: what each GPU backend lacks, None for one that can run. function, small: the public operator, and the
-    shapes of a small call that compares a backend with `chunked` where this architecture has no record.
+    lacks: what each GPU backend lacks; None if it can run. function, small: the public operator, and the shapes of a
+    small call. If this architecture has no record, this call compares a backend with `chunked`.
     """
     if like.device.type != "cuda" or not records():
         return None

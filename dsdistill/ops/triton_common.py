@@ -1,4 +1,4 @@
-"""Helpers of the Triton kernels of every operator."""
+"""Share helpers between the Triton kernels of all operators."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 `x` as TYPE, rounded to nearest. UPCAST: bfloat16 stays in float32, since the interpreter cuts it off."""
+    """Return float32 `x` rounded to TYPE. UPCAST: it stays float32, because the interpreter truncates to bfloat16."""
     if UPCAST:
         if tl.bfloat16 == TYPE:
             bits = x.to(tl.uint32, bitcast=True)
@@ -17,6 +17,6 @@ def narrow(x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def rounded_to_tf32(x):
-    """float32 `x` rounded to the 10 bits of TF32, to nearest and ties to even: matrix instructions cut the rest off."""
+    """Return float32 `x` rounded to TF32's 10 bits, ties to even, since matrix instructions only truncate."""
     bits = x.to(tl.uint32, bitcast=True)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000).to(tl.float32, bitcast=True)

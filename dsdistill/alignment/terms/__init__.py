@@ -55,14 +55,14 @@ def register_term(name: str, settings: type[Term], term: type[AlignmentTerm]) ->
 
     Args:
         name: in a config, and in logs.
-        settings: a subclass of dsdistill.terms.Term, each field with a type, a default and a description. Its
-            properties say what the term needs of a config (`needs_teacher`, `reads_spans`, ...).
-        term: a subclass of AlignmentTerm; it is made as term(settings, pair). Its attributes say what it needs of a
-            batch (`needs_teacher`, `needs_spans`, ...): the same as the settings'.
+        settings: a subclass of dsdistill.terms.Term. Each field has a type, a default and a description. Its properties
+            say what the term needs in a config (`needs_teacher`, `reads_spans`, ...).
+        term: a subclass of AlignmentTerm, created as term(settings, pair). Its attributes say what it needs in a batch
+            (`needs_teacher`, `needs_spans`, ...). They must agree with the settings' properties.
 
     Raises:
-        UserError: a name that another class has, or that is no identifier; settings or a term of another kind, or
-            two that need different things.
+        UserError: a name that another class has or that is no identifier; settings or a term that is no such subclass;
+            settings and a term that state different needs.
     """
     if not (isinstance(term, type) and issubclass(term, AlignmentTerm)):
         raise UserError(f"register_term: term of {name}", term, "a subclass of dsdistill.AlignmentTerm")
@@ -84,7 +84,7 @@ def register_term(name: str, settings: type[Term], term: type[AlignmentTerm]) ->
     TERMS[name] = term
 
 
-_NEEDS = {  # of the settings, and of the term
+_NEEDS = {  # property of the settings: attribute of the term
     "needs_teacher": "needs_teacher",
     "needs_head": "needs_head",
     "needs_previous": "needs_previous",
@@ -94,12 +94,12 @@ _NEEDS = {  # of the settings, and of the term
 
 
 def _check_needs(name: str, settings: type[Term], term: type[AlignmentTerm]) -> None:
-    """Refuse settings that state other needs than the term itself."""
+    """Refuse settings whose stated needs differ from the term's."""
     if not (isinstance(settings, type) and issubclass(settings, Term)):
         return  # add_term says so
     try:
         made = settings()
-    except UserError:  # a field without a default: the settings cannot be asked yet
+    except UserError:  # a field has no default, so the settings cannot be made yet
         return
     for ours, theirs in _NEEDS.items():
         if getattr(made, ours) != getattr(term, theirs):

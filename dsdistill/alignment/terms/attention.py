@@ -16,7 +16,7 @@ from dsdistill.ops.attention.pairs import Pairs
 
 
 class AttentionTerm(AlignmentTerm):
-    """Sum over relations the KL of the probabilities, their squared difference, or that of the raw scores.
+    """Sum over relations the KL of the probabilities, their squared difference, or the raw scores' squared difference.
 
       query_key                            attention itself (MiniLM, Wang et al. 2020, Eq. 4; TinyBERT, Jiao et al.
                                            2020, Eq. 7 with score_mse)
@@ -26,11 +26,11 @@ class AttentionTerm(AlignmentTerm):
 
     With `relation_heads` the models may differ in heads and widths. With `heads: mean` probabilities are averaged over
     the heads of each model. With `heads: group` a student head learns from the average of H_T / H_S neighbouring
-    teacher heads. These groups are this project's own choice: trained heads have no order, but groups keep as many
-    maps as the student has heads. A causal model's relations see the same keys as its attention. The papers average
-    over each sequence and then over sequences; here every valid row has the same weight. With `rows` training compares
-    that many rows of each sequence, or packed row, instead of all: in the mean over the draws, the loss and its
-    gradient are those of all rows. Evaluation compares all.
+    teacher heads. These groups are this project's own choice: trained heads have no order, but groups keep one map for
+    each student head. A causal model's relations see the same keys as its attention. The papers average over each
+    sequence and then over sequences; here every valid row has the same weight. With `rows`, training compares only that
+    many rows of each sequence, or packed row. Averaged over the draws, the loss and its gradient are those of all rows.
+    Evaluation compares all rows.
     """
 
     name = "attention"
@@ -102,8 +102,8 @@ class AttentionTerm(AlignmentTerm):
     def unrotated(self) -> tuple[str, ...]:
         """Return the relations that need queries and keys from before their rotation by position.
 
-        RoPE is made for query·key, which then depends on the distance between positions alone. Splitting heads anew
-        mixes their rotations, and the product of two queries or of two keys has no use for them.
+        RoPE is made for query·key, which then depends only on the distance between positions. Splitting heads anew
+        mixes their rotations, and in a product of two queries or of two keys the rotations have no meaning.
         """
         mixed = self.config.relation_heads is not None
         return tuple(r for r in self.config.relations if r != "value_value" and (mixed or r != "query_key"))

@@ -20,7 +20,7 @@ from dsdistill.ops import HEAD_BACKENDS, VocabularyLosses, Weight
 
 @dataclass(frozen=True)
 class Shape:
-    """Hold what a term must know of one model before it sees a trace."""
+    """Hold what a term must know about one model before it sees a trace."""
 
     depth: int  # layers
     width: int  # of the hidden states
@@ -60,10 +60,10 @@ class Pair:
     task: str  # as in the config
     backend: str  # of the operators
     tokens: int = 0  # entries of the tokenizer
-    domain_width: int = 0  # d' of a student with domain fusion
+    domain_width: int = 0  # d', the feature width of a student with domain fusion
     smoothing: float = 0.0  # share of a label's probability that is spread over all classes, or entries
     class_weights: tuple[float, ...] = ()  # of the classes in the task's loss; (): each weighs 1
-    pooling: tuple[str, str] = ("mean", "mean")  # of student and teacher, how states become a text's vector
+    pooling: tuple[str, str] = ("mean", "mean")  # how student and teacher turn states into a text's vector
 
     @property
     def shapes(self) -> tuple[Shape, Shape]:
@@ -73,38 +73,38 @@ class Pair:
 
     @property
     def logit_backend(self) -> str:
-        """Return the backend of the operators over a vocabulary; "auto" if they lack the one asked for."""
+        """Return the backend of the operators over a vocabulary; "auto" if they lack the requested one."""
         return self.backend if self.backend in HEAD_BACKENDS else "auto"
 
 
 class AlignmentTerm(nn.Module, ABC):
     """Compute one summand of the loss: a sum for each part (mapped layer), and the count that divides it.
 
-    Sum and count are separate because the loss divides by counts over all ranks and accumulation steps: the same
-    global batch then gives the same loss however it is split.
+    Sum and count are separate because the loss divides by counts over all ranks and accumulation steps. So the same
+    global batch gives the same loss for any split.
     """
 
     name: str  # in a config
     weight: float
     parts: int = 1  # sums and counts that the term returns
-    factor: float = 1.0  # of the summed parts: 1/parts for a mean over layers
+    factor: float = 1.0  # multiplies the sum of the parts: 1/parts for a mean over layers
     student_hidden: frozenset[int] = (
         frozenset()
     )  # layers the traces must hold, counted from 1, 0 = embeddings
     teacher_hidden: frozenset[int] = frozenset()
     student_attention: frozenset[int] = frozenset()
     teacher_attention: frozenset[int] = frozenset()
-    needs_values: bool = False  # of the captured attention
-    needs_unrotated: bool = False  # queries and keys from before their rotation by position
+    needs_values: bool = False  # the values of the captured attention, too
+    needs_unrotated: bool = False  # queries and keys before their rotation by position
     needs_teacher: bool = True
-    needs_head: bool = False  # the teacher's, trained for the task
-    needs_logits: bool = False  # of a classifier or regressor
-    needs_lens: bool = False  # hidden states are read as if they were the last
+    needs_head: bool = False  # the teacher's head, trained for the task
+    needs_logits: bool = False  # the logits of a classifier or regressor
+    needs_lens: bool = False  # the head reads hidden states of any layer as if they were the last
     needs_labels: bool = False  # Batch.labels
     needs_spans: bool = False  # Batch.spans
     needs_previous: bool = False  # the student as the stage before left it, as Trace.previous
-    joins: str | None = None  # the term whose sums `sums_with` computes together with this one's, for less
-    supervised: bool = False  # by labels alone: train.distill_weight weighs it against all others
+    joins: str | None = None  # the term whose sums `sums_with` computes with this one's, at less cost
+    supervised: bool = False  # only labels supervise it: train.distill_weight weighs it against all others
     fused: tuple[int, ...] = ()  # teacher layers that the student's domain fusion maps
 
     def __init__(self, config: TermConfig, pair: Pair):
@@ -121,30 +121,30 @@ class AlignmentTerm(nn.Module, ABC):
 
     @property
     def teacher_maps(self) -> Mapping[int, TeacherMap]:
-        """Return the term's frozen maps of teacher layers, by layer; they are fitted before training."""
+        """Return the term's frozen maps of teacher layers, one for each layer; they are fitted before training."""
         return {}
 
     def state(self, trace: Trace, layer: int) -> Tensor:
-        """Return a layer's states, (B, N, D); the last layer's before or after the final norm, as `final_norm` says."""
+        """Return a layer's states, (B, N, D). `final_norm` sets if the last layer's are before or after the norm."""
         return trace.state(layer, after=getattr(self.config, "final_norm", "before") == "after")
 
     def check_models(self, seen: Sequence[dict[int, Geometry]], hidden_rotation: dict[str, str]) -> None:
         """Raise UserError for models that the term cannot compare.
 
-        seen: which keys each attention layer sees, of student and teacher. hidden_rotation: model types by place
-        (student, teacher), for models whose queries and keys cannot be captured before their rotation by position.
+        seen: which keys each attention layer of student and teacher sees. hidden_rotation: the model types by place
+        (student, teacher) of those models whose queries and keys cannot be captured before their rotation by position.
         """
 
     @abstractmethod
     def counts(self, batch: Batch, geometry: dict[int, Geometry]) -> Tensor:
-        """Return (parts,) float64: the divisor of each sum, from the batch alone. `batch.documents` marks the examples.
+        """Return (parts,) float64: each sum's divisor, from the batch alone. `batch.documents` marks the examples.
 
         geometry: of the student's attention layers, by layer.
         """
 
     @abstractmethod
     def sums(self, student: Trace, teacher: Trace | None, batch: Batch) -> Tensor:
-        """Return (parts,) float32 with gradients to the student: the sums, neither divided nor weighted.
+        """Return (parts,) float32 with gradients to the student: the sums, not divided and not weighted.
 
         Rows of a causal language model may be packed. So a term that relates or pools the tokens of an example must not
         treat a row as one example: alignment/units.py lays out states like the rows of `batch.unpacked`, or pools them.
@@ -158,7 +158,7 @@ class AlignmentTerm(nn.Module, ABC):
         batch: Batch,
         weights: tuple[Weight, Weight] = (1.0, 1.0),
     ) -> VocabularyLosses:
-        """Return the sums of `other`, the term that this one joins, and of this one; `weights` are theirs in `total`.
+        """Return the sums of `other`, the term that this one joins, and of this one. weights: their weights in `total`.
 
         A term that sets `joins` must implement this; it is not called on others.
         """

@@ -20,10 +20,10 @@ class ContextualTerm(AlignmentTerm):
       layer_pairs    KL of softmax over the cosines of a word's layer with its other layers, Σ / (N · L²)
       layer_triples  squared difference of the angles between three layers of a word, mean over all L³ triples
 
-    n are the words of a sequence, N of all, L the layers. Divisors and window are those of the authors' code, whose
-    windows reach into padding and repeat a sequence's last word; here only words of the sequence count. No projector is
-    needed, and widths may differ. The last layer is read after the final norm, or with `final_norm: before` as the
-    layer outputs it.
+    n is the number of words of a sequence, N of all sequences, and L that of layers. Divisors and window are those of
+    the authors' code. Its windows reach into padding and repeat a sequence's last word; here only words of the sequence
+    count. No projector is needed, and widths may differ. The last layer is read after the final norm, or with
+    `final_norm: before` as the layer outputs it.
     """
 
     name = "ckd"

@@ -20,7 +20,7 @@ from dsdistill.ops import hidden_alignment, pairwise_alignment, token_cross_entr
 
 
 class DomainTerm(AlignmentTerm):
-    """Compute the domain loss of up to six parts, each with a factor of its own.
+    """Compute the domain loss, which has up to six parts, each with its own factor.
 
       hidden     ‖ψ_l h_S − φ_l h_T‖², mean over valid tokens, features and layers; φ frozen, ψ trained
       tokens     squared difference of the cosines between the tokens of a sequence, last layers, mean over pairs
@@ -97,7 +97,7 @@ class DomainTerm(AlignmentTerm):
         states = student.hidden[shapes[0].depth], teacher.hidden[shapes[1].depth]
         last, rows = (unpacked(states[0], batch), unpacked(states[1], batch)), batch.unpacked
         grid = _phrases(rows)
-        alike = rows.mask.float()  # every token of a phrase counts the same
+        alike = rows.mask.float()  # all tokens of a phrase have the same weight
         mine, other = (grid.vectors(of, alike) for of in last)
         vectors = None if self.aggregate is None else self._vectors(last[0], mine, grid.mask, rows)
         for name in self.others:

@@ -22,7 +22,7 @@ class FeatureDynamicsTerm(AlignmentTerm):
     y^l = log softmax(head(norm(h_l))) is what the model would predict if layer l were its last (the logit lens), and
     Δy^l is its change to the next mapped layer. Only the student's layers learn: its head is a constant here, because
     otherwise the lens could be fitted instead of the layers. This is one of the base losses of MTA (arXiv 2605.01374);
-    its weights of 1 are those of a reproduction. The loss on the model's own predictions is soft_label.
+    the default weights of 1 are those of a reproduction. The term soft_label compares the models' own predictions.
     """
 
     name = "fdd"

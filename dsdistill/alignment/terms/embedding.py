@@ -14,9 +14,9 @@ from dsdistill.config.terms import Embedding
 class EmbeddingTerm(AlignmentTerm):
     """Compute the mean over texts of 1 − cosine or of the squared difference of the two models' vectors.
 
-    The student's vector is projected if its width is not the teacher's. For each number d in `dims` the first d values
-    are a vector with a projector of its own (Kusupati et al. 2022, Matryoshka); the loss is the mean over these. The
-    two texts of a pair count as two texts.
+    The student's vector is projected if its width is not the teacher's. For each number d in `dims`, the first d values
+    form a vector with its own projector (Kusupati et al. 2022, Matryoshka), and the loss is the mean over these
+    vectors. The two texts of a pair count as two texts.
     """
 
     name = "embedding"

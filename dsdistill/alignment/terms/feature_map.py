@@ -1,4 +1,4 @@
-"""Compare normalised hidden states, and the mean and variance that normalising takes away (MobileBERT)."""
+"""Compare normalised hidden states, and the mean and variance that normalisation removes (MobileBERT)."""
 
 from typing import Any
 
@@ -21,11 +21,11 @@ class FeatureMapTerm(AlignmentTerm):
       means      squared difference of the states' means over their values
       variances  absolute difference of the states' variances over their values
 
-    The paper prints the first alone; the others, and the factors by default, are those of its code, which takes means
-    and variances of the teacher over all layers at once; here they are of the mapped layer. The paper's models are
-    equally wide and deep; other students are projected for the maps, each layer by a map of its own. For the maps
-    2 (1 − cos) of the centred states is computed, which is the same but for LayerNorm's ε. The last layer is read after
-    the final norm, or with `final_norm: before` as the layer outputs it.
+    The paper prints only the first. The others and the default factors are those of its code. The code takes the
+    teacher's means and variances over all layers at once; here they are those of the mapped layer. The paper's models
+    are equally wide and deep; other students are projected for the maps, each layer by its own projector. For the maps
+    2 (1 − cos) of the centred states is computed, which is the same except for LayerNorm's ε. The last layer is read
+    after the final norm, or with `final_norm: before` as the layer outputs it.
     """
 
     name = "feature_map"

@@ -16,11 +16,11 @@ from dsdistill.ops import hidden_alignment
 class HiddenTerm(AlignmentTerm):
     """Compute the mean squared or cosine distance over valid tokens, with the student projected to the teacher's width.
 
-    The squared distance is TinyBERT's (equations 8 and 9). Each mapped layer has a projector of its own; the paper's
-    code shares one. The last layer is read after the final norm, as other libraries read it, or with
+    The squared distance is TinyBERT's (equations 8 and 9). Each mapped layer has its own projector, whereas the layers
+    share one in the paper's code. The last layer is read after the final norm, as other libraries read it, or with
     `final_norm: before` as the layer outputs it.
 
-    With `positions: first` only the first token of each sequence is compared, [CLS]; PKD's squared distance of its
+    With `positions: first` only the first token of each sequence, [CLS], is compared. PKD's squared distance of its
     normalised states (equation 7) is twice the cosine distance.
 
     With `components: d'` the student learns φ of the teacher's states, their first d' principal components after

@@ -18,11 +18,11 @@ class PairwiseTerm(AlignmentTerm):
 
     With `center` and cosines it is L_struct of the structured multi-stage method, whose paper names φ and ψ without a
     formula. There are two readings: φ and ψ both give the centred, row-normalised Gram matrix of a sequence's tokens,
-    or φ is a PCA fitted on the teacher and ψ a trained linear map. The first is built here, the second in HiddenTerm
-    (`components`). It has no parameters; φ and
-    ψ trained together on this loss alone would both collapse to 0. With `rows` training relates that many tokens of
-    each sequence, drawn anew at each step, to all of its tokens; evaluation relates all. The last layer is read after
-    the final norm, or with `final_norm: before` as the layer outputs it.
+    or φ is a PCA fitted on the teacher and ψ a trained linear map. This term is the first reading, HiddenTerm
+    (`components`) the second. This term has no parameters: if φ and ψ were trained together on this loss alone, both
+    would collapse to 0. With `rows`, training relates that many tokens of each sequence, drawn anew at each step, to
+    all of its tokens; evaluation relates all. The last layer is read after the final norm, or with `final_norm: before`
+    as the layer outputs it.
     """
 
     name = "pairwise"
@@ -41,7 +41,7 @@ class PairwiseTerm(AlignmentTerm):
         self.teacher_hidden = frozenset(teacher for _, teacher in self.layers)
 
     def _units(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return the vectors that are related, one sequence a row, centred if `center` is set."""
+        """Return the vectors whose relations are compared, one sequence in each row, centred if `center` is set."""
         rows = unpacked(states, batch)
         return wide(rows) - mean_pool(rows, batch.unpacked.mask)[:, None] if self.config.center else rows
 

@@ -50,7 +50,7 @@ class RelatedTerm(AlignmentTerm):
             vectors.append(self.project((mine, other), pooled(self.state(student, mine), batch)))
             vectors.append(pooled(self.state(teacher, other), batch))
         own = torch.cat(vectors, dim=1)[batch.documents]
-        units = gather_rows(own)  # of all layers and both models, in one go
+        units = gather_rows(own)  # of all layers and both models at once
         if not len(units):
             return own.sum().expand(self.parts)  # 0
         gathered = units.split([vector.shape[1] for vector in vectors], dim=1)

@@ -27,5 +27,6 @@ class SmoothTerm(AlignmentTerm):
         now = self.state(student, self.pair.student.depth).float()
         before = self.state(student.previous, self.pair.student.depth).float()
         moved = (now - before)[batch.mask].square().mean(-1)
-        # The root's slope is infinite where nothing moved, as at a stage's first step: loss and slope are 0 there.
+        # The square root has an infinite slope where nothing has moved, as at a stage's first step. The clamp makes
+        # loss and slope 0 there.
         return moved.clamp_min(1e-12).sqrt().sub(1e-6).sum()[None]

@@ -21,7 +21,7 @@ from dsdistill.ops import logit_alignment, soft_label_alignment, vocabulary_loss
 
 
 def common_vocabulary(pair: Pair, place: str) -> int | None:
-    """Return how many entries of both heads stand for tokens; None if the heads have the same size."""
+    """Return how many entries of both heads belong to tokens; None if the heads have the same size."""
     student, teacher = (shape.vocabulary for shape in pair.shapes)
     if student == teacher:
         return None
@@ -38,9 +38,10 @@ class SoftLabelTerm(AlignmentTerm):
     """Compute the divergence at temperature τ, times τ² (unless scale_tau2 is off) so that gradients keep their size.
 
     For language models it is computed from hidden states and heads, over the positions that predict a token with a
-    label, or with `positions: valid` (as DistilBERT's code) over those of all valid tokens; if the heads are padded to
-    different sizes, over the tokenizer's entries. For regression it is the squared difference of both scores divided by
-    τ, which is 2 KL of unit normal distributions around them; τ² cancels τ there, as it does in logit_mse.
+    label, or with `positions: valid` (as in DistilBERT's code) over the positions of all valid tokens. If the heads are
+    padded to different sizes, only the tokenizer's entries are compared. For regression it is the squared difference of
+    both scores divided by τ, which is 2 KL of unit normal distributions around them; τ² cancels τ there, as it does in
+    logit_mse.
     """
 
     name = "soft_label"
@@ -50,7 +51,7 @@ class SoftLabelTerm(AlignmentTerm):
     def __init__(self, config: SoftLabel, pair: Pair):
         super().__init__(config, pair)
         self.needs_logits = pair.task not in LANGUAGE
-        # Labels tell which tokens are predicted; the task's loss is over those.
+        # Labels tell which tokens are predicted, and the task's loss is over the same tokens.
         self.needs_labels = pair.task in LANGUAGE and config.positions == "predicted"
         self.joins = "task" if self.needs_labels else None
         self.factor = config.temperature**2 if config.scale_tau2 else 1.0

@@ -17,10 +17,10 @@ from dsdistill.ops import token_cross_entropy
 
 
 def targets(batch: Batch, task: str) -> Tensor:
-    """Return (B, M) int64: the label that each state of `predicting` is to predict, or NO_LABEL."""
+    """Return (B, M) int64: the label that each state of `predicting` should predict, or NO_LABEL."""
     if task == "causal_lm":
         follows = batch.mask[:, 1:]
-        if batch.position_ids is not None:  # a document's first token follows another document
+        if batch.position_ids is not None:  # packed: a document's first token follows another document
             follows = follows & (batch.position_ids[:, 1:] > 0)
         return _labels(batch)[:, 1:].masked_fill(~follows, NO_LABEL)
     return _labels(batch).masked_fill(~batch.mask, NO_LABEL)
@@ -32,12 +32,12 @@ def _labels(batch: Batch) -> Tensor:
 
 
 def predicting(states: Tensor, task: str) -> Tensor:
-    """Return the states that predict a token, (B, M, D) of (B, N, D): the next one or (masked) their own."""
+    """Return the states (B, M, D) of (B, N, D) that predict a token: the next token, or (masked) their own."""
     return states[:, :-1] if task == "causal_lm" else states
 
 
 def count_predicted(batch: Batch, task: str) -> Tensor:
-    """Return how many tokens are to be predicted, a float64 scalar on the batch's device."""
+    """Return the number of tokens to predict, a float64 scalar on the batch's device."""
     if batch.counted is None:
         return (targets(batch, task) != NO_LABEL).sum().double()
     return torch.full((), batch.counted.numel(), dtype=torch.float64, device=batch.counted.device)
@@ -46,7 +46,7 @@ def count_predicted(batch: Batch, task: str) -> Tensor:
 def counted_places(batch: Batch, task: str) -> Tensor | None:
     """Return (K,) int64: the flat places of those states of `predicting` that predict a token.
 
-    None if the batch does not say (`Batch.counted`).
+    Return None if the batch does not hold them (`Batch.counted`).
     """
     if batch.counted is None or task != "causal_lm":
         return batch.counted
@@ -62,21 +62,21 @@ def counted_states(batch: Batch, task: str) -> dict[str, Any]:
 
 
 def _weighed(share: Tensor | None, loss: Callable[..., Tensor], *given: Tensor, **options: Any) -> Tensor:
-    """Return the sum of a loss over the rows, each times its share if there are shares."""
+    """Return the sum of a loss over the rows, each multiplied by its share if there are shares."""
     if share is None:
         return loss(*given, reduction="sum", **options)
     return (share * loss(*given, reduction="none", **options)).sum()
 
 
 class TaskTerm(AlignmentTerm):
-    """Compute cross-entropy over examples or predicted tokens; squared error for scores; contrast of pairs of texts.
+    """Compute cross-entropy over examples or predicted tokens, squared error for scores, or a contrast of text pairs.
 
     Labels are smoothed and classes weighted as by torch's cross_entropy. With w the weights of the C classes, ε the
     smoothing and q the student's probabilities, an example adds (1 − ε) w_y (−log q_y) + ε/C Σ_c w_c (−log q_c) to the
     sum, and w_y to the divisor.
 
-    A row that is mixed with another (Batch.share, MixKD, Liang et al. 2021) has λ of its own label's loss and 1 − λ of
-    the other's; a score is λ of its own and 1 − λ of the other's.
+    The loss of a row that is mixed with another (Batch.share, MixKD, Liang et al. 2021) is λ times that of its own
+    label plus 1 − λ times that of the other's. A score is λ times its own plus 1 − λ times the other's.
 
     A pair of a query q_i and a document d_i adds −log softmax_j(cos(q_i, d_j) / τ) at j = i to the sum, where j runs
     over the pairs of a micro-batch on all ranks (InfoNCE, van den Oord et al. 2018). As with a RelatedTerm, the number
@@ -117,7 +117,7 @@ class TaskTerm(AlignmentTerm):
         return counted if share is None else counted * share
 
     def _classes(self, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
-        """Return (B,) int64 classes, NO_LABEL for rows that do not count, and their shares; two of each if mixed."""
+        """Return (B,) int64 classes (NO_LABEL: the row does not count) and the rows' shares; two pairs if mixed."""
         own = _labels(batch).masked_fill(~batch.rows, NO_LABEL)
         if batch.share is None or batch.partner_labels is None:
             return [(own, None)]

@@ -15,17 +15,17 @@ from dsdistill.ops import pairwise_alignment
 
 
 class TrajectoryTerm(AlignmentTerm):
-    """Compute λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid, both means over sequences.
+    """Compute λ_DSA · mean over layers of DSA + λ_Hid · sum over layers of Hid; DSA and Hid are means over sequences.
 
       DSA  Σ_i Σ_{j≠i} ŵ_i ŵ_j (cos_S(i, j) − cos_T(i, j))² over the spans of a sequence. A span is the weighted mean of
            its tokens' states; ŵ is its share of the weight. `pairs: upper` takes only i < j, which is half of the sum.
       Hid  Σ_t w_t (1 − cos(W h_S, h_T)) over the tokens in a span; each layer has a trained W.
 
-    Token weights w come from the teacher's states of the same layer and serve both models; `weighted: false` gives all
-    tokens of a sequence the same. Lower layers compare words,
-    upper ones phrases. No code is published: which weights the student's spans take, which pairs are summed, and the
-    mean over sequences are this project's own readings. A sequence with fewer than two spans has a DSA of 0. The last
-    layer is read after the final norm, or with `final_norm: before` as the layer outputs it.
+    Token weights w come from the teacher's states of the same layer and are used for both models; `weighted: false`
+    gives all tokens of a sequence the same weight. Lower layers compare words, upper layers phrases. No code is
+    published: which weights the student's spans take, which pairs are summed, and the mean over sequences are this
+    project's own readings. A sequence with fewer than two spans has a DSA of 0. The last layer is read after the final
+    norm, or with `final_norm: before` as the layer outputs it.
     """
 
     name = "trajectory"

@@ -1,11 +1,13 @@
-"""Compute attention alignment in plain PyTorch, a block of queries at a time, or raw scores by an identity over N.
+"""Compute attention alignment in plain PyTorch, a block of queries at a time.
+
+For raw scores there is a second way, "the identity": the equation in `_score_mse_by_identity`, which avoids N×N scores.
 
 The gradients at the student's scores S of one row are, with P = softmax(S):
   kl         dS = P_S − P_T
   mse        dS = 2 P_S ∘ (P_S − P_T − r),  r = Σ_j P_S (P_S − P_T)
   score_mse  dS = 2 (S_S − S_T)
-Then dQ = scale · dS K and dK = scale · dSᵀ Q, all in the forward pass. With `rows`, each row's dS is multiplied by its
-weight.
+Then dQ = scale · dS K and dK = scale · dSᵀ Q. All of this happens in the forward pass. With `rows`, each row's dS is
+multiplied by its weight.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ def attention_total(
     """Return the sum of `reference.attention_total`, and its gradients at the student's query and key if needed."""
     width = max(student_query.shape[-1], teacher_query.shape[-1])
     by_identity = divergence == "score_mse" and pairs.unrestricted and pairs.queries >= 2 * width
-    # Half precision is multiplied without a cast, but not in the identity, whose sums are multiplied once more.
+    # Half precision is multiplied without a cast. The identity needs the cast, since it multiplies its sums again.
     half = not by_identity and all(
         gpu.half_operands(*model) for model in ((student_query, student_key), (teacher_query, teacher_key))
     )
@@ -158,7 +160,7 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
     """Return the divergence of the head-averaged probabilities, and its gradient at the student's raw scores.
 
     With P̄ = (1/H) Σ_h P_h and g = ∂L/∂P̄_S: dS_h = P_h ∘ (g − Σ_j P_h g) / H. For kl, g P_h / H = −P̄_T ρ_h with
-    ρ_h = P_h / (H P̄_S), which lies in [0, 1] however small both are.
+    ρ_h = P_h / (H P̄_S), which lies in [0, 1] even where both are tiny.
     """
     head_count = log_s.shape[1]
     log_mean_s, log_mean_t = mean_over_heads(log_s), mean_over_heads(log_t)
@@ -183,8 +185,8 @@ def _mean_head_divergence(log_s, log_t, exists, divergence, with_gradient):
 def _score_mse_by_identity(needs, q_s, k_s, q_t, k_t, scale_s, scale_t, weights):
     """Use ‖Q_S K_Sᵀ − Q_T K_Tᵀ‖² = ⟨QSᵀQS, KSᵀKS⟩ − 2⟨QTᵀQS, KTᵀKS⟩ + ⟨QTᵀQT, KTᵀKT⟩: O(N D²), not O(N² D).
 
-    Masked tokens are zero vectors, so they add nothing. The difference cancels in the value when the models
-    agree (hence the clamp), not in the gradients, which are differences of N×D matrices.
+    Masked tokens are zero vectors, so they add nothing. When the models agree, the terms of the value cancel, so it is
+    clamped at 0. The gradients are differences of N×D matrices and do not suffer from this.
     """
     heads, kv_heads = q_s.shape[1], k_s.shape[1]
     root = 1 if weights is None else weights.sqrt()[:, None, :, None]

@@ -10,14 +10,14 @@ from torch import Tensor
 from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import accumulate_dtype, storage_dtype
 
-KL, MSE, SCORE_MSE = range(3)  # csrc/attention/cpu.h has the same
+KL, MSE, SCORE_MSE = range(3)  # the same codes as in csrc/attention/cpu.h
 DIVERGENCE_CODES = {"kl": KL, "mse": MSE, "score_mse": SCORE_MSE}
 
 
 def arguments(
     tensors: Sequence[Tensor], pairs, weights, divergence, student_scale, teacher_scale, reduction
 ) -> tuple:
-    """Return the operator's arguments up to its last two, which ask for gradients."""
+    """Return the operator's arguments except the last two, which ask for gradients."""
     segments = None if pairs.segments is None else pairs.segments.to(torch.int64).contiguous()
     return (
         *tensors,

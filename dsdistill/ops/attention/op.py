@@ -59,22 +59,23 @@ def attention_alignment(
 
     Args:
         student_query, teacher_query: (B, H, N, D); D may differ between the models.
-        student_key, teacher_key: (B, H_kv, N, D), H_kv dividing H; key head k serves the query heads
-            k·H/H_kv … as `repeat_interleave` would, on either side independently.
+        student_key, teacher_key: (B, H_kv, N, D), where H_kv divides H. Key head k serves the H/H_kv query heads from
+            k·H/H_kv on, as `repeat_interleave` would assign them. H_kv may differ between the models.
         mask: (B, N) bool, True = valid. A masked token is neither a row nor a column. Default: all valid.
         causal: a query sees keys at its own and earlier positions only.
         student_scale, teacher_scale: factor of the scores; default 1/√D of that model.
-        heads: "match" compares head by head (equal H); "mean" compares the probabilities averaged over heads
-            (H may differ; not for "score_mse"; the divisors above then lack the factor H); "group" compares student
-            head g with the teacher's probabilities averaged over its heads g·r … g·r + r − 1, r = H_T / H_S a whole
-            number (not for "score_mse"; the divisors count the student's heads; only "reference" and "chunked").
+        heads: which heads are compared. Only "match" allows "score_mse".
+            "match" compares head by head (equal H). "mean" compares the probabilities averaged over heads: H may
+            differ, and the divisors above lack the factor H. "group" compares student head g with the teacher's
+            probabilities averaged over its heads g·r … g·r + r − 1, where r = H_T / H_S must be a whole number. Its
+            divisors count the student's heads, and only "reference" and "chunked" can run it.
         window: a query sees keys at distance < window tokens, in both models.
         segments: (B, N) integers; attention stays within equal numbers (packed sequences).
         rows: (index, weights): only these queries are compared, in any order; a repeated position counts again.
-            index: (B, R) int64 positions; −1 names no query. weights: (B, R) ≥ 0, factors of their sums and gradients;
-            None: n_b/R_b each, the sequence's valid tokens divided by its valid rows, so that loss and gradient of
-            uniformly drawn rows are unbiased. Keys and divisors stay those of all tokens. A position beyond N raises
-            only on a CPU: a check on a GPU would wait for the device.
+            index: (B, R) int64 positions; −1 names no query. weights: (B, R) ≥ 0, factors of the rows' sums and
+            gradients. If weights is None, each is n_b/R_b, the sequence's valid tokens divided by its valid rows, so
+            that loss and gradient of uniformly drawn rows are unbiased. Keys and divisors are still those of all
+            tokens. A position beyond N raises only on a CPU: a check on a GPU would wait for the device.
         reduction: "mean" divides as above; "sum" does not divide.
         backend: "auto", "reference", "chunked", "cpp" or "triton".
 
@@ -180,7 +181,7 @@ def attention_alignment(
 
 
 def _at(index: Tensor, query: Tensor) -> Tensor:
-    """Return the queries (B, H, N, D) at the positions (B, R), as (B, H, R, D); at −1 the first one."""
+    """Return the queries (B, H, N, D) at the positions (B, R), as (B, H, R, D); for −1, return the first query."""
     places = index.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     return query.gather(2, places)
 
@@ -234,7 +235,7 @@ def _choose(backend: str, tensors: tuple[Tensor, ...], setting: dict) -> str:
 def _count(
     pairs: Pairs, batch: int, heads: int, divergence: str, how: str, device: torch.device
 ) -> Tensor | int:
-    """Return what "mean" divides by: valid rows (kl) or existing entries, times the heads compared."""
+    """Return the divisor of "mean": the valid rows (kl) or existing entries, times the number of heads compared."""
     count: Tensor | int
     if divergence != "kl":
         count = pairs.count(batch, device)

@@ -13,7 +13,7 @@ from dsdistill.ops.gpu import block_elements
 
 @dataclass(frozen=True)
 class Pairs:
-    """Hold the conditions under which a query at i sees a key at j: both are valid, and all of those below hold.
+    """Hold the conditions under which a query at i sees a key at j: both are valid, and all conditions below hold.
 
     mask: (B, N) bool, True = valid; None = all. causal: j ≤ i. window: |i − j| < window.
     segments: (B, N) int, equal at i and j.
@@ -40,7 +40,7 @@ class Pairs:
         )
 
     def query_mask(self) -> Tensor | None:
-        """Return (B, R) bool, True at the queries that count; None where all do. Without rows: the mask, (B, N)."""
+        """Return (B, R) bool, True at the queries that count; None if all count; without rows, the mask (B, N)."""
         return self.mask if self.rows is None else valid_rows(self.rows, self.mask)
 
     def keys(self, start: int, stop: int) -> tuple[int, int]:
@@ -59,7 +59,7 @@ class Pairs:
         return first, last
 
     def block(self, rows: slice, keys: slice, batch: slice, device: torch.device) -> Tensor | None:
-        """Return (b, 1, R, K) bool for a block of queries and keys of the sequences `batch`; None where all exist."""
+        """Return which pairs of a block exist in the sequences `batch`, (b, 1, R, K) bool, or None if all exist."""
         present = None
         found = None if self.rows is None else self.rows[batch, rows].clamp(min=0)
         if self.causal or self.window is not None:
@@ -77,7 +77,7 @@ class Pairs:
         return None if present is None else present[:, None]
 
     def count(self, batch: int, device: torch.device) -> Tensor:
-        """Return the number of pairs that exist in all sequences together, int64; `rows` does not change it."""
+        """Return the number of existing pairs, summed over all sequences, int64; `rows` does not change it."""
         if self.mask is None and self.segments is None:
             n = self.tokens
             width = n if self.window is None else min(self.window, n)

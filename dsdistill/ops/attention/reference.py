@@ -18,7 +18,7 @@ from dsdistill.ops.attention.pairs import Pairs
 
 
 def scores(query: Tensor, key: Tensor, scale: float, pairs: Pairs) -> Tensor:
-    """Return (B, H, R, N) raw scores; masked tokens count as zero vectors, so that NaN in padding is never read."""
+    """Return (B, H, R, N) raw scores. Masked tokens become zero vectors, so that NaN in padding is never read."""
     query, key = hide_masked(query, pairs.query_mask()), hide_masked(key, pairs.mask)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     return query @ key.transpose(-1, -2) * scale
@@ -30,11 +30,11 @@ def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def log_attention(raw: Tensor, exists: Tensor | None) -> Tensor:
-    """Return the log softmax over the existing keys; rows without any are 0 throughout."""
+    """Return the log softmax over the existing keys; a row that has none is all 0."""
     if exists is None:
         return raw.log_softmax(-1)
     raw = raw.masked_fill(~exists, -torch.inf).masked_fill(~exists.any(-1, keepdim=True), 0)
-    # −∞ out of the softmax must not meet a subtraction or a product: their gradients are NaN.
+    # A −∞ from the softmax must not enter a subtraction or a product, whose gradients would be NaN.
     return raw.log_softmax(-1).masked_fill(~exists, 0)
 
 
@@ -58,9 +58,9 @@ def attention_total(
     dtype: torch.dtype,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Return the sum over sequences, heads, queries and keys, undivided. Shapes as `attention_alignment`.
+    """Return the sum over sequences, heads, queries and keys, undivided. Shapes are those of `attention_alignment`.
 
-    If pairs have rows, the queries are those at the rows, (B, H, R, D), and weights are (B, R), 0 where a row is −1.
+    If `pairs` has rows, the queries are those of the rows, (B, H, R, D), and weights are (B, R), 0 where a row is −1.
     """
     teacher_query, teacher_key = teacher_query.detach(), teacher_key.detach()
     raw_student = scores(student_query.to(dtype), student_key.to(dtype), student_scale, pairs)

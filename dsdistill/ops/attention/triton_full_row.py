@@ -1,10 +1,10 @@
-"""Attention alignment for short sequences: whole rows of scores on chip, so each score is computed once.
+"""Compute attention alignment of short sequences: whole rows of scores stay on chip, so each score is computed once.
 
-Formulas of `triton_tile.loss_and_slope`. A program owns queries and sees all their keys (N ≤ 512) as one tile: softmax,
-loss and dQ need no second sweep. Three ways to dK:
-  ALONE   a program owns all queries of a head (N ≤ 128) and writes its dK; the head has keys of its own
-  MERGED  a program owns a few queries and adds dK atomically; 4 products and 2 exps a tile in all, as ALONE
-  else    `triton_sweeps.columns_kernel` finds dK, for which the statistics are stored
+The formulas are in `triton_tile.loss_and_slope`. A program owns queries and sees all their keys (N ≤ 512) as one tile,
+so that softmax, loss and dQ need no second sweep. There are three ways to find dK:
+  ALONE   a program owns all queries of a head (N ≤ 128) and writes its dK; no other head shares its keys
+  MERGED  a program owns a few queries and adds dK atomically; like ALONE it takes 4 products and 2 exps a tile in all
+  else    `triton_sweeps.columns_kernel` finds dK; this kernel stores the statistics that it needs
 """
 
 import triton
@@ -32,7 +32,7 @@ def full_row_kernel(
     query_t,
     key_t,
     labels,
-    max_s,  # (B, H, N) float32 as the next four, of `triton_sweeps`; written only for a sweep that finds dK
+    max_s,  # this and the next four: (B, H, N) float32, as in `triton_sweeps`; written only for a sweep that finds dK
     max_t,
     log_s,
     log_t,
@@ -58,7 +58,7 @@ def full_row_kernel(
     group_s,
     group_t,
     window,
-    scale_s,  # · log₂e for kl and mse
+    scale_s,  # multiplied by log₂e for kl and mse
     scale_t,
     gradient_scale,
     DS: tl.constexpr,
@@ -113,8 +113,8 @@ def full_row_kernel(
         loss = tl.sum(difference * difference, 1)
         slope = 2.0 * difference
     else:
-        # Scores that do not exist are so low that their probability is 0; a row without any is uniform in both models,
-        # so that its loss and slope are 0.
+        # A pair that does not exist gets a score so low that its probability is 0. A row without pairs is uniform in
+        # both models, so that its loss and slope are 0.
         s = tl.where(present, s, LOWEST)
         t = tl.where(present, t, LOWEST)
         m_s, m_t = tl.max(s, 1), tl.max(t, 1)
@@ -123,7 +123,7 @@ def full_row_kernel(
         t -= m_t[:, None]
         p_t = tl.exp2(t)
         if DIVERGENCE == KL:
-            # Before the probabilities are divided: then only two tiles of scores live at a time.
+            # This comes before the probabilities are divided, so that only two tiles of scores live at a time.
             entries = tl.sum(p_t * (t - s), 1)
         p_s = tl.exp2(s)
         l_s, l_t = tl.sum(p_s, 1), tl.sum(p_t, 1)

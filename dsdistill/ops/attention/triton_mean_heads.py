@@ -1,9 +1,10 @@
-"""Attention alignment of probabilities averaged over heads, heads="mean": correct and linear in memory, not tuned.
+"""Align attention probabilities averaged over heads (heads="mean"): correct and linear in memory, not tuned.
 
-P̄ = (1/H) Σ_h P_h, g = ∂L/∂P̄_S, c_h = Σ_j P_h g of each row: dS_h = P_h (g − c_h) / H, after the LSEs of all heads:
+A first kernel finds the LSEs (log Σ exp of each row's scores) of all heads. Then, with P̄ = (1/H) Σ_h P_h, g = ∂L/∂P̄_S
+and c_h = Σ_j P_h g of each row, dS_h = P_h (g − c_h) / H:
   kl   g = −P̄_T / P̄_S        mse  g = 2 (P̄_S − P̄_T)
-A tile walks over the heads twice: once for P̄, once for what each head gets of g. Sums of many heads do not fit on
-chip; they wait in memory that one program owns, so nothing is added atomically.
+A tile walks over the heads twice: once for P̄, and once for each head's share of g. Sums over many heads do not fit on
+chip. They lie in memory that only one program writes, so nothing is added atomically.
 """
 
 import triton
@@ -38,7 +39,7 @@ def lse_kernel(
     H,
     group,
     window,
-    scale,  # · log₂e
+    scale,  # multiplied by log₂e
     D: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
@@ -106,7 +107,7 @@ def log_probabilities(
     BD: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """(R, C) log₂ of one head's probabilities (LOWEST where no pair exists), its query tile and its key tile."""
+    """Return log₂ of one head's probabilities, (R, C), LOWEST where no pair exists; its query tile; its key tile."""
     q = load_tile(query, rows, rows_inside, q_n, D, BD, UPCAST)
     k = load_tile(key, columns, columns_inside, k_n, D, BD, UPCAST)
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
@@ -116,7 +117,7 @@ def log_probabilities(
 
 @triton.jit
 def log_add(x, y):
-    """log₂(2^x + 2^y)"""
+    """Return log₂(2^x + 2^y)."""
     larger = tl.maximum(x, y)
     return larger + tl.log2(tl.exp2(x - larger) + tl.exp2(y - larger))
 
@@ -209,7 +210,7 @@ def mean_heads_kernel(
             WINDOWED,
             LABELLED,
         )
-        # Of kl in logarithms, so that no ratio is lost where probabilities are too small for float32.
+        # kl uses logarithms, so that no ratio is lost where probabilities are too small for float32.
         mean_s = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
         mean_t = tl.full([BR, BC], LOWEST if DIVERGENCE == KL else 0.0, tl.float32)
         for head in range(0, heads_s):
@@ -285,7 +286,7 @@ def mean_heads_kernel(
             )
             p = tl.where(present, tl.exp2(log_p), 0.0)
             if DIVERGENCE == KL:
-                # P_h / P̄_S lies in [0, H] however small both are; g alone may overflow.
+                # P_h / P̄_S lies in [0, H] even where both are tiny, whereas g alone may overflow.
                 pulled = -tl.where(present, tl.exp2(log_p - log_s), 0.0) * mean_t
             else:
                 pulled = 2.0 * p * (mean_s - mean_t)
@@ -309,7 +310,7 @@ def mean_heads_kernel(
                 part += tl.load(address, mask=inside, other=0.0)
                 tl.debug_barrier()
                 tl.store(address, part, mask=inside)
-            # What one thread stored another may load in the next round.
+            # In the next round a thread may load what another thread has stored in this one.
             tl.debug_barrier()
     if STAGE == 0:
         tl.store(partial + b * blocks + block, tl.sum(loss, 0))

@@ -1,11 +1,12 @@
-"""Attention alignment by Triton kernels: which of them run, in which order, with which tiles.
+"""Run attention alignment by Triton kernels: choose which of them run, in which order, with which tiles.
 
-  row     N ≤ 512: whole rows on chip; dK atomically, or by a column sweep where the result must be deterministic;
-          N ≤ 128 and a key head for each query head: a head is one program, without atomics or a sweep
+  row     N ≤ 512: whole rows stay on chip; dK is added atomically, or found by a column sweep if the result must be
+          deterministic. If N ≤ 128 and each query head has its own key head, a program owns a head and needs neither
   merged  statistics sweep, then one sweep for dQ (atomic) and dK
   sweeps  statistics sweep, row sweep for dQ, column sweep for dK: no atomics
-Raw scores need no statistics, nor does kl when the caller hands over both models' LSEs (their own flash attention
-has them): merged is then one sweep of 4 products, the fewest possible; mse needs a sweep for r all the same.
+Raw scores need no statistics. kl needs none if the caller hands over both models' LSEs (log Σ exp of each row's scores,
+which their own flash attention has): merged is then one sweep of 4 products, the fewest possible. mse always needs a
+sweep for r.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dsdistill.ops.gpu import block_width, interpreting, launch, rows_contiguous
 
 PLANS = ("auto", "row", "merged", "sweeps")
 LOG2E = math.log2(math.e)
-# Of each row, as triton_sweeps describes them.
+# The statistics of each row; triton_sweeps describes them.
 STATISTICS = (
     "max_s",
     "max_t",
@@ -44,12 +45,12 @@ STATISTICS = (
     "slope_mean",
 )
 
-# What public calls run; tests and the benchmark set it to see each plan.
+# The plan of public calls. Tests and the benchmark set it, to run each plan in turn.
 default_plan = "auto"
 
 
 def arguments(tensors, pairs, weights, divergence, student_scale, teacher_scale, heads, coefficient) -> tuple:
-    """The operator's arguments up to its last two, which ask for gradients. coefficient: scalar float32 tensor."""
+    """Return the operator's arguments except the last two, which ask for gradients. coefficient: scalar float32."""
     return (
         *tensors,
         pairs.mask,
@@ -70,7 +71,7 @@ def arguments(tensors, pairs, weights, divergence, student_scale, teacher_scale,
 
 
 def lack(tensors: Sequence[Tensor]) -> str | None:
-    """Why these kernels cannot take a call; None if they can."""
+    """Return why these kernels cannot take a call; None if they can."""
     reason = triton_lack(*tensors)
     if reason is None and not fits(tensors):
         reason = f"its heads are at most 256 wide, got {max(x.shape[3] for x in tensors)}"
@@ -78,7 +79,7 @@ def lack(tensors: Sequence[Tensor]) -> str | None:
 
 
 def left_to_chunked(tensors: Sequence[Tensor]) -> str | None:
-    """Why "auto" does not take these kernels though they can run; None if it may."""
+    """Return why "auto" does not take these kernels although they can run; None if it may."""
     if any(x.dtype == torch.float32 for x in tensors):
         return "float32 products have no matrix instructions"
     return None
@@ -106,15 +107,16 @@ def run(
     query_gradient,
     key_gradient,
 ):
-    """Loss · coefficient, and the gradients of that at the student's query and key (empty if not asked for).
+    """Return loss · coefficient, and its gradients at the student's query and key (empty if not asked for).
 
     Args:
-        rows: (B, R) int64, the positions of the queries, which are (B, H, R, D) then; −1: none. It takes the sweeps.
-        row_weights: (B, R) float32, of their sums and gradients; both or neither.
+        rows: (B, R) int64, the positions of the queries; −1 names none. The queries are then (B, H, R, D), and the plan
+            "row" cannot run.
+        row_weights: (B, R) float32, factors of the rows' sums and gradients. Give it together with `rows`.
         student_lse, teacher_lse: (B, H, N) natural logarithm of each row's Σ exp(scale · score) over the keys it
-            sees, both or neither; used by kl.
+            sees. Give both or neither; only kl uses them.
         coefficient: float32 scalar.
-        plan: "auto", or "row", "merged", "sweeps" for measurements; where it cannot run the next one does.
+        plan: "auto", or for measurements "row", "merged" or "sweeps". If a plan cannot run, the next in this list does.
     """
     tensors = [_near_rows(x) for x in (student_query, student_key, teacher_query, teacher_key)]
     needs = (query_gradient, key_gradient)
@@ -158,7 +160,7 @@ def run(
 
 
 def _near_rows(x: Tensor) -> Tensor:
-    """Return `x`, or a copy whose rows lie so near each other that offsets inside a tile are numbers of 32 bits."""
+    """Return `x`, or a copy whose rows lie so close to each other that offsets inside a tile fit into 32 bits."""
     x = rows_contiguous(x)
     return x if x.stride(2) < 2**23 else x.contiguous()
 
@@ -196,7 +198,7 @@ register_gradients("dsdistill::attention_alignment_triton", arguments=20, differ
 
 
 class _Call:
-    """Buffers and launches of one call."""
+    """Hold the buffers and do the launches of one call."""
 
     def __init__(
         self, tensors, mask, segments, rows, weights, divergence, scales, causal, window, coefficient
@@ -214,7 +216,7 @@ class _Call:
         self.scales = {"scale_s": scales[0] * factor, "scale_t": scales[1] * factor}
         self.labels, self.masked = labels, masked
         self.shared = {
-            "labels": coefficient if labels is None else labels,  # some pointer; never read without labels
+            "labels": coefficient if labels is None else labels,  # any pointer; never read without labels
             "places": coefficient if rows is None else rows.where(rows >= 0, self.tokens).int().contiguous(),
             "row_weights": coefficient if weights is None else weights.contiguous(),
             "CHOSEN": self.chosen,
@@ -255,7 +257,7 @@ class _Call:
 
     @functools.cached_property
     def reached(self) -> dict[str, Tensor]:
-        """Return what `reach` finds; some pointers where no kernel reads it, without labels and of chosen rows."""
+        """Return the result of `reach`; without labels or with chosen rows, return pointers that no kernel reads."""
         if self.labels is None or self.chosen:
             return {"starts": self.coefficient, "ends": self.coefficient}
         return dict(zip(("starts", "ends"), reach(self.labels, self.masked), strict=True))
@@ -278,7 +280,7 @@ class _Call:
         return self.sweeps(needs, merged, *self.statistics(lse))
 
     def statistics(self, lse: tuple[Tensor, Tensor] | None):
-        """(loss, statistics of the rows); the loss is None where a later sweep finds it."""
+        """Return the loss and the statistics of the rows; the loss is None if a later sweep finds it."""
         from dsdistill.ops.attention.triton_sweeps import statistics_kernel
 
         if self.divergence == SCORE_MSE:
@@ -305,7 +307,7 @@ class _Call:
         return partial.sum(), given
 
     def statistics_buffers(self) -> dict[str, Tensor]:
-        """Return memory for the statistics that a divergence needs; of kl the LSEs alone, in place of the maxima."""
+        """Return memory for the statistics that a divergence needs; kl needs only the LSEs, instead of the maxima."""
         wanted = {SCORE_MSE: (), KL: STATISTICS[:2], MSE: STATISTICS}[self.divergence]
         shape = (self.batch, self.heads, self.queries)
         return {name: self.buffer(*shape) if name in wanted else self.coefficient for name in STATISTICS}
@@ -328,7 +330,7 @@ class _Call:
             torch.empty(x.shape, dtype=storage_dtype(x), device=x.device) if need else None
             for x, need in zip((query, key), needs, strict=True)
         ]
-        # The loss comes from the first sweep that runs, unless the statistics brought it.
+        # If the statistics sweep has not found the loss, the first sweep that runs finds it.
         by_rows = not merged and (needs[0] or (loss is None and not needs[1]))
         if by_rows:
             tile = self.tile("rows") if needs[0] else loss_tile(self.tensors)
@@ -381,8 +383,8 @@ class _Call:
             WITH_QUERY=bool(needs[0]),
             MERGED=merged,
             ALONE=alone,
-            # The product with dS divides its features among the warps. Of 16 there are too few: all scores would be
-            # computed once by each warp, and spill.
+            # The product with dS divides its features among the warps. 16 features are too few: each warp would compute
+            # all scores, and they would spill.
             **{name: max(32, self.models[name]) for name in ("BDS", "BDT")},
         )
         loss = partial.sum()
@@ -431,14 +433,15 @@ class _Call:
 
 
 def reach(labels: Tensor, masked: int) -> tuple[Tensor, Tensor]:
-    """Return between which tokens each token finds all of its own label: where those start, and where they end.
+    """Return, for each token, where the tokens with its label start and where they end.
 
     Args:
-        labels: (B, N) integers; `masked` is that of tokens that do not count.
+        labels: (B, N) integers; `masked` is the label of tokens that do not count.
 
     Returns:
-        Two (B, N) int32: the position of the first token of the same label, and that after the last. Where tokens of
-        another label lie in between the first is −1 − position. Masked tokens have N and 0. Nothing waits for it.
+        Two (B, N) int32: the position of the first token with the same label, and the position after the last one. If
+        tokens with another label lie in between, the first is −1 − position. Masked tokens have N and 0. This does not
+        wait for the device.
     """
     batch, tokens = labels.shape
     places = torch.arange(tokens, device=labels.device).expand(batch, tokens)
@@ -457,7 +460,7 @@ def reach(labels: Tensor, masked: int) -> tuple[Tensor, Tensor]:
 
 
 def labels_of(mask, segments, batch: int, tokens: int, device) -> tuple[Tensor | None, int]:
-    """(B, N) integers, equal where two valid tokens may see each other; and the one that masked tokens get."""
+    """Return (B, N) integers, equal where two valid tokens may see each other, and the integer of masked tokens."""
     if mask is None and segments is None:
         return None, 0
     if segments is None:

@@ -1,11 +1,11 @@
-"""Attention alignment by sweeps over blocks, any N: statistics of the rows, then dQ by rows, dK by columns.
+"""Compute attention alignment by sweeps over blocks, for any N: statistics of the rows, then dQ by rows, dK by columns.
 
-With S = scale · Q Kᵀ, P = exp(S − LSE), dS of `triton_tile.loss_and_slope`: dQ = scale · dS K_S, dK = scale · dSᵀ Q_S.
+S = scale · Q Kᵀ, LSE = log Σ exp S, P = exp(S − LSE), dS: see `triton_tile`, dQ = scale · dS K_S, dK = scale · dSᵀ Q_S.
   statistics  one online sweep: both LSEs, r (mse), the loss                     2 products a tile, 2 exps
   rows        a block of queries walks its keys: dQ                              3 products, 2 exps
   columns     a block of keys walks the queries of every head it serves: dK      3 products, 2 exps
-              MERGED: and adds dQ atomically                                     4 products
-No N×N matrix, no buffer beyond O(N). Everything but MERGED is deterministic. CHOSEN: R queries of each sequence.
+              MERGED: it also adds dQ atomically                                 4 products
+There is no N×N matrix and no buffer beyond O(N). All but MERGED is deterministic. CHOSEN: R queries of each sequence.
 """
 
 import triton
@@ -37,12 +37,12 @@ def statistics_kernel(
     key_s,
     query_t,
     key_t,
-    places,  # CHOSEN: (B, R) int32, the queries' positions, N where there is none; else some pointer
+    places,  # CHOSEN: (B, R) int32, the queries' positions, N where there is none; else any pointer
     row_weights,  # CHOSEN: (B, R) float32
     labels,
     starts,
     ends,
-    max_s,  # (B, H, N) float32 as the next four: largest score of each row, in units of log 2
+    max_s,  # largest score of each row, in units of log 2; this and the next four are (B, H, N) float32
     max_t,
     log_s,  # log₂ Σ exp2(score − max)
     log_t,
@@ -85,7 +85,7 @@ def statistics_kernel(
     count = R if CHOSEN else N
     blocks = tl.cdiv(count, BR)
     program = tl.program_id(0)
-    # The longest blocks of causal order begin first.
+    # With causal attention the longest blocks begin first.
     block = blocks - 1 - program % blocks
     head = (program // blocks).to(tl.int64)
     b, h = head // H, head % H
@@ -133,7 +133,7 @@ def statistics_kernel(
                     WINDOWED,
                     LABELLED,
                 )
-            # NaN in padding stays in scores that do not exist: no need to wait for the labels.
+            # NaN in padding only reaches scores of pairs that do not exist, so the loads need not wait for the labels.
             k_s = load_block(key_s, start, inside, ks_n, BC, DS, BDS, UPCAST, part == 1)
             k_t = load_block(key_t, start, inside, kt_n, BC, DT, BDT, UPCAST, part == 1)
             s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
@@ -161,7 +161,7 @@ def statistics_kernel(
             l_t = l_t * shrink_t + tl.sum(e_t, 1)
             m_s, m_t = new_m_s, new_m_t
 
-    some = l_s > 0  # a row without keys: everything 0
+    some = l_s > 0  # in a row without keys everything is 0
     l_s, l_t = tl.where(some, l_s, 1.0), tl.where(some, l_t, 1.0)
     row_log_s, row_log_t = tl.log2(l_s), tl.log2(l_t)
     out = head * count + at
@@ -183,7 +183,7 @@ def statistics_kernel(
 
 @triton.jit
 def load_row(ptr, at, inside, WHOLE: tl.constexpr):
-    """One value of each row; WHOLE: all are inside."""
+    """Load one value of each row; WHOLE: all rows are inside."""
     if WHOLE:
         return tl.load(ptr + at)
     return tl.load(ptr + at, mask=inside, other=0.0)
@@ -233,7 +233,7 @@ def rows_kernel(
     log_t,
     slope_mean,
     partial,  # (B · H · row blocks), only with WITH_LOSS
-    coefficient,  # scalar that the gradient is multiplied with before it is rounded
+    coefficient,  # scalar by which the gradient is multiplied before it is rounded
     d_query,  # (B, H, N, D) contiguous, CHOSEN: (B, H, R, D)
     qs_b,
     qs_h,
@@ -319,7 +319,7 @@ def rows_kernel(
                     WINDOWED,
                     LABELLED,
                 )
-            # Masked keys are 0, since 0 · NaN would reach dQ.
+            # Masked keys are loaded as 0, because 0 · NaN would reach dQ.
             k_s = load_block(key_s, start, columns_inside, ks_n, BC, DS, BDS, UPCAST, part == 1)
             k_t = load_block(key_t, start, columns < N, kt_n, BC, DT, BDT, UPCAST, part == 1)
             s = tl.dot(q_s, tl.trans(k_s), input_precision="ieee") * scale_s
@@ -407,7 +407,7 @@ def columns_kernel(
     MERGED: tl.constexpr,
     WITH_KEY: tl.constexpr,
 ):
-    # Tiles are (columns, rows): dSᵀ is then the left operand of dK as it stands.
+    # Tiles are (columns, rows), so that dSᵀ is the left operand of dK without a transposition.
     blocks = tl.cdiv(N, BC)
     program = tl.program_id(0)
     block = program % blocks
@@ -423,7 +423,7 @@ def columns_kernel(
     factor = gradient_scale * tl.load(coefficient)
     gradient, loss = tl.zeros([BC, BDS], tl.float32), tl.zeros([BC], tl.float32)
     count = R if CHOSEN else N
-    if CHOSEN:  # all are walked
+    if CHOSEN:  # all R queries are walked
         whole = 0 if CAUSAL or WINDOWED or LABELLED else R // BR * BR
         first, inner, outer, last = 0, 0, tl.where(block * BC + BC <= N, whole, 0), R
     else:

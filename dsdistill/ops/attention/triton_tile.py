@@ -1,9 +1,9 @@
-"""What the Triton kernels of attention alignment share: tiles of queries and keys, scores, which pairs exist.
+"""Share code between the Triton kernels of attention alignment: tiles of queries and keys, scores, which pairs exist.
 
-A tile in which every pair exists is WHOLE: it needs no conditions, and loads nothing that only they ask for.
+A tile in which every pair exists is WHOLE: it tests no conditions, and loads nothing that only conditions need.
 
-Scores of kl and mse are in units of log 2 (scale · log₂e is folded into the factor), so that a probability is one
-exp2. R: rows (queries) of a tile, C: columns (keys). Addresses are int64 before any stride is multiplied.
+Scores of kl and mse are in units of log 2 (the scale includes the factor log₂e), so that a probability is one exp2.
+R: rows (queries) of a tile, C: columns (keys). Addresses are int64 before any stride is multiplied.
 """
 
 import triton
@@ -16,15 +16,15 @@ KL = tl.constexpr(native.KL)
 MSE = tl.constexpr(native.MSE)
 SCORE_MSE = tl.constexpr(native.SCORE_MSE)
 LN2 = tl.constexpr(0.6931471805599453)
-# Where a running maximum starts. Finite: its difference to itself is 0, not NaN.
+# The start of a running maximum. It is finite so that its difference to itself is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def load_tile(ptr, rows, inside, stride, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
-    """(R, BD) rows of a matrix; 0 where not `inside` and beyond D.
+    """Load rows of a matrix, (R, BD); 0 where not `inside` and beyond D.
 
-    UPCAST: to float32, for the interpreter, whose products of bfloat16 tiles are wrong.
+    UPCAST: convert to float32, for the interpreter, whose products of bfloat16 tiles are wrong.
     """
     columns = tl.arange(0, BD)
     wanted = inside[:, None]
@@ -48,9 +48,9 @@ def load_block(
     UPCAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """(R, BD) rows of a matrix from `start` on; 0 where not `inside` and beyond D. WHOLE: all are inside.
+    """Load rows of a matrix from `start` on, (R, BD); 0 where not `inside` and beyond D. WHOLE: all rows are inside.
 
-    The start moves the pointer, so that a loop adds to addresses and does not compute them; R · stride < 2³¹.
+    `start` moves the pointer, so that a loop adds to addresses instead of computing them anew; R · stride < 2³¹.
     """
     columns = tl.arange(0, BD)
     address = ptr + tl.cast(start, tl.int64) * stride
@@ -80,7 +80,7 @@ def store_tile(ptr, rows, inside, stride, x, D: tl.constexpr, BD: tl.constexpr, 
 
 @triton.jit
 def add_tile(ptr, rows, inside, stride, x, D: tl.constexpr, BD: tl.constexpr):
-    """Adds atomically: the order, and so the last bits, change from run to run."""
+    """Add atomically: the order, and therefore the last bits, change from run to run."""
     columns = tl.arange(0, BD)
     wanted = inside[:, None]
     if D != BD:
@@ -90,7 +90,7 @@ def add_tile(ptr, rows, inside, stride, x, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def load_labels(ptr, positions, N, MASKED: tl.constexpr, LABELLED: tl.constexpr):
-    """Labels of tokens and whether they are valid. Without labels: the positions themselves, never compared."""
+    """Load the tokens' labels, and whether they are valid. Without labels, return the positions, never compared."""
     inside = positions < N
     labels = positions
     if LABELLED:
@@ -101,7 +101,7 @@ def load_labels(ptr, positions, N, MASKED: tl.constexpr, LABELLED: tl.constexpr)
 
 @triton.jit
 def load_places(places, weights, at, R, N, CHOSEN: tl.constexpr):
-    """Positions of the queries numbered `at`, N where there is none, and what they count. Not CHOSEN: `at`, and 1."""
+    """Load the positions of queries number `at`, N where there is none, and their weights. Not CHOSEN: `at`, and 1."""
     rows, counted = at, 1.0
     if CHOSEN:
         rows = tl.load(places + at, mask=at < R, other=N)
@@ -122,7 +122,7 @@ def exists(
     WINDOWED: tl.constexpr,
     LABELLED: tl.constexpr,
 ):
-    """Which pairs of a tile exist. Either side may be given as (·, 1) and the other as (1, ·)."""
+    """Return which pairs of a tile exist. One side is given as (·, 1) and the other as (1, ·), in either order."""
     present = rows_inside & columns_inside
     if CAUSAL:
         present = present & (rows >= columns)
@@ -135,10 +135,10 @@ def exists(
 
 @triton.jit
 def gradient_product(d_scores, x, TYPE: tl.constexpr, UPCAST: tl.constexpr, accumulator):
-    """accumulator + d_scores @ x, float32. TYPE: element type of `x` in memory.
+    """Return accumulator + d_scores @ x, float32. TYPE: element type of `x` in memory.
 
-    bfloat16: d_scores rounded to it. float16 cannot hold small products of probabilities: TF32 does, to which they are
-    rounded, and it holds every float16 exactly. float32: full precision.
+    For bfloat16, d_scores is rounded to it. float16 cannot hold small products of probabilities, so d_scores is rounded
+    to TF32, which holds them and every float16 exactly. For float32 the product has full precision.
     """
     if tl.float16 == TYPE:
         return tl.dot(rounded_to_tf32(d_scores), x.to(tl.float32), accumulator, input_precision="tf32")
@@ -147,7 +147,7 @@ def gradient_product(d_scores, x, TYPE: tl.constexpr, UPCAST: tl.constexpr, accu
 
 @triton.jit
 def keys_of(start, stop, N, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BC: tl.constexpr):
-    """First (a multiple of BC) and last key that the queries start … stop − 1 can see."""
+    """Return the first (a multiple of BC) and last key that the queries start … stop − 1 can see."""
     first, last = 0, N
     if CAUSAL:
         last = tl.minimum(stop, N)
@@ -159,7 +159,7 @@ def keys_of(start, stop, N, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
 
 @triton.jit
 def queries_of(start, stop, N, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BR: tl.constexpr):
-    """First (a multiple of BR) and last query that can see the keys start … stop − 1."""
+    """Return the first (a multiple of BR) and last query that can see the keys start … stop − 1."""
     first, last = 0, N
     if WINDOWED:
         first = tl.maximum(start - window + 1, 0) // BR * BR
@@ -183,11 +183,12 @@ def spans(
     WINDOWED: tl.constexpr,
     LABELLED: tl.constexpr,
 ):
-    """Return what the owner of positions start … start + R − 1 walks, in tiles of B: first, inner, outer, last.
+    """Return what a program that owns positions start … start + R − 1 walks in tiles of B: first, inner, outer, last.
 
-    From first (a multiple of B) to last lie all positions that an owned one can meet; from inner to outer (multiples
-    of B) those that every owned one meets, whose tiles need no conditions. starts, ends: of the sequence, (N,), see
-    triton_schedule.reach. QUERIES: the program owns queries and walks keys, else the other way round.
+    From first (a multiple of B) to last lie all positions that form a pair with any owned position. From inner to outer
+    (multiples of B) lie those that form a pair with every owned position, so that their tiles need no conditions.
+    starts, ends: (N,), the sequence's part of what `triton_schedule.reach` returns. QUERIES: the program owns queries
+    and walks keys; otherwise it owns keys and walks queries.
     """
     stop = start + R
     inner, outer = 0, N // B * B
@@ -205,14 +206,14 @@ def spans(
     whole = stop <= N
     if LABELLED:
         owned = start + tl.arange(0, R)
-        begins = tl.load(starts + owned, mask=owned < N, other=N)  # of masked tokens: N, and they end at 0
+        begins = tl.load(starts + owned, mask=owned < N, other=N)  # masked tokens begin at N and end at 0
         finishes = tl.load(ends + owned, mask=owned < N, other=0)
         broken = begins < 0
         begins = tl.where(broken, -1 - begins, begins)
         lowest, highest = tl.min(begins, 0), tl.max(finishes, 0)
         first = tl.maximum(first, lowest // B * B)
         last = tl.minimum(last, highest)
-        # All owned ones belong to one run of tokens, which nothing interrupts.
+        # All owned positions belong to one unbroken run of tokens with one label.
         whole = whole & (lowest == tl.max(begins, 0)) & (highest == tl.min(finishes, 0))
         whole = whole & (tl.max(broken.to(tl.int32), 0) == 0)
         inner = tl.maximum(inner, tl.cdiv(lowest, B) * B)
@@ -227,7 +228,7 @@ def spans(
 def chosen_spans(
     rows, N, window, BC: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, LABELLED: tl.constexpr
 ):
-    """Return what `spans` does for queries at any positions, N where there is none: tiles are whole where all are."""
+    """Return what `spans` returns, for queries at any positions (N: no query). With conditions no tile is whole."""
     stop = tl.max(tl.where(rows < N, rows, -1), 0) + 1
     first, last = keys_of(tl.min(rows, 0), stop, N, window, CAUSAL, WINDOWED, BC)
     outer = first
@@ -238,7 +239,7 @@ def chosen_spans(
 
 @triton.jit
 def edges(part: tl.constexpr, first, inner, outer, last):
-    """The tiles of a part of a walk: 0 those before the whole ones, 1 the whole ones, 2 those after."""
+    """Return the range of a part of a walk: 0, the tiles before the whole ones; 1, the whole ones; 2, those after."""
     if part == 0:
         return first, inner
     if part == 1:
@@ -250,14 +251,14 @@ def edges(part: tl.constexpr, first, inner, outer, last):
 def loss_and_slope(
     s, t, m_s, m_t, log_s, log_t, r, present, DIVERGENCE: tl.constexpr, WHOLE: tl.constexpr = False
 ):
-    """Loss and gradient of each entry at the student's scores S, for kl and mse in nats:
+    """Return each entry's loss and its gradient at the student's scores S, for kl and mse in nats:
 
     kl         P_T (log P_T − log P_S),  P_S − P_T
     mse        (P_S − P_T)²,             2 P_S (P_S − P_T − r), r = Σ_j P_S (P_S − P_T)
     score_mse  (S_S − S_T)²,             2 (S_S − S_T)
-    m: the row's largest score, log: log₂ Σ exp2(score − m), whose sum is the LSE; its rounding shows in mse where
-    attention is peaked, and kl gets it as m alone; r as above; all broadcast along the rows. Entries that do not exist
-    give 0; WHOLE: all exist.
+    m: the row's largest score. log: log₂ Σ exp2(score − m). m + log is the LSE. kl gets this sum as m alone; mse gets
+    both, because the rounding of the sum shows where attention is peaked. r: as above. All broadcast along the rows.
+    Entries that do not exist give 0; WHOLE: all exist.
     """
     if DIVERGENCE == SCORE_MSE:
         difference = s - t

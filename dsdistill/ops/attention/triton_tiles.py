@@ -1,19 +1,19 @@
-"""Tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
+"""Choose the tile sizes of the attention kernels, by architecture, type and head width, each with its reason.
 
-They are chosen by what the compiler makes of them: no loop over whole tiles reaches the stack, and of those that do not
-the one with the least predicted time (`python -m dsdistill.bench.preflight --match "columns bf16 D64"`). `dsdistill
-verify --aot` compiles them all. float32 may spill: its products unroll on plain cores, and `auto` leaves it to
-`chunked`. Which tile is the fastest is not known yet: nothing here has run on a GPU; where a record of the GPU names a
-tile (tuning.py makes one), it is taken instead of the table's. (queries, keys, warps, stages):
+The table follows what the compiler reports. It holds, of all tiles whose loops over whole tiles do not spill to the
+stack, the one with the least predicted time (`python -m dsdistill.bench.preflight --match "columns bf16 D64"`).
+`dsdistill verify --aot` compiles them all. float32 may spill: its products unroll on plain cores, and `auto` leaves it
+to `chunked`. Which tile is the fastest is not known yet, since nothing here has run on a GPU. If a record of the GPU
+(tuning.py makes one) names a tile, that tile is taken. Tiles are (queries, keys, warps, stages). The reasons:
 
-- The side that a program owns is the longer one (queries of rows and statistics, keys of columns and merged): it is
-  loaded once, and the left operand of sm_90's matrix instructions wants 64 rows for each four warps.
-- columns and merged in bfloat16 on sm_90 walk 64 queries at a time to width 64, so that dQ too is a product of 64 rows
-  by sm_90's matrix instructions; wider heads leave registers for 32 (64 spill in the main loop, up to 512 bytes under
-  Triton 3.6.0 and 272 under 3.7.1). On an A100 32 queries with four warps, of which three programs share a
-  multiprocessor.
+- The side that a program owns (queries in rows and statistics, keys in columns and merged) is the longer one: it is
+  loaded once, and the left operand of sm_90's matrix instructions needs 64 rows for each four warps.
+- columns and merged in bfloat16 on sm_90 walk 64 queries at a time up to width 64, so that dQ too is a product of 64
+  rows by sm_90's matrix instructions. Wider heads leave registers for only 32 queries (64 spill in the main loop, up to
+  512 bytes under Triton 3.6.0 and 272 under 3.7.1). On an A100 they walk 32 queries with four warps, so that three
+  programs share a multiprocessor.
 - Loops over tiles with conditions take more registers than those over whole tiles: they load one tile at a time.
-- float16 multiplies dS in TF32 (triton_tile.gradient_product): operands of twice the size, half the walking side.
+- float16 multiplies dS in TF32 (triton_tile.gradient_product): operands are twice as large, the walking side is half.
 - float32 at full precision has no matrix instructions; its products unroll in registers, so tiles are small.
 - Widths of 256 are bound by shared memory: 227 KiB on sm_90, 163 on sm_80, 99 on GPUs of 8.6, 8.9 and 12.0 (SMALL).
 """
@@ -86,7 +86,7 @@ TILES = {
             "sm_90": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(16, 16, 8, 2)),
         },
     },
-    # Not tuned: one head of a tile at a time, both operands loaded for each.
+    # Not tuned: a tile takes one head at a time and loads both operands for each head.
     "mean_heads": {
         "bfloat16": {
             "sm_80": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
@@ -103,21 +103,22 @@ TILES = {
     },
 }
 
-# Instead of those of width 256 in half precision that need more shared memory than a block has below an A100's limit.
+# Tiles at width 256 in half precision for GPUs with less shared memory a block than an A100: the table's do not fit.
 SMALL = {"rows": Tile(32, 32, 4, 2)}
-# Of rows at width 256 in half precision that find a loss and no gradient: with those of the table they spill.
+# The tile of row sweeps at width 256 in half precision that find a loss and no gradient: the table's tile would spill.
 WIDE_LOSS = Tile(32, 64, 4, 1)
 
-# Warps that hold 16 queries of a row of up to 128, 256 and 512 keys; None: sweeps. On sm_90 both models' scores
-# and the gradient of 512 keys at width 64, or 256 at 128, spill in some variants with 8 warps and with 16.
+# Warps of a program that holds 16 queries with rows of up to 128, 256 and 512 keys, by width; None: sweeps run instead.
+# On sm_90 both models' scores and the gradient spill in some variants, with 8 warps and with 16: for 512 keys at width
+# 64, and for 256 keys at width 128.
 ROWS: dict[str, dict[int, tuple[int | None, ...]]] = {
     "sm_80": {64: (8, 8, 8), 128: (8, 8, None), 256: (None, None, None)},
     "sm_90": {64: (4, 8, None), 128: (8, None, None), 256: (None, None, None)},
 }
 # Warps of a program that owns a head of up to 64 and up to 128 tokens, by width; None: the tiles of ROWS, or sweeps.
-# With twice the warps each has half the registers, and the scores spill. On sm_80 128 tokens put away up to 136 bytes
-# of a thread, once a program, and are still predicted at two thirds of what the row kernel takes without dK; wider
-# heads and float16 would put away 700 to 1,200.
+# With twice the warps each has half the registers, and the scores spill. On sm_80 a program of 128 tokens spills up to
+# 136 bytes a thread, once; its predicted time is still two thirds of what the row kernel takes without dK. Wider heads
+# and float16 would spill 700 to 1,200 bytes.
 ALONE: dict[str, dict[str, dict[int, tuple[int | None, int | None]]]] = {
     "bfloat16": {
         "sm_80": {64: (4, 8), 128: (4, None), 256: (8, None)},
@@ -128,23 +129,23 @@ ALONE: dict[str, dict[str, dict[int, tuple[int | None, int | None]]]] = {
         "sm_90": {64: (4, 8), 128: (4, 8), 256: (8, None)},
     },
 }
-# dSᵀ as a left operand of 128 rows or more spills on sm_80: there dK is left to a sweep over the keys.
+# On sm_80 dSᵀ as a left operand of 128 rows or more spills, so that a sweep over the keys finds dK there.
 ROW_MERGES = ("sm_90", "interpreter")
 
 
 def type_of(tensors: Sequence[Tensor]) -> str:
-    """The widest need of all tensors: float32 if any is."""
+    """Return the type by which the table is read: float32 if any tensor has it, else float16 if any has it."""
     types = {x.dtype for x in tensors}
     return "float32" if torch.float32 in types else "float16" if torch.float16 in types else "bfloat16"
 
 
 def width_of(tensors: Sequence[Tensor]) -> int:
-    """The column of the table: 64, 128 or 256; above that, wider than the table goes."""
+    """Return the width of the table's column: 64, 128 or 256; more if the heads are wider than the table allows."""
     return max(64, *(block_width(x.shape[3]) for x in tensors))
 
 
 def fits(tensors: Sequence[Tensor]) -> bool:
-    """Whether the table has tiles for these head widths."""
+    """Return whether the table has tiles for these head widths."""
     return width_of(tensors) <= 256
 
 
@@ -154,7 +155,7 @@ _asked: list[str] = []
 
 @contextlib.contextmanager
 def trying(trials: dict[str, Tile]) -> Iterator[list[str]]:
-    """Have kernels take these tiles, by their names. The value lists the kernels that were asked for within."""
+    """Make kernels use these tiles, given by kernel name. Yield the list of the kernels whose tiles are asked for."""
     global _trials, _asked
     before = _trials, _asked
     _trials, _asked = trials, []
@@ -165,7 +166,7 @@ def trying(trials: dict[str, Tile]) -> Iterator[list[str]]:
 
 
 def tile_of(kernel: str, tensors: Sequence[Tensor]) -> Tile:
-    """Return the tile of a kernel: the one that is tried, else the one of this GPU's record, else the table's."""
+    """Return a kernel's tile: the one being tried (`trying`), else that of this GPU's record, else the table's."""
     if _trials is not None:
         _asked.append(kernel)
         if kernel in _trials:
@@ -201,7 +202,7 @@ def row_merges(tensors: Sequence[Tensor]) -> bool:
 
 
 def alone_tile(tensors: Sequence[Tensor]) -> Tile | None:
-    """Tile of the full-row kernel that owns a head; None where heads share keys or a head does not fit."""
+    """Return the full-row kernel's tile if a program owns a head; None if heads share keys or a head does not fit."""
     (query, key, *_), arch = tensors, architecture(tensors[0].device)
     tokens = max(64, block_width(query.shape[2]))
     if tokens > 128 or key.shape[1] != query.shape[1]:
@@ -214,7 +215,7 @@ def alone_tile(tensors: Sequence[Tensor]) -> Tile | None:
 
 
 def row_tile(tensors: Sequence[Tensor]) -> Tile | None:
-    """Tile of the full-row kernel; None where a row does not fit."""
+    """Return the tile of the full-row kernel; None if a row does not fit."""
     tokens, arch = tensors[0].shape[2], architecture(tensors[0].device)
     if tokens > ROW_TOKENS:
         return None

@@ -1,9 +1,9 @@
 """Find the fastest tile on this GPU: with DSDISTILL_TUNE=1 the kernels of a call are timed with every candidate.
 
-A tile must run both with all conditions on pairs and without any, as the record does not tell such calls apart. The
-winner of each kernel is written to a record in the folder DSDISTILL_RECORDS. `triton_tiles.tile_of` reads it there, in
-this process and in later ones. Each process with DSDISTILL_TUNE=1 tunes again, at one length between each two powers of
-two. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run this yet.
+A tile must run both with all conditions on pairs and without any, because the record does not distinguish such calls.
+The fastest tile of each kernel is written to a record in the folder DSDISTILL_RECORDS. `triton_tiles.tile_of` reads it
+there, in this process and in later ones. Each process with DSDISTILL_TUNE=1 tunes again, once for all lengths from one
+power of two to the next. launch/gpu_check.sh does the same for the shapes that it measures. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ CANDIDATES = {
     "merged": OWN_KEYS,
     "mean_heads": (Tile(32, 64, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 4, 1)),
 }
-# The names under which kernels are launched, where these differ.
+# The names under which kernels are launched, if these differ from the names in the table of tiles.
 LAUNCHED = {"merged": ("columns",), "mean_heads": ("lse", "mean_heads")}
 REPEATS = 5
-# Difference that two orders of summation may make in half precision, relative to the largest entry.
+# Largest difference that the order of summation may make in half precision, relative to the largest entry.
 TOLERANCE = 2e-2
 
 logger = logging.getLogger("dsdistill")
@@ -56,7 +56,7 @@ _done: set[tuple] = set()
 
 
 def due(tensors: Sequence[Tensor], options: tuple) -> bool:
-    """Return whether a call like this one is to be tuned before it runs. options: what else tells calls apart.
+    """Return whether to tune a call like this one before it runs. options: what else distinguishes calls.
 
     Raises ValueError if DSDISTILL_TUNE is 1 and DSDISTILL_RECORDS is not set.
     """
@@ -84,12 +84,12 @@ def candidates(kernel: str, tensors: Sequence[Tensor]) -> list[Tile]:
 def try_tiles(
     calls: Sequence[Callable[[], Sequence[Tensor]]], tensors: Sequence[Tensor], skip: Sequence[str] = ()
 ) -> Iterator[dict]:
-    """Time each kernel of a call with each candidate; yield one row for each kernel, as records hold them.
+    """Time each kernel of a call with each candidate. Yield one row for each kernel, in the format of records.
 
     Args:
         calls: each runs the kernels and returns loss and gradients. The first is timed. A tile is refused if any call
             fails with it or returns other values.
-        tensors: the queries and keys of the first, (B, H, N, D).
+        tensors: the queries and keys of the first call, (B, H, N, D).
         skip: kernels that are not tuned.
     """
     with trying({}) as asked:
@@ -142,7 +142,7 @@ def _time(
 
 
 def tune(calls: Sequence[Callable[[], Sequence[Tensor]]], tensors: Sequence[Tensor]) -> None:
-    """Try the tiles of a call, and write the fastest to a record of this process. Arguments as `try_tiles`."""
+    """Try the tiles of a call, and write the fastest to this process's record. The arguments are as for `try_tiles`."""
     rows = list(try_tiles(calls, tensors))
     for row in rows:
         said = "tile of %s, %d tokens: %s, %s ms; the table's: %s ms"

@@ -15,7 +15,7 @@ from dsdistill.ops.common import blocks, inverse_norms
 
 # Elements of one block of the projected student on a CPU: 4 MiB in float32. Smaller blocks make its products slower.
 BLOCK_ELEMENTS = 1 << 20
-MIN_TOKENS = 512  # fewer would read and write the projection's gradient too often
+MIN_TOKENS = 512  # smaller blocks would read and write the projection's gradient too often
 
 
 def hidden_total(

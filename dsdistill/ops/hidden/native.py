@@ -8,14 +8,14 @@ from torch import Tensor
 from dsdistill.ops.backends import register_gradients
 from dsdistill.ops.common import accumulate_dtype, storage_dtype
 
-MSE, COSINE = range(2)  # csrc/hidden/cpu.h has the same
+MSE, COSINE = range(2)  # the same codes as in csrc/hidden/cpu.h
 DIVERGENCE_CODES = {"mse": MSE, "cosine": COSINE}
 
 
 def arguments(
     student, teacher, projection, bias, mask, weights: Tensor | None, divergence: str, reduction: str
 ) -> tuple:
-    """Return the operator's arguments up to its last three, which ask for gradients."""
+    """Return the operator's arguments except the last three, which ask for gradients."""
     if weights is not None:
         weights = weights.detach().to(torch.float64).contiguous()
     return (

@@ -39,7 +39,7 @@ def hidden_alignment(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """Return the distance between hidden states, with the student's projected to the teacher's width: y = W h_S + b.
+    """Return the distance between hidden states. The student's are projected to the teacher's width: y = W h_S + b.
 
       "mse"     Σ_t w_t ‖y − h_T‖², divided by D_t · Σ w (TinyBERT, Jiao et al. 2020, Eq. 8)
       "cosine"  Σ_t w_t (1 − cos(y, h_T)), divided by Σ w (DistilBERT, Sanh et al. 2019); a vector shorter than
@@ -50,7 +50,7 @@ def hidden_alignment(
         projection: (D_t, D_s), as nn.Linear holds its weight. Without it D_s must equal D_t.
         bias: (D_t,), only with a projection.
         mask: (B, N) bool, True = valid. Default: all valid.
-        weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1 for each token.
+        weights: (B, N), ≥ 0, used as given, without gradient. Default: 1 for each token.
         reduction: "mean" divides as above, by sums over valid tokens; "sum" does not divide.
         backend: "auto", "reference", "chunked", "cpp", "cuda" or "triton".
 

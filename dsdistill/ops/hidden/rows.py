@@ -1,6 +1,6 @@
-"""Compute hidden-state alignment on GPUs: one pass over each token's row, in CUDA C++ or Triton, products by cuBLAS.
+"""Compute hidden-state alignment on GPUs: one pass over each token's row in CUDA C++ or Triton, and products by cuBLAS.
 
-y = W h + b is computed for CHUNK_ELEMENTS at a time. With g = ∂L/∂y: dh = g W, dW = Σ g hᵀ, db = Σ g.
+y = W h + b is computed in chunks of CHUNK_ELEMENTS. With g = ∂L/∂y: dh = g W, dW = Σ g hᵀ, db = Σ g.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dsdistill.ops.gpu import (
 )
 from dsdistill.ops.hidden.native import COSINE
 
-# Elements of y at a time: 128 MiB in float32, so that every product fills the GPU.
+# Elements of y in a chunk: 128 MiB in float32, so that every product fills the GPU.
 CHUNK_ELEMENTS = 1 << 25
-# Features that a program holds at a time: 16 a thread, two 16-byte accesses in half precision.
+# Features that a program holds at a time: 16 a thread, which are two 16-byte accesses in half precision.
 LONGEST_ROW = 4096
 
 
@@ -46,7 +46,7 @@ def triton_rows(
     values = torch.empty(tokens, device=y.device)
     gradient = None if gradient_dtype is None else torch.empty(y.shape, dtype=gradient_dtype, device=y.device)
     block = min(LONGEST_ROW, max(128, 1 << (width - 1).bit_length()))
-    # A program has one row, or several short ones: at least 1024 features.
+    # A program has one row, or several short ones, so that it has at least 1024 features.
     block_tokens = 32 if architecture(y.device) == "interpreter" else max(1, 1024 // block)
     arguments = {
         "y": y,

@@ -1,4 +1,4 @@
-"""Hidden-state alignment of rows by Triton: loss and gradient of each token in one pass; twin of csrc/hidden/cuda.cu.
+"""Align hidden states row by row in Triton: each token's loss and gradient in one pass, as in csrc/hidden/cuda.cu.
 
 With x = y + b of one token and its target t:
   mse     w Σ (x − t)²,       g = 2 w (x − t)
@@ -17,7 +17,7 @@ def rows_kernel(
     target,  # (T, D), rows t_n apart
     bias,  # (D), only with BIASED
     weights,  # (T) float32; a token of weight 0 is never read
-    factor,  # scalar float32 that the gradient is multiplied with before it is rounded
+    factor,  # scalar float32 by which the gradient is multiplied before it is rounded
     values,  # (T) float32
     gradient,  # (T, D) contiguous, only with WITH_GRADIENT
     y_n,
@@ -64,7 +64,7 @@ def rows_kernel(
         if WITH_GRADIENT:
             along = (scale * cosine * inverse_y * inverse_y)[:, None]
             towards = (scale * inverse_y * inverse_t)[:, None]
-            for start in range(0, D, BD):  # the rows come again from the cache
+            for start in range(0, D, BD):  # the rows are read again, from the cache
                 x, t, inside = load_pair(y, target, bias, features, start, seen, D, BIASED)
                 out = narrow(along * x - towards * t, gradient.dtype.element_ty, UPCAST)
                 tl.store(gradient + start, out, mask=inside & (tokens < T)[:, None])
@@ -73,7 +73,7 @@ def rows_kernel(
 
 @triton.jit
 def load_pair(y, target, bias, features, start, seen, D: tl.constexpr, BIASED: tl.constexpr):
-    """(BT, BD) of y + b and of the target, 0 where not seen; and which features lie inside, (1, BD)."""
+    """Load y + b and the target, (BT, BD), 0 where not seen; and return which features lie inside, (1, BD)."""
     inside = (features < D - start)[None, :]
     x = tl.load(y + start, mask=inside & seen, other=0.0).to(tl.float32)
     t = tl.load(target + start, mask=inside & seen, other=0.0).to(tl.float32)

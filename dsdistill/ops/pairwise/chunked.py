@@ -1,7 +1,8 @@
-"""Compute pairwise alignment in plain PyTorch: a block of rows at a time, or by an identity over N.
+"""Compute pairwise alignment in plain PyTorch: a block of rows at a time, or by the identity.
 
-The relation matrices are symmetric, so a row block gives its tokens' whole gradient. With Δ = R_S − R_T and
-rows u (x itself for dot, x/‖x‖ for cosine): du_i = 4 Σ_j w_i w_j Δ_ij u_j.
+The identity is the equation in `_by_identity`, which needs no N×N matrix. The relation matrices are symmetric, so a
+block of rows gives its tokens' whole gradient. With Δ = R_S − R_T and rows u (x itself for dot, x/‖x‖ for cosine):
+du_i = 4 Σ_j w_i w_j Δ_ij u_j.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from dsdistill.ops.common import blocks, unit_vectors, unit_vectors_backward, ze
 BLOCK_ELEMENTS = 1 << 21
 MAX_ROWS, MIN_ROWS, GPU_MAX_ROWS = 256, 16, 2048
 
-# Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
+# Squared distances below this share of ‖x‖² + ‖y‖² are computed from the differences x − y.
 CLOSE = 1 / 64
-# In float64 a squared distance of this share of ‖x‖² + ‖y‖² or less is 0: equal vectors leave D · 2⁻⁵³ at most.
+# In float64 a squared distance of at most this share of ‖x‖² + ‖y‖² counts as 0: for equal vectors, rounding leaves a
+# share of at most D · 2⁻⁵³.
 NOTHING = 2.0**-40
 
-# A product costs 2·N·D² in the identity and N²·D by rows: from about N = 2.5 D the identity is cheaper.
+# A product costs 2·N·D² in the identity and N²·D by rows, so the identity is cheaper from about N = 2.5 D on.
 IDENTITY_TOKENS_PER_FEATURE = 2.5
 
 
@@ -67,7 +69,7 @@ def use_identity(tokens: int, student_width: int, teacher_width: int) -> bool:
 def _by_identity(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tensor):
     """Use ‖U_S U_Sᵀ − U_T U_Tᵀ‖² = ‖U_SᵀU_S‖² − 2‖U_TᵀU_S‖² + ‖U_TᵀU_T‖², with rows scaled by √w.
 
-    The value cancels where the models agree (hence the clamp); the gradient does not.
+    When the models agree, the terms of the value cancel, so it is clamped at 0. Those of the gradient do not cancel.
     """
     root = weights.sqrt()[..., None]
     u_s, u_t = rows_s * root, rows_t * root
@@ -106,7 +108,7 @@ def _by_rows(with_gradient: bool, rows_s: Tensor, rows_t: Tensor, weights: Tenso
 
 
 def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, relation: str):
-    """Return what `_by_rows` does, with the gradient at x_s itself; products of the inputs are divided by the norms.
+    """Return what `_by_rows` returns, but with the gradient at x_s itself. Products of inputs are divided by the norms.
 
     Unit vectors in half precision would add their rounding error to every cosine.
     """
@@ -136,7 +138,7 @@ def _by_rows_in_half(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Ten
 
 
 def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, mask: Tensor | None):
-    """Return RKD-D of centred vectors, and its gradient if asked for.
+    """Return the "distance" loss (RKD-D) of centred vectors, and its gradient if asked for.
 
     With d the student's distances, μ their mean over the P positive ones, ℓ' the slope and A = Σ w_i w_j ℓ' d:
     ∂L/∂d_ij = w_i w_j ℓ'_ij / μ − A / (μ² P), and dx_i = 2 Σ_j ∂L/∂d_ij (x_i − x_j)/d_ij.
@@ -173,7 +175,7 @@ def _distance(with_gradient: bool, x_s: Tensor, x_t: Tensor, weights: Tensor, ma
 
 
 def centred(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return `x` minus the mean of its valid tokens, masked ones still 0: distances stay, and less cancels."""
+    """Return `x` minus the mean of its valid tokens; masked tokens stay 0. Distances stay the same; less cancels."""
     if mask is None:
         return x - x.mean(1, keepdim=True)
     count = mask.sum(1).clamp(min=1)[:, None, None]
@@ -190,9 +192,9 @@ def _squares(x: Tensor) -> Tensor:
 def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, rows: slice) -> Tensor:
     """Return the distances of a block, (b, R, N), from centred x and its squared norms (B, N).
 
-    They are computed as ‖x‖² + ‖y‖² − 2xy, but from the differences themselves for pairs where that cancels. Finding
-    those pairs would wait for a GPU, so there the products are in float64: A100 and H100 multiply it as fast as
-    float32.
+    They are computed as ‖x‖² + ‖y‖² − 2xy. For pairs where this cancels, they are computed from x − y instead. On a GPU
+    finding those pairs would wait for the device, so the products are in float64 there: A100 and H100 multiply float64
+    as fast as float32.
     """
     left, right = x[batch, rows], x[batch]
     size = squares[batch, rows, None] + squares[batch, None, :]
@@ -217,7 +219,7 @@ def _distances(x: Tensor, squares: Tensor, mask: Tensor | None, batch: slice, ro
 
 
 def _mean_positive(x: Tensor, squares: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return each sequence's mean positive distance (1 without any) and their number (at least 1), (B, 1, 1) each."""
+    """Return each sequence's mean positive distance (1 if none is) and their number (at least 1), (B, 1, 1) each."""
     total = x.new_zeros(x.shape[0], 1, 1)
     positive = torch.zeros_like(total)
     for batch, rows in _blocks(x):

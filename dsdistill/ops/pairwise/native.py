@@ -19,7 +19,7 @@ def arguments(
     relation: str,
     reduction: str,
 ) -> tuple:
-    """Return the operator's arguments up to its last, which asks for the gradient."""
+    """Return the operator's arguments except the last, which asks for the gradient."""
     if weights is not None:
         weights = weights.detach().to(torch.float64).contiguous()
     return student, teacher, mask, weights, RELATION_CODES[relation], reduction == "mean"

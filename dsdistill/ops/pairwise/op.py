@@ -46,27 +46,28 @@ def pairwise_alignment(
 ) -> Tensor:
     """Return the distance between two models' geometries: how each relates the units of a sequence to each other.
 
-    It is Σ_ij w_i w_j (R_S − R_T)²_ij over all pairs of a sequence, averaged over sequences with a valid unit.
+    A unit is one vector x_i, for example of a token. The distance is Σ_ij w_i w_j (R_S − R_T)²_ij over all pairs of a
+    sequence, averaged over sequences with a valid unit.
       "cosine"    R = cosine of x_i and x_j; a vector shorter than 1e-12 has cosine 0 with everything
       "dot"       R = x_i · x_j
-      "distance"  R = ‖x_i − x_j‖ ÷ its mean over the sequence's positive distances, and smooth-L1 with β = 1 in
-                  place of the square (RKD-D, Park et al. 2019, Eq. 6–8)
-    No projection is needed where the widths differ: only relations are compared.
+      "distance"  R = ‖x_i − x_j‖ ÷ its mean over the sequence's positive distances, and smooth-L1 with β = 1
+                  instead of the square (RKD-D, Park et al. 2019, Eq. 6–8)
+    The widths may differ without a projection, because only relations are compared.
 
     Args:
         student: (B, N, D_s). teacher: (B, N, D_t).
         mask: (B, N) bool, True = valid. Default: all valid.
-        weights: (B, N), ≥ 0, used as given and never differentiated. Default: 1/n_b with n_b the valid units of
-            the sequence, so that each sequence is a mean over its pairs.
-        rows: (index, weights): only these rows i are compared, with all j, as in `attention_alignment`; not with
-            "distance", whose mean takes all pairs.
+        weights: (B, N), ≥ 0, used as given, without gradient. Default: 1/n_b, where n_b is the number of valid units
+            of the sequence, so that each sequence contributes a mean over its pairs.
+        rows: (index, weights): only these rows i are compared, with all j, as in `attention_alignment`. "distance" does
+            not allow it, because its mean needs all pairs.
         reduction: "mean" over sequences with a valid unit, or "sum" over sequences.
         backend: "auto", "reference", "chunked", "cpp" or "triton".
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to `student` only. With nothing valid it is 0,
-        connected to the graph. From N ≥ 2.5 max(D) cosine and dot are computed without any N×N block; their
-        value is then exact relative to ‖R_S‖² + ‖R_T‖², and clamped at 0.
+        connected to the graph. If N ≥ 2.5 max(D), cosine and dot are computed without any N×N block; the value is then
+        exact relative to ‖R_S‖² + ‖R_T‖², and clamped at 0.
 
     Raises:
         ValueError: wrong shape, dtype, device or name, or a backend that cannot run this call.
@@ -134,9 +135,9 @@ def _rows_total(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """Return what `reference.pairwise_total` does for rows, by the attention operator: one head, raw scores.
+    """Return what `reference.pairwise_total` returns for rows, by the attention operator with one head and raw scores.
 
-    A row's weight multiplies its sum. A column's weight multiplies squares, so keys are multiplied by its root.
+    A row's weight multiplies its sum. A column's weight multiplies squares, so the keys are multiplied by its root.
     """
     index, row_weights = rows
     x_s, x_t = zero_masked(student.to(dtype), mask), zero_masked(teacher.detach().to(dtype), mask)

@@ -4,7 +4,7 @@ Per sequence, with relation matrices R_S and R_T and token weights w (0 where ma
   cosine, dot   Σ_ij w_i w_j (R_S − R_T)²_ij
   distance      Σ_ij w_i w_j ℓ((R_S − R_T)_ij), R = ‖x_i − x_j‖ ÷ its mean over positive entries,
                 ℓ = smooth-L1 with β = 1                       RKD-D, Park et al. 2019, Eq. 6–8
-With `rows`, i runs over these only, each multiplied by its weight, and j over all tokens.
+With `rows`, i runs only over these rows, each multiplied by its weight, and j over all tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsdistill.ops.common import unit_vectors, zero_masked
 
 
 def distances(x_BND: Tensor, mask: Tensor | None) -> Tensor:
-    """Return (B, N, N) Euclidean distances by subtraction, each sequence's divided by their positive mean."""
+    """Return (B, N, N) Euclidean distances by subtraction, divided by the mean of their sequence's positive ones."""
     distance = torch.cdist(x_BND, x_BND, compute_mode="donot_use_mm_for_euclid_dist")
     if mask is not None:
         distance = distance.masked_fill(~(mask[:, :, None] & mask[:, None, :]), 0)
@@ -49,7 +49,7 @@ def pairwise_total(
 ) -> Tensor:
     """Return the sum over sequences, before any division. weights: (B, N), 0 where masked.
 
-    rows: (B, R) positions and (B, R) weights, 0 where a position is −1 or masked; not for distances.
+    rows: (B, R) positions and (B, R) weights, 0 where a position is −1 or masked; not for "distance".
     """
     relation_s = relations(student.to(dtype), mask, relation)
     relation_t = relations(teacher.detach().to(dtype), mask, relation)

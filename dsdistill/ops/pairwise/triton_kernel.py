@@ -1,10 +1,10 @@
-"""Pairwise alignment by tiles of both relation matrices: loss, and the coefficients of the gradient.
+"""Compute pairwise alignment by tiles of both relation matrices: loss, and the coefficients of the gradient.
 
-R of a tile: (rows i, columns j). Formulas of `chunked.py`:
+R of a tile: (rows i, columns j). The formulas are those of `chunked.py`:
   cosine, dot  Δ = R_S − R_T, loss Σ w_i w_j Δ², coefficient w_i w_j Δ_ij / ‖x_j‖ (dot: without the norm)
   distance     d of both models over their means μ, ℓ' = clamp(Δ), loss Σ w_i w_j ℓ' (Δ − ℓ'/2),
                coefficient (w_i w_j ℓ'_ij / μ_S − A / (μ_S² P)) / d_S,ij
-A block of rows of coefficients is all that is ever stored; a matrix product turns it into the gradient.
+Only a block of rows of coefficients is stored. A matrix product turns it into the gradient.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from dsdistill.ops.triton_common import narrow
 
-# Squared distances below this share of ‖x‖² + ‖y‖² are summed from differences.
+# Squared distances below this share of ‖x‖² + ‖y‖² are computed from the differences x − y.
 CLOSE = tl.constexpr(1 / 64)
 
 
@@ -30,7 +30,7 @@ def gram(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(BR, BC) products of rows and columns of one sequence."""
+    """Return the products of rows and columns of one sequence, (BR, BC)."""
     total = tl.zeros([BR, BC], tl.float32)
     features = tl.arange(0, BK)
     left = x + rows.to(tl.int64)[:, None] * stride + features[None, :]
@@ -61,10 +61,10 @@ def distances(
     BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """(BR, BC) distances, 0 where no pair exists: ‖x‖² + ‖y‖² − 2xy, and differences where that cancels.
+    """Return (BR, BC) distances, 0 where no pair exists: from ‖x‖² + ‖y‖² − 2xy, or from x − y where that cancels.
 
-    The products are of TF32 in three parts, which is nearly float32. Differences run on plain cores, so they are
-    computed for those rows alone in which a pair is close: between two texts that share no token, for none.
+    The products use TF32 in three parts, which is nearly float32. Differences run on plain cores, so they are computed
+    only for rows in which a pair is close. If two texts share no token, no row needs them.
     """
     size = tl.load(squares + rows, mask=rows < N, other=0.0)[:, None]
     size += tl.load(squares + columns, mask=columns < N, other=0.0)[None, :]
@@ -92,7 +92,7 @@ def distances(
 
 @triton.jit
 def relation_kernel(
-    student,  # (B, N, D_S), (B, N, D_T); masked tokens are 0. For distance centred, in float32
+    student,  # (B, N, D_S), and the teacher's (B, N, D_T); masked tokens are 0. For distance: centred, in float32
     teacher,
     valid,  # (B, N) int8, only with MASKED
     weights,  # (B, N) float32, 0 where masked
@@ -135,7 +135,7 @@ def relation_kernel(
     sizes_t += b * N
     weights += b * N
     exists = rows_inside[:, None] & columns_inside[None, :]
-    if RELATION == 2:  # a token's distance to itself is 0, and none of its own
+    if RELATION == 2:  # a token's distance to itself is 0 and is not a pair
         exists = exists & (rows[:, None] != columns[None, :])
     if MASKED:
         row_valid = tl.load(valid + b * N + rows, mask=rows_inside, other=0)

@@ -1,6 +1,6 @@
-"""Pairwise alignment by Triton: relation tiles in panels of rows, and the gradient as a product with each panel.
+"""Run pairwise alignment by Triton: relation tiles in panels of rows, and the gradient as a product with each panel.
 
-The panel of coefficients holds PANEL_ELEMENTS at most, whatever N. Nothing is added atomically.
+The panel of coefficients holds at most PANEL_ELEMENTS for any N. Nothing is added atomically.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEANS, LOSS, COEFFICIENTS, BOTH = range(4)  # stages of the kernel
 
 # Features of one step of a product, and the tile, by architecture and whether the inputs are half precision.
 TILES = {
-    # float32 products run on plain cores, or in TF32 in three parts: operands and results both wait in registers.
+    # float32 products run on plain cores, or in TF32 in three parts: operands and results are both in registers.
     ("sm_80", False): (32, Tile(64, 32, 8, 2)),
     ("sm_90", False): (32, Tile(64, 32, 8, 2)),
     # Two accumulators of 128 × 64 over 8 warps leave registers for the epilogue; three loads in flight.
@@ -40,7 +40,7 @@ TILES = {
 
 
 def run(student, teacher, mask, weights, coefficient, relation, gradient):
-    """Loss · coefficient, and its gradient at the student (empty if not asked for).
+    """Return loss · coefficient, and its gradient at the student (empty if not asked for).
 
     weights: (B, N), 0 where masked. coefficient: float32 scalar.
     """
@@ -89,7 +89,7 @@ class _Call:
             compared = centred(self.student.float(), mask), centred(self.teacher.float(), mask)
             if (
                 student.dtype == torch.float32
-            ):  # half precision holds what the model gave, not what is left of it
+            ):  # half precision holds the model's values exactly, but not the centred ones
                 self.student = compared[0]
         self.batch, self.tokens, self.width = student.shape
         self.relation = relation
@@ -128,7 +128,7 @@ class _Call:
         self.sizes = sizes
 
     def panels(self):
-        """(first row, rows) of each panel; the same count of rows in all but the last."""
+        """Yield the first row and the number of rows of each panel. All panels but the last have the same number."""
         rows = max(
             self.tile.rows, PANEL_ELEMENTS // (self.batch * self.tokens) // self.tile.rows * self.tile.rows
         )
@@ -136,7 +136,7 @@ class _Call:
             yield first, min(rows, self.tokens - first)
 
     def run(self, first: int, rows: int, stage: int, **more) -> Tensor:
-        """(B, 4) sums over the tiles of the panel."""
+        """Return (B, 4) sums over the tiles of the panel."""
         from dsdistill.ops.pairwise.triton_kernel import relation_kernel
 
         blocks = -(-rows // self.tile.rows) * -(-self.tokens // self.tile.columns)
@@ -149,7 +149,7 @@ class _Call:
         return partial.sum(1)
 
     def over_rows(self, stage: int, **more) -> Tensor:
-        """(B, 4) sums over all tiles: the panel is then all rows, since nothing is stored."""
+        """Return (B, 4) sums over all tiles. Nothing is stored, so one panel holds all rows."""
         return self.run(0, self.tokens, stage, **more)
 
     def panel(self, rows: int) -> Tensor:
@@ -185,7 +185,7 @@ class _Call:
         for first, rows in self.panels():
             coefficients = self.panel(rows)
             self.run(first, rows, COEFFICIENTS, means=means, coefficients=coefficients)
-            # The sum of what was rounded: Σ_j c_ij (x_i − x_j) then stays small where all x_j are alike.
+            # The rounded values are summed, so that Σ_j c_ij (x_i − x_j) stays small where all x_j are alike.
             own = coefficients.sum(-1, keepdim=True, dtype=torch.float32)
             block = slice(first, first + rows)
             gradient[:, block] = own * self.student[:, block] - product(coefficients, self.student)

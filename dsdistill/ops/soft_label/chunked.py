@@ -1,9 +1,9 @@
-"""Compute losses over a vocabulary in plain PyTorch from the logits of a block of tokens, never of the batch.
+"""Compute losses over a vocabulary in plain PyTorch, from the logits of one block of tokens at a time.
 
 With g = ∂L/∂z of a block's student logits (before a soft cap): dh = g W, dW += gᵀ h, db += Σ g, all in the forward
-pass. Several losses of the same tokens share the student's logits and these products: their g are added up, each times
-its weight. Tokens that do not count are left out before the product with the head, which is nearly all of the work.
-Finding them waits for the device, unless the caller passes `index`.
+pass. Several losses of the same tokens share the student's logits and these products: their g are multiplied by their
+weights and added up. Tokens that do not count are left out before the product with the head, because this product is
+nearly all of the work. Finding these tokens waits for the device, unless the caller passes `index`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def vocabulary_totals(
     fused: bool = False,
     **given,
 ) -> tuple[Tensor, Gradients]:
-    """Return (2,) sums, of cross-entropy and of soft labels, and the gradients of weights · sums.
+    """Return the sums of cross-entropy and of soft labels, (2,), and the gradients of weights · sums.
 
     weights: (2,), in `dtype`. The teacher's head has only the entries that both models have.
     """
@@ -125,9 +125,9 @@ def _over_blocks(
     weights: Tensor | None,
     fused: bool,
 ) -> tuple[Tensor, Gradients]:
-    """Return (losses,) sums over the tokens that count, and the gradients of their sum, each times its weight.
+    """Return each loss's sum over the tokens that count, (losses,), and the gradients of weights · sums.
 
-    index: (K,) flat places of the tokens that count; None: all. weights: (losses,); None: 1. fused: by the GPU kernel.
+    index: (K,) flat places of the tokens that count; None: all. weights: (losses,); None: 1. fused: use the GPU kernel.
     """
     flat, vocabulary = hidden.detach().flatten(0, 1), head.matrix.shape[0]
     totals = torch.zeros(len(losses), dtype=head.dtype, device=flat.device)
@@ -173,9 +173,9 @@ def _block(
     totals: Tensor,
     with_gradient: bool,
 ) -> Tensor | None:
-    """Add the losses of a block to `totals`; return (tokens, V), the gradient at its logits, if asked for.
+    """Add the losses of a block to `totals`; return the gradient at its logits, (tokens, V), if asked for.
 
-    The gradient takes the place of the logits, slice by slice.
+    The gradient overwrites the logits, slice by slice.
     """
     z = head.logits(rows)
     given = [loss.block(places) for loss in losses]

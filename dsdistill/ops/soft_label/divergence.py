@@ -11,8 +11,9 @@ sums run over the last axis; no τ² factor.
   tvd              ½ Σ |p − q|                                   f-DISTILL, Wen et al. 2023
   logit_mse        Σ (x_S − x_T)² / V                            Kim et al. 2021, a mean over the V entries
 
-In akl, g_h and g_t are Σ |p − q| over the head and over the tail of the vocabulary, and are constants for the gradient.
-The head is the entry with the largest p, and those after it, by falling p, as long as their p add up to at most μ.
+In akl, g_h and g_t are Σ |p − q| over the head and over the tail of the vocabulary. The gradient treats them as
+constants. The head is the entry with the largest p, and the next entries, by falling p, while their p add up to at most
+μ.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Those of the Triton kernel, which knows them by their place here, and those that it lacks.
+# FUSED: the divergences of the Triton kernel, which identifies each by its index here. The kernel lacks the others.
 FUSED = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "tvd")
 DIVERGENCES = (*FUSED, "skew_reverse_kl", "akl", "logit_mse")
 
 
 class Formula(NamedTuple):
-    """Name a divergence, and hold the numbers in its definition."""
+    """Hold the name of a divergence and the numbers in its definition."""
 
     divergence: str
     beta: float
@@ -38,7 +39,7 @@ class Formula(NamedTuple):
 
 
 def described(x: Tensor, formula: Formula) -> Tensor:
-    """Return what the divergence reads of logits x (..., V), divided by τ already: log softmax, or x for logit_mse."""
+    """Return what the divergence reads: the log softmax of x, or x for logit_mse. x: (..., V) logits divided by τ."""
     return x if formula.divergence == "logit_mse" else x.log_softmax(-1)
 
 
@@ -50,7 +51,7 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def adaptive_shares(p: Tensor, q: Tensor, mu: float) -> tuple[Tensor, Tensor]:
-    """Return the factors of KL(p ‖ q) and of KL(q ‖ p) in akl, (..., 1) each, constants; 0 if p and q are equal."""
+    """Return akl's factors of KL(p ‖ q) and KL(q ‖ p), (..., 1) each, without gradient; 0 if p and q are equal."""
     p, q = p.detach(), q.detach()
     falling, order = p.sort(stable=True, dim=-1, descending=True)
     head = falling.cumsum(-1) <= mu
@@ -64,7 +65,7 @@ def adaptive_shares(p: Tensor, q: Tensor, mu: float) -> tuple[Tensor, Tensor]:
 def divergence_rows(log_p: Tensor, log_q: Tensor, p: Tensor, formula: Formula) -> Tensor:
     """Return the divergence of each row, (...), in nats (tvd: a share; logit_mse: a squared logit).
 
-    log_p, log_q: (..., V), `described` logits of teacher and student. p = exp(log_p), which logit_mse does not read.
+    log_p, log_q: (..., V), what `described` returns for teacher and student. p = exp(log_p), not read by logit_mse.
     """
     divergence, beta, alpha, mu = formula
     if divergence == "forward_kl":
@@ -92,7 +93,7 @@ def divergence_rows(log_p: Tensor, log_q: Tensor, p: Tensor, formula: Formula) -
 def logit_gradient(log_p: Tensor, log_q: Tensor, p: Tensor, formula: Formula) -> Tensor:
     """Return the gradient of `divergence_rows` at z_S / τ, (..., V): G − q Σ G with G = ∂D/∂ log q.
 
-    It is not differentiable itself.
+    The result cannot be differentiated again.
     In jsd the derivative through m vanishes: −βp(1 − β)/m + (1 − β)(1 − q(1 − β)/m) = 0.
     """
     divergence, beta, alpha, mu = formula
@@ -106,10 +107,10 @@ def logit_gradient(log_p: Tensor, log_q: Tensor, p: Tensor, formula: Formula) ->
     elif divergence == "jsd":
         inner = (1 - beta) * q * (log_q - log_mixture(log_p, log_q, beta))
     elif divergence == "skew_kl":
-        # p q / m as exp of a difference of logarithms, finite however small m is.
+        # p q / m is the exp of a difference of logarithms, so that it is finite for any small m.
         inner = (alpha - 1) * (log_p + log_q - log_mixture(log_p, log_q, alpha)).exp()
     elif divergence == "skew_reverse_kl":
-        # q / m is at most 1/α, as m ≥ αq; G has a further q, which G − q Σ G takes off.
+        # q / m is at most 1/α, because m ≥ αq. G has one more summand, q, which G − q Σ G removes.
         surplus = log_q - log_mixture(log_q, log_p, alpha)
         inner = q * (surplus - alpha * surplus.exp())
     elif divergence == "akl":

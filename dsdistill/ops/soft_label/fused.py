@@ -1,7 +1,7 @@
 """Compute losses over a vocabulary on a GPU: cuBLAS multiplies by the heads, one Triton kernel does the rest.
 
-The kernel replaces the PyTorch passes of `losses.py`: it reads a block's logits 2 or 3 times and writes the gradient
-once, where they take about 15 passes. Blocks, products and sums around it are in `chunked.py`.
+The kernel replaces the PyTorch passes of `losses.py`, of which there are about 15: it reads a block's logits 2 or 3
+times and writes the gradient once. `chunked.py` has the blocks, products and sums around it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dsdistill.ops.soft_label.divergence import FUSED, Formula
 from dsdistill.ops.soft_label.head import Head
 from dsdistill.ops.soft_label.losses import Labels, Loss, Places, SoftLabels
 
-# Tokens and entries of a program's block, by architecture. A program has one token: the kernel is bound by reading
-# logits, and a block of 256 tokens then has programs for every multiprocessor of a GPU. With 4 entries a thread, each
-# model needs one 16-byte load; with 8, some variants spill 8 or 16 bytes (Triton 3.7.1).
+# Tokens and entries of a program's block, by architecture. Reading logits bounds the kernel, so a program has only one
+# token: a block of 256 tokens then has programs for every multiprocessor of a GPU. With 4 entries a thread, each model
+# needs one 16-byte load; with 8, some variants spill 8 or 16 bytes (Triton 3.7.1).
 TILES = {
     "sm_80": Tile(1, 1024, 8, 1),
     "sm_90": Tile(1, 1024, 8, 1),
@@ -27,7 +27,7 @@ TILES = {
 }
 
 
-# A gradient's rows begin at multiples of this many elements, so that products load 16 bytes at once.
+# The rows of a gradient begin at multiples of this many elements, so that products load 16 bytes at once.
 ALIGNED = 8
 
 
@@ -49,7 +49,7 @@ def fused_block(
     """Add the losses of a block to `totals`; return the gradient at its logits, if asked for.
 
     losses: Labels, SoftLabels or both in this order. The gradient at the products before bias and soft cap, (tokens,
-    V), is written to `out`. If `out` is None, it overwrites the logits if it has their type, else goes to a new matrix.
+    V), is written to `out`. If `out` is None, the gradient overwrites logits of its own type, or goes to a new matrix.
     """
     task = next((loss for loss in losses if isinstance(loss, Labels)), None)
     soft = next((loss for loss in losses if isinstance(loss, SoftLabels)), None)
@@ -76,10 +76,10 @@ def run(
     weights: Tensor,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Return (tokens, 2) values of task and soft labels, and write the gradient of weights · values.
+    """Return the values of task and soft labels, (tokens, 2), and write the gradient of weights · values.
 
-    z: (tokens, V) products of the student's hidden states with its head. given: the tokens' `labels`, and products of
-    the `teacher`.
+    z: (tokens, V) products of the student's hidden states with its head. given: `labels` of the tokens, and `teacher`,
+    the teacher's products.
     """
     from dsdistill.ops.soft_label.triton_vocabulary import vocabulary_kernel
 

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from dsdistill.ops.gpu import product, product_dtype
 
-# Elements of one block of logits: 32 MiB in float32, so that a product takes far longer than its call.
+# Elements of one block of logits: 32 MiB in float32, so that a product takes far longer than the call to it.
 BLOCK_ELEMENTS = 1 << 23
 MAX_TOKENS, MIN_TOKENS = 512, 64
-# Bytes of the logits of all models in a block on a GPU. With what a slice needs and a head's gradient in float32 this
-# keeps a student 3584 wide with 152,000 entries below V·D·4 bytes + 0.6 GiB (tests/planner/test_vocabulary_memory.py).
+# Bytes of the logits of all models in a block on a GPU. With the memory of a slice and a head's gradient in float32, a
+# student 3584 wide with 152,000 entries then takes less than V·D·4 bytes + 0.6 GiB
+# (tests/planner/test_vocabulary_memory.py).
 GPU_BYTES = 320 << 20
 GPU_MAX_TOKENS = 2048
-# Bytes of a panel: the gradients at the logits of several blocks, in bfloat16, that wait for one product. The fused
-# kernel needs no slices, which leaves room for them. A head's gradient in float32 is read and written once a panel.
+# Bytes of a panel: the gradients at the logits of several blocks, in bfloat16, which one product reads together. The
+# fused kernel needs no slices, which leaves room for a panel. A head's gradient in float32 is read and written once for
+# each panel.
 PANEL_BYTES = 224 << 20
-# Elements of a slice, the part of a block on which everything between the products is done: on a CPU 1 MiB in float32,
-# so that its passes stay in cache; on a GPU 16 MiB, so that a block needs few calls and little further memory.
+# Elements of a slice, which is the part of a block that all passes between the products treat at a time. On a CPU it is
+# 1 MiB in float32, so that it stays in cache; on a GPU 16 MiB, so that a block needs few calls and little more memory.
 SLICE_ELEMENTS, GPU_SLICE_ELEMENTS = 1 << 18, 1 << 22
 # Elements of a panel of the head on a CPU. A product with all of a large matrix's rows takes 1.6 times as long as one
 # with panels of 1 MiB (MKL on an AMD EPYC, V = 30522, D = 768: 628 against 345 ms for 512 tokens).
@@ -30,8 +32,8 @@ PANEL_ELEMENTS = 1 << 18
 class Head:
     """Hold the (V, D) matrix, (V,) bias and soft cap of an output layer, in the type in which it is multiplied.
 
-    gradient_dtype: type in which a gradient at the logits is multiplied, bfloat16 for a head in bfloat16. float16 would
-    lose small gradients: with 152,000 entries most probabilities lie below its normal numbers.
+    gradient_dtype: type in which a gradient at the logits is multiplied; bfloat16 for a head in bfloat16. float16 would
+    lose small gradients: with 152,000 entries most probabilities lie below its smallest normal number.
     """
 
     def __init__(
@@ -77,14 +79,14 @@ class Head:
         return z
 
     def below_cap(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Return the gradient before the soft cap, given that at the logits; may overwrite it.
+        """Return the gradient before the soft cap, given the one at the logits, which may be overwritten.
 
         With y = c tanh(z / c), ∂y/∂z = 1 − (y / c)².
         """
         return gradient if self.softcap is None else gradient.mul_(1 - (logits / self.softcap).square_())
 
     def at_hidden(self, gradient: Tensor) -> Tensor:
-        """Return the gradient at hidden states, (tokens, D), given that at their products, (tokens, V)."""
+        """Return the gradient at hidden states, (tokens, D), given the one at their products, (tokens, V)."""
         gradient = gradient.to(self.gradient_dtype)
         if self.gradient_dtype == self.matrix.dtype:
             return self._product(gradient, self.matrix)
@@ -95,9 +97,9 @@ class Head:
         return total
 
     def add_at_matrix(self, total: Tensor | None, gradient: Tensor, hidden: Tensor) -> Tensor:
-        """Return (V, D) in the accumulating dtype, `total` (None: 0) with Σ over tokens of gradient · hidden added.
+        """Return `total` (None: 0) plus Σ over tokens of gradient · hidden, (V, D), in the accumulating dtype.
 
-        gradient: (tokens, V). hidden: (tokens, D). `total` is added to in place.
+        gradient: (tokens, V). hidden: (tokens, D). The sum is added to `total` in place.
         """
         left, right = gradient.to(self.gradient_dtype).t(), hidden.to(self.gradient_dtype)
         if total is None:
@@ -130,7 +132,7 @@ def block_tokens(on_gpu: bool, vocabulary: int, others: int = 0) -> int:
 
 
 def panel_tokens(size: int, vocabulary: int) -> int:
-    """Return how many tokens a panel of gradients in bfloat16 has: a whole number of blocks, at least one."""
+    """Return how many tokens a panel of gradients in bfloat16 has: those of a whole number of blocks, at least one."""
     return max(1, PANEL_BYTES // (2 * max(1, vocabulary)) // size) * size
 
 
@@ -143,8 +145,8 @@ def slice_tokens(on_gpu: bool, vocabulary: int) -> int:
 def _adds_half(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether torch can add a product of half-precision matrices to one in float32 here.
 
-    On CUDA `addmm` takes `out_dtype`, but its first versions need the added matrix in half precision, too. The check
-    waits for the device, once in a process.
+    On CUDA `addmm` takes `out_dtype`, but in its first versions the added matrix must be in half precision, too. The
+    check waits for the device once in a process.
     """
     total, half = torch.ones(16, 16, device=device), torch.ones(16, 16, dtype=dtype, device=device)
     try:

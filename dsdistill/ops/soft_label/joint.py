@@ -67,7 +67,7 @@ def vocabulary_losses(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> VocabularyLosses:
-    """Return cross-entropy of the next token and divergence from the teacher, from one product with each head.
+    """Return the cross-entropy of the next token and the divergence from the teacher, from one product with each head.
 
     The losses are those of `token_cross_entropy` and `soft_label_alignment` over the same tokens. The student's logits
     and the products of the backward pass are shared, so that both take little more than soft labels alone.
@@ -76,23 +76,23 @@ def vocabulary_losses(
         student_hidden: (B, N, D_s). student_head: (V_s, D_s), as nn.Linear holds its weight. student_bias: (V_s,).
         teacher_hidden: (B, N, D_t). teacher_head: (V_t, D_t). teacher_bias: (V_t,).
         labels: (B, N) int64 in [0, V_s) or `ignore_index`, aligned with the hidden states; nothing is shifted here.
-        index: (K,) int64, ascending: flat places b·N + n of the tokens that count in both losses, in place of those
-            whose label is not `ignore_index`. The labels there must be in [0, V_s), those elsewhere are not read, and
-            nothing waits for the device to find the places. The values are not checked.
+        index: (K,) int64, ascending: flat places b·N + n of the tokens that count in both losses. Without it, the
+            tokens count whose label is not `ignore_index`. The labels at these places must be in [0, V_s); other labels
+            are not read. Nothing waits for the device to find the places. The values are not checked.
         weights: of task and soft labels in `total`: numbers, or scalar tensors on any device, taken as constants.
-        common: number of first entries of both heads that the soft labels compare (padding comes after them). The task
-            sees all V_s. Default: all, where V_s = V_t.
-        student_softcap, teacher_softcap, temperature, divergence, beta, alpha, mu: as `soft_label_alignment`; the task
-            sees the student's soft cap, too, but no temperature.
-        label_smoothing: as `token_cross_entropy`.
+        common: the soft labels compare this many first entries of both heads (padding comes after them). The task uses
+            all V_s. Default: all, if V_s = V_t.
+        student_softcap, teacher_softcap, temperature, divergence, beta, alpha, mu: as for `soft_label_alignment`. The
+            task uses the student's soft cap, too, but no temperature.
+        label_smoothing: as for `token_cross_entropy`.
         reduction: "mean" over the tokens that count, or "sum".
         backend: "auto", "reference", "chunked" or "triton".
 
     Returns:
         total = weights[0] · task + weights[1] · soft, with gradients to the student's hidden states, head and bias
-        (each only if it requires them). They are found in the forward pass: one gradient of the head in float32.
-        task and soft: the two losses. They have gradients, too, so that they can be weighted later. These are found
-        when backward asks for them, which computes the logits once more. With nothing valid all are 0.
+        (each only if it requires them). The forward pass finds them, with one gradient of the head in float32.
+        task and soft: the two losses. They have gradients, too, so that they can be weighted later. These are computed
+        only when backward asks for them, which computes the logits once more. With nothing valid all are 0.
 
     Raises:
         ValueError: wrong shape, dtype, device or name, a soft cap that is not positive, heads of unequal size without
@@ -144,7 +144,7 @@ def vocabulary_losses(
             return (scale * found[0]).sum(), gradients
 
         def later(upstream, needs, hidden, head, bias):
-            # The precision is the forward pass's, whatever backward runs under.
+            # The precision is that of the forward pass, even if backward runs under autocast.
             with without_autocast(student_hidden.device):
                 return chunked.vocabulary_totals(
                     needs, hidden, head, bias, *teacher, labels, upstream * share, **setting
@@ -157,7 +157,7 @@ def vocabulary_losses(
 
 
 class _GradientsLater(torch.autograd.Function):
-    """Pass on two losses whose gradients are computed in backward, when their weights are known."""
+    """Return two losses unchanged, and compute their gradients in backward, when their weights are known."""
 
     @staticmethod
     def forward(ctx, compute: Callable, losses: Tensor, *inputs):

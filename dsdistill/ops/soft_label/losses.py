@@ -1,4 +1,4 @@
-"""Compute losses over a vocabulary from the logits of some tokens, by passes in plain PyTorch."""
+"""Compute losses over a vocabulary from the logits of some tokens, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Places = Tensor | slice  # of a block's tokens among all: (K,) int64, or a range
 class Loss(Protocol):
     """Describe one loss over the vocabulary."""
 
-    entries: int  # of further heads, whose logits exist together with the student's
+    entries: int  # number of entries of other heads whose logits exist together with the student's
 
     def block(self, places: Places) -> Tensor:
-        """Return what the loss needs of a block's tokens, with the tokens as first axis."""
+        """Return what the loss needs for a block's tokens; the first axis is the tokens."""
 
     def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sum over some tokens of a block, and the gradient at the first entries of their logits z.
@@ -62,13 +62,13 @@ class Labels:
 
     def rows(self, z: Tensor, given: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         log_q = z.log_softmax(-1)
-        own, spread = 1 - self.smoothing, self.smoothing / z.shape[1]  # t of the label, and of all
+        own, spread = 1 - self.smoothing, self.smoothing / z.shape[1]  # t at the label, t at all
         value = -own * log_q.gather(1, given).sum()
         if self.smoothing:
             value -= self.smoothing * log_q.mean(-1).sum()
         if not with_gradient:
             return value, None
-        gradient = log_q.exp_()  # the gradient is softmax − t, the target
+        gradient = log_q.exp_()  # the gradient is softmax − t
         if self.smoothing:
             gradient.sub_(spread)
         return value, gradient.scatter_add_(1, given, gradient.new_full(given.shape, -own))

@@ -31,14 +31,14 @@ from dsdistill.ops.soft_label.divergence import DIVERGENCES, FUSED, Formula
 
 # The backends of all operators over a vocabulary that read heads.
 HEAD_BACKENDS = ("chunked", "reference", "triton")
-# On these shapes a backend is compared with `chunked` where a GPU's architecture has no record.
+# A call of these shapes compares a backend with `chunked` if a GPU's architecture has no record.
 SMALL_CALL = {
     "student_hidden": (1, 65, 40),
     "student_head": (301, 40),
     "teacher_hidden": (1, 65, 48),
     "teacher_head": (301, 48),
 }
-WIDE = (False, True, False)  # of the gradients at hidden states, head and bias: the head's is large
+WIDE = (False, True, False)  # of the gradients at hidden states, head and bias, only the head's is large
 
 
 def soft_label_alignment(
@@ -63,8 +63,8 @@ def soft_label_alignment(
 ) -> Tensor:
     """Return the divergence between the models' predictions over the vocabulary, from hidden states and heads.
 
-    p = softmax(z_T / τ) and q = softmax(z_S / τ) with z = hidden headᵀ + bias; with a soft cap c, c tanh(z / c) takes
-    the place of z (Gemma 2). Formulas and sources are in `soft_label/divergence.py`. There is no τ² factor: multiply
+    p = softmax(z_T / τ) and q = softmax(z_S / τ), where z = hidden headᵀ + bias. A soft cap c replaces z by
+    c tanh(z / c) (Gemma 2). Formulas and sources are in `soft_label/divergence.py`. There is no τ² factor: multiply
     by τ² to keep gradients comparable between temperatures (Hinton et al. 2015).
 
     Args:
@@ -72,13 +72,14 @@ def soft_label_alignment(
         teacher_hidden: (B, N, D_t). teacher_head: (V, D_t). teacher_bias: (V,).
         student_softcap, teacher_softcap: c > 0 of that model's logits, applied before the division by τ; None: no cap.
         mask: (B, N) bool, True = the token counts. Default: all.
-        index: (K,) int64, ascending, in place of `mask`: flat places b·N + n of the tokens that count. Nothing then
+        index: (K,) int64, ascending, instead of `mask`: flat places b·N + n of the tokens that count. With it, nothing
             waits for the device to find them. The values are not checked.
         temperature: τ > 0.
         divergence: "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "akl" (all in nats), "tvd", or
             "logit_mse" (a squared logit, divided by τ²).
-        beta: teacher's share in jsd's mixture. alpha: share in the mixture of the teacher in skew_kl, of the student
-            in skew_reverse_kl. mu: largest probability of the head of the vocabulary in akl. All in [0, 1].
+        beta: the teacher's share in the mixture of jsd. alpha: the teacher's share in the mixture of skew_kl, or the
+            student's in that of skew_reverse_kl. mu: largest total probability of the vocabulary's head in akl. All are
+            in [0, 1].
         reduction: "mean" over valid tokens, or "sum".
         backend: "auto", "reference", "chunked" or "triton" (which lacks skew_reverse_kl, akl and logit_mse).
 
@@ -154,12 +155,12 @@ def token_cross_entropy(
         hidden: (B, N, D). head: (V, D), as nn.Linear holds its weight. bias: (V,).
         labels: (B, N) int64 in [0, V) or `ignore_index`, aligned with `hidden`: labels[b, n] is what
             hidden[b, n] should predict. Nothing is shifted here.
-        softcap: c > 0: the logits z are taken as c tanh(z / c) (Gemma 2); None: as they are.
-        index: (K,) int64, ascending: flat places b·N + n of the tokens that count, in place of those whose label is not
-            `ignore_index`. The labels there must be in [0, V), those elsewhere are not read, and nothing waits for
-            the device to find the places. The values are not checked.
-        label_smoothing: ε in [0, 1]: the target is (1 − ε) of the label and ε/V of every entry (Szegedy et al. 2016,
-            section 7), as torch's cross_entropy has it.
+        softcap: c > 0: the logits z are replaced by c tanh(z / c) (Gemma 2). None: they are used as they are.
+        index: (K,) int64, ascending: flat places b·N + n of the tokens that count. Without it, the tokens count whose
+            label is not `ignore_index`. The labels at these places must be in [0, V); other labels are not read.
+            Nothing waits for the device to find the places. The values are not checked.
+        label_smoothing: ε in [0, 1]: the target is 1 − ε at the label, plus ε/V at every entry (Szegedy et al. 2016,
+            section 7), as in torch's cross_entropy.
         reduction: "mean" over the tokens that count, or "sum".
         backend: "auto", "reference", "chunked" or "triton".
 
@@ -220,11 +221,11 @@ def logit_alignment(
     mu: float = 0.5,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return the same divergences between logits that already exist, such as a classifier's.
+    """Return a divergence of `soft_label_alignment` between logits that already exist, such as a classifier's.
 
     Args:
         student_logits, teacher_logits: (..., C). mask: (...) bool, True = the row counts.
-        The rest as `soft_label_alignment`; "mean" divides by the valid rows.
+        All others are as for `soft_label_alignment`; "mean" divides by the number of valid rows.
 
     Returns:
         Scalar, float32 (float64 if any input is), with gradients to `student_logits`. With nothing valid it is 0.
@@ -285,14 +286,15 @@ def check_labels(labels: Tensor, hidden: Tensor) -> None:
 
 
 def rows_at(index: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """Return the rows of tensors (B, N, …) at the flat places (K,), as (1, K, …); without places the tensors."""
+    """Return the rows of tensors (B, N, …) at the flat places (K,), as (1, K, …); without places, the tensors."""
     return [x if index is None else x.flatten(0, 1).index_select(0, index)[None] for x in tensors]
 
 
 def places_of(valid: Tensor, index: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
-    """Return the places of the tokens that count, a mask of them, and how many; neither of both if all count.
+    """Return the places of the tokens that count, or a mask of them, and how many; no places and no mask if all count.
 
-    valid: (B, N) bool, not read if there are places already. A mask is returned where it cannot be read at once.
+    valid: (B, N) bool, not read if `index` already gives places. It is returned as the mask if its values cannot be
+    read without waiting.
     """
     if index is not None:
         return index, None, index.numel()
@@ -305,7 +307,7 @@ def places_of(valid: Tensor, index: Tensor | None) -> tuple[Tensor | None, Tenso
 
 
 def check_formula(temperature: float, divergence: str, beta: float, alpha: float, mu: float) -> dict:
-    """Return what backends take of a divergence: `temperature` and `formula`."""
+    """Check a divergence's settings; return the backends' arguments for it, `temperature` and `formula`."""
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a number above 0")
     check_choice("divergence", divergence, DIVERGENCES)
@@ -333,7 +335,7 @@ def choose(
 ) -> str:
     """Return the backend of an operator over a vocabulary. tensors: the student's hidden states and head come first.
 
-    index: the tokens that count, None: all. variant, function, small: as `gpu_choice`.
+    index: the tokens that count; None: all. variant, function, small: as for `gpu_choice`.
     """
     missing = {}
     if backend in ("cpp", "cuda"):
@@ -362,6 +364,6 @@ def choose(
 
 
 def _task_of_logits(student_hidden: Tensor, student_head: Tensor, divergence: str, backend: str) -> Tensor:
-    """Return the cross-entropy of a small call, whose labels do not matter. divergence: the variant, not read."""
+    """Return the cross-entropy of a small call, whose labels do not matter. divergence: the variant; it is not read."""
     labels = torch.ones(student_hidden.shape[:2], dtype=torch.int64, device=student_hidden.device)
     return token_cross_entropy(student_hidden, student_head, labels, backend=backend)

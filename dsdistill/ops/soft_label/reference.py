@@ -48,7 +48,7 @@ def soft_label_rows(
     teacher_softcap: float | None,
     **given,
 ) -> Tensor:
-    """Return the divergence of each token, (B, N), 0 where masked. Shapes as `soft_label_alignment`."""
+    """Return the divergence of each token, (B, N), 0 where masked. Shapes are those of `soft_label_alignment`."""
     student_hidden, teacher_hidden = zero_masked(student_hidden, mask), zero_masked(teacher_hidden, mask)
     student_logits = logits(student_hidden, student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def cross_entropy(
     """Return Σ −Σ_v t_v log softmax(z)_v over the tokens that count, divided by count; z = hidden headᵀ + bias.
 
     t is ε/V everywhere, plus 1 − ε at the label. z is soft-capped if softcap is given.
-    valid: (B, N) bool, the tokens that count; None: all. count: None for no division; a number: all tokens count.
+    valid: (B, N) bool, the tokens that count; None: all. count: None for no division; a number if all tokens count.
     """
     z = logits(zero_masked(hidden, valid), head, bias, dtype, softcap)
     return _cross_entropy(z, labels, valid, ignore_index, label_smoothing, count)
@@ -87,7 +87,7 @@ def _cross_entropy(
     count: Tensor | int | None,
 ) -> Tensor:
     labels = labels if valid is None else labels.masked_fill(~valid, ignore_index)
-    mean = isinstance(count, int) and count > 0  # one operation in place of two
+    mean = isinstance(count, int) and count > 0  # one operation instead of two
     found = F.cross_entropy(
         z.flatten(0, -2),
         labels.flatten(),
@@ -116,7 +116,7 @@ def vocabulary_losses(
     count: Tensor | int | None,
     **given,
 ) -> tuple[Tensor, Tensor]:
-    """Return `cross_entropy`, and the divergence of the same tokens over the teacher's entries, divided alike."""
+    """Return `cross_entropy`, and the same tokens' divergence over the teacher's entries, divided by the same count."""
     z = logits(zero_masked(student_hidden, valid), student_head, student_bias, dtype, student_softcap)
     with torch.no_grad():
         hidden = zero_masked(teacher_hidden, valid)

@@ -1,11 +1,12 @@
-"""Losses over a vocabulary of a block of tokens: values and gradients at the logits by sweeps over their entries.
+"""Compute losses over a vocabulary for a block of tokens: values and gradients at the logits, by sweeps over entries.
 
-A program owns some tokens and walks their entries in blocks. Formulas of `divergence.py` and of cross-entropy:
-  1  online: largest logit and Σ exp(z − largest), of the task, of the student and of the teacher at temperature τ
-  2  values; the gradient as well where it is known from 1 alone (task, forward_kl)
-  3  gradient of the other divergences, G − q Σ G, whose Σ G comes out of 2
-The logits are read once a sweep, from the products of the hidden states with the heads; bias and soft cap are put on
-here. Nothing of the size of the vocabulary is written but the gradient, once.
+A program owns some tokens and walks their entries in blocks. The formulas are those of `divergence.py` and of
+cross-entropy. The sweeps are:
+  1  online: largest logit and Σ exp(z − largest), for the task, and for student and teacher at temperature τ
+  2  values; also the gradient if sweep 1 is enough for it (task, forward_kl)
+  3  gradient of the other divergences, G − q Σ G; sweep 2 has found Σ G
+Each sweep reads the logits once, as products of the hidden states with the heads; bias and soft cap are applied here.
+The gradient is written once, and nothing else of the size of the vocabulary is written.
 """
 
 import triton
@@ -18,13 +19,13 @@ FORWARD_KL = tl.constexpr(FUSED.index("forward_kl"))
 REVERSE_KL = tl.constexpr(FUSED.index("reverse_kl"))
 JSD = tl.constexpr(FUSED.index("jsd"))
 TVD = tl.constexpr(FUSED.index("tvd"))
-# Where a running maximum starts. Finite: its difference to itself is 0, not NaN.
+# The start of a running maximum. It is finite so that its difference to itself is 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
 def finished(z, bias, within, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits of products z. bias: pointers and `within` a mask, both of a shape that z's broadcasts."""
+    """Return the logits of products z. bias: pointers; within: a mask; both broadcast to the shape of z."""
     if BIASED:
         z += tl.load(bias, mask=within, other=0.0).to(tl.float32)
     if CAPPED:  # c tanh(z / c); the bound keeps the exponential finite and changes nothing
@@ -34,7 +35,7 @@ def finished(z, bias, within, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
 
 @triton.jit
 def load_logits(products, bias, columns, there, count, cap, BIASED: tl.constexpr, CAPPED: tl.constexpr):
-    """(BT, BV) logits and which of them exist. products: (BT, 1) pointers to the tokens' rows of `count` entries."""
+    """Load (BT, BV) logits, and which exist. products: (BT, 1) pointers to the tokens' rows of `count` entries."""
     within = (columns < count)[None, :]
     inside = there[:, None] & within
     z = tl.load(products + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -43,7 +44,7 @@ def load_logits(products, bias, columns, there, count, cap, BIASED: tl.constexpr
 
 @triton.jit
 def carry_on(largest, total, x):
-    """Largest value and Σ exp(x − largest) of each row, with one more block of entries; −∞ counts nothing."""
+    """Update each row's largest value and Σ exp(x − largest) with one more block of entries; −∞ adds nothing."""
     higher = tl.maximum(largest, tl.max(x, 1))
     total = total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
     return higher, total
@@ -51,13 +52,13 @@ def carry_on(largest, total, x):
 
 @triton.jit
 def log_probability(x, largest, log_total):
-    """log softmax of (BT, BV). The bound changes no entry that exists, and keeps the others' exponentials finite."""
+    """Return the log softmax, (BT, BV). The bound changes no existing entry and keeps other exponentials finite."""
     return tl.minimum((x - largest[:, None]) - log_total[:, None], 0.0)
 
 
 @triton.jit
 def divergence_entries(log_p, log_q, share, log_share, log_rest, DIVERGENCE: tl.constexpr):
-    """Summands of the divergence, and G: the gradient at log q, or for forward_kl, q − p, that at the logit."""
+    """Return the divergence's summands, and G: the gradient at log q; for forward_kl that at the logit, q − p."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if DIVERGENCE == FORWARD_KL:
         value, slope = p * (log_p - log_q), q - p
@@ -75,7 +76,7 @@ def divergence_entries(log_p, log_q, share, log_share, log_rest, DIVERGENCE: tl.
         if DIVERGENCE == JSD:
             slope = (1.0 - share) * q * (log_q - log_m)
             value = share * p * (log_p - log_m) + slope
-        else:  # p q / m as exp of a difference of logarithms, finite however small m is
+        else:  # p q / m is the exp of a difference of logarithms: finite for any small m
             value = p * (log_p - log_m)
             slope = (share - 1.0) * tl.exp(log_p + log_q - log_m)
     return value, slope
@@ -84,13 +85,13 @@ def divergence_entries(log_p, log_q, share, log_share, log_rest, DIVERGENCE: tl.
 @triton.jit
 def vocabulary_kernel(
     student,  # (T, V) float32 products of the student's hidden states with its head, rows s_n apart
-    teacher,  # (T, C) float32 likewise, rows t_n apart, only with SOFT
+    teacher,  # (T, C) float32, the same of the teacher, rows t_n apart, only with SOFT
     student_bias,  # (V), only with BIASED_S
     teacher_bias,  # (C), only with BIASED_T
     labels,  # (T) int64 in [0, V), only with TASK
-    weights,  # (2) float32, of task and soft labels in the gradient
+    weights,  # (2) float32, factors of task and soft labels in the gradient
     values,  # (T, 2) float32: task and soft labels of each token
-    gradient,  # (T, V) at the products, rows g_n apart, only with WITH_GRADIENT; may be the student's own memory
+    gradient,  # (T, V) at the products, rows g_n apart, only with WITH_GRADIENT; may be the memory of `student`
     s_n,
     t_n,
     g_n,
@@ -199,7 +200,7 @@ def vocabulary_kernel(
             tl.store(gradient + columns[None, :], out, mask=inside)
 
     task = tl.zeros([BT], tl.float32)
-    if TASK:  # of log softmax: its largest entry is 0 before log Σ is taken off
+    if TASK:  # from the log softmax, whose largest entry is 0 before log Σ is subtracted
         task = log_z + (1.0 - smoothing) * (m - own) + smoothing * (missed / V)
     tl.store(values + tokens * 2, task, mask=there)
     tl.store(values + tokens * 2 + 1, soft, mask=there)
@@ -207,6 +208,6 @@ def vocabulary_kernel(
 
 @triton.jit
 def task_slope(z, m, log_z, columns, label, smoothing, V):
-    """Gradient of cross-entropy at the logits, softmax − t; t: 1 − ε at the label, and ε/V more everywhere."""
+    """Return the gradient of cross-entropy at the logits, softmax − t. t is ε/V everywhere, plus 1 − ε at the label."""
     target = tl.where(columns[None, :] == label[:, None], 1.0 - smoothing, 0.0) + smoothing / V
     return tl.exp(log_probability(z, m, log_z)) - target
