@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The main job on a small scale, from a fresh clone: ./launch/quickstart.sh [KEY=VALUE ...] Sets .venv up. Then three
-# students with the same layers learn on two ranks: from the pairs alone, from the teacher alone, and from both. The
-# teacher is under ZeRO-3, the students under ZeRO-2. At the end come a table and searches.
+# The main job on a small scale, from a fresh clone: ./launch/quickstart.sh [KEY=VALUE ...]
+# Sets .venv up. Then three students with the same layers learn on two ranks: from the pairs alone, from the teacher
+# alone, and from both. The teacher is under ZeRO-3, the students under ZeRO-2. At the end come a table and searches.
 source "$(dirname "$0")/setup.sh"
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
