@@ -60,7 +60,7 @@ class TestTokenWeights:
         """Tokens (3, 1), (1, 3), (2, 0), all of spread 1; the scores are 6/√2, 6/√2 … as in the comment."""
         states = torch.tensor([[[3.0, 1.0], [1.0, 3.0], [2.0, 0.0]]])
         # Products 01: 6, 02: 6, 12: 2. So 0 attends to both equally; 1 and 2 attend to 0 with σ(4/√2) and to each other
-    # with the rest.
+        # with the rest.
         share = 1 / (1 + math.exp(-4 / math.sqrt(2)))
         expected = torch.tensor([2 * share, 1 / 2 + 1 - share, 1 / 2 + 1 - share]) / 3
         found = token_weights(states, torch.ones(1, 3, dtype=torch.bool))
