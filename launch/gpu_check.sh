@@ -8,13 +8,13 @@
 #   operators    tiles of attention's kernels, kernels one by one, every operator beside its rivals: makes the record
 #   step         24 layers of 1024 into 6 of 768 with more and more losses; largest kernels, sanitizer, a run
 #
-# Parts that run into one OUT_DIR make one record, and `step` then takes what `operators` found the fastest. Results are
-# written as they come. At the end stands what to change first. --dry-run does all of that on a CPU in tiny form: the
-# build without optimisation and apart, WHEELS as they are.
+# Parts with the same OUT_DIR make one record, and `step` then uses what `operators` found to be the fastest. Results
+# are written as soon as they are there. The last lines say what to change first. --dry-run does all of that on a CPU in
+# tiny form: the build has no optimisation and a folder of its own, and WHEELS are used as usual.
 #
 #   ./launch/gpu_check.sh --wheels DIR
 #
-# Before that, on a machine with a package index: prints what the GPU's machine needs and fills DIR with it.
+# This is run before, on a machine with a package index: it prints what the GPU's machine needs and fills DIR with it.
 #
 # PYTHON          interpreter that has torch (default python3)
 # WHEELS          folder of wheels, made by --wheels; those of packages that are missing are installed from there, into
@@ -39,7 +39,8 @@ trap 'rm -rf "$site"' EXIT
 export PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PATH="$site/bin:$PATH"
 
 if [ -n "$wheels" ]; then
-  # One by one and without dependencies: torch stays what it is, and a wheel that does not fit costs its own part alone.
+  # Wheels are installed one by one and without dependencies, so that torch is not replaced and a wheel that does not
+  # fit costs only its own part.
   "$python" - "$wheels"/*.whl <<'PY' > "$site/missing"
 import importlib.metadata, pathlib, sys
 for wheel in sys.argv[1:]:
@@ -70,11 +71,11 @@ case " $* " in *" --dry-run "*)
   build=(setup.py build_ext --build-lib "$site/build" --build-temp "$site/build") ;;
 esac
 start=$SECONDS
-# setup.py takes a build that fails for an installation without native operators, and only warns.
+# If the build fails, setup.py only warns and installs without native operators.
 if MAX_JOBS=$(nproc) timeout $limit "$python" "${build[@]}" 2>&1 | tee "$site/build.log" >> "$out/log.txt" \
   && ! grep -q 'building extension "dsdistill._C" failed' "$site/build.log"; then
   echo "== build: passed ($((SECONDS - start)) s)"
-  # What a dry run built lies apart, and its symbols are looked at there.
+  # A dry run builds into a folder of its own, so its symbols are checked there.
   for library in "$site"/build/dsdistill/_C*.so; do [ ! -e "$library" ] || export DSDISTILL_BUILT=$library; done
 else
   echo "== build: failed (log.txt); the rest goes on with what is there"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All that shows of the GPU code without a GPU: ./launch/gpu_preflight.sh ENV_DIR [--match TEXT] [--write]
+# All that can be checked of the GPU code without a GPU: ./launch/gpu_preflight.sh ENV_DIR [--match TEXT] [--write]
 #
 # Makes an environment in ENV_DIR (6 GB from the package index; kept for the next time) with the oldest torch that is
 # supported, in its CUDA build, and nvcc. Builds the extension there and loads it, then compiles every kernel for sm_80,
 # 86, 89 and 90 and compares it with the table under dsdistill/bench/results/preflight/. Fails on a regression.
-# What follows ENV_DIR goes to dsdistill/bench/preflight.py. The Triton of another environment is judged there by
+# Arguments after ENV_DIR go to dsdistill/bench/preflight.py. To check the Triton of another environment, run there:
 #   python -m dsdistill.bench.preflight
 #
 # PYTHON   interpreter to start from (default python3; 3.11 or newer)

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The main job in small, from a fresh clone: ./launch/quickstart.sh [KEY=VALUE ...]
-# Sets .venv up. Then three students of the same layers learn on two ranks, the teacher under ZeRO-3 and they under
-# ZeRO-2: from the pairs alone, from the teacher alone, and from both. A table and a search with them end it.
+# The main job on a small scale, from a fresh clone: ./launch/quickstart.sh [KEY=VALUE ...]
+# Sets .venv up. Then three students with the same layers learn on two ranks: from the pairs alone, from the teacher
+# alone, and from both. The teacher is under ZeRO-3, the students under ZeRO-2. At the end come a table and searches.
 source "$(dirname "$0")/setup.sh"
 
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 ranks=2
 if [ "$gpus" = 1 ]; then ranks=1; fi # two ranks cannot share one GPU
-dtype=fp32 # bf16 where it is faster; with AVX-512's instructions alone its products take twice as long as those of fp32
+dtype=fp32 # bf16 only where it is faster: with AVX-512 alone its products take twice as long as those of fp32
 if [ "$gpus" != 0 ] || grep -qw amx_bf16 /proc/cpuinfo 2>/dev/null; then dtype=bf16; fi
 runs=runs/quickstart
-if [ -e "$runs/config.yaml" ]; then # its page would be made in place of the table
+if [ -e "$runs/config.yaml" ]; then # else its own page would be made instead of the table
   fail "$runs: got a run that an earlier quickstart left, expected no such folder (move it away)"
 fi
 trap '' INT # Ctrl-C then reaches the ranks through the launcher's second process, which waits until they have saved

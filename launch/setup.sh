@@ -29,14 +29,14 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv || fail "venv: it could not be made, expected Debian's package python3-venv"
   if "$python" -c "$usable_torch" 2>/dev/null; then
     say "using the torch that $python has"
-    # What .venv lacks is looked for there; that environment itself is left as it is.
+    # Python looks there for what .venv lacks; that environment itself is not changed.
     "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
       > "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
   fi
 fi
 export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1
 
-# What the environment is made from; a change of any of it installs again.
+# The environment is made from these files; if one of them changes, everything is installed again.
 stamp=$(cat pyproject.toml setup.py launch/constraints.txt $(find csrc -type f | sort) | sha256sum)
 if [ "$(cat .venv/dsdistill-stamp 2>/dev/null)" != "$stamp" ]; then
   if ! python -c "$usable_torch" 2>/dev/null; then
@@ -45,7 +45,7 @@ if [ "$(cat .venv/dsdistill-stamp 2>/dev/null)" != "$stamp" ]; then
       say "installing torch 2.13.0"
       pip install -q torch==2.13.0
     else
-      # Without a GPU the CPU build spares gigabytes: from the configured index, else from PyTorch's own.
+      # Without a GPU the CPU build saves gigabytes. It comes from the configured index, else from PyTorch's own.
       say "installing torch 2.13.0 for CPUs"
       pip install -q torch==2.13.0+cpu 2>/dev/null \
         || pip install -q --retries 1 torch==2.13.0+cpu --extra-index-url "$cpu_index" \
@@ -54,7 +54,7 @@ if [ "$(cat .venv/dsdistill-stamp 2>/dev/null)" != "$stamp" ]; then
   fi
   say "installing dependencies (a minute or two)"
   pip install -q setuptools wheel ninja pybind11 -c launch/constraints.txt
-  # One torch serves all: pip must not see a reason to replace it.
+  # All packages use one torch, so pip must not see a reason to replace it.
   pip freeze 2>/dev/null | grep -iE '^(torch|triton)==' > .venv/torch-pin.txt || true
   grep -qi '^triton==' .venv/torch-pin.txt || echo 'triton==3.7.1' >> .venv/torch-pin.txt
   say "building dsdistill"

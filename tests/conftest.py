@@ -30,7 +30,7 @@ def sentence(rng: random.Random, longest: int = 24) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory) -> Path:
-    """A WordPiece tokenizer of a few dozen words, as a folder."""
+    """Write a WordPiece tokenizer of a few dozen words; return its folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ def tokenizer_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """train.tsv (37 rows: a ragged last batch at 8) and dev.tsv (11 rows), texts of 2 to 24 words, 3 classes."""
+    """Write train.tsv (37 rows: an uneven last batch at 8) and dev.tsv (11 rows), texts of 2 to 24 words, 3 classes."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     for name, rows in (("train", 37), ("dev", 11)):
@@ -80,7 +80,7 @@ BERT = {
 
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
-    """teacher/ (4 layers of 48) and student/ (2 layers of 32): classifiers of 3 classes with peaked attention."""
+    """Write teacher/ (4 layers of 48) and student/ (2 layers of 32): classifiers of 3 classes with peaked attention."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     folder = tmp_path_factory.mktemp("models")
@@ -97,7 +97,7 @@ def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         model = AutoModelForSequenceClassification.from_config(config)
         with torch.no_grad():
-            # As initialised all outputs are nearly uniform and errors would hide in them.
+            # With initial weights all outputs are nearly uniform, which would hide errors.
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(4.0)
@@ -109,12 +109,12 @@ def models_dir(tmp_path_factory, tokenizer_dir) -> Path:
 
 @pytest.fixture
 def settings(models_dir, data_dir, tmp_path) -> dict:
-    """A whole config as plain settings: every term on, tiny models, 10 steps of 8 examples."""
+    """Return a whole config as plain settings: every term on, tiny models, 10 steps of 8 examples."""
     return small_run(models_dir, data_dir, tmp_path)
 
 
 def small_run(models_dir: Path, data_dir: Path, folder: Path) -> dict:
-    """What the fixture `settings` gives, for a folder of any scope."""
+    """Return what the fixture `settings` gives, for a folder of any scope."""
     return {
         "run": {"name": "test", "dir": str(folder / "run"), "log_every": 1},
         "data": {
@@ -138,7 +138,7 @@ def small_run(models_dir: Path, data_dir: Path, folder: Path) -> dict:
 
 
 def merge(settings: dict, changes: dict) -> dict:
-    """Changes by dotted key; None takes a key away."""
+    """Change settings by dotted key; None removes a key."""
     settings = yaml.safe_load(yaml.safe_dump(settings))
     for dotted, value in changes.items():
         *parents, key = dotted.split(".")
@@ -152,7 +152,7 @@ def merge(settings: dict, changes: dict) -> dict:
 
 
 def snapshot(folder: Path) -> dict:
-    """Every path below and what it holds."""
+    """Return every path below a folder and its contents."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
@@ -160,13 +160,13 @@ def snapshot(folder: Path) -> dict:
 
 
 def kept(folder: Path) -> dict:
-    """Return a snapshot without the cache, which is there to keep what is costly to make again."""
+    """Return a snapshot without the cache, which keeps what is costly to make again."""
     return {path: held for path, held in snapshot(folder).items() if Path(path).parts[0] != "cache"}
 
 
 @pytest.fixture
 def config(settings, tmp_path):
-    """Writes the tests' config with changes; returns its path."""
+    """Return a function that writes the tests' config with changes and returns its path."""
 
     def write(changes: dict | None = None, name: str = "config.yaml") -> str:
         path = tmp_path / name
@@ -178,7 +178,7 @@ def config(settings, tmp_path):
 
 @pytest.fixture
 def terms_of_before():
-    """Take the terms that a test adds away again."""
+    """Remove the terms that a test adds."""
     from dsdistill.alignment.terms import TERMS
     from dsdistill.config import schema
     from dsdistill.config.terms import Terms
@@ -196,7 +196,7 @@ def terms_of_before():
 
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process; returns the one line it leaves, having changed nothing and loaded no weight."""
+    """Return a function that runs a command and returns its one line; it must change nothing and load no weight."""
     import dsdistill.engine.first_weights
     import dsdistill.engine.module
     import dsdistill.engine.teacher
@@ -222,7 +222,7 @@ def refused(monkeypatch, capsys, tmp_path):
             try:
                 code = cli.run()
             finally:
-                os.environ.clear()  # the engine names this process's rank there
+                os.environ.clear()  # the engine writes this process's rank there
                 os.environ.update(environment)
         printed = capsys.readouterr()
         assert code == 2, printed.err

@@ -303,7 +303,7 @@ HEADER = "text\tlabel\n"
 
 
 def _broken_parquet() -> bytes:
-    """With a text that is no UTF-8, as other programs may write it."""
+    """Write a parquet file with a text that is not UTF-8, as other programs may do."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""Files that expand, never end or lie about themselves, for test_hostile_input.py."""
+"""Files that expand, never end or declare wrong contents, for test_hostile_input.py."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ HEADER = b"text\tlabel\n"
 
 
 def _levels(name: str, count: int, each: str) -> str:
-    """Anchors that each repeat the one before."""
+    """Return YAML anchors that each repeat the one before."""
     lines = [f"{name}0: &{name}0 [x, x]"]
     for level in range(1, count):
         lines.append(f"{name}{level}: &{name}{level} {each.replace('@', f'*{name}{level - 1}')}")
@@ -26,7 +26,7 @@ def _repeated(count: int, each: str) -> str:
     return "\n".join(lines)
 
 
-# YAML that no config is: its text, and what the line must hold.
+# YAML that is no config: its text, and what the line must hold.
 YAML = {
     "lists 20,000 deep": ("run: " + "[" * 20_000, ["levels"]),
     "closed lists 20,000 deep": ("run: " + "[" * 20_000 + "]" * 20_000, ["levels"]),
@@ -79,7 +79,7 @@ OVERRIDES = {
 
 @cache
 def _packed(start: bytes = b"") -> bytes:
-    """80 MiB of one letter, gzipped to a few hundred kilobytes."""
+    """Return 80 MiB of one letter, gzipped to a few hundred kilobytes."""
     return gzip.compress(start + b"a" * (80 << 20), compresslevel=1)
 
 
@@ -98,13 +98,13 @@ def _parquet(table=None, metadata: bytes | None = None, **options) -> bytes:
 
 
 def _declaring(**label) -> bytes:
-    """Two rows whose metadata says what the column of the label is."""
+    """Return two rows whose metadata declares what the label column is."""
     features = {"label": {"_type": "ClassLabel", **label}}
     return _parquet(metadata=json.dumps({"info": {"features": features}}).encode())
 
 
 def _repeating() -> bytes:
-    """A text of a megabyte in 2,000 rows, which a dictionary holds once."""
+    """Return 2,000 rows with a text of a megabyte, which a dictionary holds once."""
     indices = pyarrow.array([0] * 2000, pyarrow.int32())
     text = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * 1_000_000]))
     return _parquet(pyarrow.table({"text": text, "label": ["a"] * 2000}))
@@ -224,7 +224,7 @@ DATA = {
 
 
 def special(path) -> None:
-    """A pipe in the place of a file: whoever reads it waits."""
+    """Make a pipe in place of a file: whoever reads it waits."""
     os.mkfifo(path)
 
 

@@ -1,4 +1,4 @@
-"""Model folders that reach for code and files or that are beyond all bounds, for test_hostile_input.py."""
+"""Model folders that name code and files or exceed all limits, for test_hostile_input.py."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from tests.conftest import BERT
 
 
 def settings(name="config.json", **changes):
-    """Changes of a JSON file of the folder."""
+    """Change settings of a JSON file of the folder."""
 
     def change(folder: Path) -> None:
         path = folder / name
@@ -43,7 +43,7 @@ def device(name: str):
 
 
 def index(weight_map):
-    """The weights' index in the place of the weights, which lie above the folder."""
+    """Put an index in place of the weights, which are above the folder."""
 
     def change(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")

@@ -113,7 +113,7 @@ YAML = {
 
 
 def _edit(name, old, new):
-    """A text file of the model's folder with something replaced."""
+    """Replace a part of a text file of the model's folder."""
 
     def change(folder):
         path = folder / name
@@ -145,7 +145,7 @@ def _overwritten(data):
 
 
 def _pickled(folder):
-    """As older models come: a pickle, which can run any code when it is read."""
+    """Save the weights as older models do: as a pickle, which can run any code when it is read."""
     import torch
     from safetensors.torch import load_file
 
@@ -298,7 +298,7 @@ def test_folders_of_sentence_encoders(config, refused, models_dir, tmp_path, cas
 
 
 def test_the_config_without_mistakes_is_not_refused(config):
-    """Else the tests above could be refused for a reason that they share."""
+    """Otherwise the tests above might all be refused for one common reason."""
     from dsdistill.engine.prepare import prepare
 
     prepared = prepare(load([config()]), world_size=1)
@@ -392,7 +392,7 @@ def test_minilm_without_its_package(config, refused, monkeypatch):
 
 @contextlib.contextmanager
 def _nobody():
-    """Nothing is read-only to root: be nobody for the moment."""
+    """Become the user nobody for a moment, since nothing is read-only to root."""
     users = os.getresuid()
     if 0 in users:
         os.setresuid(65534, 65534, 0)
@@ -414,7 +414,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder, "there.json")
         there.touch(mode=0o444)
-        os.chmod(folder, 0o555)  # to be seen by nobody, too
+        os.chmod(folder, 0o555)  # so that the user nobody can read it
         with _nobody():
             for path in (there, Path(folder, "new.json")):
                 with pytest.raises(UserError, match=r"--json: got .*, which is read-only"):
@@ -423,7 +423,7 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 
 def _a_run(config, tmp_path, **changes):
-    """A run that began, with two checkpoints of one small file each, and its config."""
+    """Make a run that began, with two checkpoints of one small file each, and its config."""
     run, path = tmp_path / "run", config(changes)
     RunFolder(str(run)).open(load([path]))
     for step in (1, 2):
@@ -468,7 +468,7 @@ def test_checkpoints(config, refused, tmp_path, case):
 
 
 def test_a_huge_line_is_read(config, tmp_path):
-    """Of any format; the tokenizer cuts it."""
+    """This holds for every format; the tokenizer truncates the line."""
     text = "the sum " * 400_000
     files = {
         "tsv": f"{HEADER}{text}\ta\nsum\tb\n",

@@ -1,4 +1,4 @@
-"""The benchmark of the data: its table is complete, and its figures are of what they say."""
+"""The benchmark of the data has a complete table, and its figures measure what they say."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_every_form_has_its_row(tmp_path, tokenizer_dir, capsys):
     whole, _, paragraphs, _, one = found["rows"]
     copies = whole["documents"]
     assert paragraphs["documents"] in (2 * copies, 2 * copies - 1) and one["documents"] == 1
-    # The same words, in ids of two bytes, and what begins and ends each document.
+    # The same words, in ids of two bytes, plus the tokens that begin and end each document.
     assert whole["tokens"] - copies == paragraphs["tokens"] - paragraphs["documents"] == one["tokens"] - 1
     assert one["bytes_per_token"] < 2.5 < paragraphs["bytes_per_token"]
     assert found["large"]["documents"] == 3000 and found["large"]["tokens"] > 1_000_000

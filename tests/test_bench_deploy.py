@@ -1,4 +1,4 @@
-"""The benchmark of deployed models: every contender has its row, and a limit of memory is a limit."""
+"""The benchmark of deployed models has a row for every contender, and it keeps to a limit of memory."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from dsdistill.bench import deploy
 
 @pytest.fixture(scope="module")
 def run(models_dir, data_dir, tmp_path_factory):
-    """A run of one step with a teacher of 4 layers and a student of 2."""
+    """Do a run of one step with a teacher of 4 layers and a student of 2."""
     folder = tmp_path_factory.mktemp("deployed")
     change = {"terms": {"task": {}, "soft_label": {}}, "train.steps": 1}
     run_configs([write(folder, merge(small_run(models_dir, data_dir, folder), change), "run")], ranks=1)
@@ -26,7 +26,7 @@ def run(models_dir, data_dir, tmp_path_factory):
 
 
 def test_every_contender_has_its_row_and_who_does_not_fit_is_named(run, tmp_path, capsys):
-    """PyTorch needs more than 96 MiB of its own; a tiny graph on ONNX Runtime, without torch, does not."""
+    """PyTorch alone needs more than 96 MiB; a tiny graph on ONNX Runtime, without torch, needs less."""
     table, picture = tmp_path / "deploy.json", tmp_path / "deploy.png"
     options, chosen = {"threads": 1, "batch": 4, "examples": 3}, ["int8", "onnx", "pytorch"]
     arguments = {"memory": "96MiB", "json_path": table, "plot_path": picture}

@@ -1,4 +1,4 @@
-"""The benchmark of loading: its table is complete, and what must be kept is counted from the files."""
+"""The benchmark of loading has a complete table, and counts what must be kept from the files."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_every_way_of_loading_has_its_rows(tmp_path, capsys):
     assert loading.run_load(options=TINY, json_path=table) in (
         0,
         1,
-    )  # so small a model is less than what a rank adds
+    )  # the model is smaller than what a rank adds itself
     found = json.loads(table.read_text())
     kinds = ["sharded", "sharded", "replicated", "replicated", "cut", "student", "student"]
     assert [row["kind"] for row in found["rows"]] == kinds

@@ -1,4 +1,4 @@
-"""The benchmark of the whole step: its contenders compute what they claim, and its table is complete."""
+"""The contenders of the benchmark of the whole step compute what they claim, and its table is complete."""
 
 import json
 
@@ -37,11 +37,11 @@ def test_intervals_of_a_median():
     assert step.interval([float(i) for i in range(30)]) == (
         9.0,
         20.0,
-    )  # ranks 10 and 21 of 30, as tables have it
+    )  # ranks 10 and 21 of 30, as in statistical tables
 
 
 def test_rows_reach_the_terms():
-    """With the draws of one seed the loss is another than that of all rows, and shorter sequences have all."""
+    """With the draws of one seed the loss differs from that of all rows; shorter sequences use all rows."""
     losses = {}
     for rows in (0, 3):
         _, loss = make("pairwise", Sizes(**TINY, rows=rows), 2, "float32", HERE)
@@ -52,14 +52,14 @@ def test_rows_reach_the_terms():
 
 
 def test_eager_computes_the_loss_of_the_attention_level():
-    """Otherwise the two would not be worth comparing."""
+    """Otherwise comparing the two would mean nothing."""
     sizes = Sizes(**TINY)
     batch = sizes.batch(16, HERE)
     found = []
     for arm in ("attention", "eager"):
         module, loss = make(arm, sizes, 2, "float32", HERE)
         model = getattr(module, "model", module)
-        with torch.no_grad():  # peaked attention, or its share of the loss is lost in the others
+        with torch.no_grad():  # peaked attention, since otherwise its part of the loss is too small to see
             for name, parameter in model.named_parameters():
                 if ".query." in name or ".key." in name:
                     parameter.mul_(10)
@@ -77,10 +77,10 @@ def test_textbrewer_runs():
 
 
 def test_memory_of_the_levels(monkeypatch):
-    """2 → 1 layers of width 384 at 64 to 512 tokens: what the table promises, with room for other machines."""
+    """With 2 → 1 layers of width 384 at 64 to 512 tokens the table's claims hold, with a margin for other machines."""
     monkeypatch.setenv(
         "CUDA_VISIBLE_DEVICES", ""
-    )  # the table is of a CPU; the measuring process has no other then
+    )  # the table was measured on a CPU, so the measuring process gets no GPU
     monkeypatch.setattr(step.operators, "device", lambda: "cpu")
     sizes = Sizes(teacher=2, student=1)
     points = step.points(sizes)

@@ -1,4 +1,4 @@
-"""The command line as processes and run folders see it; what is refused otherwise: test_bad_input.py."""
+"""The command line is tested through processes and run folders; for other refusals see test_bad_input.py."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from tests.test_disk import PLACES
 CODE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-# A command of the body's, in a process where a thread of torch's wants the interpreter as it ends.
+# Run a given body as a command while a thread of torch's waits for the interpreter at the end of the process.
 ENDING = """
 import sys
 from dsdistill import cli
@@ -50,7 +50,7 @@ ENDINGS = {
 
 
 def command(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    """python -m dsdistill ARGUMENTS, as a user types it."""
+    """Run python -m dsdistill ARGUMENTS, as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "dsdistill", *map(str, arguments)],
         env=os.environ | CODE | variables,
@@ -63,7 +63,7 @@ def command(*arguments: object, **variables: str) -> subprocess.CompletedProcess
 
 @pytest.fixture
 def used(config, tmp_path):
-    """A folder in which a run began: it has a checkpoint, if a damaged one."""
+    """Return a folder in which a run began: it has a checkpoint, though a damaged one."""
     RunFolder(str(tmp_path / "run")).open(load([config()]))
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     return tmp_path / "run"
@@ -78,7 +78,7 @@ class TestRunFolder:
     @pytest.mark.parametrize("place", PLACES)
     def test_in_an_impossible_place(self, config, refused, tmp_path, place):
         make, wanted = PLACES[place]
-        if place != "half a character":  # YAML cannot hold one
+        if place != "half a character":  # YAML cannot hold half a character
             line = refused("train", config({"run.dir": make(tmp_path)}))
             assert "run.dir: got " in line and wanted in line
 
@@ -103,7 +103,7 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("begun", [False, True])
     def test_what_a_failed_start_prepared_is_made_again(self, config, tmp_path, begun):
-        """It may come from another teacher or other data; what a run that goes on prepared stays."""
+        """It may come from another teacher or other data; what a continuing run prepared stays."""
         folder = RunFolder(str(tmp_path / "run"))
         folder.open(load([config()]))
         for name in KEPT:
@@ -125,7 +125,7 @@ class TestRunFolder:
         )
 
     def test_a_project_with_a_config_of_its_own_is_no_run_folder(self, config, refused, tmp_path):
-        """`train config.yaml run.dir=.` removes nothing there and writes over nothing; `refused` looks."""
+        """`train config.yaml run.dir=.` removes and overwrites nothing there; `refused` checks this."""
         for name in ("init/notes", "stages/plan.md", "representations/talk.md"):
             path = tmp_path / name
             path.parent.mkdir()
@@ -144,7 +144,7 @@ class TestRunFolder:
         assert (tmp_path / "run" / "slurm-1.out").read_text() == "started"
 
     def test_of_before_there_were_markers(self, config, refused, tmp_path):
-        """A checkpoint's manifest tells; what began and has none is refused, and its own line says how to go on."""
+        """The manifest of a checkpoint marks a run. Without one it is refused, and the line says how to continue it."""
         folder = RunFolder(str(tmp_path / "run"))
         folder.open(load([config()]))
         folder.release()
@@ -178,7 +178,7 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("key", ["student.path", "teacher.path", "data.tokenizer"])
     def test_what_it_is_to_read_lies_in_it(self, config, refused, models_dir, tmp_path, key):
-        """A start that failed would have removed it."""
+        """Otherwise a failed start would remove it."""
         RunFolder(str(tmp_path / "run")).open(load([config()]))
         shutil.copytree(models_dir / "student", tmp_path / "run" / "init")
         line = refused("train", config({key: str(tmp_path / "run" / "init")}))
@@ -238,7 +238,7 @@ class TestRunFolder:
 
 
 class TestProcess:
-    """A few through a process of their own."""
+    """Some cases run in a process of their own."""
 
     def test_help_and_version(self):
         for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["export", "--help"], []):
@@ -276,7 +276,7 @@ class TestProcess:
 
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_ends_with_its_code_while_torch_waits_for_the_interpreter(self, ending):
-        """Left to the interpreter, each of these ends in SIGABRT."""
+        """If the interpreter ended them, each of these would end in SIGABRT."""
         body, code, told = ENDINGS[ending]
         done = subprocess.run(
             [sys.executable, "-c", ENDING.format(body=body)],
@@ -318,7 +318,7 @@ class TestProcess:
             assert subprocess.run(["bash", "-c", line], env=os.environ | CODE, check=False).returncode == 0
 
     def test_onto_a_full_disk(self, config):
-        """The output is lost, and the exit code and one line say so."""
+        """The output is lost; the exit code and one line say so."""
         path = config()
         line = "dsdistill: output cannot be written: the disk is full (No space left on device)\n"
         for words, code, told in (

@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, through no link, with the umask's modes; what is removed was ours."""
+"""Files appear whole or not at all, through no link, with the umask's modes; only our files are removed."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from dsdistill.config import UserError
 
 @pytest.fixture
 def small(tmp_path):
-    """A disk of 256 KiB."""
+    """Mount a disk of 256 KiB."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -36,7 +36,7 @@ def modes(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_modes_are_the_umasks(tmp_path, umask):
-    """Of safetensors too, which makes files for their owner alone."""
+    """This includes safetensors, which makes files that only their owner may read."""
     before = os.umask(umask)
     try:
         with disk.replacing(tmp_path / "a.safetensors") as name:
@@ -96,7 +96,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_full_disk_is_called_that(small, writer):
-    """Whatever type of error a library tells of it by."""
+    """The message is the same for every type of error by which a library reports it."""
     with (
         pytest.raises(disk.Unwritable, match=r"^\S+/out cannot be written: the disk is full"),
         disk.replacing(small / "out") as name,

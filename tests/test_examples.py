@@ -1,4 +1,4 @@
-"""launch/examples: each runs as typed, in few steps, and is short enough to be read at once."""
+"""Each script of launch/examples runs as typed, in few steps, and is short enough to be read quickly."""
 
 import importlib
 import json
@@ -40,7 +40,7 @@ def test_is_short(path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_own_loop(tmp_path, ranks):
-    """It learns, alone and under torchrun, and leaves a plain model."""
+    """The student learns, alone and under torchrun, and is saved as a plain model."""
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--standalone"]
@@ -75,7 +75,7 @@ def test_operators():
 
 
 def test_new_term(settings, tmp_path):
-    """As a plugin of a config: trained, logged, resumed and exported like any other term."""
+    """As a plugin of a config the term is trained, logged, resumed and exported like any other term."""
     settings["terms"] = {"length": {"weight": 0.5}}
     settings["plugins"] = ["new_term"]
     settings["train"] |= {"steps": 8, "learning_rate": 5e-3}

@@ -1,4 +1,4 @@
-"""Whatever the config loader and the data readers are given, they take it or refuse it in one line."""
+"""The config loader and the data readers accept or refuse any input in one line."""
 
 import contextlib
 import gzip
@@ -36,7 +36,7 @@ SCALARS = st.one_of(
     st.integers(-3, 2**70),
     st.floats(),
     st.text(max_size=8),
-    st.integers(300, 420).map(lambda digits: 10**digits),  # up to beyond all floats
+    st.integers(300, 420).map(lambda digits: 10**digits),  # numbers too large for a float, too
     st.sampled_from(["\ud800", "ab\udfff", "9" * 5000]),  # halves of a character; digits that int() refuses
     st.sampled_from(
         ["uniform", "files", "docstrings", "auto", "bert", "x.tsv", "${run.name}", "${nowhere}", "???"]
@@ -59,7 +59,7 @@ RIGHT = {
 
 
 def right(annotation: object) -> st.SearchStrategy:
-    """Mostly values of a field's type."""
+    """Mostly generate values of a field's type."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation in RIGHT:
         return RIGHT[annotation]
@@ -75,14 +75,14 @@ def right(annotation: object) -> st.SearchStrategy:
 
 
 def like(section: type[AnySection]) -> st.SearchStrategy[dict]:
-    """Mappings with a few of the section's keys, one value in sixteen of any kind."""
+    """Generate mappings with a few of the section's keys; one value in sixteen is of any kind."""
     fields = {name: right(field.annotation) for name, field in section.model_fields.items()}
     anyhow = {name: st.one_of(*[fields[name]] * 15, VALUES) for name in fields}
     some = st.sets(st.sampled_from(sorted(fields)), max_size=3)
     return some.flatmap(lambda names: st.fixed_dictionaries({name: anyhow[name] for name in sorted(names)}))
 
 
-# What a config needs, so that the rest decides.
+# The required settings, so that the other settings decide.
 CONFIGS = like(Config).map(lambda found: {"student": {"path": "x"}} | found)
 
 
@@ -179,7 +179,7 @@ def test_data_files(tmp_path, tokenizer, suffix, content, task):
 
 
 def examples(path: Path, content: bytes, task: str, tokenizer) -> Splits | None:
-    """What a run would train on; None where it refuses, in one line that names the file."""
+    """Return the examples of a run, or None if it refuses them in one line that names the file."""
     path.write_bytes(content)
     section = Section(source="files", train=str(path), dev=str(path), cache=str(path.parent), max_length=8)
     try:
@@ -196,7 +196,7 @@ def tokenizer(tokenizer_dir):
 
 
 def test_data_files_are_accepted_too(tmp_path, tokenizer):
-    """Of each task."""
+    """Some are accepted for each task."""
     accepted = dict.fromkeys(TASKS, 0)
 
     @FUZZ
@@ -209,7 +209,7 @@ def test_data_files_are_accepted_too(tmp_path, tokenizer):
 
 
 def test_configs_are_accepted_too():
-    """Else the tests above would only ever see refusals."""
+    """Otherwise the tests above would only see refusals."""
     accepted = set()
 
     @FUZZ

@@ -1,4 +1,4 @@
-"""launch/gpu_check.sh, as far as that goes without a GPU: its parts in tiny form, and what a failure does."""
+"""launch/gpu_check.sh is tested as far as possible without a GPU: its parts in tiny form, and failures."""
 
 import contextlib
 import importlib.metadata
@@ -32,7 +32,7 @@ triton = pytest.mark.skipif("triton" not in available_backends(), reason="Triton
 
 def run(*arguments: object, **variables: object) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["DSDISTILL_NATIVE"] = "0"  # the build's own time is spent by the installation
+    environment["DSDISTILL_NATIVE"] = "0"  # building takes time, and the installation tests it already
     environment |= {key: str(value) for key, value in variables.items()}
     command = ["bash", str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
@@ -59,7 +59,7 @@ def test_a_part_in_tiny_form(tmp_path):
 
 @triton
 def test_operators_in_tiny_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", torch.compile)  # a dry run puts another in its place
+    monkeypatch.setattr(torch, "compile", torch.compile)  # a dry run replaces it
     monkeypatch.setattr(
         check_operators.operators, "checked", lambda *given: None
     )  # tests/ops has these checks
@@ -74,7 +74,7 @@ def test_operators_in_tiny_form(tmp_path, monkeypatch):
     rows = read(tmp_path / "kernels.json")
     # The sweeps' kernels are those whose tiles are compiled ahead, by the names that they are launched under.
     assert [tuple(row["kernels"]) for row in rows] == [check_operators.PLAN_KERNELS["sweeps"], ("rows",)]
-    for row in rows:  # how long each took is the machine's affair: the arithmetic has a test of its own
+    for row in rows:  # times depend on the machine; the arithmetic has a test of its own
         assert all(kernel["seconds"] > 0 for kernel in row["kernels"].values())
         assert row["seconds"] > 0 and row["host_seconds"] > 0
     few = [check_operators.ATTENTION[3], check_operators.OTHERS[0], check_operators.VOCABULARY[0]]
@@ -95,7 +95,7 @@ def test_operators_in_tiny_form(tmp_path, monkeypatch):
 
 
 def test_kernel_seconds_are_those_of_one_call(monkeypatch):
-    """Laps by hand: a call that launches `rows` twice, a quarter and half a second, and `columns` once."""
+    """Laps by hand: one call launches `rows` twice, for a quarter and half a second, and `columns` once."""
 
     @contextlib.contextmanager
     def laps(device):
@@ -118,7 +118,7 @@ def test_kernel_seconds_are_those_of_one_call(monkeypatch):
 
 
 def test_every_bench_can_be_made():
-    """In small, so that a name that is wrong shows here and not on a GPU."""
+    """The benches are small; a wrong name must show here and not on a GPU."""
     for benches in check_operators.BENCHES.values():
         small = check_operators.in_small(benches)
         assert 3 <= len(small) <= len(benches)
@@ -130,7 +130,7 @@ def test_every_bench_can_be_made():
             assert set(bench.backends) <= set(check_operators.operators.CONTENDERS)
         for bench in benches:
             assert "triton" in bench.backends
-            assert "chunked" in bench.backends or bench.options["tokens"] > 8192  # whose rows make no record
+            assert "chunked" in bench.backends or bench.options["tokens"] > 8192  # their rows make no record
             known = bench.options.get("relation") or bench.options.get("divergence")
             assert known is None or known in bench.variant
     judged = {
@@ -200,7 +200,7 @@ def test_budgets_leave_nine_minutes_for_each_part():
 
 
 def test_only_what_a_record_can_name_is_verified(monkeypatch):
-    """With every backend at hand, as on a GPU."""
+    """Every backend is available, as on a GPU."""
     monkeypatch.setattr(verify, "interpreting", lambda: False)
     monkeypatch.setattr(verify, "available_backends", lambda: ["reference", "chunked", "triton", "cuda"])
     tasks, cases = check_correctness.tasks(False), verify.all_cases()
@@ -220,7 +220,7 @@ def test_only_what_a_record_can_name_is_verified(monkeypatch):
 
 
 def bench(goals: list[str], times: dict[str, float], memory: float | None = None, **options) -> dict:
-    """A row as the operators' steps write it. times: seconds by backend."""
+    """Return a row as the operators' steps write it. times: seconds by backend."""
     rows = [
         {"backend": name, "both": both, "forward": both / 3, "memory_mib": memory, "roofline": 0.5}
         | {

@@ -1,6 +1,6 @@
-"""Files of others that expand, never end, or reach for code, files and the network: one line for each.
+"""Foreign files that expand, never end, or name code, files and the network give one line each.
 
-What is no mistake but reaches out (a kernel that a config.json names, an image in a column that nobody reads) runs in
+Valid input that reaches outside (a kernel that a config.json names, an image in a column that nobody reads) runs in
 a process that notes every file and socket it opens.
 """
 
@@ -26,7 +26,7 @@ from tests.mistakes_files import DATA, OVERRIDES, YAML
 from tests.mistakes_models import CONFIG_JSON, CONFIGS, FOLDERS, TOKENIZERS
 from tests.test_bad_input import _all, _holds
 
-SECONDS = 60  # a refusal takes under a second, and on a busy machine some; what does not end takes longer
+SECONDS = 60  # a refusal takes under a second, on a busy machine a few; what never ends takes longer
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_yaml(refused, tmp_path, case):
     _holds(refused("train", "broken.yaml"), ["broken.yaml", *parts])
     if (
         "interpolation" not in case and "digits" not in case
-    ):  # which a plan has none of, and whose numbers are free
+    ):  # a plan has no such settings, and its numbers are free
         _holds(refused("compare", "broken.yaml"), ["broken.yaml", *parts])
 
 
@@ -116,7 +116,7 @@ def test_a_thousand_layers_of_the_teacher(config, refused):
 
 
 def test_the_largest_file_is_no_part_of_a_run(config, tmp_path):
-    """It may change when a run goes on."""
+    """`data.max_file` may change when a run resumes."""
     before, after = load([config()]), load([config({"data.max_file": "1GB"})])
     from dsdistill.config import dump
 
@@ -149,7 +149,7 @@ print(json.dumps([seen, sorted(used), str(teacher.dtype), prepared.data.labels])
 
 
 def test_nothing_outside_is_touched(config, models_dir, tmp_path):
-    """A config.json that names kernels, code and types of its own; columns of images, sounds and nested ones."""
+    """A config.json names kernels, code and types of its own; columns have images, sounds and nested values."""
     names = ("planted.png", "planted.wav", "planted.json", "planted_code.py")
     for name in names:
         (tmp_path / name).write_text("open('/tmp/owned', 'w')")
@@ -218,7 +218,7 @@ def test_nothing_outside_is_touched(config, models_dir, tmp_path):
 
 
 def test_a_column_that_is_missing_is_told_from_all(config, refused, tmp_path):
-    """Those too that were not read."""
+    """The message names all columns, even those that were not read."""
     path = tmp_path / "dev.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"txt": ["the sum"], "label": ["a"]}), path)
     _holds(refused("train", config({"data.dev": str(path)})), ["no column 'text'", "txt"])
@@ -231,12 +231,12 @@ def test_there_are_many_kinds():
 
 
 def test_every_family_as_the_library_has_it_is_let_through():
-    """The limits are those of no real model: defaults count from the end, or write 0 or -1 for none."""
+    """No real model exceeds the limits: defaults count from the end, or have 0 or -1 for none."""
     refused, tried = {}, 0
     for kind, made in CONFIG_MAPPING.items():
         try:
             settings = made().to_dict()
-        except Exception:  # of any type: some families need another package, or parts that are given
+        except Exception:  # of any type: some families need another package or given parts
             continue
         tried += 1
         try:
@@ -249,13 +249,13 @@ def test_every_family_as_the_library_has_it_is_let_through():
 
 @pytest.mark.parametrize("text", ["${oc.select:a.b}", "${a.${b}}", "${oc.env:A,${b}}", "${x:1}"])
 def test_interpolations_of_other_kinds_are_refused(config, refused, text):
-    """Their sizes are not counted; plain ones and the environment's are."""
+    """Their sizes are not counted; those of plain interpolations and of the environment are."""
     line = refused("train", config({"run.name": text}))
     assert "run.name: got an unsupported interpolation, expected ${KEY}, ${oc.env:NAME}" in line
 
 
 def test_what_lies_beside_a_model_is_not_read(config, models_dir, tmp_path):
-    """Large texts, folders with a tokenizer file's name; shards may be links to another disk."""
+    """There are large texts and folders with a tokenizer file's name; shards may be links to another disk."""
     from dsdistill.engine.prepare import prepare
 
     path = shutil.copytree(models_dir / "teacher", tmp_path / "teacher")

@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, what importing costs, how long files are; and that configs load."""
+"""The structure of the package: who imports whom, what importing costs, how long files are; and configs load."""
 
 import ast
 import gzip
@@ -49,7 +49,7 @@ ARROWS = {
     "ops": {"_C"},  # the native extension
     "config": set(),
     "__main__": {"cli"},
-    "__init__": {"alignment.terms", "config", "distiller", "engine", "terms"},  # looked up when asked for
+    "__init__": {"alignment.terms", "config", "distiller", "engine", "terms"},  # imported only when asked for
 }
 LONGEST = 500  # lines of a file
 
@@ -59,7 +59,7 @@ def folder_of(path: Path) -> str:
 
 
 def imports(path: Path) -> list[str]:
-    """Modules that a file imports anywhere, also inside functions, by their full names."""
+    """Return the full names of the modules that a file imports anywhere, also inside functions."""
     found = []
     here = [*path.relative_to(ROOT).with_suffix("").parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -112,7 +112,7 @@ def test_deepspeed_is_imported_in_one_place():
 
 
 def test_importing_the_package_is_light():
-    """Neither CUDA nor DeepSpeed; --help does not even need torch."""
+    """It imports neither CUDA nor DeepSpeed; --help does not even need torch."""
     script = (
         "import json, sys; import dsdistill, dsdistill.cli; light = sorted(sys.modules);"
         "import dsdistill.ops, dsdistill.alignment.objective, dsdistill.models.probe, dsdistill.data;"
@@ -128,9 +128,9 @@ def test_importing_the_package_is_light():
 
 
 OPERATOR_PARTS = {"reference", "chunked", "native", "op", "triton_plan", "triton_kernel"}  # files of ops/*/
-# One word for one thing in several places: where each stands.
+# One thing may have one name in several places; these are the places.
 SAME_THING = {
-    # The levels that are compared: a folder of the operator, and a file of the term that calls it.
+    # What is compared: a folder for the operator, and a file for the term that calls it.
     **{
         level: {f"ops/{level}", f"alignment/terms/{level}"}
         for level in ("attention", "hidden", "pairwise", "soft_label")
@@ -141,7 +141,7 @@ SAME_THING = {
 
 
 def test_a_name_means_one_thing():
-    """A file or folder of the package has a name of its own, so that the name alone says which one is meant."""
+    """A file or folder of the package has a unique name, so that the name alone says which one is meant."""
     places: dict[str, set[str]] = {}
     for path in {*FILES, *(path.parent for path in FILES)} - {PACKAGE}:
         part = path.parent.parent == PACKAGE / "ops" and path.stem in OPERATOR_PARTS
@@ -171,7 +171,7 @@ def test_no_file_is_long():
 ALL = sorted((ROOT / "configs").rglob("*.yaml"))
 COMPARISONS = [path for path in ALL if path.parent.name == "reproduce"]
 CONFIGS = [path for path in ALL if path not in COMPARISONS]
-# Fragments that follow another config.
+# Fragments that are given after another config.
 AFTER = {
     "deepspeed/": "configs/quickstart.yaml",
     "quickstart/": "configs/quickstart.yaml",
@@ -208,7 +208,7 @@ def _made_data(sources: list[str], folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_config_loads_through_the_command_line(path, monkeypatch, capsys, tmp_path):
-    """Its data files, as it names them, are made up: the dry run looks for them and their columns."""
+    """The data files that it names are made up, since the dry run looks for them and their columns."""
     sources = [path]
     place = f"{path.parent.name}/{path.name}"
     base = next((base for start, base in AFTER.items() if place.startswith(start)), None)
@@ -254,7 +254,7 @@ def test_the_quickstart_is_there():
 
 
 def test_the_readme_shows_the_tree_as_it_is():
-    """Every folder and every module of the package's top, each in a line of its own, and none that is not there."""
+    """Every folder and module at the package's top has a line of its own, and no other name has one."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tree = text.split("## The tree")[1].split("```")[1]
     inside = tree.split("dsdistill/\n")[1].split("\nconfigs/")[0]

@@ -1,4 +1,4 @@
-"""The launch scripts: what they say when misused, and that they are valid shell."""
+"""The launch scripts are valid shell, and say in one line how they were misused."""
 
 import os
 import re
@@ -54,7 +54,7 @@ def test_node_without_gpu_is_one_line(tmp_path):
 
 
 def test_quickstart_counts_no_gpus_without_nvidia_smi():
-    """A pipeline that fails under pipefail would end the script silently after its set-up."""
+    """Under pipefail a failing pipeline would end the script silently after its set-up."""
     line = next(
         line for line in (LAUNCH / "quickstart.sh").read_text().splitlines() if line.startswith("gpus=")
     )

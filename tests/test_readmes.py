@@ -1,6 +1,6 @@
-"""The pages of this repository: their links, their blocks of code, and the tables that are to be complete.
+"""The pages of this repository: their links, their blocks of code, and tables that must be complete.
 
-Blocks run, but those under a marker: they need a GPU, the hub or minutes, and are parsed instead.
+Blocks run, except those under a marker: these need a GPU, the hub or minutes, and are only parsed.
 """
 
 import importlib.util
@@ -41,19 +41,19 @@ PAGES = sorted(
 )
 MARKERS = ("gpu", "hub", "minutes")
 TUTORIAL = "launch/examples/README.md"
-# Where blocks without a marker may stand, since the tests below run them there.
+# Pages that may have blocks without a marker, since the tests below run those blocks.
 RUN = {
     "bash": {TUTORIAL},
     "python": {TUTORIAL, "README.md", "dsdistill/README.md"},
     "yaml": {"README.md", "configs/README.md"},
     "json": {"dsdistill/bench/results/README.md"},
 }
-KNOWN = {"source", "pip", "pre-commit", "ruff", "mypy", "mkdir", "cat", "curl", "kill"}  # nothing of ours
+KNOWN = {"source", "pip", "pre-commit", "ruff", "mypy", "mkdir", "cat", "curl", "kill"}  # other programs
 LINK = re.compile(r"(?:\]\(|src=\"|srcset=\")([^)\"\s]+)")
 
 
 class Block(NamedTuple):
-    """Hold a fenced block: its page, its language, the marker above it, its text."""
+    """Block holds a fenced block: its page, its language, the marker above it, its text."""
 
     page: str
     language: str
@@ -117,7 +117,7 @@ def test_yaml_loads(block, tmp_path):
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Yield the words of each command of a script: without its variables, comments, pipes and texts in place."""
+    """Yield the words of each command of a script, without variables, comments, pipes and here-documents."""
     text = re.sub(r"<<'(\w+)'\n.*?\n\1\n", "\n", text, flags=re.DOTALL).replace("\\\n", " ")
     for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
@@ -135,7 +135,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def check_ours(words: list[str]) -> None:
-    """Parse a command of dsdistill; settings that are there load, with what follows them."""
+    """Parse a command of dsdistill; if its first setting is a file, load it with the settings after it."""
     group = typer.main.get_command(cli.app)
     assert words and words[0] in group.commands, words
     context = group.commands[words[0]].make_context(words[0], list(words[1:]))
@@ -162,7 +162,7 @@ def check_module(words: list[str]) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """Fail for a command, an option or a file that is not there."""
+    """Fail if a command, an option or a file does not exist."""
     name, rest = words[0], words[1:]
     if name == "dsdistill":
         check_ours(rest)
@@ -260,7 +260,7 @@ def write_data(folder: Path) -> None:
 
 
 def test_configs_train(tmp_path, tokenizer_dir):
-    """Each config of the pages trains a student of small teachers on small files, two steps of a few short texts."""
+    """Each config of the pages trains a student of small teachers on small files: two steps of a few short texts."""
     write_data(tmp_path / "data")
     bert(tmp_path / "classification", tokenizer_dir)
     llama(tmp_path / "causal_lm", tokenizer_dir)
@@ -295,7 +295,7 @@ def python_of(page: str) -> str:
 
 
 def test_the_loop_of_the_readme_runs(tmp_path, tokenizer_dir, monkeypatch):
-    """It changes the student and leaves the teacher as it is."""
+    """The loop changes the student and leaves the teacher as it is."""
     bert(tmp_path / "teacher", tokenizer_dir)
     teacher, student = (
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "teacher", num_hidden_layers=depth)
@@ -328,7 +328,7 @@ def test_the_operators_example_runs():
 
 
 def test_the_tutorial_as_typed(tmp_path):
-    """Every block in its order in one shell, on fewer texts and steps, ends with an answer of the served student."""
+    """All blocks run in order in one shell, on fewer texts and steps, and end with an answer of the served student."""
     for name in ("configs", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     port = free_port()
@@ -362,7 +362,7 @@ def test_the_tutorial_as_typed(tmp_path):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    """Files that a page links to are there, and so are the headings behind a #."""
+    """Files that a page links to exist, and so do the headings behind a #."""
     text = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
     for link in LINK.findall(text):
         if link.startswith(("http://", "https://")):
@@ -378,7 +378,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_are_there(page):
-    """Whole paths in backquotes, from the root; NAME and the like stand for any."""
+    """These are paths in backquotes from the root; NAME and the like stand for any name."""
     for name in re.findall(r"`((?:configs|csrc|dsdistill|launch|tests)/[\w./-]+\.\w+)`", text_of(page)):
         assert re.search("[A-Z]{3}", Path(name).name) or (ROOT / name).exists(), name
 
@@ -388,7 +388,7 @@ def test_the_first_screen_is_short():
 
 
 def reads(path: Path) -> bool:
-    """Return whether a file is source that may read a variable; this one only names some."""
+    """Return whether a file is source that may read a variable; this file only names some."""
     return (
         (path.suffix in (".py", ".sh", ".slurm", ".cpp", ".h", ".cu") or path.name == "run")
         and path.is_file()
@@ -397,7 +397,7 @@ def reads(path: Path) -> bool:
 
 
 def test_variables_of_the_environment_are_all_in_their_table():
-    """Every one that our files read is in the table, and none else; each is read by the files that it names."""
+    """The table has exactly the variables that our files read; each is read by the files that its row names."""
     ours = [
         path for name in ("dsdistill", "csrc", "launch", "tests", ".ci") for path in (ROOT / name).rglob("*")
     ]
@@ -426,7 +426,7 @@ def test_files_and_tests_of_papers_are_there(file, test):
 
 
 def test_every_term_has_its_paper():
-    """Each class of terms is the file of a row, and each preset of a method is named."""
+    """The file of each term has a row, and no row names another file of that folder."""
     named = {Path(file).name for file, _ in papers() if file.startswith("T/")}
     there = {path.name for path in (ROOT / "dsdistill/alignment/terms").glob("*.py")}
     assert named == there - {"__init__.py", "base.py"}

@@ -1,4 +1,4 @@
-"""What presets make of every recipe, and that the arms which recipes name in their comments can be typed."""
+"""Presets are put after every recipe, and the arms that recipes name in their comments can be typed."""
 
 import shlex
 from pathlib import Path
@@ -27,7 +27,7 @@ PRESETS = {
     "akl": [["soft_label"]],
     "logit_mse": [["task", "soft_label"]],
 }
-CLASSES = {"skew_kl", "akl"}  # divergences of distributions: scores have none
+CLASSES = {"skew_kl", "akl"}  # divergences of distributions, which scores do not have
 # Arms of one recipe's ablation.
 ARMS = {
     ("domain_none", "domain_mapping"): [["task"]],
@@ -50,7 +50,7 @@ def preset(name: str) -> str:
 def test_a_preset_leaves_nothing_of_the_recipes_terms(name, recipe):
     found, alone = (after(base, preset(name)) for base in (recipe, "multi_level_small"))
     assert [list(stage.terms.named()) for stage in found.run_stages] == PRESETS[name]
-    # Nor of their weights and divergences, nor of the recipe's stages.
+    # Nothing is left of their weights and divergences, or of the recipe's stages.
     assert [stage.terms for stage in found.run_stages] == [stage.terms for stage in alone.run_stages]
     assert found.stages == alone.stages
     assert found.train.distill_weight == alone.train.distill_weight == (0.5 if name == "logits" else None)
@@ -59,10 +59,10 @@ def test_a_preset_leaves_nothing_of_the_recipes_terms(name, recipe):
 
 @pytest.mark.parametrize("recipe", ALL)
 def test_soft_labels_come_from_a_head_that_is_trained_first(recipe, monkeypatch):
-    """Published weights may have none for the task, or a random one, as hfl/chinese-roberta-wwm-ext-large has."""
+    """Published weights may have no head for the task, or a random one, like hfl/chinese-roberta-wwm-ext-large."""
     monkeypatch.chdir(RECIPES.parents[1])
     config = after(recipe)
-    if config.teacher.recipe is None:  # an instruct model, as it is published
+    if config.teacher.recipe is None:  # an instruct model, unchanged
         assert config.teacher.path.endswith("-Instruct") and config.data.layout == "template"
         return
     teacher = load([config.teacher.recipe])
@@ -70,7 +70,7 @@ def test_soft_labels_come_from_a_head_that_is_trained_first(recipe, monkeypatch)
     assert teacher.data.max_length == config.data.max_length
     if not recipe.endswith(
         "_small"
-    ):  # `plan` reads the shape without the hub, and it is the one that is trained
+    ):  # `plan` reads the shape without the hub; it must be that of the trained model
         assert teacher.student.config == config.teacher.config
         assert config.data.tokenizer == teacher.student.path
 
@@ -86,21 +86,21 @@ def test_an_arm_of_an_ablation(name, recipe, size):
 @pytest.mark.parametrize("recipe", ["multi_stage", "multi_level", "multi_stage_small", "multi_level_small"])
 @pytest.mark.parametrize("others", [[], ["stsb"]], ids=["classes", "scores"])
 def test_mixed_texts(recipe, others):
-    """presets/mixkd.yaml after recipes of classes, and of scores."""
+    """presets/mixkd.yaml follows recipes for classes and for scores."""
     config = after(recipe, preset("mixkd"), *map(preset, others))
     assert list(config.terms.named()) == ["task", "soft_label"] and config.data.mixup == 0.4
     assert config.terms.soft_label.divergence == "logit_mse" and len(config.run_stages) == 1
 
 
 def test_domains_that_are_weighed_by_the_gap():
-    """presets/ddk.yaml after domain_mapping_small: each source has a dev set of its name."""
+    """presets/ddk.yaml follows domain_mapping_small: each source has a dev set of its name."""
     config = after("domain_mapping_small", preset("ddk"))
     assert list(config.terms.named()) == ["task", "soft_label"] and config.data.sampler == "ddk"
     assert [part.name for part in config.data.train] == list(config.data.dev)
 
 
 def test_the_other_reading_of_structure():
-    """presets/learned_structure.yaml after multi_stage_small: its stages, with components in the place of pairs."""
+    """presets/learned_structure.yaml follows multi_stage_small: the same stages, with components instead of pairs."""
     first, second = after("multi_stage_small"), after("multi_stage_small", preset("learned_structure"))
     assert [stage.name for stage in second.run_stages] == [stage.name for stage in first.run_stages]
     for mine, other in zip(first.run_stages, second.run_stages, strict=True):
@@ -113,7 +113,7 @@ def test_the_other_reading_of_structure():
 @pytest.mark.parametrize("recipe", ["multi_stage_small", "multi_level_small"])
 @pytest.mark.parametrize("name", [None, *(name for name in PRESETS if name not in CLASSES)])
 def test_another_task_keeps_the_terms(name, recipe):
-    """presets/stsb.yaml after a recipe and a preset, as `compare` puts them."""
+    """presets/stsb.yaml follows a recipe and a preset, as in `compare`."""
     sources = [preset(name)] if name else []
     first, second = after(recipe, *sources), after(recipe, *sources, preset("stsb"))
     assert second.task == "regression" and second.data.subset == "stsb"
@@ -141,7 +141,7 @@ def test_an_arm_named_in_a_comment_can_be_typed(recipe, arm):
 
 @pytest.mark.parametrize("size", ["", "_small"])
 def test_a_sentence_encoder_learns_without_labels(size):
-    """The large one has pairs and their contrast; the small one scores against people, whose pairs are no contrast."""
+    """The large recipe contrasts pairs; the small one scores against people, whose pairs cannot be contrasted."""
     config = after(f"embedding{size}")
     assert config.task == "embedding" and config.rows == 2
     assert {"embedding", "hidden", "attention", "pkt"} <= config.terms.named().keys()

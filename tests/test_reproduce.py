@@ -1,4 +1,4 @@
-"""The plans of the five methods' tables and figures: each one's first cell trains, on small data and small teachers."""
+"""Plans of the five methods' tables and figures: the first cell of each trains, on small data and teachers."""
 
 import gzip
 import json
@@ -46,7 +46,7 @@ leave()
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    """Write rows as the real files have them: gzip, TSV with a header or JSON Lines."""
+    """Write rows in the formats of the real files: gzip, TSV with a header or JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if ".tsv" in path.name:
         lines = ["\t".join(rows[0]), *("\t".join(map(str, row.values())) for row in rows)]
@@ -61,7 +61,7 @@ def chinese(rng: random.Random) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder of the sets that the plans read, 48 rows to train on and 16 to score, and a teacher for each."""
+    """Write the data sets of the plans, 48 rows to train on and 16 to score, and a teacher for each."""
     root, rng = tmp_path_factory.mktemp("data"), random.Random(0)
     for split, count in (("train", 48), ("dev", 16)):
         for name in ("sst2", "cola", "mrpc", "rte", "stsb"):
@@ -112,7 +112,7 @@ def _saved(model, tokenizer: str, folder: Path) -> None:
 
 
 def small(plan: str, sources: list[str], root: Path) -> list[str]:
-    """Return the sources of a cell with small data, few steps, and a teacher that is there."""
+    """Return the sources of a cell with small data, few steps, and an existing teacher."""
     base = " ".join(sources)
     if "multi_level" in base or "multi_stage" in base:
         of = "scores" if "stsb" in base else "classes"
@@ -136,7 +136,7 @@ def small(plan: str, sources: list[str], root: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(root):
-    """The folder of the runs of every plan's first cell, made by one process."""
+    """Run the first cell of every plan in one process; return the folder of the runs."""
     cells = {}
     for plan in PLANS:
         _, sources, _ = read_plan(f"configs/reproduce/{plan}.yaml")

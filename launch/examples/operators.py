@@ -2,7 +2,7 @@
 
     python launch/examples/operators.py [TOKENS]
 
-Each is a function of tensors that returns a scalar, and no tensor of size N × N or N × vocabulary is ever whole.
+Each is a function of tensors that returns a scalar, and no tensor of size N × N or N × vocabulary is ever held whole.
 """
 
 import sys

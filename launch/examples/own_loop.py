@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dsdistill import Distiller
 from dsdistill.models.build import locate
 
-ROWS, MICRO_BATCHES = 16, 2  # of a step, on each rank
+ROWS, MICRO_BATCHES = 16, 2  # rows and micro-batches of a step, on each rank
 out, steps, path = (sys.argv[1:] + ["20", "minilm"][len(sys.argv) - 2 :])[:3]
 rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 if ranks > 1:

@@ -1,4 +1,4 @@
-"""Prints, as JSON, the MiB that this process needs at most for one step of each term that is named.
+"""Print, as JSON, the peak memory in MiB of this process for one step of each term that is named.
 
 python memory_worker.py CASE BACKEND [CASE BACKEND ...]
 """
@@ -14,10 +14,10 @@ from tests.alignment.test_memory import LENGTHS, VOCABULARY
 
 
 def peak(case: str, backend: str) -> float:
-    Synthetic(case, (16, 9), 64, backend).loss().backward()  # libraries and thread pools are not the term's
+    Synthetic(case, (16, 9), 64, backend).loss().backward()  # loads libraries and thread pools
     synthetic = Synthetic(case, LENGTHS, VOCABULARY, backend)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     synthetic.loss().backward()
     return resident("VmHWM") - before

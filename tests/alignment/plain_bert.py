@@ -1,4 +1,4 @@
-"""What published losses read of a BERT, by hooks on its linear layers and the library's eager attention alone.
+"""Read from a BERT what published losses compare, with hooks on its linear layers and the library's eager attention.
 
 Nothing of dsdistill's capture, operators or terms is used here.
 """
@@ -25,7 +25,7 @@ class Seen:
 
 
 def look(model, batch) -> Seen:
-    """One forward pass with gradients; the model keeps its attention implementation."""
+    """Run one forward pass with gradients; the model keeps its attention implementation."""
     found = {"query": [], "key": [], "value": []}
     heads = model.config.num_attention_heads
     hooks = []
@@ -46,7 +46,7 @@ def look(model, batch) -> Seen:
 
 
 def row_kl(teacher_scores: Tensor, student_scores: Tensor, mask: Tensor) -> Tensor:
-    """(valid rows of all sequences and heads,) KL(teacher ‖ student) of softmaxed scores, each sequence unpadded."""
+    """Return (valid rows of all heads,) KL(teacher ‖ student) of softmaxed scores, each sequence unpadded."""
     rows = []
     for t, s, valid in zip(teacher_scores, student_scores, mask, strict=True):
         n = int(valid.sum())
@@ -56,7 +56,7 @@ def row_kl(teacher_scores: Tensor, student_scores: Tensor, mask: Tensor) -> Tens
 
 
 def relation(x: Tensor, heads: int | None = None) -> Tensor:
-    """X Xᵀ / √d of (B, H, N, D), or of its heads joined and split anew."""
+    """Return X Xᵀ / √d of (B, H, N, D), or of its heads joined and split anew."""
     if heads is not None:
         joined = x.transpose(1, 2).flatten(2)
         x = joined.unflatten(-1, (heads, -1)).transpose(1, 2)

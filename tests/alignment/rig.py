@@ -1,4 +1,4 @@
-"""Tiny real models under an objective, fed step by step as training does."""
+"""Run tiny real models under an objective, fed step by step as in training."""
 
 import copy
 from dataclasses import replace
@@ -34,7 +34,7 @@ def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Ba
     ids = ids.masked_fill(~mask, 0)
     if task == "causal_lm":
         labels = ids.masked_fill(~mask, NO_LABEL)
-    elif task == "masked_lm":  # every third token is to be predicted, each row's first among them
+    elif task == "masked_lm":  # every third token is to be predicted, including the first of each row
         chosen = mask & (torch.arange(width) % 3 == 0)
         labels = ids.masked_fill(~chosen, NO_LABEL)
         ids = ids.masked_fill(chosen, 61)
@@ -47,7 +47,7 @@ def make_batch(task: str, lengths=LENGTHS, width: int = 14, seed: int = 0) -> Ba
 
 
 def make_spans(lengths) -> torch.Tensor:
-    """Words of 1, 2, 1, 2, … tokens from the second token on, phrases of 3 with a token between them."""
+    """Make words of 1, 2, 1, 2, … tokens from the second token on, and phrases of 3 with a token between them."""
     spans = []
     for row, length in enumerate(lengths):
         for kind, sizes, gap in ((WORD, (1, 2), 0), (PHRASE, (3,), 1)):
@@ -60,7 +60,7 @@ def make_spans(lengths) -> torch.Tensor:
 
 
 def rows(batch: Batch, chosen: list[int]) -> Batch:
-    """Some of its rows, cut to the longest of them."""
+    """Return some rows of a batch, cut to the longest of them."""
     width = max(2, int(batch.mask[chosen].sum(1).max()))
     labels = batch.labels[chosen]
     return Batch(
@@ -89,7 +89,7 @@ def padded(batch: Batch, extra: int) -> Batch:
 
 
 def with_filler(batch: Batch, count: int) -> Batch:
-    """Rows without a valid token, before and after the others."""
+    """Add rows without a valid token before and after the others."""
 
     def add(values, fill):
         filler = values.new_full((count, *values.shape[1:]), fill)
@@ -106,7 +106,7 @@ def with_filler(batch: Batch, count: int) -> Batch:
 
 
 class Rig:
-    """A teacher and a student of one family (or two), and the objective between them."""
+    """Rig holds a teacher and a student of one family (or two), and the objective between them."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Rig:
         return self.module.own_counts(batches)
 
     def step(self, *batches: Batch):
-        """(total, raw by term, gradients by name) of one step over these micro-batches."""
+        """Return (total, raw by term, gradients by name) of one step over these micro-batches."""
         counts = self.counts(list(batches))
         self.module.zero_grad()
         total, raw = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Every term with settings that make it do all it can, and traces drawn at random in place of models."""
+"""Every term, with settings that use all of its parts, and random traces in place of models."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ def term_of(case: str) -> str:
 
 
 class Synthetic:
-    """One batch of random traces and the objective of one case; scale and dtype are those of the traces' tensors."""
+    """Synthetic holds a batch of random traces and the objective of a case; the traces have its scale and dtype."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""`train.backend` reaches every operator of every term."""
+"""`train.backend` must reach every operator of every term."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Hidden states against principal components of the teacher's, by hand."""
+"""Hidden states are compared with principal components of the teacher's states; checked by hand."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.alignment.rig import Rig, make_batch
 
 
 def test_by_hand():
-    """The map is fitted to the states of one batch: an SVD in float64 gives the same components."""
+    """The map is fitted to the states of one batch; an SVD in float64 must give the same components."""
     terms = {"feature": {"components": 3, "divergence": "mse", "layers": [[2, 2]]}}
     rig = Rig("bert", terms=terms, student={"num_hidden_layers": 2})
     term, batch = rig.objective.terms["feature"], make_batch("classification")

@@ -1,4 +1,4 @@
-"""Terms that are told which tokens count (`Batch.counted`) against the same terms that look for them."""
+"""Terms that are told which tokens count (`Batch.counted`) must agree with terms that look for them."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ CASES = {
 
 
 class Asked(TorchDispatchMode):
-    """The names of the operations that reach the dispatcher."""
+    """Asked records the names of the operations that reach the dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Asked(TorchDispatchMode):
 
 
 def batches(task):
-    """The same batch without and with `counted`: padding, filler rows and (causal) a prompt of three tokens."""
+    """Return a batch without and with `counted`: padding, filler rows and (causal) a prompt of three tokens."""
     batch = with_filler(make_batch(task), 1)
     if task == "causal_lm":
         batch.labels[2, :3] = NO_LABEL
@@ -55,7 +55,7 @@ def test_losses_and_gradients_are_the_same_to_the_last_bit(task, backend):
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("task", CASES)
 def test_nothing_is_searched_for(task, backend):
-    """No `nonzero` is asked for, forward or backward, by counts or sums; without `counted` it is."""
+    """With `counted`, counts and sums call no `nonzero`, forward or backward; without it they do."""
     family, terms = CASES[task]
     rig = Rig(family, task, terms, backend=backend)
     asked = []

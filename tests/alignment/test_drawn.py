@@ -1,4 +1,4 @@
-"""Every token is as likely to be drawn as any other; draw and layer alone decide, one row from each part."""
+"""Every token is equally likely to be drawn; draw and layer alone decide, and each part gives one row."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def test_the_mean_over_the_draws_of_attention_is_the_whole_loss(options):
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-14)
     assert (
         max(abs(loss.item() / whole.item() - 1) for loss in losses) > 0.01
-    )  # single draws are not the whole
+    )  # a single draw differs from the whole loss
 
 
 def test_the_mean_over_the_draws_of_pairwise_is_the_whole_loss():
@@ -56,7 +56,7 @@ def test_the_mean_over_the_draws_of_pairwise_is_the_whole_loss():
 
 def test_one_row_from_each_part_by_hand():
     offsets, counts = torch.tensor([[0, 3, 5], [0, 1, 1], [0, 0, 0]]), torch.tensor([[6], [2], [0]])
-    # Parts of two tokens: 0 + 0 / 3, (6 + 3) / 3, (12 + 5) / 3. Two tokens: both. None: none.
+    # Parts of two tokens: 0 + 0 / 3, (6 + 3) / 3, (12 + 5) / 3. A sequence of two tokens gives both, an empty one none.
     assert stratified(offsets, counts).tolist() == [[0, 3, 5], [0, 1, -1], [-1, -1, -1]]
 
 
@@ -95,7 +95,7 @@ def test_draws_are_even_and_unrelated():
 
 
 def test_packed_documents_keep_their_draws():
-    """The row's draw and the document's place in the row decide, whichever rows share the batch."""
+    """Only the row's draw and the document's place in the row decide, not which rows share the batch."""
     documents = [Document(torch.arange(2, 2 + n).numpy()) for n in (9, 9, 9, 9)]
     both = replace(packed_batch([documents[:2], documents[2:]], 0), draw=torch.tensor([5, 6]))
     second = replace(packed_batch([documents[2:]], 0), draw=torch.tensor([6]))

@@ -1,4 +1,4 @@
-"""Predictions of middle layers and their changes, against whole logits."""
+"""The logit lens (predictions of middle layers and their changes) is compared with whole logits."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_changes_of_capped_logits(caps, blocks, monkeypatch):
 
 
 def test_no_change_at_all():
-    """A layer that changes nothing: cosine 0, no gradient, no NaN."""
+    """If a layer changes nothing, the cosine is 0, and there is no gradient and no NaN."""
     state = draw(1, 3, 4).requires_grad_()
     teacher = draw(1, 3, 4, seed=1), draw(1, 3, 4, seed=2)
     found = change_alignment((state, state), draw(7, 4), teacher, draw(7, 4), mask=torch.ones(1, 3).bool())
@@ -95,7 +95,7 @@ def test_no_change_at_all():
 
 @pytest.mark.parametrize("family", STUDENT)
 def test_definition(family):
-    """Logit lens by the library's own norm and head; gradients reach layers and not the head."""
+    """The logit lens uses the library's own norm and head; gradients reach layers but not the head."""
     terms = {"fdd": {"layers": [[1, 2], [2, 3]], "levels": 0.5, "changes": 2.0}}
     rig = Rig(family, "causal_lm", terms, STUDENT[family])
     rig.module.double(), rig.teacher.double()

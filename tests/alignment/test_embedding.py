@@ -1,4 +1,4 @@
-"""Terms over vectors of texts, against plain transformers and PyTorch in float64, and across ranks."""
+"""Terms over vectors of texts are compared with plain transformers and PyTorch in float64, and across ranks."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def make_rig(terms: dict, family: str = "bert", pooling=("mean", "mean"), studen
 
 
 def make_pairs(order=(0, 0, 1, 1, 2, 2), seed: int = 0) -> Batch:
-    """Six texts, two of the same number in `order` a pair; labels that nobody reads."""
+    """Make six texts; two with the same number in `order` are a pair. Nobody reads the labels."""
     batch = make_batch("regression", LENGTHS, seed=seed)
     return replace(batch, labels=torch.full((6,), torch.nan), pair=torch.tensor(order))
 
@@ -103,7 +103,7 @@ def test_dims_beyond_the_student_or_twice_are_refused(dims):
 
 
 def plain_contrast(queries, documents, temperature: float):
-    """Mean over queries of −log of the right document's share, written out."""
+    """Return the mean over queries of −log of the right document's probability, written out."""
     total = 0.0
     for i, query in enumerate(queries):
         cosines = torch.stack([query @ d / (query.norm() * d.norm()) for d in documents]) / temperature
@@ -131,7 +131,7 @@ def test_the_task_of_pairs_is_contrast_in_the_batch(order, temperature):
 
 
 def test_the_task_of_pairs_is_the_librarys_loss():
-    """At the default temperature: MultipleNegativesRankingLoss has a scale of 20."""
+    """The default temperature corresponds to the scale of 20 in MultipleNegativesRankingLoss."""
     losses = pytest.importorskip("sentence_transformers.losses")
     rig = make_rig({"task": {}})
     batch = make_pairs()
@@ -169,7 +169,7 @@ def test_filler_and_padding_change_nothing():
 
 
 def test_a_step_weighs_its_micro_batches_by_their_pairs():
-    """An InfoNCE of more negatives is another loss: accumulation gives the mean over the micro-batches' pairs."""
+    """InfoNCE with more negatives is another loss, so accumulation gives the mean over the micro-batches' pairs."""
     rig = make_rig({"task": {}})
     rig.module.eval()
     first, second = make_pairs(), make_pairs((0, 0, -1, -1, 1, 1), seed=1)

@@ -15,7 +15,7 @@ LENGTHS = {
 
 
 def run(case, lengths, **options):
-    # Two tokens wide at least, as batches are: what predicts the next token needs one.
+    # At least two tokens wide, as batches are, because a language model needs a next token to predict.
     synthetic = Synthetic(case, lengths, **options) if max(lengths) > 1 else _widened(case, lengths, options)
     loss = synthetic.loss()
     loss.backward()
@@ -57,7 +57,7 @@ def test_padding_gets_no_gradient(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_half_precision(case, scale):
-    """Squares of 1e4 leave float16, and so would gradients of the loss's sum."""
+    """Squares of 1e4 overflow in float16, and so would gradients of the undivided sum."""
     if case == "attention, scores" and scale > 1:
-        scale = 100  # the gradient of squared scores grows with the cube: its true value would not fit
+        scale = 100  # the gradient of squared scores grows with the cube, so its true value would overflow
     run(case, (9, 4, 1), scale=scale / 4, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""The last layer as others read it: after the final norm, unless a config says before."""
+"""The last layer is read after the final norm, as other libraries do, unless a config says before."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ LAST = {"layers": [[3, 3]], "embedding": False}
 
 
 def states(model, batch) -> torch.Tensor:
-    """hidden_states[-1] of plain transformers."""
+    """Return hidden_states[-1] of plain transformers."""
     given = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long()}
     return model(**given, output_hidden_states=True).hidden_states[-1]
 
 
 @pytest.mark.parametrize("family", TASKS)
 def test_value_and_gradient_are_of_the_librarys_last_hidden_states(family):
-    """Squared difference on the last layer, by definition, on plain transformers' hidden_states[-1]."""
+    """Compare with the squared difference of plain transformers' hidden_states[-1], by definition."""
     task = TASKS[family]
     rig, batch = Rig(family, task, {"hidden": LAST}), make_batch(task)
     value, _, gradients = rig.step(batch)
@@ -90,7 +90,7 @@ def test_every_term_over_states_has_both(term):
 
 
 def sums(rig, batch, given: bool) -> torch.Tensor:
-    """The terms' sums on the traces; given: with plain transformers' hidden_states[-1] in the last layer's place."""
+    """Return the terms' sums on the traces. given: plain transformers' hidden_states[-1], as the last layer."""
     with torch.no_grad(), rig.module.traces(batch) as (teacher, previous):
         student = rig.module.trace(batch, teacher)
         student.previous = previous
@@ -109,7 +109,7 @@ def test_every_term_reads_the_librarys_last_states_of_all_models(term):
 
 
 def test_terms_that_read_both_ways_go_together():
-    """The layers of the teacher that one term has read stay for the next."""
+    """The teacher's layers that one term has read stay for the next term."""
     batch = make_batch("causal_lm")
     terms = {"hidden": LAST | {"final_norm": "before"}, "feature": LAST, "pairwise": {"layers": "last"}}
     together = Rig("gpt2", "causal_lm", terms).step(batch)[1]
@@ -133,7 +133,7 @@ def test_families_whose_last_states_are_known(family):
 
 
 def test_a_model_that_returns_other_last_states_is_refused(monkeypatch):
-    """As a family would whose norm has a name that nobody looks for."""
+    """Such a model could come from a family whose norm has a name that nobody looks for."""
     monkeypatch.setattr("dsdistill.models.capture._FINAL_NORMS", ())
     config = AutoConfig.for_model("llama", **tiny.CAUSAL["llama"], rms_norm_eps=3e-5)  # not yet tried
     with pytest.raises(
@@ -152,7 +152,7 @@ _OTHERS = {
     "megatron-bert": FAMILIES["bert"],
     "roberta-prelayernorm": FAMILIES["roberta"],
     "xlm-roberta-xl": FAMILIES["roberta"],
-    # The norm that DeBERTa keeps beside its layers is that of its relative positions.
+    # DeBERTa's norm beside its layers is for relative positions, not a final norm.
     "deberta-v2": FAMILIES["bert"]
     | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"},
 }

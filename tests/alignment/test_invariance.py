@@ -1,4 +1,4 @@
-"""One global batch is one loss and one gradient, however it is padded, ordered, split or filled up."""
+"""A global batch has one loss and one gradient, however it is padded, ordered, split or filled up."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ CASES = {
     "bert-domain": (
         "bert",
         "masked_lm",
-        {"task": {}, "domain": {"sequences": 0.0}},  # sequences relate those that meet
+        {"task": {}, "domain": {"sequences": 0.0}},  # that part depends on the micro-batch
         SMALL_BERT,
     ),
     "bert-rows": (
@@ -114,7 +114,7 @@ def case(request):
     fusion = None
     if "domain" in terms:
         fusion = fitted(student_width=student["hidden_size"], layers=(2, 3))
-        torch.nn.init.normal_(fusion.lift.weight)  # at 0, as it begins, its gate would learn nothing
+        torch.nn.init.normal_(fusion.lift.weight)  # at 0, its initial value, the gate gets no gradient
     rig = Rig(family, task, terms, student, domain=fusion)
     rig.module.train()
     batch = make_batch(task)
@@ -128,13 +128,13 @@ def assert_same(found, expected):
     assert found[2].keys() == gradients.keys()
     whole = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
     for name, gradient in gradients.items():
-        # Some gradients are 0 but for rounding (of key biases), so a share of the whole is allowed.
+        # Gradients of key biases are 0 except for rounding, so a share of the largest gradient is allowed.
         error, size = (found[2][name] - gradient).norm(), gradient.norm()
         assert error <= 1e-5 * size + 1e-6 * whole, f"{name}: {error} of {size}, all {whole}"
 
 
 def test_the_case_says_something(case):
-    """Every term and nearly every parameter takes part, or invariance would hold for nothing."""
+    """Every term and nearly every parameter takes part; otherwise invariance would prove nothing."""
     rig, _, (total, raw, gradients) = case
     assert set(raw) == set(rig.objective.terms)
     assert all(value > 1e-3 for value in raw.values()), raw
@@ -173,7 +173,7 @@ def test_filler_rows(case):
 
 
 def test_a_micro_batch_of_filler_alone(case):
-    """What a rank gets when there are fewer rows than ranks."""
+    """A rank gets such a micro-batch if there are fewer rows than ranks."""
     rig, batch, expected = case
     filler = rows(with_filler(batch, 1), [0])
     assert not filler.rows.any()
@@ -194,7 +194,7 @@ def test_nothing_valid_at_all(case):
 
 
 def test_a_wrong_count_is_seen(case):
-    """The same check fails when each micro-batch divides by its own count: the split matters."""
+    """The same check must fail if each micro-batch divides by its own count, since then the split matters."""
     rig, batch, (total, _, _) = case
     halves = [rows(batch, [0, 1, 2]), rows(batch, [3, 4, 5])]
     losses = [rig.step(half)[0] for half in halves]

@@ -1,4 +1,4 @@
-"""Task and soft labels of a language model, which are computed together, against the same terms one by one."""
+"""A language model's task and soft labels, computed together, must equal the same terms one by one."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def make(case, terms=TERMS):
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_as_apart(case, counted, distill_weight):
-    """Total, terms and gradients of a step of two micro-batches in float64, also where w weighs the terms."""
+    """Compare total, terms and gradients of two micro-batches in float64, also if w weighs the terms."""
     rig, found = make(case)
     rig.objective.distill_weight = distill_weight
     batch = found[counted]
@@ -46,7 +46,7 @@ def test_the_same_as_apart(case, counted, distill_weight):
     assert together[0] == pytest.approx(apart[0], rel=1e-6)
     assert together[1] == pytest.approx(apart[1], rel=1e-6) and list(together[1]) == list(TERMS)
     assert set(together[2]) == set(apart[2])
-    for name, gradient in apart[2].items():  # that of BERT's key biases is 0
+    for name, gradient in apart[2].items():  # the gradient of BERT's key biases is 0
         allowed = 1e-6 * gradient.abs().max() + 1e-15
         assert (together[2][name] - gradient).abs().max() <= allowed, name
 
@@ -86,7 +86,7 @@ def test_the_order_of_raw_losses_and_evaluation():
 
 
 class Widened(Asked):
-    """The mode counts, too, how many rows are made logits of the student's vocabulary."""
+    """Widened also counts how many rows are turned into logits of the student's vocabulary."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -100,7 +100,7 @@ class Widened(Asked):
 
 
 def test_logits_are_computed_once():
-    """The student's and the teacher's are, of each token that counts; and nothing is searched for."""
+    """Both models' logits are computed once for each token that counts; nothing is searched for."""
     rig, (_, batch) = make("causal", {"task": {}, "soft_label": {}})
     counts, rows = rig.counts([batch]), []
     for joined in (True, False):

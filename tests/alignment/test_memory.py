@@ -21,14 +21,14 @@ NATIVE = {"hidden", "feature_map", "attention", "pairwise", "trajectory", "domai
 RUNS = [(case, "auto") for case in CASES]
 RUNS += [(case, "chunked") for case in CASES if term_of(case) in NATIVE and case not in NO_KERNEL]
 
-WHOLE = N * N * 4 / 2**20  # MiB of a matrix of N×N, of float32
-# Case, backend, MiB that its step may need at most; from small to large, as freed memory is taken again.
+WHOLE = N * N * 4 / 2**20  # MiB of an N×N matrix in float32
+# Case, backend, MiB that its step may need at most; from small to large, since freed memory is used again.
 PEAKS = [(case, "auto", WHOLE / 2) for case in ("hidden", "pairwise", "domain", "smooth")]
 PEAKS += [("trajectory", "auto", WHOLE), ("soft_label", "auto", N * VOCABULARY * 4 / 2**20)]
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+    """Largest records the number of elements of the largest tensor that any operation returned."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Largest(TorchDispatchMode):
 
 
 def _held(x: torch.Tensor) -> int:
-    """Elements in memory: an expanded tensor has fewer than its shape says."""
+    """Return the elements in memory: an expanded tensor has fewer than its shape says."""
     return min(x.numel(), x.untyped_storage().nbytes() // x.element_size())
 
 
@@ -65,7 +65,10 @@ def test_largest_tensor(case, backend):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from /proc")
 def test_peak_of_the_process():
-    """What native code holds is seen here alone. In a process of its own, where no earlier peak hides one."""
+    """Only this test sees what native code holds.
+
+    It runs in a process of its own, where no earlier peak hides a later one.
+    """
     arguments = [x for case, backend, _ in PEAKS for x in (case, backend)] + ["pairwise", "reference"]
     worker = Path(__file__).with_name("memory_worker.py")
     root = Path(__file__).parents[2]
@@ -81,7 +84,7 @@ def test_peak_of_the_process():
     *found, reference = json.loads(done.stdout.splitlines()[-1])
     for (case, backend, most), mib in zip(PEAKS, found, strict=True):
         assert mib < most, (case, backend)
-    assert reference > WHOLE  # a matrix is seen where there is one
+    assert reference > WHOLE  # the measurement does see a whole matrix
 
 
 @pytest.mark.parametrize("case", ["attention", "pairwise"])
@@ -94,7 +97,7 @@ def test_every_term_is_here():
 
 
 def test_teacher_layers_go_as_they_are_read():
-    """Each is gone once its last term has read it, not before."""
+    """Each layer is freed once its last term has read it, and not before."""
     rig, batch = Rig("bert"), make_batch("classification")
     teacher, counts, seen = rig.teacher_trace(batch), rig.counts([batch]), {}
     mapped = set(teacher.hidden), set(teacher.attention)

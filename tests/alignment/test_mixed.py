@@ -30,7 +30,7 @@ def logits(model, batch):
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_equals_the_published_formula(task):
-    """Liang et al. 2021: cross-entropy of both labels by their shares, and the squared difference of the logits."""
+    """Liang et al. 2021: cross-entropy of both labels, weighted by their shares, and squared differences of logits."""
     batch = batch_of(task)
     assert batch.mask.sum(1).tolist() == [9, 11, 1, 7]  # the longer text; the third is not mixed
     rig = Rig("bert", task, terms_of("mixkd", 0, None), {"num_hidden_layers": 2})
@@ -53,7 +53,7 @@ def test_equals_the_published_formula(task):
 
 
 def test_class_weights_and_missing_labels():
-    """A label that is missing takes its share out of loss and divisor."""
+    """A missing label's share counts neither in the loss nor in the divisor."""
     batch = batch_of()
     batch.labels[0], batch.partner_labels[1] = -100, -100
     weights = (0.5, 2.0, 1.0)
@@ -74,12 +74,12 @@ def test_class_weights_and_missing_labels():
     "family", sorted({"distilbert", "roberta", "modernbert", "llama", "gpt2"} & set(FAMILIES))
 )
 def test_families_mix_their_embeddings(family):
-    """A row that is all its partner's, in the partner's place, is the partner; no hook stays behind."""
+    """A row that is entirely its partner's, at the partner's place, equals the partner; no hook stays behind."""
     other = make_batch("classification", OTHERS, max(OTHERS), seed=1)
     rig = Rig(family, terms={"task": {}, "soft_label": {}})
     rig.student.eval()  # DistilBERT has dropout before its head
     expected = rig.step(other)
-    ids = torch.where(other.mask, 5, 0)  # of other tokens at the same places
+    ids = torch.where(other.mask, 5, 0)  # other tokens at the same places
     swapped = replace(
         other, input_ids=ids, partner_ids=other.input_ids, partner_labels=other.labels, share=torch.zeros(4)
     )

@@ -48,7 +48,7 @@ CASES = {
     "smooth": {},
 }
 LLAMA = {"hidden_size": 24, "num_hidden_layers": 2}
-# What a student has in place of its teacher's sizes; qwen2 has a layer with windows of 4 tokens.
+# Where a student's sizes differ from its teacher's; qwen2 has a layer with windows of 4 tokens.
 FAMILIES = {
     "llama": LLAMA,
     "qwen3": LLAMA,
@@ -58,7 +58,7 @@ FAMILIES = {
 
 
 def documents() -> list[Document]:
-    """Random documents; the first tokens of some are a prompt that has no labels."""
+    """Return random documents; in some the first tokens are a prompt, which has no labels."""
     chance, made = np.random.default_rng(0), []
     for number, length in enumerate(LENGTHS):
         tokens = chance.integers(2, 60, length)
@@ -68,7 +68,7 @@ def documents() -> list[Document]:
 
 
 def in_rows(chosen: list[Document]) -> Batch:
-    """One document a row, padded on the right: what `packed_batch` is held against."""
+    """Return one document per row, padded on the right: what `packed_batch` is compared with."""
     width = max(2, *(len(document.tokens) for document in chosen))
     ids, labels = torch.zeros(len(chosen), width).long(), torch.full((len(chosen), width), NO_LABEL)
     for row, document in enumerate(chosen):
@@ -80,7 +80,7 @@ def in_rows(chosen: list[Document]) -> Batch:
 
 
 def both(blocks=BLOCKS) -> tuple[list[Batch], list[Batch]]:
-    """The micro-batches with one document a row and packed, each with its examples' draws."""
+    """Return the micro-batches with one document per row and packed, each with its examples' draws."""
     every, apart, together = documents(), [], []
     for rows in blocks:
         packed = packed_batch([[every[i] for i in row] for row in rows], 0, spans=True)
@@ -93,24 +93,24 @@ def both(blocks=BLOCKS) -> tuple[list[Batch], list[Batch]]:
 
 
 def rig(family: str, case: str) -> Rig:
-    """A rig of one term."""
+    """Return a rig with one term."""
     term, student, settings = case.split(",")[0], dict(FAMILIES[family]), dict(CASES[case])
-    if "groups" in case:  # of the teacher's heads, one for each of the student's
+    if "groups" in case:  # one group of the teacher's heads for each of the student's
         student |= {"n_head": 2} if family == "gpt2" else {"num_attention_heads": 2, "num_key_value_heads": 1}
     if term == "attention" and family == "qwen2":
-        settings["layers"] = [[1, 1], [2, 2]]  # those of one window
+        settings["layers"] = [[1, 1], [2, 2]]  # layers with the same window
     fusion = None
     if term == "domain":
         fusion = fitted(student_width=32 if family == "qwen2" else 24, layers=(2, 3))
-        torch.nn.init.normal_(fusion.lift.weight)  # at 0, as it begins, its gate would learn nothing
-        fusion.share = 0.5  # half of the documents take what the teacher knows
+        torch.nn.init.normal_(fusion.lift.weight)  # at 0, its initial value, the gate gets no gradient
+        fusion.share = 0.5  # half of the documents take the teacher's features
     made = Rig(family, "causal_lm", {term: settings}, student, domain=fusion)
     made.module.train()
     return made
 
 
 def test_every_term_has_a_case():
-    """Texts of task embedding are never packed, and the term `embedding` is of that task alone."""
+    """The term `embedding` has none: it belongs to the task embedding, whose texts are never packed."""
     assert {case.split(",")[0] for case in CASES} == set(TERMS) - {"embedding"}
 
 
@@ -136,7 +136,7 @@ def test_a_micro_batch_of_filler_alone(case):
 
 
 def test_a_leak_is_seen():
-    """Positions that run on through a row give another loss: the comparison above can fail."""
+    """If positions run on through a row, the loss must differ: the comparison above can fail."""
     made = rig("llama", "task")
     apart, together = both()
     run_on = [
@@ -177,7 +177,7 @@ def test_targets_agree_with_what_is_counted():
 
 
 def test_documents_are_laid_out_and_pooled():
-    """By hand: two rows of three and one documents, the second row filled up."""
+    """By hand: two rows, of three documents and of one; the second row is filled up."""
     blocks = [
         [Document(np.arange(n) + 2, spans=np.array([[0, n, 1]])) for n in row] for row in ((2, 1, 1), (3,))
     ]

@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 
 
 def terms_of(preset: str, stage: int, heads: int | None) -> dict:
-    """Of a stage of configs/recipes/presets; heads: relation heads, of which the file has more than fit here."""
+    """Return the terms of a stage of configs/recipes/presets. heads: relation heads, since the file's do not fit."""
     config = load([str(RECIPES / "multi_level_small.yaml"), str(RECIPES / "presets" / f"{preset}.yaml")])
     terms = config.run_stages[stage].terms.model_dump(mode="json", exclude_none=True)
     if heads is not None:
@@ -45,7 +45,7 @@ def tinybert_intermediate(student, teacher, batch, term):
 
 
 def tinybert_prediction(student, teacher, batch, term):
-    """Soft cross-entropy (equation 10), as a mean over examples; less the teacher's entropy, a constant."""
+    """Return the soft cross-entropy (equation 10), a mean over examples, minus the teacher's entropy, a constant."""
     p = teacher.logits.softmax(-1)
     return -(p * student.logits.log_softmax(-1)).sum(-1).mean() + (p * p.log()).sum(-1).mean()
 
@@ -91,7 +91,7 @@ def mobilebert(layers):
     def formula(student, teacher, batch, term):
         """Sun et al. 2020 and its code: 100 FMT + 5000 means + 5 variances + attention, of one pair of layers.
 
-        Attention less the teacher's entropy, a constant.
+        Attention is taken minus the teacher's entropy, a constant.
         """
         (s, t), valid = layers, batch.mask
         mine, other = student.hidden[s][valid], teacher.hidden[t][valid]
@@ -107,14 +107,17 @@ def mobilebert(layers):
 
 
 def half_labels(student, teacher, batch, term):
-    """Cross-entropy with half the label and half the teacher's distribution, less half its entropy, a constant."""
+    """Return the cross-entropy with half the label and half the teacher's distribution, minus half its entropy."""
     p, log_q = teacher.logits.softmax(-1), student.logits.log_softmax(-1)
     target = 0.5 * F.one_hot(batch.labels, 3) + 0.5 * p
     return -(target * log_q).sum(-1).mean() + 0.5 * (p * p.log()).sum(-1).mean()
 
 
 def ckd(student, teacher, batch, term):
-    """Park et al. 2021 by its code's divisors, word by word: embeddings and two layers, windows of 21 words."""
+    """Return the loss of Park et al.
+
+    2021 with its code's divisors, word by word: embeddings, two layers, windows of 21 words.
+    """
     maps, sums = [(0, 0), (1, 2), (2, 4)], {kind: [0.0, 0] for kind in ("wp", "wt", "lp", "lt")}
 
     def add(kind, value, count):
@@ -200,13 +203,13 @@ def adaptive_kl(student, teacher, batch, term):
 
 
 def logit_mse(student, teacher, batch, term):
-    """Half the labels, half the squared difference of the logits, a mean over classes (Kim et al. 2021)."""
+    """Half the labels, half the squared difference of the logits, averaged over classes (Kim et al. 2021)."""
     squared = F.mse_loss(student.logits, teacher.logits)
     return 0.5 * F.cross_entropy(student.logits, batch.labels) + 0.5 * squared
 
 
 def scatter_norms(*models):
-    """Fresh LayerNorms give every state the mean 0 and the variance 1, which tells no state from another."""
+    """Change fresh LayerNorms, which give every state mean 0 and variance 1, so that states could not be told apart."""
     torch.manual_seed(3)
     for model in models:
         for name, parameter in model.named_parameters():
@@ -218,7 +221,7 @@ def fine_tuning(student, teacher, batch, term):
     return F.cross_entropy(student.logits, batch.labels)
 
 
-# Preset and stage, relation heads in the place of the file's, the student, the formula.
+# Preset and stage, relation heads instead of the file's, the student, the formula.
 PRESETS = {
     "TinyBERT, intermediate": ("tinybert", 0, None, NARROW, tinybert_intermediate),
     "TinyBERT, prediction": ("tinybert", 1, None, NARROW, tinybert_prediction),
@@ -267,7 +270,7 @@ def test_equals_the_published_formula(name, lengths):
 
 
 def test_tinybert_counts_padding_and_we_do_not():
-    """Its own mean over all entries differs from ours with padding and not without."""
+    """TinyBERT's own mean over all entries differs from ours with padding, but not without."""
     for lengths, same in (((9,) * 3, True), ((9, 4, 1), False)):
         rig = Rig("bert", terms={"hidden": {"embedding": False, "layers": "last"}}, student=EQUAL)
         batch = make_batch("classification", lengths, width=9)

@@ -13,7 +13,7 @@ from dsdistill.config.load import make_config
 from tests.alignment.rig import Rig, make_batch, padded, with_filler
 from tests.alignment.two_ranks import NAMES, TERMS, average_over_two_ranks, whole
 
-ALL = 10**9  # triples: every one
+ALL = 10**9  # compare every triple
 LOSSES = {
     "contrastive": lambda s, t: relations.info_nce(s, t, 0.07),
     "sp": relations.similarity_preserving,
@@ -37,7 +37,7 @@ def rotation(width: int) -> torch.Tensor:
 
 class TestByHand:
     def test_contrastive(self):
-        """Cosines 0.6 and 0.8 with the right and the wrong one, then 0 and 1 the other way round; τ = 0.5."""
+        """Cosines are 0.6 and 0.8 with the right and the wrong example, then 0 and 1 the other way round; τ = 0.5."""
         student = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
         teacher = torch.tensor([[5.0, 0.0], [0.0, 1.0]])
         expected = (math.log(1 + math.exp(0.4)) + math.log(1 + math.exp(-2.0))) / 2
@@ -60,7 +60,7 @@ class TestByHand:
     def test_rkd_angle(self):
         """A right angle with legs 1 and 1 beside one with legs 3 and 4; each is seen from both its ends.
 
-        Triples with i = j have cosine 1 in both models, those with the vertex at an end 0: they add nothing.
+        Triples with i = j have cosine 1 in both models, those with the vertex at an end have 0: neither adds anything.
         """
         student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         teacher = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
@@ -159,12 +159,12 @@ def test_extremes(name, case):
 class TestTerms:
     @pytest.mark.parametrize("name", NAMES)
     def test_definition(self, name):
-        """Of mean-pooled last layers; padding and filler rows take no part."""
+        """The vectors are means of the last layers' states; padding and filler rows take no part."""
         rig = Rig("bert", terms={name: TERMS[name]}, student={"hidden_size": 24, "num_hidden_layers": 2})
         batch = make_batch("classification")
         mine = mean_pool(rig.module.trace(batch).hidden[2], batch.mask)
         other = mean_pool(rig.teacher_trace(batch).hidden[3], batch.mask)
-        assert torch.allclose(other[3], rig.teacher_trace(batch).hidden[3][3, 0])  # of one token
+        assert torch.allclose(other[3], rig.teacher_trace(batch).hidden[3][3, 0])  # a sequence of one token
         if name == "contrastive":
             mine = mine @ rig.objective.terms[name].projectors["2-3"].weight.T
         if name == "rkd":

@@ -22,7 +22,7 @@ def attention(options: dict) -> dict:
 
 @pytest.mark.parametrize("divergence", ["kl", "mse", "score_mse"])
 def test_as_many_relation_heads_as_heads_are_the_attention_itself(divergence):
-    """MiniLMv2's query-key relation with A_r = h equals the attention probabilities (no RoPE, scale 1/√d)."""
+    """With A_r = h, MiniLMv2's query-key relation equals the attention probabilities (no RoPE, scale 1/√d)."""
     batch = make_batch("classification")
     found = [
         Rig("bert", terms=attention({"divergence": divergence, **options})).step(batch)[1]["attention"]
@@ -34,7 +34,7 @@ def test_as_many_relation_heads_as_heads_are_the_attention_itself(divergence):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_relations_of_a_causal_model_look_back_alone(family):
-    """Value relations, written out with the triangle; with grouped heads there are as many as key heads."""
+    """Value relations are written out with a triangular mask; grouped heads have one relation per key head."""
     rig = Rig(family, "causal_lm", attention({"relations": ["value_value"]}))
     batch = make_batch("causal_lm")
     mine, other = rig.module.trace(batch).attention[2].value, rig.teacher_trace(batch).attention[3].value
@@ -56,7 +56,7 @@ def test_relations_of_a_causal_model_look_back_alone(family):
 
 
 def test_relations_add_up():
-    """The sum over relations is that of runs with one each, also where their head counts differ."""
+    """The sum over relations equals the sum of runs with one relation each, also if their head counts differ."""
     batch = make_batch("causal_lm")
 
     def value(*relations):
@@ -99,7 +99,7 @@ def test_which_families_rotate(family):
 
 
 def prepared(family: str, options: dict):
-    """What happens to a config of two such models before any weight loads."""
+    """Prepare a config of two such models, up to the point where weights would load."""
     model = {"config": {"model_type": family, **FAMILIES[family]}}
     config = make_config(
         {"task": "causal_lm", "teacher": model, "student": model, "terms": {"attention": options}}
@@ -109,7 +109,7 @@ def prepared(family: str, options: dict):
 
 
 def before_rotation(model, batch, layer: int) -> dict[str, torch.Tensor]:
-    """What goes into a layer's rotation, (B, heads, N, width), by hooks on plain transformers."""
+    """Return a layer's input to the rotation, (B, heads, N, width), by hooks on plain transformers."""
     made, hooks = {}, []
     attention = model.base_model.layers[layer - 1].self_attn
     for name in ("query", "key", "value"):
@@ -129,7 +129,7 @@ def before_rotation(model, batch, layer: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "qwen3"])
 @pytest.mark.parametrize("wanted", [4, "auto", {"query": 8, "key": 2, "value": 4}], ids=str)
 def test_relations_of_models_that_rotate_are_those_from_before(family, wanted):
-    """Q-Q, K-K and V-V of MiniLMv2 between models of other heads and widths, by definition in plain PyTorch."""
+    """Q-Q, K-K and V-V of MiniLMv2 between models of unequal heads and widths, by definition in plain PyTorch."""
     student = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}
     windows = {"sliding_window": None, "use_sliding_window": False} if family != "mistral" else {}
     windows |= {"layer_types": ["full_attention"] * 3} if family == "qwen2" else {}
@@ -163,7 +163,7 @@ def test_relations_of_models_that_rotate_are_those_from_before(family, wanted):
 
 
 def test_a_rotation_of_another_kind_is_refused_by_name():
-    """Phi turns a part of each head; what comes before that is not the whole query."""
+    """Phi rotates only a part of each head, so its input to the rotation is not the whole query."""
     settings = {key: value for key, value in FAMILIES["llama"].items() if key != "head_dim"}
     student = teacher = AutoConfig.for_model("phi", **settings)
     config = make_config(

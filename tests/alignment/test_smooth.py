@@ -1,4 +1,4 @@
-"""How far the student has moved since the stage before, by hand."""
+"""The term `smooth`, how far the student has moved since the stage before, is checked by hand."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ PAIR = Pair(STUDENT, None, "classification", "auto")
 
 
 def test_by_hand():
-    """Two valid tokens of width 2 move by (3, 4) and (0, 1); what a padded token does is nobody's loss."""
+    """Two valid tokens of width 2 move by (3, 4) and (0, 1); a padded token does not count, wherever it moves."""
     term = TERMS["smooth"](Smooth(), PAIR)
     before = torch.tensor([[[1.0, 2.0], [5.0, 5.0], [7.0, 7.0]]])
     now = (before + torch.tensor([[[3.0, 4.0], [0.0, 1.0], [100.0, 100.0]]])).requires_grad_()
@@ -28,7 +28,7 @@ def test_by_hand():
 
 
 def test_nothing_has_moved_at_first():
-    """The norm's slope has no limit there: the loss is 0 and its gradient finite."""
+    """The gradient of a norm has no limit at 0; here the loss is 0 and its gradient finite."""
     term = TERMS["smooth"](Smooth(), PAIR)
     states = torch.ones(1, 1, 2, requires_grad=True)
     mask = torch.ones(1, 1, dtype=torch.bool)

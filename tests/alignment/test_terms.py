@@ -18,7 +18,7 @@ N, ROWS = sum(LENGTHS), len(LENGTHS)
 
 
 def outputs(model, batch):
-    """Of the library's eager attention: logits, hidden states, attention maps."""
+    """Return the library's outputs under eager attention: logits, hidden states, attention maps."""
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -62,11 +62,11 @@ class TestTask:
         assert raw["task"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-WEIGHTS = (0.05, 0.3, 0.0)  # those of a step come to less than 1, and one class does not count
+WEIGHTS = (0.05, 0.3, 0.0)  # their sum in a step is below 1, and one class does not count
 
 
 class TestSmoothedAndWeighed:
-    """Over the micro-batches of a step, as plain PyTorch computes it over all their examples at once."""
+    """The loss of a step's micro-batches must be what plain PyTorch computes over all their examples at once."""
 
     @pytest.mark.parametrize("weights", [(), WEIGHTS], ids=["alike", "weighed"])
     @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -108,7 +108,7 @@ class TestSmoothedAndWeighed:
 
 
 def kl(teacher, student, temperature):
-    """(…) KL of softmax(z/τ), summed over classes."""
+    """Return (…) KL of softmax(z/τ), summed over classes."""
     p, q = (F.log_softmax(z / temperature, -1) for z in (teacher, student))
     return (p.exp() * (p - q)).sum(-1)
 
@@ -137,7 +137,7 @@ class TestSoftLabel:
 
     @pytest.mark.parametrize("divergence", ["forward_kl", "logit_mse"])
     def test_squared_logits_are_the_same_at_every_temperature(self, divergence):
-        """τ² takes back the division by τ; KL alone depends on τ."""
+        """The factor τ² cancels the division by τ; only KL depends on τ."""
         terms = ({"soft_label": {"divergence": divergence, "temperature": t}} for t in (1.0, 3.0))
         (_, _, first, student, teacher), (_, _, second, *_) = (run("bert", each) for each in terms)
         same = first["soft_label"] == pytest.approx(second["soft_label"], rel=1e-5)
@@ -195,7 +195,7 @@ class TestHidden:
 
 class TestFeature:
     def test_beside_hidden(self):
-        """Cosine and Euclidean distance of the same layers at once, each with projectors of its own."""
+        """Cosine and Euclidean distance of the same layers are used at once, each with projectors of its own."""
         terms = {"hidden": {"embedding": False}, "feature": {"weight": 0.5}}
         rig, batch, raw, student, teacher = run("bert", terms)
         losses = []
@@ -221,7 +221,7 @@ class TestFeature:
             Rig("bert", terms={"feature": {"layer_weights": [1, 2, 3]}}, student=STUDENT["bert"])
 
     def test_first_tokens(self):
-        """A mean over sequences, each by its first token; a decoder's first token sees no other."""
+        """The loss is a mean over sequences of their first tokens; a decoder's first token sees no other token."""
         terms = {"feature": {"positions": "first", "layers": "last", "divergence": "mse"}}
         rig, _, raw, student, teacher = run("bert", terms)
         projection = rig.objective.terms["feature"].projectors["2-3"].weight
@@ -265,7 +265,7 @@ class TestAttention:
         assert raw["attention"] == pytest.approx(torch.stack(found).mean().item(), rel=1e-4)
 
     def test_raw_scores(self):
-        """Log-probabilities are scores up to a constant of each row, which tells a shifted map from an equal one."""
+        """Log-probabilities equal scores up to a constant per row; raw scores tell a shifted map from an equal one."""
         rig, batch, raw, *_ = run("bert", {"attention": {"divergence": "score_mse", "layers": [[1, 3]]}})
         mine = rig.module.trace(batch).attention[1]
         other = rig.teacher_trace(batch).attention[3]
@@ -384,7 +384,7 @@ class TestPairwise:
 
     @pytest.mark.parametrize("relation", ["cosine", "dot"])
     def test_centred(self, relation):
-        """L_struct: each sequence's mean is taken off; one token alone has no structure."""
+        """For L_struct each sequence's mean is subtracted; a single token has no structure."""
         rig, batch, raw, student, teacher = run("bert", {"pairwise": {"relation": relation, "center": True}})
         total = 0.0
         for mine, other, valid in zip(student[1][2], teacher[1][3], batch.mask, strict=True):
@@ -412,7 +412,7 @@ class TestPairwise:
 
     @pytest.mark.parametrize("terms", [{"pairwise": {"rows": 3}}, {"attention": {"rows": 3}}])
     def test_evaluation_takes_all_rows(self, terms):
-        """And training on shorter sequences does, draws or not."""
+        """So does training on shorter sequences, with draws or without."""
         found = []
         for given in (terms, {name: {} for name in terms}):
             rig = Rig("bert", terms=given)

@@ -20,7 +20,7 @@ LAYERS = {"word_layers": [[1, 2]], "phrase_layers": [[2, 3]]}
 
 
 def plain_weights(states, valid):
-    """(n,) of one sequence, its valid tokens alone."""
+    """Return (n,) the token weights of one sequence, from its valid tokens alone."""
     states = states[valid].double()
     n, width = states.shape
     if n < 2:
@@ -31,7 +31,7 @@ def plain_weights(states, valid):
 
 
 def plain_term(student, teacher, spans, batch, projection, weighted=True):
-    """DSA over ordered pairs and Hid of one layer, both means over sequences."""
+    """Return DSA over ordered pairs and Hid of one layer, both as means over sequences."""
     structure = hidden = 0.0
     for row, valid in enumerate(batch.mask):
         weights = plain_weights(teacher[row], valid) if weighted else torch.ones(len(valid)) / valid.sum()
@@ -59,7 +59,8 @@ class TestTokenWeights:
     def test_by_hand(self):
         """Tokens (3, 1), (1, 3), (2, 0), all of spread 1; the scores are 6/√2, 6/√2 … as in the comment."""
         states = torch.tensor([[[3.0, 1.0], [1.0, 3.0], [2.0, 0.0]]])
-        # Products 01: 6, 02: 6, 12: 2. So 0 attends to both alike, 1 and 2 to 0 by σ(4/√2) and to each other else.
+        # Products 01: 6, 02: 6, 12: 2. So 0 attends to both equally; 1 and 2 attend to 0 with σ(4/√2) and to each other
+        # with the rest.
         share = 1 / (1 + math.exp(-4 / math.sqrt(2)))
         expected = torch.tensor([2 * share, 1 / 2 + 1 - share, 1 / 2 + 1 - share]) / 3
         found = token_weights(states, torch.ones(1, 3, dtype=torch.bool))
@@ -85,7 +86,7 @@ class TestTokenWeights:
 
 class TestGrid:
     def test_by_hand(self):
-        """Two spans in the first row (one of two tokens), none in the second, one in the third; overlap is fine."""
+        """The first row has two spans (one of two tokens), the second none, the third one; spans may overlap."""
         spans = torch.tensor([[0, 0, 2, WORD], [0, 1, 2, WORD], [2, 2, 3, WORD]])
         grid = SpanGrid(spans, 3, 3)
         assert grid.mask.tolist() == [[True, True], [False, False], [True, False]]
@@ -112,7 +113,7 @@ def test_structure_by_hand(pairs, expected):
     term = TERMS["trajectory"](config, Pair(shape, shape, "classification", "auto"))
     student, teacher = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]]), torch.tensor([[[1.0, 2.0], [2.0, 4.0]]])
     mask = torch.ones(1, 2, dtype=torch.bool)
-    assert token_weights(teacher, mask).tolist() == [[0.5, 0.5]]  # each attends to the other alone
+    assert token_weights(teacher, mask).tolist() == [[0.5, 0.5]]  # each attends only to the other
     batch = Batch(mask.long(), mask, None, spans=torch.tensor([[0, 0, 1, WORD], [0, 1, 2, WORD]]))
     found = term.sums(Trace(hidden={1: student}), Trace(hidden={1: teacher}), batch)
     assert found.tolist() == pytest.approx([expected]) and term.counts(batch, {}).tolist() == [1]
@@ -120,7 +121,7 @@ def test_structure_by_hand(pairs, expected):
 
 @pytest.mark.parametrize(("pairs", "weighted"), [("ordered", True), ("upper", True), ("ordered", False)])
 def test_definition(pairs, weighted):
-    """Value and gradients, in float64."""
+    """Value and gradients are compared in float64."""
     options = LAYERS | {"pairs": pairs, "weighted": weighted, "structure": 3.0, "hidden": 0.5}
     rig = Rig("bert", terms={"trajectory": options}, student=STUDENT)
     rig.module.double(), rig.teacher.double()
@@ -163,7 +164,7 @@ def test_a_perfect_student_has_nothing_to_learn():
 
 
 def test_structure_does_not_see_a_rotation():
-    """Of the student's space: only cosines are compared."""
+    """Rotating the student's space changes nothing, since only cosines are compared."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(2, 9, w, generator=generator, dtype=torch.float64) for w in (5, 6))
     turn = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64))[0]
@@ -179,7 +180,7 @@ def test_structure_does_not_see_a_rotation():
 
 
 def test_fewer_than_two_spans():
-    """One span, none, one token: no structure, finite gradients."""
+    """One span, no span or one token has no structure; gradients are finite."""
     rig = Rig("bert", terms={"trajectory": LAYERS | {"hidden": 0.0}}, student=STUDENT)
     total, _, gradients = rig.step(
         make_batch("classification", (4, 3, 2, 1), width=4)

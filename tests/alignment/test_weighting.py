@@ -1,4 +1,4 @@
-"""Layer weights: the rules by hand, and that they come back from a checkpoint."""
+"""The rules of layer weights are checked by hand, and the weights must come back from a checkpoint."""
 
 import dataclasses
 import math
@@ -83,7 +83,7 @@ def test_state_comes_back(make):
 
 
 class TestInAnObjective:
-    """bert: 2 student layers, 3 teacher layers; the same batch step after step."""
+    """A bert student has 2 layers, its teacher 3; the same batch is used step after step."""
 
     def step(self, rig, batch):
         counts = rig.counts([batch])
@@ -118,7 +118,7 @@ class TestInAnObjective:
         assert all(p.weight.grad.isfinite().all() for p in hidden.projectors.values())
 
     def test_shared_masses(self):
-        """Both terms go on with the mean of the masses that each would have had alone, and with a flow of these."""
+        """Both terms go on with the mean of the masses that each would have alone, and with a flow of this mean."""
         settings = {"layers": "emd", "layer_masses": "shared"}
         terms = {"hidden": settings | {"embedding": False}, "attention": settings | {"heads": "mean"}}
         batch, masses = make_batch("classification"), []

@@ -1,4 +1,4 @@
-"""Terms that relate examples across ranks, on two real ones; run as a module, the second: PORT FILE FORM."""
+"""Run terms that relate examples on two real ranks. As a module this is the second rank: PORT FILE FORM."""
 
 import os
 import subprocess
@@ -21,12 +21,15 @@ NAMES = list(TERMS)
 PAIR_TERMS = TERMS | {"task": {}, "embedding": {"dims": [8]}, "feature": {"layers": "last"}}
 STUDENT = {"hidden_size": 24, "num_hidden_layers": 2}
 LENGTHS = (14, 9, 3, 1, 12, 7, 8, 8, 5)
-SHARES = [[[0, 1, 2, 3], [4, 5]], [[6, 7, 8], []]]  # of each micro-batch, the rows of each rank
+SHARES = [[[0, 1, 2, 3], [4, 5]], [[6, 7, 8], []]]  # for each micro-batch, the rows of each rank
 ROOT = Path(__file__).parents[2]
 
 
 def _rig(form: str) -> tuple[Rig, Callable[[list[int]], Batch]]:
-    """The rig, and what makes a batch of some examples: `rows`, each one's own, `packed`, all in one, or `pairs`."""
+    """Return the rig, and a function that makes a batch of examples:
+
+    `rows` (a row each), `packed` (all in one) or `pairs`.
+    """
     if form == "pairs":
         batch = make_batch("regression", LENGTHS + LENGTHS)
         rig = Rig("bert", "embedding", PAIR_TERMS, STUDENT, pooling=("mean", "cls"))
@@ -51,14 +54,14 @@ def _paired(batch: Batch, share: list[int]) -> Batch:
 
 
 def whole(form: str) -> tuple[dict, dict]:
-    """Raw values and gradients of one rank whose micro-batches hold the examples of both."""
+    """Return raw values and gradients of one rank whose micro-batches hold the examples of both ranks."""
     rig, batch = _rig(form)
     _, values, gradients = rig.step(*(batch(left + right) for left, right in SHARES))
     return values, gradients
 
 
 def average_over_two_ranks(folder: Path, form: str) -> tuple[dict, dict]:
-    """Sum of the ranks' raw values and mean of their gradients; this process is rank 0."""
+    """Return the sum of the ranks' raw values and the mean of their gradients; this process is rank 0."""
     from tests.engine.launch import free_port
 
     port, environment = str(free_port()), os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -76,7 +79,7 @@ def average_over_two_ranks(folder: Path, form: str) -> tuple[dict, dict]:
 
 
 def _rank(rank: int, port: str, form: str) -> tuple[dict, dict]:
-    """Raw values and gradients of one rank of two."""
+    """Return raw values and gradients of one rank of two."""
     rig, batch = _rig(form)
     batches = [batch(shares[rank]) for shares in SHARES]
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""From YAML and key=value to a Config: merging, types, rules between fields, and messages that name the place."""
+"""YAML and key=value become a Config: merging, types, rules between fields, messages that name the place."""
 
 import pytest
 import yaml
@@ -112,7 +112,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("loader", [lambda path: load([path]), load_saved], ids=["load", "load_saved"])
     def test_any_text_comes_back(self, write, loader):
-        """Also what one YAML reader takes for a number and another does not, and what OmegaConf would fill in."""
+        """This includes texts that only some YAML readers take for numbers, and texts that OmegaConf would fill in."""
         texts = "12e4567 1e1 -1 +.5 1:20 0o7 .inf NaN null ~ yes ??? ${a} \\${a} a${b}\\ $ ${ - # << *x &y !z % é ="
         labels = (
             *texts.split(),
@@ -328,7 +328,7 @@ def test_every_field_says_what_it_means():
 
 
 def test_deepspeed_keys_are_those_it_reads():
-    """It swallows a top-level key that it does not know, so ours must be those it looks up, and no other."""
+    """DeepSpeed silently ignores top-level keys that it does not know, so ours must be exactly those it looks up."""
     config = pytest.importorskip("deepspeed.runtime.config")
     read = set()
 
@@ -343,7 +343,7 @@ def test_deepspeed_keys_are_those_it_reads():
             return self.note(key) and super().__contains__(key)
 
         def keys(self):
-            return self  # `key in settings.keys()` is how some of its parts ask
+            return self  # some parts of DeepSpeed ask `key in settings.keys()`
 
         @staticmethod
         def note(key):

@@ -1,4 +1,4 @@
-"""Settings with which data.sampler ddk cannot work, each refused in one line."""
+"""Settings with which data.sampler ddk cannot work are each refused in one line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""config/FIELDS.md: what the schema says, and all of it."""
+"""config/FIELDS.md must have everything that the schema says."""
 
 import re
 import subprocess
@@ -10,7 +10,7 @@ from dsdistill.config.section import Section
 
 
 def test_the_reference_is_current():
-    """A process of its own writes it: terms that other tests register are part of this process's schema."""
+    """A separate process writes it, because terms that other tests register are in this process's schema."""
     code = "from dsdistill.config import fields; print(fields.reference(), end='')"
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert fields.FILE.read_text(encoding="utf-8") == made, "run python -m dsdistill.config.fields"

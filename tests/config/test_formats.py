@@ -1,4 +1,4 @@
-"""Formats of config.yaml: how one is named, what an earlier one is completed by, and what teachers are named by."""
+"""Formats of config.yaml: how it names its format, how an earlier one is completed, and how teachers are named."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def write(tmp_path):
 
 
 def saved(**changes: object) -> dict:
-    """Return what a run folder's config.yaml says, with other top-level keys; None takes one away."""
+    """Return a run folder's config.yaml with other top-level keys; None removes a key."""
     settings = yaml.safe_load(dump(make_config(MINIMAL))) | changes
     return {key: value for key, value in settings.items() if value is not None or key == "teacher"}
 
@@ -69,7 +69,7 @@ class TestFormat:
             check_same(path, now)
 
     def test_text_runs_on_as_the_run_began(self, write):
-        """A run of before packing laid texts end to end, and its user's config says nothing of it."""
+        """A run from before packing laid texts end to end, and its user's config does not mention it."""
         settings = yaml.safe_load(dump(make_config(MINIMAL)))
         del settings["data"]["packing"], settings["data"]["layout"]
         path = write(settings | {"format": 3})
@@ -80,7 +80,7 @@ class TestFormat:
         check_same(path, as_begun(mine, path))
 
     def test_the_last_layer_is_read_as_the_run_began(self, write):
-        """A run of before final_norm read it before the norm, and its user's config says nothing of it."""
+        """A run from before final_norm read it before the norm, and its user's config does not mention it."""
         settings = yaml.safe_load(dump(make_config(MINIMAL)))
         del settings["terms"]["hidden"]["final_norm"]
         del settings["data"]["packing"], settings["data"]["layout"]
@@ -139,12 +139,12 @@ SETTINGS = {
 
 class TestNamesOfTeachers:
     def test_the_text_is_that_of_format_1(self):
-        """What the first version wrote: every byte counts, or teachers that are there are trained again."""
+        """The text must be the first version's, byte for byte, or existing teachers would be trained again."""
         recorded = Path(__file__).with_name("identity_format_1.yaml").read_text(encoding="utf-8")
         assert formats.teacher_identity(make_config(SETTINGS)) == recorded
 
     def test_a_new_setting_counts_once_it_is_used(self, monkeypatch):
-        """As if train.clip, student.freeze, terms.smooth and the learning rate of stages had come after format 1."""
+        """Assume that train.clip, student.freeze, terms.smooth and the stages' learning rate came after format 1."""
         new = {"train.clip", "student.freeze", "terms.smooth", "stages.terms.smooth", "stages.learning_rate"}
         monkeypatch.setattr(formats, "FORMAT_1", formats.FORMAT_1 - new)
         found = yaml.safe_load(formats.teacher_identity(make_config(SETTINGS)))

@@ -1,4 +1,4 @@
-"""Modules that a config names, and terms that they add."""
+"""A config may name modules, and these may add terms."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("terms_of_before")
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Write a module into the current directory, which Python does not search; forget it at the end."""
+    """Write a module into the current directory, which Python does not search; remove it again at the end."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -67,7 +67,7 @@ def refusal(path: str, *overrides: str) -> str:
 
 
 class Sharp(Term):
-    """A term without a teacher."""
+    """Sharp holds the settings of a term without a teacher."""
 
     power: int = Field(default=2, ge=1)
 
@@ -99,7 +99,7 @@ class TestPlugins:
         assert type(load([path]).terms.mine) is sys.modules["my_terms"].Mine
 
     def test_the_current_directory_comes_last(self, module, write):
-        """A file json.py beside the config does not hide Python's own module."""
+        """A file json.py beside the config must not hide Python's own module."""
         module("raise RuntimeError", "colorsys")
         load([write(MINIMAL | {"plugins": ["colorsys"]})])
         assert sys.modules["colorsys"].rgb_to_hls

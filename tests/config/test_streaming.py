@@ -1,4 +1,4 @@
-"""A run whose train set is read as it goes on refuses what needs the whole set."""
+"""A run that streams its train set refuses settings that need the whole set."""
 
 import re
 

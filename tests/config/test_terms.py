@@ -1,4 +1,4 @@
-"""Settings of terms: what each says that it needs of a run, and what is wrong with them."""
+"""Settings of terms: what each needs of a run, and mistakes in them."""
 
 import pickle
 

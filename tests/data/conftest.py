@@ -11,7 +11,7 @@ VOCABULARY = [*SPECIAL.values(), *"abcdefghijklmnopqrstuvwxyz0123456789", *"àé
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Letters as tokens, with the special tokens and token types of BERT; the id of a letter is its position."""
+    """Return a tokenizer of letters with BERT's special tokens and token types; a letter's id is its position."""
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(" ", "")])
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")

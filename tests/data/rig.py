@@ -1,4 +1,4 @@
-"""Examples made by hand, and texts on their way to examples without a config."""
+"""Make examples by hand, and turn texts into examples without a config."""
 
 import tempfile
 from pathlib import Path
@@ -60,7 +60,7 @@ def words(tokenizer) -> Words:
 
 
 def load(section: Section, task: str, tokenizer, **options) -> Splits:
-    """Return the sets of a section; those of a section without a cache of its own are kept nowhere."""
+    """Return the sets of a section; without a cache of its own nothing is kept."""
     if "cache" in section.model_fields_set:
         return load_data(section, task, words(tokenizer), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def _write(path: Path, texts) -> None:
 
 
 def _kept(examples: Examples) -> Examples:
-    return examples  # its files stay mapped after the folder is gone
+    return examples  # its files stay mapped after the folder is removed
 
 
 def lists(examples: Examples) -> list[list[int]]:

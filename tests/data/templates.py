@@ -1,4 +1,4 @@
-"""Chat templates for the tests, each with a habit of those that models come with."""
+"""Chat templates for the tests; each has a peculiarity of templates of real models."""
 
 _HEADER = "'<|im_start|>' + message.role + '\\n'"
 _PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -16,7 +16,7 @@ MARKED = _turns(
     "{% else %}{{ message.content }}<|im_end|>{% endif %}{{ '\\n' }}"
 )
 
-# Thinking stays in the last turn alone, and may be switched off.
+# Only the last turn keeps its thinking, which may be switched off.
 THINKING = _turns(
     "{{ " + _HEADER + " }}{% if message.role == 'assistant' and loop.last %}"
     "{{ '<think>' + (message.reasoning_content or '') + '</think>' }}{% endif %}"
@@ -50,7 +50,7 @@ OPENED = _turns(
     after="{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}",
 )
 
-# An answer of a tool ends in another way where it comes last.
+# A tool's answer ends in another way if it is the last turn.
 UNEVEN = _turns(
     "{{ "
     + _HEADER
@@ -80,7 +80,7 @@ PARTS = _turns(
 # Whatever the content is, it becomes text.
 TRIMMED = _turns("{{ " + _HEADER + " }}{{ message.content | trim }}{{ '<|im_end|>\\n' }}")
 
-# Calls are told by content that is none.
+# Calls are recognised by a content of none.
 SILENT = _turns(
     "{{ " + _HEADER + " }}{% if message['content'] is none %}{{ message.tool_calls[0].function.name }}"
     "{% else %}{{ '' + message['content'] }}{% endif %}{{ '<|im_end|>\\n' }}"
@@ -93,17 +93,17 @@ AHEAD = _turns(
     "",
 )
 
-# Texts alone.
+# It takes only texts.
 JOINED = _turns("{{ message.content }}", after="")
 
-# Roles that it does not know are passed over.
+# It skips roles that it does not know.
 STRICT = _turns(
     "{% if message.role in ('user', 'assistant') %}{{ "
     + _HEADER
     + " + message.content + '<|im_end|>\\n' }}{% endif %}"
 )
 
-# As OpenAI's harmony: channels, thinking in the last turn alone, and another token at the end of it.
+# Like OpenAI's harmony: channels, thinking only in the last turn, and another token at the end of that turn.
 HARMONY = (
     "{% for message in messages %}{{ '<|start|>' + message.role }}{% if message.role == 'assistant' %}"
     "{% if message.thinking and loop.last %}"

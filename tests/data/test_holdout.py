@@ -1,4 +1,4 @@
-"""Rows held out of a train set: no text of theirs is trained on, in whole or in part."""
+"""Rows are held out of a train set so that no text of theirs is trained on, neither in whole nor in part."""
 
 import copy
 import logging
@@ -19,7 +19,7 @@ SPECIAL = {BEGIN, END}
 
 
 def treebank(sentences=60, seed=0):
-    """Return rows as those of a treebank: sentences of 4 to 12 tokens, and phrases of them, in random order."""
+    """Return rows like those of a treebank: sentences of 4 to 12 tokens, and phrases of them, in random order."""
     rng = random.Random(seed)
     rows = []
     for _ in range(sentences):
@@ -46,7 +46,7 @@ def lies_in(inner, outer):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_text_lies_in_a_text_of_the_other_side(seed):
-    """By the definition, against every pair; and no row is left out without a reason."""
+    """Check every pair by the definition, and that no row is left out without a reason."""
     rows = [tuple(row) for row in treebank(seed=seed)]
     rest, held = held_out(examples(rows), 40, SPECIAL)
     ours, theirs = words_of(held), words_of(rest)
@@ -59,7 +59,7 @@ def test_no_text_lies_in_a_text_of_the_other_side(seed):
     both = [row for row in gone if any(lies_in(rows[row], text) for text in kept)]
     for row in gone:
         assert any(lies_in(rows[row], text) for text in drawn)
-    assert len(gone) - len(both) < 10  # the others are those of the last sentence that are too many
+    assert len(gone) - len(both) < 10  # the others are surplus rows of the last sentence
 
 
 def test_rows_stay_in_their_order_with_their_labels():
@@ -70,12 +70,12 @@ def test_rows_stay_in_their_order_with_their_labels():
 
 
 def test_by_hand():
-    """Two sentences, a phrase of each, one of both and a copy: one sentence and what is its alone are held out."""
+    """Two sentences, a phrase of each, one of both, and a copy: one sentence and its own rows are held out."""
     first, second = [11, 12, 13, 14], [15, 12, 13, 16]
     rows = [first, second, [11, 12], [13, 16], [12, 13], first]
     rest, held = held_out(examples(rows), 2, SPECIAL)
     found = {tuple(of.labels.tolist()) for of in (rest, held)}
-    # The draw decides which. Of the first sentence there are three rows, of which two are wanted.
+    # The draw decides which sentence. The first one has three rows, and two are wanted.
     assert found in ({(1, 3), (0, 2)}, {(0, 2, 5), (1, 3)})
 
 
@@ -107,7 +107,7 @@ def test_some_must_be_left(count):
 
 @pytest.fixture
 def section(tmp_path):
-    """A function that returns a section of 12 rows to train on and 2 to score."""
+    """Return a function that makes a section of 12 rows to train on and 2 to score."""
     lines = [
         f"{text}\t{i % 2}" for i, text in enumerate(["the sum of a row", "the sum", "a list", "mean"] * 3)
     ]

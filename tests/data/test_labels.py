@@ -1,4 +1,4 @@
-"""Which class a label is, in train and dev sets that spell it differently or leave it out."""
+"""Train and dev sets may spell a label differently or leave it out; each label must get the right class."""
 
 import json
 
@@ -14,7 +14,7 @@ NLI = ("entailment", "neutral", "contradiction")  # as MNLI numbers them
 
 
 def section(folder, train, dev=None, **more) -> Section:
-    """Return a section over labels, written as the rows of files; a file of ints and None has a column with gaps."""
+    """Return a section over labels written as rows of files; a file of ints and None has a column with gaps."""
     for name, labels in (("train", train), ("dev", train if dev is None else dev)):
         rows = [
             {"text": f"{name} {i}", "label": label, "id": f"{name}-{i}"} for i, label in enumerate(labels)
@@ -28,7 +28,7 @@ def tsv(path, labels):
 
 
 def declared(path, labels, names=None):
-    """Write a parquet file whose column of labels declares its classes, or one of plain numbers."""
+    """Write a parquet file whose label column declares its classes, or a file of plain numbers."""
     kind = datasets.ClassLabel(names=names) if names else datasets.Value("float64")
     features = datasets.Features(text=datasets.Value("string"), label=kind)
     rows = {"text": [f"row {i}" for i in range(len(labels))], "label": labels}
@@ -36,7 +36,7 @@ def declared(path, labels, names=None):
 
 
 def test_numbers_beside_names_are_refused_unless_their_order_is_given(tmp_path):
-    """Sorted, contradiction would be 0, entailment 1 and neutral 2; the dev set means another order."""
+    """By sorting, contradiction would be 0, entailment 1 and neutral 2, but the dev set means another order."""
     with pytest.raises(UserError) as caught:
         read(section(tmp_path, NLI, [0, 1, 2]), "classification")
     told = str(caught.value)
@@ -56,7 +56,7 @@ def test_numbers_of_a_declared_order(tmp_path):
     given = section(tmp_path, NLI, [2, 1, "entailment"])
     data = read(given.model_copy(update={"train": "train.parquet"}), "classification")
     assert (data.labels, data.train.labels, data.dev.labels) == (NLI, [2, 0], [2, 1, 0])
-    # Names in the train set, and a dev set whose numbers stand for names that it declares.
+    # The train set has names; the dev set has numbers for names that it declares.
     declared(tmp_path / "dev.parquet", [0, 2], NLI)
     data = read(given.model_copy(update={"train": "train.jsonl", "dev": "dev.parquet"}), "classification")
     assert (data.labels, data.dev.labels) == (("contradiction", "entailment", "neutral"), [1, 0])
@@ -92,7 +92,7 @@ def test_whole_numbers_with_a_point_are_the_numbers(tmp_path):
         assert (data.labels, data.train.labels, data.dev.labels) == (("0", "1"), [1, 0], [1, 0])
         data = read(given.model_copy(update={"labels": ("bad", "good")}), "classification")
         assert (data.train.labels, data.dev.labels) == ([1, 0], [1, 0])
-    tsv(tmp_path / "train.tsv", ["1.0", "1.5", "2.0"])  # not all are whole: names as they stand
+    tsv(tmp_path / "train.tsv", ["1.0", "1.5", "2.0"])  # not all are whole numbers, so they are names
     data = read(given.model_copy(update={"dev": "train.tsv"}), "classification")
     assert data.labels == ("1.0", "1.5", "2.0") and data.dev.labels == [0, 1, 2]
 
@@ -115,7 +115,7 @@ def test_a_column_of_numbers_with_gaps(tmp_path):
 @pytest.mark.parametrize("label", [None, "", "  ", "-", -1, "-1", -1.0])
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_rows_without_a_label(tmp_path, split, label):
-    """Ids, texts and labels of the rows that are left stay together; a limit counts those."""
+    """Ids, texts and labels of the remaining rows stay together; a limit counts only these rows."""
     labels = ["b", "a", label, "b", "a"]
     given = section(tmp_path, **{"train": ["b", "a"], split: labels}, max_train=3, max_dev=3)
     shown = r"no label" if label is None or not str(label).strip() else rf"label {label!r} in column label"
@@ -139,7 +139,7 @@ def test_rows_without_a_label_of_a_declared_class(tmp_path):
         read(given, "classification")
     left = {"drop_unlabelled": True, "labels": ("b", "a")}
     assert read(given.model_copy(update=left), "classification").train.labels == [1, 0]
-    # It stays none where a class of other files is called -1.
+    # It stays missing even if a class of other files is called -1.
     left["labels"] = ("-1", "a", "b")
     assert read(given.model_copy(update=left), "classification").train.labels == [1, 2]
     with pytest.raises(UserError, match=r"row 2: got label -1 in column label, expected a label"):

@@ -1,4 +1,4 @@
-"""Prompts and responses as a template's turns and as they stand."""
+"""Prompts and responses are laid out as a template's turns, or raw."""
 
 import logging
 
@@ -22,7 +22,7 @@ def tokenizer(tmp_path):
 
 
 def test_the_default_is_the_template_where_there_is_one(tokenizer, tokenizer_dir, caplog):
-    layout_module._tell.cache_clear()  # it is said once
+    layout_module._tell.cache_clear()  # else the log line appears only once
     without = AutoTokenizer.from_pretrained(tokenizer_dir)
     with caplog.at_level(logging.INFO, "dsdistill"):
         assert default_layout(tokenizer, Data(layout="raw")) == "raw" and not caplog.messages
@@ -56,12 +56,12 @@ def test_template_makes_two_turns_of_them(tokenizer):
 def test_raw_leaves_texts_as_they_stand(tokenizer, prompt, response, whole, learned, begins):
     if begins is not None:  # there is a token that begins texts
         tokenizer.bos_token = "<|im_start|>"
-    if begins:  # and the tokenizer puts it there
+    if begins:  # and the tokenizer adds it
         start = [("<|im_start|>", tokenizer.bos_token_id)]
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
             "<|im_start|> $A", special_tokens=start
         )
-    for before in ("", "<|im_start|>") if begins else ("",):  # it is there once, whoever writes it
+    for before in ("", "<|im_start|>") if begins else ("",):  # it is there once, whoever adds it
         rendered = Raw(tokenizer).render(before + prompt, response, "here")
         ids, ((first, last),) = encode_rendered(tokenizer, rendered, "here")
         assert tokenizer.decode(ids) == "<|im_start|>" * bool(begins) + whole

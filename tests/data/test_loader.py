@@ -43,7 +43,7 @@ def test_draws_belong_to_steps_and_examples_however_they_are_shared(n, world_siz
 
     reference, every = loaders(n, 1, 24), []
     for epoch, step in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        # A loader made anew, as a resumed run has it, draws what one that has come there does.
+        # A new loader, as in a resumed run, draws the same as a loader that got there step by step.
         found = drawn(loaders(n, world_size, micro_batch_size), epoch, step)
         assert found == drawn(reference, epoch, step)
         every += found.values()
@@ -52,7 +52,7 @@ def test_draws_belong_to_steps_and_examples_however_they_are_shared(n, world_siz
 
 
 def seen(batches):
-    """Places in the data set of the rows that are examples, after checking that each row holds its example."""
+    """Return the places in the data set of the example rows, after checking that each row holds its example."""
     places = []
     for batch in batches:
         for row, place in enumerate(batch.index.tolist()):
@@ -123,7 +123,7 @@ def test_steps_of_like_length():
     lengths = data.lengths.numpy()
     spread = [np.mean([np.ptp(lengths[rows]) for rows in order]) for order in orders]
     assert spread[1] < spread[0] / 4
-    # Short and long steps come in no order, and another epoch has other steps.
+    # Short and long steps come in random order, and another epoch has other steps.
     means = [lengths[rows].mean() for rows in orders[1]]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.4
     assert not np.array_equal(grouped.rows(1, 0), orders[1][0])

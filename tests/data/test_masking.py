@@ -1,4 +1,4 @@
-"""Which tokens are hidden, and that nothing but (seed, epoch, example) decides it."""
+"""(seed, epoch, example) alone decides which tokens are hidden."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def tokenizer(tokenizer_dir):
 
 
 def examples(hide, lengths=(30, 3, 12, 2, 21, 8, 17)) -> Examples:
-    """[CLS] words [SEP]; the example of 2 tokens has no word."""
+    """Return examples [CLS] words [SEP]; the example of 2 tokens has no word."""
     rng = np.random.default_rng(0)
     rows = [[2, *rng.integers(5, 30, n - 2), 3] for n in lengths]
     return made(rows, masking=hide)

@@ -17,7 +17,7 @@ from tests.data.rig import made
 
 
 def mixture(sizes=(50, 30, 20), weights=(1.0, 3.0, 6.0)) -> Mixture:
-    """Examples of source s hold the token s alone."""
+    """Return a mixture; examples of source s hold only the token s."""
     sources = tuple(made([[source] * (2 + i % 4) for i in range(size)]) for source, size in enumerate(sizes))
     return Mixture(sources, tuple("abc"[: len(sizes)]), weights)
 
@@ -50,7 +50,7 @@ def test_an_epoch_depends_on_seed_and_number_alone():
 
 
 def test_other_weights_from_a_draw_on():
-    """Earlier draws stay the same, each part has its shares, and a source continues where it stopped."""
+    """Earlier draws stay the same, each part of the run has its shares, and a source continues where it stopped."""
     mixed, schedule = mixture(), [(130, (6.0, 3.0, 1.0)), (210, (0.0, 1.0, 1.0))]
     plain = np.concatenate([mixed.order(3, epoch) for epoch in range(3)])
     drawn = np.concatenate([mixed.order(3, epoch, schedule) for epoch in range(3)])
@@ -67,7 +67,7 @@ def test_other_weights_from_a_draw_on():
 
 
 def test_a_loader_and_its_thread_take_other_weights():
-    """The batches that the thread has made ahead are made anew."""
+    """Batches that the thread has already made are made again."""
     mixed, weights = mixture(), (0.0, 0.0, 1.0)
     ahead = Ahead(Loader(mixed, 8, 8, 1, 0, 3, 0), 40, pinned=False)
     for step in range(14):  # in the second epoch of 13 steps
@@ -106,7 +106,7 @@ def test_packed_sources():
 
 
 def test_losses_by_source_by_hand():
-    """Cross-entropy of each source's tokens apart; together they are the task's loss."""
+    """The cross-entropy of each source's tokens is reported separately; together they are the task's loss."""
     torch.manual_seed(0)
     mixed = mixture(sizes=(4, 4), weights=(1.0, 1.0))
     pair = Pair(Shape(2, 8, 2, 2, 4, 16), None, "causal_lm", "auto", 16)
@@ -128,7 +128,7 @@ def test_losses_by_source_by_hand():
         width = batch.input_ids.shape[1]
         for place in batch.counted.tolist():
             row, column = divmod(place, width)
-            token = int(batch.input_ids[row, column])  # which is the source
+            token = int(batch.input_ids[row, column])  # the token is the source's number
             expected[token] += torch.tensor([losses[row, column - 1, token], 1.0], dtype=torch.float64)
         torch.testing.assert_close(watch.sums, expected, rtol=1e-5, atol=1e-5)
         term = TERMS["task"](Task(), pair)
@@ -151,7 +151,7 @@ def test_losses_of_classes_by_source():
 def test_batches_made_ahead_are_those_of_the_loader():
     loader = Loader(mixture(), 8, 4, 1, 0, 3, 0)
     ahead = Ahead(Loader(mixture(), 8, 4, 1, 0, 3, 0), end=30, pinned=False)
-    for step in (0, 1, 2, 14, 15, 29):  # a resume asks for any
+    for step in (0, 1, 2, 14, 15, 29):  # a resume may ask for any step
         wanted = loader.step(*divmod(step, loader.steps_per_epoch))
         for one, other in zip(ahead.step(step), wanted, strict=True):
             assert torch.equal(one.input_ids, other.input_ids) and one.ids == other.ids

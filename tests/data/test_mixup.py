@@ -1,4 +1,4 @@
-"""Examples that a loader mixes with others of their step."""
+"""A loader mixes examples with others of their step."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ SIZE, STEP = 24, 8
 
 
 def examples():
-    """Example i holds the token i + 1 alone, in different lengths, and has the label i."""
+    """Return examples of unequal lengths; example i holds only the token i + 1 and has the label i."""
     return replace(made([[i + 1] * (2 + i % 4) for i in range(SIZE)]), labels=torch.arange(SIZE))
 
 
 def rows(ranks: int, micro: int, step: int) -> dict[int, tuple]:
-    """By example: partner, partner's label and share, and its own tokens and mask, over all ranks of a step."""
+    """Return by example its partner, the partner's label and share, and its own tokens and mask, over all ranks."""
     found = {}
     for rank in range(ranks):
         for batch in Loader(examples(), STEP, micro, ranks, rank, 3, 0, mixup=0.4).step(1, step):
@@ -41,7 +41,7 @@ def rows(ranks: int, micro: int, step: int) -> dict[int, tuple]:
 def test_partners_depend_on_the_step_alone(ranks, micro):
     found, expected = rows(ranks, micro, 1), rows(1, 4, 1)
     assert found == expected
-    assert {label for label, _ in found.values()} == set(found)  # each is the partner of one
+    assert {label for label, _ in found.values()} == set(found)  # each is the partner of exactly one
     shares = np.array([share for _, share in found.values()])
     assert (shares == 1).sum() == STEP / 2 and ((shares > 0) & (shares <= 1)).all()
     assert rows(1, 4, 0).keys() != found.keys()

@@ -13,12 +13,12 @@ from dsdistill.data.packing import Document, best_fit, packed_batch
 
 
 def room(lengths, order, starts, capacity):
-    """The free room of each block."""
+    """Return the free room of each block."""
     return capacity - np.add.reduceat(np.asarray(lengths)[order], starts[:-1])
 
 
 def plain(lengths: list[int], capacity: int) -> list[int]:
-    """Free rooms after best fit decreasing by its definition, sorted."""
+    """Return the free rooms after best fit decreasing by its definition, sorted."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [r for r in rooms if r >= length]
@@ -29,7 +29,10 @@ def plain(lengths: list[int], capacity: int) -> list[int]:
 
 
 def test_by_hand():
-    """6 | 5 + 2 | 4 + 3 of 7; each block in the order of the set, blocks by their first documents."""
+    """Blocks of 7 are 6, 5 + 2 and 4 + 3.
+
+    Each block is in the order of the set, blocks are ordered by their first documents.
+    """
     order, starts = best_fit(np.array([2, 4, 6, 5, 3]), 7)
     assert order.tolist() == [0, 3, 1, 4, 2] and starts.tolist() == [0, 2, 4, 5]
 
@@ -72,7 +75,7 @@ def test_a_million_documents_take_seconds():
 @pytest.mark.parametrize("capacity", [256, 1024])
 @pytest.mark.parametrize("name", ["multi30k_en_de", "novels"])
 def test_real_documents_leave_little_room(name, capacity, real):
-    """Captions, and the paragraphs of novels, longer ones cut; a word is a token and so is the end."""
+    """Documents are captions and paragraphs of novels, cut if too long; a token is a word or the end."""
     with gzip.open(real / name / "train.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     if name == "novels":

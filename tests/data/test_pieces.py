@@ -1,4 +1,4 @@
-"""Long texts in pieces have the tokens of the whole."""
+"""Long texts that are cut into pieces must have the tokens of the whole text."""
 
 import itertools
 
@@ -29,7 +29,7 @@ TEXTS = {
 
 
 def prefixed():
-    """A tokenizer that puts a space before every text, as Llama 2's does: no cut leaves its tokens alone."""
+    """Return a tokenizer that puts a space before every text, like Llama 2's: every cut changes its tokens."""
     core = Tokenizer(models.BPE(unk_token="?"))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     core.decoder = decoders.Replace("▁", " ")
@@ -40,7 +40,7 @@ def prefixed():
 
 
 def lines_joined():
-    """A tokenizer that makes one word of all line feeds in a row, as Qwen's does."""
+    """Return a tokenizer that makes one word of all line feeds in a row, like Qwen's."""
     core = Tokenizer(models.BPE())
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split(__import__("tokenizers").Regex(pattern), "isolated")
@@ -86,7 +86,7 @@ def test_nothing_has_no_piece(tokenizers):
 
 
 def test_a_long_text_is_held_in_parts(tokenizers, monkeypatch):
-    """Beyond the piece that is handed out, no more of an endless text is held than two pieces."""
+    """Besides the piece that is handed out, at most two pieces of an endless text are held."""
     monkeypatch.setattr(pieces, "PIECE", 256)
     taken = itertools.count()
     endless = (f"Line {next(taken)}.\n\n" for _ in iter(int, 1))

@@ -24,7 +24,7 @@ def letters(text):
 
 @pytest.fixture(scope="module")
 def decoder_tokenizer():
-    """Like GPT-2's: one token that begins and ends texts, no separator, a line break of its own."""
+    """Return a tokenizer like GPT-2's: one token begins and ends texts; no separator; the line break is a token."""
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "\n", " ", *"abcdefgh"])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -49,16 +49,16 @@ def test_layout_without_a_separator(decoder_tokenizer):
     examples = tokenize([("ab", "cd")], decoder_tokenizer, 16, "causal_lm")
     assert lists(examples) == [[3, 4, 1, 5, 6, 0]]
     assert [examples.context(i) for i in range(len(examples))] == [3]
-    batch = collate(examples, [0, 0], pad_id=0)  # padding is the end token too, the mask tells them apart
+    batch = collate(examples, [0, 0], pad_id=0)  # padding is the end token too; see the mask
     assert batch.labels[0].tolist() == [NO_LABEL] * 3 + [5, 6, 0]
 
 
 @pytest.mark.parametrize(
     "prompt, response, kept",
     [
-        ("abcdef", "gh", ("abcde", "gh", True)),  # 8 of room: the prompt gives way
+        ("abcdef", "gh", ("abcde", "gh", True)),  # room for 8: the prompt is cut
         ("abcdef", "ghijkl", ("abcd", "ghij", False)),  # half for each
-        ("ab", "cdefghi", ("ab", "cdefgh", False)),  # what the prompt leaves
+        ("ab", "cdefghi", ("ab", "cdefgh", False)),  # the response gets the room that the prompt leaves
         ("", "cdefghij", ("", "cdefghij", False)),
         ("abcd", "efg", ("abcd", "efg", True)),
     ],
@@ -96,7 +96,7 @@ def test_labels_are_the_response_alone(tokenizer):
 
 
 def test_the_loss_knows_nothing_of_what_prompts_predict(tokenizer):
-    """Cross-entropy over response tokens by hand, from random states and a random head."""
+    """Compare with cross-entropy over response tokens by hand, from random states and a random head."""
     from dsdistill.models.trace import Trace
 
     batch = collate(tokenize([("ab", "cde"), ("f", "g")], tokenizer, 16, "causal_lm"), [0, 1], PAD)
@@ -114,7 +114,7 @@ def test_the_loss_knows_nothing_of_what_prompts_predict(tokenizer):
 
 
 def test_spans_lie_in_both_texts(tokenizer):
-    def find(line):  # each text is one word, and from its second letter on a phrase
+    def find(line):  # each text is one word, and a phrase from its second letter on
         return [(0, len(line))], [(1, len(line))]
 
     examples = tokenize([("abcdef", "ghi"), ("k", "lm")], tokenizer, 9, "causal_lm", chunk=find)

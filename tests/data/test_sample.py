@@ -1,4 +1,4 @@
-"""A share of the train examples, and wrong labels."""
+"""A run may take a share of the train examples, and wrong labels on purpose."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ class TestNoise:
 
 
 def test_the_train_set_alone(tokenizer, tmp_path):
-    """Of 40 rows half are kept and a quarter of these mislabelled; dev is as it was, so is what the teacher reads."""
+    """Half of 40 rows are kept, a quarter of these mislabelled; the dev set and the teacher's texts stay the same."""
     lines = [f"{chr(97 + i % 26)}\t{'xy'[i % 2]}\trow {i}" for i in range(40)]
     path = tmp_path / "rows.tsv"
     path.write_text("text\tlabel\tid\n" + "\n".join(lines) + "\n", encoding="utf-8")

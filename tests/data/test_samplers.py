@@ -32,7 +32,7 @@ def test_neighbours_have_other_answers():
     found = nearest_others(vectors, examples(rows, labels=[0, 0, 1, 1, 1, 1]))
     assert found[0].tolist() == [2, 3, 4] and set(found[5, :2]) == {0, 1}
     assert nearest_others(vectors, examples(rows))[0].tolist() == [1, 2, 3]
-    # Of pairs the answer is the second text: 0 and 1 share theirs.
+    # In pairs the answer is the second text; 0 and 1 have the same.
     pairs = [[7, 9], [8, 9], [7, 5], [7, 6], [7, 7], [7, 8]]
     second = [[0, 1]] * 6
     assert nearest_others(vectors, examples(pairs, second=second))[0].tolist() == [2, 3, 4]
@@ -86,7 +86,7 @@ def test_bigrams_by_hand():
     found = np.exp(model.log_likelihood(np.array([1, 2, 2, 1, 0]), np.array([2, 1, 2, 1, 0])))
     assert found == pytest.approx([p(3, 1), p(2, 0.5), p(3, 0.5), p(2, 0), p(0, 0)])
     seen = np.arange(3)
-    for before in (1, 2):  # a distribution
+    for before in (1, 2):  # the probabilities add up to 1
         assert np.exp(model.log_likelihood(np.full(3, before), seen)).sum() == pytest.approx(1)
 
 

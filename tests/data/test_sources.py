@@ -24,7 +24,7 @@ def tsv(rows):
 
 
 def write(path, rows):
-    """The rows in the format that the name asks for."""
+    """Write the rows in the format that the file's name asks for."""
     kind = path.name.removesuffix(".gz").rsplit(".")[-1]
     if kind == "csv":
         with open(path, "w", newline="", encoding="utf-8") as file:
@@ -94,7 +94,7 @@ def test_absolute_path_needs_no_root(tmp_path):
         (["1", "0", "1"], ("1", "0"), ("1", "0"), [0, 1, 0]),  # the names themselves
         ([2, 1, 2], None, ("1", "2"), [1, 0, 1]),
         ([2.0, 1.0, 1.0], None, ("1", "2"), [1, 0, 0]),
-        # One number in many spellings: in the order of a set each rank would have classes of its own.
+        # One number in many spellings: with the order of a Python set each rank would number classes differently.
         (["1", "01", "001", "0001", "0"], None, ("0", "0001", "001", "01", "1"), [4, 3, 2, 1, 0]),
     ],
 )
@@ -124,14 +124,14 @@ DECLARED = {"a": ["neg", "pos"], "b": ["neg", "pos"], "c": ["pos", "neg"], "d": 
     ("names", "given", "expected", "indices"),
     [
         (["a", "b"], None, ("neg", "pos"), [1, 0, 1, 0]),
-        (["a", "c"], None, ("neg", "pos"), [1, 0, 0, 1]),  # of one order here and another there: by name
+        (["a", "c"], None, ("neg", "pos"), [1, 0, 0, 1]),  # orders differ, so names decide
         (["c", "d"], None, ("neg", "pos", "so-so"), [0, 1, 2, 0]),
         (
             ["b", "plain"],
             None,
             ("neg", "pos"),
             [1, 0, 0, 1],
-        ),  # a file that declares none has names or indices
+        ),  # a file without declared classes has names or indices
         (["a", "c"], ("pos", "neg"), ("pos", "neg"), [0, 1, 1, 0]),
     ],
 )
@@ -169,7 +169,7 @@ BLANK = ["", " = Title = \n", " \t\u3000", "a sentence", "\n"]
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
 @pytest.mark.parametrize("source", ["a.jsonl", "a.parquet", "folder", "hub"])
 def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, tokenizer, source, task):
-    """As the first row of wikitext is, which configs/qwen_24_to_6.yaml reads."""
+    """The first row of wikitext, which configs/qwen_24_to_6.yaml reads, is such a row."""
     held = datasets.Dataset.from_dict({"text": BLANK})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: held)
     (tmp_path / "wikitext").mkdir()
@@ -183,9 +183,7 @@ def test_blank_rows_of_plain_text_are_left_out(tmp_path, monkeypatch, tokenizer,
     assert texts_of(Section(**given), task, tokenizer, "dev") == [(" = Title = \n",), ("a sentence",)]
     if task == "causal_lm":
         data = load(Section(**given), task, tokenizer)
-        lines = (
-            ["3", "7"] if source in ("a.jsonl", "folder") else ["2", "4"]
-        )  # where they are in their source
+        lines = ["3", "7"] if source in ("a.jsonl", "folder") else ["2", "4"]  # their places in their source
         assert [data.dev.name(row).rpartition(":")[2] for row in range(2)] == lines
         assert len(data.train) == 2 * (1 + (source[:2] == "a."))
 
@@ -344,7 +342,7 @@ def test_real_sets(real, task, train, dev, text, sizes, labels):
 
 
 def test_a_hub_set_from_local_files(tmp_path):
-    """The hub's names of set, split and columns, over a folder in the layout of files.local_copy."""
+    """Set, split and columns have the hub's names; the data is a folder in the layout of files.local_copy."""
     (tmp_path / "sst2").mkdir()
     rows = [{"id": str(i), "label": str(i % 2), "text_a": f"text {i}", "text_b": ""} for i in range(4)]
     write(tmp_path / "sst2" / "train.tsv.gz", rows)

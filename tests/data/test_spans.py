@@ -1,4 +1,4 @@
-"""Words and phrases as runs of tokens: offsets, packing, batches, chunkers and what they lack."""
+"""Words and phrases are runs of tokens: offsets, packing, batches, chunkers and what these lack."""
 
 import sys
 import types
@@ -41,7 +41,7 @@ class TestBuiltin:
 
 class TestTokenSpans:
     def test_overlap(self):
-        """Tokens ab c (nothing) de f; spans of whole tokens, parts of them, and of what was truncated."""
+        """The tokens are ab, c, an empty one, de and f; spans cover whole tokens, parts of them, and truncated text."""
         offsets = torch.tensor([[0, 0], [0, 2], [2, 3], [0, 0], [4, 6], [6, 7], [0, 0]]).numpy()
         found = token_spans(offsets, ([(0, 3), (4, 5), (5, 9), (8, 12)], [(1, 5), (3, 4)]))
         assert found.tolist() == [[1, 3, WORD], [4, 5, WORD], [4, 6, WORD], [1, 5, PHRASE]]
@@ -51,7 +51,7 @@ class TestTokenSpans:
         assert token_spans(offsets, ([(0, 1)], [])).shape == (0, 3)
 
     def test_parts(self):
-        """An example has the spans that lie in it whole, counted from its first token; the others are left out."""
+        """An example has the spans that lie entirely in it, counted from its first token; others are left out."""
         spans = [(0, 2, 0), (3, 5, 0), (4, 8, 1), (8, 10, 1), (9, 11, 0), (5, 6, 0)]
         whole = made([list(range(12))], spans=[spans])
         parts = replace(whole, starts=torch.tensor([0, 4, 8]), lengths=torch.tensor([4, 4, 2]))
@@ -69,7 +69,7 @@ class TestTokenSpans:
 
 
 def read(examples, tokenizer, row, kind):
-    """The tokens of an example's spans, joined."""
+    """Return the tokens of an example's spans, joined."""
     tokens = examples.tokens(row).tolist()
     return [
         "".join(tokenizer.convert_ids_to_tokens(tokens[first:past]))
@@ -95,7 +95,7 @@ class TestExamples:
         assert read(examples, tokenizer, 0, WORD) == ["big", "c"]
 
     def test_packed(self, tokenizer):
-        """bigc | at⏎d | ogs[SEP] | oxy: 'cat' and 'dogs' are cut and dropped."""
+        """The blocks are bigc | at⏎d | ogs[SEP] | oxy, so that 'cat' and 'dogs' are cut and dropped."""
         examples = tokenize(["big cat\ndogs", "ox y"], tokenizer, 4, "causal_lm", chunk=builtin)
         found = [read(examples, tokenizer, row, WORD) for row in range(len(examples))]
         assert found == [["big"], [], [], ["ox", "y"]]
@@ -172,7 +172,7 @@ class TestWhatIsMissing:
 
 
 def test_jieba(monkeypatch):
-    """Tags decide what is content; offsets follow from the words."""
+    """Tags decide which words are content words; offsets follow from the words."""
     tagged = [("高血压", "n"), ("患者", "n"), ("的", "uj"), ("血压", "n"), (",", "x"), ("升高", "v")]
     pairs = [types.SimpleNamespace(word=word, flag=flag) for word, flag in tagged]
     monkeypatch.setitem(sys.modules, "jieba", types.SimpleNamespace(setLogLevel=lambda level: None))
@@ -184,7 +184,7 @@ def test_jieba(monkeypatch):
 
 
 class Token:
-    """What parsed() reads of a spaCy token."""
+    """Token has what parsed() reads from a spaCy token."""
 
     def __init__(self, i, idx, text, pos, dep):
         self.i, self.idx, self.text, self.pos_, self.dep_ = i, idx, text, pos, dep

@@ -1,4 +1,4 @@
-"""Stores of tokenised documents: what they hold, kills, several processes, bad rows, damage."""
+"""Stores of tokenised documents: contents, kills, several processes, bad rows, damage."""
 
 import json
 import os
@@ -29,7 +29,7 @@ BOS, EOS, A = 0, 1, 2
 
 @pytest.fixture(scope="module")
 def letters():
-    """A token a letter, with a token that begins every text, as Llama 3's tokenizer puts one."""
+    """Return a tokenizer with a token per letter and a token that begins every text, as Llama 3's has."""
     vocabulary = {
         token: i for i, token in enumerate(["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", " ", "\n"])
     }
@@ -83,7 +83,7 @@ def test_training_and_perplexity_see_the_same_beginnings(tmp_path, letters, pack
     data = load(section, "causal_lm", letters, packed=packing)
     if packing:
         assert lists(data.train.parts) == lists(data.dev) == [spelled("abc"), spelled("de")]
-    else:  # what ends the last document stands between two
+    else:  # the end of the last document lies between two
         assert lists(data.train) == lists(data.dev) == [[*spelled("abc"), *spelled("de")[:-1]]]
 
 
@@ -123,7 +123,7 @@ def test_a_stopped_process_is_gone_on_from(tmp_path, letters, monkeypatch):
 
 
 def test_a_killed_process_is_gone_on_from(tmp_path, letters):
-    """It is killed between two shards, in whatever it is doing."""
+    """The process is killed at a random moment between two shards."""
     write(tmp_path / "a.jsonl", TEXTS * 200)
     letters.save_pretrained(tmp_path / "tokenizer")
     code = f"""
@@ -260,7 +260,7 @@ def test_verify(tmp_path, letters):
     assert verify_stores(found.paths) == 1
     status, text = path.stat(), path.read_text()
     path.write_text(text.replace("jjj", "jkj", 1))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # size and time tell nothing
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # size and time are unchanged
     with pytest.raises(UserError, match=r"a\.jsonl: got a file that has changed since .*store was made from"):
         verify_stores(found.paths)
     path.write_text(text)
@@ -294,7 +294,7 @@ class TestOverlong:
         assert (found.lost.truncated, found.lost.dropped) == (
             0,
             2,
-        )  # a rest of one token, and a document of one
+        )  # a remainder of one token, and a document of one token
 
     def test_truncate(self):
         found = self.examples("truncate", None)

@@ -26,7 +26,7 @@ load_dataset = datasets.load_dataset
 
 
 def local(folder):
-    """Return what stands in for `load_dataset`: the files of a folder, read as those of the hub are."""
+    """Return a replacement for `load_dataset` that reads the files of a folder like those of the hub."""
 
     def loaded(name, subset, split, **options):
         options.pop("cache_dir", None)
@@ -104,7 +104,7 @@ def test_each_row_comes_once_a_turn(source, tokenizer, opened):
     assert once == again == wanted
     assert steps[:30] != steps[30:]  # in another order
     front = [(*tokenizer(text, add_special_tokens=False)["input_ids"], 3) for text in TEXTS[:10]]
-    assert steps[0] != sorted(front)  # nor as they lie
+    assert steps[0] != sorted(front)  # and not in the order of the file
 
 
 def test_a_few_parts_lie_on_the_disk_at_a_time(source, tokenizer, opened, caplog):
@@ -150,7 +150,7 @@ def test_a_resume_goes_on_exactly(source, tokenizer, opened, cache):
     second = train(source, tokenizer).train
     opened.append(second)
     assert seen(loader(second), range(22, 30)) == wanted[22:]
-    assert seen(loader(second), range(3)) == wanted[:3]  # and back, as a baseline goes
+    assert seen(loader(second), range(3)) == wanted[:3]  # and back to the start, as a baseline does
 
 
 def test_blocks_hold_whole_documents(source, tokenizer, opened):
@@ -260,7 +260,7 @@ def test_where_the_writer_is_killed_another_goes_on(source, tokenizer, opened, t
         assert json.loads(process.stdout.readline().replace("(", "[").replace(")", "]"))
         other = train(source, again).train
         opened.append(other)
-        assert seen(loader(other), [0]) == wanted[:1]  # what the other process has made
+        assert seen(loader(other), [0]) == wanted[:1]  # the part that the other process has made
         assert not other._failure
         process.send_signal(signal.SIGKILL)
     assert seen(loader(other), range(30)) == wanted

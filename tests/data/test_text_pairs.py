@@ -1,4 +1,4 @@
-"""Texts without labels, single or in pairs of which each text is a row, and pairs that people have judged."""
+"""Texts without labels, alone or in pairs whose texts are a row each, and pairs with scores by people."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_single_texts_are_trained_on_beside_dev_sets_of_pairs(folder, tokenizer)
 
 
 def test_a_single_text_whose_column_has_no_prompt_is_refused(folder, tokenizer):
-    """Prompts that a folder of a sentence encoder brings are not known when the config is checked."""
+    """When the config is checked, the prompts that a sentence encoder's folder brings are not known yet."""
     part = {"source": "files", "train": str(folder / "pairs.tsv"), "text": ["score"]}
     settings = section(folder, prompts=("read ", "a node ")).model_dump() | {"train": [part]}
     with pytest.raises(UserError, match=r"data\.train: got text: \[score\]"):

@@ -67,7 +67,7 @@ def test_refusals(tokenizer, given, max_length, task, message):
 
 
 def test_row_without_tokens(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer._tokenizer, "post_processor", None)  # nothing is added, as by GPT-2
+    monkeypatch.setattr(tokenizer._tokenizer, "post_processor", None)  # no token is added, as with GPT-2
     with pytest.raises(UserError, match="here: got row 2, which gives no token"):
         tokenize(["a", " "], tokenizer, 4, "classification", labels=[0, 1])
 

@@ -1,4 +1,4 @@
-"""Distillation in other people's loops: plain, DDP, DeepSpeed, Accelerate and FSDP2, all with the same micro-batches.
+"""Distil in other people's loops: plain, DDP, DeepSpeed, Accelerate and FSDP2, all with the same micro-batches.
 
 Run by ranks: loops.py OUT LOOP... . Each loop writes OUT/LOOP.pt, the student's and projectors' weights after training.
 """
@@ -27,7 +27,7 @@ MOVING = TERMS | {
     "hidden": TERMS["hidden"] | {"layers": "emd"},
     "pairwise": TERMS["pairwise"] | {"layer_weights": "dynamic"},
 }
-LOOPS = (  # of several ranks
+LOOPS = (  # with several ranks
     "ddp",
     "ddp-checkpointing",
     "ddp-compiled",
@@ -64,12 +64,12 @@ def teacher():
 def distiller(guide=None, model=None, terms=TERMS) -> Distiller:
     guide = teacher() if guide is None else guide
     model = student() if model is None else model
-    torch.manual_seed(3)  # of the projectors
+    torch.manual_seed(3)  # for the projectors
     return Distiller(guide, model, terms)
 
 
 def micro_batches(step: int) -> list[dict]:
-    """MICRO batches of rows of unequal lengths, padded on the left; counts differ between batches and ranks."""
+    """Return MICRO batches of rows of unequal lengths, padded on the left; counts differ between batches and ranks."""
     generator = torch.Generator().manual_seed(step)
     batches = []
     for index in range(MICRO):
@@ -91,18 +91,18 @@ def weights(module: Distiller) -> dict[str, torch.Tensor]:
 
 
 def descend(module: torch.nn.Module, made: Distiller) -> dict:
-    """Train `module`, which is `made` or a wrapper of it, by the loop that the class's docstring shows."""
+    """Train `made`, or a wrapper of it (`module`), by the loop that the class's docstring shows."""
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
     for step in range(STEPS):
         counts = made.counts(own(step))
         outputs = []
-        for batch in own(step):  # DDP wants the backward pass of one before the forward pass of the next
+        for batch in own(step):  # DDP requires one's backward pass before the next forward pass
             outputs.append(module(batch, counts=counts))
             outputs[-1].loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        made.update(outputs)  # of layer weights that move, if any does
-    means = getattr(made.objective.terms["pairwise"].weighting, "mean", [])  # losses that weights follow
+        made.update(outputs)  # for layer weights that change, if there are any
+    means = getattr(made.objective.terms["pairwise"].weighting, "mean", [])  # losses that the weights follow
     return weights(made) | ({"means": torch.tensor(means)} if means else {})
 
 
@@ -119,7 +119,7 @@ def ddp(option: str) -> dict:
 def zero(stage: int, option: str) -> dict:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled for a minute
     guide = None
     if option == "sharded":
         guide = shard_teacher(lambda: AutoModelForCausalLM.from_pretrained(TEACHER), dtype="fp32")
@@ -161,7 +161,7 @@ def accelerate(option: str) -> dict:
 
 
 def fsdp2(option: str) -> dict:
-    """Layers are sharded; embeddings, head and projectors are whole, and the loop averages their gradients."""
+    """Shard the layers; embeddings, head and projectors are whole, and the loop averages their gradients."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -197,7 +197,7 @@ if __name__ == "__main__":
     from dsdistill.distributed.leave import leave
 
     out, *loops = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
-    TEACHER = str(Path(out, "teacher"))  # the test wrote it: what is sharded cannot be made at random alike
+    TEACHER = str(Path(out, "teacher"))  # the test wrote it: sharded, it would get other random weights
     dist.init_process_group("gloo")
     for name in loops:
         found = copy.deepcopy(run(name))

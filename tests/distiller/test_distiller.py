@@ -1,4 +1,4 @@
-"""The loss of a batch by itself: against definitions, and what the models look like before and after."""
+"""The loss of a batch is compared with definitions, and the models before and after with each other."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def batch(rows: int = 5, width: int = 8, labels: bool = True) -> dict:
 
 
 def test_by_definition():
-    """Every term against plain PyTorch on the library's own outputs."""
+    """Every term is compared with plain PyTorch on the library's own outputs."""
     teacher, student = classifiers(hidden_size=24)
     plain = [copy.deepcopy(model).eval() for model in (teacher, student)]
     for model in plain:
@@ -115,11 +115,11 @@ class TestTheModels:
         distiller = Distiller(teacher.to(torch.bfloat16), student, {"hidden": {}})
         distiller.to(torch.float64)
         assert student.dtype == torch.float64 and teacher.dtype == torch.bfloat16
-        torch.nn.ModuleList([distiller]).to("meta")  # as a wrapper moves what it holds
+        torch.nn.ModuleList([distiller]).to("meta")  # as a wrapper moves its modules
         assert teacher.device.type == student.device.type == "meta" and teacher.dtype == torch.bfloat16
 
     def test_the_saved_student_is_plain(self, tmp_path):
-        """Its folder is that of a student which nobody distilled, but for the weights."""
+        """The saved folder must be that of a student that was never distilled, except for the weights."""
         teacher, student = classifiers()
         student.config.use_cache = True
         student.save_pretrained(tmp_path / "before")
@@ -131,7 +131,7 @@ class TestTheModels:
 
     @pytest.mark.parametrize("terms", [{"hidden": {}}, {"attention": {}}], ids=["hidden", "attention"])
     def test_attention_is_the_models_own(self, terms):
-        """Capture wraps whatever runs."""
+        """Capture wraps whatever attention function runs."""
         teacher, student = classifiers()
         student.set_attn_implementation("eager")
         distiller = Distiller(teacher, student, {"task": {}, **terms})
@@ -161,7 +161,7 @@ class TestTheModels:
 @pytest.mark.parametrize("how", ["wrapper", "in place"])
 @pytest.mark.parametrize("task", ["causal_lm", "classification"])
 def test_a_compiled_student(how, task):
-    """Graphs with our hooks in them compute what the plain student does."""
+    """Graphs that contain our hooks compute the same as the plain student."""
     torch._dynamo.reset()
     if task == "causal_lm":
         pair, given, inputs = (loops.teacher, loops.student), loops.TERMS, loops.micro_batches(0)
@@ -252,7 +252,7 @@ def test_rows_without_a_class_count_for_nothing():
 
 
 def test_a_model_without_a_head():
-    """Sentence encoders have none, and terms over states, attention and pairs need none."""
+    """Sentence encoders have no head, and terms over states, attention and pairs need none."""
     torch.manual_seed(0)
     made = [AutoModel.from_config(AutoConfig.for_model("bert", **FAMILIES["bert"])) for _ in range(2)]
     given = {"hidden": {}, "attention": {}, "pairwise": {}, "sp": {}}
@@ -270,7 +270,7 @@ def test_a_model_without_a_head():
 
 
 def test_copies_and_pickles():
-    """A copy of the whole distils by itself; a student under capture can still be saved whole."""
+    """A copy of the whole distils independently; a student under capture can still be saved whole."""
     distiller = Distiller(*classifiers(), {"task": {}, "hidden": {}, "attention": {}})
     distiller.eval()
     twin = copy.deepcopy(distiller)
@@ -392,7 +392,7 @@ class TestRefusals:
             Distiller(*classifiers(), pairs)(batch())
 
     def test_reentrant_checkpointing(self):
-        """It runs layers without gradients first, so that what is captured there has none."""
+        """It first runs layers without gradients, so what is captured then has none."""
         student = loops.student()
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         distiller = Distiller(loops.teacher(), student, loops.TERMS)
@@ -403,13 +403,13 @@ class TestRefusals:
 
 
 class Sharp(Term):
-    """Settings of a term made here."""
+    """Sharp holds the settings of a term that is made here."""
 
     power: float = 2.0
 
 
 class SharpTerm(dsdistill.AlignmentTerm):
-    """The mean of |H_S − H_T|^power over valid tokens of the last layers."""
+    """Compute the mean of |H_S − H_T|^power over valid tokens of the last layers."""
 
     def __init__(self, config, pair):
         super().__init__(config, pair)

@@ -1,4 +1,4 @@
-"""A batch in every form that collators make: the same documents give the same loss."""
+"""A batch may come in every form that collators make; the same documents give the same loss."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def row(document: torch.Tensor, left: int, width: int, fill: int) -> torch.Tenso
 
 
 def padded(befores: list[int], width: int, types: bool = False) -> dict:
-    """Each document with so many padding tokens before it; what padding holds must not matter."""
+    """Put the given number of padding tokens before each document; their contents must not matter."""
     texts = documents()
     ids = torch.stack([row(text, before, width, 33) for text, before in zip(texts, befores, strict=True)])
     mask = torch.stack(
@@ -46,7 +46,7 @@ def padded(befores: list[int], width: int, types: bool = False) -> dict:
 
 
 def packed(rows: list[list[torch.Tensor]], by_mask: bool = False) -> dict:
-    """Rows of several documents: position_ids begin anew at each, or the mask counts them."""
+    """Return rows of several documents: position_ids begin anew at each, or the mask counts the documents."""
     width = max(sum(map(len, texts)) for texts in rows)
     ids = torch.stack([row(torch.cat(texts), 0, width, 33) for texts in rows])
     if by_mask:

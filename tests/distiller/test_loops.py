@@ -1,4 +1,4 @@
-"""The same student in every loop: two real ranks of each kind train to what one process trains to."""
+"""In every loop two real ranks must train the same student as one process does."""
 
 import os
 
@@ -39,7 +39,7 @@ def test_trains_to_the_same_weights(trained, truth, loop):
 
 
 def test_layer_weights_move():
-    """Without update() they would stay, and training would lead elsewhere."""
+    """Without update() the weights would stay, and training would give another result."""
     moving = loops.run("plain-moving")
     made = loops.distiller(terms=loops.MOVING)
     made.update = lambda outputs: None
@@ -48,7 +48,7 @@ def test_layer_weights_move():
 
 
 def test_counts_matter(truth):
-    """Micro-batches that each count as a step of their own lead elsewhere."""
+    """If each micro-batch counts as a step of its own, training gives another result."""
     made = loops.distiller()
     optimizer = torch.optim.SGD(made.parameters(), lr=loops.RATE)
     for step in range(loops.STEPS):

@@ -1,4 +1,4 @@
-"""DistillTrainer: the loss of a Distiller in the Trainer of the transformers library, on one rank and on two."""
+"""DistillTrainer is the loss of a Distiller in the Trainer of transformers, on one rank and on two."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_steps_between_two_logs_are_averaged(tmp_path, truth):
 
 
 def test_resumes(tmp_path, truth):
-    """Projectors and layer weights come back; the run ends where one that was not stopped does."""
+    """Projectors and layer weights come back; a resumed run ends where an uninterrupted run does."""
     first = trainers.trainer(tmp_path, loops.MOVING, save_strategy="steps", save_steps=2)
     first.train()
     folder = tmp_path / "checkpoint-2"
@@ -107,7 +107,7 @@ def test_resumes(tmp_path, truth):
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 24
     for spoilt in ("nothing", "projectors", "weights"):
         second = trainers.trainer(tmp_path, loops.MOVING)
-        if spoilt == "weights":  # of layers, as a run that forgot them would have
+        if spoilt == "weights":  # the layer weights of a run that forgot them
             state = json.loads((folder / MOVING).read_text())
             state["pairwise"]["mean"] = [5.0 * value for value in state["pairwise"]["mean"]]
             (folder / MOVING).write_text(json.dumps(state))
@@ -134,7 +134,7 @@ def test_checkpoints_of_others_are_refused(tmp_path):
 
 
 def test_the_best_student_comes_back(tmp_path):
-    """Scores grow worse at a large learning rate; at the end the best checkpoint is loaded."""
+    """At a large learning rate scores get worse; at the end the best checkpoint is loaded."""
     made = trainers.trainer(
         tmp_path,
         eval_dataset=trainers.examples(4),
@@ -352,7 +352,7 @@ def test_chats_that_trl_prepares(tmp_path, padding_free):
         data_collator=prepared.data_collator,
     )
     made.train()
-    # By hand: U … E A … E, of which the answer and its end are predicted.
+    # By hand: U … E A … E; the answer and its end are predicted.
     tokenizer, rows = chat_tokenizer(), []
     for user, assistant in conversations[:6]:
         prompt = tokenizer.encode(f"U {user['content']} E A", add_special_tokens=False)

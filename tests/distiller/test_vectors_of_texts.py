@@ -1,4 +1,4 @@
-"""Sentence encoders in anybody's own loop, against plain transformers."""
+"""Sentence encoders in a loop of one's own are compared with plain transformers."""
 
 import copy
 

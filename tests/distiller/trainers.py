@@ -1,4 +1,4 @@
-"""A DistillTrainer on one rank and on several, and the plain loop that it must agree with.
+"""Train with a DistillTrainer on one rank and on several, and with the plain loop that it must agree with.
 
 Run by ranks: trainers.py OUT WAY... . Each way writes OUT/WAY.pt: the weights after training, and what was logged.
 """
@@ -97,7 +97,7 @@ def trainer(out: Path, terms: dict = loops.TERMS, guide=None, model=None, made=N
     args = made or TrainingArguments(str(out), **settings | given)
     guide = guide() if isinstance(guide, functools.partial) else guide or loops.teacher()
     student = (model or loops.student)()
-    torch.manual_seed(3)  # of the projectors
+    torch.manual_seed(3)  # for the projectors
     return InOrder(
         student, args, teacher=guide, terms=terms, train_dataset=examples(), data_collator=collate, **extra
     )
@@ -120,7 +120,7 @@ def run(way: str, out: Path) -> dict:
     if kind.startswith("zero"):
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled for a minute
         stage = int(kind[4:])
         given["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto",
@@ -133,7 +133,7 @@ def run(way: str, out: Path) -> dict:
             },
             "zero_allow_untested_optimizer": True,
         }
-    if stage == 3:  # what is sharded cannot be made at random alike
+    if stage == 3:  # a sharded model cannot get the same random weights
         model = functools.partial(load, out / "student")
         guide = shard_teacher(functools.partial(load, out / "teacher"), dtype="fp32") if option else None
         guide = guide or functools.partial(load, out / "teacher")

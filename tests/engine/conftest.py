@@ -1,4 +1,4 @@
-"""What several tests of whole runs begin with."""
+"""Fixtures that several tests of whole runs start from."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.conftest import BERT
 
 @pytest.fixture
 def mapping(settings, data_dir, tokenizer_dir, tmp_path, monkeypatch):
-    """A masked language model as the teacher of a student with domain fusion."""
+    """Return settings of a masked language model as the teacher of a student with domain fusion."""
     monkeypatch.chdir(tmp_path)
     config = {key: value for key, value in BERT.items() if key != "model_type"}
     torch.manual_seed(0)

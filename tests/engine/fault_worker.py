@@ -1,4 +1,4 @@
-"""The command line's `train` on real ranks, with a fault at a given step.
+"""Run the command line's `train` on real ranks, with a fault at a given step.
 
 deepspeed --num_gpus 2 fault_worker.py CONFIG.yaml FAULT RANK STEP
 FAULT: of FAULTS, below.
@@ -25,7 +25,7 @@ step_of_fault = 0
 
 
 def hang() -> None:
-    """The rank never comes to its next collective."""
+    """The rank never reaches its next collective."""
     time.sleep(3600)
 
 
@@ -45,7 +45,7 @@ def full_disk() -> None:
 
 
 def not_a_number() -> None:
-    """From here on this rank's losses are none."""
+    """From here on this rank's losses are not numbers."""
     loss = Trainer._loss
 
     def broken(trainer, batch, counts):
@@ -56,12 +56,12 @@ def not_a_number() -> None:
 
 
 def no_gradient() -> None:
-    """From here on one parameter's gradients are none, and the losses are as they were."""
+    """From here on one parameter's gradients are not numbers; the losses stay as they were."""
     _spoil(steps=99)
 
 
 def one_without_gradient() -> None:
-    """In this step alone."""
+    """The same in this step only."""
     _spoil(steps=1)
 
 
@@ -85,10 +85,10 @@ def die(*_, **__) -> None:
 
 
 def die_in_file() -> None:
-    """Killed with half of a file written."""
+    """The rank is killed when half of a file is written."""
 
     def half(state, file):
-        if tag not in file.file.name:  # one of before, that is written while training goes on
+        if tag not in file.file.name:  # a file of an earlier checkpoint, still being written
             return write(state, file)
         whole = io.BytesIO()
         write(state, whole)
@@ -101,7 +101,7 @@ def die_in_file() -> None:
 
 
 def die_between_files() -> None:
-    """Killed with every shard written and no manifest."""
+    """The rank is killed when every shard is written, but no manifest."""
 
     def finish(saving: checkpoint.Saving, keep: int) -> None:
         saving.writer.commit()
@@ -111,12 +111,12 @@ def die_between_files() -> None:
 
 
 def die_between_own_files() -> None:
-    """Killed with its shard written and its random state not."""
+    """The rank is killed when its shard is written, but not its random state."""
     checkpoint.random_state = die
 
 
 def die_before_pointer() -> None:
-    """Killed with the manifest written and the pointer still at the checkpoint before."""
+    """The rank is killed when the manifest is written, while the pointer still names the checkpoint before."""
 
     def write(path: str, text: str) -> None:
         (die if path.endswith(checkpoint._POINTER) and text == tag else whole)(path, text)
@@ -141,7 +141,7 @@ FAULTS = {
 
 
 def want_the_interpreter_at_the_end() -> None:
-    """A thread of torch's that waits for the interpreter as the process ends; gloo's does where the moment is bad."""
+    """Start a thread of torch's that waits for the interpreter as the process ends, as gloo's thread may do."""
     ending = threading.Event()
 
     def add() -> None:
@@ -165,7 +165,7 @@ def inject(fault: str, step: int) -> None:
     Trainer.train_step = faulty
 
 
-LATE = "late "  # begins the faults of runs that read a step's values after the next step, as those on GPUs do
+LATE = "late "  # prefix for runs that read a step's values after the next step, as runs on GPUs do
 
 if __name__ == "__main__":
     config, fault, rank, step = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def heed() -> None:
-    """Take signals as a process of a terminal does, even where the tests run below nohup, which ignores SIGHUP."""
+    """Take signals as a process in a terminal does, even if the tests run below nohup, which ignores SIGHUP."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
 
@@ -38,7 +38,7 @@ def launch_command(*arguments: object, ranks: int = 2) -> tuple[list[str], dict[
         ),  # workers share code
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    environment.pop("TRITON_INTERPRET", None)  # of the operators' tests
+    environment.pop("TRITON_INTERPRET", None)  # set for the operators' tests
     return list(map(str, command)), environment
 
 
@@ -62,12 +62,12 @@ def run_configs(paths: list[Path | str], ranks: int = 2) -> str:
 
 
 def processes_of(path: Path) -> dict[int, list[str]]:
-    """Every process, with its command line, that names this path or one below it."""
+    """Return every process, with its command line, that names this path or one below it."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # gone
+        except OSError:  # the process has ended
             continue
         if any(argument == str(path) or argument.startswith(f"{path}/") for argument in arguments):
             found[int(entry.name)] = arguments
@@ -75,7 +75,7 @@ def processes_of(path: Path) -> dict[int, list[str]]:
 
 
 def wait_for_end(path: Path, seconds: float) -> None:
-    """Fails where a process that names this path is left after that time."""
+    """Fail if a process that names this path still exists after that time."""
     deadline = time.time() + seconds
     while left := processes_of(path):
         assert time.time() < deadline, f"processes were left behind: {left}"

@@ -1,4 +1,4 @@
-"""Loads teachers and students sharded and prints what of them differs from what plain transformers loads.
+"""Load teachers and students sharded, and print what differs from what plain transformers loads.
 
 deepspeed --num_gpus 2 loading_worker.py FOLDER NAME@DTYPE ...
 
@@ -29,7 +29,7 @@ IDS = torch.tensor([[5, 9, 7, 3, 8, 2]])
 
 
 def whole(model, read) -> dict[str, torch.Tensor]:
-    """Return all parameters by name, each as `read` has it where it is whole."""
+    """Return all parameters by name, each as `read` has it when it is whole."""
     found = {}
     for name, parameter in model.named_parameters():
         with engines.gathered([parameter]):

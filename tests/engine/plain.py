@@ -1,4 +1,4 @@
-"""The whole job as one plain PyTorch loop, written from the definitions: eager attention maps, whole tensors.
+"""Do the whole job in one plain PyTorch loop, written from the definitions: eager attention maps, whole tensors.
 
 Nothing of dsdistill's operators, terms, objective, capture or engine is used here.
 """
@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 
 
 def pairwise_cosine(hidden, mask):
-    """Mean over sequences of Σ_ij (R_S − R_T)² / n²."""
+    """Return the mean over sequences of Σ_ij (R_S − R_T)² / n²."""
     total = 0.0
     for student, teacher, valid in zip(*hidden, mask, strict=True):
         relations = [F.normalize(x[valid], dim=-1) for x in (student, teacher)]
@@ -21,7 +21,7 @@ def pairwise_cosine(hidden, mask):
 
 
 def plain_loss(student_out, teacher_out, batch, projectors, temperature=2.0):
-    """Every term as its definition says, over one whole batch."""
+    """Compute every term by its definition, over one whole batch."""
     mask, rows = batch.mask, batch.mask.sum()
     task = F.cross_entropy(student_out.logits, batch.labels)
     p = F.softmax(teacher_out.logits / temperature, -1)

@@ -1,7 +1,7 @@
-"""Saves small engines and loads them in other ZeRO stages, on real ranks.
+"""Save small engines and load them in other ZeRO stages, on real ranks.
 
 deepspeed --num_gpus 2 reshape_worker.py FOLDER CONFIG.yaml[@STEP] ...
-Prints one line of JSON for each case: what of the saved state differs after loading it and saving it again. Then does
+Prints one line of JSON for each case: what differs in the state after loading it and saving it again. Then does
 what worker.py does, in the same processes.
 """
 
@@ -28,11 +28,11 @@ CASES = [
     ("adam", "fp32", 1, 2),
 ]
 
-SOME_STAY_WHOLE = {"stage3_param_persistence_threshold": 6}  # elements; by default all of this module would
+SOME_STAY_WHOLE = {"stage3_param_persistence_threshold": 6}  # elements; else the module would stay whole
 
 
 class Module(nn.Module):
-    """Odd sizes (ZeRO-3 pads them), a weight under two names, a frozen one, a buffer that moves."""
+    """Module has odd sizes (ZeRO-3 pads them), a weight under two names, a frozen weight, a buffer that changes."""
 
     def __init__(self):
         super().__init__()

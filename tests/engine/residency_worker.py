@@ -1,4 +1,4 @@
-"""Counts, on every rank, the teacher's parameters that are whole at any moment of a forward pass.
+"""Count, on every rank, the teacher's parameters that are whole at each moment of a forward pass.
 
 deepspeed --num_gpus 2 residency_worker.py CONFIG.yaml OUT.json
 """

@@ -1,4 +1,4 @@
-"""Trains by a config and prints, as JSON, at every step the teacher's share in what the student is given of it.
+"""Train by a config and print, as JSON, the teacher's share in the features that the student gets at every step.
 
 python share_worker.py CONFIG.yaml
 """
@@ -18,7 +18,7 @@ if __name__ == "__main__":
         found = prepare(fusion, teacher, chance)
         if fusion.training:
             shares.append(fusion.share)
-            taken.append(fusion._given[1].float().mean().item())  # of the examples
+            taken.append(fusion._given[1].float().mean().item())  # share of the examples
         return found
 
     DomainFusion.prepare = watched

@@ -1,4 +1,4 @@
-"""Runs a config and writes each rank's resident memory after every step.
+"""Run a config and write each rank's resident memory after every step.
 
 deepspeed --num_gpus 2 soak_worker.py CONFIG.yaml OUT.json
 """
@@ -17,7 +17,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the bytes that this process has in memory."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * PAGE
 

@@ -1,4 +1,4 @@
-"""The command line's runs on real ranks, one after the other, each told to stop at a place of its own.
+"""Run the command line on real ranks, one run after the other; each is told to stop at another place.
 
 [deepspeed --num_gpus 2] stop_worker.py FOLDER NAME=WHAT[@RANK][+WHAT@RANK] ...
 Each rank runs FOLDER/NAME.yaml in a process of its own, forked when everything is imported, so that imports are
@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-# Some of these the forks would import one by one: DeepSpeed wants inductor, which takes seconds.
+# Else each fork would import some of these: DeepSpeed needs inductor, which takes seconds.
 import matplotlib.figure  # noqa: F401
 import torch
 import torch._inductor.compile_fx
@@ -30,7 +30,7 @@ from dsdistill.engine.train import Trainer
 from tests.engine.launch import heed
 
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-STEP = 5  # of the 10
+STEP = 5  # of 10 steps
 
 
 def tell(number: int = signal.SIGTERM) -> None:
@@ -38,19 +38,19 @@ def tell(number: int = signal.SIGTERM) -> None:
 
 
 def stuck() -> None:
-    """The main thread runs C for minutes, as in a collective."""
+    """The main thread is in C code for minutes, as in a collective."""
     hashlib.pbkdf2_hmac("sha512", b"", b"", 10**9)
 
 
 def wait() -> None:
-    """Wait in Python, where a handler may raise in between."""
+    """Wait in Python code, where a signal handler can raise an error."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def before(module: object, name: str, act) -> None:
-    """Have a function do something else first."""
+    """Make a function do something else first."""
     function = getattr(module, name)
 
     def told(*arguments, **options):
@@ -95,7 +95,7 @@ def not_finite() -> None:
 
 
 def in_save() -> None:
-    """The first save takes longer than the grace."""
+    """The first save takes longer than `run.grace`."""
     told = []
 
     def slowly() -> None:
@@ -121,13 +121,13 @@ def at_a_port_in_use() -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
-    before(run, "running", lambda: taken)  # keeps it open
+    before(run, "running", lambda: taken)  # keeps the file open
 
 
 PLACES = {
     "nothing": lambda: None,
     "slow": slowly,
-    "INT": lambda: in_step(lambda: [tell(signal.SIGINT), tell(signal.SIGTERM)]),  # as below a launcher
+    "INT": lambda: in_step(lambda: [tell(signal.SIGINT), tell(signal.SIGTERM)]),  # as under a launcher
     "HUP": lambda: in_step(lambda: tell(signal.SIGHUP)),
     "USR1": lambda: in_step(lambda: tell(signal.SIGUSR1)),
     "STOP": lambda: in_step(lambda: tell(signal.SIGSTOP)),
@@ -147,7 +147,7 @@ PLACES = {
 
 
 def run_one(config: Path, place: str = "nothing") -> None:
-    """In the fork: what a user's process does."""
+    """Do in the fork what a user's process does."""
     output = os.open(config.with_name(f"{config.stem}-{RANK}.err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -158,7 +158,7 @@ def run_one(config: Path, place: str = "nothing") -> None:
 
 
 def see(process: int, folder: Path, name: str) -> None:
-    """Wait for the fork and for the other rank's; one that stands still is killed when the other is gone."""
+    """Wait for the fork and for the other rank's fork; kill one that hangs once the other has ended."""
     others = [folder / f"{name}-{rank}.code" for rank in range(SIZE) if rank != RANK]
 
     def meet() -> None:

@@ -1,4 +1,4 @@
-"""Runs with a hub that lies in a folder: deepspeed streamed_worker.py HUB [CONFIG.yaml[@STEP] | evaluate:RUN] ..."""
+"""Run with a folder as the hub: deepspeed streamed_worker.py HUB [CONFIG.yaml[@STEP] | evaluate:RUN] ..."""
 
 import datasets
 

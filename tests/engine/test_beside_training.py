@@ -1,4 +1,4 @@
-"""A save and the teacher's next batch go on while a run trains, and change nothing of what it computes."""
+"""A save and the teacher's next batch run beside training, and must not change what it computes."""
 
 import os
 from pathlib import Path
@@ -14,11 +14,11 @@ from dsdistill.engine.teacher_ahead import TeacherAhead
 from tests.engine.launch import run_configs
 from tests.engine.test_resume import losses, write
 
-STAGES = {1: ("fp32", 0), 2: ("bf16", 3), 3: ("fp32", 3)}  # of the student → train.dtype, the teacher's stage
+STAGES = {1: ("fp32", 0), 2: ("bf16", 3), 3: ("fp32", 3)}  # student's stage → dtype, teacher's stage
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
-    """Return weights, moments and random states of a checkpoint; files pad them with whatever lay in memory."""
+    """Return weights, moments and random states of a checkpoint; files are padded with whatever was in memory."""
     shards = deepspeed.read_shards(str(folder))
     found = {name: shards.weight(name) for name in shards.names}
     trained = [name for name in found if shards.trained(name)]
@@ -30,7 +30,10 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def runs(settings, tmp_path) -> list[Path]:
-    """Runs of five steps of two micro-batches, saved after each; the second of a pair does all it can beside them."""
+    """Do runs of five steps of two micro-batches, saved after each.
+
+    A pair's second run does all it can beside the steps.
+    """
     settings["train"] |= {"steps": 5, "micro_batch_size": 2}
     settings["run"] |= {"save_every": 1, "keep": 9}
     paths = []
@@ -79,7 +82,7 @@ def test_a_file_is_hashed_as_it_lies_on_the_disk(tmp_path, later):
     tensor = torch.randn(1000, 7)
     path = str(tmp_path / "a.pt")
     writer.save({"weights": tensor, "ds_config": {"wandb": {"api_key": "secret"}}}, path)
-    tensor.zero_()  # as the next step would change it
+    tensor.zero_()  # the next step would change the tensor like this
     (tmp_path / "copied").write_bytes(b"by DeepSpeed")
     writer.add(str(tmp_path / "copied"))
     assert writer.commit() and writer.written
@@ -92,7 +95,7 @@ def test_a_file_is_hashed_as_it_lies_on_the_disk(tmp_path, later):
 
 @pytest.mark.parametrize("later", [False, True])
 def test_a_failure_waits_for_the_end(tmp_path, later):
-    """The other ranks wait for this one in DeepSpeed's collectives, which come after the files."""
+    """The other ranks wait for this one in DeepSpeed's collectives, which come after its files are written."""
     writer = Writer()
     writer.begin(later)
     writer.save({"a": torch.ones(2)}, str(tmp_path / "no" / "folder.pt"))
@@ -100,7 +103,7 @@ def test_a_failure_waits_for_the_end(tmp_path, later):
     with pytest.raises((OSError, RuntimeError), match=os.path.join("no", "folder.pt")):
         writer.commit()
     assert (tmp_path / "good.pt").exists()
-    writer.begin(later)  # the next checkpoint has nothing of this failure
+    writer.begin(later)  # this failure does not affect the next checkpoint
     writer.save({"a": torch.ones(2)}, str(tmp_path / "next.pt"))
     assert writer.commit() and list(writer.prints(str(tmp_path))) == ["next.pt"]
     writer.cleanup()

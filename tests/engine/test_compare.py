@@ -1,4 +1,4 @@
-"""Methods side by side."""
+"""Methods are trained and compared."""
 
 import json
 import subprocess
@@ -136,7 +136,7 @@ def test_an_axis_alone_or_with_sources(tmp_path):
 
 
 def test_a_scale_leaves_out_what_it_lacks(tmp_path):
-    """Its published numbers and its place in orders too."""
+    """It also leaves out published numbers and places in claimed orders."""
     (tmp_path / "plan.yaml").write_text(
         "{seeds: [0], scale: [f], methods: {A: [], B: [], C: {small: []}}, metrics: [kl], published: {C: [0.5]}, "
         "claims: [{metric: kl, order: [A, C, B]}, {metric: kl, order: [C, B]}, {metric: kl, best: C}]}"
@@ -148,7 +148,7 @@ def test_a_scale_leaves_out_what_it_lacks(tmp_path):
 
 
 def runs(**scores):
-    """One summary a seed, from the values of each score."""
+    """Return one summary per seed, from the values of each score."""
     seeds = zip(*scores.values(), strict=True)
     return [student(**dict(zip(scores, values, strict=True))) for values in seeds]
 
@@ -177,7 +177,7 @@ def test_verdicts_by_hand():
     [("up", REPRODUCED), ("down", REVERSED), ("worse", REPRODUCED), ("better", REVERSED)],
 )
 def test_a_trend_is_the_slope_of_each_seed(trend, outcome):
-    """KL 1, 2, 6 and 1, 3, 7: slopes 2.5 and 3, whose mean is 11 errors of 0.25, and the quantile 6.31."""
+    """KL 1, 2, 6 and 1, 3, 7 have slopes 2.5 and 3; their mean is 11 errors of 0.25, and the quantile is 6.31."""
     rows = {"1": runs(kl=[1.0, 1.0]), "10": runs(kl=[2.0, 3.0]), "20": runs(kl=[6.0, 7.0])}
     cells = tuple(rows)
     study = Study(
@@ -202,7 +202,7 @@ def test_published_numbers_stand_beside_measured_ones():
 
 
 def test_runs_once_and_goes_on(settings, tmp_path):
-    """Through the command line, on one process; finished runs stay as they are."""
+    """The command line runs in one process; finished runs stay as they are."""
     settings["run"] = {}
     settings["train"] |= {"steps": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -1,4 +1,4 @@
-"""Runs over conversations and mixtures: packed or not, on one rank or two, stopped; preview and tokenize."""
+"""Runs over conversations and mixtures: packed or not, on one rank or two, stopped; also preview and tokenize."""
 
 import json
 import random
@@ -34,7 +34,7 @@ EVERY = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """chats.jsonl (60 conversations of one or two questions), pairs.jsonl (40) and dev.jsonl (10 conversations)."""
+    """Write chats.jsonl (60 conversations of one or two questions), pairs.jsonl (40) and dev.jsonl (10)."""
     folder, rng = tmp_path_factory.mktemp("corpora"), random.Random(0)
 
     def conversation() -> dict:
@@ -55,7 +55,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def settings(home: Path, tmp_path: Path, name: str, **data) -> Path:
-    """Write the config of a run of six steps; `data` adds to its data."""
+    """Write the config of a run of six steps; `data` adds to its section data."""
     made = {
         "task": "causal_lm",
         "run": {"name": name, "dir": str(tmp_path / name), "log_every": 1, "save_every": 3, "keep": 9},
@@ -87,7 +87,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def test_packed_conversations_on_one_rank_and_two(home, tmp_path):
-    """However the blocks are shared, the losses are the same, and so they are after a stop in the middle."""
+    """Losses do not depend on how ranks share the blocks, nor on a stop in the middle."""
     one = settings(home, tmp_path, "one", packing=True)
     two = settings(home, tmp_path, "two", packing=True)
     run_configs([one], ranks=1)
@@ -188,7 +188,7 @@ def test_tokenize_fills_what_train_reads(home, tmp_path):
 
 
 def test_a_model_that_leaks_runs_one_document_a_row(home, tmp_path):
-    """ALiBi counts positions for itself: said once under auto, refused by name where packing is asked for."""
+    """ALiBi counts positions itself: under auto the log says so once; packing on request is refused by name."""
     bloom = {"model_type": "bloom", "vocab_size": 400, "hidden_size": 32, "n_head": 4, "pad_token_id": 0}
     config = settings(home, tmp_path, "bloom")
     changed = yaml.safe_load(config.read_text())

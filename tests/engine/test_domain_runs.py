@@ -41,7 +41,7 @@ def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teach
     run_configs([one, stopped], ranks=1)
     checkpoints = tmp_path / "stopped" / "checkpoints"
     (tmp_path / "stopped" / "summary.json").unlink()
-    for path in (checkpoints / "step-00000010").iterdir():  # as a kill while it was written leaves it
+    for path in (checkpoints / "step-00000010").iterdir():  # a kill during the save leaves this
         path.unlink()
     assert "resuming from step-00000008" in run_configs([stopped], ranks=1)
     expected = losses(tmp_path / "one")
@@ -64,7 +64,7 @@ def test_ranks_stages_and_a_resume_change_nothing_and_the_student_needs_no_teach
     done = command("evaluate", "one", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "one" / "summary.json").read_text())["models"]["student"]
-    assert scores["perplexity"] == pytest.approx(before["perplexity"], rel=1e-4)  # the fusion is there
+    assert scores["perplexity"] == pytest.approx(before["perplexity"], rel=1e-4)  # the fusion was loaded
     for name in METRICS:
         assert 0 <= scores[f"{name}_low"] <= scores[f"{name}_high"] <= 100
         assert 0 < scores[name] <= 100
@@ -103,7 +103,7 @@ def accuracies(run, student):
 
 
 def test_the_teacher_hands_over_anew_in_each_stage(mapping, tmp_path):
-    """Its share is 1 at a stage's first step and falls by as much at every step, to come to 0 at its end."""
+    """The teacher's share is 1 at a stage's first step and falls by the same amount at each step, to 0 at its end."""
     mapping |= {"evaluation": {}, "stages": [{"name": "short", "share": 1}, {"name": "long", "share": 3}]}
     mapping["train"] |= {"steps": 16, "micro_batch_size": 8}
     done = launch(Path(__file__).with_name("share_worker.py"), write(tmp_path, mapping, "run"), ranks=1)
@@ -111,7 +111,7 @@ def test_the_teacher_hands_over_anew_in_each_stage(mapping, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     expected = [1 - step / 4 for step in range(4)] + [1 - step / 12 for step in range(12)]
     assert found["shares"] == pytest.approx(expected)
-    # All examples take the teacher's features where its share is 1, few towards the end.
+    # At a share of 1 all examples take the teacher's features, towards the end few do.
     assert found["taken"][0] == found["taken"][4] == 1 and sum(found["taken"][-3:]) / 3 < 0.5
 
 

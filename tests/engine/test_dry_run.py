@@ -1,4 +1,4 @@
-"""A dry run finds what a run would trip over, from the beginning of the files, and writes nothing."""
+"""From the beginning of the files, a dry run finds what would stop a run, and it writes nothing."""
 
 import sys
 
@@ -75,7 +75,7 @@ def test_options_of_a_dry_run_alone(config, monkeypatch, capsys, option):
 
 
 def test_the_beginning_alone_is_read(config, tmp_path):
-    """Rows may lack a value that others have, and what comes after the first rows is the run's to find."""
+    """Rows may lack a value that others have; mistakes after the first rows are left to the run."""
     rows = ['{"text": "a"}'] + ['{"text": "b", "label": "c"}'] * LOOKED + ["no JSON"]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     assert check(load([config({"data.train": str(tmp_path / "rows.jsonl")})])) == []
@@ -94,7 +94,7 @@ def test_hub_data_is_named_and_not_fetched(config, monkeypatch, capsys):
 
 
 def test_what_a_stage_changes_is_read_back(config, tmp_path):
-    """A stage may leave out a term of the run's, change one and add one; so may a run whose terms are the default."""
+    """A stage may leave out, change and add terms of the run, even if the run's terms are the default."""
     from dsdistill.config import dump
 
     stages = [

@@ -1,4 +1,4 @@
-"""A run goes on with other ranks and another ZeRO stage as if nothing had happened, up to rounding."""
+"""A run continues with other ranks and another ZeRO stage, and its losses change only by rounding."""
 
 import copy
 import json
@@ -24,7 +24,10 @@ MOMENTS = {
 
 @pytest.fixture
 def elastic(settings):
-    """Dropout 0, as it would be drawn anew; every kind of state: frozen weights, projectors, layer weights, stages."""
+    """Return settings with dropout 0, since it would be drawn anew.
+
+    They have every kind of state: frozen weights, projectors, layer weights, stages.
+    """
     settings["run"] |= {"save_every": 2, "keep": 9}
     settings["teacher"]["zero_stage"] = 0
     settings["terms"] = {"task": {}, "soft_label": {}, "hidden": {"layer_weights": "dynamic"}}
@@ -37,7 +40,7 @@ def elastic(settings):
 
 
 def in_stage(settings: dict, zero_stage: int, folder: Path, **train) -> Path:
-    """The run that changes, as a config."""
+    """Return the config of the run that changes."""
     changed = copy.deepcopy(settings)
     changed["student"]["zero_stage"] = zero_stage
     changed["train"] |= train
@@ -78,14 +81,14 @@ def test_a_run_goes_on_with_other_ranks_and_stages(elastic, tmp_path):
 
 
 def check_reshaped(results: list[dict]) -> None:
-    """Masters and moments of every optimizer, tied, frozen and padded weights, buffers and rates: to the last bit."""
+    """Compare masters and moments of all optimizers, all kinds of weights, buffers and rates, to the last bit."""
     assert len(results) == 6
     for result in results:
         optimizer, dtype, *stages = result["case"]
         assert result["stages"] == stages
-        assert result["optimizer"].lower() == optimizer  # adam: decay in the gradient
+        assert result["optimizer"].lower() == optimizer  # adam adds the decay to the gradient
         assert result["moments"] == MOMENTS[result["optimizer"]]
-        assert result["bucket"] == 40 + 42 + 4  # what trains, once, and no more
+        assert result["bucket"] == 40 + 42 + 4  # only what trains, each value once
         assert result["differences"] == [], result["case"]
         goes_on, other = result["losses"]
         assert other == pytest.approx(goes_on, rel=1e-6 if dtype == "fp32" else 1e-2), result["case"]
@@ -94,7 +97,7 @@ def check_reshaped(results: list[dict]) -> None:
 def test_what_meets_must_stay_where_a_term_relates_examples(settings, tmp_path):
     settings["terms"]["rkd"] = {}
     make_checkpoint(tmp_path, 5, at_once=8)
-    checkpoint.check(str(tmp_path), make_config(settings), 2)  # 4 on each of 2
+    checkpoint.check(str(tmp_path), make_config(settings), 2)  # 4 on each of 2 ranks
     with pytest.raises(
         UserError, match=r"micro_batch_size × ranks: got 4, expected 8, .* terms\.rkd compares"
     ):

@@ -28,7 +28,7 @@ PROMPTS = {"query": "find the ", "document": "a text of "}
 
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory, tokenizer_dir):
-    """teacher/, a sentence-transformers folder (4 layers of 48, the first token's state, prompts), and pairs."""
+    """Make teacher/, a sentence-transformers folder (4 layers of 48, the first token's state, prompts), and pairs."""
     folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     settings = BERT | {"num_hidden_layers": 4}
@@ -49,7 +49,7 @@ def encoders(tmp_path_factory, tokenizer_dir):
 
 
 def settings(encoders, folder):
-    """Pairs of queries and documents, every kind of term, a student of another width."""
+    """Return settings with pairs of queries and documents, every kind of term, and a student of another width."""
     return {
         "task": "embedding",
         "run": {"name": "pairs", "log_every": 1},
@@ -86,7 +86,7 @@ def write(folder, settings, name, **changes):
 
 @pytest.fixture(scope="module")
 def runs(encoders, data_dir, tmp_path_factory):
-    """A folder with the runs one, judged and single, each on one rank, and two on two ranks."""
+    """Return a folder with the runs one, judged and single, each on one rank, and the run two on two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     base = settings(encoders, folder)
     start = {"run": base["run"] | {"evaluate_start": True}}
@@ -146,7 +146,7 @@ def test_two_ranks_are_one_and_each_pair_is_two_documents(runs):
 
 
 def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
-    """Prompts included, which teacher and student share; the vectors have widths that cannot be compared."""
+    """Prompts are included, which teacher and student share; the vectors' widths differ, so they are not compared."""
     assert read_sentence(str(runs / "exported"), "out") == Sentence("cls", PROMPTS)
     rows = [line.split("\t") for line in (encoders / "dev.tsv").read_text().splitlines()[1:]]
     told = [json.loads(line) for line in (runs / "one" / "predictions.jsonl").read_text().splitlines()]
@@ -159,7 +159,7 @@ def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
         cosines = made[0] @ made[1].T
         for line, rank, best, row in zip(told, ranks.tolist(), cosines.argmax(1).tolist(), rows, strict=True):
             assert line["rank"][model] == rank
-            for text, written in zip(row, line["texts"], strict=False):  # the score stands after them
+            for text, written in zip(row, line["texts"], strict=False):  # the score comes after the texts
                 assert written.replace(" ", "").endswith(text.replace(" ", ""))
             assert line["first"].get(model) == (None if rank == 1 else told[best]["texts"][1])
         assert ranks.max() > 1
@@ -167,7 +167,7 @@ def test_scores_of_search_are_those_of_the_exported_folder(runs, encoders):
         short = [normalize(of[:, :16], dim=-1) for of in made]
         places = (short[0] @ short[1].T).argsort(dim=1, descending=True).argsort(dim=1).diag()
         assert found["recall_10_of_16"] == pytest.approx((places < 10).double().mean().item())
-        assert ("recall_10_of_32" in found) == (model == "teacher")  # the student has no more
+        assert ("recall_10_of_32" in found) == (model == "teacher")  # the student's vectors are not longer
         assert found["recall_1"] == pytest.approx((ranks == 1).double().mean().item())
         assert found["mrr_10"] == pytest.approx(((ranks <= 10) / ranks).mean().item())
         assert {"recall_10", "ndcg_10"} <= found.keys() and "distance" not in found
@@ -184,7 +184,7 @@ def test_the_export_is_a_folder_of_the_library(runs):
 
 
 def test_judged_pairs_are_scored_again_as_they_were(runs):
-    """Scores of people are read from the one dev set that names their column; the train set has none."""
+    """Only one dev set names a column of people's scores; the train set has no scores."""
     wanted = {f"alike/{name}" for name in ("pearson", "spearman", "teacher_pearson", "distance")}
     wanted |= {"search/recall_10", "search/teacher_spearman"}
     before = scores(runs / "judged")
@@ -199,7 +199,10 @@ def test_judged_pairs_are_scored_again_as_they_were(runs):
 
 
 def test_the_start_is_the_student_as_it_was_cut(runs, encoders):
-    """Scored with plain transformers; it moved since, and its speed is not told. Evaluating the run keeps it."""
+    """It is scored with plain transformers. It has moved since, and its speed is not reported.
+
+    Evaluating the run keeps the score.
+    """
     folder = runs / "judged" / "init"
     model, tokenizer = (
         AutoModel.from_pretrained(folder).double().eval(),
@@ -225,7 +228,7 @@ def test_the_start_is_the_student_as_it_was_cut(runs, encoders):
 
 
 def test_a_report_of_several_methods(runs):
-    """Each folder is a run; the same student on one rank and on two finds the same."""
+    """Each folder is a run; the same student on one rank and on two finds the same documents."""
     done = command("report", ".", cwd=runs)
     assert done.returncode == 0, done.stderr
     lines = [re.split("  +", line.strip()) for line in done.stdout.splitlines()]
@@ -241,13 +244,13 @@ def test_single_texts_from_several_sources(runs):
     found = losses(runs / "single")
     assert found[-1]["terms"]["embedding"]["raw"] < found[0]["terms"]["embedding"]["raw"]
     assert "teacher_spearman" in scores(runs / "single")
-    # The prompts of the teacher's folder, of which single texts get none, are handed on.
+    # The prompts of the teacher's folder are passed on; single texts get none.
     assert read_sentence(str(runs / "single" / "init"), "init") == Sentence("cls", PROMPTS)
     assert not {"recall_1", "pearson", "distance"} & scores(runs / "single").keys()
 
 
 def test_a_run_goes_on_with_as_many_pairs_at_once_as_before(runs):
-    """The contrast is another with other numbers of pairs; vectors by themselves are not."""
+    """The contrast depends on the number of pairs at once; the vectors' own terms do not."""
     others = [f"terms.{name}=null" for name in ("pkt", "hidden", "attention", "pairwise")]
     config = load([str(runs / "one.yaml"), *others])
     assert checkpoint.check(str(runs / "one"), config, 1) is not None

@@ -1,4 +1,4 @@
-"""An export is what plain transformers writes of such a model, in the type and the files that were asked for."""
+"""An export must be what plain transformers writes for such a model, in the dtype and files that were asked for."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, 
 
 @pytest.fixture
 def run(causal, tmp_path):  # noqa: F811
-    """A run in bf16 of a model without a teacher, taught conversations by a template that is not its tokenizer's."""
+    """Return a run in bf16 without a teacher, on conversations by a template that is not its tokenizer's."""
     folder = train_bytes_tokenizer(["one two three"], 300, str(tmp_path / "cache"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [END]})
@@ -53,7 +53,7 @@ def run(causal, tmp_path):  # noqa: F811
 
 
 class _Saying(LogitsProcessor):
-    """A model that says a text."""
+    """A model that generates a fixed text."""
 
     def __init__(self, ids: list[int]):
         self.ids = list(ids)
@@ -71,7 +71,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_an_export_is_what_plain_transformers_writes(run, tmp_path):
-    """The types, the shards, the files, their keys and shapes, and a model that ends its turns."""
+    """Compare dtypes, shards, files, keys and shapes, and generate with a model that ends its turns."""
     ids = torch.arange(3, 40)[None]
     config = read_config(str(run))
     cases = {

@@ -1,4 +1,4 @@
-"""Faults in the real two-rank job: an exit code, a reason, no process left behind, and a resume that is exact."""
+"""Faults in the real two-rank job: exit code, reason, no process left behind, and an exact resume."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tests.engine.launch import launch, processes_of, run_configs, wait_for_end
 from tests.engine.test_resume import losses, write
 
 WORKER = Path(__file__).with_name("fault_worker.py")
-# Who speaks first: the launcher, which looks every second, or the rank that is left.
+# Either the launcher reports first, which looks every second, or the remaining rank.
 KILLED = r"exits with return code = -9|dsdistill: rank \d lost another rank: .*[Cc]onnection (closed|reset) by peer"
 KILLED_CODES = (1, 247)
 VAIN = r"dsdistill: rank \d waited 0\.2 minutes \(run\.timeout\) for another rank, which did not answer: .*[Tt]imed out"
@@ -28,7 +28,7 @@ FULL = (
     r"step 6: no checkpoint could be saved in .*: the disk is full; training continues"
     r"[\s\S]*^dsdistill: step 10: no checkpoint could be saved in .*: the disk is full$"
 )
-ASYNC = "async "  # begins the faults of runs whose checkpoints are written while they train
+ASYNC = "async "  # prefix for runs whose checkpoints are written while they train
 # Rank, step, reason.
 FAULTS = {
     "hang": (1, 6, VAIN),
@@ -63,7 +63,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(models_dir, data_dir, folder) -> dict:
-    """10 steps with dropout; a checkpoint after each second, two of them kept."""
+    """Return settings of 10 steps with dropout; a checkpoint after every second step, two of them kept."""
     data = shutil.copytree(data_dir, folder / "data")
     settings = small_run(models_dir, data, folder)
     settings["student"]["config"] = {"hidden_dropout_prob": 0.2}
@@ -74,7 +74,7 @@ def settings(models_dir, data_dir, folder) -> dict:
 
 @pytest.fixture(scope="module")
 def ended(settings, folder) -> dict[str, subprocess.CompletedProcess]:
-    """Each fault's run, as it ended; none has left a process."""
+    """Return each fault's run as it ended; none has left a process behind."""
     found = {}
     for fault, (rank, step, _) in FAULTS.items():
         limit = {"bad_steps": 2} if fault == "nan gradient" else {}
@@ -113,7 +113,7 @@ def test_what_went_bad_is_in_the_folder(ended, folder):
             assert values is not None or all(map(math.isfinite, line["terms"].values()))
             assert (
                 len(set(line["examples"])) == len(line["examples"]) == (5 if line["step"] == 5 else 8)
-            )  # of both
+            )  # of both ranks
 
 
 def test_one_bad_step_is_passed_over(settings, folder):
@@ -128,7 +128,10 @@ def test_one_bad_step_is_passed_over(settings, folder):
 
 
 def test_values_may_be_read_a_step_late(settings, folder):
-    """Runs on GPUs read them so: the log says the same, and no checkpoint follows a bad step that nobody has seen."""
+    """Runs on GPUs read them late.
+
+    The log says the same, and no checkpoint is saved at a bad step that was not noticed yet.
+    """
     seldom = settings | {"run": settings["run"] | {"log_every": 5}}
     written = {}
     for fault in ("late nothing", "nothing"):
@@ -160,13 +163,13 @@ def test_a_row_that_went_bad_stops_a_resume_and_touches_nothing(ended, settings,
 
 
 def test_every_run_goes_on_exactly(ended, settings, folder):
-    """One from the checkpoint before, as its newest is cut short by then."""
+    """One run resumes from the checkpoint before, because its newest one was cut short."""
     shard = max((folder / "nan" / "checkpoints" / "step-00000004").iterdir(), key=lambda p: p.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-100])
     paths = [folder / f"{fault}.yaml" for fault in FAULTS]
     log = run_configs([write(settings, folder, "undisturbed"), *paths])
     assert f"step-00000004 cannot be used: {shard.name} has changed" in log
-    resumed = re.findall(r"resuming from step-0000000(\d)", log)  # both ranks say so, at times behind a bar
+    resumed = re.findall(r"resuming from step-0000000(\d)", log)  # both ranks log it, at times after a bar
     assert sorted(resumed) == ["2"] * 2 + ["4"] * 2 * (len(FAULTS) - 1)
     for fault in FAULTS:
         assert losses(folder / fault) == losses(folder / "undisturbed"), fault

@@ -8,7 +8,7 @@ from tests.engine.test_resume import losses, write
 
 
 def test_ranks_fit_the_same_and_stages_share_it(settings, tmp_path):
-    """Two stages; one rank or two, the teacher sharded."""
+    """The run has two stages, on one rank or on two with the teacher sharded."""
     term = {"components": 4, "divergence": "mse", "layers": "last", "embedding": False}
     settings["terms"] = {"feature": term}
     settings["stages"] = [{"name": "one"}, {"name": "two", "terms": {"task": {}}}]

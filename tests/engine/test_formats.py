@@ -1,4 +1,4 @@
-"""A run folder that an earlier version wrote is resumed, evaluated and exported by this one."""
+"""This version resumes, evaluates and exports a run folder that an earlier version wrote."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PY
 
 
 def dsdistill(folder: Path, *arguments: str) -> str:
-    """Run a command in `folder`; return what it said on standard error."""
+    """Run a command in `folder`; return its standard error."""
     command = [sys.executable, "-m", "dsdistill", *arguments]
     done = subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
@@ -31,7 +31,7 @@ def losses(path: Path) -> list[dict]:
 
 
 def test_format_1_is_stored_as_it_was():
-    """Git carries every file of the folder, and none names a place of the machine that wrote it."""
+    """Git carries every file of the folder, and none names a path of the machine that wrote it."""
     files = [path for path in FORMAT_1.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2**20
     assert not [path for path in files if any(root in path.read_bytes() for root in (b"/home", b"/tmp"))]

@@ -1,4 +1,4 @@
-"""A causal pair from prompts and responses, end to end: train and evaluate by the command line."""
+"""A causal pair learns from prompts and responses, end to end: train and evaluate by the command line."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ ROWS = [(" ".join(WORDS[i % 7 : i % 7 + 3]), " ".join(WORDS[i % 7 + 1 : i % 7 + 
 
 @pytest.fixture
 def pairs(settings, tokenizer_dir, tmp_path):
-    """Settings of a run in which a decoder is to repeat the last two of three words."""
+    """Return settings of a run in which a decoder learns to repeat the last two of three words."""
     lines = "".join(json.dumps({"prompt": a, "response": b}) + "\n" for a, b in ROWS)
     (tmp_path / "pairs.jsonl").write_text(lines)
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_train_and_evaluate(pairs, tmp_path):
     student, teacher = summary["models"]["student"], summary["models"]["teacher"]
     right = sum(text["student"] == text["reference"] for text in texts)
     assert right >= 6 and student["rouge_l"] > 0.5 > teacher["rouge_l"]
-    assert student["perplexity"] < 2  # of the responses: what the prompts begin with cannot be guessed
+    assert student["perplexity"] < 2  # of the responses only: the beginning of a prompt cannot be guessed
 
 
 def test_writing_ends_where_turns_do(tokenizer_dir):

@@ -1,4 +1,4 @@
-"""How a model generates goes with it: through RUN/init into what is exported."""
+"""A model's generation settings go with it, through RUN/init into the export."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def test_an_export_has_its_teachers_or_its_own(causal, tokenizer_dir, tmp_path):  # noqa: F811
-    """A temperature without sampling is no reason to lose the rest: the library warns of it at most."""
+    """A temperature without sampling is no reason to lose the other settings: the library only warns of it."""
     folder = save(tmp_path / "teacher", tokenizer_dir, tied=True)
     plain = shutil.copytree(folder, tmp_path / "plain")
     (plain / GENERATION).unlink()
@@ -41,7 +41,7 @@ def test_an_export_has_its_teachers_or_its_own(causal, tokenizer_dir, tmp_path):
         assert {key: getattr(found, key) for key in SETTINGS} == SETTINGS
         assert found.forced_bos_token_id is None  # there is no such token
     untouched = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(plain))
-    untouched.save_pretrained(tmp_path / "expected")  # nothing is invented beyond this
+    untouched.save_pretrained(tmp_path / "expected")  # no other settings are added
     expected, got = (
         json.loads((tmp_path / name / GENERATION).read_text()) for name in ("expected", "none-exported")
     )

@@ -83,7 +83,7 @@ def test_a_gradient_alone_counts_too(tmp_path, batches):
 
 
 def test_a_loss_scale_may_be_looked_for(monkeypatch):
-    """As DeepSpeed does in fp16, until the scale can fall no further."""
+    """In fp16 DeepSpeed lowers the loss scale until it can fall no further."""
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)  # whether it prints
     scaler = DynamicLossScaler(4.0, 1000, 1.0, 1, False)
     engine = SimpleNamespace(
@@ -107,7 +107,10 @@ def _hold(path, held, done):
 
 
 def test_no_evaluation_of_a_run_that_another_process_writes(config, refused, tmp_path):
-    """Both would write its summary. Which checkpoint is the newest is not asked before: the other may be saving one."""
+    """Both would write the run's summary.
+
+    The newest checkpoint is not looked up before, since the other process may be saving one.
+    """
     run = tmp_path / "run"
     folder = RunFolder(str(run))
     folder.open(load([config()]))
@@ -136,7 +139,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
     config = {"student": {"path": "s"}}
     folder = RunFolder(str(tmp_path / "run"))
     folder.open(make_config(config))
-    folder.open(make_config(config))  # this process may, as often as it likes
+    folder.open(make_config(config))  # the same process may open it again
     context = multiprocessing.get_context("spawn")
     for path, expected in ((folder.path, "another process is writing"), (str(tmp_path / "other"), "opened")):
         answer = context.Queue()
@@ -144,5 +147,5 @@ def test_two_processes_cannot_write_one_run(tmp_path):
         other.start()
         assert expected in answer.get(timeout=60)
         other.join()
-    # A process that ends, however it does, leaves the folder free.
+    # However a process ends, it leaves the folder free.
     assert RunFolder(str(tmp_path / "other")).lock()

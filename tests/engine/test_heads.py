@@ -1,4 +1,4 @@
-"""Heads of language models: the teacher's where a student is cut from it, and never random without a word."""
+"""Heads of language models: a cut student has its teacher's, and a random head is never used silently."""
 
 import shutil
 from pathlib import Path
@@ -80,7 +80,7 @@ def write(folder: Path, settings: dict, name: str) -> str:
 
 
 def test_a_student_of_all_layers_is_its_teacher(causal, data_dir, tokenizer_dir, tmp_path):
-    """Its soft labels differ by rounding before the first step; a random head would give several nats."""
+    """Before the first step its soft labels differ by rounding only; a random head would give several nats."""
     save(tmp_path / "teacher", tokenizer_dir, tied=True)
     save(tmp_path / "words", tokenizer_dir, tied=True, masked=True)
     untied = {"student.config": {"tie_word_embeddings": False}}
@@ -105,7 +105,7 @@ def test_a_student_of_all_layers_is_its_teacher(causal, data_dir, tokenizer_dir,
 class TestTies:
     @pytest.fixture
     def config(self, causal, tokenizer_dir, tmp_path):
-        """Write a config of a student that ties what its teacher does not."""
+        """Write a config of a student that ties a head which its teacher does not tie."""
         save(tmp_path / "teacher", tokenizer_dir, tied=False)
         return write(tmp_path, merge(causal, {"student.config": {"tie_word_embeddings": True}}), "run")
 
@@ -116,7 +116,7 @@ class TestTies:
 
     @pytest.mark.parametrize("model", ["teacher", "student"])
     def test_of_a_folder_that_has_both_are_refused_too(self, refused, causal, tokenizer_dir, tmp_path, model):
-        """Its config.json ties them: the library loads both, and an export could hold but one."""
+        """The folder's config.json ties them: the library loads both, but an export could hold only one."""
         folder = save(tmp_path / "teacher", tokenizer_dir, tied=True)
         path = folder / "model.safetensors"
         weights = load_file(path)
@@ -140,7 +140,7 @@ class TestTies:
 
 
 def test_a_cut_student_is_the_teachers_outside_its_layers(refused, causal, tokenizer_dir, tmp_path):
-    """Fewer positions would make random ones of all."""
+    """With fewer positions all positions would become random."""
     save(tmp_path / "teacher", tokenizer_dir, tied=True, masked=True)
     causal["data"] |= {"train": causal["data"]["train"].replace(".txt", ".tsv")}
     change = {"task": "masked_lm", "student.config": {"max_position_embeddings": 32}}
@@ -154,7 +154,7 @@ class TestMissingHeads:
         return prepare(make_config(settings), world_size=1).judged
 
     def test_of_a_causal_teacher_are_not_reported(self, causal, tokenizer_dir, tmp_path):
-        """An untied one; a tied one's files rightly have no head."""
+        """This teacher's head is untied; a tied teacher's files rightly have no head."""
         folder = save(tmp_path / "teacher", tokenizer_dir, tied=False)
         hidden = merge(
             causal, {"terms": {"hidden": {}}, "student": {"config": {"model_type": "llama", **LLAMA}}}
@@ -169,7 +169,7 @@ class TestMissingHeads:
         assert self.judged(hidden)
 
     def test_are_found_below_other_prefixes(self, causal, tokenizer_dir, tmp_path):
-        """A body that AutoModel saved has names without `model.`, and no head."""
+        """A body saved by AutoModel has names without `model.`, and no head."""
         folder = save(tmp_path / "teacher", tokenizer_dir, tied=False)
         path = folder / "model.safetensors"
         weights = load_file(path)
@@ -234,7 +234,7 @@ class TestMissingHeads:
 
 
 class TestHub:
-    """A model that is downloaded tells what it lacks once it is loaded; here it lies in the cache."""
+    """A downloaded model reports what it lacks once it is loaded; here it is in the cache."""
 
     @pytest.fixture
     def hub(self, causal, tokenizer_dir, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Layers matched by how alike they are, before training."""
+"""Layers are matched before training, by how alike they are."""
 
 import json
 from itertools import combinations
@@ -13,7 +13,7 @@ from tests.engine.test_resume import losses, write
 
 def test_by_hand():
     assert most_similar(np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.4]])) == ((1, 1), (2, 3))
-    # Each one's argmax would be layer 1; in order, the second gives up least at 2.
+    # Each layer's argmax is layer 1; in increasing order, the second layer loses least at 2.
     assert most_similar(np.array([[0.5, 0.4, 0.4], [0.9, 0.8, 0.1]])) == ((1, 1), (2, 2))
 
 
@@ -34,7 +34,7 @@ def test_a_student_finds_the_layers_it_was_cut_from(settings, tmp_path):
     settings["train"] |= {"steps": 2}
     path = write(settings, tmp_path, "run")
     log = run_configs([path])
-    # The first layer is the very same; what comes after it is another function of other states.
+    # The first layer is identical; later layers are other functions of other states.
     pairs = json.loads((tmp_path / "run" / "layers.json").read_text())
     assert pairs[0] == [1, 1] and pairs[1][1] > 1
     assert "layers by CKA: 1 from 1, 2 from" in log

@@ -1,4 +1,4 @@
-"""Ranks read in parts what plain transformers reads whole, in whatever type it is stored and trained."""
+"""Ranks read parts of what plain transformers reads whole, in every dtype of files and training."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.engine.launch import launch
 from tests.models import tiny
 
 WORKER = Path(__file__).with_name("loading_worker.py")
-# Experts lie in files one by one, and together in the model: the library computes what it reads.
+# Files store experts one by one, the model stacks them: the library computes what it reads.
 CASES = {
     "llama-bf16@bf16": True,
     "llama-bf16@fp32": True,

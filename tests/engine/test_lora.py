@@ -1,4 +1,4 @@
-"""Students with low-rank adapters: they train as peft's own do, and are saved, merged and written for peft."""
+"""Students with low-rank adapters train as peft's own models do, and are saved, merged and written for peft."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ IDS = torch.arange(5, 25)[None]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, models_dir, data_dir, tokenizer_dir):
-    """Run folders by name: every term under each ZeRO stage, stages with dropout, and a tied language model."""
+    """Return run folders by name: every term under each ZeRO stage, stages with dropout, and a tied language model."""
     folder = tmp_path_factory.mktemp("lora")
     base = changed(small_run(models_dir, data_dir, folder), {"student.lora": LORA, "train.epochs": 1})
     cases = {f"zero{stage}": {"student.zero_stage": stage} for stage in (1, 2, 3)}
@@ -68,7 +68,7 @@ def runs(tmp_path_factory, models_dir, data_dir, tokenizer_dir):
     moved = folder / "moved.yaml"
     there = {"run.dir": str(folder / "zero1"), "student.zero_stage": 2}
     moved.write_text(yaml.safe_dump(changed(base, there)))
-    # In a later stage, and at its beginning.
+    # In the middle and at the beginning of a later stage.
     run_configs([*paths.values(), f"{paths['back']}@4", f"{paths['back']}@2"])
     paths["one"] = write(folder, changed(base, {"run.baseline": True}), "one")
     save(folder / "causal", tokenizer_dir, tied=True)
@@ -90,7 +90,7 @@ def runs(tmp_path_factory, models_dir, data_dir, tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def plain(runs):
-    """Losses of a plain loop around peft's own model; it adapts layers and trains the head as peft chooses."""
+    """Return losses of a plain loop around peft's own model; it adapts layers and trains the head as peft chooses."""
     one = load([str(runs / "one.yaml")])
     settings = json.loads(one.model_dump_json(exclude_defaults=True))
     settings |= {"student": {"path": one.student.path}, "train": {"learning_rate": one.train.learning_rate}}
@@ -122,7 +122,7 @@ def test_a_run_goes_on_exactly_and_elsewhere(runs, plain):
         got = {name: term["raw"] for name, term in line["terms"].items()}
         assert got == pytest.approx(expected, rel=1e-5, abs=1e-7), f"step {line['step']}"
     smooth = [line["terms"]["smooth"]["raw"] for line in losses(runs / "whole")[2:]]
-    assert smooth[-1] > smooth[0] > 0  # of dropout alone at first
+    assert smooth[-1] > smooth[0] > 0  # at first from dropout alone
 
 
 def saved(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
@@ -132,7 +132,7 @@ def saved(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("run", ["zero1", "zero2", "zero3", "whole", "tied"])
 def test_checkpoints_hold_only_what_trains(runs, run):
-    """Also what a stage has frozen of it, since an earlier stage trained it; nothing below the adapters."""
+    """They also hold what a stage has frozen after an earlier stage trained it; they have no base weights."""
     names = set(saved(runs / run))
     own = {name for name in names if name.startswith("body.")}
     head = {"body.classifier.weight", "body.classifier.bias"} if run != "tied" else set()
@@ -152,7 +152,7 @@ def test_stages_freeze_adapters(runs):
 
 @pytest.fixture(params=["one", "tied", "whole"])
 def exported(request, runs, tmp_path):
-    """A run, its student from the newest checkpoint, and its exports: merged, and as an adapter."""
+    """Return a run, its student from the newest checkpoint, and its exports: merged, and as an adapter."""
     run = str(runs / request.param)
     export(run, str(tmp_path / "merged"), dtype="fp32")
     export(run, str(tmp_path / "adapter"), dtype="fp32", adapter=True)
@@ -204,7 +204,7 @@ def test_other_weights_below_the_adapters_are_refused(runs, tmp_path):
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "albert", "olmo2"])
 def test_where_adapters_go(family):
-    """peft's choice where it has one, else all linear layers of the layers; merged they compute the same."""
+    """They go where peft chooses, else into all linear layers of the layers; merged they compute the same."""
     task = "causal_lm" if family in tiny.CAUSAL else "masked_lm"
     settings = {**tiny.CAUSAL, **tiny.MASKED}[family]
     torch.manual_seed(0)
@@ -278,7 +278,7 @@ class TestRefusals:
 
 
 def test_plans_count_the_adapters_alone(models_dir, data_dir, tmp_path):
-    """Optimizer states, checkpoints and gradients; the weights are all there."""
+    """Optimizer states, checkpoints and gradients are only the adapters'; the weights are all there."""
     settings = changed(small_run(models_dir, data_dir, tmp_path), {"data.labels": ["a", "b", "c"]})
     plans = {}
     for name, lora in (("all", None), ("adapters", LORA)):

@@ -1,4 +1,4 @@
-"""A masked language model from its tokenizer to its export."""
+"""A masked language model is tested from its tokenizer to its export."""
 
 import json
 
@@ -17,7 +17,7 @@ SMALL = BERT | {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "h
 
 @pytest.fixture
 def masked(settings, data_dir, tmp_path, monkeypatch):
-    """A teacher from a recipe that trains the tokenizer too, and a student cut from it."""
+    """Return settings with a teacher from a recipe, which also trains the tokenizer, and a student cut from it."""
     monkeypatch.chdir(tmp_path)
     files = {"source": "files", "train": [str(data_dir / "train.tsv")], "dev": str(data_dir / "dev.tsv")}
     files |= {"max_length": 32, "cache": str(tmp_path / "cache")}

@@ -1,4 +1,4 @@
-"""What `evaluate` measures beside the scores."""
+"""`evaluate` measures more than the scores."""
 
 import statistics
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def examples(lengths: list[int]) -> Examples:
 
 @pytest.mark.parametrize("count", [1000, TIMED, 7])
 def test_latency_is_the_median_over_the_dev_set_and_not_over_its_longest_texts(monkeypatch, count):
-    """Timed by a clock that a token moves on by a millisecond."""
+    """Timing uses a clock that each token advances by a millisecond."""
     lengths = [3 + i % 5 for i in range(count)]
     lengths[: count // 5] = [60] * (count // 5)
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**BERT)).eval()
@@ -37,5 +37,5 @@ def test_latency_is_the_median_over_the_dev_set_and_not_over_its_longest_texts(m
     sample = min(TIMED, count)
     assert len(seen) == min(WARM, sample) + sample and {rows for rows, _ in seen} == {1}
     timed = [tokens for _, tokens in seen[-sample:]]
-    assert timed.count(60) == sample // 5  # as many as the whole set has
+    assert timed.count(60) == sample // 5  # the same share as in the whole set
     assert found == {"latency_ms": statistics.median(timed)} == {"latency_ms": statistics.median(lengths)}

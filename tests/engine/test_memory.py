@@ -1,4 +1,4 @@
-"""Memory stays flat: no step, evaluation, checkpoint or change of stage leaves something behind."""
+"""Memory stays flat: no step, evaluation, checkpoint or change of stage leaves memory behind."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ STEPS, WARM = 2000, 300
 
 @pytest.mark.soak
 def test_memory_stays_flat(settings, tmp_path):
-    """2,000 steps on two ranks over real texts, with 20 evaluations, 10 checkpoints and two changes of stage."""
+    """Train 2,000 steps on two ranks over real texts, with 20 evaluations, 10 checkpoints and two changes of stage."""
     settings["data"] = {
         "source": "docstrings",
         "max_length": 32,
@@ -47,7 +47,7 @@ def test_memory_stays_flat(settings, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank, seen in enumerate(json.loads(out.read_text())):
         assert len(seen) == STEPS
-        # Medians of 100 steps: what a step takes and gives back, and what saving takes, come and go.
+        # Medians of 100 steps, since the memory of a step and of a save comes and goes.
         curve = [round(median(seen[at : at + 100]) / 2**20, 1) for at in range(0, STEPS, 100)]
         print(f"rank {rank}, MiB by hundreds of steps: {curve}")
         start = median(seen[WARM - 50 : WARM + 50])

@@ -1,4 +1,4 @@
-"""Runs over mixed texts (data.mixup)."""
+"""Runs over mixed texts (data.mixup) on one rank and on two."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.engine.test_resume import losses, write
 
 
 def test_two_ranks_with_everything_sharded_are_one(settings, tmp_path):
-    """Teacher and student under ZeRO-3 on two ranks, against one rank with neither: their embeddings are whole."""
+    """Two ranks with teacher and student under ZeRO-3 must equal one rank with neither, whose embeddings are whole."""
     settings["terms"] = {"task": {}, "soft_label": {"divergence": "logit_mse"}, "hidden": {}}
     settings["train"] |= {"steps": 4}
     settings["data"] |= {"mixup": 0.4}

@@ -1,6 +1,6 @@
 """Two nodes, emulated on loopback: two agents of torchrun, with one run folder and temporary folders of their own.
 
-Local ranks are 0 on both. They train, one is killed, and `multinode.slurm` goes on under a stand-in for Slurm.
+Local ranks are 0 on both. They train, one is killed, and `multinode.slurm` continues under a fake Slurm.
 """
 
 import os
@@ -19,7 +19,7 @@ from tests.engine.launch import ROOT, free_port, launch, launch_command, wait_fo
 from tests.engine.test_resume import losses, write
 
 SLURM = ROOT / "launch" / "multinode.slurm"
-# What stands in for Slurm's commands: every node runs the command, with a temporary folder of its own.
+# Replacements for Slurm's commands: every node runs the command, with a temporary folder of its own.
 SCONTROL = "#!/bin/sh\nprintf '127.0.0.1\\n127.0.0.1\\n'\n"
 SRUN = """#!/bin/bash
 for node in 0 1; do
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(models_dir, data_dir, folder) -> dict:
-    """10 steps with dropout, of which every second is saved."""
+    """Return settings of 10 steps with dropout, with a checkpoint after every second step."""
     settings = small_run(models_dir, shutil.copytree(data_dir, folder / "data"), folder)
     settings["student"] |= {"config": {"hidden_dropout_prob": 0.2}, "zero_stage": 3}
     settings["run"] |= {"save_every": 2, "timeout": 0.2}
@@ -86,7 +86,7 @@ def test_two_nodes_train_lose_one_and_go_on(settings, folder):
                 folder / "node-0.log"
             ).read_text()[-3000:]
             time.sleep(0.05)
-        os.killpg(agents[1].pid, signal.SIGKILL)  # the node's agent and, as it dies with it, its rank
+        os.killpg(agents[1].pid, signal.SIGKILL)  # the node's agent and its rank, which dies with it
         agents[0].wait(120)
     finally:
         for agent in agents:

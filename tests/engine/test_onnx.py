@@ -1,4 +1,4 @@
-"""An ONNX graph computes what the model computes, for any batch and length, and padding changes nothing."""
+"""An ONNX graph computes the same as the model, for any batch and length, and padding changes nothing."""
 
 import sys
 
@@ -46,7 +46,7 @@ def test_a_graph_computes_what_the_model_computes(tmp_path, task):
     deployed = peaked(task)
     found = onnx_graph.write_all(deployed, str(tmp_path), 32, int8=True)
     assert sorted(found) == ["model.int8.onnx", "model.onnx"]
-    assert found["model.int8.onnx"] > CLOSE  # int8 is another model, and says so
+    assert found["model.int8.onnx"] > CLOSE  # int8 is another model, and the difference is reported
     whole, small = ((tmp_path / name).stat().st_size for name in ("model.onnx", "model.int8.onnx"))
     assert small < whole
     session = open_session(str(tmp_path / "model.onnx"))
@@ -70,7 +70,7 @@ def test_a_graph_computes_what_the_model_computes(tmp_path, task):
 
 
 def test_a_graph_that_differs_is_refused(tmp_path, monkeypatch):
-    """A graph of other weights: the check compares with the model, and not with itself."""
+    """The graph has other weights; the check must compare it with the model, not with itself."""
     deployed = peaked("classification")
     true = onnx_graph.differences
 

@@ -1,4 +1,4 @@
-"""A run goes on from what it was made from, or says in one line what has changed under the same name."""
+"""A run resumes from what it was made from, or one line says what has changed under the same name."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from tests.engine.worker import take_back
 
 @pytest.fixture
 def own(settings, models_dir, data_dir, tokenizer_dir, tmp_path):
-    """Settings of a run whose data, models and tokenizer are copies to change."""
+    """Return settings of a run whose data, models and tokenizer are copies that a test may change."""
     shutil.copytree(models_dir, tmp_path / "models")
     shutil.copytree(data_dir, tmp_path / "data")
     shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
@@ -49,7 +49,7 @@ def _swap_words(folder: Path) -> None:
 
 
 def _lower_case(folder: Path) -> None:
-    """Leave the vocabulary as it is, and the tests' texts too, which have no capitals."""
+    """Turn lower-casing on; the vocabulary stays the same, and so do the tests' texts, which have no capitals."""
     path = folder / "tokenizer" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}))
 
@@ -117,7 +117,7 @@ def test_what_changed_is_named(own, tmp_path, case):
 
 
 def test_a_note_of_before_there_were_stores_is_compared_as_it_was_made(own, tmp_path):
-    """It hashed every token, where each example begins, and the labels."""
+    """Such a note hashed every token, the beginning of each example, and the labels."""
     folder, config = RunFolder(str(tmp_path / "run")), make_config(own)
     prepared = prepare(config, world_size=1)
     note = origins(prepared)
@@ -142,7 +142,10 @@ def test_a_note_of_before_there_were_stores_is_compared_as_it_was_made(own, tmp_
 
 
 def test_a_run_that_was_cut_short_ends_in_one_line(own, tmp_path):
-    """Nothing in it changes; with the old weights back it goes on, and so does one of before the note."""
+    """Nothing in the folder changes.
+
+    With the old weights back the run continues, and so does a run from before the note.
+    """
     own["run"] |= {"save_every": 5, "keep": 9}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(own))
@@ -179,7 +182,7 @@ def test_a_start_that_failed_binds_nobody(tmp_path):
 
 class TestWeights:
     def write(self, folder: Path, **changes: torch.Tensor) -> str | None:
-        weights = {"a": torch.zeros(2**20), "b": torch.zeros(2**21)} | changes  # 12 MiB: sampled
+        weights = {"a": torch.zeros(2**20), "b": torch.zeros(2**21)} | changes  # 12 MiB: hashed by samples
         save_file(weights, folder / "model.safetensors")
         return fingerprint(str(folder), "teacher.path")
 

@@ -1,4 +1,4 @@
-"""Several dev sets of a run, and further files that it is scored on, through the command line on two ranks."""
+"""A run has several dev sets, and is scored on further files, through the command line on two ranks."""
 
 import json
 import random
@@ -27,7 +27,7 @@ from tests.engine.test_run import command, write
 
 @pytest.fixture
 def two_sets(settings, tmp_path) -> dict:
-    """Settings of a run with two dev sets of unequal sizes and two classes, one the other's negation."""
+    """Return settings of a run with two dev sets of unequal sizes and two classes, one of them the other's negation."""
     rng = random.Random(1)
     for name, rows in (("train", 24), ("matched", 11), ("mismatched", 7), ("other", 9)):
         kinds = ("equivalent", "not_equivalent")
@@ -37,7 +37,7 @@ def two_sets(settings, tmp_path) -> dict:
     data |= {"dev": {"matched": "matched.tsv", "mismatched": "mismatched.tsv"}}
     changes = {"num_labels": 2, "ignore_mismatched_sizes": True}
     model = AutoModelForSequenceClassification.from_pretrained(settings["student"]["path"], **changes)
-    model.classifier.weight.data.mul_(40.0)  # peaked
+    model.classifier.weight.data.mul_(40.0)  # peaked outputs
     model.save_pretrained(tmp_path / "student")
     AutoTokenizer.from_pretrained(settings["student"]["path"]).save_pretrained(tmp_path / "student")
     student = {"path": str(tmp_path / "student")}
@@ -53,7 +53,7 @@ def two_sets(settings, tmp_path) -> dict:
 
 
 def first_loss(settings: dict) -> float:
-    """Return the loss of the first step by plain PyTorch, over the rows that a run of any ranks takes."""
+    """Return the first step's loss by plain PyTorch, over the rows that a run takes with any number of ranks."""
     prepared = prepare(make_config(settings), 1)
     model = AutoModelForSequenceClassification.from_pretrained(settings["student"]["path"]).eval()
     train, labels = prepared.data.train, []
@@ -90,7 +90,7 @@ def test_each_dev_set_is_scored_and_other_files_beside_them(two_sets, tmp_path, 
     assert summary["positive_class"] == "equivalent" and "F1 is that of class equivalent" in done.stdout
     assert command("export", run, "--out", "exported", cwd=tmp_path).returncode == 0
     student = summary["models"]["student"]
-    for name in ("matched", "mismatched"):  # accuracy of the labels as they are: neither weighed nor smoothed
+    for name in ("matched", "mismatched"):  # accuracy uses the labels without class weights or smoothing
         accuracy, f1 = scores_by_hand(tmp_path / "exported", tmp_path / f"{name}.tsv")
         assert student[f"{name}/accuracy"] == pytest.approx(accuracy)
         assert student[f"{name}/f1"] == pytest.approx(f1)
@@ -150,7 +150,7 @@ def test_a_file_that_is_not_there_is_refused_before_anything(two_sets, tmp_path,
     ids=["hub", "files", "built in", "parts"],
 )
 def test_the_train_set_stays_the_same(changes):
-    """Other dev files change neither where train examples come from nor how they are read."""
+    """Other dev files change neither the files nor the reading of train examples."""
     section = Data(**changes, max_dev=3)
     found = with_dev_files(section, ["x.tsv", "y.tsv"])
     assert found.dev == {"x.tsv": "x.tsv", "y.tsv": "y.tsv"} and found.source == "files"
@@ -184,7 +184,7 @@ def test_steadiness_stands_beside_the_distance_on_any_dev_set(tmp_path):
 
 
 def test_no_source_of_a_run_lies_where_the_run_writes(two_sets, tmp_path):
-    """Dev sets by name, and the parts of a mixture."""
+    """This includes dev sets with names, and the parts of a mixture."""
     run = Path(two_sets["run"]["dir"])
     RunFolder(str(run)).open(make_config(two_sets))
     (run / "init").mkdir()

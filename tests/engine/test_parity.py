@@ -1,4 +1,4 @@
-"""Two sharded ranks train exactly as one plain process does."""
+"""Two sharded ranks must train exactly as one plain process."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def module_tmp(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def losses(module_tmp, models_dir, data_dir):
-    """Of the plain loop, and of every case on two ranks; and what the plain loop was prepared from."""
+    """Return the losses of the plain loop and of every case on two ranks, and what the plain loop was prepared from."""
     base = {
         "data": {
             "source": "files",
@@ -84,14 +84,14 @@ def test_losses_equal_a_plain_loop(losses, case):
 
 
 def test_training_moves_the_losses(losses):
-    """Else equal losses would say nothing about gradients and updates."""
+    """Otherwise equal losses would say nothing about gradients and updates."""
     plain, _, _ = losses
     for name in plain[0]:
         assert abs(plain[-1][name] - plain[0][name]) > 1e-3 * abs(plain[0][name]), name
 
 
 def test_ranks_have_unequal_token_counts(losses):
-    """Else a mean over each rank's own tokens would look like the mean over all."""
+    """Otherwise a mean over each rank's own tokens would equal the mean over all."""
     _, _, prepared = losses
     loaders = [Loader(prepared.data.train, 8, 4, 2, rank, seed=0, pad_id=0) for rank in (0, 1)]
     unequal = 0
@@ -104,7 +104,7 @@ def test_ranks_have_unequal_token_counts(losses):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_trainer_has_the_same_losses(losses, module_tmp, ranks):
-    """DistillTrainer on the same rows, in micro-batches of two, and a run on two ranks under ZeRO-2."""
+    """Compare a run on two ranks under ZeRO-2 with DistillTrainer on the same rows, in micro-batches of two."""
     _, found, _ = losses
     worker, out = Path(__file__).with_name("trainer_worker.py"), module_tmp / f"trainer-{ranks}.json"
     done = launch(worker, module_tmp / "one.yaml", out, ranks=ranks)

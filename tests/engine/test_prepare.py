@@ -76,7 +76,7 @@ def test_a_run_says_so(settings, tmp_path, data_dir, caplog):
 class TestHeads:
     def masked(self, settings: dict, tokenizer_dir: Path, **changes) -> Prepared:
         data = settings["data"] | {"label": None, "tokenizer": str(tokenizer_dir)}
-        student = settings["student"] | {"new_head": True}  # it is a classifier's folder too
+        student = settings["student"] | {"new_head": True}  # the same holds for a classifier's folder
         settings |= {"task": "masked_lm", "data": data, "student": student}
         settings |= {"terms": {"task": {}, "hidden": {}}} | changes
         return prepare(make_config(settings), world_size=1)
@@ -95,7 +95,7 @@ class TestHeads:
         assert prepared.judged and set(prepared.evaluation.terms) == {"task", "soft_label"}
 
     def test_of_a_discriminator(self, mapping, tokenizer_dir):
-        """It tells replaced tokens from others, and no words, though it was made for pre-training."""
+        """It tells replaced tokens from others and predicts no words, although it was made for pre-training."""
         path = Path(mapping["teacher"]["path"], "config.json")
         path.write_text(path.read_text().replace("BertForMaskedLM", "ElectraForPreTraining"))
         assert not self.masked(
@@ -105,7 +105,7 @@ class TestHeads:
 
 @pytest.mark.parametrize("evaluation", [{"rcs": 2}, {"structure": True}], ids=["rcs", "structure"])
 def test_states_that_evaluation_alone_reads_are_probed(settings, tokenizer_dir, evaluation):
-    """ALBERT's layers are one module, called again and again: nothing can be hooked."""
+    """ALBERT's layers are one module that is called again and again, so there is nothing to hook."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
     model = {"config": {"model_type": "albert", "vocab_size": 64, "embedding_size": 16} | sizes}
     settings |= {"teacher": model, "student": model, "terms": {"task": {}, "soft_label": {}}}
@@ -116,7 +116,7 @@ def test_states_that_evaluation_alone_reads_are_probed(settings, tokenizer_dir, 
 
 
 class TestOneExampleAtOnce:
-    """No term that relates examples can say anything of it."""
+    """A term that relates examples has no meaning for a single example."""
 
     def check(self, settings: dict, **term) -> None:
         settings["terms"] = {"task": {}, "domain": term}
@@ -142,7 +142,7 @@ class TestOneExampleAtOnce:
 
 
 def test_a_teacher_whose_classes_have_no_names(settings, tmp_path):
-    """Its order is nobody's to guess; where the data's labels are numbers it is theirs."""
+    """Nobody can guess its order; if the data's labels are numbers, they are the teacher's classes."""
     made = AutoModelForSequenceClassification.from_pretrained(settings["teacher"]["path"])
     made.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
     made.save_pretrained(tmp_path / "unnamed")
@@ -182,7 +182,7 @@ def test_weights_of_classes(settings, given, weights):
     prepared = prepare(make_config(settings | {"train": train}), 1)
     assert prepared.pair.class_weights == weights and prepared.pair.smoothing == 0.1
     assert prepared.objectives[0].terms["task"].pair.smoothing == 0.1
-    assert prepared.evaluation.terms["task"].pair.smoothing == 0  # perplexity is of the labels as they are
+    assert prepared.evaluation.terms["task"].pair.smoothing == 0  # perplexity has no smoothing
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A sharded teacher never lies whole on a rank."""
+"""A sharded teacher is never whole on a rank."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened."""
+"""A killed run resumes as if it had never been killed."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ from tests.engine.launch import WORKER, launch, launch_command, run_configs
 
 
 def losses(run_dir: Path) -> list[dict]:
-    """Every logged step but what the clock and the memory make different."""
+    """Return every logged step without what depends on clock and memory."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: line[key] for key in ("step", "loss", "terms", "learning_rate", "grad_norm")}
@@ -62,7 +62,7 @@ def kill_at(path: Path, run_dir: Path, step: int) -> None:
 
 @pytest.fixture
 def with_dropout(settings):
-    """40 steps with dropout and drawn rows: a resume must restore each rank's random state, and draw the same rows."""
+    """Return 40 steps with dropout and drawn rows, so that a resume must restore each rank's random state and draws."""
     settings["terms"] |= {"attention": {"rows": 3}, "pairwise": {"layers": "uniform", "rows": 2}}
     settings["student"]["config"] = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     settings["run"] |= {"save_every": 4, "keep": 3}
@@ -76,7 +76,7 @@ def test_resume_is_exact(with_dropout, tmp_path):
     kill_at(killed, tmp_path / "killed", step=14)
     done_before = steps_done(tmp_path / "killed")
     assert 14 <= done_before < 40
-    # The newest checkpoint is damaged as well: the one before it must serve.
+    # The newest checkpoint is damaged as well, so the one before it must be used.
     tags = sorted(p.name for p in (tmp_path / "killed" / checkpoint.FOLDER).glob("step-*"))
     newest = tmp_path / "killed" / checkpoint.FOLDER / tags[-1]
     largest = max((p for p in newest.iterdir()), key=lambda p: p.stat().st_size)
@@ -101,7 +101,7 @@ def test_resume_is_exact(with_dropout, tmp_path):
 
 
 def make_checkpoint(run: Path, step: int, **state: object) -> Path:
-    """A finished checkpoint in the layout of checkpoint.Saving, with one small file."""
+    """Make a finished checkpoint in the layout of checkpoint.Saving, with one small file."""
 
     class Engine:
         checkpoint_engine = Writer()
@@ -124,16 +124,16 @@ def test_newest_skips_what_does_not_verify(tmp_path):
     assert checkpoint.newest(str(tmp_path)) == first.name
     (second / "weights.bin").write_bytes(b"short")
     assert checkpoint.newest(str(tmp_path)) == first.name
-    (first / "manifest.json").unlink()  # as a kill during the save leaves it
+    (first / "manifest.json").unlink()  # a kill during the save leaves this
     assert checkpoint.newest(str(tmp_path)) is None
 
 
 class TestBesideARunThatTrains:
-    """Two checkpoints are kept: each that is saved removes one."""
+    """Two checkpoints are kept: each save removes one."""
 
     @pytest.fixture
     def saves(self, tmp_path):
-        """Steps 1 and 2 are there; a call saves 3 and 4."""
+        """Steps 1 and 2 are saved already; a call saves 3 and 4."""
         for step in (1, 2):
             make_checkpoint(tmp_path, step)
 
@@ -173,7 +173,7 @@ class TestBesideARunThatTrains:
 
 
 def test_an_old_one_that_cannot_be_removed_stays(tmp_path, monkeypatch, caplog):
-    """As over NFS while another process has its files open."""
+    """This happens over NFS while another process has files of the checkpoint open."""
 
     def remove(path: str, made: list[str]) -> None:
         if path.endswith("step-00000001") and os.path.exists(path):
@@ -233,7 +233,7 @@ MANIFESTS = [
 def test_a_manifest_of_another_form_is_damage(settings, tmp_path, manifest):
     first, second = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
     (second / "manifest.json").write_text(manifest)
-    (second / "state.json").write_text("[")  # is not looked into, where a term wants to know what it says
+    (second / "state.json").write_text("[")  # unreadable, and a term needs its contents
     settings["terms"]["rkd"] = {}
     assert checkpoint.check(str(tmp_path), make_config(settings), 2) == first.name
 
@@ -245,10 +245,10 @@ def test_a_run_without_a_good_checkpoint_does_not_begin_anew_by_itself(settings,
     refusal = r"checkpoints: got no intact checkpoint \(step-00000001: weights.bin has changed\), expected "
     with pytest.raises(UserError, match=refusal):
         checkpoint.check(str(tmp_path), config, 2)
-    (found / "manifest.json").unlink()  # the pointer tells that it was whole
+    (found / "manifest.json").unlink()  # the pointer shows that it was complete
     with pytest.raises(UserError, match="no complete manifest"):
         checkpoint.check(str(tmp_path), config, 2)
-    (found.parent / "newest").unlink()  # as a kill in the first save leaves it
+    (found.parent / "newest").unlink()  # a kill in the first save leaves this
     assert checkpoint.check(str(tmp_path), config, 2) is None
     assert checkpoint.check(str(tmp_path / "nowhere"), config, 2) is None
 
@@ -266,7 +266,7 @@ def test_a_run_without_checkpoint_is_refused(tmp_path):
 
 
 def test_a_passed_over_checkpoint_is_not_kept_for_a_good_one(tmp_path):
-    """After a resume from before it, the damaged one is the highest, and stays so until steps reach it again."""
+    """After a resume from an earlier one, the damaged checkpoint is the highest until training gets there again."""
     for step in (4, 5, 8):
         make_checkpoint(tmp_path, step)
     (tmp_path / checkpoint.FOLDER / "step-00000008" / "weights.bin").write_bytes(b"short")

@@ -12,7 +12,7 @@ from dsdistill.config.schema import Data
 from dsdistill.engine.refusals import check_domains
 from dsdistill.engine.reweighing import next_shares
 from tests.engine.launch import run_configs
-from tests.engine.test_corpora import home, lines, settings  # noqa: F401  # a fixture among them
+from tests.engine.test_corpora import home, lines, settings  # noqa: F401  # one of these is a fixture
 from tests.engine.test_resume import losses
 
 

@@ -1,4 +1,4 @@
-"""What a run in bf16 must not round: frozen weights, the start of what trains, and its scores afterwards."""
+"""A run in bf16 must not round frozen weights, the start of what trains, and the weights that are scored."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def in_stage(settings: dict, folder: Path, name: str, zero_stage: int) -> str:
 
 
 def check_same(exported: Path, source: Path) -> None:
-    """Every weight is the source's, a bias of 0 within what steps of 1e-30 make of it; bf16 would change nearly all."""
+    """Every weight equals the source's, or is a bias of 0 moved by steps of 1e-30; bf16 would change nearly all."""
     expected, got = (load_file(folder / "model.safetensors") for folder in (source, exported))
     assert got.keys() == expected.keys()
     assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())
@@ -46,7 +46,7 @@ def check_same(exported: Path, source: Path) -> None:
 
 
 def test_weights_are_not_rounded(still, models_dir, tmp_path):
-    """Two stages freeze different parts, under each ZeRO stage; one run goes on under others by other ranks."""
+    """Two stages freeze different parts, under each ZeRO stage; one run resumes with other ranks and ZeRO stages."""
     paths = [in_stage(still, tmp_path, "one-3", 3)]
     paths += [in_stage(still, tmp_path, "resumed", 1), in_stage(still, tmp_path, "resumed", 1) + "@2"]
     run_configs(paths, ranks=1)
@@ -63,7 +63,7 @@ def test_weights_are_not_rounded(still, models_dir, tmp_path):
 
 
 def test_a_tied_frozen_head(causal, tokenizer_dir, tmp_path):  # noqa: F811
-    """It has two names and is saved once."""
+    """It has two names but is saved once."""
     folder = save(tmp_path / "teacher", tokenizer_dir, tied=True)
     change = {"student": {"path": str(folder), "freeze": ["*embed_tokens*"]}}
     change |= {"train.dtype": "bf16", "train.learning_rate": 1e-30}
@@ -76,7 +76,7 @@ def test_a_tied_frozen_head(causal, tokenizer_dir, tmp_path):  # noqa: F811
 
 
 def test_evaluate_scores_as_the_run_did(causal, settings, models_dir, tokenizer_dir, tmp_path):  # noqa: F811
-    """A decoder and a classifier; in float32 their weights would give other numbers."""
+    """A decoder and a classifier are scored; weights in float32 would give other numbers."""
     save(tmp_path / "teacher", tokenizer_dir, tied=True)
     change = {"student": {"from_teacher": [1, 4]}, "terms": {"task": {}, "soft_label": {}}}
     change |= {"train.dtype": "bf16", "train.steps": 3, "data.max_train": 64, "data.max_dev": 64}

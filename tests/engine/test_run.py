@@ -34,13 +34,13 @@ def write(path: Path, settings: dict) -> Path:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A working folder of its own: recipes keep their teachers below it."""
+    """Change into a new working folder, since recipes keep their teachers below it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_teachers_keep_their_names():
-    """A name that changes trains its teacher once more."""
+    """If a name changed, its teacher would be trained again."""
     settings = {"run": {"name": "tuned", "seed": 3}, "student": {"path": "a/model"}}
     config = make_config(settings | {"terms": {"task": {}}, "train": {"steps": 7}})
     part = made([[0, 1, 2], [3, 4]], labels=[1, 0])
@@ -98,7 +98,7 @@ def test_recipe_baseline_evaluate_export(settings, home):
     assert "is finished" in run_configs([home / "config.yaml"])
     assert {path: path.stat().st_mtime_ns for path in home.rglob("*.safetensors")} == before
 
-    # As it is, and as one that trained on a GPU, with its backend, in fp16: without one it is evaluated in fp32.
+    # Unchanged, and as if trained on a GPU, with a GPU backend, in fp16: without a GPU it is evaluated in fp32.
     as_it_is = (run / "config.yaml").read_text()
     for dtype in ("fp32",) if torch.cuda.is_available() else ("fp32", "fp16"):
         (run / "config.yaml").write_text(
@@ -142,7 +142,7 @@ def test_recipe_baseline_evaluate_export(settings, home):
 
 
 def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data_dir, tokenizer_dir):
-    """Sharded, tied heads; vocabularies padded to different sizes; accumulation, checkpointing, a ragged step."""
+    """Heads are sharded and tied; vocabularies are padded differently; accumulation, checkpointing, an uneven step."""
     decoder = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -194,16 +194,16 @@ def test_language_models_train_alike_on_any_number_of_ranks(settings, home, data
     summary = json.loads((home / paths[2][-1].stem / "summary.json").read_text())
     for scores in summary["models"].values():
         assert 1 < scores["perplexity"] < 100
-    assert not (home / paths[2][-1].stem / "predictions.jsonl").exists()  # tokens have none
+    assert not (home / paths[2][-1].stem / "predictions.jsonl").exists()  # there are none for tokens
     page = Path(write_page(str(home / paths[2][-1].stem))).read_text(encoding="utf-8")
     assert "perplexity" in page and 'id="curves"' in page and 'id="examples"' not in page
 
 
 def test_a_refusal_by_the_first_rank_alone_ends_all_in_one_line(settings, home):
-    """Only rank 0 opens the run folder: the others must not wait for it, nor fail for want of it."""
+    """Only rank 0 opens the run folder; the other ranks must not wait for it, or fail because it is missing."""
     run = Path(settings["run"]["dir"])
     RunFolder(str(run)).open(make_config(settings))
-    (run / "checkpoints" / "step-00000001").mkdir(parents=True)  # it had begun
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)  # the run had begun
     RunFolder(str(run)).release()
     done = launch("--module", "dsdistill", "train", write(home / "config.yaml", settings), "train.epochs=3")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout

@@ -1,4 +1,4 @@
-"""Hold what a run folder promises: one writer, no links, no secret, one line about other versions or a full disk."""
+"""Hold a run folder to its promises: one writer, no links, no secrets, one line about other versions or a full disk."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_a_planted_link_or_pipe_is_refused(config, refused, tmp_path, make, name
 
 
 def test_old_scratch_names_lead_nowhere(config, tmp_path):
-    """Versions of before wrote config.yaml.partial, through whatever lay there."""
+    """Old versions wrote config.yaml.partial, following any link of that name."""
     mine = tmp_path / "mine"
     mine.write_text("precious")
     folder = RunFolder(str(tmp_path / "run"))
@@ -145,7 +145,7 @@ class TestFullDisk:
 
 
 def rewrite(found: Path, change) -> None:
-    """Change a checkpoint's state, and put its manifest right, as somebody with bad intentions would."""
+    """Change a checkpoint's state and correct its manifest, as an attacker would."""
     path = found / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps(change(state)))
@@ -244,7 +244,7 @@ SECRET = "s3cr3t-value"
 
 
 class TestSecrets:
-    """API keys of monitors: nothing that is written or printed holds them."""
+    """Nothing that is written or printed holds the API keys of monitors."""
 
     def settings(self, config, **more) -> str:
         monitor = {"comet": {"enabled": False, "api_key": "${oc.env:DSD_TEST_KEY}", "project": "p"}}
@@ -262,7 +262,7 @@ class TestSecrets:
         ]
         assert not holding and SECRET not in done.stdout + done.stderr
         assert "api_key: (redacted)" in (tmp_path / "run" / "config.yaml").read_text()
-        # Rotated, it resumes: the key is resolved anew, and no part of what a run is.
+        # With another key it resumes: the key is resolved anew, and it does not identify a run.
         (tmp_path / "run" / "summary.json").unlink()
         newest = tmp_path / "run" / "checkpoints" / "newest"
         newest.write_text("step-00000004")
@@ -273,7 +273,7 @@ class TestSecrets:
         command[3:] = ["evaluate", tmp_path / "run"]
         done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        # The modes are the umask's, so that a group can share what it makes.
+        # Modes follow the umask, so that a group can share its files.
         narrow = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and not p.stat().st_mode & 0o044]
         assert not narrow
 
@@ -317,7 +317,7 @@ class TestSecrets:
         )
 
     def test_settings_of_ours_are_none(self, config):
-        """Tokenizers, numbers of heads and weights of tokens stay as they are."""
+        """Tokenizers, numbers of heads and weights of tokens are not secrets and stay as they are."""
         changes = {
             "data.tokenizer": "some/folder",
             "student.config": {"pad_token_id": 0, "tokenizer_class": "B"},
@@ -328,7 +328,7 @@ class TestSecrets:
 
 
 def test_export_beside_a_folder_of_the_scratch_name(config, tmp_path, monkeypatch):
-    """Versions of before deleted that folder."""
+    """Old versions deleted that folder."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from dsdistill.engine import export
@@ -355,7 +355,7 @@ def test_home_is_home(config, monkeypatch, tmp_path):
 
 
 def test_an_export_into_a_run_folder_keeps_its_scratch(tmp_path):
-    """While another process takes the folder, which sweeps what kills left of a run's own."""
+    """Meanwhile another process takes the folder and removes scratch folders that kills left in it."""
     folder = RunFolder(str(tmp_path / "run"))
     folder.claim()
     for scratch, name in ((".partial-01234567", "summary.json"), (".partial-89abcdef", "hf")):
@@ -383,7 +383,7 @@ def test_a_finished_run_of_before_whose_checkpoints_are_gone(config, tmp_path):
 
 
 def test_scores_before_the_first_step_stay_in_the_log(tmp_path):
-    """A resume keeps them; a start anew leaves the first line to what it finds itself."""
+    """A resume keeps them; a new start replaces the first line by its own scores."""
     folder = RunFolder(str(tmp_path))
     folder.claim()
     folder.log({"step": 0, "evaluation": {"recall_10": 0.5}})

@@ -1,4 +1,4 @@
-"""The scores that the recipes on GLUE promise, through the command line: a small run in two stages on two classes."""
+"""The command line gives the scores that recipes on GLUE promise: a small run in two stages on two classes."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def test_train_and_evaluate_write_every_score_of_the_recipes(settings, tokenizer
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     epochs = [line for line in lines if "evaluation" in line]
     assert [line["step"] for line in epochs] == [3, 6]
-    for epoch in epochs:  # both losses of each epoch; training's is the mean of its steps
+    for epoch in epochs:  # both losses of each epoch; the training loss is the mean over its steps
         steps = [x["loss"] for x in lines if "loss" in x and epoch["step"] - 3 < x["step"] <= epoch["step"]]
         assert epoch["training_loss"] == pytest.approx(sum(steps) / 3)
         assert epoch["evaluation"]["loss"] > 0

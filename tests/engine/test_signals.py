@@ -1,4 +1,4 @@
-"""Runs that are told to stop, as shells, schedulers and launchers do it: one line, an exit code, an exact resume."""
+"""Shells, schedulers and launchers tell runs to stop: one line, an exit code, an exact resume."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from tests.engine.test_resume import losses, steps_done, write
 WORKER = Path(__file__).with_name("stop_worker.py")
 GOES_ON = "; the same command continues the run"
 SAVED = "step 5: stopped by {}, saved as step-00000005" + GOES_ON
-# One rank alone. Of each: where it is told, changes of `run`, exit code, its line, newest checkpoint.
+# A single rank. For each case: where it gets the signal, changes of `run`, exit code, its line, newest checkpoint.
 ALONE = {
     "undisturbed": ("nothing", {}, 0, None, 10),
     "clock": ("ignored", {"save_minutes": 1e-6, "keep": 99}, 0, None, 10),
@@ -78,7 +78,7 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def make(models_dir, data_dir, tmp_path_factory) -> Callable:
-    """Gives make(FOLDER, NAME, changes of run), which writes the config of a run of 10 steps with dropout."""
+    """Return make(FOLDER, NAME, changes of run), which writes the config of a run of 10 steps with dropout."""
     root = tmp_path_factory.mktemp("signals")
 
     def make(folder: str, name: str, changes: dict) -> Path:
@@ -122,7 +122,7 @@ def check(home: Path, name: str, ranks: int, scenarios: dict) -> None:
         assert [
             text.removeprefix("dsdistill: ")[: len(w)] for text, w in zip(got, wanted, strict=True)
         ] == wanted
-    if name.endswith(" again"):  # what the one before had saved
+    if name.endswith(" again"):  # the checkpoint of the run before
         assert re.search(r"resuming from step-0000000[2-9]", (home / f"{name}-0.err").read_text())
     elif f"{name} again" in scenarios:
         return
@@ -151,7 +151,7 @@ def test_the_clock_saves(alone):
 
 
 def start(command: list[object], log: Path, run: Path, steps: int = 2) -> subprocess.Popen:
-    """A real command in a group of processes of its own, once the run in that folder has done some steps."""
+    """Start a real command in a process group of its own, and wait until the run in that folder has done some steps."""
     words, environment = command
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -165,12 +165,12 @@ def start(command: list[object], log: Path, run: Path, steps: int = 2) -> subpro
 
 
 def listened(path: Path) -> set[str]:
-    """The addresses at which the processes that name a path wait for others."""
+    """Return the addresses on which the processes that name a path listen."""
     opened = [c for process in processes_of(path) for c in psutil.Process(process).net_connections("tcp")]
     return {c.laddr.ip for c in opened if c.status == psutil.CONN_LISTEN}
 
 
-# What happens to the launcher, its exit code, what the ranks say.
+# What happens to the launcher, its exit code, what the ranks print.
 LAUNCHED = {
     "runner": (lambda runner: runner.terminate(), -15, "the end of its launcher"),
     "runner killed": (lambda runner: runner.kill(), -9, "the end of its launcher"),
@@ -180,7 +180,7 @@ LAUNCHED = {
 
 @pytest.fixture(scope="module")
 def launched(make) -> dict[str, tuple[int, set[str]]]:
-    """Exit code of each launcher, and the addresses its ranks listened at."""
+    """Return the exit code of each launcher, and the addresses on which its ranks listened."""
     found = {}
     for name, (tell, *_) in LAUNCHED.items():
         path = make("two", name, {})
@@ -223,7 +223,10 @@ def test_two_ranks_go_on_exactly(two, name):
 
 
 def test_a_comparison(make):
-    """Told, it tells its run; killed, its run notices. Each time the run saves, and the comparison goes on."""
+    """If `compare` gets a signal, it passes it to its run; if it is killed, its run notices.
+
+    Each time the run saves, and the comparison continues.
+    """
     path = make("compared", "method", {})
     home = path.parent
     (home / "plan.yaml").write_text(yaml.safe_dump({"seeds": [0], "methods": {"one": [str(path)]}}))

@@ -1,4 +1,4 @@
-"""Random kills of a random rank at random moments; in the end the losses are those of a run that nobody touched."""
+"""Random ranks are killed at random moments; in the end the losses are those of an undisturbed run."""
 
 import os
 import random
@@ -14,12 +14,12 @@ from tests.engine.launch import launch_command, processes_of, run_configs, wait_
 from tests.engine.test_faults import KILLED, KILLED_CODES
 from tests.engine.test_resume import losses, steps_done, write
 
-STEPS = 4  # that a run has for each kill
+STEPS = 4  # of a run for each kill
 
 
 @pytest.fixture
 def often_saved(settings):
-    """Dropout on, a checkpoint after every step, two of them kept."""
+    """Return settings with dropout, a checkpoint after every step, and two of them kept."""
     settings["student"]["config"] = {"hidden_dropout_prob": 0.2}
     settings["run"] |= {"save_every": 1, "keep": 2}
     settings["terms"] = {"task": {}, "hidden": {}}
@@ -33,7 +33,7 @@ def test_a_few_random_kills(often_saved, tmp_path):
 
 @pytest.mark.soak
 def test_soak(often_saved, tmp_path):
-    """DSDISTILL_KILLS kills (100), drawn from DSDISTILL_SEED (the clock)."""
+    """Do DSDISTILL_KILLS kills (100), drawn from DSDISTILL_SEED (the clock)."""
     seed = int(os.environ.get("DSDISTILL_SEED", time.time_ns() % 2**32))
     kill_often(often_saved, tmp_path, int(os.environ.get("DSDISTILL_KILLS", "100")), seed)
 
@@ -49,13 +49,13 @@ def kill_often(settings: dict, folder: Path, kills: int, seed: int) -> list[tupl
     print(f"\n{kills} kills drawn from seed {seed}", flush=True)
     done = []
     for number in range(kills):
-        rank, startup = chance.randrange(2), number % 5 == 2  # now and then before it has come to a step
+        rank, startup = chance.randrange(2), number % 5 == 2  # sometimes before its first step
         done.append((rank, startup))
         step, delay = STEPS * number + chance.randint(1, STEPS), chance.uniform(0, 8 if startup else 0.5)
         moment = "the start" if startup else f"step {step}"
         print(f"kill {number + 1}: rank {rank}, {delay:.3f} s after {moment}", flush=True)
         kill_rank(killed, run, rank, 0 if startup else step, delay)
-        # Nothing piles up: two checkpoints, the one being saved, one that was about to be removed.
+        # At most: two checkpoints, the one being saved, and one that was about to be removed.
         saved = [path.name for path in run.glob("checkpoints/step-*")]
         assert len(saved) <= 4, saved
     assert "resuming from" in run_configs([killed, undisturbed])
@@ -97,6 +97,6 @@ def tail(told) -> str:
 
 
 def rank_of(path: Path, rank: int) -> int | None:
-    """The process of a rank, once it is there."""
+    """Return the process of a rank, once it exists."""
     found = [pid for pid, arguments in processes_of(path).items() if f"--local_rank={rank}" in arguments]
     return found[0] if found else None

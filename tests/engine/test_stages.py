@@ -1,4 +1,4 @@
-"""Stages: terms of their own, schedules that begin anew, frozen parameters, and resuming in the middle of one."""
+"""Stages have terms of their own, schedules that begin anew, frozen parameters, and resume in the middle."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tests.engine.test_resume import kill_at, losses, steps_done, write
 
 @pytest.fixture
 def staged(settings):
-    """24 steps in stages of 8: the lower layer, then both with a frozen embedding, then all; dropout on."""
+    """Return 24 steps in stages of 8: the lower layer, then both with a frozen embedding, then all; dropout on."""
     settings["student"] |= {"config": {"hidden_dropout_prob": 0.1}, "freeze": ["*layer.0.output*"]}
     settings["run"] |= {"save_every": 3, "keep": 3}
     settings["train"] |= {"steps": 24, "micro_batch_size": 2, "distill_weight": 0.5}
@@ -66,7 +66,7 @@ def test_stages_follow_each_other_and_resume_exactly(staged, tmp_path):
     # The weight w = 1/2 halves all; smooth's own is 0.1.
     for name, term in found[-1]["terms"].items():
         assert term["weighted"] == pytest.approx(0.5 * term["raw"] * (0.1 if name == "smooth" else 1))
-    # Nothing has moved when a stage starts but for dropout; then it has.
+    # When a stage starts, only dropout makes a difference; later the student has moved.
     smooth = [line["terms"]["smooth"]["raw"] for line in found[8:16]]
     assert smooth[-1] > smooth[0] > 0
     weights = [line["terms"]["hidden"]["layer_weights"] for line in found[8:16]]
@@ -80,7 +80,7 @@ def test_stages_follow_each_other_and_resume_exactly(staged, tmp_path):
         if name.startswith("body."):
             same = torch.equal(ended[0][name], ended[1][name])
             assert same == ("embeddings" in name or "layer.0.output" in name), name
-    # What both stages train goes on; each of the run's stages kept its representations.
+    # What both stages train continues; each stage of the run kept its representations.
     assert "objective.terms.hidden.projectors.1-2.weight" in ended[0]
     kept = sorted(path.name for path in (tmp_path / "undisturbed" / "representations").iterdir())
     assert kept == ["step-00000008.npy", "step-00000016.npy", "step-00000024.npy"]
@@ -88,7 +88,7 @@ def test_stages_follow_each_other_and_resume_exactly(staged, tmp_path):
 
 
 def test_a_kill_between_two_stages(staged, tmp_path):
-    """The last checkpoint of a stage is there, what it hands on is not."""
+    """The last checkpoint of a stage exists, but not yet what the stage passes on."""
     staged["stages"], staged["run"]["save_every"] = staged["stages"][:2], 0
     staged["train"]["steps"] = 8
     whole, cut = (write(staged, tmp_path, name) for name in ("whole", "cut"))
@@ -147,7 +147,7 @@ def test_refused(staged, change, message):
 
 
 def test_no_consistency_score_without_the_distance_to_the_teacher(staged, tokenizer_dir, tmp_path):
-    """A student that never moved would have the best; a teacher without a trained head gives no distance."""
+    """A student that never moved would score best; a teacher without a trained head gives no distance."""
     bare = staged | {
         "terms": {"task": {}, "hidden": {}},
         "stages": [],

@@ -1,4 +1,4 @@
-"""Runs whose train set is read as they go on: on one rank or two, stopped and gone on, with passes over the set."""
+"""Runs read their train set while they train: on one rank or two, stopped and resumed, with passes over the set."""
 
 import json
 import random
@@ -78,9 +78,9 @@ def test_one_rank_two_ranks_and_a_resume_see_the_same(home, tokenizer_dir):
     for mine, other in zip(alone, both, strict=True):
         assert mine[3] == pytest.approx(other[3], rel=1e-3)
     student = json.loads((home / "two" / "summary.json").read_text())["models"]["student"]
-    assert 0 <= student["structural_consistency"] <= 100  # by examples of the first part, read once more
+    assert 0 <= student["structural_consistency"] <= 100  # on examples of the first part, read again
     for name in ("one", "two"):
-        assert not list(home.glob(f"cache-{name}/stream-*/[0-9]*/"))  # nothing is left but the notes
+        assert not list(home.glob(f"cache-{name}/stream-*/[0-9]*/"))  # only the notes are left
         assert len((next(home.glob(f"cache-{name}/stream-*/parts.jsonl"))).read_text().splitlines()) > 6
 
 

@@ -1,4 +1,4 @@
-"""A teacher by itself, in this process."""
+"""A teacher is tested alone, in this process."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_replicated_teacher_keeps_its_rotary_frequencies(settings, data_dir, t
 
 @pytest.mark.parametrize("kind", ["bert", "albert"])
 def test_largest_layer(kind):
-    """A model that shares one layer has no list of them: then all of it counts."""
+    """A model that shares one layer has no list of layers; then the whole model counts."""
     model = AutoConfig.for_model(kind, **{key: value for key, value in BERT.items() if key != "model_type"})
     width, inner = 48, 64
     layer = 4 * (width**2 + width) + 2 * width * inner + width + inner + 4 * width

@@ -26,7 +26,7 @@ SPEED = "tokens_per_second"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer_dir):
-    """teacher/ with a trained head, and train.tsv and dev.tsv of two classes."""
+    """Write teacher/ with a trained head, and train.tsv and dev.tsv of two classes."""
     folder = tmp_path_factory.mktemp("outputs")
     torch.manual_seed(0)
     settings = BERT | {"num_labels": 2}
@@ -67,7 +67,7 @@ def write(folder, name, cache="cache", **changes):
 
 @pytest.fixture(scope="module")
 def log(folder):
-    """The runs first, second and apart on two ranks, one after the other; apart has a cache of its own."""
+    """Do the runs first, second and apart on two ranks, one after the other; apart has a cache of its own."""
     second = {"terms": {"task": {}, "soft_label": {}, "hidden": {}}}
     return run_configs(
         [
@@ -79,7 +79,7 @@ def log(folder):
 
 
 def scores(run):
-    """Return the scores of both models at every evaluation, speeds apart."""
+    """Return the scores of both models at every evaluation, without speeds."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line["evaluation"] for line in lines if "evaluation" in line]
     found += [json.loads((run / "summary.json").read_text())["models"][of] for of in ("student", "teacher")]
@@ -120,7 +120,7 @@ RANKS = SimpleNamespace(
 
 @pytest.fixture
 def keeper(folder, tmp_path):
-    """A function that prepares a changed run and returns what keeps its teacher's outputs on the dev set."""
+    """Return a function that prepares a changed run and returns what keeps its teacher's outputs on the dev set."""
 
     def make(cache="cache", **changes):
         prepared = prepare(load([str(write(folder, "case", cache=tmp_path / cache, **changes))]), 1)
@@ -130,7 +130,7 @@ def keeper(folder, tmp_path):
 
 
 def warnings(caplog):
-    """The warnings alone: other tests of this process may have turned on the log."""
+    """Return only the warnings, since other tests of this process may have turned on the log."""
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_written_keeps_nothing(keeper, tmp_path, caplog):
         kept.keep(MADE)
     (line,) = warnings(caplog)
     assert "cannot be kept in the cache" in line
-    assert kept.find() is MADE  # for this run
+    assert kept.find() is MADE  # but they are kept for this run
 
 
 def test_large_outputs_are_not_kept(keeper, monkeypatch):

@@ -1,4 +1,4 @@
-"""Samplers that ask the teacher, in whole runs."""
+"""Samplers that ask the teacher are tested in whole runs."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_entropy_is_relative_to_the_most_possible():
     logits = torch.tensor([[0.0, 0, 0, 0], [50.0, 0, 0, 0]])
     batch = Batch(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2))
     assert entropy(Trace(logits=logits), batch, "classification").tolist() == pytest.approx([1, 0], abs=1e-6)
-    # Of tokens: the mean over those that are predicted; here one of each kind in the first row, none in the second.
+    # For tokens: the mean over predicted tokens; the first row has one of each kind, the second none.
     labels = torch.full((2, 3), NO_LABEL)
     labels[0, :2] = 1
     states = torch.tensor([[[0.0], [50.0], [7.0]], [[3.0], [0.0], [0.0]]])

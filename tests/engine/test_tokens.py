@@ -1,4 +1,4 @@
-"""Which ids count: the largest decides, and every model reads the ids of its own tokenizer."""
+"""The largest id decides how many ids count, and every model reads the ids of its own tokenizer."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_the_largest_id_counts(holes):
     assert entries(tokenizer) == LARGEST + 1 and tokenizer.pad_token_id < LARGEST
     hide = masking(tokenizer, 0.15, 0.0, seed=0)
     known = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
-    assert set(hide.ordinary.tolist()) == known and LARGEST in known  # no hole is shown in place of a word
+    assert set(hide.ordinary.tolist()) == known and LARGEST in known  # no hole ever replaces a word
 
 
 def decoder(folder: Path, entries: int) -> Path:
@@ -103,7 +103,7 @@ def test_language_models_beyond_holes(settings, data_dir, holes, tmp_path):
 
 
 def test_texts_are_written_with_every_id(holes, monkeypatch, settings, data_dir, tmp_path):
-    """Greedy writing of a head that always wants the largest id gives it."""
+    """A head that always prefers the largest id makes greedy decoding write it."""
     folder = decoder(tmp_path / "student", 256)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -126,7 +126,7 @@ class TestOwnTokenizers:
 
     @pytest.fixture
     def other(self, tokenizer_dir, tmp_path):
-        """Return a folder of a tokenizer that differs by what a function does to its tokenizer.json."""
+        """Return a folder of a tokenizer that differs by what a function changes in its tokenizer.json."""
 
         def make(change, name: str = "other") -> str:
             folder = shutil.copytree(tokenizer_dir, tmp_path / name)
@@ -158,7 +158,7 @@ class TestOwnTokenizers:
         )
 
     def test_other_capitals_are_refused(self, config, refused, other, models_dir, tmp_path):
-        """The vocabularies are equal: `The` is unknown to one of both."""
+        """The vocabularies are equal, but one of the tokenizers does not know `The`."""
         folder = shutil.copytree(models_dir / "student", tmp_path / "student")
         shutil.copy(Path(other(self.lower_case)) / "tokenizer.json", folder)
         line = refused("train", config({"student.path": str(folder)}))

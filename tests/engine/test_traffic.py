@@ -10,9 +10,9 @@ from dsdistill.distributed import stopping
 from tests.engine.launch import launch
 
 WORKER = Path(__file__).with_name("traffic_worker.py")
-BYTES = 4  # of a parameter and of a gradient: float32
+BYTES = 4  # per parameter and per gradient: float32
 MICRO_BATCHES = 2
-# A student that is gathered anew in backward, as one of over 10⁹ parameters is; and one that stays from forward.
+# One student is gathered anew in backward, as one of over 10⁹ parameters is; one stays gathered from forward.
 RELEASED = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,
@@ -24,11 +24,11 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 48, "n_layer": 2, "n_h
 
 
 def expected(stage: int, gathers: int, sizes: dict[str, int], parts: int) -> dict[str, float]:
-    """Bytes of the whole tensors that one step's collectives gather, scatter or reduce, by who asks for them."""
+    """Return the bytes of the whole tensors that one step's collectives gather, scatter or reduce, by caller."""
     teacher, student = sizes["teacher"] * BYTES, sizes["student"] * BYTES
     found = {
         "teacher all_gather_into_tensor": MICRO_BATCHES * (teacher + sizes["head"] * BYTES),
-        # Counts before the step; after it values, and what the ranks tell each other.
+        # Before the step counts; after it values and the ranks' messages to each other.
         "ours all_reduce": (
             2 * parts + len(("tokens", "documents", "due", "written")) + len(stopping.votes())
         )

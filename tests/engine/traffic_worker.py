@@ -1,4 +1,4 @@
-"""Counts what every rank sends in one optimizer step, by who sends it and how.
+"""Count what every rank sends in one optimizer step, by caller and collective.
 
 deepspeed --num_gpus 2 traffic_worker.py OUT.json CONFIG.yaml ...
 """
@@ -32,7 +32,7 @@ def counted(name, function):
     @functools.wraps(function)
     def call(*arguments, **options):
         global inside
-        if inside:  # some are made of others
+        if inside:  # some collectives call others
             return function(*arguments, **options)
         tensors = [*arguments, *options.values()][COLLECTIVES[name]]
         size = sum(t.nbytes for t in (tensors if isinstance(tensors, list) else [tensors]))
@@ -79,12 +79,12 @@ def measure(path: str, ranks: Ranks) -> dict:
     teacher = loaded.tracer(prepared.objectives)
     trainer = Trainer(prepared, 0, config.student.path, None, teacher, None, ranks)
     trainer.engine.train()
-    trainer._saved = time.monotonic()  # or a checkpoint would be due
+    trainer._saved = time.monotonic()  # else a checkpoint would be due
     gathers, beside = teacher.frozen, []
 
     @contextlib.contextmanager
     def trace(batch, made=None):
-        if config.student.zero_stage == 3:  # what is gathered, or on its way
+        if config.student.zero_stage == 3:  # weights that are gathered or being gathered
             parameters = trainer.module.parameters()
             beside.append(sum(p.ds_numel for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE))
         with contextlib.ExitStack() as stack:
@@ -93,7 +93,7 @@ def measure(path: str, ranks: Ranks) -> dict:
             yield found
 
     teacher.frozen = trace
-    for step in range(2):  # ZeRO-3 learns the order of the layers in the first
+    for step in range(2):  # in the first step ZeRO-3 learns the order of the layers
         sent.clear()
         trainer._timed_step(trainer.loader.step(0, step))
     sizes = {

@@ -1,4 +1,4 @@
-"""Trains with a DistillTrainer on the batches of a run, on as many ranks as the launcher starts.
+"""Train with a DistillTrainer on the batches of a run, on as many ranks as the launcher starts.
 
 trainer_worker.py CONFIG.yaml OUT.json: the config is for one rank; OUT gets the losses of each step.
 """
@@ -22,7 +22,7 @@ STEPS, ROWS = 4, 2  # before the last batch of an epoch, which has fewer rows; r
 
 
 class InOrder(DistillTrainer):
-    """A Trainer that takes the examples in their order."""
+    """InOrder is a Trainer that takes the examples in their order."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
@@ -36,7 +36,7 @@ class Enough(TrainerCallback):
 
 
 def rows_of(prepared, size: int) -> list[dict]:
-    """The rows of the run's first steps, in the order in which it takes them."""
+    """Return the rows of the run's first steps, in the order in which it takes them."""
     loader = Loader(prepared.data.train, size, size, 1, 0, seed=0, pad_id=0)
     made = []
     for step in range(STEPS):

@@ -1,4 +1,4 @@
-"""Runs several configs one after the other in one set of ranks: the launcher's start-up is paid once.
+"""Run several configs one after the other in one set of ranks, so that the launcher starts only once.
 
 deepspeed --num_gpus 2 worker.py CONFIG.yaml[@STEP] ...
 """
@@ -17,7 +17,7 @@ from dsdistill.engine.run import run
 
 
 def take_back(run_dir: Path, step: int) -> None:
-    """Leave a run as a kill after that step's checkpoint would."""
+    """Leave a run as a kill after that step's checkpoint would leave it."""
     (run_dir / "summary.json").unlink()
     (run_dir / checkpoint.FOLDER / "newest").write_text(checkpoint.tag_of(step))
     for path in (run_dir / checkpoint.FOLDER).glob("step-*"):

@@ -1,4 +1,4 @@
-"""Greedy decoding against its definition, on tiny models of several families."""
+"""Greedy decoding is compared with its definition, on tiny models of several families."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def model_of(family):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    with torch.no_grad():  # as initialised one token follows every text
+    with torch.no_grad():  # with initial weights the same token follows every text
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(6.0)
@@ -38,7 +38,7 @@ def model_of(family):
 
 @torch.no_grad()
 def step_by_step(model, prompt, most, ends, vocabulary):
-    """One prompt, the whole text anew for each token."""
+    """Decode one prompt, with the whole text anew for each token."""
     tokens = list(prompt)
     for _ in range(most):
         found = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1, :vocabulary]

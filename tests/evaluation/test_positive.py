@@ -1,4 +1,4 @@
-"""Which of two classes F1 is of."""
+"""F1 is computed for one of two classes."""
 
 import pytest
 
@@ -18,7 +18,7 @@ from dsdistill.evaluation.positive import positive_class
         (("sarcasm", "no_sarcasm"), None, 0),
         (("equivalent", "not_equivalent"), "not_equivalent", 1),
         (("negative", "positive"), "negative", 0),
-        (("ice", "notice"), None, 1),  # not the name after not_
+        (("ice", "notice"), None, 1),  # "notice" is not "ice" after not_
         (("no", "yes"), None, 1),
         (("a", "b", "c"), None, None),
         ((), None, None),

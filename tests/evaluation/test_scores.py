@@ -1,4 +1,4 @@
-"""Scores on the dev set, by hand: two batches, out of order, with a filler row."""
+"""Scores on the dev set are checked by hand: two batches, out of order, with a filler row."""
 
 import contextlib
 import math
@@ -12,7 +12,7 @@ from dsdistill.models.trace import Trace
 
 
 def run(task: str, order: list[list[int]], labels, student, teacher=None, positive=None, **further) -> dict:
-    """Scores of outputs that are given whole, (examples, C); order: the examples of each batch, −1 a filler."""
+    """Return scores of given outputs, (examples, C). order: the examples of each batch; −1 is a filler."""
     batches, outputs = [], {}
     for chosen in order:
         index = torch.tensor(chosen)
@@ -48,7 +48,7 @@ def test_two_classes():
             "accuracy": 3 / 4,  # one true positive, one false, two true negatives
             "f1": 2 / 3,
             "mcc": 2 / math.sqrt(12),
-            # Shares about their mean: 0.4, −0.25, 0.25, −0.4; labels: 0.75 and three of −0.25.
+            # Probabilities minus their mean: 0.4, −0.25, 0.25, −0.4; labels: 0.75 and three times −0.25.
             "pearson": 0.4 / math.sqrt(0.445 * 0.75),
             "spearman": 3 / math.sqrt(5 * 3),  # ranks 4, 2, 3, 1 and 4, 2, 2, 2
             "loss": -math.log(0.9 * 0.75 * 0.25 * 0.9) / 4,
@@ -64,11 +64,11 @@ def test_two_classes():
         rel=1e-5,
     )
     assert found["teacher"]["accuracy"] == 1 and found["teacher"]["kl"] == pytest.approx(0, abs=1e-9)
-    # The other class: two of its three are found, and none is taken for it wrongly.
+    # The other class: two of its three examples are found, and no other example is taken for it.
     other = run("classification", [[2, 0], [-1, 3, 1]], labels, *logits, positive=0)["student"]
     other.pop("tokens_per_second")
     assert other.pop("f1") == pytest.approx(2 * 2 / (2 + 3)) and scores.pop("f1")
-    assert other == scores  # all others are of both classes
+    assert other == scores  # all other scores concern both classes
     alone = run("classification", [[0, 1, 2, 3]], labels, logits[0])
     assert set(alone) == {"student"} and "kl" not in alone["student"]
 
@@ -101,7 +101,7 @@ def test_scores():
 
 
 def test_kept_outputs_of_a_teacher_serve_another_student():
-    """The order of the batches does not matter; a teacher that would raise is not run."""
+    """The order of the batches does not matter; the teacher is not run (it would raise)."""
     generator = torch.Generator().manual_seed(0)
     labels, teacher, student, other = torch.tensor([1, 0, 0, 1]), *torch.randn(3, 4, 2, generator=generator)
     kept = []
@@ -121,7 +121,7 @@ def test_kept_outputs_of_a_teacher_serve_another_student():
 
 
 def test_speeds_leave_out_the_first_pass():
-    """Two ranks that read 30 and 20 tokens in 2 and 4 seconds after their first passes."""
+    """Two ranks read 30 and 20 tokens in 2 and 4 seconds after their first passes."""
     ranks = [([9.0, 1.0, 1.0], {"tokens": [50, 10, 20]}), ([9.0, 4.0], {"tokens": [70, 20]})]
     assert _speeds(ranks) == {"tokens_per_second": 12.5}
     assert _speeds([([2.0], {"tokens": [10], "texts": [4]})]) == {

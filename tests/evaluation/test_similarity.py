@@ -1,4 +1,4 @@
-"""Scores of vectors of texts: by hand, against scikit-learn and SciPy, and of models that have learned nothing."""
+"""Scores of text vectors: by hand, against scikit-learn and SciPy, and of models that have learned nothing."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_a_student_that_is_its_teacher():
 
 
 def test_first_values_of_vectors_are_scored_as_vectors():
-    """By the score that the set has: judged, searched, or against the teacher; those of full width are not new."""
+    """Each length gets the set's score: judged, searched, or against the teacher; the full width adds no new score."""
     vectors, teacher, gold = draw(40, 16), draw(40, 7, seed=3), torch.rand(20)
     short = torch.nn.functional.normalize(vectors[:, :4].double(), dim=-1)
     cosines = (short[::2] * short[1::2]).sum(1).numpy()

@@ -13,7 +13,7 @@ WIDTH = 256
 
 
 def space(n: int, width: int = WIDTH, seed: int = 0, decay: float = 0.75):
-    """n vectors whose k-th direction has a standard deviation of k^−decay, turned at random."""
+    """Return n vectors whose k-th direction has a standard deviation of k^−decay, rotated at random."""
     generator = np.random.default_rng(seed)
     turned = np.linalg.qr(np.random.default_rng(99).normal(size=(width, width)))[0]
     return (generator.normal(size=(n, width)) / np.arange(1, width + 1) ** decay) @ turned
@@ -35,7 +35,7 @@ def unrelated():
 
 @pytest.fixture(scope="module")
 def collapsed(teacher):
-    """All on one line, the teacher's first principal component (and noise far below it)."""
+    """Return vectors on one line, the teacher's first principal component (with noise far below it)."""
     direction = np.linalg.svd(teacher[1], full_matrices=False)[2][0]
     noise = 1e-6 * np.random.default_rng(3).normal(size=(4000, WIDTH))
     return tuple(x @ direction[:, None] * direction + n for x, n in zip(teacher, halves(noise), strict=True))
@@ -43,7 +43,7 @@ def collapsed(teacher):
 
 class TestByHand:
     def test_rcs(self):
-        """Turned by 90°, 180°, not at all and by 60°: (1 + 2 + 0 + 0.5) / 2 / 4; and then nothing moves."""
+        """Rotate by 90°, 180°, not at all, and by 60°: (1 + 2 + 0 + 0.5) / 2 / 4. Then nothing moves."""
         first = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
         second = np.array([[0.0, 3.0], [-1.0, 0.0], [0.0, 1.0], [1.0, math.sqrt(3)]])
         assert structure.change([first, second]).rcs == pytest.approx(3.5 / 8)
@@ -51,7 +51,7 @@ class TestByHand:
         assert structure.change([first, 2 * first]).rcs == pytest.approx(0.0)
 
     def test_debiased_cka(self):
-        """HSIC over all ordered quadruples of different examples, of which the formula is the closed form."""
+        """Sum HSIC over all ordered quadruples of different examples; the formula is its closed form."""
         generator = np.random.default_rng(0)
         x, y = generator.normal(size=(5, 3)), generator.normal(size=(5, 2))
 
@@ -68,7 +68,7 @@ class TestByHand:
         assert structure.debiased_cka(x, y) == pytest.approx(expected, rel=1e-9)
 
     def test_semantic_alignment(self):
-        """The teacher is the student turned by 90°, so W turns; of two held-out vectors one is turned back by 60°."""
+        """The teacher is the student rotated by 90°, as is W; one of two held-out vectors is rotated back by 60°."""
         generator = np.random.default_rng(0)
         fit = generator.normal(size=(4000, 2))
         fit = (fit - fit.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(fit.T, ddof=0))).T
@@ -112,7 +112,7 @@ class TestByHand:
             "sequence": ([at(0, 30, 90)], [at(0, 30, 90)]),
         }
         found = structure.structural_consistency(two, samples=0)
-        assert found.levels["token"] == pytest.approx((1 + rho) / 2)  # the group of two says nothing
+        assert found.levels["token"] == pytest.approx((1 + rho) / 2)  # a group of two gives no order
         assert found.score.value == pytest.approx(100 * ((1 + rho) / 2 + 1) / 2)
 
 
@@ -135,7 +135,7 @@ class TestSyntheticSpaces:
         assert structure.change([held[:200], other[:200]]).cka_distance == pytest.approx(1, abs=0.05)
 
     def test_collapse_to_one_direction(self, teacher, collapsed):
-        """It keeps the largest share of the variance that one direction can, and is as compact as can be."""
+        """The student keeps the largest share of variance that one direction can, and is as compact as possible."""
         (held, fit), (student, student_fit) = teacher, collapsed
         found = structure.representation_compactness(student, held, student_fit, fit, samples=20)
         assert found.effective_rank == pytest.approx(1, abs=1e-3) and found.compactness > 0.999
@@ -149,7 +149,7 @@ class TestSyntheticSpaces:
         assert structure.semantic_alignment(student, held, student_fit, fit, samples=2).value == 0
 
     def test_rotation_and_width_do_not_matter(self, teacher):
-        """The student is the teacher, turned into a wider space."""
+        """The student is the teacher, rotated into a wider space."""
         held, fit = teacher
         turn = np.linalg.qr(np.random.default_rng(5).normal(size=(300, WIDTH)))[0].T
         found = structure.semantic_alignment(held @ turn, held, fit @ turn, fit)
@@ -163,7 +163,7 @@ class TestSyntheticSpaces:
         assert turned.rcs > 0.4 and turned.cka_distance == pytest.approx(0, abs=1e-9)
 
     def test_domain_capture_looks_at_the_domain_alone(self, teacher, unrelated):
-        """A student that has lost the terms of the domain and nothing else."""
+        """The student has lost the terms of the domain and nothing else."""
         (held, fit), (other, _) = teacher, unrelated
         domain = np.arange(len(held)) < 100
         student = np.where(domain[:, None], other, held)
@@ -172,7 +172,7 @@ class TestSyntheticSpaces:
         assert structure.domain_capture(student, held, ~domain, fit, fit).value > 99
 
     def test_debiased_cka_of_few_unrelated_vectors(self):
-        """Where the plain one is far from 0."""
+        """There the plain CKA is far from 0."""
         values = []
         for seed in range(10):
             x, y = np.random.default_rng(seed).normal(size=(2, 50, 64))

@@ -8,7 +8,7 @@ _HEADS = {
 
 
 def tell(table: str, *cells: str) -> None:
-    """Note a line of a table."""
+    """Add a line to a table."""
     _TABLES[table].append(cells)
 
 

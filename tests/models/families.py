@@ -1,4 +1,4 @@
-"""Tiny random models of the families that capture is to serve, peaked so that attention maps tell them apart."""
+"""Tiny random models of the families that capture supports, peaked so that their attention maps differ."""
 
 from collections.abc import Callable
 
@@ -90,7 +90,7 @@ def architecture(family: str, **changes) -> PretrainedConfig:
 
 
 def peaked(model: PreTrainedModel, factor: float = 16.0) -> PreTrainedModel:
-    """As initialised, scores are so small that every attention map is nearly uniform and errors would hide."""
+    """Scale the weights: initial scores are so small that nearly uniform attention maps would hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -99,7 +99,7 @@ def peaked(model: PreTrainedModel, factor: float = 16.0) -> PreTrainedModel:
 
 
 def pair(family: str, **changes) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The same weights under the library's SDPA and under its eager attention, in eval mode."""
+    """Return the same weights under the library's SDPA and under its eager attention, in eval mode."""
     torch.manual_seed(3)
     config = architecture(family, **changes)
     eager = peaked(AutoModel.from_config(config, attn_implementation="eager")).eval()
@@ -109,7 +109,7 @@ def pair(family: str, **changes) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 def inputs(padded: bool = True) -> dict[str, torch.Tensor]:
-    """Three sequences of 14, 9 and 1 tokens (all of 14 unless padded); longer than the families' windows."""
+    """Return three sequences of 14, 9 and 1 tokens (all of 14 unless padded), longer than the families' windows."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(2, 64, (3, 14), generator=generator)
     lengths = torch.tensor([14, 9, 1]) if padded else torch.tensor([14, 14, 14])

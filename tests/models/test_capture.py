@@ -1,4 +1,4 @@
-"""What is captured are the model's own attention maps and hidden states, with their gradients."""
+"""Captured values are the model's own attention maps and hidden states, with their gradients."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from dsdistill.models.capture import Capture
 from tests.models.families import CAUSAL, FAMILIES, FINAL_NORM, inputs, pair
 
 LAYERS = (1, 2, 3)
-TIGHT = {"rtol": 1e-4, "atol": 1e-5}  # of values around 1
+TIGHT = {"rtol": 1e-4, "atol": 1e-5}  # for values around 1
 
 
 def probabilities(layer, valid):
-    """(B, H, N, N) attention from a trace, by the definition; 0 in rows of padding."""
+    """Return (B, H, N, N) attention from a trace, by the definition; 0 in rows of padding."""
     groups = layer.query.shape[1] // layer.key.shape[1]
     scores = layer.scale * layer.query @ repeat_kv(layer.key, groups).transpose(-1, -2)
     position = torch.arange(valid.shape[1])
@@ -85,7 +85,7 @@ def test_forward_equals_plain_sdpa(family, mode):
 
 
 def test_padding_reaches_attention(family):
-    """A mask function that is not registered would drop the padding mask without a word."""
+    """An unregistered mask function would silently drop the padding mask."""
     ours, _ = pair(family)
     given = inputs()
     valid = given["attention_mask"].bool()
@@ -94,12 +94,12 @@ def test_padding_reaches_attention(family):
         first, second = ours(**given).last_hidden_state, ours(**other).last_hidden_state
         unmasked = ours(input_ids=other["input_ids"]).last_hidden_state
     torch.testing.assert_close(first[valid], second[valid], **TIGHT)
-    if family not in CAUSAL:  # there padding on the right is out of sight anyway
+    if family not in CAUSAL:  # causal models never see padding on the right
         assert not torch.allclose(first[valid], unmasked[valid], atol=1e-2)
 
 
 def loss(maps, states, valid):
-    """Different weights for every entry, so that no error cancels."""
+    """Return a loss with a different weight for every entry, so that errors cannot cancel."""
     generator = torch.Generator().manual_seed(11)
     total = 0.0
     for values in (*maps, *states):
@@ -139,7 +139,7 @@ def test_gradients_equal_the_eager_ones(family, checkpointing):
     assert watch.calls.total() == 3, "what backward runs again is not captured again"
     assert all(trace.attention[layer].query is before[layer] for layer in LAYERS)
 
-    # The last layer's end is in no loss, so some parameters have no gradient in either.
+    # The end of the last layer is in no loss, so some parameters have no gradient in either model.
     assert {name for name, g in got.items() if g.any()} == {name for name, g in expected.items() if g.any()}
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in got.items():
@@ -209,7 +209,7 @@ def test_layers_that_cannot_be_hooked_are_refused():
     ],
 )
 def test_windows_by_layer(family, windows):
-    """A key counts at distance < window: ModernBERT's 8 are 4 to either side and the token itself."""
+    """A key counts at distance < window: ModernBERT's 8 means 4 to either side and the token itself."""
     ours, _ = pair(family)
     watch = Capture(ours, attention=LAYERS)
     with watch.recording():

@@ -1,4 +1,4 @@
-"""The map of teacher states, the fusion and the aggregate."""
+"""The map of teacher states, the fusion and the aggregate are tested."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_map_is_the_principal_components():
     assert (covariance - covariance.diag().diag()).abs().max() < 1e-5
     _, _, right = torch.linalg.svd(rows_ - rows_.mean(0), full_matrices=False)
     assert (found.components.double() @ right[:3].T).abs().diag().min() > 1 - 1e-5
-    assert not list(found.parameters())  # nothing that training could collapse
+    assert not list(found.parameters())  # there is nothing that training could make collapse
 
 
 def test_the_student_begins_as_it_was_and_hands_over():
@@ -78,7 +78,7 @@ def test_the_aggregate_gates_three_granularities():
 
 
 def rig(task="masked_lm", terms=None, layers=(2, 3)) -> Rig:
-    """A rig whose student has a fusion."""
+    """Return a rig whose student has a fusion."""
     found = Rig(
         "llama" if task == "causal_lm" else "bert",
         task,
@@ -94,7 +94,9 @@ def rig(task="masked_lm", terms=None, layers=(2, 3)) -> Rig:
     ("task", "decoder"), [("masked_lm", 0.0), ("masked_lm", 0.7), ("causal_lm", 0.0), ("classification", 0.0)]
 )
 def test_padding_fillers_and_splits_change_nothing(task, decoder):
-    found = rig(task, {"domain": {"sequences": 0.0, "decoder": decoder}})  # sequences relate those that meet
+    found = rig(
+        task, {"domain": {"sequences": 0.0, "decoder": decoder}}
+    )  # sequences depend on the micro-batch
     batch = make_batch(task)
     total, raw, gradients = found.step(batch)
     assert total > 0 and all(value.isfinite().all() for value in gradients.values())
@@ -110,7 +112,7 @@ def test_padding_fillers_and_splits_change_nothing(task, decoder):
 
 
 def test_sequences_do_not_see_padding_order_or_fillers():
-    """With every part on; all examples meet in one micro-batch, so gradients are the same too."""
+    """Every part is on. All examples are in one micro-batch, so gradients are the same too."""
     found = rig()
     torch.nn.init.normal_(found.module.domain.lift.weight)
     batch = make_batch("masked_lm")
@@ -127,7 +129,7 @@ def test_sequences_do_not_see_padding_order_or_fillers():
 
 
 def test_a_perfect_student_has_nothing_to_learn():
-    """The teacher itself, ψ the map of its states, the aggregate their mean, the prediction right: each part is 0."""
+    """If the student is the teacher, ψ its map, the aggregate its mean, and the prediction right, each part is 0."""
     found = Rig("bert", "masked_lm", TERMS, domain=fitted(layers=(1, 2, 3)))
     found.module.train()
     term, fusion, batch = found.objective.terms["domain"], found.module.domain, make_batch("masked_lm")
@@ -226,9 +228,9 @@ def test_the_light_decoder_by_hand():
 
 
 def test_maps_trained_with_what_matches_them_collapse():
-    """Why student.domain.teacher_map: trained is refused: the loss falls to 0 and the features with it."""
+    """This is why student.domain.teacher_map: trained is refused: the loss falls to 0, and so do the features."""
     torch.manual_seed(0)
-    teacher, student = torch.randn(256, 16), torch.randn(256, 8)  # nothing in common
+    teacher, student = torch.randn(256, 16), torch.randn(256, 8)  # unrelated spaces
     phi, psi = torch.nn.Linear(16, 4, bias=False), torch.nn.Linear(8, 4, bias=False)
     optimizer = torch.optim.Adam([*phi.parameters(), *psi.parameters()], lr=0.05)
     before = phi(teacher).var().item()

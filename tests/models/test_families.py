@@ -1,4 +1,4 @@
-"""Families of models from a teacher to the student that plain transformers reloads, on two ranks under ZeRO-3.
+"""Distil families of models, up to a student that plain transformers reloads, on two ranks under ZeRO-3.
 
 A dozen run always; `python -m pytest -m families tests/models` runs all, and every model type of transformers through
 the trial of a small copy, and prints the tables that dsdistill/models/README.md holds.
@@ -45,17 +45,17 @@ CLASSES = {"masked_lm": AutoModelForMaskedLM, "causal_lm": AutoModelForCausalLM}
 
 @dataclass
 class Trained:
-    """What became of one family."""
+    """Trained holds the result of one family."""
 
     verdict: str  # done, or the line of its refusal
     terms: list[str]
-    refused: list[str]  # terms that it has not, with the reason
+    refused: list[str]  # terms that it lacks, with the reason
     folder: object
     config: object
 
 
 def plain(family: str, folder=None, **options) -> PreTrainedModel:
-    """The teacher of a family in plain transformers, or what a folder holds."""
+    """Return the teacher of a family in plain transformers, or what a folder holds."""
     kind = CLASSES[TASKS[family]]
     # A type without a class for text alone: its export is a Mistral.
     if family == "mistral3" and (folder is None or AutoConfig.from_pretrained(folder).model_type == family):
@@ -68,7 +68,7 @@ def plain(family: str, folder=None, **options) -> PreTrainedModel:
 
 
 def able(family: str, folder) -> tuple[dict, list[str]]:
-    """The terms that make sense for a family, and why the others do not."""
+    """Return the terms that make sense for a family, and why the others do not."""
     config, task, refused = architecture(str(folder), None, "teacher"), TASKS[family], []
     terms: dict = {"task": {}, "soft_label": {}}
     for needs, added in (
@@ -88,7 +88,7 @@ def able(family: str, folder) -> tuple[dict, list[str]]:
 
 @pytest.fixture(scope="module")
 def trained(request, tmp_path_factory, tokenizer_dir, data_dir) -> dict[str, Trained]:
-    """All families that this session asks for, trained for three steps by one set of ranks."""
+    """Train all families that this session asks for, for three steps, with one set of ranks."""
     wanted = [
         item.callspec.params["family"]
         for item in request.session.items
@@ -141,7 +141,7 @@ def marked(families) -> list:
 
 @pytest.mark.parametrize("family", marked(TASKS))
 def test_from_a_teacher_to_the_reloaded_student(trained, family):
-    """The run's own scores are those of its exported student in plain transformers, with its own eager attention."""
+    """The run's scores must be those of its exported student in plain transformers under eager attention."""
     one = trained[family]
     teacher = one.folder / "teacher"
     difference = _difference(family, teacher)
@@ -159,7 +159,7 @@ def test_from_a_teacher_to_the_reloaded_student(trained, family):
 
 
 def _difference(family: str, folder) -> float:
-    """Largest difference of the teacher's logits to the library's eager attention, relative to the largest logit."""
+    """Return the largest difference of the teacher's logits from the eager ones, relative to the largest logit."""
     ids = torch.arange(2 * 20).reshape(2, 20) % 38 + 2
     mask = torch.ones_like(ids)
     mask[1, 15:] = 0
@@ -173,7 +173,7 @@ def _difference(family: str, folder) -> float:
 
 
 def _perplexity(family: str, folder, config) -> float:
-    """By plain transformers, from logits."""
+    """Return the perplexity by plain transformers, from logits."""
     config = load([str(config)])
     tokenizer = load_tokenizer(str(folder), "tokenizer")
     dev = load_data(config.data, config.task, words_of(tokenizer)).dev
@@ -204,7 +204,7 @@ TYPES = sorted(
 @pytest.mark.families
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_model_type_has_a_verdict(kind):
-    """Its default config through the trial of a small copy: it passes, or is refused in one line."""
+    """A small copy of its default config passes the trial, or is refused in one line."""
     assert kind in CONFIG_MAPPING
     for task, names in (
         ("causal_lm", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),

@@ -1,4 +1,4 @@
-"""Packed rows: nothing leaks from document to document, and models in which something would are found."""
+"""In packed rows nothing leaks from document to document; models in which something would leak are found."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from dsdistill.models.tracer import Tracer, callee, model_inputs
 from tests.models.families import architecture, peaked
 from tests.models.tiny import CAUSAL, COMPOSITES
 
-LENGTHS = ((9, 12, 1), (13, 5))  # of two rows; longer than windows, and the second row is filled up
+LENGTHS = ((9, 12, 1), (13, 5))  # two rows; longer than windows; the second row is filled up
 SEES = "in which a document sees those before it in its row"
 # Why each family that may not be packed may not: no positions in its masks, none at all (ALiBi), or recurrent layers.
 LEAKS = dict.fromkeys(
@@ -23,7 +23,7 @@ LEAKS = dict.fromkeys(
 
 
 def rows(change: int = 0, rest: int = 0):
-    """Two packed rows; `change` is added to the tokens of each row's first document, `rest` to the others'."""
+    """Return two packed rows. `change` is added to tokens of each row's first document, `rest` to the other tokens."""
     chance = np.random.default_rng(0)
     return packed_batch(
         [
@@ -44,7 +44,7 @@ def model(family: str, implementation: str):
 
 
 def states(made, batch):
-    """Everything that a trace keeps of each token, as (B, N, all of it)."""
+    """Return everything that a trace keeps of each token, as (B, N, all values)."""
     depth = made.config.num_hidden_layers
     every = Tracer(callee(made, "causal_lm", "student"), range(depth + 1), range(1, depth + 1))
     with every.frozen(batch) as trace:
@@ -58,12 +58,12 @@ CASES = [(family, name) for family in ("llama", "qwen2", "qwen3", "gpt2") for na
 
 
 def test_no_bit_under_flex_attention():
-    """It is compiled, which takes a while; where nothing compiles for the CPU it does not run."""
+    """It is compiled, which takes a while; it does not run if nothing can be compiled for the CPU."""
     made, batch = model("llama", "flex_attention"), rows()
     later = batch.mask & (batch.segments > 0)
     try:
         with torch.no_grad():
-            made(input_ids=batch.input_ids)  # by the library alone: what fails beyond it is our mistake
+            made(input_ids=batch.input_ids)  # the library alone; a failure after this is our mistake
     except Exception as error:
         pytest.skip(f"flex attention does not run here: {str(error)[:100]}")
     before = states(made, batch)
@@ -81,7 +81,7 @@ def test_no_bit_of_a_document_depends_on_another(family, implementation):
     assert not torch.equal(after[first], before[first])
     later = states(made, rows(rest=7))
     assert torch.equal(later[first], before[first])
-    # And each is what it is alone, without positions and with a mask.
+    # And each document is the same as alone, without positions and with a mask.
     alone = states(made, batch.unpacked)
     packed = before.flatten(0, 1)[batch.places[batch.places >= 0]]
     torch.testing.assert_close(packed, alone[batch.unpacked.mask], rtol=1e-3, atol=1e-4)
@@ -95,7 +95,7 @@ def test_the_library_gets_positions_and_no_mask():
 
 
 def test_one_row_keeps_every_state(monkeypatch):
-    """Rows that run as one, as flash attention needs them: the same states in the same places."""
+    """Rows are run as one row, as flash attention needs them: states and places must stay the same."""
     made, batch = model("qwen3", "sdpa"), rows()
     expected = states(made, batch)
     monkeypatch.setattr(tracer, "wants_one_row", lambda _: True)
@@ -114,11 +114,11 @@ def test_flash_attention_wants_one_row():
 
 @pytest.mark.parametrize("family", [*CAUSAL, *COMPOSITES])
 def test_families(family):
-    """Every family of the tables is told apart; those that are not named here may be packed."""
+    """Every family of the tables is classified; those that are not named here may be packed."""
     config = AutoConfig.for_model(family, **(CAUSAL | COMPOSITES)[family])
     found = leak(config, "student")
     expected = LEAKS.get(family, LEAKS.get(f"{family}_text"))
-    if family == "llama4":  # before transformers 5.18 its chunks are counted from the row's start
+    if family == "llama4":  # before transformers 5.18 chunks are counted from the row's start
         assert found in (None, "which computes something else of a document in a packed row than of it alone")
     else:
         assert found == expected
@@ -136,7 +136,7 @@ def test_the_implementation_is_tried(implementation):
 
 
 def test_positions_that_are_ignored_are_found(monkeypatch):
-    """A model whose documents are apart, but which counts positions through the row."""
+    """The model keeps documents apart but counts positions through the row."""
     inputs = tracer.model_inputs
 
     def shifted(made, batch, pad=None):

@@ -1,4 +1,4 @@
-"""Soft caps and constant factors of logits, against the library's own logits of models that have them."""
+"""Soft caps and constant factors of logits are compared with the library's own logits."""
 
 import math
 
@@ -35,7 +35,7 @@ FORMS = [  # model type, settings, factor, soft cap
     ("nanochat", {}, 1.0, 15.0),
     ("granite", {"logits_scaling": 6.0}, 1 / 6, None),
     ("granitemoe", {"logits_scaling": 6.0, **EXPERTS}, 1 / 6, None),
-    ("hyperclovax", {"logits_scaling": 6.0}, 6.0, None),  # multiplies by what Granite divides by
+    ("hyperclovax", {"logits_scaling": 6.0}, 6.0, None),  # multiplies by the factor by which Granite divides
     ("cohere", {"logit_scale": 0.3}, 0.3, None),
     ("cohere2", {"logit_scale": 0.3}, 0.3, None),
     ("minicpm3", {"dim_model_base": 8, "head_dim": None, "num_key_value_heads": 4, **LATENT}, 8 / 32, None),
@@ -78,7 +78,7 @@ def test_a_cap_that_is_not_honoured_is_refused(monkeypatch):
         probe(config, "causal_lm", "student", attention=False, hidden=False)
 
 
-CHANGED = {  # what stands between head and logits
+CHANGED = {  # what comes between head and logits
     "a squashing": lambda logits: logits.sigmoid(),
     "an offset": lambda logits: logits + 1,
     "other factors by entry": lambda logits: logits * torch.arange(logits.shape[-1]),
@@ -124,7 +124,7 @@ PAIRS = {
 def rig(request, monkeypatch):
     student, teacher = PAIRS[request.param]
     for kind in {student[0], teacher[0]}:
-        plain = {"attn_logit_softcapping": None}  # SDPA has no cap of attention scores
+        plain = {"attn_logit_softcapping": None}  # SDPA cannot cap attention scores
         plain |= {"use_cache": False, "tie_word_embeddings": False}  # below the head alone is frozen
         monkeypatch.setitem(FAMILIES, kind, DECODER | {"final_logit_softcapping": 3.0} | plain)
     terms = {"task": {}, "soft_label": {"temperature": 1.5}, "fdd": {"layers": [[1, 1], [2, 3]]}}
@@ -132,7 +132,7 @@ def rig(request, monkeypatch):
 
 
 def test_losses_and_gradients_are_those_of_the_librarys_logits(rig):
-    """Task and soft labels by the library's logits; fdd by its logits after the last norm put on each layer."""
+    """Task and soft labels use the library's logits; fdd uses its logits with the final norm applied to each layer."""
     rig.module.double(), rig.teacher.double()
     batch = make_batch("causal_lm")
     _, raw, gradients = rig.step(batch)
@@ -153,7 +153,7 @@ def test_losses_and_gradients_are_those_of_the_librarys_logits(rig):
 
 
 def lens_loss(rig, batch, given):
-    """Each layer's state is put in the place of the last's, so that the library itself makes its logits."""
+    """Put each layer's state in place of the last layer's, so that the library itself makes its logits."""
     predictions = []
     for model, layers in ((rig.student, (1, 2)), (rig.teacher, (1, 3))):
         states = model(**given, output_hidden_states=True).hidden_states
@@ -198,7 +198,7 @@ def test_the_entropy_that_samples_is_of_capped_logits(rig):
 
 
 def test_models_without_contents_have_the_form_of_those_with():
-    """The planner's models are fake, those of checks lie on the device meta."""
+    """The planner's models are fake tensors; those of checks are on the device meta."""
     config = config_of("cohere", {"logit_scale": 0.3})
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = Headless(AutoModelForCausalLM.from_config(config), "student")
@@ -209,7 +209,7 @@ def test_models_without_contents_have_the_form_of_those_with():
 
 
 def test_scores_are_of_capped_logits(rig):
-    """What perplexity and the KL to the teacher are made of: sums of the evaluation objective, as a run has it."""
+    """Perplexity and KL to the teacher are made from sums of the evaluation objective, as in a run."""
     batch = make_batch("causal_lm")
     judged = Objective(Terms(task={}, soft_label={"temperature": 1.0}), rig.pair)
     own = Objective(Terms(task={}), rig.pair)

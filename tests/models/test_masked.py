@@ -1,4 +1,4 @@
-"""Masked language models without their decoder: the same numbers as the library's own head, and no logits."""
+"""Masked language models without their decoder give the numbers of the library's own head, and no logits."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_a_decoder_is_refused():
 
 
 def test_losses_and_gradients_are_those_of_whole_logits():
-    """Task and soft labels over the chosen positions, written out; the tied decoder learns from both its uses."""
+    """Task and soft labels over the chosen positions are written out; the tied decoder learns from both uses."""
     rig = Rig("bert", "masked_lm", {"task": {}, "soft_label": {}}, student={"num_hidden_layers": 2})
     batch = make_batch("masked_lm")
     _, raw, gradients = rig.step(batch)

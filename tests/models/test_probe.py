@@ -1,4 +1,4 @@
-"""What the probe lets pass, and what it refuses by name before any weight is loaded."""
+"""The probe lets models pass, or refuses them by name before any weight is loaded."""
 
 import time
 
@@ -80,7 +80,7 @@ def test_more_families_pass(family, settings):
 )
 def test_attention_that_would_be_misread_is_refused(family, settings, reason):
     assert f"model type {family}" in refusal(family, settings) and reason in refusal(family, settings)
-    # Nothing is wrong with such a model where no term needs its attention.
+    # Such a model is fine if no term needs its attention.
     probe(AutoConfig.for_model(family, **settings), "classification", "teacher", attention=False, hidden=True)
 
 
@@ -134,7 +134,7 @@ def test_language_models_that_would_be_misread_are_refused(family, settings, rea
 
 
 def test_llama4_chunks_are_refused():
-    """Its local layers see the keys of their own chunk: no window says so."""
+    """Its local layers see only the keys of their own chunk, which no window expresses."""
     settings = DECODER | {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8192}
     config = AutoConfig.for_model("llama4_text", **settings)
     with pytest.raises(UserError, match="llama4_text"):
@@ -151,7 +151,7 @@ def test_llama4_chunks_are_refused():
     ],
 )
 def test_geometry_of_every_layer(family, windows):
-    """The model's own windows, though the probe shrinks them to see them at work."""
+    """The geometry has the model's own windows, though the probe shrinks them so that they take effect."""
     found = probe(architecture(family), "classification", "teacher", attention=True, hidden=False).geometry
     assert found == {n: Geometry(family in CAUSAL, window) for n, window in enumerate(windows, start=1)}
     long = architecture("mistral", sliding_window=4096)
@@ -174,7 +174,7 @@ def test_random_state_and_architecture_are_left_alone():
 
 
 def test_a_large_model_is_cheap():
-    """BERT-large in 24 layers has 340 million parameters; the probe builds small layers of it."""
+    """BERT-large with 24 layers has 340 million parameters; the probe builds small layers instead."""
     config = AutoConfig.for_model(
         "bert", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     )

@@ -1,4 +1,4 @@
-"""Settings of a sentence-transformers folder are read, written, and refused where they ask for more than pooling."""
+"""Settings of a sentence-transformers folder are read, written, and refused if they ask for more than pooling."""
 
 import json
 
@@ -101,7 +101,7 @@ def test_what_is_not_made_here_is_refused(folder, case):
 
 
 def test_lower_case_is_told(folder):
-    """The setting is read here; resolve.py compares it with what the tokenizer does."""
+    """The setting is read here; resolve.py compares it with the tokenizer's behaviour."""
     assert not read_sentence(str(folder), "teacher.path").lower
     change(folder, "sentence_bert_config.json", do_lower_case=True)
     assert read_sentence(str(folder), "teacher.path").lower

@@ -1,4 +1,4 @@
-"""A student that is cut out of its teacher's files is the one that is copied from the teacher's layers."""
+"""A student cut out of its teacher's files must equal one copied from the teacher's layers."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def saved(folder: Path, family: str, task: str, dtype=torch.bfloat16, shard="40K
 
 
 def both(folder: Path, teacher, layers, task: str, **overrides):
-    """Return the student as it is copied from the built teacher, and as it is read from what was cut."""
+    """Return the student copied from the built teacher, and the student read from the cut files."""
     student = cut_architecture(teacher, layers, overrides, "student")
     whole = build_model(teacher, str(folder), task, "teacher", needs_head=True)
     copied = build_model(student, None, task, "student", needs_head=False)

@@ -1,4 +1,4 @@
-"""Tiny architectures of the families that are tried from training to the exported model."""
+"""Tiny architectures of the families that are tested from training to the exported model."""
 
 _SIZES = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 _ENCODER = _SIZES | {"intermediate_size": 64, "max_position_embeddings": 40, "pad_token_id": 0}
@@ -111,7 +111,7 @@ CAUSAL = {
     | {"layers_block_type": ["mamba", "attention", "mlp", "attention"], "head_dim": 16}
     | {"mamba_num_heads": 8, "mamba_head_dim": 12, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8},
 }
-# Composites of images and text, of which the text part is aligned.
+# Composites of images and text; their text part is aligned.
 _VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 COMPOSITES = {
     "gemma3": {
@@ -140,13 +140,13 @@ COMPOSITES = {
     "qwen3_5": {"text_config": CAUSAL["qwen3_5_text"], "vision_config": {"depth": 1, "hidden_size": 32}},
 }
 
-# Layers that a student of two is cut from: in hybrids one without attention and one with it, in their order.
+# Layers for a cut student of two layers: in hybrids one without attention and one with it, in this order.
 _FIRST_AND_LAST = "modernbert deepseek_v3 jamba bamba nemotron_h gpt_neo granitemoehybrid lfm2"
 _FIRST_AND_LAST += " qwen3_next qwen3_5_text qwen3_5 llama4"
 CUT = dict.fromkeys((*MASKED, *CAUSAL, *COMPOSITES), (2, 4)) | dict.fromkeys(_FIRST_AND_LAST.split(), (1, 4))
-# What a cut student's config must say for its layers to compute as in the teacher.
+# Settings with which a cut student's layers compute the same as in the teacher.
 CONFIG = {"minicpm3": {"scale_depth": 1.4 / 2**0.5}}
-# Those that every run of the tests tries; the others are asked for by `-m families`.
+# Families of every test run; `-m families` adds the others.
 ALWAYS = (
     "mpnet",
     "deberta-v2",

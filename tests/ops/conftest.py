@@ -1,11 +1,11 @@
-"""Memory that nobody has written holds NaN while operators are tested."""
+"""While operators are tested, memory that nobody has written holds NaN."""
 
 import functools
 
 import pytest
 import torch
 
-# Where each of these is looked up; all of them return memory as it happens to be.
+# Modules in which each of these is looked up; all of them return uninitialised memory.
 UNWRITTEN = (
     (torch, "empty"),
     (torch, "empty_like"),

@@ -1,4 +1,4 @@
-"""Bounds on every integer that a Triton kernel computes, from its intermediate code and the arguments of one launch."""
+"""Bound every integer that a Triton kernel computes, from its intermediate code and the arguments of one launch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ARITHMETIC = {
     "arith.minsi": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
     "arith.maxsi": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
 }
-GROWING = ("arith.addi", "arith.subi", "arith.muli")  # the others stay within their operands' bounds
+GROWING = ("arith.addi", "arith.subi", "arith.muli")  # all others stay within the bounds of their operands
 
 
 def bits(line: str) -> int:
@@ -59,7 +59,7 @@ def overflows(code: str, arguments: Mapping[str, object], programs: int) -> list
         loop = LOOP.search(line)
         if loop:
             first, last = known.get(loop[2]), known.get(loop[3])
-            if first and last:  # an empty loop has no bounds that would matter
+            if first and last:  # the bounds of an empty loop do not matter
                 known[loop[1]] = (first[0], max(first[0], last[1] - 1))
             continue
         result = RESULT.match(line)
@@ -77,9 +77,9 @@ def overflows(code: str, arguments: Mapping[str, object], programs: int) -> list
             end, start = re.search(r"end = (\d+)", rest), re.search(r"start = (\d+)", rest)
             bounds = (int(start[1]), int(end[1]) - 1)
         elif operation in SAME or operation == "tt.reduce":
-            bounds = operands[0]  # a least or largest one, as integers are reduced in no other way here
+            bounds = operands[0]  # a minimum or maximum: integers are reduced in no other way here
         elif operation == "tt.load" and "ptr<i32>" in line:
-            bounds = (-1 - arguments["N"], arguments["N"])  # what triton_schedule.reach gives, or a label
+            bounds = (-1 - arguments["N"], arguments["N"])  # a value of triton_schedule.reach, or a label
         elif operation == "arith.extui" and "i1" in line:
             bounds = (0, 1)
         elif operation == "arith.select" and operands[1] and operands[2]:

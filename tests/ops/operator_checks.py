@@ -1,4 +1,4 @@
-"""Shared by the operators' tests: every check × case × backend × dtype, gradcheck, and hand-computed values."""
+"""Helpers of the operators' tests: every check × case × backend × dtype, gradcheck, and hand-computed values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dsdistill.bench.verify import CHECKS, DTYPES, cast, runnable
 from dsdistill.ops import available_backends
 from dsdistill.ops.gpu import interpreting
 
-# Those that take CPU tensors: Triton does in its interpreter, on a GPU machine it does not.
+# Backends that take CPU tensors: Triton does so in its interpreter, but not on a machine with a GPU.
 BACKENDS = tuple(b for b in available_backends() if b not in ("triton", "cuda") or interpreting())
 
 
 def every_check(operator: str):
-    """Parametrises a test over (check, case, backend, dtype) for one operator."""
+    """Parametrise a test over (check, case, backend, dtype) for one operator."""
     combinations = [
         pytest.param(check, case, backend, dtype, id=f"{check}-{case.name}-{backend}-{str(dtype)[6:]}")
         for check in CHECKS
@@ -33,7 +33,7 @@ def run_check(check: str, case: Case, backend: str, dtype: torch.dtype) -> None:
 
 
 def gradient_cases(operator: str, *names: str):
-    """Parametrises a gradcheck over named cases and the backends that run them in float64."""
+    """Parametrise a gradcheck over named cases and the backends that run them in float64."""
     cases = [case for case in all_cases() if case.operator == operator and case.name in names]
     assert len(cases) == len(names), f"{operator} has no cases {set(names) - {case.name for case in cases}}"
     combinations = [
@@ -46,7 +46,7 @@ def gradient_cases(operator: str, *names: str):
 
 
 def run_gradcheck(case: Case, backend: str) -> None:
-    """Numerical derivative along random directions against the operator's gradients."""
+    """Compare the operator's gradients with numerical derivatives along random directions."""
     case = cast(case, torch.float64)
     names = [name for name in STUDENT[case.operator] if name in case.tensors]
     fixed = {k: v for k, v in case.tensors.items() if k not in names}

@@ -72,7 +72,7 @@ json.dump(found, sys.stdout)
 
 @pytest.fixture(scope="module")
 def kernels():
-    """(name, intermediate code, arguments, programs) of each launch, compiled in a process without the interpreter."""
+    """Return (name, intermediate code, arguments, programs) of each launch, compiled in another process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", COMPILED]
     root = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def test_no_integer_overflows(kernels):
     for name, code, arguments, programs in kernels:
         assert 0 < programs < 2**31, (name, programs)
         assert overflows(code, arguments, programs) == [], name
-    # These calls are large enough: one head further and int32 would not do.
+    # These calls are large enough: with one more head int32 would overflow.
     assert any(a.get("qs_h", 0) * a.get("heads_s", 0) >= 2**31 for _, _, a, _ in kernels)
 
 

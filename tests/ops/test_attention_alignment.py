@@ -111,8 +111,10 @@ PLAIN = ("reference", "chunked")
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
 def test_groups_by_hand(backend, divergence):
-    """Row 0 alone differs. Student heads have (1/4, 3/4) and (1/2, 1/2); the four teacher heads have a second key of
-    1/2, 3/4, 1/4 and 1/10, so that the groups have 5/8 and 7/40."""
+    """Only row 0 differs. Student heads have (1/4, 3/4) and (1/2, 1/2).
+
+    The four teacher heads give the second key 1/2, 3/4, 1/4 and 1/10, so the groups give it 5/8 and 7/40.
+    """
 
     def query(*shares):
         row = torch.tensor([math.log(share / (1 - share)) for share in shares], dtype=torch.float64)
@@ -149,7 +151,7 @@ VISIBLE = {
 
 
 def both(tensors, options, others, other_options):
-    """Values and gradients at the student's query and key of two calls."""
+    """Return values and gradients at the student's query and key of two calls."""
     found = []
     for given, chosen in ((tensors, options), (others, other_options)):
         leaves = [given[0].clone().requires_grad_(), given[1].clone().requires_grad_()]
@@ -163,7 +165,7 @@ def both(tensors, options, others, other_options):
 @pytest.mark.parametrize("divergence", ["kl", "mse"])
 class TestGroups:
     def test_whole_matrices(self, divergence, backend, visible):
-        """Softmax, repeated keys and the mean of each group written out; head widths differ."""
+        """Softmax, repeated keys and the mean of each group are written out; head widths differ."""
         torch.manual_seed(0)
         query, key = torch.randn(2, 4, 9, 5).double(), torch.randn(2, 2, 9, 5).double()
         teacher_query, teacher_key = torch.randn(2, 12, 9, 3).double(), torch.randn(2, 3, 9, 3).double()

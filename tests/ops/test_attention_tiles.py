@@ -1,4 +1,4 @@
-"""Tiles in which every pair exists run without conditions, and tiles without pairs not at all."""
+"""Tiles in which every pair exists run without conditions; tiles without pairs do not run."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from dsdistill.ops.gpu import Tile, interpreting
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="Triton cannot run here")
 DEVICE = verify.device_of("triton")
-TOKENS, SIDE = 150, 16  # ten tiles a side, the last one cut off
+TOKENS, SIDE = 150, 16  # ten tiles per side, the last one partial
 DOCUMENTS = torch.tensor([0] * 40 + [1] * 60 + [2] * 50)
 CONDITIONS = {
     "none": {},
@@ -91,7 +91,7 @@ def test_what_runs(name, monkeypatch):
     attention_alignment(**tensors, **given(name), backend="triton")
     whole, others = TILES[name]
     assert seen["conditions"] == others
-    assert seen["blocks"] == 2 * (whole + others)  # the student's and the teacher's keys
+    assert seen["blocks"] == 2 * (whole + others)  # for the student's and the teacher's keys
 
 
 def test_reach():

@@ -1,4 +1,4 @@
-"""The chunked forms as they compute on a GPU, run on a CPU: half-precision operands, large blocks, no wait.
+"""The chunked forms compute as on a GPU, but on a CPU: half-precision operands, large blocks, no wait.
 
 Tensors say that they lie on a GPU, and products of half precision summed in float32, which torch has on GPUs alone, are
 computed from the same operands here. What a GPU's own products give is not shown.
@@ -63,7 +63,7 @@ BY_IDENTITY = (
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_half_precision_meets_as_it_is(case, on_a_gpu):
-    """In bfloat16 and float16, against float64; the identities and distances alone multiply wider numbers."""
+    """Compare bfloat16 and float16 with float64; only identities and distances multiply numbers of higher precision."""
     for dtype in (torch.bfloat16, torch.float16):
         on_a_gpu.clear()
         verify.check_parity(case, "chunked", dtype)
@@ -80,7 +80,7 @@ def test_distances_in_float32(case, on_a_gpu):
 
 
 def test_blocks_are_large(on_a_gpu, monkeypatch):
-    """A block of each of the matrices that live at a time; as many as that in one call where they fit."""
+    """A block holds its share of all matrices that exist at a time; calls that fit are one block."""
     x = torch.zeros(1)
     assert gpu.block_elements(x, 5) * 8 == 2**27
     calls = []
@@ -88,7 +88,7 @@ def test_blocks_are_large(on_a_gpu, monkeypatch):
     monkeypatch.setattr(attention, "_scores", lambda q, *rest: (calls.append(q.shape), original(q, *rest))[1])
     shape = (8, 2, 300, 4)
     attention_alignment(*(torch.randn(shape) for _ in range(4)), backend="chunked")
-    assert calls == [shape] * 2  # of both models, once
+    assert calls == [shape] * 2  # once for each model
     monkeypatch.setattr(gpu, "BLOCK_ELEMENTS", 2 * 300 * 100)
     calls.clear()
     attention_alignment(*(torch.randn(shape) for _ in range(4)), backend="chunked")
@@ -96,7 +96,7 @@ def test_blocks_are_large(on_a_gpu, monkeypatch):
 
 
 class Waits(TorchDispatchMode):
-    """The mode fails where an operation waits for a GPU: a value for Python, places of unknown number, a copy to it."""
+    """Waits fails if an operation waits for a GPU: a value for Python, positions of unknown number, a copy to it."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "equal", "unique")
 
@@ -110,7 +110,7 @@ class Waits(TorchDispatchMode):
 
 
 def calls():
-    """(name, call with a backend); the caller says which tokens count, by a mask or by their places."""
+    """Return (name, call with a backend); the caller says which tokens count, by a mask or by their positions."""
     mask = torch.arange(20)[None] < torch.tensor([[20], [11]])
     index, labels = mask.flatten().nonzero()[:, 0], torch.randint(61, (2, 20))
     heads = [torch.randn(2, 4, 20, 8) for _ in range(4)]
@@ -145,7 +145,7 @@ def calls():
     ("name", "function", "tensors", "options"), list(calls()), ids=lambda x: x if isinstance(x, str) else ""
 )
 def test_nothing_waits_for_the_device(name, function, tensors, options, backend, on_a_gpu):
-    """Neither forward nor backward. Triton's launches are collected, not run: its interpreter is no GPU."""
+    """Neither forward nor backward waits. Triton's launches are collected, not run, as its interpreter is no GPU."""
     if backend == "triton" and not gpu.interpreting():
         pytest.skip("on CPU tensors the kernels are asked for in the interpreter alone")
     for dtype in (torch.float32, torch.bfloat16):

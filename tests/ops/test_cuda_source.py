@@ -1,4 +1,4 @@
-"""csrc/hidden/cuda.cu itself on a CPU: its threads as fibers (emulated_cuda/), only its launch lines differ."""
+"""csrc/hidden/cuda.cu itself runs on a CPU, with threads as fibers (emulated_cuda/); only its launch lines differ."""
 
 import ctypes
 import itertools
@@ -19,7 +19,7 @@ LAUNCH = re.compile(r"([\w:]+(?:<[^;{}]*?>)?)<<<(.*?)>>>\((.*?)\);", re.DOTALL)
 ENTRY = (
     'extern "C" int run(const dsd::HiddenRows* rows) { return dsd::launch_hidden_rows(*rows, nullptr); }\n'
 )
-GUARD = 600  # elements on either side of what a kernel may touch: a row and more
+GUARD = 600  # elements on both sides of what a kernel may touch: more than a row
 
 # (width, elements between rows of y and of the target beyond it, first elements of y, target, bias and gradient).
 LAYOUTS = (
@@ -38,7 +38,7 @@ LAYOUTS = (
 
 
 class HiddenRows(ctypes.Structure):
-    """As in csrc/hidden/rows.h."""
+    """HiddenRows has the fields of csrc/hidden/rows.h."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in "y target bias weights factor values gradient".split()]
@@ -99,7 +99,7 @@ def check(library, y_type, target_type, gradient_type, cosine, layout, tokens=11
     y[4] = -bias[0].to(y_type) if y_type == torch.float32 else 0  # with float32 a row without a direction
     factor = torch.tensor(0.37)
     exact = [truth(y, target, bias, weights, 0.37, cosine, dtype) for dtype in (torch.float64, torch.float32)]
-    y[2], target[tokens - 1] = torch.nan, torch.nan  # a token of weight 0 is never read
+    y[2], target[tokens - 1] = torch.nan, torch.nan  # tokens of weight 0 are never read
     for values, gradient in exact:
         values[[2, tokens - 1]], gradient[[2, tokens - 1]] = 0, 0
 
@@ -126,7 +126,7 @@ def check(library, y_type, target_type, gradient_type, cosine, layout, tokens=11
     if gradient_type is None:
         assert gradient.isnan().all()
     else:
-        # Of cosine and one feature nothing is left but the rounding of what cancels, w · factor / ‖x‖.
+        # With cosine and one feature only the rounding of cancelled terms is left, w · factor / ‖x‖.
         cancels = cosine and width == 1
         size = (
             (0.37 * weights / (y + bias).norm(dim=1)).nan_to_num(0, 0, 0).max()
@@ -162,7 +162,7 @@ def test_nothing_to_do(library):
     ("old", "new"),
     [
         ("aligned(rows.bias) && ", ""),  # an access of 16 bytes that is not aligned
-        ("if (token >= rows.tokens) return;", "if (token > rows.tokens) return;"),  # a row too many
+        ("if (token >= rows.tokens) return;", "if (token > rows.tokens) return;"),  # one row too many
         ("if (COSINE) {\n    sums.squares_x", "if (COSINE && lane > 0) {\n    sums.squares_x"),  # lanes part
     ],
     ids=["misaligned", "row", "shuffle"],
@@ -170,7 +170,7 @@ def test_nothing_to_do(library):
 def test_what_a_gpu_would_get_wrong_is_found(old, new, tmp_path):
     def change(source: str) -> str:
         assert old in source
-        # With float32 alone it compiles in a second.
+        # With only float32 it compiles in a second.
         return re.sub(r"case RowType::\w+:\n.*?;\n", "", source.replace(old, new))
 
     broken = build(tmp_path, change)

@@ -1,6 +1,6 @@
 """The GPU kernels beyond the checks of every operator: plans, determinism, LSEs, tracing, compilation ahead of time.
 
-Without a GPU the Triton kernels run in the interpreter; what needs one is skipped.
+Without a GPU the Triton kernels run in the interpreter; tests that need a GPU are skipped.
 """
 
 import json
@@ -66,7 +66,7 @@ def test_plans_in_bfloat16(plan, monkeypatch):
 
 @pytest.fixture
 def shared_by_programs(monkeypatch):
-    """Have no head be one program's own."""
+    """Prevent that a head is computed by one program alone."""
     monkeypatch.setattr(triton_schedule, "alone_tile", lambda tensors: None)
 
 
@@ -111,7 +111,7 @@ def test_a_head_of_one_program_has_the_same_gradient_each_time(deterministic, mo
 
 
 def kernels_that_run(monkeypatch) -> list[dict]:
-    """Arguments of the launches to come, in order."""
+    """Return the arguments of the coming launches, in order."""
     seen = []
     original = triton_schedule.launch
     monkeypatch.setattr(
@@ -168,7 +168,7 @@ def test_given_lse_saves_the_statistics_of_kl(plan, divergence, monkeypatch):
     for query, key in (tensors[:2], tensors[2:]):
         scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * 0.25
         exists = (mask[:, None, :] & torch.ones(50, 50, dtype=torch.bool, device=DEVICE).tril())[:, None]
-        # What padding holds must not matter.
+        # The contents of padding must not matter.
         lse.append(
             scores.masked_fill(~exists, -torch.inf).logsumexp(-1).masked_fill(~mask[:, None], torch.nan)
         )
@@ -215,7 +215,7 @@ def test_tensors_of_another_device_than_the_current_one(backend):
 
 
 def operator_calls():
-    """(operator, arguments) of each custom operator, gradients asked for."""
+    """Return (operator, arguments) of each custom operator, with gradients."""
     mask = (torch.arange(20)[None] < torch.tensor([[20], [11]])).to(DEVICE)
     one, weights = torch.ones((), device=DEVICE), mask.float()
     attention = list(inputs(tokens=20).values())
@@ -238,14 +238,14 @@ def operator_calls():
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90"])
 def test_tiles_are_chosen_by_the_shared_memory_of_the_device(architecture):
-    """The preflight compiles them; a block of the GPUs between has 99 KiB."""
+    """The preflight compiles these tiles; on GPUs between (sm_86, sm_89) a block has 99 KiB."""
     tensors = [torch.empty(1, 1, 1024, 256, dtype=torch.bfloat16, device="meta")] * 4
     with recording(architecture):
         tile = triton_tiles.tile_of("rows", tensors)
         row = gpu.architecture(tensors[0].device)
     assert row == ("sm_90" if architecture == "sm_90" else "sm_80")
     assert (tile == triton_tiles.SMALL["rows"]) == (architecture in ("sm_86", "sm_89"))
-    # What the keys of both models take in all stages of the loop, in bytes.
+    # Bytes of both models' keys in all stages of the loop.
     assert 2 * tile.columns * tile.stages * 256 * 2 < gpu.SHARED_LIMIT[architecture]
 
 
@@ -289,7 +289,7 @@ def test_half_gradients_wait_and_scale():
 
 
 def test_what_goes_through_tf32_is_rounded_to_nearest():
-    """A matrix instruction cuts off what TF32 has no bits for, which would make every gradient of float16 smaller."""
+    """A matrix instruction cuts off bits that TF32 lacks, which would make every float16 gradient smaller."""
     x = torch.randn(1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 1024)
     x[:4] = torch.tensor(
         [1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11 - 2**-20, 0.0]
@@ -307,7 +307,7 @@ def test_what_goes_through_tf32_is_rounded_to_nearest():
     "case", [c for c in hidden_cases() if c.name.endswith(("plain", "weighted"))], ids=str
 )
 def test_rows_of_the_cuda_source_on_the_host(case, dtype, monkeypatch):
-    """The arithmetic of csrc/hidden/rows.h, its arguments and the products around it; not the GPU's code."""
+    """Test the arithmetic of csrc/hidden/rows.h, its arguments and the products around it, but not the GPU's code."""
     monkeypatch.setitem(rows.ROWS, "triton", rows.cuda_rows)
     monkeypatch.setattr(verify, "device_of", lambda backend: "cpu")
     if not interpreting():

@@ -21,7 +21,7 @@ def attention_inputs(tokens=40, requires_grad=True):
 
 
 def operator_calls():
-    """(operator, arguments) with gradients asked for, with and without a mask."""
+    """Return (operator, arguments) with gradients, with and without a mask."""
     mask = torch.arange(40)[None] < torch.tensor([[40], [23]])
     query, key, teacher_query, teacher_key = attention_inputs()
     tensors = (query, key, teacher_query, teacher_key)
@@ -119,7 +119,7 @@ def test_every_instruction_set(instruction_set, operator):
 
 @pytest.mark.parametrize("divergence", ["kl", "mse", "score_mse"])
 def test_several_chunks_of_keys(instruction_set, divergence):
-    """bfloat16 exponentials are rescaled from chunk to chunk of 256 keys, some of which a query does not see at all."""
+    """bfloat16 exponentials are rescaled from chunk to chunk of 256 keys; some chunks are invisible to a query."""
     tokens = 530
     rising = attention_tensors(batch=1, heads=2, tokens=tokens, width=24, kv=1, peak=3.0)
     for name in ("student_key", "teacher_key"):  # later maxima are larger
@@ -139,7 +139,7 @@ def test_several_chunks_of_keys(instruction_set, divergence):
 
 
 def test_a_scale_of_zero_shows_no_hidden_key(instruction_set):
-    """All visible keys then have the same probability, in both models."""
+    """With a scale of 0 all visible keys have the same probability, in both models."""
     inputs = [x.detach().bfloat16().requires_grad_() for x in attention_inputs(tokens=70)]
     options = {"causal": True, "student_scale": 0.0, "backend": "cpp"}
     loss = attention_alignment(*inputs, teacher_scale=0.0, **options)

@@ -50,7 +50,7 @@ def test_unknown_names_are_named():
 
 
 def test_compile_means_one_compiled_graph(monkeypatch):
-    """Each contender is compiled afresh, and one that would leave its graph is no contender."""
+    """Each contender is compiled afresh; a contender that would leave its graph is left out."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the quickest
     with torch._dynamo.config.patch(recompile_limit=1):
         for tokens in (24, 25, 26):
@@ -73,7 +73,7 @@ CONDITIONS = [
 
 @pytest.mark.parametrize("conditions", CONDITIONS, ids=str)
 def test_attention_under_conditions(conditions):
-    """Its arithmetic counts the pairs that exist, and what it is measured beside looks at the same pairs."""
+    """Its operations count only existing pairs, and the rivals compute the same pairs."""
     work = WORKS["attention"](batch=3, heads=4, tokens=40, width=8, **conditions)
     assert work.flops == 8 * 4 * 8 * pairs_of(work).count(3, torch.device("cpu")).item()
     label = f"kl B3 H4 N40 D8{' ' * bool(conditions)}"
@@ -84,7 +84,7 @@ def test_attention_under_conditions(conditions):
             x.requires_grad_(False)
         found = []
         for name in ("sdpa", "flex"):
-            torch.manual_seed(0)  # of the values
+            torch.manual_seed(0)  # for the values
             found.append(contender(work, name)())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 

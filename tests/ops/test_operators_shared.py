@@ -57,7 +57,7 @@ def test_inputs_are_left_alone(backend):
 
 
 def test_a_loss_scale_reaches_float16_gradients_unharmed():
-    # The gradient of the mean, about 1e-9, is below float16's smallest number; times 2^20 it is not.
+    # The gradient of the mean, about 1e-9, is below float16's smallest number, but 2^20 times it is not.
     inputs = [x.half() for x in tensors(requires_grad=False)]
     inputs[0].requires_grad_()
     options = {"divergence": "mse", "backend": "chunked"}

@@ -1,4 +1,4 @@
-"""An operator that reads what it did not write is caught: by conftest.py in Python, by torch itself in C++."""
+"""Operators that read unwritten memory are caught: by conftest.py in Python, by torch itself in C++."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ MAKERS = {
 
 
 def sum_of_squares(x, make, written):
-    """Σ x², whose gradient is written at the first `written` tokens alone."""
+    """Return Σ x²; its gradient is written only at the first `written` tokens."""
 
     def compute(needs):
         gradient = make(x)
@@ -46,7 +46,7 @@ def test_other_devices_stay_what_they_are():
 
 
 def test_the_checks_refuse_such_an_operator(monkeypatch):
-    """The case that every test of an operator runs fails for one that leaves a token's gradient unwritten."""
+    """The case that tests every operator fails for an operator that leaves a token's gradient unwritten."""
     case = next(
         case for case in all_cases() if case.operator == "hidden" and "projection" not in case.tensors
     )
@@ -64,7 +64,7 @@ def test_the_checks_refuse_such_an_operator(monkeypatch):
 
 @pytest.fixture
 def filled_by_torch():
-    """Deterministic algorithms, under which torch fills the memory of new tensors with NaN, in C++ too."""
+    """Use deterministic algorithms, under which torch fills the memory of new tensors with NaN, in C++ too."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""The preflight of GPU kernels: what it counts, what it predicts, and what it calls worse. Nothing needs a GPU."""
+"""The preflight of GPU kernels: its counts, its predictions, and what counts as worse. Nothing needs a GPU."""
 
 import dataclasses
 import os
@@ -57,7 +57,7 @@ def test_programs_of_a_multiprocessor():
 
 @pytest.mark.parametrize(("programs", "most"), [(1, 1), (108, 1), (109, 2), (1080, 10)])
 def test_the_busiest_multiprocessor_ends_last(programs, most):
-    """One warp of 400 instructions takes 100 clocks of the four schedulers of an A100's 108 multiprocessors."""
+    """A warp of 400 instructions takes 100 clocks of the four schedulers on an A100's 108 multiprocessors."""
     gpu, call = preflight.GPUS["A100"], preflight.Call(programs, 1, 0, 0, 0)
     found = preflight.seconds(gpu, call, 1, sass.Count(all=400), [])
     assert found == pytest.approx(most * 100 / gpu.clock)

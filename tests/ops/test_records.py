@@ -1,4 +1,4 @@
-"""What "auto" does with measurements on GPUs."""
+"""With backend "auto", measurements on GPUs choose the backend."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Rows drawn from a sequence: what an operator makes of them, and that the mean over all draws is the whole loss."""
+"""Operators compare rows drawn from a sequence, and the mean over all draws is the whole loss."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def with_gradients(given, function=attention_alignment, **options):
 
 
 def all_draws(counts, rows):
-    """Yield every choice of `rows` of each sequence's tokens; of shorter ones all tokens, filled up with −1."""
+    """Yield every choice of `rows` tokens of each sequence; shorter sequences give all tokens, filled up with −1."""
     choices = []
     for count in counts:
         own = itertools.combinations(range(count), min(rows, count))
@@ -59,7 +59,7 @@ def mean_over_draws(given, counts, rows, function=attention_alignment, **options
 @pytest.mark.parametrize("divergence", ["kl", "mse", "score_mse"])
 @pytest.mark.parametrize("backend", EXACT)
 def test_the_mean_over_all_draws_of_attention_rows_is_the_whole_loss(backend, divergence, visible):
-    """Unequal lengths, grouped keys on both sides; divisors are those of all rows."""
+    """Lengths are unequal, keys grouped in both models; divisors are those of all rows."""
     given = tensors()
     options = {"divergence": divergence, "backend": backend, **VISIBLE[visible]}
     counts = MASK.sum(1).tolist() if "mask" in options else [N, 2, 1]
@@ -122,7 +122,7 @@ def test_rows_by_hand(backend, divergence, rows):
     assert loss([-1, -1]) == 0
     whole = 2 if divergence == "kl" else 4
     assert loss([1], reduction="mean") == pytest.approx(2 * rows[1] / whole, rel=1e-6)
-    # A masked token is neither row nor column: of row 1 nothing is left, and row 0 sees its own key alone.
+    # A masked token is neither row nor column: nothing is left of row 1, and row 0 sees only its own key.
     hidden = {"mask": torch.tensor([[True, False]])}
     assert loss([1], **hidden) == 0
     assert loss([0, 1], **hidden) == pytest.approx(0, abs=1e-7)
@@ -146,7 +146,7 @@ def test_all_rows_in_any_order_are_the_whole(backend, divergence, visible):
     ("divergence", "tokens", "drawn"), [("kl", 150, 70), ("mse", 150, 70), ("score_mse", 150, 70)]
 )
 def test_many_rows_in_blocks(backend, divergence, tokens, drawn):
-    """More rows than a block has, in no order, with repeats, weights of their own and filler."""
+    """There are more rows than in a block, unordered, with repeats, weights of their own and filler."""
     given = tensors(tokens=tokens, batch=2)
     generator = torch.Generator().manual_seed(1)
     index = torch.randint(-1, tokens, (2, drawn), generator=generator)
@@ -179,7 +179,7 @@ def test_the_mean_over_all_draws_of_pairwise_rows_is_the_whole_loss(backend, rel
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("tokens", [20, 90])  # of 90 rows the products of Gram matrices are fewer
+@pytest.mark.parametrize("tokens", [20, 90])  # for 90 rows Gram matrices need fewer products
 @pytest.mark.parametrize("backend", EXACT)
 def test_pairwise_rows_in_any_order_with_repeats(backend, tokens):
     given = pairwise_tensors(tokens, batch=2)

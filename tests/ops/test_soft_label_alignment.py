@@ -55,7 +55,7 @@ BY_HAND = {
     "skew_kl": entropy_terms(P, (0.3, 0.7)),
     "skew_reverse_kl": entropy_terms(Q, (0.45, 0.55)),  # α = 0.2: 0.2 q + 0.8 p
     "akl": (entropy_terms(P, Q) + entropy_terms(Q, P))
-    / 2,  # one entry each in head and tail, both 0.25 apart
+    / 2,  # head and tail have one entry each; both differ by 0.25
     "tvd": 0.25,
     "logit_mse": (math.log(2) ** 2 + math.log(1.5) ** 2) / 2,
 }
@@ -72,7 +72,7 @@ def test_by_hand(divergence):
 
 
 def adaptive_kl(student, teacher, mu):
-    """Adaptive KL of one row of logits, entry by entry (Wu et al. 2024), and how many entries its head has."""
+    """Return the adaptive KL of a row of logits, entry by entry (Wu et al. 2024), and its head's number of entries."""
     p, q = teacher.softmax(-1), student.softmax(-1)
     order = sorted(range(len(p)), key=lambda i: -p[i].item())
     head, mass = [], 0.0
@@ -88,7 +88,7 @@ def adaptive_kl(student, teacher, mu):
 
 @pytest.mark.parametrize("mu", [0.4, 0.5, 0.8])
 def test_adaptive_kl_by_loops(mu):
-    """Value and gradient; in some rows the most likely entry alone has more than μ, in some the head has several."""
+    """Compare value and gradient; in some rows the likeliest entry alone exceeds μ, in some the head has several."""
     torch.manual_seed(0)
     hidden_s, hidden_t = (torch.randn(1, 12, 3, dtype=torch.float64) for _ in range(2))
     head_s, head_t = (torch.randn(9, 3, dtype=torch.float64) for _ in range(2))
@@ -160,7 +160,7 @@ def test_cross_entropy_is_pytorchs(backend):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_blocks_and_slices(divergence, monkeypatch):
-    """All tokens in ranges, in blocks of 7 and slices of 3, give what whole logits give."""
+    """All tokens in ranges, in blocks of 7 and slices of 3, must give the same as whole logits."""
     inputs, (teacher, teacher_head) = draws(torch.float64)
     student, head, bias = inputs
     options = {"student_bias": bias, "divergence": divergence}
@@ -179,7 +179,7 @@ def test_blocks_and_slices(divergence, monkeypatch):
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_capped_logits_are_those_of_gemma_2(backend, divergence, caps):
-    """Value and gradients by c · tanh(z / c) of whole logits in plain PyTorch, in one block of tokens or several."""
+    """Compare with c · tanh(z / c) of whole logits in plain PyTorch, in one block of tokens or several."""
     inputs, (teacher, teacher_head) = draws(torch.float64)
     student, head, bias = inputs
 
@@ -223,7 +223,7 @@ def test_cross_entropy_of_capped_logits(backend):
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 @pytest.mark.parametrize("backend", PLAIN)
 def test_smoothed_cross_entropy_is_pytorchs(backend, smoothing, softcap):
-    """Value and gradients in float64, with bias, ignored labels and capped logits."""
+    """Compare value and gradients in float64, with bias, ignored labels and capped logits."""
     inputs, _ = draws(torch.float64)
     hidden, head, bias = inputs
     labels = torch.randint(211, (3, 40)).masked_fill(~MASKS["some"], -100)
@@ -295,7 +295,7 @@ def test_places_give_what_the_mask_gives(backend, dtype, reduction, mask):
         (soft(mask=mask), soft(index=index)),
         (
             token_cross_entropy(student, head, gold.masked_fill(~mask, -100), bias=bias, **options, **cap),
-            # Labels elsewhere are not read, whatever they are.
+            # Labels at other positions are not read.
             token_cross_entropy(
                 student, head, gold.masked_fill(~mask, 5), bias=bias, index=index, **options, **cap
             ),

@@ -1,4 +1,4 @@
-"""DSDISTILL_TUNE=1 times the tiles of a call and keeps the winner, which later calls take."""
+"""DSDISTILL_TUNE=1 times the tiles of a call and keeps the fastest, which later calls use."""
 
 import json
 
@@ -16,7 +16,7 @@ SLOW, FAST, WRONG = Tile(32, 64, 4, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of records, read anew before and after; the clock says that FAST is fast."""
+    """Return a folder of records, read anew before and after; the clock says that FAST is the fastest."""
     monkeypatch.setenv("DSDISTILL_RECORDS", str(tmp_path))
     monkeypatch.setattr(triton_schedule, "default_plan", "merged")
     monkeypatch.setattr(tuning, "REPEATS", 1)

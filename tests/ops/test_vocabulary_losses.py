@@ -1,4 +1,4 @@
-"""Task and soft labels in one pass, against the operators of their own and against float64."""
+"""Task and soft labels in one pass are compared with their own operators and with float64."""
 
 from collections import Counter
 
@@ -43,7 +43,7 @@ def test_gradcheck(case, backend):
 
 
 def draws(dtype=torch.float64):
-    """Hidden states, heads and biases; the student's need gradients. Labels, ignored where nothing counts."""
+    """Return hidden states, heads and biases (the student's need gradients), and labels, some ignored."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -58,7 +58,7 @@ def draws(dtype=torch.float64):
 
 
 def apart(student, teacher, labels, reduction, smoothing=0.1, caps=(None, None), **formula):
-    """Task and soft labels of the common entries, by the definitions of their own operators."""
+    """Return task and soft labels over the common entries, by the definitions of their own operators."""
     hidden, head, bias = student.values()
     task = token_cross_entropy(
         hidden,
@@ -92,7 +92,7 @@ def apart(student, teacher, labels, reduction, smoothing=0.1, caps=(None, None),
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_values_and_gradients_are_those_of_both_apart(divergence, backend, reduction, caps):
-    """The gradients are those of the total, and those of the losses that are weighed afterwards."""
+    """Gradients are those of the total and those of the losses that are weighted afterwards."""
     student, teacher, labels = draws()
     formula = {"divergence": divergence, "temperature": 1.5, "beta": 0.3, "alpha": 0.2}
     task, soft = apart(student, teacher, labels, reduction, caps=caps, **formula)
@@ -125,7 +125,7 @@ def test_values_and_gradients_are_those_of_both_apart(divergence, backend, reduc
 
 @pytest.mark.parametrize("index", [False, True])
 def test_blocks_slices_and_panels(index, monkeypatch):
-    """Blocks of 7 tokens, slices of 3 and panels of 64 entries give what one of each gives; a head alone, too."""
+    """Blocks of 7 tokens, slices of 3 and panels of 64 entries give the same as one of each; so does a head alone."""
     student, teacher, labels = draws()
     labels = labels if index else labels.clamp(min=0)
     places = (labels != -100).flatten().nonzero()[:, 0] if index else None
@@ -163,7 +163,7 @@ def against_float64(student, teacher, labels, backend, **options):
 @needs_triton
 @pytest.mark.parametrize("divergence", sorted(set(DIVERGENCES) - set(FUSED)))
 def test_the_kernel_refuses_what_it_lacks(divergence):
-    """In one line; `auto` takes another backend."""
+    """It refuses in one line; `auto` takes another backend."""
     student, teacher, labels = draws(torch.float32)
     given = {**student, **teacher, "labels": labels, "common": COMMON, "divergence": divergence}
     with pytest.raises(
@@ -177,7 +177,7 @@ def test_the_kernel_refuses_what_it_lacks(divergence):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_the_kernel_by_blocks_and_panels(dtype, aligned, monkeypatch):
-    """Blocks of 8 tokens, for bfloat16 panels of two; the last program has one token, the last tile few entries."""
+    """Blocks have 8 tokens, panels (bfloat16) two blocks; the last program has one token, the last tile few entries."""
     student, teacher, labels = draws(dtype)
     labels = labels.clamp(min=0).flatten()[:57][None]
     cut = {
@@ -186,7 +186,7 @@ def test_the_kernel_by_blocks_and_panels(dtype, aligned, monkeypatch):
         if "hidden" in name
     }
     student, teacher = ({k: cut.get(k, x) for k, x in each.items()} for each in (student, teacher))
-    if aligned:  # as most vocabularies are padded
+    if aligned:  # like most padded vocabularies
         for each in (student, teacher):
             each.update({k: x.detach()[:192] for k, x in each.items() if "hidden" not in k})
         labels = labels.clamp(max=191)
@@ -229,7 +229,7 @@ def test_the_kernel_at_a_vocabulary_of_262144(monkeypatch):
 def test_small_probabilities_reach_the_head(backend, dtype, monkeypatch):
     """As a GPU multiplies: with 151,936 entries the gradient at the logits is below what float16 holds to three digits.
 
-    Were it in float16, the head's gradient would be off by 1.2e-3 of its RMS here, and is by 2e-4.
+    If it were in float16, the head's gradient would be off by 1.2e-3 of its RMS here; it is off by 2e-4.
     """
     monkeypatch.setitem(fused.TILES, "interpreter", Tile(8, 1 << 14, 4, 1))
     monkeypatch.setattr(chunked, "Head", lambda *given: head_module.Head(*given[:4], fused=True))
@@ -240,7 +240,7 @@ def test_small_probabilities_reach_the_head(backend, dtype, monkeypatch):
     for kind, wide in ((backend, dtype), ("reference", torch.float64)):
         own, rest = head.to(wide).requires_grad_(), (other.to(wide), other_head.to(wide))
         loss = soft_label_alignment(hidden.to(wide), own, *rest, reduction="sum", backend=kind)
-        # Times 2^10, as a loss scale has it: the gradient itself leaves no digits in float16.
+        # Times 2^10, like a loss scale: without it the gradient would have no digits in float16.
         found.append(torch.autograd.grad(loss * 1024, own)[0].double())
     error = (found[0] - found[1]).square().mean().sqrt() / found[1].square().mean().sqrt()
     print(f"{backend} {dtype}: {error:.1e} of the RMS")
@@ -289,7 +289,7 @@ def test_gradcheck_of_losses_weighed_afterwards(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", [*PLAIN, pytest.param("triton", marks=needs_triton)])
 def test_places_give_what_the_labels_give(backend, dtype, counted):
-    """Losses and gradients are equal to the last bit, whatever the labels elsewhere are."""
+    """Losses and gradients are equal to the last bit, whatever labels other positions have."""
     student, teacher, labels = draws(dtype)
     labels = labels.clamp(min=0)
     options = {"common": COMMON, "backend": backend}
@@ -308,7 +308,7 @@ def test_places_give_what_the_labels_give(backend, dtype, counted):
 
 
 class Asked(TorchDispatchMode):
-    """The mode counts the operations that reach the dispatcher, and adds up the multiplications of matrix products."""
+    """Asked counts the operations that reach the dispatcher, and adds up the multiplications of matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -325,7 +325,7 @@ class Asked(TorchDispatchMode):
 
 
 def test_products_are_shared():
-    """The task costs no product beside those of soft labels; the losses' own gradients cost another pass."""
+    """The task needs no product beyond those of soft labels; gradients of single losses need another pass."""
     student, teacher, labels = draws(torch.float32)
     index = (labels != -100).flatten().nonzero()[:, 0]
     teacher = {name: x[:COMMON] if x.shape[0] == OTHER else x for name, x in teacher.items()}
@@ -402,7 +402,7 @@ def test_narrowed_in_its_own_memory(shape, dtype, monkeypatch):
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_block_sizes(on_gpu):
-    """Logits of a block stay within the limit as far as a block of the fewest tokens does."""
+    """Logits of a block stay within the limit, unless a block of the fewest tokens already exceeds it."""
     for vocabulary in (50, 8192, 30522, 152064, 262144):
         tokens = head_module.block_tokens(on_gpu, vocabulary, vocabulary)
         assert tokens >= head_module.MIN_TOKENS
@@ -412,7 +412,7 @@ def test_block_sizes(on_gpu):
 
 
 def test_a_graph_keeps_tokens_that_do_not_count():
-    """A mask cannot be read while a graph is traced: the definition then hides these tokens, whatever they hold."""
+    """A mask cannot be read while a graph is traced, so the definition hides these tokens, whatever they hold."""
     student, teacher, labels = draws(torch.float32)
     labels = labels.clamp(min=0).masked_fill(~COUNTED, -100)
     teacher["teacher_hidden"][~COUNTED] = torch.nan

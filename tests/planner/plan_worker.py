@@ -1,8 +1,8 @@
-"""Trains by several configs, one after the other, and writes how far each raised this process's resident memory.
+"""Train by several configs, one after the other, and write how far each raised this process's resident memory.
 
 deepspeed --num_gpus 2 plan_worker.py WARM.yaml CONFIG.yaml ... OUT.json
 
-The first, of models too small to count, brings in all that is imported on the way.
+The first config has models too small to count; it makes the process import everything.
 """
 
 import gc
@@ -18,12 +18,12 @@ from dsdistill.engine.run import run
 
 
 def resident(what: str) -> int:
-    """Bytes: VmRSS now, VmHWM at most since the last `forget`."""
+    """Return bytes: VmRSS now, and the maximum VmHWM since the last `forget`."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def forget() -> None:
-    """Let VmHWM start from here (proc(5), clear_refs)."""
+    """Reset VmHWM (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""A plan tells more than a rank's memory: the host's, the disk's, and time."""
+"""A plan also covers the host's memory, the disk, and time."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from tests.conftest import WORDS
 
 SMALL = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "num_key_value_heads": 2, **SMALL}
-# A teacher of 1000 values, 300 of them in one tensor; a student of 400, of which 360 train.
+# A teacher of 1000 values, 300 of them in one tensor; a student of 400 values, 360 of them trained.
 TEACHER = Size((("a", 300), ("b", 300), ("c", 200), ("d", 200)), 500.0, 100)
 STUDENT = Size((("a", 40), ("b", 360)), 300.0, 60)
 PARTS = host.Parts(TEACHER, STUDENT, 360)
@@ -50,7 +50,7 @@ def zero(stage: int = 2, offloaded: bool = False) -> zero_memory.Settings:
 
 
 class TestHost:
-    """By hand, of four ranks, two on a node."""
+    """By hand: four ranks, two on a node."""
 
     def memory(self, config: dict, stage: int = 2, gpu: bool = True) -> dict[str, Counter]:
         made = make_config(config)
@@ -58,7 +58,7 @@ class TestHost:
 
     def test_a_sharded_teacher(self):
         held = self.memory(settings())
-        # 2 · 1000 / 4 bytes lie on each device; while they are read a quarter more, and the largest tensor.
+        # 2 · 1000 / 4 bytes are on each device; while they are read, a quarter more and the largest tensor.
         assert held[host.READING_TEACHER][host.TEACHER] == 2 * (125 + 2 * 300)
         assert held[host.TRAINING][host.TEACHER] == 0
         assert held[host.READING_STUDENT][host.UNROUNDED] == 2 * 4 * 400
@@ -81,7 +81,7 @@ class TestHost:
         assert held[host.OFFLOADED] == 2 * 3 * 360 and held[host.GRADIENTS] == 2 * 360
         offload["zero_optimization"]["offload_optimizer"]["pin_memory"] = True
         held = self.memory(settings(student__deepspeed=offload))[host.TRAINING]
-        assert held[host.OFFLOADED] == 2 * 3 * 512  # of 360 bytes the next power of two
+        assert held[host.OFFLOADED] == 2 * 3 * 512  # the next power of two after 360 bytes
         offload = {"zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": False}}}
         held = self.memory(settings(teacher__deepspeed=offload))[host.TRAINING]
         assert held[host.TEACHER] == 2 * 500
@@ -97,7 +97,7 @@ class TestHost:
         assert held["saving"][host.SAVING] == 2 * 360
 
     def test_a_save_while_training_goes_on(self):
-        """Two ranks' quarters of 4 · 3 · 360 bytes, and weights in bf16, which rank 0 writes; not under ZeRO-3."""
+        """Two ranks hold a quarter each of 4 · 3 · 360 bytes; rank 0 also writes bf16 weights, except under ZeRO-3."""
         held = self.memory(settings(run__save_async=True))
         assert held["saving"][host.SAVING] == 2 * 3 * 360 + 2 * 400
         held = self.memory(settings(run__save_async=True), stage=3)
@@ -106,7 +106,7 @@ class TestHost:
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_a_teacher_that_runs_ahead(gpu):
-    """There are two traces; on a GPU the teacher's activations too lie beside the student's."""
+    """There are two traces; on a GPU the teacher's activations are in memory beside the student's, too."""
     phases = []
     for overlap in (False, True):
         config = make_config(settings(teacher__overlap=overlap) | {"terms": {"soft_label": {}, "hidden": {}}})
@@ -114,13 +114,13 @@ def test_a_teacher_that_runs_ahead(gpu):
         phases.append(found["backward"])
     waits, ahead = phases
     captured = rehearsal.TEACHER_CAPTURED
-    states = 2 * 256 * 64 * 2  # of one layer, and what the head reads, of another micro-batch
+    states = 2 * 256 * 64 * 2  # one layer's states and the head's input, of another micro-batch
     assert ahead[captured] - waits[captured] == states
     assert (ahead[rehearsal.TEACHER_ACTIVATIONS] > waits[rehearsal.TEACHER_ACTIVATIONS]) == gpu
 
 
 def test_the_disk_by_hand():
-    """In bf16 under Adam: 12 bytes a trained value and, but under ZeRO-3, 2 a weight, as in an export."""
+    """In bf16 under Adam: 12 bytes per trained value and, except under ZeRO-3, 2 per weight, as in an export."""
     config = make_config(settings())  # keeps two checkpoints
     one = 2 * 400 + 12 * 360
     assert host.disk_space(config, PARTS, zero(2)) == {
@@ -132,7 +132,7 @@ def test_the_disk_by_hand():
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_checkpoint_on_disk(stage, tokenizer_dir, tmp_path):
-    """Against the folder that a run of one step leaves."""
+    """Compare with the folder that a run of one step leaves."""
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{' '.join(WORDS[:5])}\ta\n{WORDS[1]}\tb\n" * 4)
     bert = {"model_type": "bert", **SMALL, "vocab_size": 8000, "hidden_size": 256, "num_hidden_layers": 2}
@@ -161,7 +161,7 @@ def test_a_checkpoint_on_disk(stage, tokenizer_dir, tmp_path):
 
 class TestDuration:
     def test_a_model_against_the_products_that_run(self):
-        """PyTorch's own counter, of a BERT: it sees every key, so that nothing is halved."""
+        """Compare with PyTorch's own counter for a BERT; it sees every key, so nothing is halved."""
         given = {"model_type": "bert", **SMALL, "num_hidden_layers": 2}
         config = architecture(None, given, "teacher")
         model = build_model(config, None, "masked_lm", "teacher", needs_head=False, attention="eager")

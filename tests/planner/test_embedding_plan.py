@@ -1,4 +1,4 @@
-"""A plan of sentence encoders: two rows a pair, no logits, and terms over vectors."""
+"""Plans of sentence encoders have two rows per pair, no logits, and terms over vectors."""
 
 import pytest
 

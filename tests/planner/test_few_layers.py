@@ -1,4 +1,4 @@
-"""A rehearsal of a few layers and blocks against the rehearsal of all."""
+"""A rehearsal of a few layers and blocks is compared with the rehearsal of all."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def forecast_of(family, stage, teacher, checkpointing, dtype, terms) -> Forecast
 
 
 def both(forecast: Forecast) -> list[dict[str, int]]:
-    """Return the bytes of each phase, of a whole rehearsal and of one of a few layers."""
+    """Return the bytes of each phase, from a whole rehearsal and from one of a few layers."""
     config = forecast.config
     (stage,), checkpointing = config.run_stages, config.student.gradient_checkpointing
     return [
@@ -119,7 +119,7 @@ def test_a_few_layers_stand_for_all_everywhere(case, monkeypatch):
 
 
 def test_a_few_blocks_stand_for_all(monkeypatch):
-    """With small blocks, so that each operator has more of them than are looked at."""
+    """Blocks are small, so that each operator has more blocks than are rehearsed."""
     for operator in (attention, pairwise):
         monkeypatch.setattr(operator, "MAX_ROWS", 32)
     monkeypatch.setattr(hidden, "BLOCK_ELEMENTS", 1)
@@ -133,6 +133,6 @@ def test_a_few_blocks_stand_for_all(monkeypatch):
 def test_shallow_models_run_whole(monkeypatch):
     forecast = forecast_of("bert", 2, 0, False, "bf16", {"task": {}})
     monkeypatch.setattr(stand_in, "WHOLE", 14)
-    monkeypatch.setattr(stand_in._Kind, "stand_in", None)  # would be called, and fail
+    monkeypatch.setattr(stand_in._Kind, "stand_in", None)  # this would be called, and would fail
     whole, few = both(forecast)
     assert whole == few

@@ -34,7 +34,7 @@ def test_it_fits_eight_gpus(name):
 
 @pytest.mark.soak
 def test_a_minute_and_two_gigabytes():
-    """The command plans the largest in 60 s of processor time, as others may use the machine too."""
+    """The command plans the largest in 60 s of processor time, since others may use the machine too."""
     config = str(ROOT / "configs" / "llama_70b_to_8b.yaml")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `dsdistill plan` foretells: against resident memory of real runs, by hand, and in words."""
+"""`dsdistill plan` is compared with resident memory of real runs, with counts by hand, and in its words."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from tests.engine.launch import launch
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("plan_worker.py")
-# What makes glibc give back what is freed, so that resident memory is memory in use.
+# This makes glibc return freed memory, so that resident memory is memory in use.
 EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 BERT = {"model_type": "bert", "vocab_size": 8000, "max_position_embeddings": 512}
@@ -43,7 +43,7 @@ STUDENT = BERT | {
 }
 ALL = {"task": {}, "soft_label": {}, "hidden": {}, "attention": {"heads": "mean"}, "pairwise": {}}
 
-# What differs from micro-batches of 4 × 128 tokens, teacher at stage 3, student at stage 2, float32.
+# Changes of a run with micro-batches of 4 × 128 tokens, teacher at stage 3, student at stage 2, float32.
 MORE = {
     "long, checkpointing, stage 3": {
         "data.max_length": 320,
@@ -88,7 +88,7 @@ MORE_OF_TWO = {
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> dict:
-    """Texts longer than any sequence of the tests."""
+    """Return texts longer than any sequence of the tests."""
     folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
     for name, count in (("train", 48), ("dev", 2)):
         lines = [f"{' '.join(rng.choices(WORDS, k=600))}\t{'ab'[i % 2]}" for i in range(count)]
@@ -163,7 +163,7 @@ class TestLedger:
         with ledger.running():
             ledger.enter("forward", "made")
             y = (x @ weight).relu()
-            assert ledger.held["made"] == 1024  # the product is gone
+            assert ledger.held["made"] == 1024  # the product is freed
             loss = y.sum()
             ledger.enter("backward", "passing")
             del y
@@ -234,12 +234,15 @@ class TestZero:
         )  # 5000 elements would never be filled
 
     def test_a_bucket_is_whole_on_a_gpu_and_as_filled_on_a_cpu(self):
-        for lazy, bucket in ((False, 1600), (True, 1200)):  # of 800 elements; the larger gradient, sent alone
+        for lazy, bucket in ((False, 1600), (True, 1200)):  # 800 elements; the larger gradient is sent alone
             ledger, _ = self.held(2, lazy=lazy, bucket=800)
             assert ledger.peaks["reduce"][zero_memory.BUCKETS] == bucket + 1200  # and its flat copy
 
     def test_a_small_bucket_is_sent_twice(self):
-        """Once for each gradient; what the first leaves is there while the second waits and is sent, from a copy."""
+        """It is sent once for each gradient.
+
+        What the first leaves stays while the second waits and is sent from a copy.
+        """
         ledger, _ = self.held(2, lazy=True, bucket=700)
         assert ledger.peaks["backward"][zero_memory.BUCKETS] == 2 * 600
         assert ledger.peaks["backward"][zero_memory.GRADIENTS] == 2000
@@ -255,7 +258,7 @@ class TestZero:
 
 
 def test_the_largest_micro_batch(texts, tokenizer_dir):
-    """Rehearsed at the size found and at one more, memory fits and does not."""
+    """In a rehearsal memory fits at the size found, but not with one more."""
     settings = settings_of({"train.batch_size": 4096, "data.max_length": 64}, texts)
     config, memory = make_config(settings), 700 * 2**20
     found = make_plan(config, 1, memory, gpu=False)
@@ -266,7 +269,7 @@ def test_the_largest_micro_batch(texts, tokenizer_dir):
 
 
 def test_the_largest_micro_batch_fits_every_stage(texts, tokenizer_dir):
-    """The stage that needs the most with small ones, all weights being trained, needs the least with large ones."""
+    """With all weights trained, the stage that needs most with small micro-batches needs least with large ones."""
     small = BERT | {
         "vocab_size": 30000,
         "hidden_size": 64,
@@ -296,7 +299,7 @@ def test_the_largest_micro_batch_fits_every_stage(texts, tokenizer_dir):
 
 
 def test_the_largest_beyond_what_is_rehearsed_fits_every_stage():
-    """By the line of each stage and phase: one that lies lower there may rise faster."""
+    """Each stage and phase has a line: one that is lower at first may rise faster."""
     room = 10_000_000
 
     def need(batch: int) -> dict[tuple[str, str], Counter]:
@@ -355,7 +358,7 @@ class TestCommand:
         assert "does not fit, not even with micro-batches of 1: 0.4" in line and "teacher, weights" in line
 
     def test_less_would_fit(self, config, monkeypatch, capsys):
-        """As the config is it does not: the table comes all the same, and the exit code says no."""
+        """The config does not fit as it is: the table is printed all the same, and the exit code is 1."""
         options = ["train.batch_size=64", "train.micro_batch_size=64", "--cpu", "--gpu-memory", "700MiB"]
         code, printed = self.run(monkeypatch, capsys, config, *options)
         assert code == 1
@@ -382,7 +385,7 @@ class TestCommand:
 
 
 def test_a_host_without_room():
-    """A rank's memory comes first; where that does, the node's host is named with what takes the most of it."""
+    """A rank's memory comes first; if that fits, the node's host is named, with what takes most of its memory."""
     node = {"training": Counter(a=3 * 2**30), "saving": Counter(a=3 * 2**30, b=5 * 2**30)}
     plan = Plan("all", {"step": Counter(x=2**30)}, {}, 0, 1, 2**30, node, {}, None)
     assert refusal(plan, 2**30) is None and refusal(plan, 2**30, 8 * 2**30) is None
@@ -402,7 +405,7 @@ SHIPPED = [
 @pytest.mark.soak
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_has_a_plan(path, monkeypatch):
-    """Offline, as it is."""
+    """Each config is planned offline and unchanged."""
     monkeypatch.chdir(ROOT)
     laptop = any(name in path.stem for name in ("small", "quickstart", "docstrings"))
     found = make_plan(load([str(path)]), 1 if laptop else 8, 80 * 2**30, gpu=not laptop)

@@ -1,4 +1,4 @@
-"""Proposals of `plan --suggest` are held against rehearsals of the same settings."""
+"""Proposals of `plan --suggest` are compared with rehearsals of the same settings."""
 
 import re
 
@@ -41,7 +41,7 @@ def needs(*overrides: str) -> int:
 
 @pytest.fixture(scope="module")
 def between() -> int:
-    """Return memory for micro-batches of 4 whose layers run again, but not for one whose layers are kept."""
+    """Return a memory that holds micro-batches of 4 if their layers run again, but not of 1 with kept layers."""
     kept, again = needs("train.micro_batch_size=1"), needs(
         "train.micro_batch_size=1", "student.gradient_checkpointing=true"
     )  # fmt: skip
@@ -70,7 +70,7 @@ def test_words_that_can_be_typed():
 
 
 def test_nothing_fits():
-    """Nothing is rehearsed where the weights alone are too much already."""
+    """Nothing is rehearsed if the weights alone are too large."""
     tried = suggest(config_of, 8, 16 * MIB, gpu=False, ranks=8)
     assert len(tried) == 24 and not any(one.fits for one in tried)
     text = proposals(tried, 16 * MIB)

@@ -1,4 +1,4 @@
-"""Losses over a vocabulary hold so much on a GPU beside a student as wide as one of 7 billion parameters."""
+"""Losses over a vocabulary stay within a limit on a GPU, beside a student as wide as one of 7 billion parameters."""
 
 from unittest import mock
 
@@ -15,7 +15,7 @@ from dsdistill.planner.plan import Forecast
 
 MIB = 2**20
 WIDTH, VOCABULARY, TOKENS = 3584, 152064, 4096
-HEAD = VOCABULARY * WIDTH * 4 / MIB  # of its gradient in float32: 2,079 MiB
+HEAD = VOCABULARY * WIDTH * 4 / MIB  # its gradient in float32: 2,079 MiB
 MODEL = {
     "model_type": "qwen2",
     "vocab_size": VOCABULARY,
@@ -38,7 +38,7 @@ needs_triton = pytest.mark.skipif(not gpu.interpreting(), reason="Triton's inter
 
 @pytest.mark.parametrize("terms", TERMS)
 def test_operators(terms, tokenizer_dir, tmp_path):
-    """At most the head's gradient in float32 and 0.6 GiB."""
+    """They hold at most the head's gradient in float32 and 0.6 GiB."""
     (tmp_path / "text.txt").write_text("a b c\n" * 100)
     data = {"source": "files", "train": str(tmp_path / "text.txt"), "tokenizer": str(tokenizer_dir)}
     settings = {
@@ -68,7 +68,7 @@ def test_operators(terms, tokenizer_dir, tmp_path):
     ids=["", "retain_graph", "addmm without out_dtype", "kernel"],
 )
 def test_backward_rounds_in_the_gradients_own_memory(retain, adds, backend, monkeypatch):
-    """Beside the gradient in float32 there is none in bfloat16; one that is to be kept is multiplied into a second.
+    """Beside the gradient in float32 there is none in bfloat16; if it must be kept, backward makes a second one.
 
     Where addmm cannot add a product in half precision to float32 the forward pass needs no more; nor does the kernel,
     whose launches are counted here, not run.

@@ -1,4 +1,4 @@
-"""Look at a page in headless Chromium, through the pipe that it offers for remote control; no package is needed."""
+"""Look at a page in headless Chromium, through its pipe for remote control; no package is needed."""
 
 import base64
 import contextlib
@@ -13,12 +13,12 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT = 60  # seconds that an answer may take
-# The browser's two descriptors of the pipe, as it names them.
+# The two file descriptors at which the browser expects the pipe.
 _READS, _WRITES = 3, 4
 
 
 class Browser:
-    """A Browser shows one page; `troubles` are what its console and its network complained of."""
+    """Browser shows one page; `troubles` are the errors of its console and its network."""
 
     def __init__(self, reads: int, writes: int):
         self._from, self._to = os.fdopen(reads, "rb", buffering=0), os.fdopen(writes, "wb", buffering=0)
@@ -31,7 +31,7 @@ class Browser:
             self.ask(f"{domain}.enable")
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Give one command; return its result, and keep what the page tells meanwhile."""
+        """Send one command and return its result; keep the events that the page sends meanwhile."""
         self._asked += 1
         message = {"id": self._asked, "method": method, "params": parameters}
         if self._session is not None:
@@ -67,7 +67,7 @@ class Browser:
     def open(
         self, page: Path, width: int = 1200, height: int = 900, dark: bool = False, phone: bool = False
     ) -> None:
-        """Show a file in a window of this size."""
+        """Open a file in a window of this size."""
         self.ask(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -89,7 +89,7 @@ class Browser:
         return result["result"].get("value")
 
     def point(self, x: float, y: float) -> None:
-        """Move the mouse there."""
+        """Move the mouse to this point."""
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def picture(self, path: Path, whole: bool = True) -> None:
@@ -100,7 +100,7 @@ class Browser:
 
 @contextlib.contextmanager
 def browser(home: Path) -> Iterator[Browser]:
-    """Start Chromium without any network, its profile in `home`, and end it."""
+    """Start Chromium without any network, with its profile in `home`, and end it."""
     commands, answers = os.pipe(), os.pipe()
 
     def arrange() -> None:  # in the child, between fork and exec
@@ -122,7 +122,7 @@ def browser(home: Path) -> Iterator[Browser]:
     )
     os.close(commands[0])
     os.close(answers[1])
-    watchdog = threading.Timer(TIMEOUT, process.kill)  # a pipe that nobody writes to would wait for ever
+    watchdog = threading.Timer(TIMEOUT, process.kill)  # else reading from a silent pipe would wait for ever
     watchdog.start()
     try:
         yield Browser(answers[0], commands[1])

@@ -1,4 +1,4 @@
-"""How far methods differ: intervals of a bootstrap, against one that draws every query by itself."""
+"""Intervals of how far methods differ are compared with a bootstrap that draws every query by itself."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def make_run(folder: Path, student: dict[str, np.ndarray], teacher: dict[str, np
 
 
 def test_intervals_are_those_of_queries_drawn_one_by_one(monkeypatch):
-    """In blocks too, and for shares of runs."""
+    """This holds in blocks too, and for shares of runs."""
     each = np.stack([draw(1, 2) <= 1, draw(2, 12) <= 10, draw(3, 12) <= 10]) / 3.0
     each = np.stack([each[0] - each[1], each.sum(0)], axis=1)
     draws = np.random.default_rng(7).integers(0, 80, (10_000, 80))
@@ -56,7 +56,7 @@ def test_methods_are_paired_by_query_over_the_mean_of_their_seeds(tmp_path):
     for seed, ranks in enumerate(near):
         make_run(tmp_path / "near" / f"seed-{seed}", ranks, teacher)
     make_run(tmp_path / "far", far, {})  # a run without seeds, and without a teacher
-    make_run(tmp_path / "other", {"seen": draw(5, 60, 79)}, {})  # of other queries
+    make_run(tmp_path / "other", {"seen": draw(5, 60, 79)}, {})  # with other queries
     make_run(tmp_path / "begun", far, {})
     (tmp_path / "begun" / "summary.json").unlink()
     lines(tmp_path / "begun" / "metrics.jsonl", [])
@@ -75,7 +75,7 @@ def test_methods_are_paired_by_query_over_the_mean_of_their_seeds(tmp_path):
 
 
 def test_the_table_of_a_search(tmp_path, capsys):
-    """Scores on each dev set, the student before its first step, and differences: on the page and the terminal."""
+    """Page and terminal show scores on each dev set, the student before its first step, and differences."""
     from dsdistill.cli import report
 
     ranks = {"seen": draw(0, 2)}
@@ -88,9 +88,9 @@ def test_the_table_of_a_search(tmp_path, capsys):
     for text in (told, page["methods"]):
         for shown in ("recall@1 (seen)", "recall@10 (seen)", "Spearman to teacher (seen)", "parameters"):
             assert shown in text
-        assert text.count("0.1250") == 1  # both methods begin alike
+        assert text.count("0.1250") == 1  # both methods have the same start
         assert "MRR" not in text and "start: the student before its first step" in text
-    assert "0.7500" in page["methods"]  # of the one that a teacher scored
+    assert "0.7500" in page["methods"]  # only for the method that has a teacher
     for text in (told, page["differences"]):
         assert "rival − vectors" in text and "vectors − teacher" in text and "10,000 resamples" in text
     assert told.splitlines()[-1] == str(tmp_path / "report.html")

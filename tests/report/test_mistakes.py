@@ -1,4 +1,4 @@
-"""A run's page shows what the student gets wrong and the teacher right."""
+"""A run's page shows examples that the student gets wrong and the teacher right."""
 
 import re
 
@@ -6,7 +6,7 @@ from tests.report.test_page import SCRIPT, Markup, lines, page_of, prediction, s
 
 
 def test_examples_that_the_teacher_gets_right(tmp_path):
-    """Those alone, the student's surest mistakes first, 200 at most."""
+    """It shows only those, the student's surest mistakes first, 200 at most."""
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
     rows = [prediction(0, "a", "a", "a"), prediction(1, "a", "b", "b"), prediction(2, "a", "a", "b")]
     rows += [prediction(i, "a", "b", "a", f"text {i}", sure=i / 1000) for i in range(3, 303)]
@@ -26,14 +26,14 @@ def test_mistakes_without_a_teacher(tmp_path):
 
 
 def searched(number: int, student: int, teacher: int | None, text: str = "a text") -> dict:
-    """Return what is written of a query: the ranks of its document, and what comes first in its place."""
+    """Return what is written for a query: the ranks of its document, and the document that comes first instead."""
     ranks = {"student": student} | ({"teacher": teacher} if teacher else {})
     first = {model: f"first of {model}: {text}" for model, rank in ranks.items() if rank > 1}
     return {"id": f"dev:{number}", "texts": [f"query {number}", text], "rank": ranks, "first": first}
 
 
 def test_scores_that_the_teacher_is_near(tmp_path):
-    """Those with errors of more than twice the teacher's, the largest first."""
+    """It shows only those with errors of more than twice the teacher's, the largest first."""
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
     values = [(1.0, 3.0, 1.1), (2.0, 2.2, 2.15), (5.0, 0.5, 4.0), (3.0, 3.0, 9.0)]
     rows = [
@@ -47,7 +47,7 @@ def test_scores_that_the_teacher_is_near(tmp_path):
 
 
 def test_queries_that_the_teacher_finds(tmp_path):
-    """Those alone, the lowest ranks first, 200 at most, with what the student puts first."""
+    """It shows only those, the lowest ranks first, 200 at most, with the student's first document."""
     lines(tmp_path / "metrics.jsonl", [step(1, task=1.0)])
     rows = [searched(0, 1, 1), searched(1, 2, 3), searched(2, 1, 5)]
     rows += [searched(i, i, 1, SCRIPT) for i in range(3, 303)]

@@ -1,4 +1,4 @@
-"""Pages of folders that are whole, old, half-written, hostile or none of a run's; test_real_run.py has a real one."""
+"""Pages of folders that are complete, old, half-written, hostile, or not of a run; test_real_run.py has a real one."""
 
 import base64
 import hashlib
@@ -65,7 +65,7 @@ def prediction(
 
 
 class Markup(HTMLParser):
-    """Markup holds what a parser makes of a page: its elements, their attributes, and the text of each part."""
+    """Markup holds what a parser finds in a page: its elements, their attributes, and the text of each part."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -91,7 +91,7 @@ class Markup(HTMLParser):
 
 
 def drawn(page: str) -> dict:
-    """Return what the page's script reads; no charts: {}."""
+    """Return the data that the page's script reads; {} if there are no charts."""
     found = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
     return json.loads(found[1]) if found else {"charts": {}, "marks": []}
 
@@ -101,7 +101,7 @@ def page_of(folder: Path) -> str:
 
 
 def hostile(folder: Path) -> None:
-    """Write a run whose every text is a script tag."""
+    """Write a run in which every text is a script tag."""
     terms = {SCRIPT: {"raw": 1.0, "weighted": 1.0, "layer_weights": [1.0, 2.0]}}
     told = {"loss": 1.0, "terms": terms, "sources": {SCRIPT: {"loss": 1.0}}}
     records = [{"step": i, "stage": SCRIPT + str(i > 4), **told} for i in range(1, 9)]
@@ -169,7 +169,7 @@ def test_no_text_runs_in_a_browser(tmp_path):
         shown.point(*box)
         assert SCRIPT in shown.run("document.querySelector('#loss .values').textContent")
         assert shown.troubles == []
-        # What escapes a mistake of ours is still not run: the page's policy names its own script.
+        # Even if we fail to escape a text, it is not run: the page's policy allows only its own script.
         shown.run(
             "document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\" onerror=\"window.owned = 1\">')"
         )
@@ -180,7 +180,7 @@ def test_no_text_runs_in_a_browser(tmp_path):
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path):
-    """No address in it but the name of SVG; its policy allows its own style and script alone."""
+    """It has no address but the name of SVG; its policy allows only its own style and script."""
     lines(tmp_path / "metrics.jsonl", [step(i, task=1.0) for i in range(1, 5)])
     page = page_of(tmp_path)
     assert set(re.findall(r"\w+://[^\"'\s]*", page)) == {"http://www.w3.org/2000/svg"}
@@ -261,7 +261,7 @@ FILES = (
 
 @pytest.mark.parametrize("case", GARBAGE, ids=lambda name: name.replace(" ", "-"))
 def test_whatever_lies_there_makes_a_page(tmp_path, case):
-    """In each file by itself beside good ones, and in all at once."""
+    """Bad contents are in each file alone beside good ones, and in all files at once."""
     for broken in (*((name,) for name in FILES), FILES):
         folder = tmp_path / "-".join(broken)[:40]
         lines(folder / "metrics.jsonl", [step(1, task=1.0), {"step": 1, "evaluation": {"accuracy": 0.5}}])
@@ -298,7 +298,7 @@ def test_a_setting_of_another_version_is_shown_as_it_is(tmp_path):
 
 
 def test_no_plugin_is_imported(tmp_path, monkeypatch):
-    """To show a run is not to run its code."""
+    """Showing a run must not run its code."""
     (tmp_path / "owned.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -321,7 +321,7 @@ def test_curves_keep_their_least_and_greatest():
     assert (thinned[0][0], thinned[-1][0]) == (0, len(values) - 1)
     assert all(values[int(x)] == y for x, y in thinned) and any(y is None for _, y in thinned)
     assert [x for x, _ in thinned] == sorted({x for x, _ in thinned})
-    # Wherever one looks, the curve goes as high and as low as it did.
+    # Every part of the curve keeps its highest and lowest values.
     for start in range(0, len(values), 5000):
         inside = [y for y in values[start : start + 5000] if y is not None]
         kept = [y for x, y in thinned if start <= x < start + 5000 and y is not None]
@@ -367,7 +367,7 @@ def make_run(folder: Path, accuracy: float | None, seed: int = 0, **settings: ob
 
 
 def test_comparison(tmp_path):
-    """Means and deviations by hand, a chart for the one setting that is swept, and runs that are not done."""
+    """Means and deviations are checked by hand; the one varied setting has a chart; unfinished runs are shown."""
     for rate, found in {1e-5: (0.5, 0.7), 1e-4: (0.8, 0.8), 1e-2: (0.6, None)}.items():
         for seed, accuracy in enumerate(found):
             make_run(tmp_path / f"rate-{rate}" / f"seed-{seed}", accuracy, seed, learning_rate=rate)
@@ -434,7 +434,7 @@ def test_somebody_elses_page_is_left_alone(tmp_path, refused):
     refused("report", tmp_path)
     theirs.unlink()
     write_page(str(tmp_path))
-    write_page(str(tmp_path))  # its own it replaces
+    write_page(str(tmp_path))  # it does replace its own page
 
 
 @pytest.mark.parametrize("name", ["nowhere", "a\0b", "x" * 300, "file"])

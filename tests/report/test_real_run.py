@@ -1,4 +1,4 @@
-"""The page of a real run in two stages, and the predictions that it shows, against plain transformers."""
+"""The page of a real run in two stages, and its predictions, are compared with plain transformers."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ CHANGES = {
 
 
 def plain(folder: Path, data_dir: Path) -> torch.Tensor:
-    """Return (11, 3) float64 logits of the dev set, each text by itself."""
+    """Return (11, 3) float64 logits of the dev set, with each text alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
     with torch.no_grad():
@@ -44,7 +44,7 @@ def rows(data_dir: Path) -> list[dict[str, str]]:
 
 
 def undecided(model: Path, data_dir: Path, made: Path) -> Path:
-    """Return a copy of a random model that gives the dev texts different classes: their mean logits are 0."""
+    """Return a copy of a random model with mean logits of 0, which gives the dev texts different classes."""
     shutil.copytree(model, made)
     found = AutoModelForSequenceClassification.from_pretrained(made)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def undecided(model: Path, data_dir: Path, made: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(models_dir, data_dir, tmp_path_factory):
-    """The folder of a run that the command line made."""
+    """Return the folder of a run by the command line."""
     home = tmp_path_factory.mktemp("home")
     config, settings = home / "config.yaml", merge(small_run(models_dir, data_dir, home), CHANGES)
     for model in ("teacher", "student"):
@@ -69,7 +69,7 @@ def run(models_dir, data_dir, tmp_path_factory):
 
 
 def test_predictions_are_those_of_plain_transformers(run, data_dir, tmp_path):
-    """In the order of the file, each model's class and the probability that float64 gives it."""
+    """In the order of the file, each line has each model's class and the probability that float64 gives it."""
     export(str(run), str(tmp_path / "student"))
     dev = rows(data_dir)
     found = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
@@ -88,7 +88,7 @@ def test_predictions_are_those_of_plain_transformers(run, data_dir, tmp_path):
 
 
 def test_scores_are_written_as_the_models_give_them(models_dir, data_dir, tmp_path):
-    """The squared errors of a regression's examples are those of the run, and each stands at its own text."""
+    """The squared errors of a regression's examples are the run's, each beside its own text."""
     texts, labels = [row["text"] for row in rows(data_dir)], [0.5 * i for i in range(11)]
     for name in ("train", "dev"):
         told = [f"{text}\t{label}" for text, label in zip(texts, labels, strict=True)]
@@ -124,7 +124,7 @@ def test_summary_tells_sizes_and_examples(run):
 
 
 def charts(page: str) -> dict:
-    """Return what the page's script draws."""
+    """Return the data that the page's script draws."""
     return json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["charts"]
 
 
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_is_shown_as_such(run, tmp_path):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_in_a_browser(run, tmp_path):
-    """Every panel has a line that is seen, values follow the mouse, and nothing complains: light, dark, on a phone."""
+    """Every panel has a visible line, values follow the mouse, and there are no errors: light, dark, on a phone."""
     with browser(tmp_path / "profile") as shown:
         for way in ({}, {"dark": True}, {"width": 390, "height": 844, "phone": True}):
             shown.open(run / "report.html", **way)

@@ -46,7 +46,7 @@ def write(path, records, end=""):
 
 @pytest.fixture
 def axes(monkeypatch):
-    """The axes of the pictures drawn since, from top to bottom."""
+    """Return the axes of the pictures drawn since, from top to bottom."""
     from matplotlib.figure import Figure
 
     drawn, save = [], Figure.savefig
@@ -91,7 +91,7 @@ def test_table_without_teacher_and_of_another_task():
 
 
 def test_table_of_several_dev_sets():
-    """Each score stands once for each set, in the order of the scores; F1 says of which class."""
+    """Each score has a line for each set, in the order of the scores; F1 names its class."""
     scores = {"matched/kl": 0.12345, "mismatched/f1": 0.5, "matched/f1": 0.25, "rcs": 0.5, "matched/odd": 1.5}
     text = report.table({"models": {"student": scores}, "positive_class": "equivalent", "data": "other.tsv"})
     lines = text.split("\n")

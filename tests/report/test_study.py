@@ -1,4 +1,4 @@
-"""A comparison with a plan: claims, published numbers and tests over examples, on the page and in the terminal."""
+"""A comparison by a plan shows claims, published numbers and tests over examples, on page and terminal."""
 
 import json
 
@@ -16,7 +16,7 @@ EVIL = "<script>alert(1)</script>"
 
 
 def make_run(folder, right, **scores):
-    """Write a finished run whose student gets these of 20 examples right, in two dev sets."""
+    """Write a finished run whose student gets the given examples of 20 right, in two dev sets."""
     told = [
         {"id": f"{i}", "label": "x", "student": "x" if i in right else "y"}
         | ({"set": "holdout"} if held else {})
@@ -30,7 +30,7 @@ def make_run(folder, right, **scores):
 
 @pytest.fixture
 def study(tmp_path):
-    """Two methods with three seeds; the first gets more right, with every seed, and its name is no markup."""
+    """Two methods have three seeds. The first gets more right with every seed; its name must not become markup."""
     made = Study(
         cells=(f"ours {EVIL}", "rival"),
         folders=("ours-script-alert-1-script-", "rival"),
@@ -48,7 +48,7 @@ def study(tmp_path):
 
 
 def test_counts_by_hand(study, tmp_path):
-    """The first alone gets 5 + 2 examples right with seed 0, then one more each; the second alone none."""
+    """With seed 0 only the first gets 5 + 2 examples right, then one more per seed; only the second gets none right."""
     found = paired(str(tmp_path), by_cell(runs_of(str(tmp_path)), study), study)
     assert [of.name for of in found] == ["", "holdout"]
     for of in found:
@@ -76,7 +76,7 @@ def test_the_page_says_it_and_the_terminal_too(study, tmp_path, capsys):
         "2.92",
     ):
         assert wanted in text, wanted
-    assert text.count(EVIL) >= 4  # as text alone: Markup keeps scripts apart
+    assert text.count(EVIL) >= 4  # only as text: Markup keeps scripts apart
     show_comparison(str(tmp_path))
     shown = capsys.readouterr().out
     assert f"ours {EVIL} is better than rival" in shown and "McNemar" in shown
