@@ -36,6 +36,10 @@ TITLES = {
     "structural_consistency": "structural consistency",
     "domain_capture": "domain capture",
     "latency_ms": "latency ms",
+    "token_accuracy": "token accuracy",
+    "decoder_accuracy": "token accuracy (light decoder)",
+    "token_ms": "tokens ms",
+    "decoder_ms": "tokens ms (light decoder)",
     "parameters": "parameters",
     "texts_per_second": "sentences/s",
     "tokens_per_second": "tokens/s",
@@ -161,6 +165,11 @@ def notes(summary: dict[str, Any], found: set[str], models: Iterable[str] = ()) 
             "BLEU (0 to 100), ROUGE (F1) and CER (edits per character): scores of the texts that follow the prompts"
         )
         told.append(f"BLEU: {summary.get('bleu_signature', 'by sacreBLEU')}")
+    if "decoder_accuracy" in found:
+        told.append(
+            "token accuracy: share of the hidden tokens that are found, by the head or by the light decoder from the "
+            "aggregated vector; tokens ms: median time of one example, from its tokens to those predicted"
+        )
     if "latency_ms" in found:
         told.append("latency: median time of a single example, on one process")
     if "tokens_per_second" in found:

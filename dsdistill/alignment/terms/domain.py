@@ -146,7 +146,8 @@ class DomainTerm(AlignmentTerm):
         mean = mean_pool(states, rows.mask)
         return self.aggregate(mean.to(dtype), phrases.to(dtype), mask, end.to(dtype))
 
-    def _sequences(self, mine: Tensor, other: Tensor, batch: Batch) -> Tensor:
+    def _sequences(self, mine: Tensor | None, other: Tensor, batch: Batch) -> Tensor:
+        assert mine is not None  # Y is there if a part reads it
         own = torch.cat([wide(mine), other], dim=1)[batch.documents]
         units = gather_rows(own)
         if not len(units):
@@ -154,8 +155,9 @@ class DomainTerm(AlignmentTerm):
         loss = relations.similarity_preserving(*units.split([mine.shape[1], other.shape[1]], dim=1))
         return shared_sum(loss, len(own), len(units))
 
-    def _decoding(self, vectors: Tensor, student: Trace, batch: Batch) -> Tensor:
-        assert self.decoder is not None and student.head is not None  # of a masked language model
+    def _decoding(self, vectors: Tensor | None, student: Trace, batch: Batch) -> Tensor:
+        assert self.decoder is not None and vectors is not None
+        assert student.head is not None  # of a masked language model
         return token_cross_entropy(
             self.decoder(vectors, batch.mask.shape[1]),
             student.head,
