@@ -123,7 +123,7 @@ def small(plan: str, sources: list[str], root: Path) -> list[str]:
         f"data.root={root}",
         f"data.cache={root}/cache",
         "data.max_dev=16",
-        *(["data.holdout=8"] if "data.holdout=5000" in sources else []),
+        *(["data.holdout=8"] if "data.holdout=" in base else []),
         "teacher.recipe=null",
         f"teacher.path={root}/{of}",
         "train.steps=6",
