@@ -111,12 +111,23 @@ def represent(student: Callable, prepared: Prepared, ranks: Ranks) -> Tensor:
 
 
 def latency(model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
-    """Return the median milliseconds of a forward pass over one example, unpadded, after a warm-up.
+    """Return the median milliseconds of a forward pass over one example; model: in eval mode, on its device."""
+    return {
+        "latency_ms": milliseconds(
+            lambda batch: functools.partial(model, **model_inputs(model, batch)), prepared, model.device
+        )
+    }
+
+
+def milliseconds(
+    made: Callable[[Batch], Callable[[], object]], prepared: Prepared, device: torch.device
+) -> float:
+    """Return the median milliseconds of a call for one example, unpadded, after a warm-up.
 
     Up to TIMED examples are timed, evenly spaced in the first dev set, so that lengths are typical of it and the same
     for every model.
 
-    model: in eval mode, on the device to measure.
+    made: makes the call for a batch of one example; this is not timed.
     """
     dev = prepared.data.dev
     sample = dev.take(np.linspace(0, len(dev) - 1, min(TIMED, len(dev)), dtype=int).tolist())
@@ -124,16 +135,15 @@ def latency(model: PreTrainedModel, prepared: Prepared) -> dict[str, float]:
     seconds = []
     with torch.no_grad():
         for batch in itertools.chain(batches[:WARM], batches):
-            inputs = model_inputs(model, batch.to(model.device))
-            _wait(model)
+            call = made(batch.to(device))
+            _wait(device)
             started = time.perf_counter()
-            model(**inputs)
-            _wait(model)
+            call()
+            _wait(device)
             seconds.append(time.perf_counter() - started)
-    timed = seconds[-len(batches) :]
-    return {"latency_ms": round(1000 * statistics.median(timed), 3)}
+    return round(1000 * statistics.median(seconds[-len(batches) :]), 3)
 
 
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,8 +1,6 @@
 """Measure how many hidden tokens the head and the light decoder find, and how long each takes (domain mapping)."""
 
-import itertools
-import statistics
-import time
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -11,12 +9,12 @@ from torch import Tensor
 
 from dsdistill.alignment.terms.domain import DomainTerm
 from dsdistill.alignment.terms.task import targets
-from dsdistill.data import Batch, evaluation_batches
+from dsdistill.data import Batch
 from dsdistill.data.batch import NO_LABEL
 from dsdistill.distributed.ranks import Ranks
 from dsdistill.engine.module import StudentModule
 from dsdistill.engine.passes import over
-from dsdistill.engine.passes.dev_scores import TIMED, WARM
+from dsdistill.engine.passes.dev_scores import milliseconds
 from dsdistill.engine.prepare import Prepared
 from dsdistill.models.trace import Trace
 
@@ -50,13 +48,22 @@ def measure(module: StudentModule, term: DomainTerm, prepared: Prepared, ranks: 
         return [int(count) for count in (chosen.sum(), *right)]
 
     counts = np.sum(over(prepared, ranks, prepared.data.dev, read), axis=0)
-    found = {
-        f"{name}_accuracy": float(right / max(1, counts[0]))
-        for name, right in zip(ways, counts[1:], strict=True)
-    }
-    return found | (
-        {f"{name}_ms": _time(module, way, prepared) for name, way in ways.items()} if ranks.first else {}
-    )
+    shares = [float(right / max(1, counts[0])) for right in counts[1:]]
+    found = {f"{name}_accuracy": share for name, share in zip(ways, shares, strict=True)}
+
+    def timed(way: Callable[[Trace, Batch], Tensor], batch: Batch) -> Callable[[], Tensor]:
+        chosen = targets(batch, task) != NO_LABEL
+
+        def call() -> Tensor:
+            trace = module.trace(batch)
+            return _predicted(trace, way(trace, batch), chosen)
+
+        return call
+
+    if ranks.first:
+        for name, way in ways.items():
+            found[f"{name}_ms"] = milliseconds(functools.partial(timed, way), prepared, ranks.device)
+    return found
 
 
 def _needed(states: Tensor | None) -> Tensor:
@@ -68,19 +75,3 @@ def _predicted(trace: Trace, states: Tensor, chosen: Tensor) -> Tensor:
     """Return the most probable token at each of the K places that are chosen, (K,); a soft cap keeps their order."""
     head = _needed(trace.head)
     return torch.nn.functional.linear(states[chosen].to(head.dtype), head, trace.head_bias).argmax(-1)
-
-
-def _time(module: StudentModule, way: Callable[[Trace, Batch], Tensor], prepared: Prepared) -> float:
-    dev = prepared.data.dev
-    sample = dev.take(np.linspace(0, len(dev) - 1, min(TIMED, len(dev)), dtype=int).tolist())
-    batches = list(evaluation_batches(sample, 1, 1, 0, prepared.tokenizer.pad_token_id))
-    device, seconds = next(module.parameters()).device, []
-    with torch.no_grad():
-        for batch in itertools.chain(batches[:WARM], batches):
-            batch = batch.to(device)
-            chosen = targets(batch, prepared.config.task) != NO_LABEL
-            started = time.perf_counter()
-            trace = module.trace(batch)
-            _predicted(trace, way(trace, batch), chosen).tolist()  # which waits for a GPU
-            seconds.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(seconds[-len(batches) :]), 3)
