@@ -15,7 +15,7 @@ from dsdistill.alignment.terms import TERMS
 from tests.alignment.rig import Rig, make_batch
 from tests.alignment.synthetic import CASES, NO_KERNEL, Synthetic, term_of
 
-N, LENGTHS, VOCABULARY = 2048, (2048, 1500), 8192
+N, LENGTHS, VOCABULARY = 2048, (2048, 1500), 6144
 # "auto" runs them in C++, unwatched here.
 NATIVE = {"hidden", "feature_map", "attention", "pairwise", "trajectory", "domain"}
 RUNS = [(case, "auto") for case in CASES]
@@ -60,7 +60,7 @@ def largest(case: str, backend: str, lengths=LENGTHS) -> Largest:
 def test_largest_tensor(case, backend):
     seen = largest(case, backend)
     assert seen.elements < N * N, seen.where
-    assert seen.elements < N * VOCABULARY / 4
+    assert seen.elements <= N * VOCABULARY / 4  # 512 tokens
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak is read from /proc")
